@@ -20,7 +20,9 @@ Letters, used in Python, Triton, C++, tests and README alike:
     lowrank_linear_backward(dy, x, weight, down, up, p, needs) dp = dy @ up.T
         dy [M, N]; needs: five bools, for                      dx = dy @ weight + dp @ down.T
         (x, weight, bias, down, up)                            dweight = dy.T @ x    dbias = sum_m dy
-                                                               ddown = x.T @ dp      dup = p.T @ dy
+        x and p are None where no gradient                     ddown = x.T @ dp      dup = p.T @ dy
+        that is asked for reads them
+
     merge_(weights, downs, ups)                                weight[i] += (down[i] @ up[i]).T, in place
         three lists of equal length, all of one dtype and device; nothing but the weights is written
 

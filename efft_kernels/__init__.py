@@ -1,0 +1,12 @@
+"""Tensor-train adapters of vision transformers, fused: y = x W + b + scale * x U Sigma V without forming the update."""
+
+import sys
+
+from .linear import EFFTLinear
+from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_
+
+__version__ = "0.1.0"
+__all__ = ["Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_"]
+
+# makes the statement `import efft_kernels.EFFTLinear` work as well
+sys.modules[f"{__name__}.EFFTLinear"] = EFFTLinear

@@ -1,0 +1,145 @@
+"""EFFTLinear: one Linear with a tensor-train adapter, in place of nn.Linear."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import efft_linear, group_update, merge_
+
+
+class EFFTLinear(nn.Linear):
+    """y = x @ weight.T + bias + scale * x @ u @ sigma @ v, with weight and bias frozen and u, sigma, v trained.
+
+    Equivalent to ``nn.Linear`` with weight + scale * (u @ [sigma[0] @ v, ..., sigma[S-1] @ v]).T (EFFT, arXiv
+    2311.06749, section 3.2), which is never formed. At the start one factor is zero, so nothing changes.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        rank: of the adapter, an int or a pair (r1, r2); each from 1 to min(in_features, out_features / slices).
+        scale: factor of the update, finite.
+        slices: S, how many equal parts of the output share u and v with a core each: 3 for a fused qkv. Divides
+            out_features.
+        factor_dropout: probability with which each entry of u, sigma and v is dropped, with a fresh mask per call, while
+            training; in [0, 1). Drawn from torch's generator: seeding it, or checkpointing, reproduces the masks.
+        zero_init: which factor starts at zero, "v" or "u"; the other two are Xavier uniform, sigma slice by slice.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+
+    Attributes:
+        weight [out_features, in_features], bias [out_features] or None: frozen; set requires_grad to train them.
+        u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
+
+    Raises:
+        ValueError: a rank, slices, scale, factor_dropout or zero_init outside what is stated above.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int | tuple[int, int] = 16,
+        scale: float = 1.0,
+        slices: int = 1,
+        factor_dropout: float = 0.0,
+        zero_init: Literal["v", "u"] = "v",
+        backend: str | None = None,
+        device=None,
+        dtype=None,
+    ):
+        r1, r2 = _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.scale, self.factor_dropout, self.zero_init, self.backend = scale, factor_dropout, zero_init, backend
+        self.u = nn.Parameter(torch.empty(in_features, r1, **like))
+        self.sigma = nn.Parameter(torch.empty(slices, r1, r2, **like))
+        self.v = nn.Parameter(torch.empty(r2, out_features // slices, **like))
+        self.reset_factors()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options) -> "EFFTLinear":
+        """An EFFTLinear around the weight and bias of a Linear: the same Parameter objects, frozen, not copies.
+
+        Args:
+            linear: an nn.Linear with plain parameters.
+            options: rank, scale, slices, factor_dropout, zero_init, backend as in the constructor.
+
+        Raises:
+            TypeError: not exactly an nn.Linear (a subclass may compute something else), or a parametrized one.
+            ValueError: as the constructor.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be an nn.Linear, not a subclass, got {type(linear).__name__}")
+        if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+            raise TypeError("linear must own its weight as a plain parameter, got a parametrized or normed weight")
+        if not linear.weight.dtype.is_floating_point:
+            raise TypeError(f"linear must have a floating-point weight, got {linear.weight.dtype}")
+        # built without storage for weight and bias: the Linear's own take their place
+        self = cls(linear.in_features, linear.out_features, False, device="meta", dtype=linear.weight.dtype, **options)
+        self.weight, self.bias = linear.weight, linear.bias
+        for name in ("u", "sigma", "v"):
+            setattr(self, name, nn.Parameter(torch.empty_like(getattr(self, name), device=linear.weight.device)))
+        self.reset_factors()
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        return self.train(linear.training)
+
+    @torch.no_grad()
+    def reset_factors(self) -> None:
+        """Draw u, sigma and v anew: one zero, the others Xavier uniform. The layer then equals its frozen Linear."""
+        for name in ("u", "v"):
+            factor = getattr(self, name)
+            nn.init.zeros_(factor) if name == self.zero_init else nn.init.xavier_uniform_(factor)
+        # slice by slice: on the whole tensor Xavier would read the trailing dimension as a receptive field
+        for core in self.sigma:
+            nn.init.xavier_uniform_(core)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, sigma, v = self.u, self.sigma, self.v
+        if self.training and self.factor_dropout:
+            u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
+        return efft_linear(x, self.weight, self.bias, u, sigma, v, self.scale, backend=self.backend)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A plain nn.Linear with the update added to a copy of the weight; this layer stays as it is.
+
+        Rounded once to the dtype of the weight: for bfloat16 or float16 weights most of a small update is lost by that,
+        which ``layer.float().merge()`` avoids.
+        """
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.weight.dtype)
+        linear.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        up = group_update(self.sigma, self.v, self.scale, backend=self.backend)
+        merge_([linear.weight], [self.u], [up.transpose(0, 1).flatten(1)], backend=self.backend)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        slices, r1, r2 = self.sigma.shape
+        rank = r1 if r1 == r2 else (r1, r2)
+        return f"{super().extra_repr()}, rank={rank}, scale={self.scale}, slices={slices}"
+
+
+def _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init) -> tuple[int, int]:
+    """(r1, r2), or a ValueError that names the argument"""
+    if not isinstance(slices, int) or slices < 1 or out_features % slices:
+        raise ValueError(f"slices must be a positive divisor of out_features={out_features}, got {slices!r}")
+    ranks = rank if isinstance(rank, tuple) else (rank, rank)
+    largest = min(in_features, out_features // slices)
+    if len(ranks) != 2 or not all(isinstance(r, int) and 1 <= r <= largest for r in ranks):
+        raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not 0 <= factor_dropout < 1:
+        raise ValueError(f"factor_dropout must be in [0, 1), got {factor_dropout}")
+    if zero_init not in ("v", "u"):
+        raise ValueError(f"zero_init must be 'v' or 'u', got {zero_init!r}")
+    return ranks

@@ -1,0 +1,464 @@
+"""The operators: argument checks, backend choice, shapes for tracing, autocast and gradients. Nothing else does any of these.
+
+Each operator lives in torch's dispatcher under ``torch.ops.efft_kernels``; a call goes through
+
+    autocast   casts the inputs of a forward, once, to the autocast dtype
+    autograd   records one node, which saves only what the gradients that are asked for need
+    kernel     checks the arguments, chooses a backend (kernels/__init__.py has their contract) and calls it
+
+so the functions here, ``torch.ops.efft_kernels.*`` and a compiled graph all behave alike.
+"""
+
+import functools
+import importlib
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_MODULES = {"cuda": "cuda_kernels", "triton": "triton_kernels", "cpu": "native", "reference": "reference"}
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the first that qualifies; reference otherwise
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# -- backends ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _load(name: str):
+    """(module, None), or (None, why it cannot be had)"""
+    if importlib.util.find_spec(f"efft_kernels.kernels.{_MODULES[name]}") is None:
+        return None, f"this version of efft_kernels has no {name} backend"
+    try:
+        return importlib.import_module(f"efft_kernels.kernels.{_MODULES[name]}"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def _named(name: str, op: str, tensors):
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {sorted(_MODULES)} or None, got {name!r}")
+    module, reason = _load(name)
+    reason = reason or module.unavailable() or module.unsupported(op, *tensors)
+    if reason:
+        raise RuntimeError(f"backend {name!r} cannot run {op} here: {reason}")
+    return module
+
+
+def _choose(backend: str, op: str, *tensors: Tensor | None):
+    """The backend module for this call. A named one must succeed; an automatic one must be proven and not slower."""
+    name = backend or os.environ.get("EFFT_BACKEND", "")
+    if name:
+        return _named(name, op, tensors)
+    for candidate in _AUTOMATIC.get(tensors[0].device.type, ()):
+        module, reason = _load(candidate)
+        if not (
+            reason
+            or module.unavailable()
+            or module.unproven()
+            or module.unsupported(op, *tensors)
+            or module.slower(op, *tensors)
+        ):
+            return module
+    return _load("reference")[0]
+
+
+class Backend(NamedTuple):
+    """One line of :func:`backends`."""
+
+    name: str
+    available: bool  # backend="name" works in this process
+    automatic: bool  # backend=None may choose it, shape by shape
+    note: str  # why, or why not
+
+    def __str__(self) -> str:
+        state = "chosen automatically" if self.automatic else "on request" if self.available else "not available"
+        return f"{self.name:<10} {state:<21} {self.note}"
+
+
+def backends() -> list[Backend]:
+    """What can compute here, what ``backend=None`` would choose, and why. ``print(*backends(), sep="\\n")`` reads well.
+
+    The environment variable EFFT_BACKEND names a backend for every call that names none.
+    """
+    found = []
+    for name in _MODULES:
+        module, reason = _load(name)
+        if reason := reason or module.unavailable():
+            found.append(Backend(name, False, False, reason))
+        elif reason := module.unproven():
+            found.append(Backend(name, True, False, reason))
+        else:
+            found.append(Backend(name, True, True, (module.__doc__ or "").strip().partition("\n")[0]))
+    return found
+
+
+# -- argument checks --------------------------------------------------------------------------------------------------
+
+
+def _check_floats(first: str, like: Tensor, **others: Tensor | None) -> None:
+    if like.dtype not in _FLOATS:
+        raise TypeError(f"{first} must be float32, bfloat16, float16 or float64, got {like.dtype}")
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.dtype != like.dtype:
+            raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}, got {t.dtype}")
+        if t.device != like.device:
+            raise ValueError(f"{name} must be on the device of {first}, {like.device}, got {t.device}")
+
+
+def _shape(name: str, t: Tensor, *dims: int | str) -> None:
+    """dims: a number is required, a letter is free (but at least 1)"""
+    good = t.dim() == len(dims) and all(n >= 1 if isinstance(d, str) else n == d for n, d in zip(t.shape, dims))
+    if not good:
+        wanted = ", ".join(map(str, dims))
+        free = " with every letter at least 1" if any(isinstance(d, str) for d in dims) else ""
+        raise ValueError(f"{name} must be [{wanted}]{free}, got {list(t.shape)}")
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> None:
+    _check_floats("x", x, weight=weight, bias=bias, down=down, up=up)
+    _shape("weight", weight, "N", "K")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must be [..., {K}] for weight {list(weight.shape)}, got {list(x.shape)}")
+    if bias is not None:
+        _shape("bias", bias, N)
+    _shape("down", down, K, "R")
+    _shape("up", up, down.shape[1], N)
+
+
+def _check_group(sigma: Tensor, v: Tensor, scale: float) -> None:
+    _check_floats("sigma", sigma, v=v)
+    _shape("sigma", sigma, "S", "P", "Q")
+    _shape("v", v, sigma.shape[2], "N")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _check_tensors(**tensors) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+
+
+# -- kernels: what runs below autograd --------------------------------------------------------------------------------
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _group_update(sigma, v, scale, backend):
+    _check_group(sigma, v, scale)
+    return _choose(backend, "group_update", sigma, v).group_update(sigma, v, scale)
+
+
+def _group_update_backward(dup, sigma, v, scale, needs, backend):
+    module = _choose(backend, "group_update_backward", dup, sigma, v)
+    return module.group_update_backward(dup, sigma, v, scale, needs)
+
+
+def _lowrank_linear(x, weight, bias, down, up, backend):
+    _check_linear(x, weight, bias, down, up)
+    rows = _rows(x)
+    y, p = _choose(backend, "lowrank_linear", rows, weight, bias, down, up).lowrank_linear(rows, weight, bias, down, up)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), p
+
+
+def _lowrank_linear_backward(dy, x, weight, down, up, p, needs, backend):
+    tensors = _rows(dy), _rows(x), weight, down, up, p
+    grads = _choose(backend, "lowrank_linear_backward", *tensors).lowrank_linear_backward(*tensors, needs)
+    if needs[0] and dy.dim() != 2:
+        grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
+    return grads
+
+
+def _merge_(weights, downs, ups, backend):
+    if not len(weights) == len(downs) == len(ups):
+        raise ValueError(f"weights, downs and ups must be of equal length, got {len(weights)}, {len(downs)}, {len(ups)}")
+    for i, (weight, down, up) in enumerate(zip(weights, downs, ups)):
+        _check_floats("weights[0]", weights[0], **{f"weights[{i}]": weight, f"downs[{i}]": down, f"ups[{i}]": up})
+        _shape(f"weights[{i}]", weight, "N", "K")
+        _shape(f"downs[{i}]", down, weight.shape[1], "R")
+        _shape(f"ups[{i}]", up, down.shape[1], weight.shape[0])
+    if len({weight.data_ptr() for weight in weights}) < len(weights):
+        raise ValueError("weights must be distinct, got the same memory twice")
+    if weights:
+        _choose(backend, "merge_", *weights, *downs, *ups).merge_(weights, downs, ups)
+        torch.autograd.graph.increment_version(weights)  # kernels write through pointers, which autograd does not see
+
+
+# -- shapes for tracing -----------------------------------------------------------------------------------------------
+
+
+def _group_update_fake(sigma, v, scale, backend):
+    _check_group(sigma, v, scale)
+    S, P, _ = sigma.shape
+    return sigma.new_empty(P, S, v.shape[1]).transpose(0, 1)
+
+
+def _group_update_backward_fake(dup, sigma, v, scale, needs, backend):
+    return [t.new_empty(t.shape) for t, need in zip((sigma, v), needs) if need]
+
+
+def _lowrank_linear_fake(x, weight, bias, down, up, backend):
+    _check_linear(x, weight, bias, down, up)
+    rows = math.prod(x.shape[:-1])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, down.shape[1])
+
+
+def _lowrank_linear_backward_fake(dy, x, weight, down, up, p, needs, backend):
+    N, K = weight.shape
+    shapes = (*dy.shape[:-1], K), (N, K), (N,), down.shape, up.shape
+    return [dy.new_empty(shape) for shape, need in zip(shapes, needs) if need]
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+class _GroupUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigma, v, scale, backend):
+        ctx.save_for_backward(sigma, v)
+        ctx.scale, ctx.backend = scale, backend
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.efft_kernels.group_update.default(sigma, v, scale, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dup):
+        needs = list(ctx.needs_input_grad[:2])
+        grads = iter(
+            torch.ops.efft_kernels.group_update_backward.default(dup, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
+        )
+        return *(next(grads) if need else None for need in needs), None, None
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, backend):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, p = torch.ops.efft_kernels.lowrank_linear.default(x, weight, bias, down, up, backend)
+        need_weight, need_down, need_up = (ctx.needs_input_grad[i] for i in (1, 3, 4))
+        # x and p are activations: held only for the gradients that read them
+        ctx.save_for_backward(x if need_weight or need_down else None, weight, down, up, p if need_up else None)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(p)
+        return y, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        needs = list(ctx.needs_input_grad[:5])
+        grads = iter(
+            torch.ops.efft_kernels.lowrank_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
+        )
+        return *(next(grads) if need else None for need in needs), None
+
+
+# -- registration -----------------------------------------------------------------------------------------------------
+
+_lib = torch.library.Library("efft_kernels", "DEF")
+
+
+def _autocast(op, device: str, cast: bool):
+    """A kernel for the autocast key: casts what autocast casts (float64 stays), then runs the op outside autocast."""
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def kernel(*args):
+        if cast:
+            dtype = torch.get_autocast_dtype(device)
+            args = [
+                a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                for a in args
+            ]
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return op(*args)
+
+    return kernel
+
+
+def _define(schema: str, kernel, fake, function=None):
+    """One op: its kernel, its shapes for tracing and, for a forward, its gradients and its casts under autocast."""
+    name = schema.partition("(")[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.efft_kernels, name).default
+    _lib.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"efft_kernels::{name}", fake, lib=_lib)
+    for device in ("cpu", "cuda"):
+        _lib.impl(name, _autocast(op, device, cast=function is not None), f"Autocast{device.upper()}")
+    if function is None:
+        return
+
+    def differentiable(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _lib.impl(name, differentiable, "Autograd")
+
+
+_define(
+    "group_update(Tensor sigma, Tensor v, float scale, str backend) -> Tensor",
+    _group_update,
+    _group_update_fake,
+    _GroupUpdate,
+)
+_define(
+    "group_update_backward(Tensor dup, Tensor sigma, Tensor v, float scale, bool[] needs, str backend) -> Tensor[]",
+    _group_update_backward,
+    _group_update_backward_fake,
+)
+_define(
+    "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, str backend) -> (Tensor, Tensor)",
+    _lowrank_linear,
+    _lowrank_linear_fake,
+    _LowRankLinear,
+)
+_define(
+    "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? p, bool[] needs, "
+    "str backend) -> Tensor[]",
+    _lowrank_linear_backward,
+    _lowrank_linear_backward_fake,
+)
+_define(
+    "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str backend) -> ()",
+    _merge_,
+    lambda weights, downs, ups, backend: None,
+)
+
+
+# -- public functions -------------------------------------------------------------------------------------------------
+
+
+def group_update(
+    sigma: Tensor,  # [S, P, Q]
+    v: Tensor,  # [Q, N]
+    scale: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [S, P, N]
+    """up[s] = scale * sigma[s] @ v, for every slice of a tensor-train group in one launch.
+
+    The update of one matrix is dW_s = scale * U @ Sigma_s @ V (EFFT, arXiv 2311.06749, section 3.2); the result is its
+    right part, what :func:`lowrank_linear` calls ``up``. Differentiable in sigma and v.
+
+    Args:
+        sigma: the cores, [S, P, Q]; float32, bfloat16, float16 or float64, any strides.
+        v: [Q, N], dtype and device of sigma.
+        scale: a finite number.
+        backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
+
+    Returns:
+        [S, P, N] in the dtype of sigma. Its memory is [P, S, N]: ``up.transpose(0, 1).flatten(1)``, the slices side by
+        side as a fused qkv needs them, is a view.
+
+    Raises:
+        TypeError: an argument that is not a tensor, a dtype that is not one of the four, or two different dtypes.
+        ValueError: a shape that does not fit, different devices, a scale that is not finite, an unknown backend.
+        RuntimeError: the named backend cannot run this; the message says why.
+    """
+    _check_tensors(sigma=sigma, v=v)
+    return torch.ops.efft_kernels.group_update.default(sigma, v, scale, backend or "")
+
+
+def lowrank_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [..., N]
+    """y = x @ weight.T + bias + (x @ down) @ up, without forming down @ up.
+
+    The forward of every adapter of the family (LoRA, FacT, EFFT): they differ only in how (down, up) are made.
+    Differentiable once, in all five; only the gradients that are asked for are computed.
+
+    Args:
+        x: [..., K]; float32, bfloat16, float16 or float64. Any rank, any strides, empty batches too.
+        weight: [N, K], usually frozen. On a CPU a frozen weight is kept a second time in the layout of the kernel.
+        bias: [N] or None.
+        down: [K, R], any strides (``v.T`` is fine).
+        up: [R, N], any strides (a slice of a wider matrix is fine).
+        backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
+
+    Returns:
+        [..., N] in the dtype of x; under autocast all inputs are first cast to its dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`group_update`.
+    """
+    _check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}), down=down, up=up)
+    return torch.ops.efft_kernels.lowrank_linear.default(x, weight, bias, down, up, backend or "")[0]
+
+
+def efft_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [S * N, K]
+    bias: Tensor | None,  # [S * N]
+    u: Tensor,  # [K, P]
+    sigma: Tensor,  # [P, Q] or [S, P, Q]
+    v: Tensor,  # [Q, N]
+    scale: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [..., S * N]
+    """y = x @ weight.T + bias + scale * x @ u @ sigma @ v, without forming the dense update.
+
+    With sigma [S, P, Q] the S slices stand side by side, as in a fused qkv: columns s*N to (s+1)*N get
+    scale * x @ u @ sigma[s] @ v. This is equation x W + dW of EFFT (arXiv 2311.06749, section 3.2) with
+    dW_s = scale * U @ Sigma_s @ V, computed as one :func:`group_update` and one :func:`lowrank_linear`.
+
+    Args:
+        x, weight, bias: as in :func:`lowrank_linear`.
+        u: [K, P], sigma: [P, Q] or [S, P, Q], v: [Q, N]; dtype and device of x.
+        scale: a finite number.
+        backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
+
+    Returns:
+        [..., S * N] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`group_update`.
+    """
+    _check_tensors(x=x, weight=weight, u=u, sigma=sigma, v=v)
+    if sigma.dim() == 2:
+        sigma = sigma.unsqueeze(0)
+    _shape("sigma", sigma, "S", "P", "Q")
+    S, P, Q = sigma.shape
+    _shape("v", v, Q, "N")
+    _shape("weight", weight, S * v.shape[1], "K")
+    _shape("u", u, weight.shape[1], P)
+    up = group_update(sigma, v, scale, backend=backend)
+    return lowrank_linear(x, weight, bias, u, up.transpose(0, 1).flatten(1), backend=backend)
+
+
+def merge_(
+    weights: list[Tensor],  # each [N, K]
+    downs: list[Tensor],  # each [K, R]
+    ups: list[Tensor],  # each [R, N]
+    *,
+    backend: str | None = None,
+) -> None:
+    """weight += (down @ up).T, in place, for all of them in one launch and without a dense update tensor.
+
+    Sums run in float32 (float64 for float64) and are rounded once to the dtype of the weight. A bfloat16 or float16
+    weight cannot hold most of a small update: where that matters, merge into float32.
+
+    Args:
+        weights, downs, ups: lists of equal length, one dtype and one device; the sizes may differ from entry to entry.
+        backend: as in :func:`group_update`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`group_update`, before anything is written.
+    """
+    with torch.no_grad():
+        torch.ops.efft_kernels.merge_.default(list(weights), list(downs), list(ups), backend or "")
