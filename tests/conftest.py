@@ -1,0 +1,20 @@
+"""Set-up for every test: Triton's interpreter where there is no GPU, one seed, and the name of this device."""
+
+import os
+
+import pytest
+import torch
+
+# before anything imports the kernels: without a GPU they run through the interpreter, on CPU tensors
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,418 @@
+"""The operators: values, gradients, tracing, autocast, backend choice and refusals."""
+
+import math
+
+import pytest
+import torch
+from accuracy import check_group_update, check_lowrank_linear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import efft_kernels
+from efft_kernels import efft_linear, group_update, lowrank_linear, merge_, ops
+from efft_kernels.kernels import reference
+
+HERE = [b.name for b in efft_kernels.backends() if b.available and b.name in ("reference", "cpu", "cuda")]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=HERE)
+def backend(request) -> str:
+    return request.param
+
+
+def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False, bias=True):
+    shapes = (M, K), (N, K), (N,), (K, R), (R, N)
+    tensors = [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]
+    if not bias:
+        tensors[2] = None
+    return tensors
+
+
+# -- values and gradients ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def strided(draw, shape, dtype):
+    """a tensor of this shape: contiguous, transposed, a slice of a wider buffer, or every second column"""
+    layout = draw(st.sampled_from(["contiguous", "transposed", "slice", "steps"]))
+    rows, cols = shape
+    make = lambda *s: torch.randn(*s).mul_(0.5).to(dtype)
+    return {
+        "contiguous": lambda: make(rows, cols),
+        "transposed": lambda: make(cols, rows).t(),
+        "slice": lambda: make(rows, cols + 5)[:, 3 : 3 + cols],
+        "steps": lambda: make(rows, 2 * cols)[:, ::2],
+    }[layout]()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+@pytest.mark.parametrize("name", HERE)
+def test_lowrank_linear_of_any_shape_and_strides(name, data):
+    size = st.sampled_from([1, 2, 3, 7, 16, 33, 64, 100])
+    M, K, N = data.draw(st.sampled_from([0, 1, 2, 5, 13, 64, 197])), data.draw(size), data.draw(size)
+    R = data.draw(st.sampled_from([1, 2, 3, 8, 16, 17, 32, 70]))
+    dtype = data.draw(st.sampled_from(FLOATS))
+    shapes = (M, K), (N, K), (K, R), (R, N), (M, N)
+    x, weight, down, up, dy = (data.draw(strided(shape, dtype)) for shape in shapes)
+    bias = data.draw(st.sampled_from([None, torch.randn(N).to(dtype)]))
+    needs = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
+    module = ops._load(name)[0]
+    if module.unsupported("lowrank_linear", x, weight, bias, down, up):
+        return
+    check_lowrank_linear(module, x, weight, bias, down, up, dy, needs)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+@pytest.mark.parametrize("name", HERE)
+def test_group_update_of_any_shape_and_strides(name, data):
+    size = st.sampled_from([1, 2, 3, 7, 16, 33])
+    S, P, Q, N = (data.draw(size) for _ in range(4))
+    dtype = data.draw(st.sampled_from(FLOATS))
+    sigma = torch.randn(S, P, Q).to(dtype)
+    if data.draw(st.booleans()):
+        sigma = torch.randn(S, Q, P).to(dtype).transpose(1, 2)
+    v = data.draw(strided((Q, N), dtype))
+    dup = torch.randn(P, S, N).to(dtype).transpose(0, 1) if data.draw(st.booleans()) else torch.randn(S, P, N).to(dtype)
+    needs = data.draw(st.lists(st.booleans(), min_size=2, max_size=2))
+    check_group_update(ops._load(name)[0], sigma, v, data.draw(st.sampled_from([1.0, -0.1, 10.0])), dup, needs)
+
+
+def test_gradcheck(backend, device):
+    x, weight, bias, down, up = make(6, 5, 7, 3, torch.float64, device, grad=True)
+    assert torch.autograd.gradcheck(lambda *a: lowrank_linear(*a, backend=backend), (x, weight, bias, down, up))
+    sigma = torch.randn(2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    v = torch.randn(4, 5, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: group_update(*a, 1.5, backend=backend), (sigma, v))
+    u = torch.randn(5, 3, dtype=torch.float64, device=device, requires_grad=True)
+    wide = torch.randn(10, 5, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(lambda *a: efft_linear(a[0], wide, None, *a[1:], 0.7, backend=backend), (x, u, sigma, v))
+
+
+def test_efft_linear_equals_the_dense_formula(backend, device):
+    x = torch.randn(2, 3, 6, dtype=torch.float64, device=device)
+    weight, bias = torch.randn(15, 6, dtype=torch.float64, device=device), torch.randn(15, dtype=torch.float64, device=device)
+    u, v = torch.randn(6, 2, dtype=torch.float64, device=device), torch.randn(4, 5, dtype=torch.float64, device=device)
+    sigma = torch.randn(3, 2, 4, dtype=torch.float64, device=device)
+    dw = torch.cat([10 * u @ core @ v for core in sigma], dim=1)
+    torch.testing.assert_close(
+        efft_linear(x, weight, bias, u, sigma, v, 10.0, backend=backend), x @ weight.T + bias + x @ dw, rtol=1e-12, atol=1e-12
+    )
+    one = efft_linear(x, weight[:5], None, u, sigma[0], v, 10.0, backend=backend)
+    torch.testing.assert_close(one, x @ weight[:5].T + x @ dw[:, :5], rtol=1e-12, atol=1e-12)
+
+
+def test_slices_side_by_side_are_a_view(backend):
+    up = group_update(torch.randn(3, 4, 5), torch.randn(5, 8), backend=backend)
+    assert up.transpose(0, 1).flatten(1).data_ptr() == up.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (2, 2, 3, 40), (0, 40), (2, 0, 40)], ids=str)
+def test_x_of_any_rank_and_empty(backend, shape):
+    _, weight, bias, down, up = make(grad=True)
+    x = torch.randn(shape, requires_grad=True)
+    y = lowrank_linear(x, weight, bias, down, up, backend=backend)
+    expected = torch.nn.functional.linear(x, weight, bias) + (x @ down) @ up
+    torch.testing.assert_close(y, expected)
+    inputs = (x, weight, bias, down, up)
+    for got, want in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_non_contiguous_dy(backend):
+    inputs = make(grad=True)
+    x, weight, bias, down, up = inputs
+    y = lowrank_linear(*inputs, backend=backend)
+    expected = torch.nn.functional.linear(x, weight, bias) + (x @ down) @ up
+    for dy in (torch.randn(48, 37).t(), torch.randn(1, 48).expand(37, 48), torch.tensor(1.0).expand(37, 48)):
+        got = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        want = torch.autograd.grad(expected, inputs, dy, retain_graph=True)
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
+    asked = []
+    module = ops._load(backend)[0]
+    honest = module.lowrank_linear_backward
+    spy = lambda *args: asked.append((args[1] is None, args[5] is None, list(args[6]))) or honest(*args)
+    monkeypatch.setattr(module, "lowrank_linear_backward", spy)
+    for i in range(5):
+        tensors = make()
+        tensors[i].requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = lowrank_linear(*tensors, backend=backend)
+        y.sum().backward()
+        no_x, no_p, needs = asked.pop()
+        assert needs == [j == i for j in range(5)]
+        assert no_x == (i not in (1, 3)) and no_p == (i != 4), "activations are held only where a gradient reads them"
+        assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
+        shapes = [t.shape for t in saved]
+        assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
+
+
+def test_second_derivatives_are_refused(backend):
+    tensors = make(grad=True)
+    (dx,) = torch.autograd.grad(lowrank_linear(*tensors, backend=backend).square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_saved_tensors_are_guarded_against_in_place_edits(backend):
+    x, weight, bias, down, up = make(grad=True)
+    y = lowrank_linear(x, weight, bias, down, up, backend=backend)
+    with torch.no_grad():
+        up.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_are_bit_equal(backend, dtype):
+    def run():
+        torch.manual_seed(1)
+        tensors = make(211, 130, 94, 6, dtype, grad=True)
+        y = lowrank_linear(*tensors, backend=backend)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), tensors)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_of_the_contribution_is_below_half_a_percent(backend, dtype):
+    # with weight zero the result is the adapter's contribution and nothing else
+    x, weight, _, down, up = make(197, 768, 768, 16, dtype, bias=False)
+    y = lowrank_linear(x, torch.zeros_like(weight), None, down, up, backend=backend)
+    exact = x.double() @ down.double() @ up.double()
+    assert torch.linalg.norm(y.double() - exact) <= 0.005 * torch.linalg.norm(exact)
+
+
+def test_contribution_survives_beside_a_large_weight():
+    # one accumulator: the adapter's part is rounded once, with the sum, and is right on average over many entries
+    x, weight, _, down, up = make(256, 256, 256, 8, torch.bfloat16, bias=False)
+    up = up * 0.01
+    base = x.double() @ weight.double().T
+    part = x.double() @ down.double() @ up.double()
+    y = lowrank_linear(x, weight, None, down, up).double()
+    assert abs(((y - base) * part).sum() / part.square().sum() - 1) < 0.05
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_merge_rounds_once(backend, dtype):
+    sizes = [(7, 9, 2), (48, 40, 5), (33, 64, 17)]
+    weights = [torch.randn(N, K).to(dtype) for N, K, _ in sizes]
+    downs = [torch.randn(R, K).to(dtype).t() for _, K, R in sizes]
+    ups = [torch.randn(R, N + 4).to(dtype)[:, 2:-2] for N, _, R in sizes]
+    exact = [w.double() + (d.double() @ u.double()).T for w, d, u in zip(weights, downs, ups)]
+    versions = [w._version for w in weights]
+    merge_(weights, downs, ups, backend=backend)
+    for weight, want, version in zip(weights, exact, versions):
+        assert weight._version > version
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(weight.double(), want, rtol=ulp, atol=16 * ulp)
+        if dtype in (torch.bfloat16, torch.float16):  # float32 sums: nearly always the correctly rounded value
+            assert (weight == want.to(dtype)).double().mean() > 0.98
+
+
+def test_merge_into_a_strided_weight(backend):
+    wide = torch.randn(10, 12)
+    before = wide.clone()
+    down, up = torch.randn(6, 2), torch.randn(2, 10)
+    merge_([wide[:, 3:9]], [down], [up], backend=backend)
+    torch.testing.assert_close(wide[:, 3:9], before[:, 3:9] + (down @ up).T)
+    assert torch.equal(wide[:, :3], before[:, :3]) and torch.equal(wide[:, 9:], before[:, 9:])
+
+
+def test_merge_refuses_before_it_writes(backend):
+    weights = [torch.randn(4, 5), torch.randn(4, 5)]
+    before = [w.clone() for w in weights]
+    downs, ups = [torch.randn(5, 2)] * 2, [torch.randn(2, 4), torch.randn(3, 4)]
+    with pytest.raises(ValueError, match=r"ups\[1\] must be \[2, 4\], got \[3, 4\]"):
+        merge_(weights, downs, ups, backend=backend)
+    with pytest.raises(ValueError, match="weights must be distinct"):
+        merge_([weights[0]] * 2, downs, [ups[0]] * 2, backend=backend)
+    with pytest.raises(ValueError, match="equal length, got 2, 1, 1"):
+        merge_(weights, downs[:1], ups[:1], backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before))
+    merge_([], [], [], backend=backend)
+
+
+# -- tracing ----------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(backend):
+    names = torch.ops.efft_kernels
+    x, weight, bias, down, up = make(grad=True)
+    opcheck(names.lowrank_linear.default, (x, weight, bias, down, up, backend))
+    opcheck(names.lowrank_linear.default, (x.detach()[None], weight.detach(), None, down, up, backend))
+    sigma, v = torch.randn(3, 2, 4, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    opcheck(names.group_update.default, (sigma, v, 1.5, backend))
+    plain = [t.detach() for t in (torch.randn(37, 48), x, weight, down, up, torch.randn(37, 5))]
+    for needs in ([True] * 5, [True, False, False, True, True], [False] * 4 + [True]):
+        opcheck(names.lowrank_linear_backward.default, (*plain, needs, backend))
+    opcheck(names.group_update_backward.default, (torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True], backend))
+    opcheck(names.merge_.default, ([weight.detach().clone()], [down.detach()], [up.detach()], backend))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_forward_and_gradients(backend, dynamic):
+    def run(x, weight, bias, u, sigma, v):
+        return efft_linear(x * 2, weight, bias, u, sigma, v, 3.0, backend=backend).relu()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager" if dynamic else "inductor")
+    weight, bias = torch.randn(24, 10), torch.randn(24)
+    for rows in (6, 9):
+        x, u = torch.randn(2, rows, 10, requires_grad=True), torch.randn(10, 3, requires_grad=True)
+        sigma, v = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 12, requires_grad=True)
+        inputs = (x, u, sigma, v)
+        y, want = compiled(x, weight, bias, u, sigma, v), run(x, weight, bias, u, sigma, v)
+        torch.testing.assert_close(y, want)
+        for a, b in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
+            torch.testing.assert_close(a, b)
+
+
+def test_export(backend):
+    class Layer(torch.nn.Module):
+        def forward(self, *a):
+            return lowrank_linear(*a, backend=backend)
+
+    inputs = tuple(make())
+    program = torch.export.export(Layer(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Layer()(*inputs))
+
+
+def test_autocast(backend):
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors = make(grad=True)
+        with torch.autocast("cpu", dtype):
+            y = lowrank_linear(*tensors, backend=backend)
+            up = group_update(torch.randn(2, 3, 4), torch.randn(4, 5), backend=backend)
+        assert y.dtype == up.dtype == dtype
+        torch.testing.assert_close(y, lowrank_linear(*[t.to(dtype) for t in tensors], backend=backend), rtol=0, atol=0)
+        y.float().sum().backward()
+        assert all(t.grad.dtype == torch.float32 and t.grad.abs().sum() > 0 for t in tensors)
+    # float64 is not an autocast dtype, and a backward inside the region computes in the dtype of the forward
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lowrank_linear(*make(dtype=torch.float64), backend=backend).dtype == torch.float64
+    tensors = make(grad=True)
+    y = lowrank_linear(*tensors, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors)
+
+
+# -- backend choice ---------------------------------------------------------------------------------------------------
+
+
+def test_backends_says_what_and_why():
+    found = {b.name: b for b in efft_kernels.backends()}
+    assert set(found) == {"reference", "cpu", "triton", "cuda"}
+    assert found["reference"].available and found["reference"].automatic
+    assert all(b.note and str(b).startswith(b.name) for b in found.values())
+    assert found["cpu"].available, found["cpu"].note
+
+
+def test_a_named_backend_works_or_says_why(monkeypatch):
+    tensors = make()
+    with pytest.raises(ValueError, match=r"backend must be one of \[.*\] or None, got 'fast'"):
+        lowrank_linear(*tensors, backend="fast")
+    monkeypatch.setattr(reference, "unsupported", lambda *a: "of a planted reason")
+    with pytest.raises(RuntimeError, match="backend 'reference' cannot run lowrank_linear here: of a planted reason"):
+        lowrank_linear(*tensors, backend="reference")
+
+
+def test_the_environment_names_a_backend(monkeypatch):
+    seen = []
+    honest = reference.lowrank_linear
+    monkeypatch.setattr(reference, "lowrank_linear", lambda *a: seen.append(1) or honest(*a))
+    monkeypatch.setenv("EFFT_BACKEND", "reference")
+    lowrank_linear(*make(512, 512, 512, 16))
+    assert seen
+    monkeypatch.setenv("EFFT_BACKEND", "none such")
+    with pytest.raises(ValueError, match="none such"):
+        lowrank_linear(*make())
+
+
+def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
+    native = ops._load("cpu")[0]
+    tensors = make(512, 512, 512, 16)
+    assert ops._choose("", "lowrank_linear", *tensors) is native
+    for question in ("unproven", "unavailable", "unsupported", "slower"):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, question, lambda *a: "of a planted reason")
+            assert ops._choose("", "lowrank_linear", *tensors) is reference
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.randn(3, 41)), ValueError, r"x must be \[..., 40\] for weight \[48, 40\], got \[3, 41\]"),
+        (dict(x=torch.tensor(1.0)), ValueError, r"x must be \[..., 40\]"),
+        (dict(x=[1.0]), TypeError, "x must be a torch.Tensor, got list"),
+        (dict(x=torch.ones(3, 40, dtype=torch.int64)), TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int64"),
+        (dict(weight=torch.randn(48)), ValueError, r"weight must be \[N, K\].*, got \[48\]"),
+        (dict(weight=torch.randn(48, 40).double()), TypeError, "weight must have the dtype of x, torch.float32, got torch.float64"),
+        (dict(bias=torch.randn(47)), ValueError, r"bias must be \[48\], got \[47\]"),
+        (dict(bias=3.0), TypeError, "bias must be a torch.Tensor, got float"),
+        (dict(down=torch.randn(41, 5)), ValueError, r"down must be \[40, R\].*, got \[41, 5\]"),
+        (dict(down=torch.randn(40, 0)), ValueError, r"down must be \[40, R\] with every letter at least 1, got \[40, 0\]"),
+        (dict(down=torch.randn(40, 5, device="meta")), ValueError, "down must be on the device of x, cpu, got meta"),
+        (dict(up=torch.randn(4, 48)), ValueError, r"up must be \[5, 48\], got \[4, 48\]"),
+        (dict(up=torch.randn(5, 48).half()), TypeError, "up must have the dtype of x"),
+    ],
+    ids=str,
+)
+def test_lowrank_linear_refuses(backend, change, error, message):
+    inputs = dict(zip(("x", "weight", "bias", "down", "up"), make())) | change
+    with pytest.raises(error, match=message):
+        lowrank_linear(**inputs, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(sigma=torch.randn(2, 3)), ValueError, r"sigma must be \[S, P, Q\].*, got \[2, 3\]"),
+        (dict(sigma=torch.randn(0, 3, 4)), ValueError, r"sigma must be \[S, P, Q\] with every letter at least 1"),
+        (dict(v=torch.randn(5, 6)), ValueError, r"v must be \[4, N\].*, got \[5, 6\]"),
+        (dict(v=torch.randn(4, 6).double()), TypeError, "v must have the dtype of sigma"),
+        (dict(scale=math.inf), ValueError, "scale must be finite, got inf"),
+        (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
+    ],
+    ids=str,
+)
+def test_group_update_refuses(backend, change, error, message):
+    inputs = dict(sigma=torch.randn(2, 3, 4), v=torch.randn(4, 6), scale=1.0) | change
+    with pytest.raises(error, match=message):
+        group_update(**inputs, backend=backend)
+
+
+def test_efft_linear_refuses(backend):
+    good = dict(x=torch.randn(3, 6), weight=torch.randn(10, 6), bias=None, u=torch.randn(6, 2), sigma=torch.randn(2, 2, 4), v=torch.randn(4, 5))
+    assert efft_linear(**good, backend=backend).shape == (3, 10)
+    for change, message in [
+        (dict(u=torch.randn(6, 3)), r"u must be \[6, 2\], got \[6, 3\]"),
+        (dict(sigma=torch.randn(3, 2, 4)), r"weight must be \[15, K\].*, got \[10, 6\]"),
+        (dict(v=torch.randn(3, 5)), r"v must be \[4, N\].*, got \[3, 5\]"),
+        (dict(sigma=torch.randn(4)), r"sigma must be \[S, P, Q\].*, got \[4\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            efft_linear(**(good | change), backend=backend)
+
+
+def test_refusals_are_the_same_under_compile(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: lowrank_linear(*a, backend=backend), backend="aot_eager", fullgraph=True)
+    x, weight, bias, down, up = make()
+    with pytest.raises(Exception, match=r"up must be \[5, 48\]"):
+        compiled(x, weight, bias, down, up[:4])
