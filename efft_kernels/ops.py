@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _MODULES = {"cuda": "cuda_kernels", "triton": "triton_kernels", "cpu": "native", "reference": "reference"}
-_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device, the first that qualifies; reference otherwise
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), str, float, int, list}  # no subclass that wants to see the op
 
 
 # -- backends ---------------------------------------------------------------------------------------------------------
@@ -48,12 +48,16 @@ def _named(name: str, op: str, tensors):
     return module
 
 
+@functools.cache
+def _default() -> str:
+    return os.environ.get("EFFT_BACKEND", "")
+
+
 def _choose(backend: str, op: str, *tensors: Tensor | None):
     """The backend module for this call. A named one must succeed; an automatic one must be proven and not slower."""
-    name = backend or os.environ.get("EFFT_BACKEND", "")
-    if name:
+    if name := backend or _default():
         return _named(name, op, tensors)
-    for candidate in _AUTOMATIC.get(tensors[0].device.type, ()):
+    for candidate in ("cpu",) if tensors[0].is_cpu else ("cuda", "triton") if tensors[0].is_cuda else ():
         module, reason = _load(candidate)
         if not (
             reason
@@ -82,7 +86,7 @@ class Backend(NamedTuple):
 def backends() -> list[Backend]:
     """What can compute here, what ``backend=None`` would choose, and why. ``print(*backends(), sep="\\n")`` reads well.
 
-    The environment variable EFFT_BACKEND names a backend for every call that names none.
+    The environment variable EFFT_BACKEND, read at the first call, names a backend for every call that names none.
     """
     found = []
     for name in _MODULES:
@@ -121,6 +125,19 @@ def _shape(name: str, t: Tensor, *dims: int | str) -> None:
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> None:
+    (N, K), (k, R) = weight.shape if weight.dim() == 2 else (0, 0), down.shape if down.dim() == 2 else (0, 0)
+    if (
+        # one expression for the good case: this runs at every call, the sentences below only before an error
+        x.dtype == weight.dtype == down.dtype == up.dtype
+        and x.dtype in _FLOATS
+        and x.device == weight.device == down.device == up.device
+        and N * K * R > 0
+        and x.dim() > 0
+        and x.shape[-1] == K == k
+        and up.shape == (R, N)
+        and (bias is None or (bias.shape == (N,) and bias.dtype == x.dtype and bias.device == x.device))
+    ):
+        return
     _check_floats("x", x, weight=weight, bias=bias, down=down, up=up)
     _shape("weight", weight, "N", "K")
     N, K = weight.shape
@@ -284,7 +301,11 @@ def _autocast(op, device: str, cast: bool):
 
 
 def _define(schema: str, kernel, fake, function=None):
-    """One op: its kernel, its shapes for tracing and, for a forward, its gradients and its casts under autocast."""
+    """One op: its kernel, its shapes for tracing and, for a forward, its gradients and its casts under autocast.
+
+    Returns what a public function calls: it does what the dispatcher would and passes over the stations where nothing
+    is to be done, which halves the cost of a small call.
+    """
     name = schema.partition("(")[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.efft_kernels, name).default
@@ -293,18 +314,28 @@ def _define(schema: str, kernel, fake, function=None):
     for device in ("cpu", "cuda"):
         _lib.impl(name, _autocast(op, device, cast=function is not None), f"Autocast{device.upper()}")
     if function is None:
-        return
+        return op
 
     def differentiable(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return op(*args)
+        if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
+            return function.apply(*args)
+        if torch._C._len_torch_dispatch_stack() == 0 and all([type(a) in _PLAIN for a in args]):
+            return kernel(*args)
+        return op(*args)
+
     _lib.impl(name, differentiable, "Autograd")
+    return call
 
 
-_define(
+_call_group_update = _define(
     "group_update(Tensor sigma, Tensor v, float scale, str backend) -> Tensor",
     _group_update,
     _group_update_fake,
@@ -315,7 +346,7 @@ _define(
     _group_update_backward,
     _group_update_backward_fake,
 )
-_define(
+_call_lowrank_linear = _define(
     "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, str backend) -> (Tensor, Tensor)",
     _lowrank_linear,
     _lowrank_linear_fake,
@@ -327,7 +358,7 @@ _define(
     _lowrank_linear_backward,
     _lowrank_linear_backward_fake,
 )
-_define(
+_call_merge_ = _define(
     "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str backend) -> ()",
     _merge_,
     lambda weights, downs, ups, backend: None,
@@ -365,7 +396,7 @@ def group_update(
         RuntimeError: the named backend cannot run this; the message says why.
     """
     _check_tensors(sigma=sigma, v=v)
-    return torch.ops.efft_kernels.group_update.default(sigma, v, scale, backend or "")
+    return _call_group_update(sigma, v, scale, backend or "")
 
 
 def lowrank_linear(
@@ -396,8 +427,8 @@ def lowrank_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`.
     """
-    _check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}), down=down, up=up)
-    return torch.ops.efft_kernels.lowrank_linear.default(x, weight, bias, down, up, backend or "")[0]
+    _check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up)
+    return _call_lowrank_linear(x, weight, bias, down, up, backend or "")[0]
 
 
 def efft_linear(
@@ -461,4 +492,4 @@ def merge_(
         TypeError, ValueError, RuntimeError: as :func:`group_update`, before anything is written.
     """
     with torch.no_grad():
-        torch.ops.efft_kernels.merge_.default(list(weights), list(downs), list(ups), backend or "")
+        _call_merge_(list(weights), list(downs), list(ups), backend or "")
