@@ -1,0 +1,475 @@
+"""One adapted Linear, forward and backward: efft_kernels against the ways in which it is done today.
+
+    python benchmarks/bench_forward.py                                        # ViT-B on this machine, about a minute
+    python benchmarks/bench_forward.py --model swin_t --backward --out DIR    # saved as results/README.md states
+
+baselines.py has what is compared, measure.py how it is measured, shapes.py the models.
+"""
+
+import argparse
+import datetime
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+try:
+    from tqdm import tqdm
+
+    import report
+except ImportError as error:
+    sys.exit(f'the benchmarks need tqdm, tabulate and matplotlib: pip install -e ".[test]" ({error})')
+
+import efft_kernels
+from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, merged_weight, truth, variants
+from measure import MEMORY, Limits, Spread, Stages, copies, interleave, limits, memory, run, spread, timer
+from report import digits
+from shapes import KINDS, MODELS, Layer, layers, work
+
+# what every other time is divided by, round by round
+REFERENCES = ("merged", "onednn", "einsum_dw", "einsum", "peft", "unfused")
+COLOURS = {
+    "onednn": "#9e9e9e",
+    "einsum_dw": "#8c2d04",
+    "einsum": "#d9603b",
+    "einsum_compiled": "#f0a589",
+    "peft": "#c28f00",
+    "peft_compiled": "#ecc94b",
+    "unfused": "#5b8fc7",
+    "efft": "#1b7837",
+}
+
+
+class Case(NamedTuple):
+    layer: Layer
+    M: int
+    dtype: str
+    size: str  # where M comes from: "batch 4" or "788 rows"
+
+    def __str__(self) -> str:
+        return f"{self.layer.name} {self.dtype} M={self.M}"
+
+
+# -- one case ---------------------------------------------------------------------------------------------------------
+
+
+def stages(call: Call, i: Inputs, backward: bool) -> Stages:
+    if not backward:
+        return (lambda _: call.forward(),)
+    wanted = (i.x, *call.trained)
+    return (lambda _: call.forward()), (lambda y: torch.autograd.grad(y, wanted, i.dy))
+
+
+def errors(variant: Variant, y: torch.Tensor, i: Inputs) -> dict[str, float]:
+    """Relative Frobenius errors against float64: of y, and of what the adapter adds to it.
+
+    The latter is taken of a call with weight and bias zero; where w + dW is rounded, which is what loses the update, it
+    is taken of x (merged weight - weight) in float64.
+    """
+    rows = slice(None, None, max(1, len(i.x) // 256))  # float64 products of all rows would outlast the timing
+    true, added = truth(i, rows)
+    if variant.merged:
+        got = i.x.detach()[rows].double() @ (merged_weight(i).double() - i.weight.double()).t()
+    else:
+        bare = i._replace(weight=torch.zeros_like(i.weight), bias=torch.zeros_like(i.bias))
+        got = variant.build(bare).forward().detach()[rows].double()
+    error = (y.detach()[rows].double() - true).norm() / true.norm()
+    return {"error_y": error.item(), "error_update": ((got - added).norm() / added.norm()).item()}
+
+
+def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[str, list[Stages]], dict[str, dict]]:
+    """({variant: its call on each copy of the inputs}, {variant: what is known of it beside its time}), all warm.
+
+    A variant that refuses the case is left out, and left_out gets the reason.
+    """
+    dtype = getattr(torch, case.dtype)
+    moved = work(case.M, case.layer.K, case.layer.N, args.rank, dtype.itemsize)["forward"][1]
+    data = [
+        make_inputs(case.M, case.layer, args.rank, dtype, args.device, grad=args.backward, seed=seed)
+        for seed in range(copies(moved, args.device))
+    ]
+    calls, facts = {}, {}
+    for variant in found:
+        try:
+            built = [variant.build(i) for i in data]
+            first, *others = [stages(call, i, args.backward) for call, i in zip(built, data)]
+            start = time.perf_counter()
+            run(first)
+            seconds = time.perf_counter() - start
+            fact = errors(variant, built[0].forward(), data[0])
+            fact["peak_bytes"], _ = memory(first, args.device)
+            fact["kept_bytes"] = 0
+            if variant.name.startswith("efft"):
+                # a packed weight is kept from the first call with it, which must not be a timed one
+                fact["kept_bytes"] = max(memory(other, args.device)[1] for other in others)
+            fact["compile_s"] = seconds if variant.compiled else None
+            calls[variant.name], facts[variant.name] = [first, *others], fact
+        except RuntimeError as error:
+            left_out.setdefault(variant.name, {})[str(case)] = str(error).strip().partition("\n")[0]
+    return calls, facts
+
+
+def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
+    """One row per pass and variant, from complete rounds."""
+    layer, itemsize = case.layer, getattr(torch, case.dtype).itemsize
+    needed = work(case.M, layer.K, layer.N, args.rank, itemsize)
+    parts = {"forward": slice(0, 1)}
+    if args.backward:
+        parts |= {"backward": slice(1, 2), "forward+backward": slice(0, 2)}
+    rows = []
+    for (part, laps), name in itertools.product(parts.items(), facts):
+        flops, moved = needed[part]
+        floor = max(flops / limit.flops[case.dtype], moved / limit.bandwidth)
+
+        def seconds(clock: str, name: str) -> list[float]:
+            return [sum(getattr(lap, clock) for lap in round[name][laps]) for round in samples]
+
+        def ratios(clock: str) -> dict[str, Spread]:
+            own = seconds(clock, name)
+            # a CPU time can be zero: its clock may tick more slowly than a short call
+            return {
+                other: spread([a / max(b, 1e-9) for a, b in zip(own, seconds(clock, other))])._asdict()
+                for other in REFERENCES
+                if other in facts
+            }
+
+        taken = spread(seconds("time", name))
+        rows.append(
+            {
+                "layer": layer.name,
+                "M": case.M,
+                "K": layer.K,
+                "N": layer.N,
+                "R": args.rank,
+                "slices": layer.slices,
+                "dtype": case.dtype,
+                "size": case.size,
+                "count": layer.count,
+                "pass": part,
+                "variant": name,
+                "rounds": len(samples),
+                "ms": (taken * 1e3)._asdict(),
+                "wall_ms": (spread(seconds("wall", name)) * 1e3)._asdict(),
+                "cpu_ms": (spread(seconds("cpu", name)) * 1e3)._asdict(),
+                "ratio": ratios("time"),
+                "cpu_ratio": ratios("cpu"),
+                "flops": flops,
+                "bytes": moved,
+                "tflops": flops / taken.median * 1e-12,
+                "gbytes": moved / taken.median * 1e-9,
+                "floor_ms": floor * 1e3,
+                "floor_share": floor / taken.median,
+                **facts[name],
+            }
+        )
+    return rows
+
+
+def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
+    """Adds to record["results"], case by case, so that what is complete stands there if the run is interrupted."""
+    lap = timer(args.device)
+    cost = [work(c.M, c.layer.K, c.layer.N, args.rank, 4)["forward"][0] / limit.gemm[c.dtype] for c in cases]
+    end = time.perf_counter() + args.seconds
+    with tqdm(total=len(cases) * args.repeats, unit="round", disable=None) as bar:
+        for n, case in enumerate(cases):
+            now = time.perf_counter()
+            deadline = now + (end - now) * cost[n] / sum(cost[n:])
+            bar.set_description(str(case))
+            found, _ = variants(args.device)  # anew, so that nothing compiled for the last case is met again
+            torch._dynamo.reset()
+            found = [
+                v
+                for v in found
+                if (args.variants is None or v.name in args.variants)
+                and (not v.compiled or args.compile == "all" or (args.compile == "first" and n == 0))
+            ]
+            calls, facts = build(case, args, found, record["left_out"])
+            samples = []
+            try:
+                for laps in interleave(calls, lap, args.repeats, deadline):
+                    samples.append(laps)
+                    bar.update()
+            finally:
+                if samples:
+                    record["results"] += results(case, args, limit, samples, facts)
+            bar.update(args.repeats - len(samples))
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per size, dtype and pass: the sum over the layers, each as often as the model has it, of every variant."""
+    sums = []
+    for (size, dtype, part), group in _groups(rows, "size", "dtype", "pass"):
+        names = list(dict.fromkeys(row["layer"] for row in group))
+        ms = {}
+        for variant, own in _groups(group, "variant"):
+            if len(own) == len(names):
+                ms[variant[0]] = sum(row["count"] * row["ms"]["median"] for row in own)
+        efft = ms.get("efft")
+        ratio = {name: efft / value for name, value in ms.items() if name != "efft"} if efft else {}
+        sums.append({"size": size, "dtype": dtype, "pass": part, "layers": names, "ms": ms, "efft_ratio": ratio})
+    return sums
+
+
+def _groups(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(found.items())
+
+
+def slower(rows: list[dict]) -> list[str]:
+    """Where the automatic choice takes more than 2 % longer than unfused torch, and does so in three rounds of four."""
+    found = []
+    for row in rows:
+        ratio = row["ratio"].get("unfused") if row["variant"] == "efft" else None
+        if ratio and ratio["median"] > 1.02 and ratio["q1"] > 1:
+            found.append(f"{row['layer']} {row['dtype']} M={row['M']} {row['pass']} ({ratio['median']:.2f})")
+    return found
+
+
+HEAD = [
+    "layer", "variant", "ms", "quartiles", "/merged", "(cpu)", "/onednn", "/einsum_dw", "/unfused", "TFLOP/s", "GB/s",
+    "floor", "MiB", "error y", "error dW",
+]  # fmt: skip
+
+
+def lines(rows: list[dict]) -> list[list[str]]:
+    table = []
+    for _, group in _groups(rows, "layer", "dtype", "size", "pass"):
+        r = group[0]
+        label = [f"{r['layer']} {r['K']}->{r['N']}", f"{r['dtype']}, M={r['M']}", r["pass"], f"{r['rounds']} rounds"]
+        table += [[]] if table else []
+        for words, row in itertools.zip_longest(label, group, fillvalue=None):
+            if row is None:
+                table.append([words, *[""] * (len(HEAD) - 1)])
+                continue
+            kept = f"+{row['kept_bytes'] / 2**20:.1f} " if row["kept_bytes"] >= 2**16 else ""
+            table.append(
+                [
+                    words or "",
+                    row["variant"],
+                    digits(row["ms"]["median"]),
+                    f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
+                    *(
+                        digits(row[ratio].get(other, {}).get("median"))
+                        for ratio, other in (
+                            ("ratio", "merged"),
+                            ("cpu_ratio", "merged"),
+                            ("ratio", "onednn"),
+                            ("ratio", "einsum_dw"),
+                            ("ratio", "unfused"),
+                        )
+                    ),
+                    digits(row["tflops"]),
+                    digits(row["gbytes"]),
+                    f"{row['floor_share']:.0%}",
+                    f"{kept}{row['peak_bytes'] / 2**20:.1f}",
+                    f"{row['error_y']:.0e}",
+                    f"{row['error_update']:.0e}",
+                ]
+            )
+    return table
+
+
+def show(record: dict) -> None:
+    rows, m, v = record["results"], record["machine"], record["versions"]
+    if not record["complete"]:
+        print("\ninterrupted: what follows is partial")
+    meaning = {name: text for name, text in record["variants"].items() if any(r["variant"] == name for r in rows)}
+    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    for name, text in meaning.items():
+        print(f"{name:<16} {text}")
+    for name, reasons in record["left_out"].items():
+        for reason in dict.fromkeys(reasons.values()):
+            where = ", ".join(case for case, text in reasons.items() if text == reason)
+            print(f"{name:<16} left out{' of ' + where if where else ''}: {reason}")
+    limit = record["limits"]
+    flops = ", ".join(f"{value * 1e-12:.3g} TFLOP/s {dtype}" for dtype, value in limit["flops"].items())
+    print(
+        f"""
+ms        median of the rounds{"" if record["arguments"]["device"] == "cpu" else ", on the device"}; ratios: medians of the ratios within each round, (cpu) in process CPU time
+TFLOP/s   and GB/s: what the fused layer has to compute and move, over the time of the variant
+floor     share of the time that this takes at {flops}, {limit["bandwidth"] * 1e-9:.3g} GB/s ({limit["source"]})
+MiB       {record["memory"]}; +: kept between calls
+error dW  of what the adapter adds, with weight and bias zero; where w + dW is rounded: of x (merged weight - weight)
+"""
+    )
+    gpu = f", {m['gpu']['name']}" if record["arguments"]["device"] == "cuda" else ""
+    print(f"{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}")
+    for s in record["summary"]:
+        order = [name for name in ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
+                 if name in s["efft_ratio"]]  # fmt: skip
+        if order:
+            against = ", ".join(f"{s['efft_ratio'][name]:.2f} x {name}" for name in order)
+            print(
+                f"{record['arguments']['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of {', '.join(s['layers'])}"
+                f" over all blocks: efft {digits(s['ms']['efft'])} ms = {against}"
+            )
+    if any(row["variant"] == "efft" and "unfused" in row["ratio"] for row in rows):
+        print(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}")
+
+
+def panels(rows: list[dict]) -> list[tuple[str, dict]]:
+    found = []
+    for (part,), group in _groups(rows, "pass"):
+        layers = _groups(group, "layer", "dtype", "M")
+        for at in range(0, len(layers), 5):
+            bars = {
+                f"{layer} {own[0]['K']}→{own[0]['N']}\n{dtype}, M = {M}": {
+                    row["variant"]: tuple(row["ratio"]["merged"].values()) for row in own
+                }
+                for (layer, dtype, M), own in layers[at : at + 5]
+            }
+            found.append((part, bars))
+    return found
+
+
+def save(record: dict, folder: Path) -> None:
+    report.write_json(folder / "forward.json", record)
+    args, m = record["arguments"], record["machine"]
+    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
+    note = f"{args['model']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}; medians, whiskers: quartiles"
+    if not record["complete"]:
+        note += "; interrupted, partial"
+    report.chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
+    print(f"written: {folder / 'forward.json'}, {folder / 'forward.png'}")
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
+    kinds = [f"stage{s}.{kind}" for s in range(1, 5) for kind in KINDS]
+    known = [v.name for device in ("cpu", "cuda") for v in variants(device)[0]]
+    p = argparse.ArgumentParser(
+        description="Time one adapted Linear in every way it is done today. Without arguments: the four Linears of ViT-B, "
+        "batch 4, float32, and one small case in bfloat16.",
+    )
+    p.add_argument("--model", choices=MODELS, default="vit_b", help="whose Linears (default: vit_b)")
+    p.add_argument(
+        "--layer", nargs="+", choices=[*KINDS, "all", *kinds], default=["all"], metavar="LAYER",
+        help="qkv, proj, fc1, fc2 (in Swin: of all stages), stage1.qkv ... stage4.fc2, or all",
+    )  # fmt: skip
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--batch", nargs="+", type=positive, metavar="B", help="images; M = B * tokens (default: 4)")
+    size.add_argument("--rows", nargs="+", type=positive, metavar="M", help="M itself")
+    p.add_argument("--rank", type=positive, default=16, metavar="R", help="of the adapter (default: 16)")
+    p.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"),
+        help="default: float32 and one small bfloat16 case on a CPU, bfloat16 on a GPU",
+    )  # fmt: skip
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--backward", action="store_true",
+                   help="forward, backward and both: dx and the gradients of the factors, weight frozen")  # fmt: skip
+    p.add_argument("--variants", nargs="+", choices=dict.fromkeys(known), metavar="NAME",
+                   help=f"only these, and merged: {', '.join(dict.fromkeys(known))}")  # fmt: skip
+    p.add_argument("--compile", choices=("first", "all", "none"), default="first",
+                   help="cases in which the formulas run under torch.compile too (default: the first)")  # fmt: skip
+    p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="the same as --compile none")
+    p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
+    p.add_argument("--repeats", type=positive, default=40, metavar="N", help="rounds at most (default: 40)")
+    p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
+                   help="for all cases together; every case gets three rounds at least (default: 60)")  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="DIR", help="write forward.json and forward.png there")
+    args = p.parse_args(argv)
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
+    if os.environ.get("EFFT_BACKEND"):
+        p.error(f"EFFT_BACKEND: expected it unset, since backends are compared here, got {os.environ['EFFT_BACKEND']!r}")
+    model = layers(args.model)
+    chosen = [layer for layer in model if {"all", layer.kind, layer.name} & set(args.layer)]
+    if missing := [name for name in args.layer if name not in ("all", *KINDS, *(layer.name for layer in model))]:
+        p.error(f"argument --layer: expected a layer of {args.model}, got {missing[0]!r}")
+    for layer in chosen:
+        if args.rank > (largest := min(layer.K, layer.N // layer.slices)):
+            p.error(f"argument --rank: expected at most {largest} for {args.model} {layer.name}, got {args.rank}")
+    if args.variants is not None:
+        args.variants = ["merged", *args.variants]
+    if args.out is not None:
+        try:
+            report.prepare(args.out)
+        except OSError as error:
+            p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
+
+    if args.rows:
+        sizes = [(f"{M} rows", lambda layer, M=M: M) for M in args.rows]
+    else:
+        sizes = [(f"batch {B}", lambda layer, B=B: B * layer.tokens) for B in args.batch or [4]]
+    dtypes = args.dtype or ["float32" if args.device == "cpu" else "bfloat16"]
+    cases = [
+        Case(layer, rows(layer), dtype, size) for dtype, (size, rows), layer in itertools.product(dtypes, sizes, chosen)
+    ]
+    if args.device == "cpu" and not (args.dtype or args.batch or args.rows):
+        small = chosen[KINDS.index("proj")] if len(chosen) > 1 else chosen[0]
+        cases.append(Case(small, small.tokens, "bfloat16", "batch 1"))
+    return args, cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, cases = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found, left_out = variants(args.device)
+    limit = limits(args.device, list(dict.fromkeys(case.dtype for case in cases)))
+    arguments = {name: value for name, value in vars(args).items() if name != "out"}
+    record = {
+        "benchmark": "forward",
+        "format": report.FORMAT,
+        "complete": True,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "arguments": arguments,
+        "machine": report.machine(),
+        "versions": report.versions(),
+        "commit": report.commit(),
+        "backends": [backend._asdict() for backend in efft_kernels.backends()],
+        "limits": limit._asdict(),
+        "memory": MEMORY[args.device],
+        "data": {"scale": SCALE, "update_over_weight": UPDATE},
+        "variants": {variant.name: variant.meaning for variant in found},
+        "left_out": {name: {"": reason} for name, reason in left_out.items() if not args.variants},
+        "results": [],
+    }
+    if args.compile == "first" and len(cases) > 1:
+        for variant in found:
+            if variant.compiled and (args.variants is None or variant.name in args.variants):
+                record["left_out"][variant.name] = {f"all but {cases[0]}": "compiling takes its time; --compile all"}
+    try:
+        with torch.set_grad_enabled(args.backward):
+            measure(cases, args, record, limit)
+    except KeyboardInterrupt:
+        record["complete"] = False
+    if not record["results"]:
+        print("interrupted before the first round: nothing to show")
+        return 130
+    record["summary"] = summary(record["results"])
+    show(record)
+    if args.out:
+        save(record, args.out)
+    return 0 if record["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Timing, memory and the machine's limits: what every benchmark here measures with.
+
+A call is a tuple of stages, functions of which each gets the result of the one before: (forward,) or
+(forward, backward). Calls of all variants alternate within one process, so a machine that slows down slows all of them,
+and ratios are taken round by round.
+"""
+
+import gc
+import glob
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+Stages = tuple[Callable, ...]
+
+
+class Lap(NamedTuple):
+    """Seconds of one stage."""
+
+    time: float  # CPU: wall clock. CUDA: between two events, the launches hidden behind a busy device
+    cpu: float  # process CPU time, all threads
+    wall: float  # wall clock; on CUDA of a second call, until the device is idle again
+
+
+class Spread(NamedTuple):
+    median: float
+    q1: float
+    q3: float
+
+    def __mul__(self, factor: float) -> "Spread":
+        return Spread(*(factor * value for value in self))
+
+
+def spread(values: list[float]) -> Spread:
+    t = torch.tensor(values, dtype=torch.float64)
+    return Spread(*torch.quantile(t, torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)).tolist())
+
+
+# -- one call ---------------------------------------------------------------------------------------------------------
+
+
+def time_cpu(stages: Stages) -> list[Lap]:
+    laps, value = [], None
+    for stage in stages:
+        cpu, wall = time.process_time(), time.perf_counter()
+        value = stage(value)
+        wall = time.perf_counter() - wall
+        laps.append(Lap(wall, time.process_time() - cpu, wall))
+    return laps
+
+
+class TimeCuda:
+    """Times on the device, its L2 cache written over before each call."""
+
+    def __init__(self):
+        size = torch.cuda.get_device_properties("cuda").L2_cache_size
+        self.flush = torch.empty(4 * size, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, stages: Stages) -> list[Lap]:
+        self.flush.zero_()
+        # about half a millisecond: the host has queued the whole call by then, as in a model it runs ahead
+        torch.cuda._sleep(1_000_000)
+        events = [torch.cuda.Event(enable_timing=True)]
+        events[0].record()
+        value = None
+        for stage in stages:
+            value = stage(value)
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+        del value
+        torch.cuda.synchronize()
+        device = [start.elapsed_time(end) * 1e-3 for start, end in zip(events, events[1:])]
+
+        self.flush.zero_()
+        torch.cuda.synchronize()
+        laps, value = [], None
+        for stage, seconds in zip(stages, device):
+            cpu, wall = time.process_time(), time.perf_counter()
+            value = stage(value)
+            torch.cuda.synchronize()
+            laps.append(Lap(seconds, time.process_time() - cpu, time.perf_counter() - wall))
+        return laps
+
+
+def timer(device: str) -> Callable[[Stages], list[Lap]]:
+    return TimeCuda() if device == "cuda" else time_cpu
+
+
+# -- many calls -------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    variants: dict[str, list[Stages]],  # per variant: the same call on each copy of the inputs
+    lap: Callable[[Stages], list[Lap]],
+    rounds: int,
+    deadline: float = float("inf"),  # of time.perf_counter; three rounds are run whatever it says
+) -> Iterator[dict[str, list[Lap]]]:
+    """Yields round after round: the laps of every variant, called one after the other.
+
+    The order turns from round to round and is reversed in every second one, so no variant keeps its neighbours. Each
+    call takes the next copy of the inputs, so none finds in a cache what the one before it read.
+    """
+    names, turn = list(variants), 0
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            if r >= 3 and time.perf_counter() > deadline:
+                return
+            at = r % len(names)
+            order = names[at:] + names[:at]
+            laps = {}
+            for name in order[::-1] if r % 2 else order:
+                laps[name] = lap(variants[name][turn % len(variants[name])])
+                turn += 1
+            yield laps
+    finally:
+        gc.enable()
+
+
+def copies(bytes_per_copy: int, device: str) -> int:
+    """How many copies of the inputs put twice the last cache between two uses of one; at least 2, within 2 GiB."""
+    return max(2, min(-(-2 * cache_bytes(device) // bytes_per_copy) + 1, (2 << 30) // bytes_per_copy))
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache; 32 MiB where the system does not tell."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties("cuda").L2_cache_size
+    sizes = [32 << 20]
+    for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size"):
+        with open(path) as file:
+            text = file.read().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+MEMORY = {
+    "cpu": "largest sum of what torch's CPU allocator had given out during one call, by torch.profiler; without the "
+    "inputs, and without buffers that a library takes from the system itself",
+    "cuda": "torch.cuda.max_memory_allocated during one call, less what was allocated before it",
+}
+
+
+def run(stages: Stages) -> None:
+    value = None
+    for stage in stages:
+        value = stage(value)
+
+
+def memory(stages: Stages, device: str) -> tuple[int, int]:
+    """(peak, kept) in bytes: the peak as MEMORY[device] states, and what is still held when all results are gone."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(stages)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces every start on stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run(stages)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sums = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return max(sums, default=0), sums[-1] if sums else 0
+
+
+# -- limits of the machine --------------------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    flops: dict[str, float]  # per second, by dtype
+    gemm: dict[str, float]  # the best dense product seen in that dtype; on a CPU flops may come from a wider dtype
+    bandwidth: float  # bytes per second
+    source: str
+
+
+# data sheets, dense: bfloat16 and float16 TFLOP/s (tensor cores), float32 TFLOP/s (TF32 off), TB/s; longer names first
+_GPUS = {
+    "H100 PCIe": (756, 51, 2.0),
+    "H100 NVL": (835, 60, 3.9),
+    "H100": (989, 67, 3.35),
+    "H200": (989, 67, 4.8),
+    "B200": (2250, 75, 8.0),
+    "A100-PCIE-40GB": (312, 19.5, 1.555),
+    "A100-SXM4-40GB": (312, 19.5, 1.555),
+    "A100": (312, 19.5, 2.0),
+    "L40S": (362, 91.6, 0.864),
+    "L4": (121, 30.3, 0.3),
+    "RTX 4090": (165, 82.6, 1.008),
+}
+
+
+def limits(device: str, dtypes: list[str]) -> Limits:
+    """What the machine can do: from a data sheet for a GPU that is listed, measured otherwise (a second or two)."""
+    if device == "cuda":
+        model = torch.cuda.get_device_name()
+        for name, (half, single, bandwidth) in _GPUS.items():
+            if name in model:
+                flops = {d: (single if d == "float32" else half) * 1e12 for d in dtypes}
+                return Limits(flops, flops, bandwidth * 1e12, f"data sheet of the {name}")
+    gemm = {dtype: _best_gemm(device, getattr(torch, dtype)) for dtype in {*dtypes, "float32"}}
+    # a CPU without instructions for a narrow dtype can still widen it: its limit is the faster of the two
+    flops = {dtype: max(gemm[dtype], gemm["float32"]) for dtype in dtypes}
+    return Limits(flops, gemm, _best_copy(device), "measured at the start: best dense GEMM, copy in memory")
+
+
+def _best_gemm(device: str, dtype: torch.dtype) -> float:
+    n = 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 384
+    x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    products = [(lambda _: F.linear(x, w),)]
+    if device == "cpu" and torch.backends.mkldnn.is_available() and dtype == torch.float32:
+        products.append((lambda _: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),))
+    return 2 * n**3 / _best(products, device)
+
+
+def _best_copy(device: str) -> float:
+    size = 4 * cache_bytes(device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / _best([(lambda _: target.copy_(source),)], device)
+
+
+def _best(calls: list[Stages], device: str) -> float:
+    lap = timer(device)
+    return min(lap(call)[0].time for call in calls for _ in range(6))
