@@ -2,11 +2,17 @@
 
 import sys
 
+from .factors import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
+from .inject import Plan, adapter_parameters, inject, merge, plan, unmerge
 from .linear import EFFTLinear
 from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_
 
 __version__ = "0.1.0"
-__all__ = ["Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_"]
+__all__ = [
+    *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_"),
+    *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
+    *("Plan", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
+]
 
 # makes the statement `import efft_kernels.EFFTLinear` work as well
 sys.modules[f"{__name__}.EFFTLinear"] = EFFTLinear

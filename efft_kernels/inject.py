@@ -1,0 +1,441 @@
+"""plan, inject, merge, unmerge: adapting a whole model. The only file that knows how models are laid out.
+
+Models are read by the names of their modules (timm, transformers, DINOv2's own), never imported.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .factors import TARGETS, GroupSpec, Site, _Config
+from .linear import AdaptedLinear, Adapters
+from .ops import merge_
+
+_BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
+# name inside a block -> the matrices it holds side by side
+_LINEARS = {
+    "attn.qkv": ("q", "k", "v"),
+    "mlp.w12": ("gate", "fc1"),
+    "mlp.weights_in": ("gate", "fc1"),
+    **{
+        name: (part,)
+        for part, names in {
+            "q": "attn.q_proj attn.q attention.q_proj attention.attention.query attention.self.query self_attn.q_proj",
+            "k": "attn.k_proj attn.k attention.k_proj attention.attention.key attention.self.key self_attn.k_proj",
+            "v": "attn.v_proj attn.v attention.v_proj attention.attention.value attention.self.value self_attn.v_proj",
+            "proj": "attn.proj attention.o_proj attention.output.dense self_attn.out_proj",
+            "gate": "mlp.fc1_g mlp.gate_proj",
+            "fc1": "mlp.fc1 mlp.fc1_x mlp.up_proj intermediate.dense",
+            "fc2": "mlp.fc2 mlp.down_proj mlp.w3 mlp.weights_out output.dense",
+        }.items()
+        for name in names.split()
+    },
+}
+_HEADS = ("head", "head_dist", "heads", "fc", "classifier", "cls_classifier", "distillation_classifier")
+
+
+# -- plan -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`inject` would do. ``print(plan)`` shows the table; ``parameters`` counts what would be trained."""
+
+    model: str  # class name
+    config: _Config
+    groups: tuple[GroupSpec, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in the factors, without the head."""
+        return sum(self._count(group) for group in self.groups)
+
+    def _count(self, group: GroupSpec) -> int:
+        weights = {slot.site.path: torch.empty(0, device="meta") for slot in group.slots}
+        return sum(p.numel() for p in self.config.group(group, self.config, weights).parameters())
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two models exactly if an adapter of one fits the other: the Linears, their shapes and groups."""
+        data = json.dumps([asdict(group) for group in self.groups], sort_keys=True)
+        return hashlib.sha256(data.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        rows = [("path", "part", "block", "group", "slice", "weight [N, K]", "down, up", "parameters")]
+        for group in self.groups:
+            for slot in group.slots:
+                site, cores = slot.site, slot.cores
+                K, N, (P, Q) = site.in_features, site.out_features, group.rank
+                slices = f"{cores[0]}" if len(cores) == 1 else f"{cores[0]}-{cores[-1]}"
+                factors = f"[{K}, r], [r, {N}]" + " transposed" * slot.transposed
+                rows.append(
+                    (site.path, "+".join(site.chosen), f"{site.block}", group.name, slices, f"[{N}, {K}]", factors, "")
+                )
+            shape = f"{group.cores} x [{group.K}, {group.N}]"
+            rows.append((f"= {group.name}", "", "", "", shape, f"rank {P}, {Q}", "", f"{self._count(group):,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        linears = sum(len(group.slots) for group in self.groups)
+        return "\n".join(
+            [f"{self.model}, {self.config}", *lines, f"{linears} Linears, {self.parameters:,} trained parameters"]
+        )
+
+
+def plan(model: nn.Module, config: _Config) -> Plan:
+    """Which Linears of the model the config adapts, in which groups. Reads names and shapes; changes nothing.
+
+    Args:
+        model: a vision transformer of timm or transformers, or one with the same module names: blocks in a list called
+            ``blocks``, ``layers`` or ``layer``. On the meta device, too.
+        config: EFFTConfig, FacTConfig, LoRAConfig, VeRAConfig or LoRAXSConfig.
+
+    Raises:
+        TypeError: config is none of them, or a Linear that would be adapted is not a plain nn.Linear.
+        ValueError: nothing to adapt, a block that does not exist, a rank that does not fit, matrices of a group that
+            differ in shape, tied weights, or a model whose attention does not call its Linear.
+    """
+    if not isinstance(config, _Config):
+        raise TypeError(f"config must be an EFFTConfig or another config of efft_kernels, got {type(config).__name__}")
+    sites = [site for site in _sites(model, config) if site.chosen]
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no Linears that targets={config.targets} name; known names inside a block "
+            f"are {', '.join(_LINEARS)}"
+        )
+    found = {}
+    for site in sites:
+        module = model.get_submodule(site.path)
+        _check_linear(model, site.path, module)
+        if (other := found.setdefault(id(module.weight), site.path)) != site.path:
+            raise ValueError(f"{site.path} and {other} share one weight; adapt neither, or untie them")
+    return Plan(type(model).__name__, config, tuple(config.arrange(sites)))
+
+
+def _sites(model: nn.Module, config: _Config) -> list[Site]:
+    linears = []  # (block prefix, container, path, parts, module)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (match := _BLOCK.match(path)):
+            if parts := _LINEARS.get(path[match.end() + 1 :]):
+                linears.append((match.group(), match["container"], path, parts, module))
+    blocks = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefix for prefix, *_ in linears))}
+    stages = {container: i for i, container in enumerate(dict.fromkeys(container for _, container, *_ in linears))}
+    if config.blocks is not None and (missing := set(config.blocks) - set(blocks.values())):
+        raise ValueError(f"blocks must be from 0 to {len(blocks) - 1} for this model, got {sorted(missing)}")
+    hidden = {prefix: module.in_features for prefix, _, _, parts, module in linears if parts == ("fc2",)}
+    sites = []
+    for prefix, container, path, parts, module in linears:
+        if parts == ("fc1",) and module.out_features == 2 * hidden.get(prefix, 0):
+            # a gated FFN in one Linear (SwiGLU)
+            gate_last = getattr(model.get_submodule(path.rpartition(".")[0]), "gate_last", False)
+            parts = ("fc1", "gate") if gate_last else ("gate", "fc1")
+        block = blocks[prefix]
+        chosen = config.chosen(parts) if config.blocks is None or block in config.blocks else ()
+        shape = module.in_features, module.out_features
+        sites.append(Site(path, parts, chosen, block, stages[container], *shape))
+    return sites
+
+
+def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
+    if type(module) not in (nn.Linear, AdaptedLinear):
+        raise TypeError(f"{path} must be an nn.Linear, got {type(module).__name__}, which may compute something else")
+    if not module.weight.dtype.is_floating_point:
+        raise TypeError(f"{path} must have a floating-point weight, got {module.weight.dtype}")
+    if module.out_features % 3 and path.endswith("qkv"):
+        raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
+    parent = model.get_submodule(path.rpartition(".")[0])
+    separate = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
+    if path.endswith(".qkv") and separate:
+        raise ValueError(
+            f"{type(model).__name__} is not supported with these targets: its {type(parent).__name__} at {path} keeps "
+            "q and v biases apart and calls F.linear on the weight, past the Linear (BEiT, EVA and Swin V2 of timm do); "
+            "targets=('proj', 'mlp') would work"
+        )
+
+
+# -- inject -----------------------------------------------------------------------------------------------------------
+
+
+def inject(
+    model: nn.Module,
+    config: _Config,
+    *,
+    name: str = "default",
+    head: str | int | nn.Module = "train",
+    backend: str | None = None,
+) -> nn.Module:
+    """Put adapters on a model, in place, and freeze the rest. Its outputs stay what they were: the updates start at zero.
+
+    Afterwards the model owns the factors once, as ``efft.<name>.<group>.<factor>``; all other names in its state_dict
+    are unchanged. Batch norms outside the head keep their statistics.
+
+    Args:
+        model, config: as :func:`plan`.
+        name: of the adapter; adapter.py has functions for several.
+        head: the classifier is trained ("train"), left as it is ("keep"), or replaced and trained: a number of classes,
+            or a module.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: as :func:`plan`; a model that is already injected or merged, a name that cannot be used,
+            no head to replace. Nothing has been changed then.
+    """
+    _check_bare(model)
+    check_name(name)
+    groups = build(plan(model, config), model)
+    heads = [key for key in _HEADS if isinstance(getattr(model, key, None), nn.Module)]
+    replacements = _replacements(model, heads, head)
+    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+
+    for owner, key, module in replacements:
+        setattr(owner, key, module)
+    if isinstance(head, int):
+        _tell_classes(model, head)
+    model.requires_grad_(False)
+    if head != "keep":
+        for key in heads:
+            getattr(model, key).requires_grad_(True)
+    model.efft = Adapters(backend, tuple(_norms(model, heads)))
+    model.efft.flags = flags  # for when the last adapter is deleted
+    model.efft.hooks = (
+        model.register_forward_pre_hook(_before),
+        model.register_forward_hook(_after, always_call=True),
+    )
+    mount(model, name, groups)
+    model.efft.active = name
+    model.efft.train(model.training)
+    return model
+
+
+def build(made: Plan, model: nn.Module) -> nn.ModuleDict:
+    """The groups of a plan with new factors, not yet on the model."""
+    groups = nn.ModuleDict()
+    for spec in made.groups:
+        weights = {slot.site.path: model.get_submodule(slot.site.path).weight for slot in spec.slots}
+        kinds = {(weight.dtype, weight.device) for weight in weights.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"the Linears of group {spec.name!r} must be of one dtype and device, got {kinds}")
+        groups[spec.name] = made.config.group(spec, made.config, weights)
+    groups.plan = made
+    return groups
+
+
+def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
+    """Register the groups on an injected model and swap the Linears that they need and that are still plain."""
+    model.efft[name] = groups.train(model.training)
+    for group in groups.values():
+        for path in group.slots:
+            linear = model.get_submodule(path)
+            if type(linear) is nn.Linear:
+                AdaptedLinear.adopt(linear, path, model.efft)
+
+
+def eject(model: nn.Module) -> None:
+    """Take all adapters off: the plain model with the parameters frozen and trained that were so before inject."""
+    for hook in model.efft.hooks:
+        hook.remove()
+    for _, layer in _layers(model):
+        layer.release()
+    parameters = dict(model.named_parameters())
+    for key, flag in model.efft.flags.items():
+        if key in parameters:
+            parameters[key].requires_grad_(flag)
+    del model.efft
+
+
+def adapters(model: nn.Module) -> Adapters:
+    """The adapters of an injected model; a sentence for any other."""
+    if isinstance(getattr(model, "efft", None), Adapters):
+        return model.efft
+    state = "is merged, unmerge it first" if hasattr(model, "_efft_merged") else "has none, inject it first"
+    raise ValueError(f"the model must have adapters, but this {type(model).__name__} {state}")
+
+
+def check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"name must be a non-empty word without dots that is no attribute of a module, got {name!r}")
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What to hand the optimizer: the trained factors of the active adapter, and the head where it is trained.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    found = [p for group in adapters(model).groups() for p in group.parameters()]
+    found += [p for key in _HEADS if isinstance(getattr(model, key, None), nn.Module) for p in getattr(model, key).parameters()]
+    return [p for p in dict.fromkeys(found) if p.requires_grad]
+
+
+def _before(model: nn.Module, args) -> None:
+    # FSDP rewrites a factor's memory before every forward without a trace in its version
+    model.efft.begin(keep=not any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__))
+
+
+def _after(model: nn.Module, args, output) -> None:
+    model.efft.end(output)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+
+
+def _check_bare(model: nn.Module) -> None:
+    if hasattr(model, "_efft_merged"):
+        raise ValueError("the model is merged; unmerge it first")
+    if isinstance(getattr(model, "efft", None), Adapters):
+        names = ", ".join(map(repr, model.efft))
+        raise ValueError(f"the model is already injected with {names}; add_adapter puts a further adapter beside it")
+    if hasattr(model, "efft"):
+        raise ValueError(f"the model already has an attribute 'efft', a {type(model.efft).__name__}")
+
+
+def _norms(model: nn.Module, heads: list[str]) -> Iterator[nn.Module]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and path.partition(".")[0] not in heads:
+            yield module
+
+
+def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(owner, attribute, new module) for each head to replace"""
+    if head in ("train", "keep"):
+        return []
+    if isinstance(head, bool) or not isinstance(head, int | nn.Module) or (isinstance(head, int) and head < 1):
+        raise ValueError(f"head must be 'train', 'keep', a number of classes or a module, got {head!r}")
+    if isinstance(head, nn.Module):
+        if len(heads) != 1:
+            raise ValueError(f"head can be a module only where there is one head, got {heads} in {type(model).__name__}")
+        return [(model, heads[0], head)]
+    found = []
+    for key in heads:
+        linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")]
+        if linears:
+            old = model.get_submodule(linears[-1])
+            new = nn.Linear(old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+            nn.init.trunc_normal_(new.weight, std=0.02)
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
+            owner, _, attribute = linears[-1].rpartition(".")
+            found.append((model.get_submodule(owner), attribute, new.train(old.training)))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no classifier Linear to replace among {_HEADS}")
+    return found
+
+
+def _tell_classes(model: nn.Module, classes: int) -> None:
+    for owner in (model, getattr(model, "config", None)):
+        for key in ("num_classes", "num_labels"):
+            if key in vars(owner or object) or (owner is not model and hasattr(owner, key)):
+                setattr(owner, key, classes)
+
+
+# -- merge ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Merged:
+    """What unmerge needs: kept on the model, but in no state_dict."""
+
+    adapters: Adapters
+    names: list[str]  # of the Linears that were adapted
+    weights: dict[str, Tensor] | None  # before the merge
+
+
+def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
+    """Add the active adapter's updates to the weights and put plain nn.Linears back, in place: no cost at inference.
+
+    Args:
+        model: an injected model.
+        keep_weights: hold a copy of the weights that change, for :func:`unmerge`. False saves that memory for good.
+
+    Returns:
+        The model. Its state_dict has the names of the model before :func:`inject`.
+
+    Warns:
+        UserWarning: weights are bfloat16 or float16, and how much of the update their rounding loses, in relation to it.
+
+    Raises:
+        ValueError: a model that has no adapters, is merged already, or whose adapter is disabled.
+    """
+    owner = adapters(model)
+    if owner.active is None:
+        raise ValueError("merge needs an active adapter, but all are disabled")
+    with torch.no_grad():
+        pairs = {path: pair for g in owner.groups() for path, pair in _eval_pairs(g, owner.backend).items()}
+        weights = {path: model.get_submodule(path).weight for path in pairs}
+        low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
+        kept = {path: weight.clone() for path, weight in weights.items() if keep_weights or path in low}
+        for dtype in dict.fromkeys((weight.dtype, weight.device) for weight in weights.values()):
+            paths = [path for path, weight in weights.items() if (weight.dtype, weight.device) == dtype]
+            downs = [pairs[path].down.to(*dtype[:1]) for path in paths]
+            ups = [pairs[path].up.to(*dtype[:1]) for path in paths]
+            merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
+        if low:
+            loss = _loss([(kept[path], weights[path], pairs[path]) for path in low])
+            warnings.warn(
+                f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
+                "model.float() before merge avoids it",
+                stacklevel=2,
+            )
+    names = [path for path, _ in _layers(model)]
+    for _, layer in _layers(model):
+        layer.release()
+    for hook in owner.hooks:
+        hook.remove()
+    del model.efft
+    model._efft_merged = (_Merged(owner, names, kept if keep_weights else None),)  # a tuple, which registers nothing
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo :func:`merge`: the weights as they were, bit for bit, and the adapters back on.
+
+    Raises:
+        ValueError: a model that is not merged, or was merged with keep_weights=False.
+    """
+    if not hasattr(model, "_efft_merged"):
+        raise ValueError(f"the model must be merged to be unmerged, but this {type(model).__name__} is not")
+    (merged,) = model._efft_merged
+    if merged.weights is None:
+        raise ValueError("the model was merged with keep_weights=False: its former weights are gone")
+    with torch.no_grad():
+        for path, weight in merged.weights.items():
+            model.get_submodule(path).weight.copy_(weight)
+    del model._efft_merged
+    model.efft = merged.adapters.to(next(iter(merged.weights.values())).device)
+    device = model.get_submodule(merged.names[0]).weight.device
+    model.efft.to(device).train(model.training)
+    model.efft.hooks = (
+        model.register_forward_pre_hook(_before),
+        model.register_forward_hook(_after, always_call=True),
+    )
+    for path in merged.names:
+        AdaptedLinear.adopt(model.get_submodule(path), path, model.efft)
+    return model
+
+
+def _eval_pairs(group, backend):
+    """pairs without dropout, whatever mode the group is in"""
+    training = group.training
+    try:
+        return group.eval().hand_out(group.slots.values(), backend)
+    finally:
+        group.train(training)
+
+
+def _loss(merged: list[tuple[Tensor, Tensor, tuple]]) -> float:
+    """||what was added - what should have been|| / ||what should have been||, over all weights"""
+    missing = total = 0.0
+    for before, after, (down, up, _) in merged:
+        wanted = (down.float() @ up.float()).T
+        missing += (after.float() - before.float() - wanted).square().sum().item()
+        total += wanted.square().sum().item()
+    return (missing / total) ** 0.5 if total else 0.0
