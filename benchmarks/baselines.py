@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     down: Tensor  # [K, R], u
     up: Tensor  # [R, N], scale * sigma @ v, the slices side by side
     dy: Tensor  # [M, N]
+    merged: Tensor  # [N, K], weight + dW, rounded once
 
 
 def make_inputs(M, layer, R, dtype, device, *, grad=False, seed=0) -> Inputs:
@@ -46,25 +47,27 @@ def make_inputs(M, layer, R, dtype, device, *, grad=False, seed=0) -> Inputs:
     else:
         u, sigma, v = normal(K, R, std=K**-0.5), normal(S, R, R, std=R**-0.5), normal(R, N // S, std=std)
     up = _up(sigma.double(), v.double()).to(dtype)
+    weight = normal(N, K, std=K**-0.5)
+    merged = (weight.double() + update(u, sigma, v).t()).to(dtype)
     trained = [t.requires_grad_(grad) for t in (u, sigma, v, u.detach().clone(), up)]
-    x = normal(M, K).requires_grad_(grad)
-    return Inputs(x, normal(N, K, std=K**-0.5), normal(N), *trained, normal(M, N))
+    return Inputs(normal(M, K).requires_grad_(grad), weight, normal(N), *trained, normal(M, N), merged)
 
 
 def _up(sigma: Tensor, v: Tensor) -> Tensor:  # [R, N]
     return (SCALE * sigma @ v).transpose(0, 1).flatten(1)
 
 
-def update(i: Inputs, dtype=None) -> Tensor:  # [K, N]
-    """dW.T = scale * u @ sigma @ v, formed in float64"""
-    return (i.u.detach().double() @ _up(i.sigma.detach().double(), i.v.detach().double())).to(dtype or i.x.dtype)
+def update(u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:  # [K, N]
+    """dW.T = scale * u @ sigma @ v in float64"""
+    return u.double() @ _up(sigma.double(), v.double())
 
 
+@torch.no_grad()
 def truth(i: Inputs, rows: slice) -> tuple[Tensor, Tensor]:
-    """(y, what the adapter adds to it) of some rows, in float64"""
-    x, w = i.x.detach()[rows].double(), i.weight.double()
-    added = x @ update(i, torch.float64)
-    return x @ w.t() + i.bias.double() + added, added
+    """(y, what the adapter adds to it) of some rows of x, in float64"""
+    x = i.x[rows].double()
+    added = x @ update(i.u, i.sigma, i.v)
+    return x @ i.weight.double().t() + i.bias.double() + added, added
 
 
 # -- the formulas -----------------------------------------------------------------------------------------------------
@@ -132,22 +135,16 @@ class _Dense(torch.autograd.Function):
         return ctx.back(dy), None, None
 
 
-def merged_weight(i: Inputs) -> Tensor:
-    return (i.weight.double() + update(i, torch.float64).t()).to(i.weight.dtype)
-
-
 def _merged(i: Inputs) -> Call:
-    w = merged_weight(i)
-    return Call(lambda: F.linear(i.x, w, i.bias), ())
+    return Call(lambda: F.linear(i.x, i.merged, i.bias), ())
 
 
 def _onednn(prepare):
     def build(i: Inputs) -> Call:
-        w = merged_weight(i)
+        w = prepare(i.merged, i.x.shape[0])
         if not i.x.requires_grad:
-            w = prepare(w, i.x.shape[0])
             return Call(lambda: onednn(i.x, w, i.bias), ())
-        w, wt = prepare(w, i.x.shape[0]), prepare(w.t().contiguous(), i.x.shape[0])
+        wt = prepare(i.merged.t().contiguous(), i.x.shape[0])
         product, back = (lambda x: onednn(x, w, i.bias)), (lambda dy: onednn(dy, wt, None))
         return Call(lambda: _Dense.apply(i.x, product, back), ())
 

@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 try:
+    import matplotlib  # noqa: F401, drawn with at the end
     from tqdm import tqdm
 
+    import efft_kernels
     import report
-except ImportError as error:
-    sys.exit(f'the benchmarks need tqdm, tabulate and matplotlib: pip install -e ".[test]" ({error})')
+except ModuleNotFoundError as error:
+    sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[test]" ({error})')
 
-import efft_kernels
-from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, merged_weight, truth, variants
+from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from measure import MEMORY, Limits, Spread, Stages, copies, interleave, limits, memory, run, spread, timer
 from report import digits
 from shapes import KINDS, MODELS, Layer, layers, work
@@ -64,16 +66,14 @@ def stages(call: Call, i: Inputs, backward: bool) -> Stages:
     return (lambda _: call.forward()), (lambda y: torch.autograd.grad(y, wanted, i.dy))
 
 
-def errors(variant: Variant, y: torch.Tensor, i: Inputs) -> dict[str, float]:
+def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, rows: slice) -> dict[str, float]:
     """Relative Frobenius errors against float64: of y, and of what the adapter adds to it.
 
     The latter is taken of a call with weight and bias zero; where w + dW is rounded, which is what loses the update, it
     is taken of x (merged weight - weight) in float64.
     """
-    rows = slice(None, None, max(1, len(i.x) // 256))  # float64 products of all rows would outlast the timing
-    true, added = truth(i, rows)
     if variant.merged:
-        got = i.x.detach()[rows].double() @ (merged_weight(i).double() - i.weight.double()).t()
+        got = i.x.detach()[rows].double() @ (i.merged.double() - i.weight.double()).t()
     else:
         bare = i._replace(weight=torch.zeros_like(i.weight), bias=torch.zeros_like(i.bias))
         got = variant.build(bare).forward().detach()[rows].double()
@@ -92,25 +92,37 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
         make_inputs(case.M, case.layer, args.rank, dtype, args.device, grad=args.backward, seed=seed)
         for seed in range(copies(moved, args.device))
     ]
+    rows = slice(None, None, max(1, case.M // 256))  # float64 products of all rows would outlast the timing
+    true, added = truth(data[0], rows)
     calls, facts = {}, {}
     for variant in found:
         try:
             built = [variant.build(i) for i in data]
             first, *others = [stages(call, i, args.backward) for call, i in zip(built, data)]
             start = time.perf_counter()
-            run(first)
+            y = first[0](None)
+            for stage in first[1:]:
+                stage(y)
             seconds = time.perf_counter() - start
-            fact = errors(variant, built[0].forward(), data[0])
+            fact = errors(variant, y, data[0], true, added, rows)
             fact["peak_bytes"], _ = memory(first, args.device)
             fact["kept_bytes"] = 0
             if variant.name.startswith("efft"):
                 # a packed weight is kept from the first call with it, which must not be a timed one
-                fact["kept_bytes"] = max(memory(other, args.device)[1] for other in others)
+                fact["kept_bytes"] = memory(others[0], args.device)[1]
+                for other in others[1:]:
+                    run(other)
+            fact["copies"] = len(data)
             fact["compile_s"] = seconds if variant.compiled else None
             calls[variant.name], facts[variant.name] = [first, *others], fact
         except RuntimeError as error:
-            left_out.setdefault(variant.name, {})[str(case)] = str(error).strip().partition("\n")[0]
+            left_out.setdefault(variant.name, {})[str(case)] = _sentence(error)
     return calls, facts
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of its first line: what follows in torch's messages is about tools and builds."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
@@ -159,7 +171,7 @@ def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[st
                 "cpu_ratio": ratios("cpu"),
                 "flops": flops,
                 "bytes": moved,
-                "tflops": flops / taken.median * 1e-12,
+                "gflops": flops / taken.median * 1e-9,
                 "gbytes": moved / taken.median * 1e-9,
                 "floor_ms": floor * 1e3,
                 "floor_share": floor / taken.median,
@@ -235,7 +247,7 @@ def slower(rows: list[dict]) -> list[str]:
 
 
 HEAD = [
-    "layer", "variant", "ms", "quartiles", "/merged", "(cpu)", "/onednn", "/einsum_dw", "/unfused", "TFLOP/s", "GB/s",
+    "layer", "variant", "ms", "quartiles", "/merged", "(cpu)", "/onednn", "/einsum_dw", "/unfused", "GFLOP/s", "GB/s",
     "floor", "MiB", "error y", "error dW",
 ]  # fmt: skip
 
@@ -267,7 +279,7 @@ def lines(rows: list[dict]) -> list[list[str]]:
                             ("ratio", "unfused"),
                         )
                     ),
-                    digits(row["tflops"]),
+                    digits(row["gflops"]),
                     digits(row["gbytes"]),
                     f"{row['floor_share']:.0%}",
                     f"{kept}{row['peak_bytes'] / 2**20:.1f}",
@@ -291,12 +303,12 @@ def show(record: dict) -> None:
             where = ", ".join(case for case, text in reasons.items() if text == reason)
             print(f"{name:<16} left out{' of ' + where if where else ''}: {reason}")
     limit = record["limits"]
-    flops = ", ".join(f"{value * 1e-12:.3g} TFLOP/s {dtype}" for dtype, value in limit["flops"].items())
+    flops = ", ".join(f"{digits(value * 1e-9)} GFLOP/s {dtype}" for dtype, value in limit["flops"].items())
     print(
         f"""
 ms        median of the rounds{"" if record["arguments"]["device"] == "cpu" else ", on the device"}; ratios: medians of the ratios within each round, (cpu) in process CPU time
-TFLOP/s   and GB/s: what the fused layer has to compute and move, over the time of the variant
-floor     share of the time that this takes at {flops}, {limit["bandwidth"] * 1e-9:.3g} GB/s ({limit["source"]})
+GFLOP/s   and GB/s: what the fused layer has to compute and move, over the time of the variant
+floor     share of the time that this takes at {flops}, {digits(limit["bandwidth"] * 1e-9)} GB/s ({limit["source"]})
 MiB       {record["memory"]}; +: kept between calls
 error dW  of what the adapter adds, with weight and bias zero; where w + dW is rounded: of x (merged weight - weight)
 """
@@ -389,7 +401,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
                    help="cases in which the formulas run under torch.compile too (default: the first)")  # fmt: skip
     p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="the same as --compile none")
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
-    p.add_argument("--repeats", type=positive, default=40, metavar="N", help="rounds at most (default: 40)")
+    p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
     p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
                    help="for all cases together; every case gets three rounds at least (default: 60)")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR", help="write forward.json and forward.png there")

@@ -124,8 +124,9 @@ def interleave(
 
 
 def copies(bytes_per_copy: int, device: str) -> int:
-    """How many copies of the inputs put twice the last cache between two uses of one; at least 2, within 2 GiB."""
-    return max(2, min(-(-2 * cache_bytes(device) // bytes_per_copy) + 1, (2 << 30) // bytes_per_copy))
+    """How many copies of the inputs put twice the last cache between two uses of one: 2 to 32, and within 2 GiB."""
+    enough = -(-2 * cache_bytes(device) // bytes_per_copy) + 1
+    return max(2, min(enough, 32, (2 << 30) // bytes_per_copy))
 
 
 def cache_bytes(device: str) -> int:

@@ -133,6 +133,7 @@ def chart(
     colours: dict[str, str],  # of the bars, in their order
     label: str,
     note: str,
+    limit: float = 5.0,
 ) -> None:
     """Bars of medians with whiskers from quartile to quartile, panels below each other; a line marks 1."""
     import matplotlib
@@ -141,19 +142,21 @@ def chart(
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(len(panels), 1, figsize=(10, 1.3 + 3.0 * len(panels)), dpi=110, squeeze=False)
+    width = 0.9 / max(len(colours.keys() & bars.keys()) for _, groups in panels for bars in groups.values())
     for axis, (title, groups) in zip(axes[:, 0], panels):
-        names = [name for name in colours if any(name in bars for bars in groups.values())]
-        width = 0.86 / max(1, len(names))
-        for n, name in enumerate(names):
-            at = [g for g, bars in enumerate(groups.values()) if name in bars]
-            found = [bars[name] for bars in groups.values() if name in bars]
-            centres = [g + (n - (len(names) - 1) / 2) * width for g in at]
-            median, q1, q3 = zip(*found)
-            whiskers = [[m - q for m, q in zip(median, q1)], [q - m for m, q in zip(median, q3)]]
-            axis.bar(centres, median, width * 0.9, color=colours[name], label=name, yerr=whiskers,
-                     error_kw={"elinewidth": 0.8, "ecolor": "#333333"})  # fmt: skip
-            for centre, value, top in zip(centres, median, q3):
-                axis.annotate(f"{value:.2f}", (centre, top), (0, 2), textcoords="offset points", ha="center", fontsize=6.5)
+        # an outlier is cut off and keeps its number: the others have to stay readable
+        top = min(limit, 1.15 * max(q3 for bars in groups.values() for _, _, q3 in bars.values()))
+        for g, bars in enumerate(groups.values()):
+            names = [name for name in colours if name in bars]
+            for n, name in enumerate(names):
+                median, q1, q3 = bars[name]
+                at = g + (n - (len(names) - 1) / 2) * width
+                axis.bar(at, median, 0.9 * width, color=colours[name], label=name)
+                axis.vlines(at, q1, min(q3, top), color="#333333", linewidth=0.8)
+                axis.annotate(f"{median:.2f}", (at, min(q3, top)), (0, 2), textcoords="offset points", ha="center",
+                              fontsize=6.5)  # fmt: skip
+        axis.set_ylim(0, 1.05 * top)
+        axis.set_xlim(-0.5, max(len(groups), 2) - 0.5)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(groups)), list(groups))
         axis.set_title(title, fontsize=10, loc="left")
