@@ -1,0 +1,68 @@
+"""Small vision transformers with random weights, for tests of whole models."""
+
+import sys
+
+import pytest
+import torch
+
+import efft_kernels as ek
+
+
+def timm():
+    """timm, or skip; beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared"""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for op in ("nms", "qnms"):
+            declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        pass
+    return pytest.importorskip("timm")
+
+
+declared = []  # a torch.library.Library lives as long as someone refers to it
+
+
+def vit(name: str = "vit_tiny_patch16_224", **options):
+    """ViT-Ti of two blocks, 10 classes, 32 x 32 images, in eval mode."""
+    return timm().create_model(name, **{"depth": 2, "img_size": 32, "num_classes": 10, **options}).eval()
+
+
+def swin(**options):
+    """Swin of two stages, of two blocks and one, widths 32 and 64."""
+    sizes = dict(img_size=32, window_size=4, patch_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4), num_classes=10)
+    return timm().create_model("swin_tiny_patch4_window7_224", **{**sizes, **options}).eval()
+
+
+def images(n: int = 2, dtype: torch.dtype = torch.float32, size: int = 32) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, dtype=dtype)
+
+
+def shake(model, std: float = 0.05):
+    """Give every factor a value, so that no update is zero."""
+    with torch.no_grad():
+        for p in model.efft.parameters():
+            p.add_(torch.randn_like(p) * std)
+    return model
+
+
+METHODS = {
+    "efft1": ek.EFFTConfig("efft1", rank=4, scale=2.0, factor_dropout=0.0),
+    "efft1-shared": ek.EFFTConfig("efft1", rank=4, scale=2.0, cores="shared", factor_dropout=0.0),
+    "efft2": ek.EFFTConfig("efft2", rank=(4, 6), scale=2.0, factor_dropout=0.0, zero_init="vu"),
+    "efft2-shared": ek.EFFTConfig("efft2", rank=4, scale=2.0, cores="shared", factor_dropout=0.0),
+    "efft2-scale": ek.EFFTConfig("efft2", rank=4, scale=2.0, factor_dropout=0.0, trainable_scale=True),
+    "efft2-part": ek.EFFTConfig("efft2", rank=4, scale=2.0, factor_dropout=0.0, targets=("q", "v", "fc2"), blocks=(1,)),
+    "efft1-part": ek.EFFTConfig("efft1", rank=4, scale=2.0, factor_dropout=0.0, targets=("k", "proj", "fc1")),
+    "fact-tt": ek.FacTConfig("tt", rank=4, scale=2.0, activation_dropout=0.0),
+    "fact-tk": ek.FacTConfig("tk", rank=4, scale=2.0, activation_dropout=0.0),
+    "lora": ek.LoRAConfig(rank=4, scale=2.0),
+    "lora-all": ek.LoRAConfig(rank=4, scale=2.0, targets=("attn", "mlp")),
+    "vera": ek.VeRAConfig(rank=8, scale=2.0, targets=("attn", "mlp")),
+    "lora-xs": ek.LoRAXSConfig(rank=4, scale=2.0, targets=("q", "v", "fc1")),
+}

@@ -1,0 +1,123 @@
+"""Whole models against the formula of the paper: y = x W + dW with a dense dW, built from the factors by hand."""
+
+import copy
+
+import pytest
+import torch
+from models import METHODS, images, shake, swin, vit
+
+import efft_kernels as ek
+
+ATTENTION = ("q", "k", "v", "proj")
+
+
+def update_of(group, site, part):
+    """dW [d_in, d_out] of one matrix, without the hand-out: method by method."""
+    config = group.config
+    numbers = dict([*group.named_parameters(), *group.named_buffers()])
+    scale = numbers.get("scale", config.scale)
+    if isinstance(config, ek.EFFTConfig):
+        u, sigma, v = numbers["u"], numbers["sigma"], numbers["v"]
+        attention = part in ATTENTION
+        key = "attn" if attention and config.variant == "efft1" else part
+        core = sigma[group.order.index(key if config.cores == "shared" else (site.block, key))]
+        dense = scale * u @ core @ v
+        if attention and config.variant == "efft1":
+            d, i = site.width, ATTENTION.index(part)
+            dense = dense[:, i * d : (i + 1) * d]
+        return dense.T if part == "fc2" else dense
+    if isinstance(config, ek.FacTConfig):
+        u, v = numbers["u"], numbers["v"]
+        sigma = numbers["sigma"] if "sigma" in numbers else torch.einsum("sk,kpq->spq", numbers["p"], numbers["c"])
+        n = {"fc1": site.width // len(u), "fc2": site.in_features // len(u)}.get(part, 1)
+        first = sum(count for key, count in group.order[: [key for key, _ in group.order].index((site.block, part))])
+        slices = [scale * u @ sigma[first + i] @ v for i in range(n)]
+        return torch.cat(slices, 0 if part == "fc2" else 1)
+    row, column = group.order.index((site.block, part)) // len(site.chosen), site.chosen.index(part)
+    if isinstance(config, ek.LoRAConfig):
+        return scale * numbers["a"][row, column] @ numbers["b"][row, column]
+    if isinstance(config, ek.LoRAXSConfig):
+        return scale * numbers["a"][row, column] @ numbers["sigma"][row, column] @ numbers["v"][row, column]
+    assert isinstance(config, ek.VeRAConfig)
+    d, b = numbers["d"][row, column], numbers["b"][row, column]
+    return scale * numbers["u"] @ d.diag() @ numbers["v"] @ b.diag()
+
+
+class Numbers:
+    """A group's factors, and which matrix each core belongs to, told from the order of the model's Linears alone."""
+
+    def __init__(self, group, config):
+        self.config, self.named_parameters, self.named_buffers = config, group.named_parameters, group.named_buffers
+        keys = [(s.site.block, part) for s in group.spec.slots for part in s.site.parts if part in s.site.chosen]
+        if isinstance(config, ek.EFFTConfig):
+            if config.variant == "efft1":
+                keys = [(block, "attn" if part in ATTENTION else part) for block, part in keys]
+            keys = list(dict.fromkeys(part if config.cores == "shared" else (block, part) for block, part in keys))
+        if isinstance(config, ek.FacTConfig):
+            keys = [(key, 4 if key[1] in ("fc1", "fc2") else 1) for key in keys]
+        self.order = keys
+
+
+def dense(base, injected, config, x):
+    """the base model's output with dW added to its weights; differentiable in the factors"""
+    weights = {}
+    for group in injected.efft["default"].values():
+        numbers = Numbers(group, config)
+        for slot in group.spec.slots:
+            name, site = f"{slot.site.path}.weight", slot.site
+            columns = base.get_parameter(name).detach().unflatten(0, (len(site.parts), site.width)).unbind(0)
+            weights[name] = torch.cat(
+                [
+                    rows + update_of(numbers, site, part).T if part in site.chosen else rows
+                    for rows, part in zip(columns, site.parts)
+                ]
+            )
+    return torch.func.functional_call(base, weights, x)
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_equal_the_dense_formula(make, method):
+    base = make().double()
+    config = METHODS[method]
+    model = shake(ek.inject(copy.deepcopy(base), config))
+    factors = list(model.efft.parameters())
+    x = images(dtype=torch.float64)
+    want, got = dense(base, model, config, x), model(x)
+    assert (want - base(x)).abs().max() > 1e-3 * want.abs().max(), "the updates must matter"
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+    # the same layer by layer, outside the model's forward
+    alone = model.forward_head(model.forward_features(x))
+    assert (alone - want).abs().max() <= 1e-12 * want.abs().max()
+
+    wanted = torch.autograd.grad(want.square().sum(), factors)
+    for output in (got, alone):
+        for grad, exact in zip(torch.autograd.grad(output.square().sum(), factors), wanted):
+            assert (grad - exact).abs().max() <= 1e-10 * exact.abs().max()
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("method", METHODS)
+def test_at_the_start_outputs_are_bit_equal_to_the_base(make, method):
+    model = make()
+    x = images()
+    before = model(x)
+    ek.inject(model, METHODS[method], backend="reference")
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_rounds_and_unmerge_restores_every_bit(make, method):
+    model = make()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    shake(ek.inject(model, METHODS[method]))
+    x = images()
+    before = model(x)
+    ek.merge(model)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(type(m) is torch.nn.Linear for m in model.modules() if isinstance(m, torch.nn.Linear))
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    ek.unmerge(model)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    assert torch.equal(model(x), before)
