@@ -1,7 +1,7 @@
 """What is compared: every way to compute y = x (w + dW).T + b with a frozen w and dW.T = scale * u @ sigma @ v.
 
-A variant is built once per set of inputs, outside the timing, which is where a merged weight is made or a weight packed;
-what it returns is what a call costs.
+A variant is built once per set of inputs, outside the timing: a weight is packed there, a formula compiled. What is
+timed is the call that it returns.
 """
 
 import math
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(M, layer, R, dtype, device, *, grad=False, seed=0) -> Inputs:
-    """Random inputs. Factors of fc2 are the transposed slice of METHOD's group: the same numbers behind other strides."""
+    """Random inputs. fc2 gets its factors as a model would: the transposed slice of a group, by strides alone."""
     K, N, S = layer.K, layer.N, layer.slices
     g = torch.Generator(device).manual_seed(seed)
 
@@ -184,7 +184,7 @@ def _efft_group(i: Inputs) -> Call:
 
 
 def _compiled(of, formula):
-    # compiled when first built, so that a benchmark that leaves it out never loads the compiler; one graph for all copies
+    # when first built: a run that leaves it out never loads the compiler; one graph serves all copies
     compiled = []
 
     def build(i: Inputs) -> Call:

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -188,8 +189,6 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
     end = time.perf_counter() + args.seconds
     with tqdm(total=len(cases) * args.repeats, unit="round", disable=None) as bar:
         for n, case in enumerate(cases):
-            now = time.perf_counter()
-            deadline = now + (end - now) * cost[n] / sum(cost[n:])
             bar.set_description(str(case))
             found, _ = variants(args.device)  # anew, so that nothing compiled for the last case is met again
             torch._dynamo.reset()
@@ -200,7 +199,8 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
                 and (not v.compiled or args.compile == "all" or (args.compile == "first" and n == 0))
             ]
             calls, facts = build(case, args, found, record["left_out"])
-            samples = []
+            now, samples = time.perf_counter(), []
+            deadline = now + (end - now) * cost[n] / sum(cost[n:])
             try:
                 for laps in interleave(calls, lap, args.repeats, deadline):
                     samples.append(laps)
@@ -291,39 +291,42 @@ def lines(rows: list[dict]) -> list[list[str]]:
 
 
 def show(record: dict) -> None:
-    rows, m, v = record["results"], record["machine"], record["versions"]
+    rows, args, m, v = (record[key] for key in ("results", "arguments", "machine", "versions"))
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    meaning = {name: text for name, text in record["variants"].items() if any(r["variant"] == name for r in rows)}
     print(f"\n{report.table(HEAD, lines(rows))}\n")
-    for name, text in meaning.items():
-        print(f"{name:<16} {text}")
+    shown = {row["variant"] for row in rows}
+    for name, meaning in record["variants"].items():
+        if name in shown:
+            print(f"{name:<16} {meaning}")
     for name, reasons in record["left_out"].items():
         for reason in dict.fromkeys(reasons.values()):
-            where = ", ".join(case for case, text in reasons.items() if text == reason)
-            print(f"{name:<16} left out{' of ' + where if where else ''}: {reason}")
+            where = [case for case, text in reasons.items() if case and text == reason]
+            more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+            print(f"{name:<16} left out{' of ' if where else ''}{', '.join(where[:3])}{more}: {reason}")
+
     limit = record["limits"]
     flops = ", ".join(f"{digits(value * 1e-9)} GFLOP/s {dtype}" for dtype, value in limit["flops"].items())
-    print(
-        f"""
-ms        median of the rounds{"" if record["arguments"]["device"] == "cpu" else ", on the device"}; ratios: medians of the ratios within each round, (cpu) in process CPU time
-GFLOP/s   and GB/s: what the fused layer has to compute and move, over the time of the variant
-floor     share of the time that this takes at {flops}, {digits(limit["bandwidth"] * 1e-9)} GB/s ({limit["source"]})
-MiB       {record["memory"]}; +: kept between calls
-error dW  of what the adapter adds, with weight and bias zero; where w + dW is rounded: of x (merged weight - weight)
-"""
-    )
-    gpu = f", {m['gpu']['name']}" if record["arguments"]["device"] == "cuda" else ""
-    print(f"{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}")
+    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
+    notes = {
+        "ms": f"median of the rounds, {where}; /: median of the ratios within each round, (cpu) of process CPU time",
+        "GFLOP/s": "and GB/s: what the fused layer has to compute and to move, over the time of the variant",
+        "floor": f"share of the time that this takes at {flops}, {digits(limit['bandwidth'] * 1e-9)} GB/s",
+        "": limit["source"],
+        "MiB": f"{record['memory']}; +: kept between calls",
+        "error dW": "of what the adapter adds, with weight and bias zero; of a rounded w + dW: of x (w + dW - w)",
+    }
+    print()
+    for name, note in notes.items():
+        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
+
+    gpu = f", {m['gpu']['name']}" if args["device"] == "cuda" else ""
+    print(f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n")
     for s in record["summary"]:
-        order = [name for name in ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
-                 if name in s["efft_ratio"]]  # fmt: skip
-        if order:
-            against = ", ".join(f"{s['efft_ratio'][name]:.2f} x {name}" for name in order)
-            print(
-                f"{record['arguments']['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of {', '.join(s['layers'])}"
-                f" over all blocks: efft {digits(s['ms']['efft'])} ms = {against}"
-            )
+        order = ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
+        if against := [f"{s['efft_ratio'][name]:.2f} x {name}" for name in order if name in s["efft_ratio"]]:
+            print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of all {', '.join(s['layers'])}: ")
+            print(f"    efft {digits(s['ms']['efft'])} ms = {', '.join(against)}")
     if any(row["variant"] == "efft" and "unfused" in row["ratio"] for row in rows):
         print(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}")
 
@@ -347,7 +350,7 @@ def save(record: dict, folder: Path) -> None:
     report.write_json(folder / "forward.json", record)
     args, m = record["arguments"], record["machine"]
     name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
-    note = f"{args['model']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}; medians, whiskers: quartiles"
+    note = f"{args['model']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}; whiskers: quartiles"
     if not record["complete"]:
         note += "; interrupted, partial"
     report.chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
@@ -376,8 +379,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     kinds = [f"stage{s}.{kind}" for s in range(1, 5) for kind in KINDS]
     known = [v.name for device in ("cpu", "cuda") for v in variants(device)[0]]
     p = argparse.ArgumentParser(
-        description="Time one adapted Linear in every way it is done today. Without arguments: the four Linears of ViT-B, "
-        "batch 4, float32, and one small case in bfloat16.",
+        description="Time one adapted Linear in every way it is done today. Without arguments: the four Linears of "
+        "ViT-B, batch 4, float32, and one small case in bfloat16.",
     )
     p.add_argument("--model", choices=MODELS, default="vit_b", help="whose Linears (default: vit_b)")
     p.add_argument(
@@ -399,7 +402,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
                    help=f"only these, and merged: {', '.join(dict.fromkeys(known))}")  # fmt: skip
     p.add_argument("--compile", choices=("first", "all", "none"), default="first",
                    help="cases in which the formulas run under torch.compile too (default: the first)")  # fmt: skip
-    p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="the same as --compile none")
+    p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="--compile none")
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
     p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
     p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
@@ -410,7 +413,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
     if os.environ.get("EFFT_BACKEND"):
-        p.error(f"EFFT_BACKEND: expected it unset, since backends are compared here, got {os.environ['EFFT_BACKEND']!r}")
+        p.error(f"EFFT_BACKEND: expected unset, as backends are compared here, got {os.environ['EFFT_BACKEND']!r}")
     model = layers(args.model)
     chosen = [layer for layer in model if {"all", layer.kind, layer.name} & set(args.layer)]
     if missing := [name for name in args.layer if name not in ("all", *KINDS, *(layer.name for layer in model))]:

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import tabulate
 import torch
-from tabulate import SEPARATING_LINE, tabulate
 
 import efft_kernels
 
@@ -113,9 +113,10 @@ def table(head: list[str], rows: list[list]) -> str:
 
     An empty row becomes a line.
     """
-    lines = [row or SEPARATING_LINE for row in rows]
+    tabulate.MIN_PADDING = 0  # its two spaces per column would take thirty of a line
+    lines = [row or tabulate.SEPARATING_LINE for row in rows]
     align = ["left", "left", *["right"] * (len(head) - 2)]
-    return tabulate(lines, head, tablefmt="simple", disable_numparse=True, colalign=align)
+    return tabulate.tabulate(lines, head, tablefmt="simple", disable_numparse=True, colalign=align)
 
 
 def digits(value: float | None) -> str:

@@ -40,7 +40,8 @@ def data():
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("layer", layers("vit_b"), ids=lambda layer: layer.name)
 def test_linear(benchmark, data, layer, backward, variant):
-    benchmark.group = f"vit_b {layer.name} {layer.K}->{layer.N}, M={layer.tokens}, {'+ backward' if backward else 'forward'}"
+    what = "forward + backward" if backward else "forward"
+    benchmark.group = f"vit_b {layer.name} {layer.K}->{layer.N}, M={layer.tokens}, {what}"
     with torch.set_grad_enabled(backward):
         inputs = data(layer, backward)
         calls = [stages(variant.build(i), i, backward) for i in inputs]

@@ -1,0 +1,210 @@
+"""benchmarks/: the shapes, every baseline against float64, and the command line from arguments to files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for module in ("matplotlib", "tabulate", "tqdm"):
+    pytest.importorskip(module)
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import baselines  # noqa: E402
+import bench_forward  # noqa: E402
+import measure  # noqa: E402
+import shapes  # noqa: E402
+
+TINY = ["--model", "swin_t", "--layer", "stage1.qkv", "--rows", "5", "--rank", "3"]
+TINY += ["--repeats", "4", "--seconds", "600"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Neither the limits of the machine nor inputs past its cache matter here, and both take seconds."""
+    limits = measure.Limits({"float32": 1e11, "bfloat16": 1e11}, {"float32": 1e11, "bfloat16": 1e10}, 2e10, "a test")
+    monkeypatch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
+    monkeypatch.setattr(bench_forward, "copies", lambda moved, device: 2)
+    monkeypatch.delenv("EFFT_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these matrices are too small for more
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def test_vit_b():
+    found = {layer.name: layer[1:] for layer in shapes.layers("vit_b")}
+    assert found == {
+        "qkv": (768, 2304, 3, 197, 12),
+        "proj": (768, 768, 1, 197, 12),
+        "fc1": (768, 3072, 1, 197, 12),
+        "fc2": (3072, 768, 1, 197, 12),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "millions", "count"),  # weights of the transformer blocks' Linears alone
+    [("vit_b", 84.9, 48), ("vit_l", 302.0, 96), ("vit_h", 629.1, 128), ("swin_t", 25.9, 48), ("swin_b", 83.8, 96)],
+)
+def test_models_have_their_known_size(model, millions, count):
+    layers = shapes.layers(model)
+    assert sum(layer.K * layer.N * layer.count for layer in layers) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert sum(layer.count for layer in layers) == count
+
+
+def test_swin_stages():
+    found = {layer.name: layer for layer in shapes.layers("swin_b")}
+    assert found["stage1.qkv"] == shapes.Layer("stage1.qkv", 128, 384, 3, 3136, 2)
+    assert found["stage4.fc2"] == shapes.Layer("stage4.fc2", 4096, 1024, 1, 49, 2)
+    assert found["stage3.fc1"].count == 18 and found["stage3.fc1"].kind == "fc1"
+
+
+def test_work():
+    work = shapes.work(M=3, K=5, N=7, R=2, itemsize=4)
+    assert work["forward"] == (2 * 3 * (5 * 7 + 5 * 2 + 2 * 7), 4 * (3 * 5 + 7 * 5 + 7 + 5 * 2 + 2 * 7 + 3 * 7))
+    # dx, dp up, dup, dp down, ddown; reads dy, x, p, w, down, up, writes dx, ddown, dup
+    assert work["backward"] == (2 * 3 * (5 * 7 + 2 * 2 * 7 + 2 * 2 * 5), 4 * (21 + 15 + 6 + 35 + 24 + 15 + 24))
+    assert work["forward+backward"][0] == work["forward"][0] + work["backward"][0]
+
+
+# -- baselines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+@pytest.mark.parametrize("name", [v.name for v in baselines.variants("cpu")[0] if not v.compiled])
+def test_variants_agree_with_float64(name, kind):
+    variant = next(v for v in baselines.variants("cpu")[0] if v.name == name)
+    K, N, S = {"qkv": (40, 72, 3), "proj": (40, 40, 1), "fc1": (40, 96, 1), "fc2": (96, 40, 1)}[kind]
+    i = baselines.make_inputs(11, shapes.Layer(kind, K, N, S, 11, 1), 3, torch.float32, "cpu", grad=True)
+    call = variant.build(i)
+    y = call.forward()
+    true, added = baselines.truth(i, slice(None))
+    assert (y - true).norm() < 2e-6 * true.norm()
+    assert (added.norm() / true.norm()).item() == pytest.approx(baselines.UPDATE, rel=0.5)
+
+    dx, *grads = torch.autograd.grad(y, (i.x, *call.trained), i.dy)
+    dy, dw = i.dy.double(), baselines.update(i.u, i.sigma, i.v).detach()
+    want = dy @ (i.weight.double() + dw.t())
+    assert (dx - want).norm() < 2e-6 * want.norm()
+    # of any factors, <factor, gradient> is <dW, x.T dy>, as dW is linear in each
+    inner = (dw * (i.x.detach().double().t() @ dy)).sum().item()
+    size = dw.norm().item() * (i.x.detach().double().t() @ dy).norm().item()
+    for factor, grad in zip(call.trained, grads):
+        assert (factor.double() * grad).sum().item() == pytest.approx(inner, abs=2e-6 * size)
+
+
+def test_variants_are_named_once_and_explained():
+    found, left_out = baselines.variants("cpu")
+    names = [v.name for v in found]
+    assert len(set(names)) == len(names) and not set(names) & set(left_out)
+    assert {"merged", "einsum_dw", "peft", "unfused", "efft"} <= set(names) and all(v.meaning for v in found)
+    assert "efft_triton" in left_out and "efft_cuda" in left_out
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_interleave_turns_the_order_and_the_copies():
+    calls = []
+    variants = {name: [(name, copy) for copy in range(2)] for name in "abc"}
+    rounds = list(measure.interleave(variants, lambda call: calls.append(call) or [], 4))
+    assert len(rounds) == 4 and all(set(laps) == set("abc") for laps in rounds)
+    order = ["".join(name for name, _ in calls[at : at + 3]) for at in range(0, 12, 3)]
+    assert order == ["abc", "acb", "cab", "cba"]
+    assert [copy for _, copy in calls] == [0, 1] * 6
+
+
+def test_interleave_stops_at_the_deadline_after_three_rounds():
+    assert len(list(measure.interleave({"a": [()]}, lambda call: [], 9, deadline=0.0))) == 3
+
+
+def test_memory_counts_what_a_call_allocates():
+    x = torch.ones(1000, 1000)
+    peak, kept = measure.memory((lambda _: x + 1, lambda y: y + 1), "cpu")
+    assert 8e6 <= peak < 8.1e6 and kept == 0
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path, capsys):
+    folder = tmp_path / "new" / "run"
+    options = ["--backward", "--dtype", "float32", "bfloat16", "--no-compile", "--out", str(folder)]
+    assert bench_forward.main([*TINY, *options]) == 0
+    shown = capsys.readouterr().out
+    for text in ("stage1.qkv 96->288", "einsum_dw", "forward+backward", "left out", "slower than unfused torch"):
+        assert text in shown
+
+    record = json.loads((folder / "forward.json").read_text())
+    assert record["format"] == 1 and record["complete"] is True
+    assert {"machine", "versions", "commit", "arguments", "backends", "limits", "left_out", "summary"} <= record.keys()
+    rows = record["results"]
+    assert len({(row["dtype"], row["pass"]) for row in rows}) == 2 * 3
+    for row in rows:
+        assert row["M"] == 5 and row["R"] == 3 and row["rounds"] == 4
+        assert 0 < row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["q3"]
+        assert row["error_y"] < (1e-5 if row["dtype"] == "float32" else 2e-2)
+        assert row["variant"] != "merged" or row["ratio"]["merged"] == {"median": 1, "q1": 1, "q3": 1}
+    assert {s["pass"] for s in record["summary"]} == {"forward", "backward", "forward+backward"}
+    assert "unfused" in record["summary"][0]["efft_ratio"]
+    assert (folder / "forward.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == ["forward.json", "forward.png"]
+    text = (folder / "forward.json").read_text()
+    assert str(tmp_path) not in text and str(BENCHMARKS.parent) not in text
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    def interleave(calls, lap, rounds, deadline):
+        yield from measure.interleave(calls, lap, 2, deadline)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_forward, "interleave", interleave)
+    assert bench_forward.main([*TINY, "--variants", "efft", "--out", str(tmp_path)]) == 130
+    assert "interrupted: what follows is partial" in capsys.readouterr().out
+    record = json.loads((tmp_path / "forward.json").read_text())
+    assert record["complete"] is False
+    assert [(row["layer"], row["variant"], row["rounds"]) for row in record["results"]] == [
+        ("stage1.qkv", "merged", 2),
+        ("stage1.qkv", "efft", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "resnet"], "argument --model: invalid choice: 'resnet'"),
+        (["--layer", "stage1.qkv"], "argument --layer: expected a layer of vit_b, got 'stage1.qkv'"),
+        (["--batch", "0"], "argument --batch: expected a positive integer, got '0'"),
+        (["--rows", "1.5"], "argument --rows: expected a positive integer, got '1.5'"),
+        (["--rows", "8", "--batch", "1"], "argument --batch: not allowed with argument --rows"),
+        (["--rank", "769"], "argument --rank: expected at most 768 for vit_b qkv, got 769"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
+        (["--seconds", "nan"], "argument --seconds: expected a positive number of seconds, got 'nan'"),
+        (["--variants", "efft9"], "argument --variants: invalid choice: 'efft9'"),
+        (["--out", f"{__file__}/x"], "argument --out: expected a folder that can be written, got"),
+    ],
+)
+def test_bad_arguments(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as error:
+        bench_forward.main(arguments)
+    assert error.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        bench_forward.main(["--device", "cuda"])
+    assert "argument --device: expected a device that torch can use, got 'cuda'" in capsys.readouterr().err
+
+
+def test_runs_from_anywhere(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_forward.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--backward" in done.stdout, done.stderr
