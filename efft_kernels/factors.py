@@ -273,7 +273,8 @@ class FacTConfig(_Config):
             name = f"stage{stage}_all" if len(stages) > 1 else "all"
             d = min(min(site.in_features, site.width) for site in members)
             cores, slots = 0, []
-            for site in members:
+            # fc2 last, so that the cores of both kinds are ranges
+            for site in sorted(members, key=lambda site: site.parts == ("fc2",)):
                 transposed = site.parts == ("fc2",)
                 one, many = (site.width, site.in_features) if transposed else (site.in_features, site.width)
                 if one != d or many % d:
