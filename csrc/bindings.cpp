@@ -1,0 +1,283 @@
+// the operators torch sees: checks, allocation, registration. the only file with torch headers, those of the stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "efft.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace efft {
+
+// torch hands out ranges; one counter lets a thread that is done early take what is left
+void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min(count, thread_count());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next++) < count;) task(i);
+  });
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+std::atomic<const Kernels*> chosen{available_kernels()[0]};
+
+const Kernels& kernels() { return *chosen.load(); }
+
+std::string isa() { return kernels().name; }
+
+std::string isas() {
+  std::string names;
+  for (auto k = available_kernels(); *k; ++k) names += (names.empty() ? "" : " ") + std::string((*k)->name);
+  return names;
+}
+
+void set_isa(std::string name) {
+  for (auto k = available_kernels(); *k; ++k) {
+    if (name == (*k)->name) {
+      chosen = *k;
+      return;
+    }
+  }
+  STD_TORCH_CHECK(false, "isa must be one of ", isas(), ", got ", name);
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
+  }
+}
+
+void check(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
+  const auto sizes = t.sizes();
+  bool good = sizes.size() == shape.size();
+  std::string wanted, got;
+  for (size_t i = 0; i < sizes.size(); ++i) got += (i ? ", " : "") + std::to_string(sizes[i]);
+  size_t i = 0;
+  for (int64_t s : shape) {
+    good = good && sizes[i] == s;
+    wanted += (i++ ? ", " : "") + std::to_string(s);
+  }
+  STD_TORCH_CHECK(good, name, " must be [", wanted, "], got [", got, "]");
+}
+
+Tensor empty(std::vector<int64_t> shape, const Tensor& like) {
+  return torch::stable::empty({shape.data(), shape.size()}, like.scalar_type());
+}
+
+View view(const Tensor& t) {
+  return t.dim() == 2 ? View{t.const_data_ptr(), t.stride(0), t.stride(1)} : View{t.const_data_ptr(), 0, t.stride(0)};
+}
+
+View transposed(View v) {
+  std::swap(v.row, v.col);
+  return v;
+}
+
+// weight [N, K] -> panels of weight.T [K, N], or of weight itself if transposed
+Tensor pack(const Tensor& weight, bool transposed_too) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [N, K]");
+  const Dtype dtype = dtype_of(weight);
+  const View b = transposed_too ? view(weight) : transposed(view(weight));
+  const int64_t K = weight.size(transposed_too ? 0 : 1), N = weight.size(transposed_too ? 1 : 0);
+  const int64_t size[] = {kernels().packed_bytes(dtype, K, N)};
+  Tensor packed = torch::stable::empty({size, 1}, ScalarType::Byte);
+  kernels().pack(dtype, b, K, N, packed.mutable_data_ptr());
+  return packed;
+}
+
+void check_packed(const Tensor& packed, Dtype dtype, int64_t K, int64_t N) {
+  STD_TORCH_CHECK(packed.numel() == kernels().packed_bytes(dtype, K, N), "packed must be pack()'s result for this weight");
+}
+
+// a number that changes when the values do, from a spread of samples: FNV-1a over 64 of them
+int64_t fingerprint(const Tensor& t) {
+  const View v = view(t);
+  const int64_t rows = t.size(0), columns = t.size(1), bytes = int64_t(t.element_size());
+  uint64_t hash = 14695981039346656037ull;
+  for (int64_t i = 0; i < 64 && rows * columns > 0; ++i) {
+    const int64_t at = (rows * columns - 1) * i / 63;
+    uint64_t bits = 0;
+    const int64_t offset = at / columns * v.row + at % columns * v.col;
+    __builtin_memcpy(&bits, static_cast<const char*>(v.data) + offset * bytes, bytes);
+    hash = (hash ^ bits) * 1099511628211ull;
+  }
+  return int64_t(hash);
+}
+
+// p = x @ down        y = x @ weight.T + bias + p @ up
+std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,       // [M, K]
+                                          const Tensor& packed,  // weight.T [K, N]
+                                          const std::optional<Tensor>& bias,  // [N]
+                                          const Tensor& down,                 // [K, R]
+                                          const Tensor& up) {                 // [R, N]
+  LowRank g;
+  g.M = x.size(0), g.K = x.size(1), g.R = up.size(0), g.N = up.size(1);
+  check("x", x, x, {g.M, g.K});
+  check("down", down, x, {g.K, g.R});
+  check("up", up, x, {g.R, g.N});
+  if (bias) check("bias", *bias, x, {g.N});
+  check_packed(packed, dtype_of(x), g.K, g.N);
+  Tensor y = empty({g.M, g.N}, x), p = empty({g.M, g.R}, x);
+  g.a = view(x), g.b = packed.const_data_ptr(), g.d = view(down), g.u = view(up);
+  if (bias) g.bias = view(*bias);
+  g.c = view(y), g.p = p.mutable_data_ptr();
+  kernels().lowrank(dtype_of(x), g);
+  return {y, p};
+}
+
+// dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
+// each of dx, ddown, dup if what only it reads is there: packed, x, p
+std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
+                                            const std::optional<Tensor>& packed,  // weight [N, K]
+                                            const std::optional<Tensor>& x,       // [M, K]
+                                            const Tensor& down,                   // [K, R]
+                                            const Tensor& up,                     // [R, N]
+                                            const std::optional<Tensor>& p) {     // [M, R]
+  const int64_t M = dy.size(0), N = dy.size(1), K = down.size(0), R = down.size(1);
+  check("dy", dy, dy, {M, N});
+  check("down", down, dy, {K, R});
+  check("up", up, dy, {R, N});
+  LowRank g;
+  g.M = M, g.K = N, g.N = K, g.R = R;
+  g.a = view(dy);
+  std::vector<Tensor> grads;
+  if (packed || x) g.d = transposed(view(up));
+  if (packed) {
+    check_packed(*packed, dtype_of(dy), N, K);
+    grads.push_back(empty({M, K}, dy));
+    g.b = packed->const_data_ptr(), g.u = transposed(view(down)), g.c = view(grads.back());
+  }
+  if (x) {
+    check("x", *x, dy, {M, K});
+    grads.push_back(empty({K, R}, dy));
+    g.x = view(*x), g.xp = grads.back().mutable_data_ptr();
+  }
+  if (p) {
+    check("p", *p, dy, {M, R});
+    grads.push_back(empty({R, N}, dy));
+    g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
+  }
+  kernels().lowrank(dtype_of(dy), g);
+  return grads;
+}
+
+// sigma [S, P, Q] or dup [S, P, N] as rows: p * S + s, or s * P + p
+View rows_by_p(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(2), t.size(0), t.stride(1)}; }
+View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2), t.size(1), t.stride(0)}; }
+
+// up[s] = scale * sigma[s] @ v, as [P, S, N]
+Tensor group_update(const Tensor& sigma,  // [S, P, Q]
+                    const Tensor& v,      // [Q, N]
+                    double scale) {
+  const int64_t S = sigma.size(0), P = sigma.size(1), Q = sigma.size(2), N = v.size(1);
+  check("sigma", sigma, v, {S, P, Q});
+  check("v", v, sigma, {Q, N});
+  LowRank g;
+  g.M = S * P, g.K = Q, g.N = N, g.scale = scale;
+  const Tensor panels = pack(v, true);
+  Tensor up = empty({P, S, N}, v);
+  g.a = rows_by_p(sigma), g.b = panels.const_data_ptr(), g.c = {up.mutable_data_ptr(), N, 1};
+  kernels().lowrank(dtype_of(v), g);
+  return up;
+}
+
+// dsigma[s] = scale * dup[s] @ v.T        dv = sum_s scale * sigma[s].T @ dup[s]
+std::vector<Tensor> group_update_backward(const Tensor& dup,    // [S, P, N]
+                                          const Tensor& sigma,  // [S, P, Q]
+                                          const Tensor& v,      // [Q, N]
+                                          double scale, bool need_sigma, bool need_v) {
+  const int64_t S = sigma.size(0), P = sigma.size(1), Q = sigma.size(2), N = v.size(1);
+  check("dup", dup, v, {S, P, N});
+  check("sigma", sigma, v, {S, P, Q});
+  check("v", v, v, {Q, N});
+  LowRank g;
+  g.M = S * P, g.K = N, g.R = Q, g.scale = scale;
+  g.a = rows_by_s(dup);
+  std::vector<Tensor> grads;
+  if (need_sigma) {
+    grads.push_back(empty({S, P, Q}, v));
+    g.d = transposed(view(v)), g.p = grads.back().mutable_data_ptr();
+  }
+  if (need_v) {
+    grads.push_back(empty({Q, N}, v));
+    g.q = rows_by_s(sigma), g.qa = grads.back().mutable_data_ptr();
+  }
+  kernels().lowrank(dtype_of(v), g);
+  return grads;
+}
+
+// weight += (down @ up).T, in place
+void merge_(const std::vector<Tensor>& weights,  // each [N, K]
+            const std::vector<Tensor>& downs,    // each [K, R]
+            const std::vector<Tensor>& ups) {    // each [R, N]
+  STD_TORCH_CHECK(weights.size() == downs.size() && weights.size() == ups.size(), "the lists must be of equal length");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check("weight", weights[i], weights[0], {ups[i].size(1), downs[i].size(0)});
+    check("down", downs[i], weights[0], {weights[i].size(1), ups[i].size(0)});
+    check("up", ups[i], weights[0], {downs[i].size(1), weights[i].size(0)});
+  }
+  for (size_t i = 0; i < weights.size(); ++i) {
+    LowRank g;
+    g.M = weights[i].size(0), g.K = downs[i].size(1), g.N = weights[i].size(1);
+    const Tensor panels = pack(downs[i], false);
+    g.a = transposed(view(ups[i])), g.b = panels.const_data_ptr(), g.c = view(weights[i]), g.c_adds = true;
+    kernels().lowrank(dtype_of(weights[i]), g);
+  }
+}
+
+}  // namespace
+}  // namespace efft
+
+STABLE_TORCH_LIBRARY(efft_native, m) {
+  m.def("isa() -> str");
+  m.def("isas() -> str");
+  m.def("set_isa(str name) -> ()");
+  m.def("pack(Tensor weight, bool transposed) -> Tensor");
+  m.def("fingerprint(Tensor weight) -> int");
+  m.def("lowrank_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)");
+  m.def(
+      "lowrank_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
+  m.def("group_update(Tensor sigma, Tensor v, float scale) -> Tensor");
+  m.def(
+      "group_update_backward(Tensor dup, Tensor sigma, Tensor v, float scale, bool need_sigma, bool need_v) -> "
+      "Tensor[]");
+  m.def("merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft_native, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&efft::isa));
+  m.impl("isas", TORCH_BOX(&efft::isas));
+  m.impl("set_isa", TORCH_BOX(&efft::set_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft_native, CPU, m) {
+  m.impl("pack", TORCH_BOX(&efft::pack));
+  m.impl("fingerprint", TORCH_BOX(&efft::fingerprint));
+  m.impl("lowrank_linear", TORCH_BOX(&efft::lowrank_linear));
+  m.impl("lowrank_linear_backward", TORCH_BOX(&efft::lowrank_linear_backward));
+  m.impl("group_update", TORCH_BOX(&efft::group_update));
+  m.impl("group_update_backward", TORCH_BOX(&efft::group_update_backward));
+  m.impl("merge_", TORCH_BOX(&efft::merge_));
+}

@@ -1,0 +1,32 @@
+// which instruction sets this processor has.
+#include "../efft.h"
+
+namespace efft {
+
+extern const Kernels portable_kernels, wide_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
+const Kernels* const* available_kernels() {
+  static const Kernels* found[5] = {};
+  static const bool filled = [] {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      found[n++] = &avx512_kernels;
+    }
+    if (avx2) found[n++] = &avx2_kernels;
+#endif
+    found[n++] = &portable_kernels;
+    found[n++] = &wide_kernels;
+    return true;
+  }();
+  (void)filled;
+  return found;
+}
+
+}  // namespace efft

@@ -1,0 +1,56 @@
+// the kernels of one instruction set. the including file defines EFFT_KERNELS (the name of the table), VB (bytes of a
+// vector) and MR (rows of a tile), and switches the target on before it includes this file. everything has internal
+// linkage, or the linker could give one set's code to another.
+
+#define EFFT_INLINE __attribute__((always_inline)) inline
+#define EFFT_INLINE_LAMBDA __attribute__((always_inline))
+#define EFFT_NOINLINE __attribute__((noinline))
+
+namespace efft {
+namespace {
+
+#include "vec.h"
+
+#include "tile.h"
+
+#include "pack.h"
+
+#include "lowrank.h"
+
+template <class F>
+auto with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::bf16:
+      return f(Bf16{});
+    default:
+      return f(Half{});
+  }
+}
+
+int64_t packed_bytes(Dtype dtype, int64_t K, int64_t N) {
+  return with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    return int64_t(panels_of<T>(N) * K * Shape<T>::NR * sizeof(Panel<T>));
+  });
+}
+
+void pack(Dtype dtype, const View& b, int64_t K, int64_t N, void* panels) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr int NR = Shape<T>::NR;
+    parallel_for(panels_of<T>(N), [&](int64_t j) {
+      pack_panel<T>(b, K, N, j * NR, static_cast<Panel<T>*>(panels) + j * K * NR);
+    });
+  });
+}
+
+void lowrank(Dtype dtype, const LowRank& g) {
+  with_type(dtype, [&](auto t) { LowRankPass<decltype(t)>(g).run(); });
+}
+
+}  // namespace
+}  // namespace efft

@@ -1,0 +1,10 @@
+// any processor: vectors of 16 bytes, as SSE2 and NEON have them.
+#include "headers.h"
+
+#define VB 16
+#define MR 6
+#include "isa.h"
+
+namespace efft {
+extern const Kernels portable_kernels{"portable", packed_bytes, pack, lowrank};
+}

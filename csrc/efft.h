@@ -1,0 +1,67 @@
+// what bindings.cpp may launch. shapes are comments, torch stays out: kernels and their test harness compile without it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <limits>
+
+namespace efft {
+
+enum class Dtype { f32, f64, bf16, f16 };
+
+// a matrix in memory. element (i, j) lies at  (i / group) * outer + (i % group) * row + j * col  elements:
+// `group` lets two leading dimensions with strides of their own serve as one dimension of rows.
+struct View {
+  const void* data = nullptr;
+  int64_t row = 0;
+  int64_t col = 0;
+  int64_t group = std::numeric_limits<int64_t>::max();
+  int64_t outer = 0;
+};
+
+// one pass over the rows of a:
+//
+//     p = a @ d        c = a @ b + p @ u + bias        qa = q.T @ a        xp = x.T @ p
+//
+// forward of the low-rank linear:  a = x, b = weight.T, d = down, u = up
+// its backward:                    a = dy, b = weight, d = up.T, u = down.T, q = p, qa = dup, xp = ddown
+// group update:                    a = sigma, b = v
+// group backward:                  a = dup, d = v.T, p = dsigma, q = sigma, qa = dv
+// merge:                           a = up.T, b = down.T, c = weight, c_adds
+//
+// a pointer that is null means: not wanted, or (inputs) not there.
+struct LowRank {
+  int64_t M = 0, K = 0, N = 0, R = 0;
+  View a;                   // [M, K]
+  const void* b = nullptr;  // [K, N] as packed by pack()
+  View d;                   // [K, R]
+  View u;                   // [R, N], its data null: c has no low-rank term
+  View bias;                // [1, N]
+  View q;                   // [M, R]
+  View x;                   // [M, N]
+  double scale = 1.0;       // multiplies every output
+  bool c_adds = false;      // c += instead of c =
+  View c;                   // [M, N]
+  void* p = nullptr;        // [M, R]  contiguous
+  void* qa = nullptr;       // [R, K]  contiguous
+  void* xp = nullptr;       // [N, R]  contiguous
+};
+
+// the kernels of one instruction set
+struct Kernels {
+  const char* name;
+  // bytes of the packed form of b [K, N]
+  int64_t (*packed_bytes)(Dtype, int64_t K, int64_t N);
+  // b [K, N] -> panels
+  void (*pack)(Dtype, const View& b, int64_t K, int64_t N, void* panels);
+  void (*lowrank)(Dtype, const LowRank&);
+};
+
+// the instruction sets that this processor can run, the fastest first; ends with a null pointer
+const Kernels* const* available_kernels();
+
+// runs task(0) ... task(count - 1) on as many threads as the host program allows, in any order. the host defines it.
+void parallel_for(int64_t count, const std::function<void(int64_t)>& task);
+int64_t thread_count();
+
+}  // namespace efft

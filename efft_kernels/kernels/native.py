@@ -1,0 +1,245 @@
+"""C++ kernels of csrc/: one pass over x, W packed once, p kept in cache; AVX2 and AVX-512, threads from torch.
+
+W is used in panels. They are made at the first call and kept beside a weight that does not require grad: one copy for
+the forward and one for the backward, each of the weight's own size (float16: twice that, widened). ``packed_bytes()``
+tells what is held, ``keep_packed(False)`` packs at every call instead, and dropping or changing the weight drops its
+copies. A change is seen by autograd's version counter and by 64 sampled values, so writing through ``weight.data`` is
+noticed unless it misses every sample; ``keep_packed(False)`` is for code that does that.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _compile() -> Path:
+    """csrc/ -> a library in the user's cache, named by sources and torch. For installs that ran before torch was there.
+
+    No lock: two processes at once both compile and the last one's file stays, so nobody waits for a killed one.
+    """
+    csrc = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (d / "efft.h").exists()), None)
+    if csrc is None:
+        raise RuntimeError(f"no compiled library in {_PACKAGE} and no csrc/ to compile one from")
+    sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
+    text = b"".join(f.read_bytes() for f in sorted(csrc.rglob("*")) if f.suffix in (".h", ".cpp"))
+    key = hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "efft_kernels")
+    library = cache / f"native-{key}.so"
+    if library.exists():
+        return library
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise RuntimeError("no compiled library, and no C++ compiler (c++, or the environment variable CXX) to make one")
+    logging.getLogger("efft_kernels").warning("compiling the CPU kernels, once, to %s", library)
+    include, lib = (Path(torch.__file__).parent / d for d in ("include", "lib"))
+
+    def run(*arguments):
+        done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {done.stderr[-2000:]}")
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        flags = "-std=c++17", "-O3", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}"
+        objects = [Path(folder, source.stem + ".o") for source in sources]
+        list(pool.map(lambda pair: run(*flags, "-c", pair[0], "-o", pair[1]), zip(sources, objects)))
+        run("-shared", *objects, "-o", Path(folder, "native.so"), f"-L{lib}", "-ltorch_cpu")
+        os.replace(Path(folder, "native.so"), library)
+    return library
+
+
+@functools.cache
+def _load():
+    """(the library's operators, None), or (None, why there are none)"""
+    if sys.platform == "win32":
+        return None, "the C++ kernels are not built on Windows"
+    try:
+        found = sorted(_PACKAGE.glob("_native*.so"))
+        torch.ops.load_library(str(found[0] if found else _compile()))
+    except Exception as error:
+        return None, f"the C++ kernels could not be loaded: {error}"
+    return torch.ops.efft_native, None
+
+
+# -- what can run, what should ----------------------------------------------------------------------------------------
+
+
+def unavailable() -> str | None:
+    return _load()[1]
+
+
+def unsupported(op: str, *tensors: Tensor | None) -> str | None:
+    for t in tensors:
+        if t is not None and not (t.is_cpu and t.dtype in _FLOATS and t.layout == torch.strided):
+            return f"it takes strided float tensors on the CPU, got {t.dtype} {t.layout} on {t.device}"
+    return None
+
+
+def unproven() -> str | None:
+    return None
+
+
+def slower(op: str, *tensors: Tensor | None) -> str | None:
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2, portable, or wide, the avx512 code compiled for any processor."""
+    return _load()[0].isa()
+
+
+def isas() -> list[str]:
+    """The instruction sets this processor can run, the fastest first."""
+    return _load()[0].isas().split()
+
+
+def set_isa(name: str) -> None:
+    """Chooses one of :func:`isas`, for tests. Not while another thread computes."""
+    _load()[0].set_isa(name)
+    clear_packed()
+
+
+# -- packed weights ---------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_packed = {}  # id(weight) -> (weak reference, what the panels were made from, {transposed: panels})
+_keep = True
+
+
+def keep_packed(keep: bool) -> None:
+    """Whether panels of frozen weights are kept between calls (the default) or made at each."""
+    global _keep
+    _keep = keep
+    clear_packed()
+
+
+def clear_packed() -> None:
+    with _lock:
+        _packed.clear()
+
+
+def packed_bytes() -> int:
+    """Memory held by the panels of all weights."""
+    with _lock:
+        return sum(panels.nbytes for _, _, made in _packed.values() for panels in made.values())
+
+
+def _forget(key: int, reference) -> None:
+    with _lock:
+        if key in _packed and _packed[key][0] is reference:
+            del _packed[key]
+
+
+def _panels(weight: Tensor, transposed: bool) -> Tensor:
+    """weight [N, K] as panels of weight.T, for the forward, or of weight itself, for the backward"""
+    ops = _load()[0]
+    if weight.requires_grad or not _keep:
+        return ops.pack(weight, transposed)
+    state = (
+        weight.data_ptr(),
+        -1 if weight.is_inference() else weight._version,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        ops.fingerprint(weight),
+    )
+    key = id(weight)
+    with _lock:
+        entry = _packed.get(key)
+        if entry and entry[0]() is weight and entry[1] == state and transposed in entry[2]:
+            return entry[2][transposed]
+    panels = ops.pack(weight, transposed)
+    with _lock:
+        entry = _packed.get(key)
+        if not (entry and entry[0]() is weight and entry[1] == state):
+            entry = _packed[key] = weakref.ref(weight, functools.partial(_forget, key)), state, {}
+        entry[2][transposed] = panels
+    return panels
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------
+
+
+def group_update(
+    sigma: Tensor,  # [S, P, Q]
+    v: Tensor,  # [Q, N]
+    scale: float,
+) -> Tensor:  # [S, P, N], memory [P, S, N]
+    """up[s] = scale * sigma[s] @ v"""
+    return _load()[0].group_update(sigma, v, scale).transpose(0, 1)
+
+
+def group_update_backward(
+    dup: Tensor,  # [S, P, N]
+    sigma: Tensor,  # [S, P, Q]
+    v: Tensor,  # [Q, N]
+    scale: float,
+    needs: list[bool],  # (sigma, v)
+) -> list[Tensor]:
+    """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
+    return _load()[0].group_update_backward(dup, sigma, v, scale, *needs)
+
+
+def lowrank_linear(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+    """p = x @ down;  y = x @ weight.T + bias + p @ up"""
+    return _load()[0].lowrank_linear(x, _panels(weight, False), bias, down, up)
+
+
+def lowrank_linear_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+    p: Tensor,  # [M, R]
+    needs: list[bool],  # (x, weight, bias, down, up)
+) -> list[Tensor]:
+    """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
+    fused = iter(())
+    if needs[0] or needs[3] or needs[4]:
+        panels = _panels(weight, True) if needs[0] else None
+        fused = iter(
+            _load()[0].lowrank_linear_backward(
+                dy, panels, x if needs[3] else None, down, up, p if needs[4] else None
+            )
+        )
+    grads = []
+    for need, name in zip(needs, ("x", "weight", "bias", "down", "up")):
+        if need:
+            # nothing low-rank about these two, and only a trained weight or bias asks for them
+            grads.append(torch.mm(dy.t(), x) if name == "weight" else dy.sum(0) if name == "bias" else next(fused))
+    return grads
+
+
+def merge_(
+    weights: list[Tensor],  # each [N, K]
+    downs: list[Tensor],  # each [K, R]
+    ups: list[Tensor],  # each [R, N]
+) -> None:
+    """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once"""
+    if weights:
+        _load()[0].merge_(weights, downs, ups)
