@@ -9,6 +9,7 @@ baselines.py has what is compared, measure.py how it is measured, shapes.py the 
 import argparse
 import datetime
 import itertools
+import math
 import os
 import sys
 import textwrap
@@ -26,7 +27,7 @@ try:
     import efft_kernels
     import report
 except ModuleNotFoundError as error:
-    sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[test]" ({error})')
+    sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from measure import MEMORY, Limits, Spread, Stages, copies, interleave, limits, memory, run, spread, timer
@@ -67,8 +68,8 @@ def stages(call: Call, i: Inputs, backward: bool) -> Stages:
     return (lambda _: call.forward()), (lambda y: torch.autograd.grad(y, wanted, i.dy))
 
 
-def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, rows: slice) -> dict[str, float]:
-    """Relative Frobenius errors against float64: of y, and of what the adapter adds to it.
+def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, rows: slice) -> dict:
+    """Relative Frobenius errors against float64, None if not finite: of y, and of what the adapter adds to it.
 
     The latter is taken of a call with weight and bias zero; where w + dW is rounded, which is what loses the update, it
     is taken of x (merged weight - weight) in float64.
@@ -78,8 +79,9 @@ def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, 
     else:
         bare = i._replace(weight=torch.zeros_like(i.weight), bias=torch.zeros_like(i.bias))
         got = variant.build(bare).forward().detach()[rows].double()
-    error = (y.detach()[rows].double() - true).norm() / true.norm()
-    return {"error_y": error.item(), "error_update": ((got - added).norm() / added.norm()).item()}
+    found = {"error_y": (y.detach()[rows].double(), true), "error_update": (got, added)}
+    found = {name: ((got - true).norm() / true.norm()).item() for name, (got, true) in found.items()}
+    return {name: error if math.isfinite(error) else None for name, error in found.items()}
 
 
 def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[str, list[Stages]], dict[str, dict]]:
@@ -110,8 +112,9 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
             fact["kept_bytes"] = 0
             if variant.name.startswith("efft"):
                 # a packed weight is kept from the first call with it, which must not be a timed one
-                fact["kept_bytes"] = memory(others[0], args.device)[1]
-                for other in others[1:]:
+                new = data[0]._replace(weight=data[0].weight.clone())
+                fact["kept_bytes"] = memory(stages(variant.build(new), new, args.backward), args.device)[1]
+                for other in others:
                     run(other)
             fact["copies"] = len(data)
             fact["compile_s"] = seconds if variant.compiled else None
@@ -191,13 +194,14 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
         for n, case in enumerate(cases):
             bar.set_description(str(case))
             found, _ = variants(args.device)  # anew, so that nothing compiled for the last case is met again
-            torch._dynamo.reset()
             found = [
                 v
                 for v in found
                 if (args.variants is None or v.name in args.variants)
                 and (not v.compiled or args.compile == "all" or (args.compile == "first" and n == 0))
             ]
+            if any(v.compiled for v in found):
+                torch._dynamo.reset()
             calls, facts = build(case, args, found, record["left_out"])
             now, samples = time.perf_counter(), []
             deadline = now + (end - now) * cost[n] / sum(cost[n:])
@@ -283,8 +287,7 @@ def lines(rows: list[dict]) -> list[list[str]]:
                     digits(row["gbytes"]),
                     f"{row['floor_share']:.0%}",
                     f"{kept}{row['peak_bytes'] / 2**20:.1f}",
-                    f"{row['error_y']:.0e}",
-                    f"{row['error_update']:.0e}",
+                    *("not finite" if e is None else f"{e:.0e}" for e in (row["error_y"], row["error_update"])),
                 ]
             )
     return table
@@ -325,7 +328,7 @@ def show(record: dict) -> None:
     for s in record["summary"]:
         order = ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
         if against := [f"{s['efft_ratio'][name]:.2f} x {name}" for name in order if name in s["efft_ratio"]]:
-            print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of all {', '.join(s['layers'])}: ")
+            print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of all {', '.join(s['layers'])}:")
             print(f"    efft {digits(s['ms']['efft'])} ms = {', '.join(against)}")
     if any(row["variant"] == "efft" and "unfused" in row["ratio"] for row in rows):
         print(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}")
@@ -405,8 +408,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="--compile none")
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
     p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
-    p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
-                   help="for all cases together; every case gets three rounds at least (default: 60)")  # fmt: skip
+    p.add_argument("--seconds", type=seconds, default=45.0, metavar="S",
+                   help="for all cases together; every case gets three rounds at least (default: 45)")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR", help="write forward.json and forward.png there")
     args = p.parse_args(argv)
 

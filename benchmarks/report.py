@@ -152,11 +152,11 @@ def chart(
             for n, name in enumerate(names):
                 median, q1, q3 = bars[name]
                 at = g + (n - (len(names) - 1) / 2) * width
-                axis.bar(at, median, 0.9 * width, color=colours[name], label=name)
-                axis.vlines(at, q1, min(q3, top), color="#333333", linewidth=0.8)
+                axis.bar(at, min(median, top), 0.9 * width, color=colours[name], label=name)
+                axis.vlines(at, min(q1, top), min(q3, top), color="#333333", linewidth=0.8)
                 axis.annotate(f"{median:.2f}", (at, min(q3, top)), (0, 2), textcoords="offset points", ha="center",
                               fontsize=6.5)  # fmt: skip
-        axis.set_ylim(0, 1.05 * top)
+        axis.set_ylim(0, 1.08 * top)
         axis.set_xlim(-0.5, max(len(groups), 2) - 0.5)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(groups)), list(groups))
