@@ -266,11 +266,14 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x if need_weight or need_down else None, weight, down, up, p if need_up else None)
         ctx.backend = backend
         ctx.mark_non_differentiable(p)
+        ctx.set_materialize_grads(False)  # or every backward would fill a gradient of p with zeros
         return y, p
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 6
         needs = list(ctx.needs_input_grad[:5])
         grads = iter(
             torch.ops.efft_kernels.lowrank_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
