@@ -2,6 +2,7 @@
 
 import sys
 
+from .adapter import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .factors import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
 from .inject import Plan, adapter_parameters, inject, merge, plan, unmerge
 from .linear import EFFTLinear
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_"),
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
+    *("add_adapter", "delete_adapter", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
     *("Plan", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
 ]
 

@@ -382,7 +382,8 @@ class Group(nn.Module):
     Args:
         spec: shapes and slots.
         config: the options of the method.
-        weights: path -> frozen weight [N, K] of each slot; gives device and dtype, and LoRA-XS its SVD.
+        weights: path -> frozen weight [N, K] of each slot, for device, dtype and the SVD of LoRA-XS. Empty tensors will
+            do for a group whose factors are about to be loaded.
     """
 
     def __init__(self, spec: GroupSpec, config: _Config, weights: Mapping[str, Tensor]):
@@ -534,13 +535,12 @@ class LoRAXSGroup(LoRAGroup):
         R, N, parts = self.spec.rank[0], self.spec.N, len(self.spec.slots[0].parts)
         a = torch.empty(L, len(chosen), self.spec.K, R, **self._like)
         v = torch.empty(L, len(chosen), R, N, **self._like)
-        if a.device.type != "meta":
-            for path, i in self.index.items():
-                for j, part in enumerate(chosen):
-                    matrix = weights[path].detach().unflatten(0, (parts, N))[part].mT  # [K, N], y = x W
-                    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-                    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-                    a[i, j], v[i, j] = left[:, :R] * values[:R], right[:R]
+        for path, i in self.index.items():
+            for j, part in enumerate(chosen if weights[path].numel() else ()):
+                matrix = weights[path].detach().unflatten(0, (parts, N))[part].mT  # [K, N], y = x W
+                matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+                left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+                a[i, j], v[i, j] = left[:, :R] * values[:R], right[:R]
         self.register_buffer("a", a)
         self.register_buffer("v", v)
         self.sigma = self._parameter(L, len(chosen), R, R)

@@ -188,9 +188,28 @@ def inject(
         TypeError, ValueError: as :func:`plan`; a model that is already injected or merged, a name that cannot be used,
             no head to replace. Nothing has been changed then.
     """
-    _check_bare(model)
+    check_bare(model)
     check_name(name)
-    groups = build(plan(model, config), model)
+    return install(model, name, build(plan(model, config), model), head, backend)
+
+
+def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict:
+    """The groups of a plan, not yet on the model: with new factors, or empty for factors to be loaded."""
+    groups = nn.ModuleDict()
+    for spec in made.groups:
+        weights = {slot.site.path: model.get_submodule(slot.site.path).weight for slot in spec.slots}
+        kinds = {(weight.dtype, weight.device) for weight in weights.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"the Linears of group {spec.name!r} must be of one dtype and device, got {kinds}")
+        if empty:
+            weights = {path: weight.new_empty(0) for path, weight in weights.items()}
+        groups[spec.name] = made.config.group(spec, made.config, weights)
+    groups.plan = made
+    return groups
+
+
+def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: str | None) -> nn.Module:
+    """The part of inject that changes the model, after everything that can fail."""
     heads = [key for key in _HEADS if isinstance(getattr(model, key, None), nn.Module)]
     replacements = _replacements(model, heads, head)
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
@@ -203,29 +222,30 @@ def inject(
     if head != "keep":
         for key in heads:
             getattr(model, key).requires_grad_(True)
-    model.efft = Adapters(backend, tuple(_norms(model, heads)))
+    _attach(model, Adapters(backend, tuple(_norms(model, heads))))
     model.efft.flags = flags  # for when the last adapter is deleted
-    model.efft.hooks = (
-        model.register_forward_pre_hook(_before),
-        model.register_forward_hook(_after, always_call=True),
-    )
     mount(model, name, groups)
     model.efft.active = name
-    model.efft.train(model.training)
     return model
 
 
-def build(made: Plan, model: nn.Module) -> nn.ModuleDict:
-    """The groups of a plan with new factors, not yet on the model."""
-    groups = nn.ModuleDict()
-    for spec in made.groups:
-        weights = {slot.site.path: model.get_submodule(slot.site.path).weight for slot in spec.slots}
-        kinds = {(weight.dtype, weight.device) for weight in weights.values()}
-        if len(kinds) > 1:
-            raise ValueError(f"the Linears of group {spec.name!r} must be of one dtype and device, got {kinds}")
-        groups[spec.name] = made.config.group(spec, made.config, weights)
-    groups.plan = made
-    return groups
+def _attach(model: nn.Module, owner: Adapters) -> None:
+    model.efft = owner.train(model.training)
+    owner.hooks = (
+        model.register_forward_pre_hook(_before),
+        model.register_forward_hook(_after, always_call=True),
+    )
+
+
+def _detach(model: nn.Module) -> list[str]:
+    """Plain Linears again; the paths of those that were not."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    for path in paths:
+        model.get_submodule(path).release()
+    for hook in model.efft.hooks:
+        hook.remove()
+    del model.efft
+    return paths
 
 
 def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
@@ -240,15 +260,11 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
 
 def eject(model: nn.Module) -> None:
     """Take all adapters off: the plain model with the parameters frozen and trained that were so before inject."""
-    for hook in model.efft.hooks:
-        hook.remove()
-    for _, layer in _layers(model):
-        layer.release()
+    flags = model.efft.flags
+    _detach(model)
     parameters = dict(model.named_parameters())
-    for key, flag in model.efft.flags.items():
-        if key in parameters:
-            parameters[key].requires_grad_(flag)
-    del model.efft
+    for key in flags.keys() & parameters.keys():  # a replaced head has no former parameters
+        parameters[key].requires_grad_(flags[key])
 
 
 def adapters(model: nn.Module) -> Adapters:
@@ -284,11 +300,7 @@ def _after(model: nn.Module, args, output) -> None:
     model.efft.end(output)
 
 
-def _layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-
-
-def _check_bare(model: nn.Module) -> None:
+def check_bare(model: nn.Module) -> None:
     if hasattr(model, "_efft_merged"):
         raise ValueError("the model is merged; unmerge it first")
     if isinstance(getattr(model, "efft", None), Adapters):
@@ -345,7 +357,7 @@ class _Merged:
     """What unmerge needs: kept on the model, but in no state_dict."""
 
     adapters: Adapters
-    names: list[str]  # of the Linears that were adapted
+    names: list[str]  # paths of the Linears that were adapted
     weights: dict[str, Tensor] | None  # before the merge
 
 
@@ -373,10 +385,10 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
         weights = {path: model.get_submodule(path).weight for path in pairs}
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
         kept = {path: weight.clone() for path, weight in weights.items() if keep_weights or path in low}
-        for dtype in dict.fromkeys((weight.dtype, weight.device) for weight in weights.values()):
-            paths = [path for path, weight in weights.items() if (weight.dtype, weight.device) == dtype]
-            downs = [pairs[path].down.to(*dtype[:1]) for path in paths]
-            ups = [pairs[path].up.to(*dtype[:1]) for path in paths]
+        for dtype, device in dict.fromkeys((weight.dtype, weight.device) for weight in weights.values()):
+            paths = [path for path, weight in weights.items() if (weight.dtype, weight.device) == (dtype, device)]
+            downs = [pairs[path].down.to(dtype) for path in paths]
+            ups = [pairs[path].up.to(dtype) for path in paths]
             merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
         if low:
             loss = _loss([(kept[path], weights[path], pairs[path]) for path in low])
@@ -385,13 +397,8 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
                 "model.float() before merge avoids it",
                 stacklevel=2,
             )
-    names = [path for path, _ in _layers(model)]
-    for _, layer in _layers(model):
-        layer.release()
-    for hook in owner.hooks:
-        hook.remove()
-    del model.efft
-    model._efft_merged = (_Merged(owner, names, kept if keep_weights else None),)  # a tuple, which registers nothing
+    record = _Merged(owner, _detach(model), kept if keep_weights else None)
+    model._efft_merged = (record,)  # a tuple, which registers nothing
     return model
 
 
@@ -410,13 +417,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         for path, weight in merged.weights.items():
             model.get_submodule(path).weight.copy_(weight)
     del model._efft_merged
-    model.efft = merged.adapters.to(next(iter(merged.weights.values())).device)
-    device = model.get_submodule(merged.names[0]).weight.device
-    model.efft.to(device).train(model.training)
-    model.efft.hooks = (
-        model.register_forward_pre_hook(_before),
-        model.register_forward_hook(_after, always_call=True),
-    )
+    _attach(model, merged.adapters.to(model.get_submodule(merged.names[0]).weight.device))
     for path in merged.names:
         AdaptedLinear.adopt(model.get_submodule(path), path, model.efft)
     return model
