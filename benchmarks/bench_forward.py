@@ -52,7 +52,7 @@ class Case(NamedTuple):
     layer: Layer
     M: int
     dtype: str
-    size: str  # where M comes from: "batch 4" or "788 rows"
+    size: str  # where M comes from: "batch 4" or "M=788"
 
     def __str__(self) -> str:
         return f"{self.layer.name} {self.dtype} M={self.M}"
@@ -188,7 +188,8 @@ def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[st
 def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
     """Adds to record["results"], case by case, so that what is complete stands there if the run is interrupted."""
     lap = timer(args.device)
-    cost = [work(c.M, c.layer.K, c.layer.N, args.rank, 4)["forward"][0] / limit.gemm[c.dtype] for c in cases]
+    needed = [work(c.M, c.layer.K, c.layer.N, args.rank, getattr(torch, c.dtype).itemsize)["forward"] for c in cases]
+    cost = [max(flops / limit.gemm[c.dtype], b / limit.bandwidth) for c, (flops, b) in zip(cases, needed)]
     end = time.perf_counter() + args.seconds
     with tqdm(total=len(cases) * args.repeats, unit="round", disable=None) as bar:
         for n, case in enumerate(cases):
@@ -204,7 +205,8 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
                 torch._dynamo.reset()
             calls, facts = build(case, args, found, record["left_out"])
             now, samples = time.perf_counter(), []
-            deadline = now + (end - now) * cost[n] / sum(cost[n:])
+            # a share by cost; a second is enough for the rounds of a small case, and no share may deny it that
+            deadline = now + max(1.0, (end - now) * cost[n] / sum(cost[n:]))
             try:
                 for laps in interleave(calls, lap, args.repeats, deadline):
                     samples.append(laps)
@@ -331,7 +333,7 @@ def show(record: dict) -> None:
             print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of all {', '.join(s['layers'])}:")
             print(f"    efft {digits(s['ms']['efft'])} ms = {', '.join(against)}")
     if any(row["variant"] == "efft" and "unfused" in row["ratio"] for row in rows):
-        print(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}")
+        print(textwrap.fill(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}", 120))
 
 
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:
@@ -433,7 +435,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
             p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
 
     if args.rows:
-        sizes = [(f"{M} rows", lambda layer, M=M: M) for M in args.rows]
+        sizes = [(f"M={M}", lambda layer, M=M: M) for M in args.rows]
     else:
         sizes = [(f"batch {B}", lambda layer, B=B: B * layer.tokens) for B in args.batch or [4]]
     dtypes = args.dtype or ["float32" if args.device == "cpu" else "bfloat16"]
