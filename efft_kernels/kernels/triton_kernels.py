@@ -40,13 +40,15 @@ def group_update_kernel(
 
     All slices are one product: row i = p * S + s of the memory [P * S, N].
     """
-    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    s = (i % S).to(tl.int64)
+    p = (i // S).to(tl.int64)
     n0 = tl.program_id(1).to(tl.int64) * BN
     n = tl.arange(0, BN)
     k = tl.arange(0, BK)
     i_ok = (i < P * S)[:, None]
     n_ok = (n < N - n0)[None, :]
-    sigma_tile = sigma + (i % S * ss + i // S * sp)[:, None] + k[None, :] * sq
+    sigma_tile = sigma + (s * ss + p * sp)[:, None] + k[None, :] * sq
     v_tile = v + n0 * svn + k[:, None] * svq + n[None, :] * svn
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, Q, BK):
@@ -56,7 +58,7 @@ def group_update_kernel(
         sigma_tile += BK * sq
         v_tile += BK * svq
     # scaled in float32: one rounding for the whole formula
-    tl.store(up + i[:, None] * N + n0 + n[None, :], (acc * scale).to(up.dtype.element_ty), mask=i_ok & n_ok)
+    tl.store(up + i.to(tl.int64)[:, None] * N + n0 + n[None, :], (acc * scale).to(up.dtype.element_ty), mask=i_ok & n_ok)
 
 
 def group_update(
@@ -78,61 +80,86 @@ def group_update(
 
 
 @triton.jit
+def dsigma_tile(
+    dup, v, dsigma, scale, pi, pq, S, P, Q, N, sds, sdp, sdn, svq, svn,
+    BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dsigma[s] = scale * dup[s] @ v.T, tile (pi, pq) of [P * S, Q]"""
+    i = pi * BM + tl.arange(0, BM)
+    s = (i % S).to(tl.int64)
+    p = (i // S).to(tl.int64)
+    q = pq * BQ + tl.arange(0, BQ)
+    n = tl.arange(0, BN)
+    i_ok = (i < P * S)[:, None]
+    q_ok = (q < Q)[None, :]
+    dup_tile = dup + (s * sds + p * sdp)[:, None] + n[None, :] * sdn
+    v_tile = v + n[:, None] * svn + q[None, :] * svq
+    acc = tl.zeros((BM, BQ), tl.float32)
+    for n0 in range(0, N, BN):
+        a = tl.load(dup_tile, mask=i_ok & (n < N - n0)[None, :], other=0.0)
+        b = tl.load(v_tile, mask=(n < N - n0)[:, None] & q_ok, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        dup_tile += BN * sdn
+        v_tile += BN * svn
+    out = dsigma + ((s * P + p) * Q)[:, None] + q[None, :]
+    tl.store(out, (acc * scale).to(dsigma.dtype.element_ty), mask=i_ok & q_ok)
+
+
+@triton.jit
+def dv_tile(
+    dup, sigma, dv, scale, pn, pq, S, P, Q, N, sds, sdp, sdn, ss, sp, sq,
+    BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv = sum_s scale * sigma[s].T @ dup[s], tile (pq, pn) of [Q, N]: one sum over the P * S rows"""
+    n0 = pn.to(tl.int64) * BN
+    n = tl.arange(0, BN)
+    q = pq * BQ + tl.arange(0, BQ)
+    n_ok = (n < N - n0)[None, :]
+    q_ok = (q < Q)[:, None]
+    acc = tl.zeros((BQ, BN), tl.float32)
+    for i0 in range(0, P * S, BM):
+        i = i0 + tl.arange(0, BM)
+        s = (i % S).to(tl.int64)
+        p = (i // S).to(tl.int64)
+        i_ok = i < P * S
+        sigma_tile = sigma + (s * ss + p * sp)[None, :] + q[:, None] * sq
+        dup_tile = dup + n0 * sdn + (s * sds + p * sdp)[:, None] + n[None, :] * sdn
+        a = tl.load(sigma_tile, mask=i_ok[None, :] & q_ok, other=0.0)
+        b = tl.load(dup_tile, mask=i_ok[:, None] & n_ok, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    out = dv + q.to(tl.int64)[:, None] * N + n0 + n[None, :]
+    tl.store(out, (acc * scale).to(dv.dtype.element_ty), mask=q_ok & n_ok)
+
+
+@triton.jit
 def group_update_backward_kernel(
     dup, sigma, v, dsigma, dv, scale, S, P, Q, N, sds, sdp, sdn, ss, sp, sq, svq, svn,
     BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dsigma[s] = scale * dup[s] @ v.T    dv = sum_s scale * sigma[s].T @ dup[s]
 
-    dup [S, P, N], sigma [S, P, Q], v [Q, N] -> dsigma [S, P, Q], dv [Q, N]; row i = p * S + s as in the forward.
+    dup [S, P, N], sigma [S, P, Q], v [Q, N] -> dsigma [S, P, Q], dv [Q, N]; rows i = p * S + s as in the forward.
     The first programs of the grid own tiles of dsigma, the others tiles of dv; either output may be None.
     """
-    rows = P * S
-    tiles_q = tl.cdiv(Q, BQ)
-    dsigma_tiles = 0
-    if dsigma is not None:
-        dsigma_tiles = tl.cdiv(rows, BM) * tiles_q
     pid = tl.program_id(0)
-    q = pid % tiles_q * BQ + tl.arange(0, BQ)
-    q_ok = q < Q
-    if pid < dsigma_tiles:
-        if dsigma is not None:
-            i = (pid // tiles_q).to(tl.int64) * BM + tl.arange(0, BM)
-            n = tl.arange(0, BN)
-            i_ok = (i < rows)[:, None]
-            row = i % S * sds + i // S * sdp
-            dup_tile = dup + row[:, None] + n[None, :] * sdn
-            v_tile = v + n[:, None] * svn + q[None, :] * svq
-            acc = tl.zeros((BM, BQ), tl.float32)
-            for n0 in range(0, N, BN):
-                a = tl.load(dup_tile, mask=i_ok & (n < N - n0)[None, :], other=0.0)
-                b = tl.load(v_tile, mask=(n < N - n0)[:, None] & q_ok[None, :], other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
-                dup_tile += BN * sdn
-                v_tile += BN * svn
-            out = dsigma + ((i % S * P + i // S) * Q)[:, None] + q[None, :]
-            tl.store(out, (acc * scale).to(dsigma.dtype.element_ty), mask=i_ok & q_ok[None, :])
-    else:
-        if dv is not None:
-            n0 = ((pid - dsigma_tiles) // tiles_q).to(tl.int64) * BN
-            n = tl.arange(0, BN)
-            n_ok = (n < N - n0)[None, :]
-            # dsigma_tiles is a multiple of tiles_q, so q is this tile's as well
-            acc = tl.zeros((BQ, BN), tl.float32)
-            for i0 in range(0, rows, BM):
-                i = i0 + tl.arange(0, BM).to(tl.int64)
-                i_ok = i < rows
-                a = tl.load(
-                    sigma + (i % S * ss + i // S * sp)[None, :] + q[:, None] * sq,
-                    mask=i_ok[None, :] & q_ok[:, None], other=0.0,
-                )  # fmt: skip
-                b = tl.load(
-                    dup + n0 * sdn + (i % S * sds + i // S * sdp)[:, None] + n[None, :] * sdn,
-                    mask=i_ok[:, None] & n_ok, other=0.0,
-                )  # fmt: skip
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            out = dv + q.to(tl.int64)[:, None] * N + n0 + n[None, :]
-            tl.store(out, (acc * scale).to(dv.dtype.element_ty), mask=q_ok[:, None] & n_ok)
+    tiles_q = tl.cdiv(Q, BQ)
+    tiles = tl.cdiv(P * S, BM) * tiles_q
+    if dsigma is None:
+        dv_tile(
+            dup, sigma, dv, scale, pid // tiles_q, pid % tiles_q, S, P, Q, N, sds, sdp, sdn, ss, sp, sq,
+            BM, BN, BQ, PRECISION,
+        )  # fmt: skip
+    elif pid < tiles:
+        dsigma_tile(
+            dup, v, dsigma, scale, pid // tiles_q, pid % tiles_q, S, P, Q, N, sds, sdp, sdn, svq, svn,
+            BM, BN, BQ, PRECISION,
+        )  # fmt: skip
+    elif dv is not None:
+        pid -= tiles
+        dv_tile(
+            dup, sigma, dv, scale, pid // tiles_q, pid % tiles_q, S, P, Q, N, sds, sdp, sdn, ss, sp, sq,
+            BM, BN, BQ, PRECISION,
+        )  # fmt: skip
 
 
 def group_update_backward(
@@ -278,8 +305,6 @@ def single_pass(M: int, N: int, K: int, R: int, BN: int, ridge: int, dup: bool =
     costs ridge / N of the product (ridge: FLOP per byte at which the chip's memory and tensor cores take equally long),
     unless dup needs a pass over x (which is then dy) anyway: p comes out of that one for nothing.
     """
-    if block(R) > 64:  # the second accumulator would not fit the registers
-        return False
     if N <= BN:  # one tile spans the columns: nothing is formed twice
         return True
     if dup:
@@ -367,15 +392,16 @@ def dy_pass_kernel(
     """dp = dy @ up.T    dup = p.T @ dy, both from one read of dy
 
     dy [M, N], up [R, N], p [M, R] -> dp_slots [N / BN, M, R], dup_slots [M / ROWS, R, N] with strides ss, sr, sn
-    A program owns ROWS rows and BN columns of dy: dup is complete over its rows, dp over its columns, and the slots
-    are summed afterwards. up and dp_slots may be None: then only dup is formed, or ddown.T = dp.T @ x for dy = x, p = dp.
+    A program owns ROWS rows and BN columns of dy, for BR of the ranks: dup is complete over its rows, dp over its
+    columns, and the slots are summed afterwards. up and dp_slots may be None: then only dup is formed, or
+    ddown.T = dp.T @ x for dy = x, p = dp.
     """
     m0 = tl.program_id(0).to(tl.int64) * ROWS
     chunk = tl.program_id(1).to(tl.int64)
     n0 = chunk * BN
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
-    r = tl.arange(0, BR)
+    r = tl.program_id(2) * BR + tl.arange(0, BR)
     n_ok = n < N - n0
     r_ok = r < R
     rows = tl.minimum(M - m0, ROWS).to(tl.int32)
@@ -469,7 +495,7 @@ def dy_pass(
     if not M:
         return (empty := new(0, R), empty), (dup.zero_(), dup)
     c = config("dy_pass", dy, M, N, 0, R)
-    BM, BN = c["BM"], c["BN"]
+    BM, BN, BR = c["BM"], c["BN"], min(block(R), c.pop("BR"))
     # whole tiles per run; no run is left without rows
     rows = cdiv(cdiv(M, splits(M, N, R, BM, BN)), BM) * BM
     runs = cdiv(M, rows)
@@ -479,9 +505,9 @@ def dy_pass(
     dp_slots = dp if up is None or chunks == 1 else slots(chunks, M, R)
     dup_slots = dup if runs == 1 else slots(runs, *dup.shape)
     with torch.cuda.device_of(dy):
-        dy_pass_kernel[(runs, chunks)](
+        dy_pass_kernel[(runs, chunks, cdiv(R, BR))](
             dy, up, p, dp_slots, dup_slots, M, N, R, rows, *dy.stride(), *((0, 0) if up is None else up.stride()),
-            *p.stride(), R * N, *((1, R) if transposed else (N, 1)), BR=block(R), PRECISION=precision(dy), **c,
+            *p.stride(), R * N, *((1, R) if transposed else (N, 1)), BR=BR, PRECISION=precision(dy), **c,
         )  # fmt: skip
     return (dp_slots, dp), (dup_slots, dup)
 
@@ -555,7 +581,7 @@ def merge_kernel(
         weight = tl.multiple_of(weight, 16)
         swn = tl.multiple_of(swn, 16)
         swk = 1
-    tiles_k = tl.cdiv(K, BK)
+    tiles_k = tl.cdiv(K, BK).to(tl.int32)
     n = pid // tiles_k * BN + tl.arange(0, BN)
     k = pid % tiles_k * BK + tl.arange(0, BK)
     r = tl.arange(0, BR).to(tl.int64)
@@ -582,34 +608,23 @@ def merge_(
     ups: list[Tensor],  # each [R, N]
 ) -> None:
     """weight += (down @ up).T, in place; the sum is formed in float32 and rounded once"""
-    # a weight that is listed twice takes its second update in a second launch
-    once, again, seen = [], [], set()
-    for entry in zip(weights, downs, ups):
-        (again if entry[0].data_ptr() in seen else once).append(entry)
-        seen.add(entry[0].data_ptr())
-    if once:
-        merge_once(once)
-    if again:
-        merge_(*zip(*again))
-
-
-def merge_once(entries: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """weight += (down @ up).T for every (weight, down, up), in one launch"""
-    like = entries[0][0]
+    if not weights:
+        return
+    like = weights[0]
     c = config("merge", like, 0, 0, 0, 0)
     table, starts, tiles = [], [], 0
-    for weight, down, up in entries:
+    for weight, down, up in zip(weights, downs, ups):
         (N, K), R = weight.shape, down.shape[1]
         starts.append(tiles)
         tiles += cdiv(N, c["BN"]) * cdiv(K, c["BK"])
         table.append([weight.data_ptr(), down.data_ptr(), up.data_ptr(), N, K, R])
         table[-1] += [*weight.stride(), *down.stride(), *up.stride()]
-    aligned = all(describable(w) and w.stride(0) % 16 == 0 for w, _, _ in entries)
+    aligned = all(describable(weight) and weight.stride(0) % 16 == 0 for weight in weights)
     with torch.cuda.device_of(like):
         merge_kernel[(tiles,)](
             torch.tensor(table, dtype=torch.int64, device=like.device),
             torch.tensor(starts, dtype=torch.int32, device=like.device),
-            like, len(entries), BC=triton.next_power_of_2(len(entries)), ALIGNED=aligned, **c,
+            like, len(weights), BC=triton.next_power_of_2(len(weights)), ALIGNED=aligned, **c,
         )  # fmt: skip
 
 
@@ -647,7 +662,7 @@ def user_table() -> Path:
 
 @functools.lru_cache(maxsize=None)
 def tables() -> tuple[dict, dict]:
-    """(the shipped table, the user's GPUs); tune.py clears this cache when it writes"""
+    """(the shipped table, the user's GPUs), read once; tune.forget() makes the next call read again"""
     shipped = json.loads(SHIPPED.read_text())
     try:
         user = json.loads(user_table().read_text())
@@ -695,24 +710,28 @@ def tuned(name: str, entry: str) -> dict | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def lookup(kernel: str, name: str, arch: str, kind: str, M: int, N: int, K: int, R: int) -> dict:
+def lookup(kernel: str, name: str, arch: str, kind: str, M: int, N: int, K: int, R: int) -> dict | None:
+    """what to launch a kernel with: as tuned for this GPU if on record, else the first default row that matches"""
     if found := tuned(name, key(kernel, kind, M, N, K, R)):
         return found["use"]
     sizes = {"M": M, "N": N, "K": K, "R": block(R), "tiles": cdiv(M, 128) * cdiv(N, 128)}
     for row in tables()[0]["defaults"][arch][kernel]:
         where = row["where"]
         if kind in where["kind"] and all(
-            value >= where.get(f"min_{size}", value) and value <= where.get(f"max_{size}", value)
+            where.get(f"min_{size}", value) <= value <= where.get(f"max_{size}", value)
             for size, value in sizes.items()
         ):
             return row["use"]
-    raise LookupError(f"{SHIPPED} has no row for {kernel} on {arch}, {kind}, {sizes}")
+    return None
 
 
 def config(kernel: str, tensor: Tensor, M: int, N: int, K: int, R: int) -> dict:
-    """tile sizes, num_warps and num_stages for a kernel at these sizes: tuned if on record, else the default row"""
+    """tile sizes, num_warps and num_stages for a kernel at these sizes"""
     name, arch = gpu(tensor.device.index if tensor.is_cuda else None)
-    return dict(lookup(kernel, name, arch, kind_of(tensor), M, N, K, R))
+    found = lookup(kernel, name, arch, kind_of(tensor), M, N, K, R)
+    if found is None:
+        raise LookupError(f"no configuration of {kernel} for {arch} {kind_of(tensor)} M{M} N{N} K{K} R{R} in {SHIPPED}")
+    return dict(found)
 
 
 def prefers_single_pass(x: Tensor, N: int, R: int, dup: bool = False) -> bool:
@@ -722,12 +741,12 @@ def prefers_single_pass(x: Tensor, N: int, R: int, dup: bool = False) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def strategy(name: str, arch: str, kind: str, M: int, K: int, N: int, R: int, dup: bool) -> bool:
-    if block(R) > 64:
+    use = lookup("single_pass", name, arch, kind, M, N, K, R)
+    if use is None:  # the accumulator of p would not fit the registers beside that of y
         return False
     if not dup and (found := tuned(name, key("lowrank_linear", kind, M, N, K, R))):
         return found["single_pass"]
-    BN = lookup("single_pass", name, arch, kind, M, N, K, R)["BN"]
-    return single_pass(M, N, K, R, BN, tables()[0]["ridge"][arch], dup)
+    return single_pass(M, N, K, R, use["BN"], tables()[0]["ridge"][arch], dup)
 
 
 def unavailable() -> str | None:
@@ -741,58 +760,46 @@ def unavailable() -> str | None:
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
-    given = list(flatten(tensors))
-    if not given:
-        return None
+    given = [tensor for tensor in tensors if tensor is not None]
     dtype, device = given[0].dtype, given[0].device
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"triton has float32, bfloat16 and float16 kernels, not {dtype}"
     if INTERPRETED:
         if dtype == torch.bfloat16:
             return "triton's interpreter multiplies bfloat16 wrongly"
-    elif not device.type == "cuda":
+    elif device.type != "cuda":
         return f"triton needs CUDA tensors, these are on {device}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         return f"triton kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
     R = rank(op, tensors)
     if R > MAX_RANK:
         return f"triton kernels go to rank {MAX_RANK}, not {R}"
-    for tensor in given:
-        if max(tensor.stride(), default=0) > MAX_STRIDE:
-            return f"triton kernels address strides up to {MAX_STRIDE} elements, not {max(tensor.stride())}"
-        if max(tensor.shape, default=0) >= 2**31:
-            return f"triton kernels address sizes below 2**31, not {max(tensor.shape)}"
+    stride = max(max(tensor.stride()) for tensor in given)
+    if stride > MAX_STRIDE:
+        return f"triton kernels address strides up to {MAX_STRIDE} elements, not {stride}"
     return None
 
 
-def flatten(tensors):
-    """the tensors among the arguments of an op: merge_ is given lists, and a bias may be None"""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            yield tensor
-        elif tensor is not None:
-            yield from flatten(tensor)
-
-
-def rank(op: str, tensors) -> int:
+def rank(op: str, tensors: tuple) -> int:
     """the largest rank among the arguments of an op"""
-    if op == "group_update":
+    if op == "group_update":  # sigma, v
         return max(tensors[0].shape[1:])
-    if op == "group_update_backward":
+    if op == "group_update_backward":  # dup, sigma, v
         return max(tensors[1].shape[1:])
-    if op == "merge_":
-        return max((down.shape[1] for down in tensors[1]), default=1) if len(tensors) > 1 else 1
+    if op == "merge_":  # all weights, all downs, all ups
+        count = len(tensors) // 3
+        return max(down.shape[1] for down in tensors[count : 2 * count])
     return tensors[3].shape[1]
 
 
 def unproven() -> str | None:
     if INTERPRETED:
-        return "the interpreter runs for tests only"
+        return "the interpreter is for tests"
     name, _ = gpu(torch.cuda.current_device())
     record = tables()[0]["gpus"].get(name, {}).get("proven", {})
-    for what, text in (("tests", "run of its tests"), ("benchmark", "benchmark that shows it faster")):
+    for what, sentence in (("tests", "run of the tests"), ("benchmark", "benchmark that shows it faster")):
         if not record.get(what):
-            return f"no {text} on a {name} is on record"
+            return f"no {sentence} of the triton kernels on an {name} is on record"
     return None
 
 

@@ -1,0 +1,220 @@
+"""Compile every Triton kernel with its shipped configurations for GPUs that need not be there, and hold what the
+compiler made of them to budget.json: registers, stack (a kernel has no local arrays: any stack is spilled registers),
+shared memory, tensor-core instructions.
+
+    python tests/aot/check.py             # prints a table; exit status 1 if anything is over
+    python tests/aot/check.py --update    # writes what it found as the new budget, if nothing spills or is too large
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# compiled code, never the interpreter, and never a result of an earlier compile
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia
+from triton.compiler import ASTSource
+
+from efft_kernels.kernels import triton_kernels as tk
+
+BUDGET = Path(__file__).with_name("budget.json")
+# bytes of shared memory that a program may have
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448}
+TENSOR_CORE = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
+KINDS = {"half": ["bf16", "fp16"], "tf32": ["fp32"], "fp32": ["fp32"]}
+
+
+def source(kernel, dtype: str, constants: dict, pointers: str, types: dict) -> ASTSource:
+    """a call of the kernel as a launch with sizes and strides divisible by 16 would specialise it
+
+    pointers: names of the arguments that point to dtype; types: other types by name; constants: by name, None too.
+    What is left are 32-bit sizes and strides.
+    """
+    signature = {
+        name: "constexpr" if name in constants else types.get(name) or (f"*{dtype}" if name in pointers.split() else "i32")
+        for name in kernel.arg_names
+    }
+    # a constant 1 stands for a contiguous stride; triton specialises those by itself at a launch
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] == "i32" or signature[name].startswith("*")
+    }
+    return ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs=divisible)
+
+
+def variants(name: str, use: dict, where: dict, kind: str):
+    """(variant, kernel, constants, pointers, types) for each way in which a row's kernel is launched"""
+    use = {k: v for k, v in use.items() if k not in ("num_warps", "num_stages")}
+    given = use | {"PRECISION": "tf32" if kind == "tf32" else "ieee"}
+    # the largest block of ranks that the row is launched with
+    BR = min(where.get("max_R", 256), use.get("BR", 64))
+    if name == "group_update":
+        yield "", tk.group_update_kernel, given | {"sq": 1, "svn": 1}, "sigma v up", {"scale": "fp32"}
+    elif name == "group_update_backward":
+        ones = {"sdn": 1, "sq": 1, "svn": 1}
+        for variant, none in (("", {}), ("dsigma", {"dv": None}), ("dv", {"dsigma": None})):
+            yield variant, tk.group_update_backward_kernel, given | ones | none, "dup sigma v dsigma dv", {"scale": "fp32"}
+    elif name == "p":
+        yield "x", tk.p_kernel, given | {"sxk": 1, "sdr": 1}, "x down p", {}
+        yield "dy", tk.p_kernel, given | {"sxk": 1, "sdk": 1}, "x down p", {}
+    elif name in ("single_pass", "extended_k"):
+        own_p = name == "single_pass"
+        given |= {"BR": BR, "OWN_P": own_p} | ({} if own_p else {"down": None, "sdk": 0, "sdr": 0})
+        # the forward's operands, then those of dx: weight and the factors are transposed
+        forward = {"sxk": 1, "swk": 1, "sb": 1, "sun": 1, "W_ROWS": "n"} | ({"sdr": 1} if own_p else {})
+        backward = {"sxk": 1, "swn": 1, "bias": None, "sb": 0, "sur": 1, "W_ROWS": "k"} | ({"sdk": 1} if own_p else {})
+        for way, ones in (("y", forward), ("dx", backward)):
+            # the pointer path stands in where descriptors cannot address the operands
+            for tma in (True, False) if use["TMA"] else (False,):
+                BM, BN, BK = use["BM"], use["BN"], use["BK"]
+                w_block = [BN, BK] if way == "y" else [BK, BN]
+                types = {"x": f"tensordesc<$[{BM},{BK}]>", "w": f"tensordesc<$[{w_block[0]},{w_block[1]}]>"} if tma else {}
+                variant = f"{way} tma" if tma else way
+                yield variant, tk.lowrank_linear_kernel, given | ones | {"TMA": tma}, "x w bias down up y p", types
+    elif name == "dy_pass":
+        pointers, types = "dy up p dp_slots dup_slots", {"dp_slots": "*fp32", "dup_slots": "*fp32"}
+        ones = given | {"syn": 1, "spr": 1}
+        yield "dp dup", tk.dy_pass_kernel, ones | {"sun": 1, "sn": 1}, pointers, types
+        no_dp = {"up": None, "dp_slots": None, "sur": 0, "sun": 0, "sr": 1}
+        yield "ddown", tk.dy_pass_kernel, ones | no_dp, pointers, types
+    elif name == "reduce":
+        types = {"a_slots": "*fp32", "b_slots": "*fp32"}
+        yield "", tk.reduce_slots_kernel, use, "a b", types
+    elif name == "merge":
+        for aligned in (True, False):
+            constants = use | {"BC": 64, "ALIGNED": aligned}
+            yield "aligned" if aligned else "", tk.merge_kernel, constants, "like", {"table": "*i64", "starts": "*i32"}
+
+
+def cases():
+    """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages): bfloat16 throughout, float16 once each"""
+    seen = set()
+    for arch in SHARED:
+        for name, rows in tk.tables()[0]["defaults"][arch].items():
+            for row in rows:
+                use = row["use"]
+                tiles = "x".join(str(size) for tile, size in use.items() if tile.startswith("B"))
+                for kind in row["where"]["kind"] if name != "reduce" else ["half"]:
+                    for variant, *rest in variants(name, use, row["where"], kind):
+                        ranks = f" r{rest[1]['BR']}" if name in ("single_pass", "extended_k") else ""
+                        for dtype in KINDS[kind] if (arch, name, kind) not in seen else KINDS[kind][:1]:
+                            seen.add((arch, name, kind))
+                            label = dtype if kind == "half" else kind
+                            case = " ".join(f"{name} {variant} {label} {tiles}{ranks}".split())
+                            yield case, arch, rest, dtype, use["num_warps"], use["num_stages"]
+
+
+def tool(name: str) -> str:
+    return str(Path(nvidia).parent / "bin" / name)
+
+
+def compiled(number: int) -> tuple[str, str, dict | str]:
+    """(case, arch, what the compiler made of it or its error)"""
+    case, arch, (kernel, constants, pointers, types), dtype, warps, stages = ALL[number]
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {name: text.replace("$", dtype) for name, text in types.items()}
+    try:
+        done = triton.compile(
+            source(kernel, dtype, constants, pointers, types),
+            target=GPUTarget("cuda", int(arch[3:]), 32),
+            options={"num_warps": warps, "num_stages": stages},
+        )
+    except Exception as error:
+        return case, arch, f"{type(error).__name__}: {error}"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL"))
+    found = {
+        "registers": registers,
+        "stack": stack + local,
+        "shared": done.metadata.shared,
+        "tensor_cores": [name for name, pattern in TENSOR_CORE.items() if re.search(pattern, done.asm["ptx"])],
+    }
+    return case, arch, found
+
+
+def faults(case: str, arch: str, found: dict | str) -> list[str]:
+    """what is wrong with a compiled case on any version of triton"""
+    if isinstance(found, str):
+        return [found.splitlines()[0]]
+    wrong = []
+    if found["shared"] > SHARED[arch]:
+        wrong.append(f"shared memory over the {SHARED[arch]} of the chip")
+    if not found["tensor_cores"] and not re.search(r"^reduce|^merge.* tf32|fp32\b", case):
+        wrong.append("no tensor-core instruction")
+    return wrong
+
+
+def spilled(found: dict) -> list[str]:
+    # demanded of the budget's version alone: another one's ptxas may spill a register or two of the same tiles
+    return [f"{found['stack']} bytes spilled"] if found["stack"] else []
+
+
+def excesses(found: dict, limit: dict | None) -> list[str]:
+    """in what a compiled case differs for the worse from its entry in the budget"""
+    if limit is None:
+        return ["not in the budget"]
+    wrong = [f"{what} over the budget of {limit[what]}" for what in ("registers", "shared") if found[what] > limit[what]]
+    if found["tensor_cores"] != limit["tensor_cores"]:
+        wrong.append(f"the budget has {limit['tensor_cores']}")
+    return wrong
+
+
+ALL = list(cases())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    arguments = parser.parse_args()
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() and not arguments.update else None
+    same = budget is not None and budget["triton"] == triton.__version__
+    if budget and not same:
+        print(f"triton {triton.__version__}, the budget is of {budget['triton']}: only the chips' own limits are checked")
+    chosen = [i for i, case in enumerate(ALL) if arguments.only in f"{case[1]} {case[0]}"]
+    result, bad = {}, 0
+    print(f"{'':8}{'case':46}{'registers':>10}{'stack':>7}{'shared':>8}  tensor cores")
+    with multiprocessing.Pool(2) as pool:
+        for case, arch, found in pool.imap(compiled, chosen):
+            wrong, cells = faults(case, arch, found), ""
+            if isinstance(found, dict):
+                cells = f"{found['registers']:>10}{found['stack']:>7}{found['shared']:>8}  {' '.join(found['tensor_cores'])}"
+                wrong += spilled(found) if same or not budget else []
+                wrong += excesses(found, budget["cases"].get(arch, {}).get(case)) if same else []
+            bad += bool(wrong)
+            print(f"{arch:8}{case:46}{cells}{'  FAULT: ' + '; '.join(wrong) if wrong else ''}", flush=True)
+            result.setdefault(arch, {})[case] = found
+    print(f"{len(chosen)} compiled, {bad} at fault")
+    if arguments.update and not bad and not arguments.only:
+        BUDGET.write_text(written(result))
+    return 1 if bad else 0
+
+
+def written(result: dict) -> str:
+    """the budget as JSON, one case per line"""
+    archs = [
+        f'    "{arch}": {{\n' + ",\n".join(f"      {json.dumps(c)}: {json.dumps(f)}" for c, f in found.items()) + "\n    }"
+        for arch, found in result.items()
+    ]
+    return f'{{\n  "triton": "{triton.__version__}",\n  "cases": {{\n' + ",\n".join(archs) + "\n  }\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
