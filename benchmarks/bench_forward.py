@@ -190,7 +190,7 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
     lap = timer(args.device)
     needed = [work(c.M, c.layer.K, c.layer.N, args.rank, getattr(torch, c.dtype).itemsize)["forward"] for c in cases]
     cost = [max(flops / limit.gemm[c.dtype], b / limit.bandwidth) for c, (flops, b) in zip(cases, needed)]
-    end = time.perf_counter() + args.seconds
+    end, setup = time.perf_counter() + args.seconds, 0.0
     with tqdm(total=len(cases) * args.repeats, unit="round", disable=None) as bar:
         for n, case in enumerate(cases):
             bar.set_description(str(case))
@@ -203,10 +203,13 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
             ]
             if any(v.compiled for v in found):
                 torch._dynamo.reset()
+            setup -= time.perf_counter()
             calls, facts = build(case, args, found, record["left_out"])
             now, samples = time.perf_counter(), []
-            # a share by cost; a second is enough for the rounds of a small case, and no share may deny it that
-            deadline = now + max(1.0, (end - now) * cost[n] / sum(cost[n:]))
+            setup += now
+            # a share by cost of what the set-up of later cases will leave; small cases need a second and get it anyway
+            left = end - now - setup * sum(cost[n + 1 :]) / sum(cost[: n + 1])
+            deadline = now + max(1.0, left * cost[n] / sum(cost[n:]))
             try:
                 for laps in interleave(calls, lap, args.repeats, deadline):
                     samples.append(laps)
@@ -330,22 +333,30 @@ def show(record: dict) -> None:
     for s in record["summary"]:
         order = ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
         if against := [f"{s['efft_ratio'][name]:.2f} x {name}" for name in order if name in s["efft_ratio"]]:
-            print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of all {', '.join(s['layers'])}:")
+            which = "all Linears" if len(s["layers"]) == len(layers(args["model"])) else f"all {', '.join(s['layers'])}"
+            print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of {which} of the blocks:")
             print(f"    efft {digits(s['ms']['efft'])} ms = {', '.join(against)}")
     if any(row["variant"] == "efft" and "unfused" in row["ratio"] for row in rows):
         print(textwrap.fill(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}", 120))
 
 
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:
+    """All cases of a pass side by side if they are few, else a panel per dtype and size, in fours: a block, a stage."""
     found = []
     for (part,), group in _groups(rows, "pass"):
-        layers = _groups(group, "layer", "dtype", "M")
-        for at in range(0, len(layers), 5):
+        cases = _groups(group, "layer", "dtype", "M")
+        chunks = [cases]
+        if len(cases) > 6:
+            chunks = []
+            for _, same in _groups(group, "dtype", "size"):
+                layers = _groups(same, "layer", "dtype", "M")
+                chunks += [layers[at : at + 4] for at in range(0, len(layers), 4)]
+        for chunk in chunks:
             bars = {
                 f"{layer} {own[0]['K']}→{own[0]['N']}\n{dtype}, M = {M}": {
                     row["variant"]: tuple(row["ratio"]["merged"].values()) for row in own
                 }
-                for (layer, dtype, M), own in layers[at : at + 5]
+                for (layer, dtype, M), own in chunk
             }
             found.append((part, bars))
     return found
@@ -410,8 +421,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="--compile none")
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
     p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
-    p.add_argument("--seconds", type=seconds, default=45.0, metavar="S",
-                   help="for all cases together; every case gets three rounds at least (default: 45)")  # fmt: skip
+    p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
+                   help="for all cases, set-up included; a case gets three rounds at least (default: 60)")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR", help="write forward.json and forward.png there")
     args = p.parse_args(argv)
 
