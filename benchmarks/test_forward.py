@@ -48,4 +48,4 @@ def test_linear(benchmark, data, layer, backward, variant):
         for call in calls if variant.name.startswith("efft") else calls[:2]:
             run(call)
         turn = itertools.cycle(calls)
-        benchmark.pedantic(run, setup=lambda: ((next(turn),), {}), rounds=12)
+        benchmark.pedantic(run, setup=lambda: ((next(turn),), {}), rounds=10)
