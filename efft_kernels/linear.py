@@ -166,8 +166,9 @@ class Adapters(nn.ModuleDict):
     runs outside the model's forward (``forward_features``, one block) computes its own pair, with a graph of its own.
     Backward may run layers again, to recompute a checkpointed block: when a gradient reaches the output of a forward,
     its pairs are laid out for the rest of that backward, so that the recomputation sees the same factors and masks.
-    Without gradients and dropout the pairs are kept until a factor is another tensor or has another version; writes
-    through ``.data`` leave no trace in the version, so ``train()`` and ``eval()`` forget the pairs, too.
+    Without gradients and dropout the pairs are kept until a factor is another tensor or has another version. Writes
+    through ``.data`` and fused optimizers leave no trace in the version: so ``train()`` and ``eval()`` forget the pairs,
+    and none are kept from a forward with gradients to the next of these calls, or while a factor has a ``.grad``.
     """
 
     def __init__(self, backend: str | None = None, still: tuple[nn.Module, ...] = ()):
@@ -181,10 +182,11 @@ class Adapters(nn.ModuleDict):
         self._pass = None  # of the forward under way
         self._replay = (-1, None)  # (backward, the forward that it recomputes)
         self._kept = None  # (what they depend on, pairs)
+        self._settled = True  # no forward with gradients since the last train() or eval()
 
     def train(self, mode: bool = True) -> "Adapters":
         super().train(mode)
-        self._kept = None
+        self._kept, self._settled = None, True
         for module in self.still:
             module.eval()
         return self
@@ -223,6 +225,7 @@ class Adapters(nn.ModuleDict):
             if path in group.slots:
                 if self._constant():
                     return self.pairs()[path]
+                self._settled = False
                 return group.hand_out([group.slots[path]], self.backend)[path]
         return None
 
@@ -236,10 +239,12 @@ class Adapters(nn.ModuleDict):
     def pairs(self, keep: bool = True) -> dict[str, Pair]:
         """path -> pair of every Linear of the active adapter, kept for the next call where they cannot have changed."""
         groups = self.groups()
-        keep = keep and not torch.compiler.is_compiling() and self._constant()
+        if not self._constant():
+            self._settled = False
+        keep = keep and not torch.compiler.is_compiling() and self._settled
         factors = [t for group in groups for t in (*group.parameters(), *group.buffers())] if keep else []
         # a CUDA graph must contain the update, and an inference tensor has no version
-        if not factors or any(t.is_inference() for t in factors) or _capturing():
+        if not factors or any(t.is_inference() or t.grad is not None for t in factors) or _capturing():
             return {path: pair for g in groups for path, pair in g.hand_out(g.slots.values(), self.backend).items()}
         device = factors[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -35,8 +35,9 @@ def vit(name: str = "vit_tiny_patch16_224", **options):
 
 def swin(**options):
     """Swin of two stages, of two blocks and one, widths 32 and 64."""
-    sizes = dict(img_size=32, window_size=4, patch_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4), num_classes=10)
-    return timm().create_model("swin_tiny_patch4_window7_224", **{**sizes, **options}).eval()
+    sizes = dict(img_size=32, window_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4))
+    fixed = dict(num_classes=10, drop_path_rate=0.0)
+    return timm().create_model("swin_tiny_patch4_window7_224", **{**sizes, **fixed, **options}).eval()
 
 
 def images(n: int = 2, dtype: torch.dtype = torch.float32, size: int = 32) -> torch.Tensor:

@@ -1,0 +1,514 @@
+"""What must keep working around an injected model: the ways people train, copy, compile and store models."""
+
+import copy
+import io
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import images, shake, swin, timm, vit
+from torch.utils.checkpoint import checkpoint
+
+import efft_kernels as ek
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """one process compiles more models here than dynamo's limit for one function"""
+    torch.compiler.reset()
+
+
+PLAIN = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.0)
+DROPPED = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.3)
+
+
+def adapted(config=PLAIN, make=vit, **options):
+    return shake(ek.inject(make(**options), config))
+
+
+def loss_of(model, x):
+    return F.cross_entropy(model(x), torch.arange(len(x)))
+
+
+def gradients(model, loss=None):
+    """name -> gradient of everything trained; of the loss, or what backward left in .grad"""
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    if loss is not None:
+        return dict(zip(names, torch.autograd.grad(loss, params)))
+    return {n: p.grad.clone() for n, p in zip(names, params)}
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **(tolerance or dict(rtol=1e-4, atol=1e-6)))
+
+
+def assert_bits(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
+def test_two_runs_of_a_training_step_are_bit_equal(config):
+    runs = []
+    model = adapted(config).train()
+    x = images()
+    for _ in range(2):
+        torch.manual_seed(1)
+        runs.append(gradients(model, loss_of(model, x)))
+    assert_bits(*runs)
+
+
+def test_gradient_accumulation_adds_up():
+    model = adapted().train()
+    x = images(4)
+    whole = gradients(model, (loss_of(model, x[:2]) + loss_of(model, x[2:])) / 2)
+    for part in (x[:2], x[2:]):
+        (loss_of(model, part) / 2).backward()
+    assert_same(gradients(model), whole)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "reversed"])
+def test_two_forwards_before_two_backwards(order):
+    model = adapted().train()
+    x = images(2), images(2)
+    want = gradients(model, loss_of(model, x[0]) + loss_of(model, x[1]))
+    losses = [loss_of(model, part) for part in x]
+    for i in order:
+        losses[i].backward()
+    assert_same(gradients(model), want)
+
+
+def test_forward_features_and_single_blocks_train():
+    model = adapted().train()
+    x = images()
+    want = gradients(model, loss_of(model, x))
+    loss = F.cross_entropy(model.forward_head(model.forward_features(x)), torch.arange(2))
+    assert_same(gradients(model, loss), want)
+    # one block called directly, backward before the next one is called
+    tokens = torch.randn(2, 5, model.embed_dim)
+    for block in model.blocks:
+        tokens = block(tokens)
+        tokens.square().sum().backward()
+        tokens = tokens.detach()
+    assert all(p.grad is not None for p in model.efft.parameters())
+
+
+def test_dropout_is_drawn_anew_in_training_and_absent_in_eval():
+    model = adapted(DROPPED)
+    x = images()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    torch.manual_seed(3)
+    first = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(model(x), first)
+    model.eval()
+    torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x)))
+
+
+def test_dropout_keeps_the_mean_and_masks_factors():
+    """over many draws the first block's qkv adds on average what it adds without dropout (masks are independent)"""
+    model = adapted(ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.2))
+    slot = model.efft["default"]["attn"].slots["blocks.0.attn.qkv"]
+    group = model.efft["default"]["attn"]
+    exact = torch.matmul(*group.eval().hand_out([slot], None)[slot.site.path][:2])
+    group.train()
+    draws = torch.stack([torch.matmul(*group.hand_out([slot], None)[slot.site.path][:2]) for _ in range(100)])
+    spread = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - exact).abs() <= 6 * spread + 1e-6).all()
+    down = group.hand_out([slot], None)[slot.site.path].down
+    dropped = down == 0
+    assert 0.1 < dropped.float().mean() < 0.3
+    torch.testing.assert_close(down[~dropped], (group.u / 0.8)[~dropped])
+
+
+def test_one_draw_per_attention_call_and_one_per_ffn_linear():
+    model = adapted(DROPPED).train()
+    model.efft.begin(keep=False)
+    pairs = model.efft._pass.pairs
+    down = lambda path: pairs[path].down
+    assert torch.equal(down("blocks.0.attn.qkv"), down("blocks.0.attn.proj"))
+    assert not torch.equal(down("blocks.0.attn.qkv"), down("blocks.1.attn.qkv"))
+    assert not torch.equal(down("blocks.0.mlp.fc1"), pairs["blocks.0.mlp.fc2"].up.T)
+    model.efft.end(None)
+
+
+def test_no_grad_and_inference_mode_agree_with_grad_mode():
+    model = adapted()
+    x = images()
+    want = model(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        for _ in range(2):
+            with mode():
+                torch.testing.assert_close(model(x), want)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
+    gradients(model, loss_of(model, x))
+
+
+def test_pairs_are_kept_at_inference():
+    model = adapted()
+    calls = []
+    group = model.efft["default"]["attn"]
+    original = group.hand_out
+    group.hand_out = lambda *args: calls.append(1) or original(*args)
+    with torch.no_grad():
+        for _ in range(3):
+            model(images())
+            model.forward_features(images())
+    assert len(calls) == 1
+
+
+def _sgd(model, x):
+    optimizer = torch.optim.SGD(ek.adapter_parameters(model), lr=0.1)
+    with torch.enable_grad():
+        loss_of(model, x).backward()
+    optimizer.step()
+
+
+def _adam(model, x, **options):
+    optimizer = torch.optim.AdamW(ek.adapter_parameters(model), lr=0.1, **options)
+    with torch.enable_grad():
+        loss_of(model, x).backward()
+    optimizer.step()
+
+
+def _scaled_state(model):
+    return {k: v * 1.5 if k.startswith("efft.") else v for k, v in model.state_dict().items()}
+
+
+CHANGES = {
+    "sgd": _sgd,
+    "adamw fused": lambda model, x: _adam(model, x, fused=True),
+    "adamw foreach": lambda model, x: _adam(model, x, foreach=True),
+    "load_state_dict": lambda model, x: model.load_state_dict(_scaled_state(model)),
+    "load_state_dict assign": lambda model, x: model.load_state_dict(_scaled_state(model), assign=True),
+    "in place": lambda model, x: [p.mul_(1.5) for p in model.efft.parameters()],
+    "data replaced": lambda model, x: [setattr(p, "data", p.data * 1.5) for p in model.efft.parameters()],
+    "data and eval": lambda model, x: [p.data.mul_(1.5) for p in model.efft.parameters()] and model.eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_stale_update_after(change):
+    model = adapted()
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+        model(x)
+        CHANGES[change](model, x)
+        after = model(x)
+        fresh = copy.deepcopy(model)
+        fresh.efft._forget()
+        assert not torch.equal(after, before)
+        assert torch.equal(after, fresh(x))
+
+
+@pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
+def test_non_reentrant_checkpointing(config):
+    """the recomputation sees the factors and masks of its own forward, although another came in between"""
+    model = adapted(config, depth=3).train()
+    x = images(2), images(2)
+
+    def run(checkpointed):
+        model.set_grad_checkpointing(checkpointed)
+        torch.manual_seed(5)
+        first, second = loss_of(model, x[0]), loss_of(model, x[1])
+        return gradients(model, first + 2 * second)
+
+    assert_bits(run(True), run(False))
+
+
+def test_checkpointing_outside_the_forward_of_the_model():
+    model = adapted(DROPPED, depth=3).train()
+    tokens = torch.randn(2, 5, model.embed_dim)
+
+    def run(call):
+        torch.manual_seed(5)
+        out = call(model.blocks[1], tokens)
+        return torch.autograd.grad(out.square().sum(), list(model.efft.parameters()))
+
+    plain = run(lambda block, t: block(t))
+    again = run(lambda block, t: checkpoint(block, t, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_reentrant_checkpointing_is_right_or_refused():
+    class Reentrant(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.blocks, self.head, self.on = inner.blocks, inner.head, False
+
+        def forward(self, tokens):
+            for block in self.blocks:
+                tokens = checkpoint(block, tokens, use_reentrant=True) if self.on else block(tokens)
+            return self.head(tokens.mean(1))
+
+    tokens = torch.randn(2, 5, 192, requires_grad=True)
+    model = shake(ek.inject(Reentrant(vit(depth=3)), PLAIN)).train()
+    want = gradients(model, loss_of(model, tokens))
+    model.on = True
+    loss_of(model, tokens).backward()
+    assert_same(gradients(model), want)
+
+    model = shake(ek.inject(Reentrant(vit(depth=3)), DROPPED)).train()
+    model.on = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss_of(model, tokens).backward()
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("config", [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig()], ids=["efft", "fact", "lora"])
+def test_compiled_whole_model(make, config):
+    model = adapted(config, make).train()
+    x = images()
+    want, grads = model(x), gradients(model, loss_of(model, x))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), want)
+    loss = F.cross_entropy(compiled(x), torch.arange(2))
+    assert_same(gradients(model, loss), grads)
+    assert model.efft._pass is None
+    # an optimizer step between two calls is seen
+    shake(model)
+    torch.testing.assert_close(compiled(x), model(x))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        shake(model)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiled_with_dropout():
+    model = adapted(DROPPED).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = images()
+    assert not torch.equal(compiled(x), compiled(x))
+    gradients(model, loss_of(compiled, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [PLAIN, DROPPED, ek.FacTConfig(), ek.LoRAConfig()], ids=["efft", "dropout", "fact", "lora"])
+def test_autocast(dtype, config):
+    model = adapted(config)
+    x = images()
+    want = model(x)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(model(x).float(), want, rtol=0.1, atol=0.1)
+        with torch.no_grad():
+            kept = model(x)
+        model.train()
+        loss = loss_of(model, x)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model, loss).values())
+    model.eval()
+    with torch.no_grad():
+        assert kept.dtype == dtype
+        torch.testing.assert_close(model(x), want)  # what autocast kept is not taken outside it
+
+
+def test_grad_scaler():
+    model = adapted().train()
+    x = images()
+    want = gradients(model, loss_of(model, x))
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = torch.optim.SGD(ek.adapter_parameters(model), lr=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, x)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert_same(gradients(model), want, rtol=0.3, atol=0.05)
+    scaler.step(optimizer)
+
+
+def test_to_another_dtype():
+    model = adapted()
+    x = images()
+    want = model(x)
+    torch.testing.assert_close(model.double()(x.double()).float(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
+
+
+def test_factors_in_float32_beside_bfloat16_weights():
+    model = adapted()
+    x = images()
+    want = model(x)
+    model.bfloat16().efft.float()
+    torch.testing.assert_close(model(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
+    grads = gradients(model, model(x.bfloat16()).square().sum())
+    assert all(g.dtype == torch.float32 for n, g in grads.items() if n.startswith("efft."))
+
+
+def _pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "save", "pickle"])
+def test_copies_are_complete_and_independent(copied):
+    model = adapted(DROPPED)
+    x = images()
+    with torch.no_grad():
+        model(x)
+    loss_of(model, x)  # leaves pairs with a graph behind
+    other = copied(model)
+    assert torch.equal(other(x), model(x))
+    assert {id(p) for p in other.parameters()}.isdisjoint({id(p) for p in model.parameters()})
+    shake(other)
+    assert not torch.equal(other(x), model(x))
+    want = model(x)
+    ek.merge(other)
+    ek.unmerge(other)
+    assert torch.equal(model(x), want)
+    other.train()
+    loss_of(other, x).backward()
+    assert all(p.grad is None for p in model.parameters())
+    ek.delete_adapter(other, "default")
+    assert not other._forward_pre_hooks and not other._forward_hooks
+
+
+def test_ema_copy_follows():
+    timm()
+    from timm.utils import ModelEmaV3
+
+    model = adapted().train()
+    ema = ModelEmaV3(model, decay=0.5)
+    x = images()
+    with torch.no_grad():
+        before = ema.module.eval()(x)
+    shake(model, 0.5)
+    ema.update(model)
+    with torch.no_grad():
+        after = ema.module(x)
+    assert not torch.equal(before, after)
+    fresh = copy.deepcopy(ema.module)
+    assert torch.equal(fresh(x), after)
+
+
+def test_state_dict_round_trip_and_unchanged_names():
+    base = vit()
+    names = list(base.state_dict())
+    model = adapted()
+    state = model.state_dict()
+    assert [n for n in state if not n.startswith("efft.")] == names
+    other = ek.inject(vit(), PLAIN)
+    other.load_state_dict(state)
+    x = images()
+    assert torch.equal(other(x), model(x))
+    missing = model.load_state_dict(base.state_dict(), strict=False)
+    assert not missing.unexpected_keys and all(k.startswith("efft.") for k in missing.missing_keys)
+
+
+def test_an_error_in_the_forward_leaves_nothing_behind():
+    model = adapted()
+    with pytest.raises(Exception):
+        model(torch.randn(2, 4, 32, 32))
+    assert model.efft._pass is None
+    gradients(model, loss_of(model, images()))
+
+
+def test_gradients_with_respect_to_the_images_of_a_frozen_adapter():
+    model = adapted().requires_grad_(False)
+    x = images().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x)
+    merged = ek.merge(copy.deepcopy(model))
+    torch.testing.assert_close(torch.autograd.grad(merged(x).square().sum(), x)[0], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_unfrozen_weights_and_biases_get_their_gradients():
+    model = adapted()
+    model.requires_grad_(True)
+    grads = gradients(model, loss_of(model, images()))
+    assert all(g.isfinite().all() for g in grads.values())
+    assert grads["blocks.0.attn.qkv.weight"].abs().max() > 0 and grads["blocks.0.mlp.fc2.bias"].abs().max() > 0
+
+
+def test_functional_call_with_other_factors():
+    model = adapted()
+    x = images()
+    factors = {name: p.detach() * 1.5 for name, p in model.named_parameters() if name.startswith("efft.")}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(factors.get(name, p))
+        model(x)
+        assert torch.equal(torch.func.functional_call(model, factors, x), other(x))
+
+
+def test_merged_model_exports():
+    model = adapted()
+    x = images()
+    want = model(x)
+    exported = torch.export.export(ek.merge(model), (x,))
+    torch.testing.assert_close(exported.module()(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_model_exports_to_onnx():
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    program = torch.onnx.export(ek.merge(adapted()), (images(),), dynamo=True, verbose=False)
+    onnx.checker.check_model(program.model_proto)
+    assert {node.domain for node in program.model_proto.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
+
+
+def _worker(rank, wrap, path, queue):
+    """two processes, one half of the batch each; the gradients must be those of one process"""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = adapted().train()
+    x = images(4)
+    want = gradients(model, loss_of_half(model, x, slice(0, 2)) / 2 + loss_of_half(model, x, slice(2, 4)) / 2)
+    wrapped, full = wrap(model)
+    for _ in range(2):  # the second time with factors that an optimizer has moved
+        half = slice(2 * rank, 2 * rank + 2)
+        loss_of_half(wrapped, x, half).backward()
+        got = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        assert_same(got, want)
+        torch.optim.SGD(ek.adapter_parameters(model), lr=0.1).step()
+        model.zero_grad()
+        plain = {n: full(p.detach()) for n, p in model.named_parameters()}
+        reference = adapted().train()
+        reference.load_state_dict({**reference.state_dict(), **plain})
+        want = gradients(reference, sum(loss_of_half(reference, x, slice(i, i + 2)) / 2 for i in (0, 2)))
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
+        wrapped.train()
+    queue.put(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def loss_of_half(model, x, half):
+    return F.cross_entropy(model(x[half]), torch.arange(len(x))[half])
+
+
+def _ddp(model):
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model), lambda t: t
+
+
+def _fsdp(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+@pytest.mark.parametrize("wrap", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(wrap, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.multiprocessing.spawn(_worker, (wrap, str(tmp_path / "store"), queue), nprocs=2)
+    assert sorted([queue.get(), queue.get()]) == [0, 1]
