@@ -1,0 +1,102 @@
+"""What an adapted training step adds to a merged, frozen one: operations launched and activations held (ViT-B)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import images, swin, vit
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import efft_kernels as ek
+
+# every op that is not a view is a launch on a GPU; these copy nothing although they are not marked as views
+FREE = {"aten::_unsafe_view", "aten::empty_like"}
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not (op.is_view or op._schema.name in FREE)
+        return op(*args, **(kwargs or {}))
+
+
+def measure(model, x) -> tuple[int, int]:
+    """(launches of forward and backward, bytes that the forward saves beside the parameters)"""
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    launches = Launches()
+    with launches:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long))
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        loss.backward()
+    return launches.count, sum(n for address, n in saved.items() if address not in own)
+
+
+def merged_frozen(model):
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "config",
+    [lambda p: ek.EFFTConfig("efft1", factor_dropout=p), lambda p: ek.EFFTConfig("efft2", factor_dropout=p)]
+    + [lambda p: ek.EFFTConfig("efft2", cores="shared", factor_dropout=p)],
+    ids=["efft1", "efft2", "efft2-shared"],
+)
+def test_launches_of_a_vit_b_step(config, dropout, record_property):
+    model = ek.inject(vit("vit_base_patch16_224", depth=12), config(dropout)).train()
+    launches, _ = measure(model, images())
+    record_property("launches", launches)
+    assert launches <= (310 if dropout == 0 else 400)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ek.FacTConfig("tt", activation_dropout=0.0), ek.FacTConfig("tk", activation_dropout=0.0), ek.LoRAConfig()]
+    + [ek.LoRAConfig(targets=("attn", "mlp")), ek.VeRAConfig(targets=("attn", "mlp"))],
+    ids=["fact-tt", "fact-tk", "lora", "lora-all", "vera-all"],
+)
+def test_launches_of_the_relatives(config):
+    model = ek.inject(vit("vit_base_patch16_224", depth=12), config).train()
+    assert measure(model, images())[0] <= 360
+
+
+def test_merged_step_is_the_baseline():
+    x = images().requires_grad_()  # a gradient has to travel through all blocks, as it does with adapters
+    launches, _ = measure(merged_frozen(vit("vit_base_patch16_224", depth=12)).train(), x)
+    assert 280 <= launches <= 300
+
+
+def test_one_group_update_per_group_and_step():
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            names.append(op._schema.name)
+            return op(*args, **(kwargs or {}))
+
+    model = ek.inject(swin(), ek.EFFTConfig(rank=4, factor_dropout=0.0)).train()
+    with Names():
+        model(images()).sum().backward()
+    groups = len(model.efft["default"])
+    assert groups == 4
+    assert names.count("efft_kernels::group_update") == names.count("efft_kernels::group_update_backward") == groups
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saved_bytes(dropout):
+    """at 197 tokens, batch 4; three blocks, since both sides grow with the blocks alike"""
+    make = lambda: vit("vit_base_patch16_224", depth=3, img_size=224)
+    x = images(4, size=224)
+    _, base = measure(merged_frozen(make()).train(), x.clone().requires_grad_())
+    _, ours = measure(ek.inject(make(), ek.EFFTConfig(factor_dropout=dropout)).train(), x)
+    assert ours <= 1.70 * base
