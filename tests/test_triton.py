@@ -142,7 +142,9 @@ def test_two_runs_are_bit_equal(single, device, monkeypatch):
 
 
 @dtypes
-@pytest.mark.parametrize("ranks", [(1, 1), (3, 16), (17, 3), (64, 40), (256, 256)], ids=lambda ranks: "P{}-Q{}".format(*ranks))
+@pytest.mark.parametrize(
+    "ranks", [(1, 1), (3, 16), (17, 3), (64, 40), (256, 256)], ids=lambda ranks: "P{}-Q{}".format(*ranks)
+)
 def test_group_update(ranks, dtype, device):
     (P, Q), S, N = ranks, 5 if ranks[0] < 256 else 1, 52
     sigma, v, dup = (torch.randn(s, device=device).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
@@ -290,7 +292,12 @@ def test_tuning_keeps_the_fastest_for_later(device, own_table):
     tiles = {"GM": 1, "num_warps": 4, "num_stages": 2, "TMA": False}
     products = [{"BM": BM, "BN": 32, "BK": 32} | tiles for BM in (16, 32, 64)]
     rows = [{"BM": BM, "BN": 32, "BR": 16, "num_warps": 4, "num_stages": 2} for BM in (16, 32)]
-    candidates = {"single_pass": products, "extended_k": products, "dy_pass": rows, "p": [{"BM": 16, "BK": 32, "BR": 16}]}
+    candidates = {
+        "single_pass": products,
+        "extended_k": products,
+        "dy_pass": rows,
+        "p": [{"BM": 16, "BK": 32, "BR": 16}],
+    }
     times = itertools.cycle([3.0, 1.0, 2.0])
     found = tune([(40, 48, 64, 5)], torch.float16, candidates=candidates, bench=lambda call: next(times))
     name = kernels.gpu(None if device == "cpu" else 0)[0]
@@ -310,7 +317,9 @@ def test_tuning_keeps_the_fastest_for_later(device, own_table):
 def test_tuning_refuses_a_wrong_result(device, own_table, monkeypatch):
     monkeypatch.setattr(kernels, "lowrank_p", lambda x, down: torch.zeros_like(x @ down))
     with pytest.raises(RuntimeError, match="is wrong"):
-        tune([(20, 16, 16, 2)], torch.float16, candidates={"p": [{"BM": 16, "BK": 32, "BR": 16}]}, bench=lambda call: 1.0)
+        tune(
+            [(20, 16, 16, 2)], torch.float16, candidates={"p": [{"BM": 16, "BK": 32, "BR": 16}]}, bench=lambda call: 1.0
+        )
     assert not own_table.exists()
 
 

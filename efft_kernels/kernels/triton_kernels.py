@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_RANK = 256
-# the offsets inside one tile are 32-bit; the offset of the tile itself is 64-bit
-MAX_STRIDE = 1 << 22
+# offsets inside a tile, of 512 rows or columns at most, are 32-bit; the offset of the tile itself is 64-bit
+MAX_STRIDE = 1 << 21
 
 
 @triton.jit
@@ -58,7 +58,9 @@ def group_update_kernel(
         sigma_tile += BK * sq
         v_tile += BK * svq
     # scaled in float32: one rounding for the whole formula
-    tl.store(up + i.to(tl.int64)[:, None] * N + n0 + n[None, :], (acc * scale).to(up.dtype.element_ty), mask=i_ok & n_ok)
+    tl.store(
+        up + i.to(tl.int64)[:, None] * N + n0 + n[None, :], (acc * scale).to(up.dtype.element_ty), mask=i_ok & n_ok
+    )
 
 
 def group_update(
@@ -485,7 +487,9 @@ def dy_pass(
     up: Tensor | None,  # [R, N]; None: no dp
     p: Tensor,  # [M, R]
     transposed: bool = False,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # (slots, dp [M, R]), (slots, dup [R, N], or [N, R] if transposed)
+) -> tuple[
+    tuple[Tensor, Tensor], tuple[Tensor, Tensor]
+]:  # (slots, dp [M, R]), (slots, dup [R, N], or [N, R] if transposed)
     """dp = dy @ up.T;  dup = p.T @ dy, as pairs that reduce_slots completes"""
     M, N = dy.shape
     R = p.shape[1]
@@ -644,9 +648,10 @@ def precision(tensor: Tensor) -> str:
 
 
 def describable(matrix: Tensor) -> bool:
-    """whether a tensor descriptor can address it: rows contiguous, everything on 16 bytes"""
-    size = matrix.element_size()
-    return matrix.stride(1) == 1 and matrix.stride(0) * size % 16 == 0 and matrix.data_ptr() % 16 == 0
+    """whether a tensor descriptor can address it: rows contiguous and apart, everything on 16 bytes"""
+    rows, columns = matrix.stride()
+    apart = rows >= matrix.shape[1] and rows * matrix.element_size() % 16 == 0
+    return columns == 1 and apart and matrix.data_ptr() % 16 == 0
 
 
 # whether kernels run in triton's interpreter, which decorators decided when this file was imported
@@ -689,7 +694,7 @@ def gpu(index: int | None) -> tuple[str, str]:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """"half", "tf32" or "fp32": what tile sizes depend on"""
+    """ "half", "tf32" or "fp32": what tile sizes depend on"""
     if tensor.dtype != torch.float32:
         return "half"
     return "tf32" if precision(tensor) == "tf32" else "fp32"
@@ -718,8 +723,7 @@ def lookup(kernel: str, name: str, arch: str, kind: str, M: int, N: int, K: int,
     for row in tables()[0]["defaults"][arch][kernel]:
         where = row["where"]
         if kind in where["kind"] and all(
-            where.get(f"min_{size}", value) <= value <= where.get(f"max_{size}", value)
-            for size, value in sizes.items()
+            where.get(f"min_{size}", value) <= value <= where.get(f"max_{size}", value) for size, value in sizes.items()
         ):
             return row["use"]
     return None
@@ -769,8 +773,8 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
             return "triton's interpreter multiplies bfloat16 wrongly"
     elif device.type != "cuda":
         return f"triton needs CUDA tensors, these are on {device}"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        return f"triton kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} is older"
+    elif gpu(device.index)[1] not in tables()[0]["defaults"]:
+        return f"triton kernels need compute capability 8.0, {gpu(device.index)[0]} is older"
     R = rank(op, tensors)
     if R > MAX_RANK:
         return f"triton kernels go to rank {MAX_RANK}, not {R}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import reference
 from . import triton_kernels as kernels
@@ -53,6 +54,8 @@ def p_tiles(BR: int) -> list[dict]:
     ]
 
 
+# how a tile that the chip has no room for fails
+TOO_LARGE = (OutOfResources, PTXASError, triton.compiler.CompilationError)
 CANDIDATES = {"single_pass": products, "extended_k": products, "dy_pass": row_passes, "p": p_tiles}
 
 
@@ -118,7 +121,12 @@ def tune_shape(M, K, N, R, dtype, device, name, candidates, bench) -> dict[str, 
     if kernels.block(R) <= 64:
         jobs += [
             ("single_pass", (M, N, K, R), lambda: kernels.lowrank_linear_single_pass(*forward)[0], y),
-            ("single_pass", (M, K, N, R), lambda: kernels.lowrank_product(dy, weight, None, up.t(), down.t(), None)[0], dx),
+            (
+                "single_pass",
+                (M, K, N, R),
+                lambda: kernels.lowrank_product(dy, weight, None, up.t(), down.t(), None)[0],
+                dx,
+            ),
         ]
     kind = kernels.kind_of(x)
     found = {}
@@ -152,7 +160,7 @@ def fastest(name, entry, candidates, call, right, bench) -> dict | None:
         use(name, entry, {"use": candidate})
         try:
             got = call()
-        except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError):
+        except TOO_LARGE:
             continue
         error = torch.linalg.vector_norm((got - right).float()) / torch.linalg.vector_norm(right.float())
         # both are rounded in this dtype, p among them

@@ -42,7 +42,9 @@ def source(kernel, dtype: str, constants: dict, pointers: str, types: dict) -> A
     What is left are 32-bit sizes and strides.
     """
     signature = {
-        name: "constexpr" if name in constants else types.get(name) or (f"*{dtype}" if name in pointers.split() else "i32")
+        name: "constexpr"
+        if name in constants
+        else types.get(name) or (f"*{dtype}" if name in pointers.split() else "i32")
         for name in kernel.arg_names
     }
     # a constant 1 stands for a contiguous stride; triton specialises those by itself at a launch
@@ -51,7 +53,9 @@ def source(kernel, dtype: str, constants: dict, pointers: str, types: dict) -> A
         for i, name in enumerate(kernel.arg_names)
         if signature[name] == "i32" or signature[name].startswith("*")
     }
-    return ASTSource(kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs=divisible)
+    return ASTSource(
+        kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs=divisible
+    )
 
 
 def variants(name: str, use: dict, where: dict, kind: str):
@@ -65,7 +69,13 @@ def variants(name: str, use: dict, where: dict, kind: str):
     elif name == "group_update_backward":
         ones = {"sdn": 1, "sq": 1, "svn": 1}
         for variant, none in (("", {}), ("dsigma", {"dv": None}), ("dv", {"dsigma": None})):
-            yield variant, tk.group_update_backward_kernel, given | ones | none, "dup sigma v dsigma dv", {"scale": "fp32"}
+            yield (
+                variant,
+                tk.group_update_backward_kernel,
+                given | ones | none,
+                "dup sigma v dsigma dv",
+                {"scale": "fp32"},
+            )
     elif name == "p":
         yield "x", tk.p_kernel, given | {"sxk": 1, "sdr": 1}, "x down p", {}
         yield "dy", tk.p_kernel, given | {"sxk": 1, "sdk": 1}, "x down p", {}
@@ -80,9 +90,17 @@ def variants(name: str, use: dict, where: dict, kind: str):
             for tma in (True, False) if use["TMA"] else (False,):
                 BM, BN, BK = use["BM"], use["BN"], use["BK"]
                 w_block = [BN, BK] if way == "y" else [BK, BN]
-                types = {"x": f"tensordesc<$[{BM},{BK}]>", "w": f"tensordesc<$[{w_block[0]},{w_block[1]}]>"} if tma else {}
+                types = (
+                    {"x": f"tensordesc<$[{BM},{BK}]>", "w": f"tensordesc<$[{w_block[0]},{w_block[1]}]>"} if tma else {}
+                )
                 variant = f"{way} tma" if tma else way
-                yield variant, tk.lowrank_linear_kernel, given | ones | {"TMA": tma}, "x w bias down up y p", types
+                yield (
+                    variant,
+                    tk.lowrank_linear_kernel,
+                    given | ones | {"TMA": tma},
+                    "x w bias down up y p",
+                    types if tma else {},
+                )
     elif name == "dy_pass":
         pointers, types = "dy up p dp_slots dup_slots", {"dp_slots": "*fp32", "dup_slots": "*fp32"}
         ones = given | {"syn": 1, "spr": 1}
@@ -170,7 +188,9 @@ def excesses(found: dict, limit: dict | None) -> list[str]:
     """in what a compiled case differs for the worse from its entry in the budget"""
     if limit is None:
         return ["not in the budget"]
-    wrong = [f"{what} over the budget of {limit[what]}" for what in ("registers", "shared") if found[what] > limit[what]]
+    wrong = [
+        f"{what} over the budget of {limit[what]}" for what in ("registers", "shared") if found[what] > limit[what]
+    ]
     if found["tensor_cores"] != limit["tensor_cores"]:
         wrong.append(f"the budget has {limit['tensor_cores']}")
     return wrong
@@ -187,7 +207,9 @@ def main() -> int:
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() and not arguments.update else None
     same = budget is not None and budget["triton"] == triton.__version__
     if budget and not same:
-        print(f"triton {triton.__version__}, the budget is of {budget['triton']}: only the chips' own limits are checked")
+        print(
+            f"triton {triton.__version__}, the budget is of {budget['triton']}: only the chips' own limits are checked"
+        )
     chosen = [i for i, case in enumerate(ALL) if arguments.only in f"{case[1]} {case[0]}"]
     result, bad = {}, 0
     print(f"{'':8}{'case':46}{'registers':>10}{'stack':>7}{'shared':>8}  tensor cores")
@@ -195,7 +217,7 @@ def main() -> int:
         for case, arch, found in pool.imap(compiled, chosen):
             wrong, cells = faults(case, arch, found), ""
             if isinstance(found, dict):
-                cells = f"{found['registers']:>10}{found['stack']:>7}{found['shared']:>8}  {' '.join(found['tensor_cores'])}"
+                cells = "{registers:>10}{stack:>7}{shared:>8}  ".format(**found) + " ".join(found["tensor_cores"])
                 wrong += spilled(found) if same or not budget else []
                 wrong += excesses(found, budget["cases"].get(arch, {}).get(case)) if same else []
             bad += bool(wrong)
@@ -210,7 +232,9 @@ def main() -> int:
 def written(result: dict) -> str:
     """the budget as JSON, one case per line"""
     archs = [
-        f'    "{arch}": {{\n' + ",\n".join(f"      {json.dumps(c)}: {json.dumps(f)}" for c, f in found.items()) + "\n    }"
+        f'    "{arch}": {{\n'
+        + ",\n".join(f"      {json.dumps(c)}: {json.dumps(f)}" for c, f in found.items())
+        + "\n    }"
         for arch, found in result.items()
     ]
     return f'{{\n  "triton": "{triton.__version__}",\n  "cases": {{\n' + ",\n".join(archs) + "\n  }\n}\n"
