@@ -117,7 +117,7 @@ def variants(name: str, use: dict, where: dict, kind: str):
 
 
 def cases():
-    """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages): bfloat16 throughout, float16 once each"""
+    """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages): bfloat16 for all, float16 once each"""
     seen = set()
     for arch in SHARED:
         for name, rows in tk.tables()[0]["defaults"][arch].items():
