@@ -1,0 +1,143 @@
+"""Configs: their checks, their JSON, their parameter counts; groups: how factors start."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import METHODS, timm, vit
+
+import efft_kernels as ek
+from efft_kernels.factors import _Config
+
+COUNTS = Path(__file__).parents[1] / "benchmarks" / "parameter_counts.py"
+
+
+def counts():
+    spec = importlib.util.spec_from_file_location("parameter_counts", COUNTS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parameter_counts_equal_the_formulas():
+    table = counts()
+    for name, stages in table.MODELS.items():
+        with torch.device("meta"):
+            model = timm().create_model(name)
+        for method, counted, formula in table.count(model, stages):
+            assert counted == formula, f"{method} on {name}: counted {counted}, formula {formula}"
+
+
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (ek.EFFTConfig("efft1", rank=32), 159_744),
+        (ek.EFFTConfig("efft2", rank=32), 245_760),
+        (ek.EFFTConfig("efft1", rank=16), 70_656),
+        (ek.EFFTConfig("efft2", rank=16), 104_448),
+        (ek.EFFTConfig("efft2", rank=16, cores="shared"), 87_552),
+        (ek.LoRAConfig(rank=8), 294_912),
+    ],
+    ids=str,
+)
+def test_published_counts_of_vit_b(config, parameters):
+    with torch.device("meta"):
+        model = timm().create_model("vit_base_patch16_224")
+    assert ek.plan(model, config).parameters == parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_counts_what_is_trained(method):
+    model = vit()
+    counted = ek.plan(model, METHODS[method]).parameters
+    ek.inject(model, METHODS[method], head="keep")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counted
+    assert sum(p.numel() for p in ek.adapter_parameters(model)) == counted
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: ek.EFFTConfig("efft3"), "variant must be one of 'efft1', 'efft2', got 'efft3'"),
+        (lambda: ek.EFFTConfig(rank=0), "rank must be an int of at least 1 or a pair of them, got 0"),
+        (lambda: ek.EFFTConfig(rank=(4, 4, 4)), "rank must be"),
+        (lambda: ek.EFFTConfig(rank=4.0), "rank must be"),
+        (lambda: ek.EFFTConfig(rank=True), "rank must be"),
+        (lambda: ek.EFFTConfig(scale=float("nan")), "scale must be a finite number, got nan"),
+        (lambda: ek.EFFTConfig(scale="10"), "scale must be a finite number"),
+        (lambda: ek.EFFTConfig(cores="per_head"), "cores must be one of"),
+        (lambda: ek.EFFTConfig(factor_dropout=1.0), r"factor_dropout must be in \[0, 1\), got 1.0"),
+        (lambda: ek.EFFTConfig("efft1", zero_init="vv"), "zero_init must be one of 'v', 'u', got 'vv'"),
+        (lambda: ek.EFFTConfig("efft2", zero_init="w"), "zero_init must be one of"),
+        (lambda: ek.EFFTConfig("efft1", ffn_rank=4), "ffn_rank must be None for efft1"),
+        (lambda: ek.EFFTConfig(targets=("atn",)), "targets must be a non-empty tuple out of"),
+        (lambda: ek.EFFTConfig(targets="attn"), "targets must be a non-empty tuple"),
+        (lambda: ek.EFFTConfig(targets=()), "targets must be a non-empty tuple"),
+        (lambda: ek.EFFTConfig(blocks=()), "blocks must be None or a non-empty tuple"),
+        (lambda: ek.EFFTConfig(blocks=(-1,)), "blocks must be None or a non-empty tuple"),
+        (lambda: ek.FacTConfig("tk", rank=(2, 3)), "rank must be an int for tk"),
+        (lambda: ek.FacTConfig(activation_dropout=-0.1), "activation_dropout must be"),
+        (lambda: ek.LoRAConfig(rank=(2, 3)), "rank must be an int for LoRAConfig"),
+    ],
+)
+def test_a_bad_option_is_named(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configs_survive_json_and_are_frozen(method):
+    config = METHODS[method]
+    assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 5
+
+
+def test_ranges_and_lists_are_taken():
+    config = ek.EFFTConfig(rank=[4, 6], blocks=range(2), targets=["attn"])
+    assert (config.rank, config.blocks, config.targets) == ((4, 6), (0, 1), ("attn",))
+
+
+@pytest.mark.parametrize("zero, attn, ffn", [("v", "v", "v"), ("u", "u", "u"), ("vu", "v", "u"), ("uv", "u", "v")])
+def test_exactly_one_factor_of_a_group_starts_at_zero(zero, attn, ffn):
+    model = ek.inject(vit(), ek.EFFTConfig("efft2", rank=4, zero_init=zero))
+    for name, letter in (("attn", attn), ("ffn", ffn)):
+        zeros = {key for key, p in model.efft["default"][name].named_parameters() if not p.any()}
+        assert zeros == {letter}
+
+
+def test_cores_start_slice_by_slice():
+    """Xavier's bound is that of one P x Q core, whatever the number of cores"""
+    model = ek.inject(vit(depth=12), ek.EFFTConfig("efft1", rank=16))
+    sigma = model.efft["default"]["all"].sigma
+    bound = (6 / 32) ** 0.5
+    assert len(sigma) == 36
+    assert all(0.9 * bound < core.abs().max() <= bound for core in sigma)
+
+
+def test_a_trained_scale_moves():
+    model = ek.inject(vit(), ek.EFFTConfig(rank=4, scale=3.0, factor_dropout=0.0, trainable_scale=True))
+    with torch.no_grad():
+        for p in model.efft.parameters():
+            p.add_(0.02)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    scales = {n: p for n, p in model.efft.named_parameters() if n.endswith("scale")}
+    assert len(scales) == 2 and all(p.grad.abs() > 0 for p in scales.values())
+
+
+def test_lora_xs_takes_the_leading_singular_vectors():
+    model = vit()
+    weight = model.blocks[1].mlp.fc1.weight.detach().clone()
+    ek.inject(model, ek.LoRAXSConfig(rank=4, targets=("fc1",)))
+    group = model.efft["default"]["fc1"]
+    values = torch.linalg.svdvals(weight)[:4]
+    torch.testing.assert_close(group.a[1, 0].norm(dim=0), values)
+    torch.testing.assert_close(group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_rank_beyond_the_matrices_is_refused():
+    with pytest.raises(ValueError, match="rank must be at most 192 in group 'attn' of 192 x 192 slices"):
+        ek.plan(vit(), ek.EFFTConfig(rank=193))

@@ -1,0 +1,270 @@
+"""plan, inject and merge: which Linears of which models, what is frozen, what is refused."""
+
+import warnings
+
+import pytest
+import torch
+from models import images, shake, swin, timm, vit
+from torch import nn
+
+import efft_kernels as ek
+
+SMALL = ek.EFFTConfig(rank=4, factor_dropout=0.0)
+
+
+def paths(model, config):
+    return [slot.site.path for group in ek.plan(model, config).groups for slot in group.slots]
+
+
+def test_a_plan_is_data_and_touches_nothing():
+    model = vit()
+    before = {name: type(module) for name, module in model.named_modules()}
+    text = str(ek.plan(model, ek.EFFTConfig(rank=4)))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(p.requires_grad for p in model.parameters())
+    assert "blocks.1.mlp.fc2" in text and "transposed" in text
+    assert text.splitlines()[-1] == "8 Linears, 5,568 trained parameters"
+    with torch.device("meta"):
+        assert ek.plan(timm().create_model("vit_base_patch16_224"), ek.EFFTConfig()).parameters == 104_448
+
+
+@pytest.mark.parametrize(
+    "targets, names",
+    [
+        (("attn",), ["attn.qkv", "attn.proj"]),
+        (("mlp",), ["mlp.fc1", "mlp.fc2"]),
+        (("qkv",), ["attn.qkv"]),
+        (("proj", "fc2"), ["attn.proj", "mlp.fc2"]),
+        (("v",), ["attn.qkv"]),
+    ],
+)
+@pytest.mark.parametrize("config", [ek.EFFTConfig, ek.LoRAConfig])
+def test_targets_and_blocks(config, targets, names):
+    found = paths(vit(depth=3), config(rank=4, targets=targets, blocks=(0, 2)))
+    assert sorted(found) == sorted(f"blocks.{block}.{name}" for block in (0, 2) for name in names)
+
+
+def test_swin_has_a_pair_of_groups_per_stage_with_doubling_ranks():
+    with torch.device("meta"):
+        model = timm().create_model("swin_base_patch4_window7_224")
+    groups = {group.name: group for group in ek.plan(model, ek.EFFTConfig(rank=32)).groups}
+    assert [groups[f"stage{i}_attn"].rank for i in range(4)] == [(4, 4), (8, 8), (16, 16), (32, 32)]
+    assert [groups[f"stage{i}_ffn"].rank for i in range(4)] == [(2, 4), (4, 8), (8, 16), (16, 32)]
+    assert [groups[f"stage{i}_attn"].K for i in range(4)] == [128, 256, 512, 1024]
+    assert [groups[f"stage{i}_attn"].cores for i in range(4)] == [8, 8, 72, 8]
+    equal = ek.plan(model, ek.EFFTConfig(rank=32, ffn_rank=32)).groups
+    assert [group.rank for group in equal if group.name.endswith("ffn")] == [(4, 4), (8, 8), (16, 16), (32, 32)]
+
+
+TIMM = {
+    "vit_small_patch16_224": {},
+    "vit_huge_patch14_224": {"embed_dim": 64, "num_heads": 2},
+    "vit_giant_patch14_dinov2": {"embed_dim": 48, "num_heads": 2, "init_values": 0.1},  # SwiGLU, LayerScale
+    "vit_base_patch14_reg4_dinov2": {"embed_dim": 64, "num_heads": 2, "init_values": 0.1},
+    "vit_base_patch16_siglip_224": {"embed_dim": 64, "num_heads": 2, "global_pool": "avg"},
+    "vit_small_patch16_224 qk_norm": {"qk_norm": True, "init_values": 0.1},
+    "deit3_small_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "vit_base_patch16_rope_224": {"embed_dim": 64, "num_heads": 2, "init_values": 0.1},
+    "vit_small_patch16_dinov3": {"init_values": 0.1},
+    "beit_base_patch16_224 mlp": {"embed_dim": 64, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm(name):
+    model = timm().create_model(name.split()[0], depth=2, img_size=32, patch_size=16, num_classes=10, **TIMM[name]).eval()
+    x = images()
+    before = model(x)
+    targets = ("mlp",) if name.endswith(" mlp") else ("attn", "mlp")
+    ek.inject(model, ek.EFFTConfig(rank=4, targets=targets), backend="reference")
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+    after = shake(model)(x)
+    assert not torch.allclose(after, before, atol=1e-4)
+    torch.testing.assert_close(ek.merge(model)(x), after, rtol=1e-3, atol=1e-4)
+
+
+def transformer(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16, num_labels=5)
+    small = dict(image_size=32, patch_size=4, embed_dim=32, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=5)
+    make = {
+        "vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**sizes, intermediate_size=256)),
+        "deit": lambda t: t.DeiTForImageClassificationWithTeacher(t.DeiTConfig(**sizes, intermediate_size=256)),
+        "dinov2": lambda t: t.Dinov2ForImageClassification(t.Dinov2Config(**sizes)),
+        "dinov2 swiglu": lambda t: t.Dinov2ForImageClassification(t.Dinov2Config(**sizes, use_swiglu_ffn=True)),
+        "swin": lambda t: t.SwinForImageClassification(t.SwinConfig(**small)),
+        "swinv2": lambda t: t.Swinv2ForImageClassification(t.Swinv2Config(**small)),
+    }
+    timm()  # transformers imports torchvision, which may need its help
+    return make[name](transformers).eval()
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2 swiglu", "swin", "swinv2"])
+@pytest.mark.parametrize("config", [SMALL, ek.LoRAConfig(rank=4)], ids=["efft2", "lora"])
+def test_models_of_transformers(name, config):
+    model = transformer(name)
+    x = images()
+    before = model(x).logits
+    ek.inject(model, config, backend="reference")
+    torch.testing.assert_close(model(x).logits, before, rtol=1e-5, atol=1e-6)
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained - {"efft"} and all("classifier" in n for n in trained - {"efft"})
+    after = shake(model)(x).logits
+    assert not torch.allclose(after, before, atol=1e-4)
+    torch.testing.assert_close(ek.merge(model)(x).logits, after, rtol=1e-3, atol=1e-4)
+
+
+def test_transformers_checkpointing_sees_the_same_masks():
+    model = shake(ek.inject(transformer("vit"), ek.EFFTConfig(rank=4, factor_dropout=0.3))).train()
+    x = images()
+    grads = []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(model(x).logits.square().sum(), list(model.efft.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva_large_patch14_196", "swinv2_tiny_window8_256"])
+def test_models_that_bypass_the_linear_are_refused_by_name(name):
+    with torch.device("meta"):
+        model = timm().create_model(name)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is not supported .* past the Linear"):
+        ek.plan(model, SMALL)
+    assert not hasattr(model, "efft")
+
+
+class Odd(nn.Module):
+    """a block list with what a test puts in it"""
+
+    def __init__(self, **linears):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict(linears)})])
+
+
+def test_what_cannot_be_adapted_is_refused_and_left_alone():
+    tied = Odd(fc1=nn.Linear(8, 32), fc2=nn.Linear(32, 8), up_proj=nn.Linear(8, 32))
+    tied.blocks[0].mlp.up_proj.weight = tied.blocks[0].mlp.fc1.weight
+    normed = Odd(fc1=nn.utils.parametrizations.weight_norm(nn.Linear(8, 32)), fc2=nn.Linear(32, 8))
+    for model, config, error, says in [
+        (nn.Sequential(nn.Linear(4, 4)), SMALL, ValueError, "Sequential has no Linears that targets="),
+        (vit(), "efft2", TypeError, "config must be an EFFTConfig or another config .*, got str"),
+        (vit(), ek.EFFTConfig(blocks=(1, 7)), ValueError, r"blocks must be from 0 to 1 for this model, got \[7\]"),
+        (vit(mlp_ratio=3), ek.EFFTConfig("efft1"), ValueError, "group 'all' .* must all be 192 x 768, got 192 x 576 from blocks.0.mlp.fc1"),
+        (vit(mlp_ratio=2.5), ek.FacTConfig(), ValueError, "blocks.0.mlp.fc1 is 192 x 480"),
+        (tied, SMALL, ValueError, "share one weight"),
+        (normed, SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, got ParametrizedLinear"),
+    ]:
+        types = [type(m) for m in model.modules()]
+        with pytest.raises(error, match=says):
+            ek.inject(model, config)
+        assert [type(m) for m in model.modules()] == types
+        assert not model._forward_pre_hooks and all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_of_two_dtypes_in_a_group_are_refused():
+    model = vit()
+    model.blocks[1].attn.proj.bfloat16()
+    with pytest.raises(ValueError, match="group 'attn' must be of one dtype and device"):
+        ek.inject(model, SMALL)
+    assert not hasattr(model, "efft")
+
+
+def test_doing_it_twice_or_undoing_what_is_not_done_is_a_sentence():
+    model = vit()
+    with pytest.raises(ValueError, match="must have adapters, but this VisionTransformer has none, inject it first"):
+        ek.merge(model)
+    with pytest.raises(ValueError, match="must be merged to be unmerged"):
+        ek.unmerge(model)
+    ek.inject(model, SMALL)
+    with pytest.raises(ValueError, match="already injected with 'default'"):
+        ek.inject(model, SMALL)
+    with pytest.raises(ValueError, match="must be merged to be unmerged"):
+        ek.unmerge(model)
+    ek.merge(model)
+    with pytest.raises(ValueError, match="is merged, unmerge it first"):
+        ek.merge(model)
+    with pytest.raises(ValueError, match="the model is merged; unmerge it first"):
+        ek.inject(model, SMALL)
+    ek.unmerge(model)
+    ek.merge(model, keep_weights=False)
+    with pytest.raises(ValueError, match="keep_weights=False"):
+        ek.unmerge(model)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
+def test_adapter_names_that_cannot_be_used(name):
+    with pytest.raises(ValueError, match="name must be a non-empty word"):
+        ek.inject(vit(), SMALL, name=name)
+
+
+def test_only_factors_and_head_are_trained_and_registered_once():
+    model = ek.inject(vit(), SMALL)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias"} | {
+        f"efft.default.{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")
+    }
+    assert {id(p) for p in ek.adapter_parameters(model)} == {id(model.get_parameter(name)) for name in trained}
+    assert len(list(model.efft.parameters())) == 6
+    assert isinstance(model.blocks[0].attn.qkv, nn.Linear)
+
+
+def test_the_head_is_left_or_replaced():
+    x = images()
+    model = ek.inject(vit(), SMALL, head="keep")
+    assert not model.head.weight.requires_grad
+    model = ek.inject(vit().double(), SMALL, head=7)
+    assert model(x.double()).shape == (2, 7) and model.head.weight.requires_grad and model.num_classes == 7
+    assert ek.inject(swin(), SMALL, head=7)(x).shape == (2, 7)
+    model = ek.inject(transformer("vit"), SMALL, head=7)
+    assert model(x, labels=torch.tensor([0, 6])).loss.isfinite() and model.config.num_labels == 7
+    own = nn.Linear(192, 3)
+    assert ek.inject(vit(), SMALL, head=own).head is own
+    for head, says in [("freeze", "head must be"), (0, "head must be"), (True, "head must be"), (None, "head must be")]:
+        with pytest.raises(ValueError, match=says):
+            ek.inject(vit(), SMALL, head=head)
+    bare = vit(num_classes=0)
+    with pytest.raises(ValueError, match="no classifier Linear to replace"):
+        ek.inject(bare, SMALL, head=7)
+    assert not hasattr(bare, "efft")
+
+
+def test_batch_norms_outside_the_head_keep_their_statistics():
+    model = vit()
+    model.patch_embed.norm = nn.Sequential(nn.LayerNorm(192))
+    model.norm = nn.Sequential(model.norm)
+    model.pre = nn.BatchNorm2d(3)
+    model.head = nn.Sequential(nn.BatchNorm1d(192), nn.Linear(192, 10))
+    ek.inject(model, SMALL).train()
+    assert not model.pre.training and model.head[0].training and model.blocks[0].training
+    assert not model.pre.weight.requires_grad
+    model.pre(images())
+    assert model.pre.num_batches_tracked == 0
+
+
+def test_hooks_and_references_of_a_linear_survive():
+    model = vit()
+    linear, seen = model.blocks[0].mlp.fc1, []
+    linear.register_forward_hook(lambda module, args, output: seen.append(module))
+    weight = linear.weight
+    ek.inject(model, SMALL)
+    model(images())
+    assert model.blocks[0].mlp.fc1 is linear is seen[0] and linear.weight is weight
+    ek.merge(model)
+    assert type(linear) is nn.Linear and linear.weight is weight and not hasattr(linear, "efft")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_into_low_precision_reports_the_loss(dtype):
+    model = shake(ek.inject(vit().to(dtype), SMALL), 0.01)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match=rf"merging into {dtype} weights lost \d+\.\d% of the update"):
+        ek.merge(model)
+    ek.unmerge(model)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    model = shake(ek.inject(vit(), SMALL), 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ek.merge(model)
