@@ -1,0 +1,520 @@
+"""One training step of a whole vision transformer: efft_kernels against the ways in which it is adapted today.
+
+    python benchmarks/bench_train_step.py                                     # ViT-B on this machine, under 3 minutes
+    python benchmarks/bench_train_step.py --dtype float32 bfloat16 --seconds 1500 --out DIR
+
+methods.py has what is compared, measure.py how it is measured, results/README.md what the files hold.
+"""
+
+import argparse
+import datetime
+import gc
+import itertools
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# the first that needs more than torch, and says what is missing
+from bench_forward import positive, seconds  # isort: skip
+
+from tqdm import tqdm
+
+import efft_kernels
+import methods
+import report
+from measure import MEMORY, Spread, Stages, interleave, memory, spread, timer
+from methods import MODELS, Method, Options
+from report import digits
+from shapes import layers
+
+# what every other time is divided by, round by round
+REFERENCES = ("merged", "merged_onednn", "full", "peft_lora", "released_efft", "fact_tt")
+COLOURS = {
+    "merged_onednn": "#9e9e9e",
+    "full": "#6a51a3",
+    "released_efft": "#8c2d04",
+    "fact_tt": "#d9603b",
+    "peft_lora": "#c28f00",
+    "efft2": "#1b7837",
+    "efft2_p0": "#5aae61",
+    "efft1": "#a6dba0",
+    "efft_lora": "#2166ac",
+    "efft_fact": "#92c5de",
+}
+# stages of a step that make up a pass: forward with loss, backward, AdamW with the gradients cleared
+PASSES = {
+    "forward": slice(0, 1),
+    "backward": slice(1, 2),
+    "optimizer": slice(2, 3),
+    "forward+backward": slice(0, 2),
+    "step": slice(0, 3),
+}
+BATCHES = 2  # of images and labels, used in turn
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """Training steps of one model, as stages for measure.py."""
+
+    def __init__(self, model: nn.Module, batches: list[tuple[Tensor, Tensor]]):
+        self.model, self.batches = model, batches
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        # so small a rate that random labels cannot lead full fine-tuning astray within a run
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
+        self.loss = None  # of the last step
+
+    def stages(self, batch: int = 0) -> Stages:
+        images, labels = self.batches[batch]
+
+        def forward(_) -> Tensor:
+            return F.cross_entropy(self.model(images), labels)
+
+        def backward(loss: Tensor) -> None:
+            loss.backward()
+            self.loss = loss.detach()
+
+        def update(_) -> None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return forward, backward, update
+
+    def state_bytes(self) -> int:
+        """what the optimizer keeps"""
+        states = self.optimizer.state.values()
+        return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+
+
+def make_batches(args, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator(args.device).manual_seed(0)
+    shape = args.batch, 3, args.image, args.image
+    return [
+        (
+            torch.randn(shape, generator=g, device=args.device).to(dtype),
+            torch.randint(methods.CLASSES, (args.batch,), generator=g, device=args.device),
+        )
+        for _ in range(BATCHES)
+    ]
+
+
+class Ops(TorchDispatchMode):
+    """Counts what torch runs beside views: on a GPU, every such op is a launch at least."""
+
+    FREE = {"aten::_unsafe_view", "aten::empty_like"}  # copy nothing, but are not marked as views
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not (op.is_view or op._schema.name in self.FREE)
+        return op(*args, **(kwargs or {}))
+
+
+def count_ops(stages: Stages) -> list[int]:
+    """of each stage"""
+    counts, value = [], None
+    for stage in stages:
+        with Ops() as ops:
+            value = stage(value)
+        counts.append(ops.count)
+    return counts
+
+
+def saved_bytes(model: nn.Module, forward: Callable) -> int:
+    """What the forward saves for the backward: each storage once, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    saved = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(None)
+    return sum(size for address, size in saved.items() if address not in own)
+
+
+# -- one case: all methods in one dtype -------------------------------------------------------------------------------
+
+
+def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm) -> dict[str, tuple[Step, dict]]:
+    """{method: (its step, warm; what is known of it beside its time)}; left_out gets why a method refuses."""
+    base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+    batches = make_batches(args, getattr(torch, dtype))
+    options = Options(args.rank, args.lora_rank, args.backend)
+    built = {}
+    for method in found:
+        bar.set_postfix_str(f"set-up of {method.name}")
+        try:
+            torch.manual_seed(0)
+            step = Step(method.build(base, options), batches)
+            if method.ours:
+                _forget_packed()
+            _, kept = memory(step.stages(), args.device)
+            peak, _ = memory(step.stages(), args.device)
+            counts = count_ops(step.stages())
+            saved = saved_bytes(step.model, step.stages()[0])
+        except (ImportError, RuntimeError) as error:
+            left_out.setdefault(method.name, {})[dtype] = str(error).strip().partition("\n")[0]
+            continue
+        head = sum(p.numel() for p in step.model.head.parameters())
+        trained = sum(p.numel() for p in step.trained)
+        built[method.name] = step, {
+            "trained": trained,
+            "trained_without_head": trained - head,
+            "ops": {part: sum(counts[which]) for part, which in PASSES.items()},
+            "saved_bytes": saved,
+            "peak_bytes": peak,
+            "optimizer_bytes": step.state_bytes(),
+            "kept_bytes": max(0, kept - step.state_bytes()),
+        }
+    return built
+
+
+def _forget_packed() -> None:
+    # weights that the CPU backend packed for the method before, so that each of ours shows what it keeps itself
+    if next(b for b in efft_kernels.backends() if b.name == "cpu").available:
+        from efft_kernels.kernels import native
+
+        native.clear_packed()
+
+
+def results(args, dtype: str, samples: list[dict], built: dict[str, tuple[Step, dict]]) -> list[dict]:
+    """One row per pass and method, from complete rounds."""
+    rows = []
+    for (part, which), (name, (step, facts)) in itertools.product(PASSES.items(), built.items()):
+        timed = timings(samples, name, which, [other for other in REFERENCES if other in built])
+        loss = step.loss.item()
+        rows.append(
+            {
+                "model": args.model,
+                "batch": args.batch,
+                "image": args.image,
+                "dtype": dtype,
+                "pass": part,
+                "method": name,
+                **timed,
+                **facts,
+                "ops": facts["ops"][part],
+                "loss": loss if math.isfinite(loss) else None,
+            }
+        )
+    return rows
+
+
+def timings(samples: list[dict], name: str, which: slice, references: list[str]) -> dict:
+    """Spreads of the times of some stages, and of their ratios to each reference, taken round by round."""
+
+    def of(clock: str, name: str) -> list[float]:
+        return [sum(getattr(lap, clock) for lap in round[name][which]) for round in samples]
+
+    def ratios(clock: str) -> dict[str, dict]:
+        own = of(clock, name)
+        # a CPU time can be zero: its clock may tick more slowly than a short call
+        return {
+            other: spread([a / max(b, 1e-9) for a, b in zip(own, of(clock, other))])._asdict() for other in references
+        }
+
+    def ms(clock: str) -> dict:
+        taken: Spread = spread(of(clock, name)) * 1e3
+        return taken._asdict()
+
+    return {
+        "rounds": len(samples),
+        "ms": ms("time"),
+        "wall_ms": ms("wall"),
+        "cpu_ms": ms("cpu"),
+        "ratio": ratios("time"),
+        "cpu_ratio": ratios("cpu"),
+    }
+
+
+def measure(args, record: dict) -> None:
+    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
+    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
+    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
+        for n, dtype in enumerate(args.dtype):
+            bar.set_description(f"{args.model} {dtype}")
+            found, _ = methods.methods(args.device)
+            found = [m for m in found if args.methods is None or m.name in args.methods]
+            setup -= time.perf_counter()
+            built = build(args, dtype, found, record["left_out"], bar)
+            now, samples = time.perf_counter(), []
+            setup += now
+            bar.set_postfix_str("")
+            # what the set-up of later dtypes will leave, in equal parts
+            later = len(args.dtype) - n - 1
+            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
+            calls = {name: [step.stages(batch) for batch in range(BATCHES)] for name, (step, _) in built.items()}
+            try:
+                for laps in interleave(calls, lap, args.repeats, deadline):
+                    samples.append(laps)
+                    bar.update()
+            finally:
+                if samples:
+                    record["results"] += results(args, dtype, samples, built)
+            bar.update(args.repeats - len(samples))
+            del built, calls
+            gc.collect()  # a model and its hooks refer to each other
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per dtype, for the step with and without the optimizer: ms by method, and ours over each of the references."""
+    found = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for part in ("step", "forward+backward"):
+            own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
+            ratio = {name: value["median"] for name, value in own.get("efft2", {}).get("ratio", {}).items()}
+            ms = {name: row["ms"]["median"] for name, row in own.items()}
+            found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratio})
+    return found
+
+
+HEAD = [
+    "step", "method", "ms", "quartiles", "/merged", "(cpu)", "no opt.", "/full", "/peft", "/released", "ops", "saved",
+    "/merged", "peak MiB", "trained",
+]  # fmt: skip
+
+
+def lines(rows: list[dict]) -> list[list[str]]:
+    table = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        case = [row for row in rows if row["dtype"] == dtype]
+        steps = {row["method"]: row for row in case if row["pass"] == "step"}
+        bare = {row["method"]: row for row in case if row["pass"] == "forward+backward"}
+        r = case[0]
+        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
+        table += [[]] if table else []
+        for words, row in itertools.zip_longest(label, steps.values(), fillvalue=None):
+            if row is None:
+                table.append([words, *[""] * (len(HEAD) - 1)])
+                continue
+            other, floor = bare[row["method"]], bare.get("merged")
+            kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
+            table.append(
+                [
+                    words or "",
+                    row["method"],
+                    digits(row["ms"]["median"]),
+                    f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
+                    digits(row["ratio"].get("merged", {}).get("median")),
+                    digits(row["cpu_ratio"].get("merged", {}).get("median")),
+                    digits(other["ratio"].get("merged", {}).get("median")),
+                    *(digits(row["ratio"].get(n, {}).get("median")) for n in ("full", "peft_lora", "released_efft")),
+                    f"{other['ops']}",
+                    f"{row['saved_bytes'] / 2**20:.0f}",
+                    digits(row["saved_bytes"] / floor["saved_bytes"]) if floor else "-",
+                    f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+                    f"{row['trained']:,}",
+                ]
+            )
+    return table
+
+
+def show(record: dict) -> None:
+    rows, args = record["results"], record["arguments"]
+    if not record["complete"]:
+        print("\ninterrupted: what follows is partial")
+    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    show_meanings(record, {row["method"] for row in rows})
+    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
+    notes = {
+        "ms": f"median of the rounds, {where}; /: median of the ratios within each round, (cpu) of process CPU time",
+        "no opt.": "forward and backward without AdamW, over the same of merged",
+        "ops": "of forward and backward that are no views: launches at least, on a GPU",
+        "saved": "MiB that the forward saves for the backward, each storage once, without parameters; over merged's",
+        "peak MiB": f"{record['memory']}; +: kept between steps beside the optimizer's state",
+        "trained": f"numbers, the head of {methods.CLASSES} classes among them",
+    }
+    print()
+    for name, note in notes.items():
+        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
+    print(machine_line(record))
+    for s in record["summary"]:
+        if s["efft2_ratio"]:
+            against = ", ".join(f"{value:.2f} x {name}" for name, value in s["efft2_ratio"].items())
+            print(f"{args['model']}, batch {args['batch']}, {s['dtype']}, {s['pass']}:")
+            print(f"    efft2 {digits(s['ms']['efft2'])} ms = {against}")
+    for row in rows:
+        if row["pass"] == "step" and row["loss"] is None:
+            print(f"warning: the loss of {row['method']} in {row['dtype']} is no longer finite, its time may mislead")
+
+
+def show_meanings(record: dict, shown: set[str]) -> None:
+    for name, meaning in record["methods"].items():
+        if name in shown:
+            print(f"{name:<16} {meaning}")
+    for name, reasons in record["left_out"].items():
+        for dtype, reason in reasons.items():
+            print(f"{name:<16} left out{f' of {dtype}' if dtype else ''}: {reason}")
+
+
+def machine_line(record: dict) -> str:
+    m, v = record["machine"], record["versions"]
+    gpu = f", {m['gpu']['name']}" if record["arguments"]["device"] == "cuda" else ""
+    return f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n"
+
+
+def panels(rows: list[dict]) -> list[tuple[str, dict]]:
+    found = []
+    for title, part in (("training step", "step"), ("without the optimizer", "forward+backward")):
+        bars = {}
+        for row in rows:
+            if row["pass"] == part and "merged" in row["ratio"]:
+                bars.setdefault(row["dtype"], {})[row["method"]] = tuple(row["ratio"]["merged"].values())
+        found.append((f"{title}: time", bars))
+    steps = {row["dtype"]: {} for row in rows}
+    for row in rows:
+        if row["pass"] == "forward+backward":
+            steps[row["dtype"]][row["method"]] = row
+    exact = {}
+    for dtype, own in steps.items():
+        for label, key in (("saved bytes", "saved_bytes"), ("operations", "ops")):
+            if "merged" in own:
+                ratios = {name: row[key] / own["merged"][key] for name, row in own.items()}
+                exact[f"{label}, {dtype}"] = {name: (ratio,) * 3 for name, ratio in ratios.items()}
+    return [*found, ("forward and backward: memory and operations", exact)]
+
+
+def save(record: dict, folder: Path) -> None:
+    name = record["benchmark"]
+    report.write_json(folder / f"{name}.json", record)
+    written = [folder / f"{name}.json"]
+    drawn = [panel for panel in panels(record["results"]) if panel[1] and any(len(b) > 1 for b in panel[1].values())]
+    if drawn:
+        report.chart(folder / f"{name}.png", drawn, COLOURS, "/ merged", chart_note(record), limit=8.0)
+        written.append(folder / f"{name}.png")
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def chart_note(record: dict) -> str:
+    args, m = record["arguments"], record["machine"]
+    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
+    note = f"{args['model']}, batch {args['batch']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}"
+    return f"{note}; whiskers: quartiles" + ("" if record["complete"] else "; interrupted, partial")
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def parser(description: str, out: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of whole models have."""
+    names = [backend.name for backend in efft_kernels.backends()]
+    known = dict.fromkeys(m.name for device in ("cpu", "cuda") for m in methods.methods(device)[0])
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--model", choices=MODELS, default="vit_b", help="of timm, random weights (default: vit_b)")
+    p.add_argument("--batch", type=positive, default=4, metavar="B", help="images (default: 4)")
+    p.add_argument("--image", type=positive, default=224, metavar="SIDE", help="in pixels (default: 224)")
+    p.add_argument("--rank", type=positive, default=16, metavar="R", help="of EFFT and FacT (default: 16)")
+    p.add_argument("--lora-rank", type=positive, default=8, metavar="R", help="of LoRA (default: 8)")
+    p.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
+                   help="the model is cast to it (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--methods", nargs="+", choices=known, metavar="NAME",
+                   help=f"only these, and merged: {', '.join(known)}")  # fmt: skip
+    p.add_argument("--backend", choices=names, help="of efft_kernels (default: its own choice)")
+    p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
+    p.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds at most (default: 20)")
+    p.add_argument("--seconds", type=seconds, default=120.0, metavar="S",
+                   help="for everything, set-up included; three rounds are run whatever it says (default: 120)")  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="DIR", help=f"write {out} there")
+    return p
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """What no single option can tell; fills in the defaults that depend on others."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
+    if os.environ.get("EFFT_BACKEND"):
+        p.error(f"EFFT_BACKEND: expected unset, as --backend chooses here, got {os.environ['EFFT_BACKEND']!r}")
+    if args.backend:
+        backend = next(b for b in efft_kernels.backends() if b.name == args.backend)
+        if not backend.available:
+            p.error(f"argument --backend: expected an available backend, got {args.backend!r}: {backend.note}")
+    if args.image % (side := MODELS[args.model][2]):
+        p.error(f"argument --image: expected a multiple of {side} for {args.model}, got {args.image}")
+    width = max(layer.K for layer in layers(args.model) if layer.kind == "proj")
+    for name in ("rank", "lora_rank"):
+        if (rank := getattr(args, name)) > width:
+            p.error(f"argument --{name.replace('_', '-')}: expected at most {width} for {args.model}, got {rank}")
+    args.dtype = list(dict.fromkeys(args.dtype or ["float32" if args.device == "cpu" else "bfloat16"]))
+    if args.methods is not None:
+        args.methods = list(dict.fromkeys(["merged", *args.methods]))
+        for name in args.methods:
+            if reason := methods.methods(args.device)[1].get(name):
+                p.error(f"argument --methods: expected methods that can run here, got {name!r}: {reason}")
+    if args.out is not None:
+        try:
+            report.prepare(args.out)
+        except OSError as error:
+            p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
+    try:
+        methods.timm()
+    except ImportError as error:
+        p.error(f'benchmarks of whole models need timm: pip install -e ".[bench]" ({error})')
+    return args
+
+
+def make_record(benchmark: str, args: argparse.Namespace) -> dict:
+    found, left_out = methods.methods(args.device)
+    environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
+    return {
+        "benchmark": benchmark,
+        "format": report.FORMAT,
+        "complete": True,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        "machine": report.machine(),
+        "versions": {**report.versions(), **methods.versions()},
+        "commit": report.commit(),
+        "backends": [backend._asdict() for backend in efft_kernels.backends()],
+        "allocator": environment,
+        "memory": MEMORY[args.device],
+        "methods": {method.name: method.meaning for method in found},
+        "left_out": {name: {"": reason} for name, reason in left_out.items() if not args.methods},
+        "results": [],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser(
+        "Time a training step of a vision transformer adapted in every way it is done today, with its memory and its "
+        "operations. Without arguments: ViT-B, batch 4, float32.",
+        "train_step.json and train_step.png",
+    )
+    args = check(p, p.parse_args(argv))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = make_record("train_step", args)
+    try:
+        measure(args, record)
+    except KeyboardInterrupt:
+        record["complete"] = False
+    if not record["results"]:
+        print("interrupted before the first round: nothing to show")
+        return 130
+    record["summary"] = summary(record["results"])
+    show(record)
+    if args.out:
+        save(record, args.out)
+    return 0 if record["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Whole models, and every way to train them that is compared: the same frozen backbone, adapted.
+
+Backbones are timm's, with random weights; all frozen methods refer to one copy of these, so that they fit into memory
+together. Attention, norms and the rest of the forward are timm's for everybody: methods differ in their Linears alone.
+"""
+
+import copy
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import efft_kernels
+from baselines import _Dense, onednn
+from efft_kernels import EFFTConfig, FacTConfig, LoRAConfig
+
+# name in timm, options of its constructor, what the side of an image must be a multiple of
+MODELS = {
+    "vit_b": ("vit_base_patch16_224", {}, 16),
+    "vit_l": ("vit_large_patch16_224", {}, 16),
+    "swin_t": ("swin_tiny_patch4_window7_224", {}, 32),
+    "swin_b": ("swin_base_patch4_window7_224", {}, 32),
+}
+CLASSES = 100
+DROPOUT = 0.1  # of factors in EFFT's code, of activations in FacT's
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def timm():
+    """The timm package; beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for op in ("nms", "qnms"):
+            _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        pass  # timm says what it needs
+    import timm
+
+    return timm
+
+
+def versions() -> dict[str, str | None]:
+    """of the packages that models and methods come from"""
+    found = {}
+    for name in ("timm", "peft"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+_declared = []  # a torch.library.Library lives as long as someone refers to it
+
+
+def backbone(model: str, image: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """A model of MODELS with random weights, all frozen, in train mode. No drop-path, which would only add noise."""
+    name, options, _ = MODELS[model]
+    torch.manual_seed(0)
+    made = timm().create_model(name, img_size=image, num_classes=CLASSES, drop_path_rate=0.0, **options)
+    return made.to(device, dtype).requires_grad_(False).train()
+
+
+def share(base: nn.Module) -> nn.Module:
+    """A copy of the model with the same weights, not copies of them, and a head of its own, which is trained."""
+    own = {id(p) for p in base.head.parameters()}
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters() if id(p) not in own})
+    model.head.requires_grad_(True)
+    return model
+
+
+def _swap(model: nn.Module, path: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    owner, _, key = path.rpartition(".")
+    owner = model.get_submodule(owner)
+    setattr(owner, key, wrap(getattr(owner, key)))
+
+
+# -- the released EFFT ------------------------------------------------------------------------------------------------
+
+
+class DenseUpdates(nn.Module):
+    """The factors of a group, and dW_s = u @ sigma_s @ v formed dense, at every call and with fresh dropout masks.
+
+    As the released EFFT code: one draw serves q, k, v and the output projection of a block, one each fc1 and fc2.
+    """
+
+    def __init__(self, spec, like: Tensor):
+        super().__init__()
+        P, Q = spec.rank
+        self.u = nn.Parameter(nn.init.xavier_uniform_(like.new_empty(spec.K, P)))  # [K, P]
+        self.sigma = nn.Parameter(like.new_empty(spec.cores, P, Q))  # [S, P, Q]
+        self.v = nn.Parameter(like.new_zeros(Q, spec.N))  # [Q, N]
+        for core in self.sigma.detach():
+            nn.init.xavier_uniform_(core)
+        self.calls = {}
+        for slot in spec.slots:
+            self.calls.setdefault(slot.call, []).append(slot)
+        self.formed = {}  # path -> its dWs, from the first Linear of a call to its last
+
+    def take(self, slot) -> list[Tensor]:
+        """The dWs [K, N] of one Linear, side by side."""
+        if slot.site.path not in self.formed:
+            self.formed = self._form(self.calls[slot.call])
+        return self.formed.pop(slot.site.path)
+
+    def _form(self, slots) -> dict[str, list[Tensor]]:
+        needed = sorted({core for slot in slots for core in slot.cores})
+        sigma = self.sigma if len(needed) > 1 else self.sigma[needed[0]]
+        sigma, u, v = (F.dropout(t, DROPOUT, self.training) for t in (sigma, self.u, self.v))
+        dw = {core: u @ (sigma[core] if len(needed) > 1 else sigma) @ v for core in needed}
+        return {slot.site.path: [dw[part.core] for part in slot.parts] for slot in slots}
+
+
+class DenseLinear(nn.Module):
+    """y = x @ weight.T + bias, then y += scale * x @ dW by full GEMMs; fc2 takes dW transposed"""
+
+    def __init__(self, linear: nn.Linear, group: DenseUpdates, slot, scale: float):
+        super().__init__()
+        self.linear, self.group, self.slot, self.scale = linear, (group,), slot, scale  # a tuple registers nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        added = [x @ (dw.t() if self.slot.transposed else dw) for dw in self.group[0].take(self.slot)]
+        y += (added[0] if len(added) == 1 else torch.cat(added, -1)) * self.scale
+        return y
+
+
+def released_efft(base: nn.Module, o: "Options") -> nn.Module:
+    model = share(base)
+    config = EFFTConfig("efft2", rank=o.rank, cores="shared")
+    groups = []
+    for spec in efft_kernels.plan(model, config).groups:
+        group = DenseUpdates(spec, model.get_submodule(spec.slots[0].site.path).weight)
+        groups.append(group)
+        for slot in spec.slots:
+            _swap(model, slot.site.path, lambda linear: DenseLinear(linear, group, slot, config.scale))
+    model.updates = nn.ModuleList(groups)
+    return model
+
+
+# -- FacT -------------------------------------------------------------------------------------------------------------
+
+
+class FacTLinear(nn.Module):
+    """y = x @ weight.T + bias, then y += scale * dropout(x @ u @ sigma_s) @ v for every d x d slice, as FacT-TT's code.
+
+    q, k and v each compute x @ u. fc1's four slices stand side by side in one sigma [r, 4 r], fc2's on top of each other
+    in one [4 r, r].
+    """
+
+    def __init__(self, linear: nn.Linear, shared: nn.ParameterDict, slot, scale: float):
+        super().__init__()
+        self.linear, self.shared, self.slot, self.scale = linear, (shared,), slot, scale
+        r, n = shared["v"].shape[0], len(slot.parts) // len(slot.site.parts)
+        shape = (n * r, r) if slot.transposed else (r, n * r)
+        self.sigma = nn.ParameterList(
+            nn.init.xavier_uniform_(linear.weight.new_empty(shape)) for _ in slot.site.parts
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        (shared,) = self.shared
+        u, v = shared["u"], shared["v"]  # [d, r], [r, d]
+        y, r = self.linear(x), v.shape[0]
+        if self.slot.transposed:
+            p = (x.unflatten(-1, (-1, len(u))) @ u).flatten(-2)
+            added = [F.dropout(p @ self.sigma[0], DROPOUT, self.training) @ v]
+        else:
+            p = (F.dropout(x @ u @ sigma, DROPOUT, self.training) for sigma in self.sigma)
+            added = [(q.unflatten(-1, (-1, r)) @ v).flatten(-2) for q in p]
+        y += (added[0] if len(added) == 1 else torch.cat(added, -1)) * self.scale
+        return y
+
+
+def fact_tt(base: nn.Module, o: "Options") -> nn.Module:
+    model = share(base)
+    config = FacTConfig("tt", rank=o.rank)
+    groups = []
+    for spec in efft_kernels.plan(model, config).groups:
+        weight, r = model.get_submodule(spec.slots[0].site.path).weight, spec.rank[0]
+        u, v = nn.init.xavier_uniform_(weight.new_empty(spec.K, r)), weight.new_zeros(r, spec.N)
+        shared = nn.ParameterDict({"u": u, "v": v})
+        groups.append(shared)
+        for slot in spec.slots:
+            _swap(model, slot.site.path, lambda linear: FacTLinear(linear, shared, slot, config.scale))
+    model.updates = nn.ModuleList(groups)
+    return model
+
+
+# -- without adapters, and LoRA by PEFT -------------------------------------------------------------------------------
+
+
+def merged(base: nn.Module, o: "Options") -> nn.Module:
+    model = share(base)
+    # adapters in all blocks need the gradient of every block's input: here it travels as far, and trains nothing there
+    model.patch_embed.register_forward_hook(
+        lambda module, args, out: out.detach().requires_grad_() if torch.is_grad_enabled() else out
+    )
+    return model
+
+
+class OneDNNLinear(nn.Module):
+    """y = x @ weight.T + bias and dx = dy @ weight by oneDNN, whatever library torch would choose"""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear, self.turned = linear, linear.weight.detach().t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        return _Dense.apply(x, lambda x: onednn(x, weight, bias), lambda dy: onednn(dy, self.turned, None))
+
+
+def merged_onednn(base: nn.Module, o: "Options") -> nn.Module:
+    model = merged(base, o)
+    for spec in efft_kernels.plan(model, EFFTConfig()).groups:
+        for slot in spec.slots:
+            _swap(model, slot.site.path, OneDNNLinear)
+    return model
+
+
+def full(base: nn.Module, o: "Options") -> nn.Module:
+    return copy.deepcopy(base).requires_grad_(True)
+
+
+def peft_lora(base: nn.Module, o: "Options") -> nn.Module:
+    timm()  # transformers, which peft imports, meets the same torchvision
+    import peft
+
+    model = share(base)
+    paths = [slot.site.path for spec in efft_kernels.plan(model, EFFTConfig()).groups for slot in spec.slots]
+    # this entry keeps the factors in the dtype of the model; get_peft_model would make them float32 and cast every x
+    peft.inject_adapter_in_model(peft.LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=paths), model)
+    model.head.requires_grad_(True)
+    return model
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    rank: int = 16
+    lora_rank: int = 8
+    backend: str | None = None  # of efft_kernels
+
+
+class Method(NamedTuple):
+    name: str
+    meaning: str
+    build: Callable[[nn.Module, Options], nn.Module]  # of a backbone
+    ours: bool = False
+
+
+def _efft(config: Callable[[Options], object]):
+    return lambda base, o: efft_kernels.inject(share(base), config(o), backend=o.backend)
+
+
+def methods(device: str) -> tuple[list[Method], dict[str, str]]:
+    """All methods that can be tried on a device, and {name: why} for those that cannot."""
+    found = [
+        Method("merged", "frozen, head trained, gradient through all blocks: what adapters cannot undercut", merged),
+        Method("full", "every weight trained", full),
+        Method("peft_lora", "LoRA on all Linears by the PEFT library, factors in the model's dtype", peft_lora),
+        Method("released_efft", f"EFFT2, shared cores, dW formed dense per call, factor dropout {DROPOUT}", released_efft),
+        Method("fact_tt", f"FacT-TT in plain torch, slice by slice, activation dropout {DROPOUT}", fact_tt),
+        Method("efft2", "efft_kernels, EFFT2 as configured by default: factor dropout 0.1",
+               _efft(lambda o: EFFTConfig("efft2", rank=o.rank)), True),
+        Method("efft2_p0", "efft_kernels, EFFT2 without dropout",
+               _efft(lambda o: EFFTConfig("efft2", rank=o.rank, factor_dropout=0.0)), True),
+        Method("efft1", "efft_kernels, EFFT1 as configured by default: factor dropout 0.1",
+               _efft(lambda o: EFFTConfig("efft1", rank=o.rank)), True),
+        Method("efft_lora", "efft_kernels, LoRA on all matrices: q, k and v apart",
+               _efft(lambda o: LoRAConfig(rank=o.lora_rank, targets=("attn", "mlp"))), True),
+        Method("efft_fact", "efft_kernels, FacT-TT without dropout",
+               _efft(lambda o: FacTConfig("tt", rank=o.rank, activation_dropout=0.0)), True),
+    ]  # fmt: skip
+    left_out = {}
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        meaning = "as merged, the blocks' Linears by oneDNN instead of torch's default library"
+        found.insert(1, Method("merged_onednn", meaning, merged_onednn))
+    else:
+        left_out["merged_onednn"] = f"there is no oneDNN on device {device}"
+    return found, left_out
