@@ -63,7 +63,7 @@ def extension(torch) -> dict:
         "efft_kernels._native",
         [str(source) for source in sources],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), *([("EFFT_CUDA", None)] if kernels else [])],
-        extra_compile_args={"cxx": ["-std=c++17", "-O3", "-Wno-psabi"], "nvcc": nvcc_flags},
+        extra_compile_args={"cxx": ["-std=c++17", "-O3", "-g0", "-Wno-psabi"], "nvcc": nvcc_flags},
         depends=[str(header) for header in Path("csrc").rglob("*.h")],
         py_limited_api=True,
     )

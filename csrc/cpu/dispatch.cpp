@@ -3,13 +3,13 @@
 
 namespace efft {
 
-extern const Kernels portable_kernels, wide_kernels;
+extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels;
 #endif
 
 const Kernels* const* available_kernels() {
-  static const Kernels* found[5] = {};
+  static const Kernels* found[4] = {};
   static const bool filled = [] {
     int n = 0;
 #if defined(__x86_64__)
@@ -22,7 +22,6 @@ const Kernels* const* available_kernels() {
     if (avx2) found[n++] = &avx2_kernels;
 #endif
     found[n++] = &portable_kernels;
-    found[n++] = &wide_kernels;
     return true;
   }();
   (void)filled;

@@ -194,7 +194,9 @@ class LowRankPass {
     }
   }
 
-  T* c_at(int64_t i, int64_t j) const { return const_cast<T*>(row_of<T>(g_.c, i)) + j * g_.c.col; }
+  T* c_at(int64_t i, int64_t j) const {
+    return static_cast<T*>(const_cast<void*>(g_.c.data)) + i * g_.c.row + j * g_.c.col;
+  }
 
   bool stores_directly(int64_t rows, int64_t j) const {
     return std::is_same_v<T, S> && rows >= MR && (j + 1) * NR <= g_.N && g_.c.col == 1 && !g_.c_adds && g_.scale == 1.0;

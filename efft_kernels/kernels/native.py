@@ -102,7 +102,7 @@ def slower(op: str, *tensors: Tensor | None) -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2, portable, or wide, the avx512 code compiled for any processor."""
+    """The instruction set in use: avx512, avx2 or portable."""
     return _load()[0].isa()
 
 

@@ -1,0 +1,170 @@
+// every kernel of every instruction set over ragged shapes, against plain loops in double. run under the sanitizers:
+// each buffer is exactly as large as its contents, so a read or a write past an edge is reported.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/efft.h"
+
+namespace efft {
+
+extern const Kernels wide_kernels;
+
+int64_t thread_count() { return 3; }
+
+void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < thread_count(); ++t) {
+    threads.emplace_back([&, t] {
+      for (int64_t i = t; i < count; i += thread_count()) task(i);
+    });
+  }
+  for (auto& thread : threads) thread.join();
+}
+
+}  // namespace efft
+
+namespace {
+
+using namespace efft;
+
+int failures = 0;
+
+// a matrix in the dtype under test with its values in double; `by_columns` lays it out the other way round
+struct Matrix {
+  Dtype dtype;
+  int64_t rows, columns;
+  bool by_columns;
+  std::vector<double> values;
+  std::unique_ptr<char[]> data;  // no padding: the sanitizer knows where it ends
+
+  int64_t size() const { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+  Matrix(Dtype dtype, int64_t rows, int64_t columns, bool by_columns = false)
+      : dtype(dtype), rows(rows), columns(columns), by_columns(by_columns), values(rows * columns) {
+    static std::mt19937 random(0);
+    std::uniform_int_distribution<int> eighths(-8, 8);  // exact in every dtype, and so are their short sums
+    for (double& v : values) v = eighths(random) / 8.0;
+    data.reset(new char[rows * columns * size()]);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) put(i, j, values[i * columns + j]);
+    }
+  }
+
+  char* at(int64_t i, int64_t j) const { return data.get() + (by_columns ? j * rows + i : i * columns + j) * size(); }
+
+  View view() const { return {data.get(), by_columns ? 1 : columns, by_columns ? rows : 1}; }
+
+  void put(int64_t i, int64_t j, double v) {
+    const float f = float(v);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint16_t h = uint16_t(bits >> 16);
+    if (dtype == Dtype::f16) {
+      const int exponent = int(bits >> 23 & 255) - 112;
+      h = uint16_t((bits >> 16 & 0x8000) | (exponent > 0 ? uint32_t(exponent) << 10 | (bits >> 13 & 1023) : 0));
+    }
+    std::memcpy(at(i, j), size() == 8 ? static_cast<void*>(&v) : size() == 4 ? (void*)&f : (void*)&h, size());
+  }
+
+  double get(int64_t i, int64_t j) const {
+    if (dtype == Dtype::f64) {
+      double v;
+      std::memcpy(&v, at(i, j), 8);
+      return v;
+    }
+    uint32_t bits = 0;
+    std::memcpy(&bits, at(i, j), size());
+    if (dtype == Dtype::f16) {
+      const double magnitude = (bits & 0x7c00) ? std::ldexp(1024 + (bits & 1023), int(bits >> 10 & 31) - 25)
+                                               : std::ldexp(bits & 1023, -24);
+      return bits & 0x8000 ? -magnitude : magnitude;
+    }
+    if (dtype == Dtype::bf16) bits <<= 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+
+  double operator()(int64_t i, int64_t j) const { return values[i * columns + j]; }
+};
+
+void expect(const char* what, const Kernels& k, const Matrix& got, int64_t K, const std::vector<double>& want) {
+  const double digits = got.dtype == Dtype::bf16 ? 8 : got.dtype == Dtype::f16 ? 11 : got.dtype == Dtype::f32 ? 22 : 50;
+  for (int64_t i = 0; i < got.rows; ++i) {
+    for (int64_t j = 0; j < got.columns; ++j) {
+      const double g = got.get(i, j), w = want[i * got.columns + j];
+      if (std::abs(g - w) <= std::ldexp(std::abs(w) + std::sqrt(double(K)), int(-digits))) continue;
+      std::printf("%s %s, dtype %d, [%lld, %lld] over %lld: element (%lld, %lld) is %g, not %g\n", k.name, what,
+                  int(got.dtype), (long long)got.rows, (long long)got.columns, (long long)K, (long long)i, (long long)j,
+                  g, w);
+      ++failures;
+      return;
+    }
+  }
+}
+
+template <class A, class B>
+std::vector<double> product(int64_t I, int64_t J, int64_t L, const A& a, const B& b) {
+  std::vector<double> c(I * J);
+  for (int64_t i = 0; i < I; ++i) {
+    for (int64_t l = 0; l < L; ++l) {
+      for (int64_t j = 0; j < J; ++j) c[i * J + j] += a(i, l) * b(l, j);
+    }
+  }
+  return c;
+}
+
+// every output of LowRank at once, then c alone added to what is there
+void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t R, bool turned) {
+  Matrix a(dtype, M, K, turned), b(dtype, K, N, !turned), d(dtype, K, R, turned), u(dtype, R, N, !turned);
+  Matrix bias(dtype, 1, N), q(dtype, M, R, turned), x(dtype, M, N, turned);
+  Matrix c(dtype, M, N), p(dtype, M, R), qa(dtype, R, K), xp(dtype, N, R), sum(dtype, M, N, turned);
+  std::unique_ptr<char[]> panels(new char[k.packed_bytes(dtype, K, N)]);
+  k.pack(dtype, b.view(), K, N, panels.get());
+
+  LowRank g;
+  g.M = M, g.K = K, g.N = N, g.R = R;
+  g.a = a.view(), g.b = panels.get(), g.d = d.view(), g.u = u.view(), g.bias = bias.view(), g.q = q.view();
+  g.x = x.view(), g.c = c.view(), g.p = p.data.get(), g.qa = qa.data.get(), g.xp = xp.data.get();
+  k.lowrank(dtype, g);
+
+  const auto P = product(M, R, K, a, d);
+  const auto p_at = [&](int64_t i, int64_t j) { return P[i * R + j]; };
+  auto C = product(M, N, K, a, b);
+  auto S = C;
+  const auto low = product(M, N, R, p_at, u);
+  for (int64_t i = 0; i < M * N; ++i) C[i] += low[i] + bias.values[i % N], S[i] = sum.values[i] + 0.5 * S[i];
+  expect("p", k, p, K, P);
+  expect("c", k, c, K * R, C);
+  expect("qa", k, qa, M, product(R, K, M, [&](int64_t i, int64_t j) { return q(j, i); }, a));
+  expect("xp", k, xp, M * K, product(N, R, M, [&](int64_t i, int64_t j) { return x(j, i); }, p_at));
+
+  LowRank h;
+  h.M = M, h.K = K, h.N = N;
+  h.a = a.view(), h.b = panels.get(), h.c = sum.view(), h.c_adds = true, h.scale = 0.5;
+  k.lowrank(dtype, h);
+  expect("c +=", k, sum, K, S);
+}
+
+}  // namespace
+
+int main() {
+  std::vector<const Kernels*> all{&wide_kernels};
+  for (auto k = available_kernels(); *k; ++k) all.push_back(*k);
+  const int64_t shapes[][4] = {{0, 3, 5, 1},   {1, 1, 1, 1},    {2, 100, 33, 3},  {5, 7, 7, 17},
+                               {13, 33, 100, 16}, {97, 40, 49, 5}, {30, 1100, 20, 9}, {25, 20, 300, 270}};
+  for (const Kernels* k : all) {
+    for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+      for (const auto& s : shapes) {
+        for (bool turned : {false, true}) run(*k, dtype, s[0], s[1], s[2], s[3], turned);
+      }
+    }
+    std::printf("%s: %s\n", k->name, failures ? "FAILED" : "passed");
+  }
+  return failures != 0;
+}
