@@ -223,7 +223,7 @@ class EFFTConfig(_Config):
             if side_by_side:
                 N *= len(_ATTENTION)
             shape = shape or (K, N)
-            if (K, N) != shape or (side_by_side and K != site.width):
+            if shape != (K, N) or (side_by_side and site.width != K):
                 raise ValueError(
                     f"the slices of group {name!r} ({self.variant}) must all be {shape[0]} x {shape[1]}, got {K} x {N} "
                     f"from {site.path}; choose other targets" + " or efft2" * (self.variant == "efft1")
@@ -369,7 +369,9 @@ def _scaled(rank: Rank, portion: float) -> tuple[int, int]:
 
 def _fitting(rank: tuple[int, int], shape: tuple[int, int], name: str) -> tuple[int, int]:
     if max(rank) > min(shape):
-        raise ValueError(f"rank must be at most {min(shape)} in group {name!r} of {shape[0]} x {shape[1]} slices, got {rank}")
+        raise ValueError(
+            f"rank must be at most {min(shape)} in group {name!r} of {shape[0]} x {shape[1]} slices, got {rank}"
+        )
     return rank
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from .factors import TARGETS, GroupSpec, Site, _Config
+from .factors import GroupSpec, Site, _Config
 from .linear import AdaptedLinear, Adapters
 from .ops import merge_
 
@@ -287,7 +287,12 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         ValueError: a model without adapters.
     """
     found = [p for group in adapters(model).groups() for p in group.parameters()]
-    found += [p for key in _HEADS if isinstance(getattr(model, key, None), nn.Module) for p in getattr(model, key).parameters()]
+    found += [
+        p
+        for key in _HEADS
+        if isinstance(getattr(model, key, None), nn.Module)
+        for p in getattr(model, key).parameters()
+    ]
     return [p for p in dict.fromkeys(found) if p.requires_grad]
 
 
@@ -324,14 +329,20 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
         raise ValueError(f"head must be 'train', 'keep', a number of classes or a module, got {head!r}")
     if isinstance(head, nn.Module):
         if len(heads) != 1:
-            raise ValueError(f"head can be a module only where there is one head, got {heads} in {type(model).__name__}")
+            raise ValueError(
+                f"head can be a module only where there is one head, got {heads} in {type(model).__name__}"
+            )
         return [(model, heads[0], head)]
     found = []
     for key in heads:
-        linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")]
+        linears = [
+            path for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")
+        ]
         if linears:
             old = model.get_submodule(linears[-1])
-            new = nn.Linear(old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+            new = nn.Linear(
+                old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+            )
             nn.init.trunc_normal_(new.weight, std=0.02)
             if new.bias is not None:
                 nn.init.zeros_(new.bias)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import efft_kernels as ek
 
@@ -67,3 +68,34 @@ METHODS = {
     "vera": ek.VeRAConfig(rank=8, scale=2.0, targets=("attn", "mlp")),
     "lora-xs": ek.LoRAXSConfig(rank=4, scale=2.0, targets=("q", "v", "fc1")),
 }
+
+PLAIN = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.0)
+DROPPED = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.3)
+
+
+def adapted(config=PLAIN, make=vit, **options):
+    return shake(ek.inject(make(**options), config))
+
+
+def loss_of(model, x):
+    return F.cross_entropy(model(x), torch.arange(len(x)))
+
+
+def gradients(model, loss=None):
+    """name -> gradient of everything trained; of the loss, or what backward left in .grad"""
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    if loss is not None:
+        return dict(zip(names, torch.autograd.grad(loss, params)))
+    return {n: p.grad.clone() for n, p in zip(names, params)}
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], msg=lambda m: f"{name}: {m}", **(tolerance or dict(rtol=1e-4, atol=1e-6))
+        )
+
+
+def assert_bits(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

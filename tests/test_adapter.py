@@ -75,7 +75,9 @@ def test_dtype_and_mode_follow_the_model(path):
     assert model.efft["default"].training
 
 
-@pytest.mark.parametrize("other", [lambda: vit(depth=3), lambda: vit(embed_dim=96), swin], ids=["depth", "width", "swin"])
+@pytest.mark.parametrize(
+    "other", [lambda: vit(depth=3), lambda: vit(embed_dim=96), swin], ids=["depth", "width", "swin"]
+)
 def test_an_adapter_of_another_model_is_refused(other, path):
     ek.save_adapter(ek.inject(vit(), SMALL), path)
     model = other()
@@ -155,7 +157,9 @@ def test_several_adapters_switch_and_go():
     for p in model.efft["second"].parameters():
         torch.nn.init.normal_(p, std=0.1)
     second = model(x)
-    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and name.startswith("efft.")}
+    trained = {
+        name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and name.startswith("efft.")
+    }
     assert trained == {"second"}
     assert not torch.equal(first, second)
 
@@ -212,7 +216,6 @@ def test_names_that_are_not_there():
 
 def test_an_error_within_disable_enables_again():
     model = ek.inject(vit(), SMALL)
-    with pytest.raises(RuntimeError):
-        with ek.disable_adapter(model):
-            raise RuntimeError
+    with pytest.raises(RuntimeError), ek.disable_adapter(model):
+        raise RuntimeError
     assert model.efft.active == "default"

@@ -135,7 +135,9 @@ def test_lora_xs_takes_the_leading_singular_vectors():
     group = model.efft["default"]["fc1"]
     values = torch.linalg.svdvals(weight)[:4]
     torch.testing.assert_close(group.a[1, 0].norm(dim=0), values)
-    torch.testing.assert_close(group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_a_rank_beyond_the_matrices_is_refused():

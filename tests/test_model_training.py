@@ -1,52 +1,16 @@
-"""What must keep working around an injected model: the ways people train, copy, compile and store models."""
+"""What must keep working around an injected model: the ways people train, copy and store models."""
 
 import copy
 import io
-import os
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import images, shake, swin, timm, vit
+from models import DROPPED, PLAIN, adapted, assert_bits, assert_same, gradients, images, loss_of, shake, timm, vit
 from torch.utils.checkpoint import checkpoint
 
 import efft_kernels as ek
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """one process compiles more models here than dynamo's limit for one function"""
-    torch.compiler.reset()
-
-
-PLAIN = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.0)
-DROPPED = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.3)
-
-
-def adapted(config=PLAIN, make=vit, **options):
-    return shake(ek.inject(make(**options), config))
-
-
-def loss_of(model, x):
-    return F.cross_entropy(model(x), torch.arange(len(x)))
-
-
-def gradients(model, loss=None):
-    """name -> gradient of everything trained; of the loss, or what backward left in .grad"""
-    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    if loss is not None:
-        return dict(zip(names, torch.autograd.grad(loss, params)))
-    return {n: p.grad.clone() for n, p in zip(names, params)}
-
-
-def assert_same(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **(tolerance or dict(rtol=1e-4, atol=1e-6)))
-
-
-def assert_bits(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
@@ -260,37 +224,10 @@ def test_reentrant_checkpointing_is_right_or_refused():
         loss_of(model, tokens).backward()
 
 
-@pytest.mark.parametrize("make", [vit, swin])
-@pytest.mark.parametrize("config", [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig()], ids=["efft", "fact", "lora"])
-def test_compiled_whole_model(make, config):
-    model = adapted(config, make).train()
-    x = images()
-    want, grads = model(x), gradients(model, loss_of(model, x))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), want)
-    loss = F.cross_entropy(compiled(x), torch.arange(2))
-    assert_same(gradients(model, loss), grads)
-    assert model.efft._pass is None
-    # an optimizer step between two calls is seen
-    shake(model)
-    torch.testing.assert_close(compiled(x), model(x))
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x))
-        shake(model)
-        torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_compiled_with_dropout():
-    model = adapted(DROPPED).train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = images()
-    assert not torch.equal(compiled(x), compiled(x))
-    gradients(model, loss_of(compiled, x))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", [PLAIN, DROPPED, ek.FacTConfig(), ek.LoRAConfig()], ids=["efft", "dropout", "fact", "lora"])
+@pytest.mark.parametrize(
+    "config", [PLAIN, DROPPED, ek.FacTConfig(), ek.LoRAConfig()], ids=["efft", "dropout", "fact", "lora"]
+)
 def test_autocast(dtype, config):
     model = adapted(config)
     x = images()
@@ -347,7 +284,9 @@ def _pickled(model):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "save", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, _pickled, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "save", "pickle"]
+)
 def test_copies_are_complete_and_independent(copied):
     model = adapted(DROPPED)
     x = images()
@@ -404,7 +343,7 @@ def test_state_dict_round_trip_and_unchanged_names():
 
 def test_an_error_in_the_forward_leaves_nothing_behind():
     model = adapted()
-    with pytest.raises(Exception):
+    with pytest.raises((RuntimeError, AssertionError)):
         model(torch.randn(2, 4, 32, 32))
     assert model.efft._pass is None
     gradients(model, loss_of(model, images()))
@@ -436,79 +375,3 @@ def test_functional_call_with_other_factors():
             p.copy_(factors.get(name, p))
         model(x)
         assert torch.equal(torch.func.functional_call(model, factors, x), other(x))
-
-
-def test_merged_model_exports():
-    model = adapted()
-    x = images()
-    want = model(x)
-    exported = torch.export.export(ek.merge(model), (x,))
-    torch.testing.assert_close(exported.module()(x), want, rtol=1e-4, atol=1e-5)
-
-
-def test_merged_model_exports_to_onnx():
-    pytest.importorskip("onnxscript")
-    onnx = pytest.importorskip("onnx")
-    program = torch.onnx.export(ek.merge(adapted()), (images(),), dynamo=True, verbose=False)
-    onnx.checker.check_model(program.model_proto)
-    assert {node.domain for node in program.model_proto.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
-
-
-def _worker(rank, wrap, path, queue):
-    """two processes, one half of the batch each; the gradients must be those of one process"""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = adapted().train()
-    x = images(4)
-    want = gradients(model, loss_of_half(model, x, slice(0, 2)) / 2 + loss_of_half(model, x, slice(2, 4)) / 2)
-    wrapped, full = wrap(model)
-    for _ in range(2):  # the second time with factors that an optimizer has moved
-        half = slice(2 * rank, 2 * rank + 2)
-        loss_of_half(wrapped, x, half).backward()
-        got = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-        assert_same(got, want)
-        torch.optim.SGD(ek.adapter_parameters(model), lr=0.1).step()
-        model.zero_grad()
-        plain = {n: full(p.detach()) for n, p in model.named_parameters()}
-        reference = adapted().train()
-        reference.load_state_dict({**reference.state_dict(), **plain})
-        want = gradients(reference, sum(loss_of_half(reference, x, slice(i, i + 2)) / 2 for i in (0, 2)))
-        with torch.no_grad():
-            torch.testing.assert_close(wrapped.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
-        wrapped.train()
-    queue.put(rank)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def loss_of_half(model, x, half):
-    return F.cross_entropy(model(x[half]), torch.arange(len(x))[half])
-
-
-def _ddp(model):
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel(model), lambda t: t
-
-
-def _fsdp(model):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-@pytest.mark.parametrize("wrap", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(wrap, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(_worker, (wrap, str(tmp_path / "store"), queue), nprocs=2)
-    assert sorted([queue.get(), queue.get()]) == [0, 1]

@@ -1,0 +1,83 @@
+"""Whole models under torch.compile, and exported after a merge."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import DROPPED, PLAIN, adapted, assert_same, gradients, images, loss_of, shake, swin, vit
+
+import efft_kernels as ek
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """one process compiles more models here than dynamo's limit for one function"""
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize(
+    "config", [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig()], ids=["efft", "fact", "lora"]
+)
+def test_compiled_whole_model(make, config):
+    model = adapted(config, make).train()
+    x = images()
+    want, grads = model(x), gradients(model, loss_of(model, x))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), want)
+    loss = F.cross_entropy(compiled(x), torch.arange(2))
+    assert_same(gradients(model, loss), grads)
+    assert model.efft._pass is None
+    # an optimizer step between two calls is seen
+    shake(model)
+    torch.testing.assert_close(compiled(x), model(x))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        shake(model)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiled_with_dropout():
+    model = adapted(DROPPED).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = images()
+    assert not torch.equal(compiled(x), compiled(x))
+    gradients(model, loss_of(compiled, x))
+
+
+def test_compiled_inside_a_larger_function():
+    model = adapted().train()
+    x = images()
+    step = torch.compile(lambda x: loss_of(model, x), fullgraph=True, backend="aot_eager")
+    assert_same(gradients(model, step(x)), gradients(model, loss_of(model, x)))
+
+
+def test_compiled_with_checkpointing():
+    model = adapted().train()
+    x = images()
+    want = gradients(model, loss_of(model, x))
+    model.set_grad_checkpointing(True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(model, F.cross_entropy(compiled(x), torch.arange(2))), want)
+
+
+def test_adapted_model_exports():
+    model = adapted()
+    x = images()
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_merged_model_exports():
+    model = adapted()
+    x = images()
+    want = model(x)
+    exported = torch.export.export(ek.merge(model), (x,))
+    torch.testing.assert_close(exported.module()(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_model_exports_to_onnx():
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    program = torch.onnx.export(ek.merge(adapted()), (images(),), dynamo=True, verbose=False)
+    onnx.checker.check_model(program.model_proto)
+    assert {node.domain for node in program.model_proto.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
