@@ -31,7 +31,7 @@ from tqdm import tqdm
 import efft_kernels
 import methods
 import report
-from measure import MEMORY, Spread, Stages, interleave, memory, spread, timer
+from measure import MEMORY, Stages, interleave, memory, spread, timer
 from methods import MODELS, Method, Options
 from report import digits
 from shapes import layers
@@ -215,22 +215,25 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, tuple[Step, 
     return rows
 
 
-def timings(samples: list[dict], name: str, which: slice, references: list[str]) -> dict:
-    """Spreads of the times of some stages, and of their ratios to each reference, taken round by round."""
+def timings(samples: list[dict], name: str, which: slice, references: list[str], whole: bool = False) -> dict:
+    """Spreads of the times of some stages, and of their ratios to each reference, taken round by round.
 
-    def of(clock: str, name: str) -> list[float]:
+    A reference's time is that of the same stages, or of all of them where ``whole`` says so.
+    """
+
+    def of(clock: str, name: str, which: slice = which) -> list[float]:
         return [sum(getattr(lap, clock) for lap in round[name][which]) for round in samples]
 
-    def ratios(clock: str) -> dict[str, dict]:
-        own = of(clock, name)
+    def ratio(clock: str, other: str) -> dict:
+        others = of(clock, other, slice(None) if whole else which)
         # a CPU time can be zero: its clock may tick more slowly than a short call
-        return {
-            other: spread([a / max(b, 1e-9) for a, b in zip(own, of(clock, other))])._asdict() for other in references
-        }
+        return spread([a / max(b, 1e-9) for a, b in zip(of(clock, name), others)])._asdict()
+
+    def ratios(clock: str) -> dict[str, dict]:
+        return {other: ratio(clock, other) for other in references}
 
     def ms(clock: str) -> dict:
-        taken: Spread = spread(of(clock, name)) * 1e3
-        return taken._asdict()
+        return (spread(of(clock, name)) * 1e3)._asdict()
 
     return {
         "rounds": len(samples),
@@ -392,13 +395,14 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     return [*found, ("forward and backward: memory and operations", exact)]
 
 
-def save(record: dict, folder: Path) -> None:
+def save(record: dict, folder: Path, panels: list[tuple[str, dict]], label: str) -> None:
     name = record["benchmark"]
     report.write_json(folder / f"{name}.json", record)
     written = [folder / f"{name}.json"]
-    drawn = [panel for panel in panels(record["results"]) if panel[1] and any(len(b) > 1 for b in panel[1].values())]
+    # the divisor itself is not drawn, so a run of nothing else has no chart
+    drawn = [(title, bars) for title, bars in panels if any(bar in COLOURS for group in bars.values() for bar in group)]
     if drawn:
-        report.chart(folder / f"{name}.png", drawn, COLOURS, "/ merged", chart_note(record), limit=8.0)
+        report.chart(folder / f"{name}.png", drawn, COLOURS, label, chart_note(record), limit=8.0)
         written.append(folder / f"{name}.png")
     print(f"written: {', '.join(map(str, written))}")
 
@@ -413,10 +417,9 @@ def chart_note(record: dict) -> str:
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-def parser(description: str, out: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks of whole models have."""
+def parser(description: str, known: list[str], out: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of whole models have. known: names of methods, first the one never left out."""
     names = [backend.name for backend in efft_kernels.backends()]
-    known = dict.fromkeys(m.name for device in ("cpu", "cuda") for m in methods.methods(device)[0])
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", choices=MODELS, default="vit_b", help="of timm, random weights (default: vit_b)")
     p.add_argument("--batch", type=positive, default=4, metavar="B", help="images (default: 4)")
@@ -427,7 +430,7 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
                    help="the model is cast to it (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--methods", nargs="+", choices=known, metavar="NAME",
-                   help=f"only these, and merged: {', '.join(known)}")  # fmt: skip
+                   help=f"only these, and {known[0]}: {', '.join(known)}")  # fmt: skip
     p.add_argument("--backend", choices=names, help="of efft_kernels (default: its own choice)")
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
     p.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds at most (default: 20)")
@@ -437,8 +440,11 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
     return p
 
 
-def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """What no single option can tell; fills in the defaults that depend on others."""
+def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, left_out: dict) -> None:
+    """What no single option can tell; fills in the defaults that depend on others.
+
+    always: the method that is never left out. left_out: {method: why it cannot run here}.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
     if os.environ.get("EFFT_BACKEND"):
@@ -455,9 +461,9 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Name
             p.error(f"argument --{name.replace('_', '-')}: expected at most {width} for {args.model}, got {rank}")
     args.dtype = list(dict.fromkeys(args.dtype or ["float32" if args.device == "cpu" else "bfloat16"]))
     if args.methods is not None:
-        args.methods = list(dict.fromkeys(["merged", *args.methods]))
+        args.methods = list(dict.fromkeys([always, *args.methods]))
         for name in args.methods:
-            if reason := methods.methods(args.device)[1].get(name):
+            if reason := left_out.get(name):
                 p.error(f"argument --methods: expected methods that can run here, got {name!r}: {reason}")
     if args.out is not None:
         try:
@@ -468,11 +474,9 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Name
         methods.timm()
     except ImportError as error:
         p.error(f'benchmarks of whole models need timm: pip install -e ".[bench]" ({error})')
-    return args
 
 
-def make_record(benchmark: str, args: argparse.Namespace) -> dict:
-    found, left_out = methods.methods(args.device)
+def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, str], left_out: dict[str, str]) -> dict:
     environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
     return {
         "benchmark": benchmark,
@@ -486,22 +490,26 @@ def make_record(benchmark: str, args: argparse.Namespace) -> dict:
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "allocator": environment,
         "memory": MEMORY[args.device],
-        "methods": {method.name: method.meaning for method in found},
+        "methods": meanings,
         "left_out": {name: {"": reason} for name, reason in left_out.items() if not args.methods},
         "results": [],
     }
 
 
 def main(argv: list[str] | None = None) -> int:
+    known = list(dict.fromkeys(m.name for device in ("cpu", "cuda") for m in methods.methods(device)[0]))
     p = parser(
         "Time a training step of a vision transformer adapted in every way it is done today, with its memory and its "
         "operations. Without arguments: ViT-B, batch 4, float32.",
+        known,
         "train_step.json and train_step.png",
     )
-    args = check(p, p.parse_args(argv))
+    args = p.parse_args(argv)
+    found, left_out = methods.methods(args.device)
+    check(p, args, "merged", left_out)
     if args.threads:
         torch.set_num_threads(args.threads)
-    record = make_record("train_step", args)
+    record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
     try:
         measure(args, record)
     except KeyboardInterrupt:
@@ -512,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
     record["summary"] = summary(record["results"])
     show(record)
     if args.out:
-        save(record, args.out)
+        save(record, args.out, panels(record["results"]), "/ merged")
     return 0 if record["complete"] else 130
 
 

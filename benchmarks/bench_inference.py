@@ -1,0 +1,326 @@
+"""A whole vision transformer at inference: merged, with its adapter on, and what it takes to change adapters.
+
+    python benchmarks/bench_inference.py                                # ViT-B on this machine, under 3 minutes
+    python benchmarks/bench_inference.py --batch 1 --dtype bfloat16 --out DIR
+
+methods.py has what is compared, measure.py how it is measured, results/README.md what the files hold.
+"""
+
+import copy
+import gc
+import itertools
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench_train_step import (
+    BATCHES, _forget_packed, check, count_ops, machine_line, make_batches, make_record, parser, save, show_meanings,
+    timings,
+)  # fmt: skip  # isort: skip
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import efft_kernels
+import methods
+import report
+from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
+from measure import Stages, interleave, memory, run, timer
+from methods import Method, Options, share
+from report import digits
+
+REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
+# what one call of a variant is made of, its stages; None is not reported
+OPERATIONS = {
+    "switch": ("set_adapter", "forward after set_adapter"),
+    "load": ("load_adapter", "forward after load_adapter", None),
+    "save": ("save_adapter",),
+    "merge": ("merge", "unmerge", "forward after unmerge"),
+    "inject": ("inject", None),
+}
+MEANINGS = {
+    "set_adapter": "to another adapter of the model",
+    "forward after set_adapter": "the first one, which computes the low-rank pairs of the new adapter",
+    "load_adapter": "from a file, beside the adapters that are there",
+    "forward after load_adapter": "the first one",
+    "save_adapter": "to a file, until it is on the disk",
+    "merge": "into the weights, former weights kept",
+    "unmerge": "the former weights back",
+    "forward after unmerge": "the first one, which packs the weights anew where the backend does that",
+    "inject": "a new adapter into a plain model",
+}
+
+
+# -- the models -------------------------------------------------------------------------------------------------------
+
+
+def _shaken(model: nn.Module) -> nn.Module:
+    """The model with its factors all away from zero, as after training."""
+    with torch.no_grad():
+        for p in efft_kernels.adapter_parameters(model):
+            p += 0.01 * torch.randn_like(p)
+    return model
+
+
+def _merged(base: nn.Module, o: Options) -> nn.Module:
+    model = inject(copy.deepcopy(base), EFFTConfig(rank=o.rank), backend=o.backend)
+    return _quiet_merge(_shaken(model), keep_weights=False)
+
+
+def _quiet_merge(model: nn.Module, **options) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that bfloat16 loses a part of the update, which is not what is measured
+        return efft_kernels.merge(model, **options)
+
+
+def variants(device: str) -> tuple[list[Method], dict[str, str]]:
+    """All ways to run a model, and {name: why} for those that cannot run on a device."""
+    found, left_out = methods.methods(device)
+    known = {method.name: method for method in found}
+    chosen = [Method("base", "the model without adapters", known.pop("merged").build)]
+    if "merged_onednn" in known:
+        meaning = "as base, the blocks' Linears by oneDNN instead of torch's default library"
+        chosen.append(Method("base_onednn", meaning, known.pop("merged_onednn").build))
+    chosen.append(Method("merged", "efft2, merged into the weights by efft_kernels", _merged))
+    for name in ("peft_lora", "released_efft", "fact_tt", "efft2", "efft1", "efft_lora", "efft_fact"):
+        chosen.append(known[name])
+    return chosen, {"base_onednn": reason for reason in left_out.values()}
+
+
+def operations(base: nn.Module, o: Options, image: Tensor, folder: Path) -> dict[str, Stages]:
+    """Calls that change the adapter of a model, each with the stages that OPERATIONS names."""
+    config, file = EFFTConfig(rank=o.rank), folder / "adapter.safetensors"
+
+    def forward(model: nn.Module) -> Callable:
+        return lambda _: model(image)
+
+    switched = _shaken(inject(share(base), config, name="a", backend=o.backend).eval())
+    _shaken(add_adapter(switched, config, "b"))
+    save_adapter(switched, file, name="a")
+    names = itertools.cycle("ab")
+    merging = _shaken(inject(copy.deepcopy(base), config, backend=o.backend).eval())
+    plain = share(base).eval()
+
+    def unload(_) -> None:
+        delete_adapter(switched, "loaded")
+        set_adapter(switched, "a")
+
+    return {
+        "switch": (lambda _: set_adapter(switched, next(names)), forward(switched)),
+        "load": (lambda _: load_adapter(switched, file, name="loaded"), forward(switched), unload),
+        "save": (lambda _: save_adapter(switched, folder / "saved.safetensors", name="a"),),
+        "merge": (lambda _: _quiet_merge(merging), lambda _: efft_kernels.unmerge(merging), forward(merging)),
+        "inject": (lambda _: inject(plain, config, backend=o.backend), lambda _: delete_adapter(plain, "default")),
+    }
+
+
+# -- one case: everything in one dtype --------------------------------------------------------------------------------
+
+
+def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple[dict[str, list[Stages]], dict]:
+    """({method: a forward of each batch}, {method: what is known of it beside its time}), all warm"""
+    images = [image for image, _ in make_batches(args, getattr(torch, dtype))]
+    options = Options(args.rank, args.lora_rank, args.backend)
+    calls, facts = {}, {}
+    for method in variants(args.device)[0]:
+        if args.methods is not None and method.name not in args.methods:
+            continue
+        bar.set_postfix_str(f"set-up of {method.name}")
+        try:
+            torch.manual_seed(0)
+            model = method.build(base, options).eval()
+            forwards = [(lambda _, model=model, image=image: model(image),) for image in images]
+            if method.ours:
+                _forget_packed()
+            _, kept = memory(forwards[0], args.device)
+            peak, _ = memory(forwards[1], args.device)
+            ops = sum(count_ops(forwards[0]))
+        except (ImportError, RuntimeError) as error:
+            left_out.setdefault(method.name, {})[dtype] = str(error).strip().partition("\n")[0]
+            continue
+        calls[method.name] = forwards
+        facts[method.name] = {"ops": ops, "peak_bytes": peak, "kept_bytes": max(0, kept)}
+    return calls, facts
+
+
+def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
+    """A row per method, then a row per operation, from complete rounds."""
+    common = {"model": args.model, "batch": args.batch, "image": args.image, "dtype": dtype}
+    rows = []
+    for name, known in facts.items():
+        timed = timings(samples, name, slice(0, 1), [other for other in REFERENCES if other in facts])
+        speed = args.batch / timed["ms"]["median"] * 1e3
+        rows.append({**common, "method": name, "operation": None, **timed, "images_per_s": speed, **known})
+    for variant, names in OPERATIONS.items():
+        for at, name in enumerate(names):
+            if name:
+                references = ["efft2"] if "efft2" in facts else []
+                timed = timings(samples, variant, slice(at, at + 1), references, whole=True)
+                rows.append({**common, "method": "efft2", "operation": name, **timed})
+    return rows
+
+
+def measure(args, record: dict, folder: Path) -> None:
+    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
+    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
+    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
+        for n, dtype in enumerate(args.dtype):
+            bar.set_description(f"{args.model} {dtype}")
+            setup -= time.perf_counter()
+            base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+            calls, facts = build(args, base, dtype, record["left_out"], bar)
+            image = make_batches(args, getattr(torch, dtype))[0][0]
+            options = Options(args.rank, args.lora_rank, args.backend)
+            for name, stages in operations(base, options, image, folder).items():
+                run(stages)
+                calls[name] = [stages]
+            # packed once more: what the last method dropped for its own count, no round has to make
+            for forwards in calls.values():
+                run(forwards[0])
+            record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
+            now, samples = time.perf_counter(), []
+            setup += now
+            bar.set_postfix_str("")
+            later = len(args.dtype) - n - 1
+            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
+            try:
+                for laps in interleave(calls, lap, args.repeats, deadline):
+                    samples.append(laps)
+                    bar.update()
+            finally:
+                if samples:
+                    record["results"] += results(args, dtype, samples, facts)
+            bar.update(args.repeats - len(samples))
+            del calls, base
+            gc.collect()  # a model and its hooks refer to each other
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+HEAD = [
+    "forward", "method", "ms", "quartiles", "/base", "(cpu)", "/merged", "/peft", "/released", "images/s", "ops", "peak MiB",
+]  # fmt: skip
+
+
+def show(record: dict) -> None:
+    rows, args = record["results"], record["arguments"]
+    if not record["complete"]:
+        print("\ninterrupted: what follows is partial")
+    table, changes = [], []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        r, forwards = own[0], [row for row in own if row["operation"] is None]
+        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
+        table += [[]] if table else []
+        for words, row in itertools.zip_longest(label, forwards, fillvalue=None):
+            table.append([words or "", *(_forward_line(row) if row else [""] * (len(HEAD) - 1))])
+        changes += [[]] if changes else []
+        for row in own[len(forwards) :]:
+            ms, ratio = row["ms"], row["ratio"].get("efft2", {})
+            quartiles = f"{digits(ms['q1'])}-{digits(ms['q3'])}"
+            changes.append([dtype, row["operation"], digits(ms["median"]), quartiles, digits(ratio.get("median"))])
+    print(f"\n{report.table(HEAD, table)}\n")
+    print(f"{report.table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
+    show_meanings(record, {row["method"] for row in rows})
+    print()
+    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
+    notes = {
+        "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round, (cpu) of "
+        "process CPU time",
+        "ops": "of the forward that are no views: launches at least, on a GPU",
+        "peak MiB": f"{record['memory']}; +: kept between forwards",
+        **record["operations"],
+        "file": ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in record["adapter_bytes"].items()),
+    }
+    for name, note in notes.items():
+        print(textwrap.fill(note, 120, initial_indent=f"{name:<26} ", subsequent_indent=" " * 27))
+    print(machine_line(record))
+    for s in record["summary"]:
+        for name, ratios in s["ratio"].items():
+            against = ", ".join(f"{value:.2f} x {other}" for other, value in ratios.items() if other != name)
+            print(f"{args['model']}, batch {args['batch']}, {s['dtype']}: {name} {digits(s['ms'][name])} ms = {against}")
+
+
+def _forward_line(row: dict) -> list[str]:
+    kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
+    return [
+        row["method"],
+        digits(row["ms"]["median"]),
+        f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
+        digits(row["ratio"]["base"]["median"]),
+        digits(row["cpu_ratio"]["base"]["median"]),
+        *(digits(row["ratio"].get(name, {}).get("median")) for name in ("merged", "peft_lora", "released_efft")),
+        digits(row["images_per_s"]),
+        f"{row['ops']}",
+        f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+    ]
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per dtype: ms of every forward and operation, and merged and efft2 over each of the references."""
+    found = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = {row["operation"] or row["method"]: row for row in rows if row["dtype"] == dtype}
+        ratio = {
+            name: {other: value["median"] for other, value in own[name]["ratio"].items()}
+            for name in ("merged", "efft2")
+            if name in own
+        }
+        found.append({"dtype": dtype, "ms": {name: row["ms"]["median"] for name, row in own.items()}, "ratio": ratio})
+    return found
+
+
+def panels(rows: list[dict]) -> list[tuple[str, dict]]:
+    forwards, changes = {}, {}
+    for row in rows:
+        if row["operation"] is None:
+            name = {"base_onednn": "merged_onednn"}.get(row["method"], row["method"])  # one colour in both benchmarks
+            forwards.setdefault(row["dtype"], {})[name] = tuple(row["ratio"]["base"].values())
+        elif "efft2" in row["ratio"]:
+            label = f"{row['operation'].replace(' after ', chr(10) + 'after ')}\n{row['dtype']}"
+            changes[label] = {"efft2": tuple(row["ratio"]["efft2"].values())}
+    found = [("forward: time / base", forwards)]
+    return [*found, ("changing adapters: time / forward of efft2", changes)] if changes else found
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    known = list(dict.fromkeys(m.name for device in ("cpu", "cuda") for m in variants(device)[0]))
+    p = parser(
+        "Time a vision transformer at inference: without adapters, merged, with its adapter on; and switching, loading, "
+        "merging and unmerging adapters. Without arguments: ViT-B, batch 4, float32.",
+        known,
+        "inference.json and inference.png",
+    )
+    args = p.parse_args(argv)
+    found, left_out = variants(args.device)
+    check(p, args, "base", left_out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = make_record("inference", args, {m.name: m.meaning for m in found}, left_out)
+    record |= {"operations": MEANINGS, "adapter_bytes": {}}
+    try:
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            measure(args, record, Path(folder))
+    except KeyboardInterrupt:
+        record["complete"] = False
+    if not record["results"]:
+        print("interrupted before the first round: nothing to show")
+        return 130
+    record["summary"] = summary(record["results"])
+    show(record)
+    if args.out:
+        save(record, args.out, panels(record["results"]), "ratio")
+    return 0 if record["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
