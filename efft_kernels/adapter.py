@@ -31,7 +31,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None 
         model: an injected model.
         path: of the file, which is replaced if it exists.
         name: of the adapter, None for the active one.
-        base_model: what to call the pre-trained model in the file; empty for the name that timm or transformers gave it.
+        base_model: what to call the pre-trained model in the file; empty for the name timm or transformers gave it.
 
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given.
@@ -82,8 +82,8 @@ def load_adapter(
     made = plan(model, config)
     if made.fingerprint != metadata["fingerprint"]:
         raise ValueError(
-            f"{path} is an adapter of {metadata['base_model'] or metadata['model']}, whose Linears or shapes differ from "
-            f"those of this {type(model).__name__}"
+            f"{path} is an adapter of {metadata['base_model'] or metadata['model']}, whose Linears or shapes differ "
+            f"from those of this {type(model).__name__}"
         )
     groups = _filled(made, model, tensors, path)
     if isinstance(getattr(model, "efft", None), Adapters):

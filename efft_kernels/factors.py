@@ -33,7 +33,7 @@ Rank = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear of a model that an adapter takes: which matrices it holds side by side, and which of them are adapted."""
+    """One Linear of a model that an adapter takes: the matrices it holds side by side, and which of them are adapted."""
 
     path: str
     parts: tuple[str, ...]  # values of TARGETS: ("q", "k", "v") for a fused projection, ("fc2",) for a plain one
@@ -50,7 +50,7 @@ class Site:
 
 
 class Part(NamedTuple):
-    """Where the columns of one matrix come from: ``width`` columns of a core's update, or zeros if it is not adapted."""
+    """Where the columns of one matrix come from: ``width`` columns of a core's update, or zeros if not adapted."""
 
     core: int | None
     start: int
@@ -157,7 +157,7 @@ class EFFTConfig(_Config):
     """EFFT (arXiv 2311.06749): dW_s = scale * U @ Sigma_s @ V, with U and V shared by a group and a core per matrix.
 
     Args:
-        variant: "efft1", one group of slices d x 4d: the attention matrices of a block side by side, fc1, fc2 transposed.
+        variant: "efft1", one group of slices d x 4d: a block's attention matrices side by side, fc1, fc2 transposed.
             "efft2", two groups: the attention matrices (d x d each), and fc1 with fc2 transposed (d x 4d each).
         rank: r or (r1, r2). In a model whose stages differ in width (Swin) it is the rank of the widest stage; the
             others get it in proportion to their width, as the released Swin does (rank=32 on Swin-B: 4, 8, 16, 32).
@@ -169,7 +169,7 @@ class EFFTConfig(_Config):
         targets: what is adapted: "attn", "mlp", "qkv", or single matrices "q", "k", "v", "proj", "gate", "fc1", "fc2".
         blocks: numbers of the adapted blocks, counted over the whole model, or None for all.
         trainable_scale: train one scale per group (section 4 of the paper suggests it).
-        ffn_rank: rank of the FFN group of "efft2"; None for ``rank`` or, where stages differ in width, half of it for r1.
+        ffn_rank: rank of the FFN group of "efft2"; None for ``rank``, its r1 halved where stages differ in width.
     """
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -329,7 +329,7 @@ class LoRAConfig(_PerMatrix):
 
 @dataclass(frozen=True)
 class VeRAConfig(_PerMatrix):
-    """VeRA (arXiv 2310.11454): frozen random U and V shared by all blocks, trained vectors: scale * U diag(d) V diag(b).
+    """VeRA (arXiv 2310.11454): scale * U diag(d) V diag(b), U and V frozen, random and shared by all blocks.
 
     Arguments as EFFTConfig's.
     """
@@ -444,7 +444,7 @@ class EFFTGroup(Group):
         return self._fold(list(slots), self.u, self.cores(), self.v, dropout, backend)
 
     def _fold(self, slots, u, sigma, v, dropout, backend) -> dict[str, Pair]:
-        """(u, sigma v) for each slot, transposed where the slot is: (sigma v).T and u.T, which needs no second launch"""
+        """(u, sigma v) for each slot; (sigma v).T and u.T where it is transposed, which needs no second launch"""
         scale = self.scale
         if isinstance(scale, Tensor):
             sigma, scale = sigma * scale, 1.0
@@ -591,7 +591,7 @@ def _undrawn(slots, u, sigma, v, scale, backend) -> tuple[dict[int, Iterator], d
 
 
 def _drawn(slots, u, sigma, v, scale, dropout) -> tuple[dict[int, Iterator], dict[str, list[Iterator]]]:
-    """as _undrawn, with masks of their own for every call; v then differs from call to call, so the update is batched"""
+    """as _undrawn, with masks for every call: v then differs from call to call, so the update is batched"""
     calls = {}
     for slot in slots:
         calls.setdefault(slot.call, []).append(slot)

@@ -120,9 +120,9 @@ def plan(model: nn.Module, config: _Config) -> Plan:
 def _sites(model: nn.Module, config: _Config) -> list[Site]:
     linears = []  # (block prefix, container, path, parts, module)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (match := _BLOCK.match(path)):
-            if parts := _LINEARS.get(path[match.end() + 1 :]):
-                linears.append((match.group(), match["container"], path, parts, module))
+        match = _BLOCK.match(path) if isinstance(module, nn.Linear) else None
+        if match and (parts := _LINEARS.get(path[match.end() + 1 :])):
+            linears.append((match.group(), match["container"], path, parts, module))
     blocks = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefix for prefix, *_ in linears))}
     stages = {container: i for i, container in enumerate(dict.fromkeys(container for _, container, *_ in linears))}
     if config.blocks is not None and (missing := set(config.blocks) - set(blocks.values())):
@@ -153,8 +153,8 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
     if path.endswith(".qkv") and separate:
         raise ValueError(
             f"{type(model).__name__} is not supported with these targets: its {type(parent).__name__} at {path} keeps "
-            "q and v biases apart and calls F.linear on the weight, past the Linear (BEiT, EVA and Swin V2 of timm do); "
-            "targets=('proj', 'mlp') would work"
+            "q and v biases apart and calls F.linear on the weight, past the Linear (as do BEiT, EVA and Swin V2 of "
+            "timm); targets=('proj', 'mlp') would work"
         )
 
 
@@ -169,7 +169,7 @@ def inject(
     head: str | int | nn.Module = "train",
     backend: str | None = None,
 ) -> nn.Module:
-    """Put adapters on a model, in place, and freeze the rest. Its outputs stay what they were: the updates start at zero.
+    """Put adapters on a model, in place, and freeze the rest. Outputs stay as they were: the updates start at zero.
 
     Afterwards the model owns the factors once, as ``efft.<name>.<group>.<factor>``; all other names in its state_dict
     are unchanged. Batch norms outside the head keep their statistics.
@@ -223,7 +223,7 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
         for key in heads:
             getattr(model, key).requires_grad_(True)
     _attach(model, Adapters(backend, tuple(_norms(model, heads))))
-    model.efft.flags = flags  # for when the last adapter is deleted
+    model.efft.flags = flags
     mount(model, name, groups)
     model.efft.active = name
     return model
@@ -263,7 +263,7 @@ def eject(model: nn.Module) -> None:
     flags = model.efft.flags
     _detach(model)
     parameters = dict(model.named_parameters())
-    for key in flags.keys() & parameters.keys():  # a replaced head has no former parameters
+    for key in flags.keys() & parameters.keys():  # a head that was replaced may have other names
         parameters[key].requires_grad_(flags[key])
 
 
@@ -276,7 +276,7 @@ def adapters(model: nn.Module) -> Adapters:
 
 
 def check_name(name: str) -> None:
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(Adapters(), name):
         raise ValueError(f"name must be a non-empty word without dots that is no attribute of a module, got {name!r}")
 
 
@@ -383,7 +383,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
         The model. Its state_dict has the names of the model before :func:`inject`.
 
     Warns:
-        UserWarning: weights are bfloat16 or float16, and how much of the update their rounding loses, in relation to it.
+        UserWarning: weights are bfloat16 or float16; says which part of the update their rounding lost.
 
     Raises:
         ValueError: a model that has no adapters, is merged already, or whose adapter is disabled.

@@ -167,7 +167,7 @@ class Adapters(nn.ModuleDict):
     Backward may run layers again, to recompute a checkpointed block: when a gradient reaches the output of a forward,
     its pairs are laid out for the rest of that backward, so that the recomputation sees the same factors and masks.
     Without gradients and dropout the pairs are kept until a factor is another tensor or has another version. Writes
-    through ``.data`` and fused optimizers leave no trace in the version: so ``train()`` and ``eval()`` forget the pairs,
+    through ``.data`` and fused optimizers leave no trace in the version: so ``train()`` and ``eval()`` forget pairs,
     and none are kept from a forward with gradients to the next of these calls, or while a factor has a ``.grad``.
     """
 
@@ -176,6 +176,8 @@ class Adapters(nn.ModuleDict):
         self.backend = backend
         self.active: str | None = None
         self.still = still  # modules that stay in eval mode: frozen batch norms; a tuple does not register them
+        self.flags: dict[str, bool] = {}  # which parameters of the model were trained before it was injected
+        self.hooks: tuple = ()  # on the model, around its forward
         self._forget()
 
     def _forget(self) -> None:

@@ -204,7 +204,7 @@ def test_doing_it_twice_or_undoing_what_is_not_done_is_a_sentence():
         ek.unmerge(model)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "active", 3])
 def test_adapter_names_that_cannot_be_used(name):
     with pytest.raises(ValueError, match="name must be a non-empty word"):
         ek.inject(vit(), SMALL, name=name)
