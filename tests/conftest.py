@@ -1,4 +1,4 @@
-"""Set-up for every test: Triton's interpreter where there is no GPU, one seed, and the name of this device."""
+"""Set-up for every test: Triton's interpreter where there is no GPU, one thread, one seed, the name of this device."""
 
 import os
 
@@ -8,6 +8,10 @@ import torch
 # before anything imports the kernels: without a GPU they run through the interpreter, on CPU tensors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# the tensors of the tests are small: a second thread would only wait for the first
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
