@@ -15,7 +15,6 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -132,19 +131,22 @@ def count_ops(stages: Stages) -> list[int]:
     return counts
 
 
-def saved_bytes(model: nn.Module, forward: Callable) -> int:
-    """What the forward saves for the backward: each storage once, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
-    saved = {}
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what forwards save for the backward: each storage once, without the model's parameters and buffers."""
 
-    def pack(t: Tensor) -> Tensor:
+    def __init__(self, model: nn.Module):
+        super().__init__(self._pack, lambda t: t)
+        self.own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+        self.sizes = {}  # address -> bytes; what is saved is alive until the backward, so no address comes twice
+
+    def _pack(self, t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        self.sizes[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward(None)
-    return sum(size for address, size in saved.items() if address not in own)
+    @property
+    def bytes(self) -> int:
+        return sum(size for address, size in self.sizes.items() if address not in self.own)
 
 
 # -- one case: all methods in one dtype -------------------------------------------------------------------------------
@@ -165,8 +167,9 @@ def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm) -> d
                 _forget_packed()
             _, kept = memory(step.stages(), args.device)
             peak, _ = memory(step.stages(), args.device)
-            counts = count_ops(step.stages())
-            saved = saved_bytes(step.model, step.stages()[0])
+            saved = Saved(step.model)
+            with saved:
+                counts = count_ops(step.stages())
         except (ImportError, RuntimeError) as error:
             left_out.setdefault(method.name, {})[dtype] = str(error).strip().partition("\n")[0]
             continue
@@ -176,7 +179,7 @@ def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm) -> d
             "trained": trained,
             "trained_without_head": trained - head,
             "ops": {part: sum(counts[which]) for part, which in PASSES.items()},
-            "saved_bytes": saved,
+            "saved_bytes": saved.bytes,
             "peak_bytes": peak,
             "optimizer_bytes": step.state_bytes(),
             "kept_bytes": max(0, kept - step.state_bytes()),

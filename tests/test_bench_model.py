@@ -1,0 +1,298 @@
+"""benchmarks/ of whole models: what is compared computes the same, and both scripts run from arguments to files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+for module in ("matplotlib", "tabulate", "tqdm"):
+    pytest.importorskip(module)
+from models import timm  # noqa: E402
+
+timm()
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import bench_inference  # noqa: E402
+import bench_train_step  # noqa: E402
+import measure  # noqa: E402
+import methods  # noqa: E402
+
+import efft_kernels as ek  # noqa: E402
+
+VIT = ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48}, 16)
+SWIN = ("swin_tiny_patch4_window7_224", dict(window_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4)), 32)
+SIZES = ["--image", "32", "--batch", "2", "--rank", "4", "--repeats", "3", "--seconds", "600"]
+OPTIONS = methods.Options(rank=4, lora_rank=2)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(methods.MODELS, "vit_b", VIT)
+    monkeypatch.setitem(methods.MODELS, "swin_t", SWIN)
+    monkeypatch.delenv("EFFT_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small for more
+    yield
+    torch.set_num_threads(threads)
+
+
+def backbone(model, dtype=torch.float64):
+    return methods.backbone(model, 32, dtype, "cpu")
+
+
+def build(name, base):
+    return next(m for m in methods.methods("cpu")[0] if m.name == name).build(base, OPTIONS)
+
+
+# -- what is compared -------------------------------------------------------------------------------------------------
+
+NAMES = [m.name for m in methods.methods("cpu")[0]]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "merged_onednn"])  # oneDNN has no float64
+@pytest.mark.parametrize("model", ["vit_b", "swin_t"])
+def test_methods_start_as_the_backbone_and_share_it(model, name):
+    if name == "peft_lora":
+        pytest.importorskip("peft")
+    base = backbone(model)
+    made, x = build(name, base), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(made.eval()(x), base.eval()(x))
+
+    weights, head = {id(p) for p in base.parameters()}, list(base.head.parameters())
+    shared = [p for p in made.parameters() if id(p) in weights]
+    if name == "full":
+        assert not shared and all(p.requires_grad for p in made.parameters())
+    else:
+        assert len(shared) == len(list(base.parameters())) - len(head) and not any(p.requires_grad for p in shared)
+    assert not any(p.requires_grad for p in base.parameters())
+    assert all(p.requires_grad for p in made.head.parameters())
+
+    F.cross_entropy(made.train()(x), torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+
+
+def test_onednn_is_the_merged_step():
+    base, x = backbone("vit_b", torch.float32), torch.randn(2, 3, 32, 32)
+    plain, fast = build("merged", base), build("merged_onednn", base)
+    fast.head.load_state_dict(plain.head.state_dict())
+    inputs = []
+    for model in (plain, fast):
+        model.patch_embed.register_forward_hook(lambda module, args, out: inputs.append(out))
+        F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-6)
+    assert inputs[0].grad.norm() > 0
+
+
+def same(theirs, ours, pairs):
+    """Equal logits and equal gradients of pairs (parameter of theirs, what of our gradients it should be)."""
+    x, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1])
+    ours.head.load_state_dict(theirs.head.state_dict())
+    logits = []
+    for model in (theirs.eval(), ours.eval()):  # no dropout
+        logits.append(model(x))
+        F.cross_entropy(logits[-1], labels).backward()
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
+    for factor, wanted in pairs():
+        assert factor.grad.norm() > 0
+        torch.testing.assert_close(factor.grad, wanted, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["vit_b", "swin_t"])
+def test_released_efft_computes_what_ours_computes(model):
+    base = backbone(model)
+    theirs = build("released_efft", base)
+    ours = ek.inject(methods.share(base), ek.EFFTConfig("efft2", rank=4, cores="shared", factor_dropout=0.0))
+    groups = list(zip(theirs.updates, ours.efft["default"].values(), strict=True))
+    with torch.no_grad():
+        for group, own in groups:
+            for name in ("u", "sigma", "v"):
+                getattr(group, name).normal_(std=0.1)
+                getattr(own, name).copy_(getattr(group, name))
+    names = ("u", "sigma", "v")
+    same(theirs, ours, lambda: [(getattr(g, n), getattr(own, n).grad) for g, own in groups for n in names])
+
+
+@pytest.mark.parametrize("model", ["vit_b", "swin_t"])
+def test_fact_computes_what_ours_computes(model):
+    base = backbone(model)
+    theirs = build("fact_tt", base)
+    ours = ek.inject(methods.share(base), ek.FacTConfig("tt", rank=4, activation_dropout=0.0))
+    groups = list(zip(theirs.updates, ours.efft["default"].values(), strict=True))
+    linears = {m.slot.site.path: m for m in theirs.modules() if isinstance(m, methods.FacTLinear)}
+    pairs = []
+    with torch.no_grad():
+        for shared, own in groups:
+            for name in ("u", "v"):
+                getattr(own, name).copy_(shared[name].normal_(std=0.2))
+                pairs.append((shared[name], lambda own=own, name=name: getattr(own, name).grad))
+            for path, slot in own.slots.items():
+                cores = list(slot.cores)
+                per = len(cores) // len(linears[path].sigma)
+                for i, sigma in enumerate(linears[path].sigma):
+                    which = cores[i * per : (i + 1) * per]
+                    sigma.normal_(std=0.2)
+                    own.sigma[which] = torch.stack(sigma.chunk(per, 0 if slot.transposed else 1))
+                    dim = 0 if slot.transposed else 1
+                    pairs.append((sigma, lambda own=own, w=which, d=dim: torch.cat(list(own.sigma.grad[w]), d)))
+    same(theirs, ours, lambda: [(factor, wanted()) for factor, wanted in pairs])
+
+
+def test_released_efft_draws_once_per_call(monkeypatch):
+    made, drawn = build("released_efft", backbone("vit_b")), []
+    form = methods.DenseUpdates._form
+    monkeypatch.setattr(methods.DenseUpdates, "_form", lambda self, slots: drawn.append(len(slots)) or form(self, slots))
+    made(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert drawn == [2, 1, 1] * 2  # qkv with proj, fc1, fc2; two blocks
+    assert not any(group.formed for group in made.updates)
+
+
+# -- what is counted --------------------------------------------------------------------------------------------------
+
+
+def test_ops_and_saved_bytes():
+    w, x = torch.nn.Parameter(torch.ones(50, 50)), torch.ones(40, 50)
+    stages = (lambda _: (x @ w.t()).relu().view(-1)), (lambda y: y.sum().backward())
+    saved = bench_train_step.Saved(torch.nn.Linear(1, 1))
+    with saved:
+        assert bench_train_step.count_ops(stages) == [2, 4]  # mm, relu; sum, ones_like, threshold, mm
+    assert saved.bytes == 4 * (40 * 50 + 40 * 50)  # x, relu
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+COMMON = {"model", "batch", "image", "dtype", "method", "rounds", "ms", "wall_ms", "cpu_ms", "ratio", "cpu_ratio"}
+RECORD = {"benchmark", "format", "complete", "date", "arguments", "machine", "versions", "commit", "backends"}
+RECORD |= {"allocator", "memory", "methods", "left_out", "results", "summary"}
+
+
+def check_files(folder, name, tmp_path):
+    text = (folder / f"{name}.json").read_text()
+    assert str(tmp_path) not in text and str(BENCHMARKS.parent) not in text
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
+    record = json.loads(text)
+    assert (record["benchmark"], record["format"], record["complete"]) == (name, 1, True)
+    return record
+
+
+@pytest.mark.parametrize("model", ["vit_b", "swin_t"])
+def test_train_step(model, tmp_path, capsys):
+    chosen, dtypes = ["full", "released_efft", "fact_tt", "efft2", "efft2_p0"], ["float32", "bfloat16"]
+    if model == "swin_t":
+        chosen, dtypes = chosen[:2] + chosen[3:], dtypes[:1]
+    options = ["--model", model, "--methods", *chosen, "--dtype", *dtypes, "--out", str(tmp_path / "a" / "b")]
+    assert bench_train_step.main([*SIZES, *options]) == 0
+    shown = capsys.readouterr().out
+    for text in (f"{model}, batch 2, float32, step:", "dW formed dense per call", "efft2 "):
+        assert text in shown
+
+    record = check_files(tmp_path / "a" / "b", "train_step", tmp_path)
+    assert record.keys() == RECORD
+    rows, passes = record["results"], {"forward", "backward", "optimizer", "forward+backward", "step"}
+    assert len(rows) == len(dtypes) * len(passes) * (1 + len(chosen))
+    for row in rows:
+        assert row.keys() == COMMON | {"pass", "trained", "trained_without_head", "ops", "saved_bytes", "peak_bytes"} | {
+            "optimizer_bytes", "kept_bytes", "loss",
+        }  # fmt: skip
+        assert row["rounds"] == 3 and row["loss"] > 0
+        assert 0 < row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["q3"]
+        assert row["method"] != "merged" or row["ratio"]["merged"] == {"median": 1, "q1": 1, "q3": 1}
+    steps = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "step"}
+    bare = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "forward+backward"}
+    for dtype in dtypes:
+        get = lambda name, dtype=dtype: bare[dtype, name]
+        assert get("merged")["ops"] < get("efft2_p0")["ops"] < get("efft2")["ops"] < get("released_efft")["ops"]
+        assert get("merged")["saved_bytes"] < get("efft2_p0")["saved_bytes"] < get("released_efft")["saved_bytes"]
+        assert get("merged")["trained_without_head"] == 0 < get("efft2")["trained_without_head"]
+        assert steps[dtype, "efft2"]["ops"] > get("efft2")["ops"]
+        # AdamW: two moments per number, and a step count per tensor
+        assert 0 <= get("full")["optimizer_bytes"] - 2 * get("full")["trained"] * getattr(torch, dtype).itemsize < 4096
+    assert [(s["dtype"], s["pass"]) for s in record["summary"]] == [
+        (dtype, part) for dtype in dtypes for part in ("step", "forward+backward")
+    ]
+    assert record["summary"][0]["efft2_ratio"].keys() == {"merged", *chosen} - {"efft2", "efft2_p0"}
+
+
+def test_inference(tmp_path, capsys):
+    chosen = ["merged", "released_efft", "efft2", "efft1"]
+    options = ["--methods", *chosen, "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "run")]
+    assert bench_inference.main([*SIZES, *options]) == 0
+    assert "set_adapter" in capsys.readouterr().out
+    record = check_files(tmp_path / "run", "inference", tmp_path)
+    assert record.keys() == RECORD | {"operations", "adapter_bytes"}
+    rows = record["results"]
+    for row in rows:
+        assert row.keys() == COMMON | {"operation"} | (
+            set() if row["operation"] else {"images_per_s", "ops", "peak_bytes", "kept_bytes"}
+        )
+    assert {row["operation"] for row in rows} == {None, *record["operations"]}
+    forwards = {row["method"]: row for row in rows if row["operation"] is None and row["dtype"] == "float32"}
+    assert list(forwards) == ["base", *chosen]
+    assert forwards["merged"]["ops"] == forwards["base"]["ops"] <= forwards["efft2"]["ops"]
+    merge = next(row for row in rows if row["operation"] == "merge")
+    assert merge["ratio"]["efft2"]["median"] < 1e3
+    assert record["summary"][0]["ratio"].keys() == {"merged", "efft2"}
+    assert record["adapter_bytes"]["bfloat16"] < record["adapter_bytes"]["float32"]
+
+
+@pytest.mark.parametrize("script", [bench_train_step, bench_inference])
+def test_interrupted(script, tmp_path, capsys, monkeypatch):
+    def interleave(calls, lap, rounds, deadline):
+        yield from measure.interleave(calls, lap, 2, deadline)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "interleave", interleave)
+    assert script.main([*SIZES, "--methods", "efft2", "--out", str(tmp_path)]) == 130
+    assert "interrupted: what follows is partial" in capsys.readouterr().out
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["complete"] is False
+    assert {row["rounds"] for row in record["results"]} == {2}
+
+
+def test_a_method_that_cannot_run_is_left_out(tmp_path, capsys, monkeypatch):
+    def missing(base, o):
+        raise ImportError("no package of this name")
+
+    found, left_out = methods.methods("cpu")
+    found = [m._replace(build=missing) if m.name == "peft_lora" else m for m in found]
+    monkeypatch.setattr(methods, "methods", lambda device: (found, left_out))
+    assert bench_train_step.main([*SIZES, "--methods", "peft_lora", "--out", str(tmp_path)]) == 0
+    assert "peft_lora        left out of float32: no package of this name" in capsys.readouterr().out
+    assert json.loads((tmp_path / "train_step.json").read_text())["left_out"] == {
+        "peft_lora": {"float32": "no package of this name"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "resnet"], "argument --model: invalid choice: 'resnet'"),
+        (["--batch", "0"], "argument --batch: expected a positive integer, got '0'"),
+        (["--image", "33"], "argument --image: expected a multiple of 16 for vit_b, got 33"),
+        (["--rank", "769"], "argument --rank: expected at most 768 for vit_b, got 769"),
+        (["--lora-rank", "769"], "argument --lora-rank: expected at most 768 for vit_b, got 769"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
+        (["--seconds", "-1"], "argument --seconds: expected a positive number of seconds, got '-1'"),
+        (["--methods", "efft9"], "argument --methods: invalid choice: 'efft9'"),
+        (["--backend", "triton9"], "argument --backend: invalid choice: 'triton9'"),
+        (["--out", f"{__file__}/x"], "argument --out: expected a folder that can be written, got"),
+    ],
+)
+@pytest.mark.parametrize("script", [bench_train_step, bench_inference])
+def test_bad_arguments(script, arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(arguments)
+    assert error.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_runs_from_anywhere(tmp_path):
+    # it imports the other script
+    command = [sys.executable, str(BENCHMARKS / "bench_inference.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--lora-rank" in done.stdout, done.stderr
