@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .adapted import Adapters
 from .factors import _Config
 from .inject import Plan, adapters, build, check_bare, check_name, eject, install, mount, plan
-from .linear import Adapters
 
 _FORMAT = "efft_kernels adapter 1"
 

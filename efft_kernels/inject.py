@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedLinear, Adapters
 from .factors import GroupSpec, Site, _Config
-from .linear import AdaptedLinear, Adapters
 from .ops import merge_
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")

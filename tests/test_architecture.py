@@ -14,13 +14,14 @@ KERNELS = {f"kernels.{p.stem}" for p in (PACKAGE / "kernels").glob("*.py")} | {"
 ALLOWED = {
     "ops": KERNELS,
     "factors": {"ops"},
-    "linear": {"ops", "factors"},
-    "inject": {"linear", "factors", "ops"},
-    "adapter": {"inject", "linear", "factors"},
+    "linear": {"ops"},
+    "adapted": {"ops", "factors"},
+    "inject": {"adapted", "factors", "ops"},
+    "adapter": {"inject", "adapted", "factors"},
     "analysis": {"inject", "factors"},
     "finetune": {"inject", "adapter", "factors", "finetune"},
-    "peft": {"inject", "adapter", "factors", "linear", "ops"},
-    "serving": {"inject", "adapter", "factors", "linear", "ops"},
+    "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
+    "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
     "__init__": {"ops", "factors", "linear", "inject", "adapter", "analysis"},
 }
 HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo"]
