@@ -40,7 +40,7 @@ struct LowRank {
   View q;                   // [M, R]
   View x;                   // [M, N]
   double scale = 1.0;       // multiplies every output
-  bool c_adds = false;      // c += instead of c =
+  bool c_adds = false;      // c += instead of c =, and then without a bias
   View c;                   // [M, N]
   void* p = nullptr;        // [M, R]  contiguous
   void* qa = nullptr;       // [R, K]  contiguous

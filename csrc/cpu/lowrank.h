@@ -46,6 +46,7 @@ class LowRankPass {
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
   static constexpr int64_t BLOCK_BYTES = 320 * 1024;  // of 512 KB and more of L2: the panels pass through it too
   static constexpr int64_t MOST_SPLITS = 16;          // of the sums over rows
+  static constexpr int64_t MOST_JOINED = 64;          // steps of p that continue a chunk of a
 
  public:
   explicit LowRankPass(const LowRank& g)
@@ -162,16 +163,20 @@ class LowRankPass {
     const Panel<T>* u = u_ + j * g_.R * NR;
     const bool last = chunk1 == chunks_.count;
     const int64_t r_count = last && g_.u.data ? r_chunks_.count : 0;
-    // the first chunk of p continues the last chunk of a; more of them (R > KC) are passes of their own
-    const int64_t passes = chunk1 - chunk0 + std::max<int64_t>(0, r_count - 1);
+    // p continues the last chunk of a if it is short, for a tile's start and end cost as much as some 16 steps. a long
+    // one is a pass of its own, or the chain of roundings would get longer than a chunk
+    const bool joined = r_count > 0 && g_.R <= MOST_JOINED;
+    const int64_t k_count = chunk1 - chunk0, passes = k_count + (joined ? 0 : r_count);
     for (int64_t i = 0; i < passes; ++i) {
       const bool ends = last && i == passes - 1;
-      Steps<T> first, then;
-      const int64_t c = chunk0 + i, r = c < chunks_.count ? 0 : c - chunks_.count + 1;
-      if (r == 0) first = {a + i * chunk_size, b + chunks_.begin(c) * NR, chunks_.size(c)};
-      if (r_count && c >= chunks_.count - 1) {
-        then = {p_chunks + r * chunk_size, u + r_chunks_.begin(r) * NR, r_chunks_.size(r)};
-      }
+      const auto k_steps = [&](int64_t k) -> Steps<T> {
+        return {a + k * chunk_size, b + chunks_.begin(chunk0 + k) * NR, chunks_.size(chunk0 + k)};
+      };
+      const auto r_steps = [&](int64_t r) -> Steps<T> {
+        return {p_chunks + r * chunk_size, u + r_chunks_.begin(r) * NR, r_chunks_.size(r)};
+      };
+      Steps<T> first = i < k_count ? k_steps(i) : r_steps(i - k_count);
+      Steps<T> then = ends && joined ? r_steps(0) : Steps<T>{};
       // the first tiles fetch the next chunk of the panel, the others the next rows
       const char* const next = reinterpret_cast<const char*>(first.b + first.count * NR);
       const int64_t next_bytes = first.count * NR * int64_t(sizeof(Panel<T>)), step_bytes = first.count / 4 * 64;
@@ -179,17 +184,21 @@ class LowRankPass {
         S* const kept = strip + t * MR * NR;
         const bool starts = chunk0 == 0 && i == 0;
         const S* in = starts ? bias_ + j * NR : kept;
+        int64_t in_row = starts ? 0 : NR;
         T* const c_tile = ends ? c_at(row0 + t * MR, j * NR) : nullptr;
-        const bool direct = ends && stores_directly(count - t * MR, j);
+        // what c is added to takes the place of the bias, if one pass does it all
+        const bool direct = ends && stores_directly(count - t * MR, j) && (!g_.c_adds || starts);
+        if (direct && g_.c_adds) in = reinterpret_cast<const S*>(c_tile), in_row = g_.c.row;
         S* out = direct ? reinterpret_cast<S*>(c_tile) : ends ? edge : kept;
         const bool fetches_panel = t * step_bytes < next_bytes;
         const void* ahead = fetches_panel ? next + t * step_bytes : static_cast<const void*>(first.a + MR * PITCH);
-        tile<T>(first, then, in, starts ? 0 : NR, out, direct ? g_.c.row : NR, ahead);
+        if (ends) prefetch_columns(c_tile, std::min<int64_t>(MR, count - t * MR), (j + 1) * NR);
+        tile<T>(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead);
         if (ends && !direct) {
           store_tile(edge, c_tile, std::min<int64_t>(MR, count - t * MR), std::min<int64_t>(NR, g_.N - j * NR));
         }
         first.a += MR * PITCH;
-        then.a += MR * PITCH;
+        if (then.count) then.a += MR * PITCH;
       }
     }
   }
@@ -198,8 +207,14 @@ class LowRankPass {
     return static_cast<T*>(const_cast<void*>(g_.c.data)) + i * g_.c.row + j * g_.c.col;
   }
 
+  // c is written one cache line a row: fetch those of the next panel, or the stores would wait for memory
+  void prefetch_columns(const T* c_tile, int64_t rows, int64_t next) const {
+    if (next >= g_.N || g_.c.col != 1) return;
+    for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(c_tile + i * g_.c.row + NR, 1);
+  }
+
   bool stores_directly(int64_t rows, int64_t j) const {
-    return std::is_same_v<T, S> && rows >= MR && (j + 1) * NR <= g_.N && g_.c.col == 1 && !g_.c_adds && g_.scale == 1.0;
+    return std::is_same_v<T, S> && rows >= MR && (j + 1) * NR <= g_.N && g_.c.col == 1 && g_.scale == 1.0;
   }
 
   // c[i, j] (+)= scale * tile[i, j], rounded once

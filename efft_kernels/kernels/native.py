@@ -66,14 +66,20 @@ def _compile() -> Path:
     return library
 
 
+def _built() -> Path | None:
+    """What setup.py built, unless this is a checkout whose csrc/ has changed since"""
+    library = next(_PACKAGE.glob("_native*.so"), None)
+    sources = (_PACKAGE.parent / "csrc").rglob("*.*") if library else ()
+    return None if any(f.stat().st_mtime > library.stat().st_mtime for f in sources) else library
+
+
 @functools.cache
 def _load():
     """(the library's operators, None), or (None, why there are none)"""
     if sys.platform == "win32":
         return None, "the C++ kernels are not built on Windows"
     try:
-        found = sorted(_PACKAGE.glob("_native*.so"))
-        torch.ops.load_library(str(found[0] if found else _compile()))
+        torch.ops.load_library(str(_built() or _compile()))
     except Exception as error:
         return None, f"the C++ kernels could not be loaded: {error}"
     return torch.ops.efft_native, None
@@ -98,7 +104,34 @@ def unproven() -> str | None:
 
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
+    """By shape and dtype alone, from measurements with one thread of a Zen 3 (AVX2), against reference.py"""
+    if _isa() != "avx2":
+        return f"the {_isa()} kernels have not been measured"
+    first = tensors[0]
+    wide = first.dtype in (torch.float32, torch.float64)  # plain torch has no fast product of the 16-bit types on AVX2
+    if op == "merge_":
+        return "one product per weight is as fast" if wide else None
+    if op.startswith("group"):
+        S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
+        if S * P * N > 8192 and (first.dtype == torch.float32 or wide and op == "group_update"):
+            return f"one plain product is as fast for {S} slices of [{P}, {N}]"
+        return None
+    weight = tensors[1 if op == "lowrank_linear" else 2]
+    M, (N, K) = first.shape[0], weight.shape
+    if M < (4 if wide else 2):
+        return f"{M} rows are as fast row by row"
+    if first.dtype == torch.float32 and (N * K < 65536 or N * K < 131072 and M < 1024):
+        return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
+    if wide and weight.requires_grad:
+        return "a weight that is trained would be packed at every call"
+    if weight.requires_grad and M < 16:
+        return f"a weight that is trained would be packed for {M} rows"
     return None
+
+
+@functools.cache
+def _isa() -> str:
+    return isa()
 
 
 def isa() -> str:
@@ -114,6 +147,7 @@ def isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Chooses one of :func:`isas`, for tests. Not while another thread computes."""
     _load()[0].set_isa(name)
+    _isa.cache_clear()
     clear_packed()
 
 

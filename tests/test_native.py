@@ -1,0 +1,261 @@
+"""The C++ kernels: every instruction set at hand against float64, bit-equality, and the panels kept of frozen weights."""
+
+import copy
+import gc
+import math
+import threading
+
+import pytest
+import torch
+
+from accuracy import check_group_update, check_lowrank_linear
+from efft_kernels.kernels import native, reference
+
+if reason := native.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+ISAS = native.isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(ISAS[0])
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make(M, K, N, R, dtype=torch.float32):
+    """x, weight, bias, down, up, dy, every one with entries of y about 1"""
+    x, weight, bias, down, up, dy = (
+        torch.randn(M, K), torch.randn(N, K) / math.sqrt(K), torch.randn(N),
+        torch.randn(K, R) / math.sqrt(K), torch.randn(R, N) / math.sqrt(R), torch.randn(M, N),
+    )  # fmt: skip
+    return tuple(t.to(dtype) for t in (x, weight, bias, down, up, dy))
+
+
+def turned(t):
+    """The same values, columns side by side in memory"""
+    return t.t().contiguous().t()
+
+
+def sliced(t):
+    """The same values as every other column of a wider buffer"""
+    wide = torch.full((t.shape[0] + 1, 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype)
+    wide[1:, 1:-2:2] = t
+    return wide[1:, 1:-2:2]
+
+
+SHAPES = [
+    (0, 8, 8, 2), (1, 100, 33, 1), (2, 7, 33, 3), (5, 33, 7, 16), (13, 100, 33, 17),
+    (197, 100, 64, 16), (50, 300, 130, 64), (20, 1100, 40, 3), (33, 280, 290, 256), (9, 40, 300, 270),
+]  # fmt: skip
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowrank_linear(isa, shape, dtype):
+    x, weight, bias, down, up, dy = make(*shape, dtype)
+    check_lowrank_linear(native, x, weight, bias, down, up, dy)
+    check_lowrank_linear(native, x, weight, None, down, up, dy, needs=(False, False, False, True, False))
+
+
+@pytest.mark.parametrize("layout", [turned, sliced])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(isa, layout, dtype):
+    x, weight, bias, down, up, dy = make(13, 45, 70, 5, dtype)
+    one = layout(bias[:, None])[:, 0]
+    check_lowrank_linear(native, layout(x), layout(weight), one, layout(down), layout(up), layout(dy))
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 0, 1), (1, 0, 1, 1, 0)], ids=str)
+def test_only_the_gradients_asked_for(needs):
+    x, weight, bias, down, up, dy = make(30, 20, 50, 4)
+    needs = [bool(need) for need in needs]
+    p = x @ down
+    absent = None if not (needs[1] or needs[3]) else x, None if not needs[4] else p
+    got = native.lowrank_linear_backward(dy, absent[0], weight, down, up, absent[1], needs)
+    for g, want in zip(got, reference.lowrank_linear_backward(dy, x, weight, down, up, p, needs), strict=True):
+        torch.testing.assert_close(g, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("S, P, Q, N", [(1, 1, 1, 5), (3, 4, 6, 33), (12, 16, 16, 100), (5, 70, 33, 64)])
+def test_group_update(isa, S, P, Q, N, dtype):
+    sigma, v, dup = (torch.randn(*s).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
+    check_group_update(native, sigma, v, 0.3, dup)
+    # fc2: the factors change places
+    check_group_update(native, sigma.transpose(1, 2).contiguous().transpose(1, 2), turned(v), 0.3, dup)
+    check_group_update(native, sigma, v, 0.3, dup.transpose(0, 1).contiguous().transpose(0, 1), needs=(False, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge(isa, dtype):
+    tasks = [make(1, K, N, R, dtype)[1:5] for K, N, R in ((100, 33, 1), (7, 300, 17), (64, 64, 300))]
+    weights, downs, ups = ([t[i] for t in tasks] for i in (0, 2, 3))
+    weights[1] = turned(weights[1])
+    exact = [w.double() + (d.double() @ u.double()).t() for w, d, u in zip(weights, downs, ups)]
+    plain = [w.clone() for w in weights]
+    reference.merge_(plain, downs, ups)
+    native.merge_(weights, downs, ups)
+    for got, own, want in zip(weights, plain, exact):
+        rounding = torch.finfo(dtype).eps * want.abs().max() * (100 if dtype == torch.float64 else 1)
+        assert (got - want).abs().max() <= 2 * (own - want).abs().max() + rounding
+
+
+def test_special_values(isa):
+    x, weight, bias, down, up, _ = make(7, 20, 20, 2)
+    x[2, 3], x[4, 5] = float("nan"), float("inf")
+    for dtype in DTYPES:
+        y, p = native.lowrank_linear(x.to(dtype), weight.to(dtype), bias.to(dtype), down.to(dtype), up.to(dtype))
+        rows = torch.tensor([0, 1, 3, 5, 6])
+        assert y[rows].isfinite().all() and not y[[2, 4]].isfinite().any() and p[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_is_read_and_rounded_as_torch_does(isa, dtype):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    x = values[:, None]
+    y, _ = native.lowrank_linear(x, torch.ones(1, 1, dtype=dtype), None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
+    assert torch.equal(y, x)
+    third = torch.full((1, 1), 1 / 3).to(dtype)
+    y, _ = native.lowrank_linear(x, third, None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
+    assert torch.equal(y, (x.float() * third.float()).to(dtype))
+
+
+# -- bit-equality -----------------------------------------------------------------------------------------------------
+
+
+def everything(x, weight, bias, down, up, dy):
+    y, p = native.lowrank_linear(x, weight, bias, down, up)
+    return y, p, *native.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])
+
+
+@pytest.mark.parametrize("shape", [(197, 100, 64, 16), (700, 300, 200, 3), (20, 30, 600, 5)], ids=str)
+def test_bits_depend_on_neither_run_nor_threads(shape, threads):
+    tensors = make(*shape)
+    threads(1)
+    first = everything(*tensors)
+    for count in (1, 2, 3, 7):
+        threads(count)
+        for a, b in zip(first, everything(*tensors)):
+            assert torch.equal(a, b)
+
+
+def test_concurrent_calls(threads):
+    tensors = [make(60, 100, 64, 16) for _ in range(2)]
+    tensors[1] = (tensors[1][0], tensors[0][1], *tensors[1][2:])  # one frozen weight, two adapters
+    wanted = [everything(*t) for t in tensors]
+    failures = []
+
+    def work(i):
+        for _ in range(50):
+            native.clear_packed()
+            if not all(map(torch.equal, everything(*tensors[i]), wanted[i])):
+                failures.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    [w.start() for w in workers]
+    [w.join() for w in workers]
+    assert not failures
+
+
+# -- panels of frozen weights -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept():
+    native.clear_packed()
+    yield
+    native.keep_packed(True)
+
+
+def right(x, weight, bias, down, up):
+    got = native.lowrank_linear(x, weight, bias, down, up)[0]
+    return torch.allclose(got, reference.lowrank_linear(x, weight, bias, down, up)[0], atol=1e-4)
+
+
+def test_panels_are_kept_and_dropped(kept):
+    *tensors, dy = make(20, 64, 48, 3)
+    assert right(*tensors) and native.packed_bytes() == 64 * 48 * 4
+    assert right(*tensors) and native.packed_bytes() == 64 * 48 * 4
+    everything(*tensors, dy)
+    assert native.packed_bytes() == 2 * 64 * 48 * 4
+    del tensors[1]
+    gc.collect()
+    assert native.packed_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.data.mul_(2),
+        lambda w: w.data.copy_(torch.randn_like(w)),
+        lambda w: w.numpy().__imul__(2),
+        lambda w: setattr(w, "data", torch.randn(48, 64)),
+        lambda w: setattr(w, "data", torch.randn(64, 48).t()),
+    ],
+)
+def test_a_changed_weight_is_packed_again(kept, change):
+    *tensors, _ = make(20, 64, 48, 3)
+    assert right(*tensors)
+    change(tensors[1])
+    assert right(*tensors)
+
+
+def test_what_is_not_kept(kept):
+    *tensors, _ = make(20, 64, 48, 3)
+    tensors[1].requires_grad_()
+    assert right(*tensors) and native.packed_bytes() == 0
+    tensors[1].requires_grad_(False)
+    native.keep_packed(False)
+    assert right(*tensors) and native.packed_bytes() == 0
+
+
+def test_inference_tensors_and_copies(kept):
+    with torch.inference_mode():
+        tensors = make(20, 64, 48, 3)[:5]
+        assert right(*tensors)
+        tensors[1].mul_(2)
+        assert right(*tensors)
+    *tensors, _ = make(20, 64, 48, 3)
+    assert right(*tensors)
+    tensors[1] = copy.deepcopy(tensors[1])
+    tensors[1] += 1
+    assert right(*tensors)
+
+
+# -- choice -----------------------------------------------------------------------------------------------------------
+
+
+def test_refusals():
+    x, weight, bias, down, up, _ = make(4, 8, 8, 2)
+    assert native.unsupported("lowrank_linear", x, weight, bias, down, up) is None
+    assert "int64" in native.unsupported("lowrank_linear", x.long(), weight, bias, down, up)
+    assert "meta" in native.unsupported("lowrank_linear", x.to("meta"), weight, bias, down, up)
+    with pytest.raises(RuntimeError, match=r"down must be \[8, 2\], got \[2, 8\]"):
+        native.lowrank_linear(x, weight, bias, down.t(), up)
+    with pytest.raises(RuntimeError, match="isa must be one of"):
+        native.set_isa("none such")
+
+
+@pytest.mark.skipif(ISAS[0] != "avx2", reason="the rules were measured on AVX2")
+def test_plain_torch_where_it_is_as_fast():
+    slower = lambda M, K, N, dtype: native.slower("lowrank_linear", *make(M, K, N, 4, dtype)[:5])
+    assert slower(197, 768, 768, torch.float32) is None
+    assert slower(2, 64, 64, torch.bfloat16) is None
+    assert "1 rows" in slower(1, 768, 768, torch.float32)
+    assert "too small" in slower(197, 64, 64, torch.float32)
+    assert native.slower("merge_", *make(1, 8, 8, 2)[1:4]) is not None
