@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import check_group_update, check_lowrank_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,7 +117,7 @@ def test_x_of_any_rank_and_empty(backend, shape):
     _, weight, bias, down, up = make(grad=True)
     x = torch.randn(shape, requires_grad=True)
     y = lowrank_linear(x, weight, bias, down, up, backend=backend)
-    expected = torch.nn.functional.linear(x, weight, bias) + (x @ down) @ up
+    expected = F.linear(x, weight, bias) + (x @ down) @ up
     torch.testing.assert_close(y, expected)
     inputs = (x, weight, bias, down, up)
     for got, want in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
@@ -127,7 +128,7 @@ def test_non_contiguous_dy(backend):
     inputs = make(grad=True)
     x, weight, bias, down, up = inputs
     y = lowrank_linear(*inputs, backend=backend)
-    expected = torch.nn.functional.linear(x, weight, bias) + (x @ down) @ up
+    expected = F.linear(x, weight, bias) + (x @ down) @ up
     for dy in (torch.randn(48, 37).t(), torch.randn(1, 48).expand(37, 48), torch.tensor(1.0).expand(37, 48)):
         got = torch.autograd.grad(y, inputs, dy, retain_graph=True)
         want = torch.autograd.grad(expected, inputs, dy, retain_graph=True)
@@ -200,6 +201,25 @@ def test_contribution_survives_beside_a_large_weight():
     part = x.double() @ down.double() @ up.double()
     y = lowrank_linear(x, weight, None, down, up).double()
     assert abs(((y - base) * part).sum() / part.square().sum() - 1) < 0.05
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_plain_path_over_onednn(monkeypatch):
+    tensors = make(37, 40, 48, 5)
+    wide = torch.randn(48, 80)[:, ::2]
+    needs = [True, False, False, True, True]
+
+    def run(weight):
+        y, p = reference.lowrank_linear(tensors[0], weight, *tensors[2:])
+        torch.manual_seed(0)
+        return y, p, *reference.lowrank_linear_backward(torch.randn(37, 48), tensors[0], weight, *tensors[3:], p, needs)
+
+    want = [run(tensors[1]), run(wide)]
+    monkeypatch.setattr(reference, "_onednn_leads", lambda: True)
+    monkeypatch.setattr(F, "linear", None)  # not to be called now
+    for weight, expected in zip((tensors[1], wide), want):
+        for a, b in zip(run(weight), expected):
+            torch.testing.assert_close(a, b)
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------

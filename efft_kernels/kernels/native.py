@@ -153,7 +153,7 @@ def set_isa(name: str) -> None:
 
 # -- packed weights ---------------------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a weight may be freed, and forgotten, by whatever runs while it is held
 _packed = {}  # id(weight) -> (weak reference, what the panels were made from, {transposed: panels})
 _keep = True
 
