@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -82,6 +83,15 @@ void check(const char* name, const Tensor& t, const Tensor& like, std::initializ
   STD_TORCH_CHECK(good, name, " must be [", wanted, "], got [", got, "]");
 }
 
+// before a size of it is asked for
+void check_dim(const char* name, const Tensor& t, int64_t dim) {
+  STD_TORCH_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions, got ", t.dim());
+}
+
+void check_sizes(std::initializer_list<int64_t> sizes) {
+  for (int64_t s : sizes) STD_TORCH_CHECK(s >= 1, "every dimension but the rows of x must be at least 1");
+}
+
 Tensor empty(std::vector<int64_t> shape, const Tensor& like) {
   return torch::stable::empty({shape.data(), shape.size()}, like.scalar_type());
 }
@@ -95,12 +105,14 @@ View transposed(View v) {
   return v;
 }
 
-// weight [N, K] -> panels of weight.T [K, N], or of weight itself if transposed
-Tensor pack(const Tensor& weight, bool transposed_too) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [N, K]");
+// weight [N, K] -> panels of weight.T [K, N], or of weight itself for the backward
+Tensor pack(const Tensor& weight, bool for_backward) {
+  check_dim("weight", weight, 2);
+  check_sizes({weight.size(0), weight.size(1)});
+  STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU");
   const Dtype dtype = dtype_of(weight);
-  const View b = transposed_too ? view(weight) : transposed(view(weight));
-  const int64_t K = weight.size(transposed_too ? 0 : 1), N = weight.size(transposed_too ? 1 : 0);
+  const View b = for_backward ? view(weight) : transposed(view(weight));
+  const int64_t K = weight.size(for_backward ? 0 : 1), N = weight.size(for_backward ? 1 : 0);
   const int64_t size[] = {kernels().packed_bytes(dtype, K, N)};
   Tensor packed = torch::stable::empty({size, 1}, ScalarType::Byte);
   kernels().pack(dtype, b, K, N, packed.mutable_data_ptr());
@@ -108,18 +120,24 @@ Tensor pack(const Tensor& weight, bool transposed_too) {
 }
 
 void check_packed(const Tensor& packed, Dtype dtype, int64_t K, int64_t N) {
-  STD_TORCH_CHECK(packed.numel() == kernels().packed_bytes(dtype, K, N), "packed must be pack()'s result for this weight");
+  const bool plain = packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous();
+  STD_TORCH_CHECK(plain && packed.numel() == kernels().packed_bytes(dtype, K, N),
+                  "packed must be pack()'s result for this weight");
 }
 
-// a number that changes when the values do, from a spread of samples: FNV-1a over 64 of them
+// a number that changes when the values do: FNV-1a over the diagonals that meet every row and every column once
 int64_t fingerprint(const Tensor& t) {
+  check_dim("weight", t, 2);
+  dtype_of(t);
   const View v = view(t);
   const int64_t rows = t.size(0), columns = t.size(1), bytes = int64_t(t.element_size());
+  const int64_t samples = rows && columns ? std::max(rows, columns) : 0;
   uint64_t hash = 14695981039346656037ull;
-  for (int64_t i = 0; i < 64 && rows * columns > 0; ++i) {
-    const int64_t at = (rows * columns - 1) * i / 63;
+  for (int64_t i = 0, row = 0, column = 0; i < samples; ++i) {
     uint64_t bits = 0;
-    const int64_t offset = at / columns * v.row + at % columns * v.col;
+    const int64_t offset = row * v.row + column * v.col;
+    row = row + 1 < rows ? row + 1 : 0;
+    column = column + 1 < columns ? column + 1 : 0;
     __builtin_memcpy(&bits, static_cast<const char*>(v.data) + offset * bytes, bytes);
     hash = (hash ^ bits) * 1099511628211ull;
   }
@@ -132,8 +150,11 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,       // [M, K]
                                           const std::optional<Tensor>& bias,  // [N]
                                           const Tensor& down,                 // [K, R]
                                           const Tensor& up) {                 // [R, N]
+  check_dim("x", x, 2);
+  check_dim("up", up, 2);
   LowRank g;
   g.M = x.size(0), g.K = x.size(1), g.R = up.size(0), g.N = up.size(1);
+  check_sizes({g.K, g.R, g.N});
   check("x", x, x, {g.M, g.K});
   check("down", down, x, {g.K, g.R});
   check("up", up, x, {g.R, g.N});
@@ -155,7 +176,10 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
                                             const Tensor& down,                   // [K, R]
                                             const Tensor& up,                     // [R, N]
                                             const std::optional<Tensor>& p) {     // [M, R]
+  check_dim("dy", dy, 2);
+  check_dim("down", down, 2);
   const int64_t M = dy.size(0), N = dy.size(1), K = down.size(0), R = down.size(1);
+  check_sizes({N, K, R});
   check("dy", dy, dy, {M, N});
   check("down", down, dy, {K, R});
   check("up", up, dy, {R, N});
@@ -191,7 +215,10 @@ View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.str
 Tensor group_update(const Tensor& sigma,  // [S, P, Q]
                     const Tensor& v,      // [Q, N]
                     double scale) {
+  check_dim("sigma", sigma, 3);
+  check_dim("v", v, 2);
   const int64_t S = sigma.size(0), P = sigma.size(1), Q = sigma.size(2), N = v.size(1);
+  check_sizes({S, P, Q, N});
   check("sigma", sigma, v, {S, P, Q});
   check("v", v, sigma, {Q, N});
   LowRank g;
@@ -208,7 +235,10 @@ std::vector<Tensor> group_update_backward(const Tensor& dup,    // [S, P, N]
                                           const Tensor& sigma,  // [S, P, Q]
                                           const Tensor& v,      // [Q, N]
                                           double scale, bool need_sigma, bool need_v) {
+  check_dim("sigma", sigma, 3);
+  check_dim("v", v, 2);
   const int64_t S = sigma.size(0), P = sigma.size(1), Q = sigma.size(2), N = v.size(1);
+  check_sizes({S, P, Q, N});
   check("dup", dup, v, {S, P, N});
   check("sigma", sigma, v, {S, P, Q});
   check("v", v, v, {Q, N});
@@ -234,6 +264,10 @@ void merge_(const std::vector<Tensor>& weights,  // each [N, K]
             const std::vector<Tensor>& ups) {    // each [R, N]
   STD_TORCH_CHECK(weights.size() == downs.size() && weights.size() == ups.size(), "the lists must be of equal length");
   for (size_t i = 0; i < weights.size(); ++i) {
+    check_dim("weight", weights[i], 2);
+    check_dim("down", downs[i], 2);
+    check_dim("up", ups[i], 2);
+    check_sizes({weights[i].size(0), weights[i].size(1), downs[i].size(1)});
     check("weight", weights[i], weights[0], {ups[i].size(1), downs[i].size(0)});
     check("down", downs[i], weights[0], {weights[i].size(1), ups[i].size(0)});
     check("up", ups[i], weights[0], {downs[i].size(1), weights[i].size(0)});
@@ -254,7 +288,7 @@ STABLE_TORCH_LIBRARY(efft_native, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str name) -> ()");
-  m.def("pack(Tensor weight, bool transposed) -> Tensor");
+  m.def("pack(Tensor weight, bool for_backward) -> Tensor");
   m.def("fingerprint(Tensor weight) -> int");
   m.def("lowrank_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)");
   m.def(

@@ -29,9 +29,7 @@ class Adapters(nn.ModuleDict):
     runs outside the model's forward (``forward_features``, one block) computes its own pair, with a graph of its own.
     Backward may run layers again, to recompute a checkpointed block: when a gradient reaches the output of a forward,
     its pairs are laid out for the rest of that backward, so that the recomputation sees the same factors and masks.
-    Without gradients and dropout the pairs are kept until a factor is another tensor or has another version. Writes
-    through ``.data`` and fused optimizers leave no trace in the version: so ``train()`` and ``eval()`` forget pairs,
-    and none are kept from a forward with gradients to the next of these calls, or while a factor has a ``.grad``.
+    Nothing is kept from one forward to the next: a factor may change in ways that leave no trace.
     """
 
     def __init__(self, backend: str | None = None, still: tuple[nn.Module, ...] = ()):
@@ -46,19 +44,16 @@ class Adapters(nn.ModuleDict):
     def _forget(self) -> None:
         self._pass = None  # of the forward under way
         self._replay = (-1, None)  # (backward, the forward that it recomputes)
-        self._kept = None  # (what they depend on, pairs)
-        self._settled = True  # no forward with gradients since the last train() or eval()
 
     def train(self, mode: bool = True) -> "Adapters":
         super().train(mode)
-        self._kept, self._settled = None, True
         for module in self.still:
             module.eval()
         return self
 
     def __getstate__(self) -> dict:
         # tensors with a graph can be neither copied nor pickled
-        return {**self.__dict__, "_pass": None, "_replay": (-1, None), "_kept": None}
+        return {**self.__dict__, "_pass": None, "_replay": (-1, None)}
 
     def groups(self) -> list[nn.Module]:
         """of the active adapter"""
@@ -70,7 +65,8 @@ class Adapters(nn.ModuleDict):
         if now is None and self.active is not None and not torch.compiler.is_compiling():
             task, replayed = self._replay
             now = replayed if task != -1 and task == torch._C._current_graph_task_id() else None
-        if now is None:
+        # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
+        if now is None or not now.recorded and self._recording():
             return self._alone(path)
         if now.recorded and not torch.compiler.is_compiling():
             if self._pass is not None and not torch.is_grad_enabled():
@@ -88,47 +84,18 @@ class Adapters(nn.ModuleDict):
     def _alone(self, path: str) -> Pair | None:
         for group in self.groups():
             if path in group.slots:
-                if self._constant():
-                    return self.pairs()[path]
-                self._settled = False
                 return group.hand_out([group.slots[path]], self.backend)[path]
         return None
-
-    def _constant(self) -> bool:
-        """whether the pairs are a function of the factors alone, and no graph is needed"""
-        return not any(group.drops for group in self.groups()) and not self._recording()
 
     def _recording(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for group in self.groups() for p in group.parameters())
 
-    def pairs(self, keep: bool = True) -> dict[str, Pair]:
-        """path -> pair of every Linear of the active adapter, kept for the next call where they cannot have changed."""
-        groups = self.groups()
-        if not self._constant():
-            self._settled = False
-        keep = keep and not torch.compiler.is_compiling() and self._settled
-        factors = [t for group in groups for t in (*group.parameters(), *group.buffers())] if keep else []
-        # a CUDA graph must contain the update, and an inference tensor has no version
-        if not factors or any(t.is_inference() or t.grad is not None for t in factors) or _capturing():
-            return {path: pair for g in groups for path, pair in g.hand_out(g.slots.values(), self.backend).items()}
-        device = factors[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        mode = self.active, autocast, torch.is_inference_mode_enabled()
-        stamp = [(t, t.data_ptr(), t._version) for t in factors]
-        if self._kept is not None:
-            old_mode, old_stamp, _, pairs = self._kept
-            if mode == old_mode and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(stamp, old_stamp)):
-                return pairs
-        pairs = {path: pair for g in groups for path, pair in g.hand_out(g.slots.values(), self.backend).items()}
-        # the third entry keeps the old memory, so that no new factor can come to lie at the same address
-        self._kept = mode, stamp, [t.detach() for t in factors], pairs
-        return pairs
-
-    def begin(self, keep: bool) -> None:
-        """Lay out the pairs for a forward of the model. keep: whether versions can be trusted."""
-        self._replay = (-1, None)
+    def begin(self) -> None:
+        """Lay out path -> pair of every Linear of the active adapter for a forward of the model."""
+        self._pass, self._replay = None, (-1, None)
         if self.active is not None:
-            self._pass = _Pass(self.pairs(keep), self._recording())
+            pairs = {path: pair for g in self.groups() for path, pair in g.hand_out(g.slots.values(), self.backend).items()}
+            self._pass = _Pass(pairs, self._recording())
 
     def end(self, output) -> None:
         """Take them away, and bring them back when a gradient reaches the output."""
@@ -139,7 +106,14 @@ class Adapters(nn.ModuleDict):
                     t.register_hook(partial(self._bring_back, done))
 
     def _bring_back(self, done: _Pass, grad: Tensor) -> None:
-        self._replay = (torch._C._current_graph_task_id(), done)
+        task = torch._C._current_graph_task_id()
+        if self._replay[0] != task:
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
+        self._replay = task, done
+
+    def _let_go(self) -> None:
+        """at the end of a backward: its pairs, and the graph behind them, are no longer needed"""
+        self._replay = (-1, None)
 
 
 class AdaptedLinear(nn.Linear):
@@ -180,7 +154,3 @@ def _tensors(tree):
     elif isinstance(tree, Mapping | list | tuple):
         for branch in tree.values() if isinstance(tree, Mapping) else tree:
             yield from _tensors(branch)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapted import Adapters
 from .factors import _Config
 from .inject import Plan, adapters, build, check_bare, check_name, eject, install, mount, plan
+from .ops import check_backend
 
 _FORMAT = "efft_kernels adapter 1"
 
@@ -79,6 +80,7 @@ def load_adapter(
     """
     config, metadata, tensors = _read(Path(path))
     check_name(name)
+    check_backend(backend)
     made = plan(model, config)
     if made.fingerprint != metadata["fingerprint"]:
         raise ValueError(
@@ -87,6 +89,8 @@ def load_adapter(
         )
     groups = _filled(made, model, tensors, path)
     if isinstance(getattr(model, "efft", None), Adapters):
+        if head != "train" or backend is not None:
+            raise ValueError("head and backend are for a plain model, but this one is already injected")
         _mount_beside(model, name, groups)
     else:
         check_bare(model)
@@ -130,6 +134,7 @@ def _read(path: Path) -> tuple[_Config, dict[str, str], dict[str, Tensor]]:
 
 def _write(path: Path, data: bytes) -> None:
     """All of the file or nothing: written beside it, brought to the disk, then renamed over it."""
+    path = path.resolve()  # a link stays one
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -160,6 +165,10 @@ def _name_of(model: nn.Module) -> str:
 def add_adapter(model: nn.Module, config: _Config, name: str) -> nn.Module:
     """Put a further adapter on an injected model, with new factors, and make it the active one.
 
+    Args:
+        model, config: as :func:`plan`.
+        name: of the new adapter.
+
     Raises:
         ValueError, TypeError: as :func:`plan`; a model without adapters, or a name that is taken. Nothing has been
             changed then.
@@ -171,7 +180,11 @@ def add_adapter(model: nn.Module, config: _Config, name: str) -> nn.Module:
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Make this adapter the one that acts and is trained; the factors of the others are frozen."""
+    """Make this adapter the one that acts and is trained; the factors of the others are frozen.
+
+    Raises:
+        ValueError: a model without an adapter of this name.
+    """
     owner = adapters(model)
     _known(owner, name)
     for other, groups in owner.items():
@@ -182,19 +195,27 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the model computes what it computed before it was injected."""
+    """Within this context the model computes what it computed before it was injected.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
     owner = adapters(model)
     active, owner.active = owner.active, None
     try:
         yield model
     finally:
-        owner.active = active
+        if owner.active is None and active in owner:  # neither switched nor deleted meanwhile
+            owner.active = active
 
 
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Drop an adapter. No adapter is active after the active one; with the last one the model is plain again.
 
     The parameters of a plain model are frozen and trained as they were before it was injected.
+
+    Raises:
+        ValueError: a model without an adapter of this name.
     """
     owner = adapters(model)
     _known(owner, name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLinear, Adapters
 from .factors import GroupSpec, Site, _Config
-from .ops import merge_
+from .ops import check_backend, merge_
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
 # name inside a block -> the matrices it holds side by side
@@ -144,6 +144,8 @@ def _sites(model: nn.Module, config: _Config) -> list[Site]:
 def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
     if type(module) not in (nn.Linear, AdaptedLinear):
         raise TypeError(f"{path} must be an nn.Linear, got {type(module).__name__}, which may compute something else")
+    if type(module) is AdaptedLinear and module.efft[0] is not getattr(model, "efft", None):
+        raise ValueError(f"{path} belongs to a part of the model that is already injected; inject the whole or the part")
     if not module.weight.dtype.is_floating_point:
         raise TypeError(f"{path} must have a floating-point weight, got {module.weight.dtype}")
     if module.out_features % 3 and path.endswith("qkv"):
@@ -190,6 +192,7 @@ def inject(
     """
     check_bare(model)
     check_name(name)
+    check_backend(backend)
     return install(model, name, build(plan(model, config), model), head, backend)
 
 
@@ -297,8 +300,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _before(model: nn.Module, args) -> None:
-    # FSDP rewrites a factor's memory before every forward without a trace in its version
-    model.efft.begin(keep=not any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__))
+    model.efft.begin()
 
 
 def _after(model: nn.Module, args, output) -> None:
@@ -311,6 +313,8 @@ def check_bare(model: nn.Module) -> None:
     if isinstance(getattr(model, "efft", None), Adapters):
         names = ", ".join(map(repr, model.efft))
         raise ValueError(f"the model is already injected with {names}; add_adapter puts a further adapter beside it")
+    if any(p.is_inference() for p in model.parameters()) and not torch.is_inference_mode_enabled():
+        raise ValueError("the model's parameters were made under inference_mode, which forbids to change or train them")
     if hasattr(model, "efft"):
         raise ValueError(f"the model already has an attribute 'efft', a {type(model.efft).__name__}")
 
@@ -394,6 +398,8 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
     with torch.no_grad():
         pairs = {path: pair for g in owner.groups() for path, pair in _eval_pairs(g, owner.backend).items()}
         weights = {path: model.get_submodule(path).weight for path in pairs}
+        if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
+            raise ValueError("the weights were made under inference_mode, which forbids to merge into them outside it")
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
         kept = {path: weight.clone() for path, weight in weights.items() if keep_weights or path in low}
         for dtype, device in dict.fromkeys((weight.dtype, weight.device) for weight in weights.values()):
@@ -401,29 +407,35 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
             downs = [pairs[path].down.to(dtype) for path in paths]
             ups = [pairs[path].up.to(dtype) for path in paths]
             merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
-        if low:
-            loss = _loss([(kept[path], weights[path], pairs[path]) for path in low])
-            warnings.warn(
-                f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
-                "model.float() before merge avoids it",
-                stacklevel=2,
-            )
+        loss = _loss([(kept[path], weights[path], pairs[path]) for path in low]) if low else 0.0
     record = _Merged(owner, _detach(model), kept if keep_weights else None)
     model._efft_merged = (record,)  # a tuple, which registers nothing
+    if low:  # at the very end: a warning may be an error
+        warnings.warn(
+            f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
+            "model.float() before merge avoids it",
+            stacklevel=2,
+        )
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo :func:`merge`: the weights as they were, bit for bit, and the adapters back on.
+    """Undo :func:`merge`: the weights as they were before it, bit for bit, and the adapters back on.
+
+    What was loaded or written into those weights after the merge is lost.
 
     Raises:
-        ValueError: a model that is not merged, or was merged with keep_weights=False.
+        ValueError: a model that is not merged, was merged with keep_weights=False, or whose Linears were replaced since.
     """
     if not hasattr(model, "_efft_merged"):
         raise ValueError(f"the model must be merged to be unmerged, but this {type(model).__name__} is not")
     (merged,) = model._efft_merged
     if merged.weights is None:
         raise ValueError("the model was merged with keep_weights=False: its former weights are gone")
+    for path, weight in merged.weights.items():
+        found = model.get_submodule(path)
+        if type(found) is not nn.Linear or found.weight.shape != weight.shape:
+            raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
     with torch.no_grad():
         for path, weight in merged.weights.items():
             model.get_submodule(path).weight.copy_(weight)

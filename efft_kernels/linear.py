@@ -1,13 +1,12 @@
 """EFFTLinear: one Linear with a tensor-train adapter of its own, in place of nn.Linear."""
 
-import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import efft_linear, group_update, merge_
+from .ops import check_backend, check_scale, efft_linear, group_update, merge_
 
 
 class EFFTLinear(nn.Linear):
@@ -32,7 +31,7 @@ class EFFTLinear(nn.Linear):
         u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
 
     Raises:
-        ValueError: a rank, slices, scale, factor_dropout or zero_init outside what is stated above.
+        ValueError: a rank, slices, scale, factor_dropout, zero_init or backend outside what is stated above.
     """
 
     def __init__(
@@ -51,6 +50,7 @@ class EFFTLinear(nn.Linear):
         dtype=None,
     ):
         r1, r2 = _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init)
+        check_backend(backend)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -130,14 +130,13 @@ class EFFTLinear(nn.Linear):
 
 def _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init) -> tuple[int, int]:
     """(r1, r2), or a ValueError that names the argument"""
-    if not isinstance(slices, int) or slices < 1 or out_features % slices:
+    if type(slices) is not int or slices < 1 or out_features % slices:
         raise ValueError(f"slices must be a positive divisor of out_features={out_features}, got {slices!r}")
     ranks = rank if isinstance(rank, tuple) else (rank, rank)
     largest = min(in_features, out_features // slices)
-    if len(ranks) != 2 or not all(isinstance(r, int) and 1 <= r <= largest for r in ranks):
+    if len(ranks) != 2 or not all(type(r) is int and 1 <= r <= largest for r in ranks):
         raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    check_scale(scale)
     if not 0 <= factor_dropout < 1:
         raise ValueError(f"factor_dropout must be in [0, 1), got {factor_dropout}")
     if zero_init not in ("v", "u"):

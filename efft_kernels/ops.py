@@ -11,13 +11,17 @@ so the functions here, ``torch.ops.efft_kernels.*`` and a compiled graph all beh
 
 import functools
 import importlib
+import importlib.util
 import math
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+from .kernels import reference
 
 _MODULES = {"cuda": "cuda_kernels", "triton": "triton_kernels", "cpu": "native", "reference": "reference"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,9 +42,14 @@ def _load(name: str):
         return None, str(error)
 
 
-def _named(name: str, op: str, tensors):
-    if name not in _MODULES:
+def check_backend(name: str | None) -> None:
+    """ValueError for a name that is no backend, whether or not it is available here"""
+    if name is not None and name not in _MODULES:
         raise ValueError(f"backend must be one of {sorted(_MODULES)} or None, got {name!r}")
+
+
+def _named(name: str, op: str, tensors):
+    check_backend(name)
     module, reason = _load(name)
     reason = reason or module.unavailable() or module.unsupported(op, *tensors)
     if reason:
@@ -53,21 +62,22 @@ def _default() -> str:
     return os.environ.get("EFFT_BACKEND", "")
 
 
+@functools.cache
+def _candidates(device: torch.device) -> list:
+    """What may be chosen for tensors on this device, best first; asked once, a call has no time for it"""
+    names = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
+    modules = [_load(name)[0] for name in names]
+    return [module for module in modules if module and not (module.unavailable() or module.unproven())]
+
+
 def _choose(backend: str, op: str, *tensors: Tensor | None):
     """The backend module for this call. A named one must succeed; an automatic one must be proven and not slower."""
     if name := backend or _default():
         return _named(name, op, tensors)
-    for candidate in ("cpu",) if tensors[0].is_cpu else ("cuda", "triton") if tensors[0].is_cuda else ():
-        module, reason = _load(candidate)
-        if not (
-            reason
-            or module.unavailable()
-            or module.unproven()
-            or module.unsupported(op, *tensors)
-            or module.slower(op, *tensors)
-        ):
+    for module in _candidates(tensors[0].device):
+        if not (module.slower(op, *tensors) or module.unsupported(op, *tensors)):
             return module
-    return _load("reference")[0]
+    return reference
 
 
 class Backend(NamedTuple):
@@ -153,8 +163,22 @@ def _check_group(sigma: Tensor, v: Tensor, scale: float) -> None:
     _check_floats("sigma", sigma, v=v)
     _shape("sigma", sigma, "S", "P", "Q")
     _shape("v", v, sigma.shape[2], "N")
+    check_scale(scale)
+
+
+def check_scale(scale) -> None:
+    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+        hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}{hint}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _check_needs(needs: list[bool], *readers: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """readers: (name, an activation that may be None, which gradients read it)"""
+    for name, t, wanted in readers:
+        if t is None and any(needs[i] for i in wanted):
+            raise ValueError(f"{name} must be a tensor for needs={needs}, got None")
 
 
 def _check_tensors(**tensors) -> None:
@@ -176,6 +200,11 @@ def _group_update(sigma, v, scale, backend):
 
 
 def _group_update_backward(dup, sigma, v, scale, needs, backend):
+    _check_group(sigma, v, scale)
+    _check_floats("sigma", sigma, dup=dup)
+    _shape("dup", dup, *sigma.shape[:2], v.shape[1])
+    if len(needs) != 2:
+        raise ValueError(f"needs must be two bools, for (sigma, v), got {needs}")
     module = _choose(backend, "group_update_backward", dup, sigma, v)
     return module.group_update_backward(dup, sigma, v, scale, needs)
 
@@ -188,7 +217,21 @@ def _lowrank_linear(x, weight, bias, down, up, backend):
 
 
 def _lowrank_linear_backward(dy, x, weight, down, up, p, needs, backend):
+    if len(needs) != 5:
+        raise ValueError(f"needs must be five bools, for (x, weight, bias, down, up), got {needs}")
+    _check_needs(needs, ("x", x, (1, 3)), ("p", p, (4,)))
+    _shape("weight", weight, "N", "K")
+    N, K = weight.shape
+    if dy.dim() < 1 or dy.shape[-1] != N:
+        raise ValueError(f"dy must be [..., {N}] for weight {list(weight.shape)}, got {list(dy.shape)}")
     tensors = _rows(dy), _rows(x), weight, down, up, p
+    M = tensors[0].shape[0]
+    if x is not None:
+        _shape("x", tensors[1], M, K)
+    _check_linear(dy.new_empty(0, K) if x is None else tensors[1], weight, None, down, up)
+    _check_floats("weight", weight, dy=dy, p=p)
+    if p is not None:
+        _shape("p", p, M, down.shape[1])
     grads = _choose(backend, "lowrank_linear_backward", *tensors).lowrank_linear_backward(*tensors, needs)
     if needs[0] and dy.dim() != 2:
         grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
@@ -203,6 +246,8 @@ def _merge_(weights, downs, ups, backend):
         _shape(f"weights[{i}]", weight, "N", "K")
         _shape(f"downs[{i}]", down, weight.shape[1], "R")
         _shape(f"ups[{i}]", up, down.shape[1], weight.shape[0])
+        if any(s == 0 and n > 1 for s, n in zip(weight.stride(), weight.shape)):
+            raise ValueError(f"weights[{i}] must have an address for each value, got an expanded tensor")
     if len({weight.data_ptr() for weight in weights}) < len(weights):
         raise ValueError("weights must be distinct, got the same memory twice")
     if weights:
@@ -326,7 +371,11 @@ def _define(schema: str, kernel, fake, function=None):
             return op(*args)
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(f"{name} supports neither torch.func transforms nor forward-mode differentiation")
+        if torch._C._is_any_autocast_enabled():
             return op(*args)
         if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
             return function.apply(*args)
@@ -399,6 +448,7 @@ def group_update(
         RuntimeError: the named backend cannot run this; the message says why.
     """
     _check_tensors(sigma=sigma, v=v)
+    check_scale(scale)
     return _call_group_update(sigma, v, scale, backend or "")
 
 
@@ -430,7 +480,9 @@ def lowrank_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`.
     """
-    _check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up)
+    for t in (x, weight, down, up, x if bias is None else bias):
+        if not isinstance(t, Tensor):
+            _check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up)
     return _call_lowrank_linear(x, weight, bias, down, up, backend or "")[0]
 
 
@@ -494,5 +546,7 @@ def merge_(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`, before anything is written.
     """
+    for what, tensors in (("weights", weights), ("downs", downs), ("ups", ups)):
+        _check_tensors(**{f"{what}[{i}]": t for i, t in enumerate(tensors)})
     with torch.no_grad():
         _call_merge_(list(weights), list(downs), list(ups), backend or "")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from models import METHODS, images, shake, swin, vit
+from models import METHODS, PLAIN, images, shake, swin, vit
 
 import efft_kernels as ek
 
@@ -219,3 +219,31 @@ def test_an_error_within_disable_enables_again():
     with pytest.raises(RuntimeError), ek.disable_adapter(model):
         raise RuntimeError
     assert model.efft.active == "default"
+
+
+def test_switching_and_deleting_inside_disable():
+    model = ek.add_adapter(ek.inject(vit(), PLAIN), PLAIN, "b")
+    with ek.disable_adapter(model):
+        ek.set_adapter(model, "default")
+    assert model.efft.active == "default"
+    ek.set_adapter(model, "b")
+    with ek.disable_adapter(model):
+        ek.delete_adapter(model, "b")
+    assert model.efft.active is None
+    assert model(images()).isfinite().all()
+
+
+def test_head_and_backend_are_refused_for_an_injected_model(path):
+    model = ek.inject(vit(), PLAIN)
+    ek.save_adapter(model, path)
+    for options in (dict(head=7), dict(backend="reference")):
+        with pytest.raises(ValueError, match="head and backend are for a plain model"):
+            ek.load_adapter(model, path, name="b", **options)
+    assert list(model.efft) == ["default"]
+
+
+def test_a_link_stays_a_link(path):
+    link = path.with_name("link.safetensors")
+    link.symlink_to(path)
+    ek.save_adapter(ek.inject(vit(), PLAIN), link)
+    assert link.is_symlink() and path.is_file()

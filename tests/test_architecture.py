@@ -17,7 +17,7 @@ ALLOWED = {
     "linear": {"ops"},
     "adapted": {"ops", "factors"},
     "inject": {"adapted", "factors", "ops"},
-    "adapter": {"inject", "adapted", "factors"},
+    "adapter": {"inject", "adapted", "factors", "ops"},
     "analysis": {"inject", "factors"},
     "finetune": {"inject", "adapter", "factors", "finetune"},
     "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},

@@ -278,3 +278,50 @@ def test_merging_into_low_precision_reports_the_loss(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ek.merge(model)
+
+
+def test_a_part_that_is_injected_is_not_injected_again():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    inner = ek.inject(vit(), ek.EFFTConfig(rank=4))
+    with pytest.raises(ValueError, match="belongs to a part of the model that is already injected"):
+        ek.inject(Wrapper(inner), ek.LoRAConfig(rank=2))
+    assert all(p.requires_grad for p in inner.efft.parameters())
+
+
+def test_merge_is_whole_even_if_its_warning_is_an_error():
+    model = shake(ek.inject(vit().bfloat16(), ek.EFFTConfig(rank=4)))
+    x = images(dtype=torch.bfloat16)
+    before = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="lost"):
+            ek.merge(model)
+    torch.testing.assert_close(model(x), before, rtol=0.1, atol=0.1)
+    assert torch.equal(ek.unmerge(model)(x), before)
+
+
+def test_unmerge_refuses_linears_that_were_replaced():
+    model = ek.merge(shake(ek.inject(vit(), ek.EFFTConfig(rank=4))))
+    model.blocks[0].mlp.fc1 = torch.nn.Identity()
+    with pytest.raises(ValueError, match="blocks.0.mlp.fc1 must be the nn.Linear that merge left there, got Identity"):
+        ek.unmerge(model)
+    assert not hasattr(model, "efft")
+
+
+def test_parameters_made_under_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = vit()
+    with pytest.raises(ValueError, match="inference_mode"):
+        ek.inject(model, ek.EFFTConfig(rank=4))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_unknown_backend_is_refused_before_anything():
+    model = vit()
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ek.inject(model, ek.EFFTConfig(rank=4), backend="fast")
+    assert not hasattr(model, "efft")

@@ -124,6 +124,8 @@ def make_like(layer):
         (dict(scale=float("nan")), "scale must be finite, got nan"),
         (dict(factor_dropout=1.0), r"factor_dropout must be in \[0, 1\), got 1.0"),
         (dict(zero_init="w"), "zero_init must be 'v' or 'u', got 'w'"),
+        (dict(rank=True), "rank must be"),
+        (dict(backend="fast"), "backend must be one of"),
     ],
     ids=str,
 )

@@ -91,7 +91,7 @@ def test_dropout_keeps_the_mean_and_masks_factors():
 
 def test_one_draw_per_attention_call_and_one_per_ffn_linear():
     model = adapted(DROPPED).train()
-    model.efft.begin(keep=False)
+    model.efft.begin()
     pairs = model.efft._pass.pairs
     down = lambda path: pairs[path].down
     assert torch.equal(down("blocks.0.attn.qkv"), down("blocks.0.attn.proj"))
@@ -113,17 +113,27 @@ def test_no_grad_and_inference_mode_agree_with_grad_mode():
     gradients(model, loss_of(model, x))
 
 
-def test_pairs_are_kept_at_inference():
+def test_a_forward_without_gradients_elsewhere_costs_none():
+    """as of another thread that is inside the model meanwhile"""
     model = adapted()
-    calls = []
-    group = model.efft["default"]["attn"]
-    original = group.hand_out
-    group.hand_out = lambda *args: calls.append(1) or original(*args)
+    x = images()
+    run = lambda: gradients(model, model.forward_head(model.forward_features(x)).square().sum())
+    want = run()
     with torch.no_grad():
-        for _ in range(3):
-            model(images())
-            model.forward_features(images())
-    assert len(calls) == 1
+        model.efft.begin()
+    got = run()
+    model.efft.end(None)
+    assert_same(got, want)
+
+
+def test_nothing_outlives_a_backward_or_a_broken_forward():
+    model = adapted()
+    loss_of(model, images()).backward()
+    assert model.efft._replay == (-1, None)
+    model.efft.begin()  # and no end: a forward that KeyboardInterrupt broke off
+    with ek.disable_adapter(model):
+        plain = model(images())
+    assert model.efft._pass is None and plain.isfinite().all()
 
 
 def _sgd(model, x):
@@ -152,7 +162,8 @@ CHANGES = {
     "load_state_dict assign": lambda model, x: model.load_state_dict(_scaled_state(model), assign=True),
     "in place": lambda model, x: [p.mul_(1.5) for p in model.efft.parameters()],
     "data replaced": lambda model, x: [setattr(p, "data", p.data * 1.5) for p in model.efft.parameters()],
-    "data and eval": lambda model, x: [p.data.mul_(1.5) for p in model.efft.parameters()] and model.eval(),
+    "through data": lambda model, x: [p.data.mul_(1.5) for p in model.efft.parameters()],
+    "through numpy": lambda model, x: [p.detach().numpy().__imul__(1.5) for p in model.efft.parameters()],
 }
 
 
@@ -235,14 +246,14 @@ def test_autocast(dtype, config):
     with torch.autocast("cpu", dtype):
         torch.testing.assert_close(model(x).float(), want, rtol=0.1, atol=0.1)
         with torch.no_grad():
-            kept = model(x)
+            low = model(x)
         model.train()
         loss = loss_of(model, x)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model, loss).values())
     model.eval()
     with torch.no_grad():
-        assert kept.dtype == dtype
-        torch.testing.assert_close(model(x), want)  # what autocast kept is not taken outside it
+        assert low.dtype == dtype
+        torch.testing.assert_close(model(x), want)  # nothing of autocast is left outside it
 
 
 def test_grad_scaler():

@@ -204,6 +204,9 @@ def test_panels_are_kept_and_dropped(kept):
         lambda w: w.data.mul_(2),
         lambda w: w.data.copy_(torch.randn_like(w)),
         lambda w: w.numpy().__imul__(2),
+        lambda w: w[5, 7].fill_(100),  # one value: only the version counter sees it
+        lambda w: w.data[31].fill_(3),  # behind the counter's back: a row, a column
+        lambda w: w.data[:, 61].fill_(3),
         lambda w: setattr(w, "data", torch.randn(48, 64)),
         lambda w: setattr(w, "data", torch.randn(64, 48).t()),
     ],
@@ -213,6 +216,26 @@ def test_a_changed_weight_is_packed_again(kept, change):
     assert right(*tensors)
     change(tensors[1])
     assert right(*tensors)
+
+
+def test_weights_that_the_garbage_collector_frees_at_any_moment(kept):
+    class Cycle:
+        pass
+
+    *tensors, _ = make(20, 64, 48, 3)
+    before = gc.get_threshold()
+    gc.set_threshold(1)  # a collection at nearly every allocation, those under the lock included
+    try:
+        for _ in range(50):
+            cycle = Cycle()
+            cycle.itself, cycle.weight = cycle, tensors[1].clone()
+            native.lowrank_linear(tensors[0], cycle.weight, *tensors[2:])
+            native.packed_bytes()
+    finally:
+        gc.set_threshold(*before)
+    del cycle
+    gc.collect()
+    assert native.packed_bytes() == 0
 
 
 def test_what_is_not_kept(kept):
@@ -228,8 +251,8 @@ def test_inference_tensors_and_copies(kept):
     with torch.inference_mode():
         tensors = make(20, 64, 48, 3)[:5]
         assert right(*tensors)
-        tensors[1].mul_(2)
-        assert right(*tensors)
+        tensors[1][5, 7] = 100
+        assert right(*tensors) and native.packed_bytes() == 0
     *tensors, _ = make(20, 64, 48, 3)
     assert right(*tensors)
     tensors[1] = copy.deepcopy(tensors[1])
@@ -249,6 +272,29 @@ def test_refusals():
         native.lowrank_linear(x, weight, bias, down.t(), up)
     with pytest.raises(RuntimeError, match="isa must be one of"):
         native.set_isa("none such")
+
+
+def test_the_compiled_operators_refuse_what_would_crash():
+    ops = torch.ops.efft_native
+    z = torch.zeros
+    packed = ops.pack(z(8, 8), False)
+    for call in (
+        lambda: ops.group_update(z(2, 3, 0), z(0, 4), 1.0),
+        lambda: ops.group_update(z(2, 3), z(3, 4), 1.0),
+        lambda: ops.group_update_backward(z(2, 3, 0), z(2, 3, 4), z(4, 0), 1.0, True, True),
+        lambda: ops.merge_([z(4, 4)], [z(4, 0)], [z(0, 4)]),
+        lambda: ops.pack(z(0, 8), False),
+        lambda: ops.pack(z(8), False),
+        lambda: ops.fingerprint(z(8)),
+        lambda: ops.fingerprint(z(8, 8, dtype=torch.complex128)),
+        lambda: ops.lowrank_linear(z(8), packed, None, z(8, 2), z(2, 8)),
+        lambda: ops.lowrank_linear(z(3, 8), packed, None, z(8, 0), z(0, 8)),
+        lambda: ops.lowrank_linear(z(3, 8), z(1, dtype=torch.uint8).expand(packed.numel()), None, z(8, 2), z(2, 8)),
+        lambda: ops.lowrank_linear(z(3, 8), z(packed.numel()), None, z(8, 2), z(2, 8)),
+        lambda: ops.lowrank_linear_backward(z(3, 0), None, None, z(8, 2), z(2, 0), None),
+    ):
+        with pytest.raises(RuntimeError, match="must|expected"):
+            call()
 
 
 @pytest.mark.skipif(ISAS[0] != "avx2", reason="the rules were measured on AVX2")

@@ -263,6 +263,10 @@ def test_merge_refuses_before_it_writes(backend):
         merge_(weights, downs[:1], ups[:1], backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(weights, before))
     merge_([], [], [], backend=backend)
+    with pytest.raises(ValueError, match=r"weights\[0\] must have an address for each value"):
+        merge_([torch.zeros(1, 5).expand(4, 5)], downs[:1], ups[:1], backend=backend)
+    with pytest.raises(TypeError, match=r"downs\[0\] must be a torch.Tensor, got int"):
+        merge_(weights[:1], [1], ups[:1], backend=backend)
 
 
 # -- tracing ----------------------------------------------------------------------------------------------------------
@@ -370,7 +374,9 @@ def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
     for question in ("unproven", "unavailable", "unsupported", "slower"):
         with monkeypatch.context() as patch:
             patch.setattr(native, question, lambda *a: "of a planted reason")
+            ops._candidates.cache_clear()
             assert ops._choose("", "lowrank_linear", *tensors) is reference
+        ops._candidates.cache_clear()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -401,6 +407,42 @@ def test_lowrank_linear_refuses(backend, change, error, message):
         lowrank_linear(**inputs, backend=backend)
 
 
+def test_transforms_and_forward_mode_are_refused(backend):
+    x, *rest = make()
+    for transform in (
+        lambda f: torch.func.jvp(f, (x,), (x,)),
+        lambda f: torch.func.grad(lambda t: f(t).sum())(x),
+        lambda f: torch.func.vmap(f)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match="neither torch.func transforms nor forward-mode"):
+            transform(lambda t: lowrank_linear(t, *rest, backend=backend))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        lowrank_linear(torch.autograd.forward_ad.make_dual(x, x), *rest, backend=backend)
+
+
+def test_backward_operators_refuse(backend):
+    names = torch.ops.efft_kernels
+    x, weight, _, down, up = make()
+    dy, p = torch.randn(37, 48), torch.randn(37, 5)
+    good = [dy, x, weight, down, up, p, [True] * 5]
+    for i, value, message in [
+        (0, torch.randn(37, 47), r"dy must be \[..., 48\]"),
+        (1, None, r"x must be a tensor for needs="),
+        (1, torch.randn(36, 40), r"x must be \[37, 40\], got \[36, 40\]"),
+        (4, torch.zeros(0, 48), r"up must be \[5, 48\]"),
+        (5, None, r"p must be a tensor for needs="),
+        (5, torch.randn(37, 4), r"p must be \[37, 5\], got \[37, 4\]"),
+        (6, [True], "needs must be five bools"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            names.lowrank_linear_backward.default(*good[:i], value, *good[i + 1 :], backend)
+    sigma, v = torch.randn(2, 3, 4), torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"v must be \[4, N\] with every letter at least 1"):
+        names.group_update_backward.default(torch.zeros(2, 3, 0), sigma, torch.zeros(4, 0), 1.0, [True, True], backend)
+    with pytest.raises(ValueError, match=r"dup must be \[2, 3, 6\]"):
+        names.group_update_backward.default(torch.randn(2, 3, 5), sigma, v, 1.0, [True, True], backend)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -410,6 +452,8 @@ def test_lowrank_linear_refuses(backend, change, error, message):
         (dict(v=torch.randn(4, 6).double()), TypeError, "v must have the dtype of sigma"),
         (dict(scale=math.inf), ValueError, "scale must be finite, got inf"),
         (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
+        (dict(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor; for a trained scale multiply"),
+        (dict(scale="1"), TypeError, "scale must be a number, got str"),
     ],
     ids=str,
 )

@@ -3,14 +3,15 @@
 W is used in panels. They are made at the first call and kept beside a weight that does not require grad: one copy for
 the forward and one for the backward, each of the weight's own size (float16: twice that, widened). ``packed_bytes()``
 tells what is held, ``keep_packed(False)`` packs at every call instead, and dropping or changing the weight drops its
-copies. A change is seen by autograd's version counter and by 64 sampled values, so writing through ``weight.data`` is
-noticed unless it misses every sample; ``keep_packed(False)`` is for code that does that.
+copies. A change is seen by autograd's version counter; behind its back (``weight.data``, ``weight.numpy()``), by a
+sample in every row and every column. Code that writes single values that way needs ``keep_packed(False)``.
 """
 
 import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,20 +42,20 @@ def _compile() -> Path:
     sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
     text = b"".join(f.read_bytes() for f in sorted(csrc.rglob("*")) if f.suffix in (".h", ".cpp"))
     key = hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "efft_kernels")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "efft_kernels")
     library = cache / f"native-{key}.so"
     if library.exists():
         return library
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(command[0]) is None:
         raise RuntimeError("no compiled library, and no C++ compiler (c++, or the environment variable CXX) to make one")
     logging.getLogger("efft_kernels").warning("compiling the CPU kernels, once, to %s", library)
     include, lib = (Path(torch.__file__).parent / d for d in ("include", "lib"))
 
     def run(*arguments):
-        done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=600)
         if done.returncode:
-            raise RuntimeError(f"{compiler} failed: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
 
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -173,7 +174,7 @@ def clear_packed() -> None:
 def packed_bytes() -> int:
     """Memory held by the panels of all weights."""
     with _lock:
-        return sum(panels.nbytes for _, _, made in _packed.values() for panels in made.values())
+        return sum(panels.nbytes for _, _, made in tuple(_packed.values()) for panels in tuple(made.values()))
 
 
 def _forget(key: int, reference) -> None:
@@ -185,11 +186,12 @@ def _forget(key: int, reference) -> None:
 def _panels(weight: Tensor, transposed: bool) -> Tensor:
     """weight [N, K] as panels of weight.T, for the forward, or of weight itself, for the backward"""
     ops = _load()[0]
-    if weight.requires_grad or not _keep:
+    # an inference tensor has no version counter: nothing would tell that it was written to
+    if weight.requires_grad or not _keep or weight.is_inference():
         return ops.pack(weight, transposed)
     state = (
         weight.data_ptr(),
-        -1 if weight.is_inference() else weight._version,
+        weight._version,
         weight.shape,
         weight.stride(),
         weight.dtype,
