@@ -304,4 +304,7 @@ def test_plain_torch_where_it_is_as_fast():
     assert slower(2, 64, 64, torch.bfloat16) is None
     assert "1 rows" in slower(1, 768, 768, torch.float32)
     assert "too small" in slower(197, 64, 64, torch.float32)
+    assert slower(197, 3072, 768, torch.float32) is None
+    assert "in blocks" in slower(788, 3072, 768, torch.float32)
+    assert slower(788, 3072, 768, torch.bfloat16) is None
     assert native.slower("merge_", *make(1, 8, 8, 2)[1:4]) is not None

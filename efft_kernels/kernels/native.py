@@ -123,6 +123,8 @@ def slower(op: str, *tensors: Tensor | None) -> str | None:
         return f"{M} rows are as fast row by row"
     if first.dtype == torch.float32 and (N * K < 65536 or N * K < 131072 and M < 1024):
         return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
+    if first.dtype == torch.float32 and op == "lowrank_linear" and K > 1024 and M >= 512:
+        return f"a sum over {K} passes through memory in blocks, which plain torch does as fast"
     if wide and weight.requires_grad:
         return "a weight that is trained would be packed at every call"
     if weight.requires_grad and M < 16:
