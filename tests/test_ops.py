@@ -370,6 +370,7 @@ def test_the_environment_names_a_backend(monkeypatch):
 def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
     native = ops._load("cpu")[0]
     tensors = make(512, 512, 512, 16)
+    monkeypatch.setattr(native, "slower", lambda *a: None)  # what it says depends on the processor
     assert ops._choose("", "lowrank_linear", *tensors) is native
     for question in ("unproven", "unavailable", "unsupported", "slower"):
         with monkeypatch.context() as patch:
