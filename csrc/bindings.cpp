@@ -64,7 +64,7 @@ Dtype dtype_of(const Tensor& t) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
+      STD_TORCH_CHECK(false, "the dtype must be float32, bfloat16, float16 or float64");
   }
 }
 

@@ -293,7 +293,7 @@ def test_the_compiled_operators_refuse_what_would_crash():
         lambda: ops.lowrank_linear(z(3, 8), z(packed.numel()), None, z(8, 2), z(2, 8)),
         lambda: ops.lowrank_linear_backward(z(3, 0), None, None, z(8, 2), z(2, 0), None),
     ):
-        with pytest.raises(RuntimeError, match="must|expected"):
+        with pytest.raises(RuntimeError, match="must"):
             call()
 
 
