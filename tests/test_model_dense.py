@@ -8,6 +8,7 @@ import torch
 from models import METHODS, images, shake, swin, vit
 
 import efft_kernels as ek
+from efft_kernels.kernels import reference
 
 ATTENTION = ("q", "k", "v", "proj")
 
@@ -122,7 +123,9 @@ def test_factor_dropout_that_drops_nothing_changes_nothing(make, method):
 
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("method", METHODS)
-def test_at_the_start_outputs_are_bit_equal_to_the_base(make, method):
+def test_at_the_start_outputs_are_bit_equal_to_the_base(make, method, monkeypatch):
+    # the same product of x and W on both sides: where oneDNN leads, the reference rounds as oneDNN does
+    monkeypatch.setattr(reference, "_onednn_leads", lambda: False)
     model = make()
     x = images()
     before = model(x)

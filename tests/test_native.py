@@ -126,12 +126,17 @@ def test_special_values(isa):
 def test_every_16_bit_value_is_read_and_rounded_as_torch_does(isa, dtype):
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     values = values[values.isfinite()]
+    if dots := isa == "avx512_bf16" and dtype == torch.bfloat16:  # the instruction takes and makes no subnormals
+        values = values[values.abs() >= torch.finfo(dtype).tiny]
     x = values[:, None]
     y, _ = native.lowrank_linear(x, torch.ones(1, 1, dtype=dtype), None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
     assert torch.equal(y, x)
     third = torch.full((1, 1), 1 / 3).to(dtype)
     y, _ = native.lowrank_linear(x, third, None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
-    assert torch.equal(y, (x.float() * third.float()).to(dtype))
+    product = x.float() * third.float()
+    if dots:
+        product[product.abs() < torch.finfo(torch.float32).tiny] = 0
+    assert torch.equal(y, product.to(dtype))
 
 
 # -- bit-equality -----------------------------------------------------------------------------------------------------
@@ -187,11 +192,11 @@ def right(x, weight, bias, down, up):
 
 
 def test_panels_are_kept_and_dropped(kept):
-    *tensors, dy = make(20, 64, 48, 3)
-    assert right(*tensors) and native.packed_bytes() == 64 * 48 * 4
-    assert right(*tensors) and native.packed_bytes() == 64 * 48 * 4
+    *tensors, dy = make(20, 64, 96, 3)
+    assert right(*tensors) and native.packed_bytes() == 64 * 96 * 4
+    assert right(*tensors) and native.packed_bytes() == 64 * 96 * 4
     everything(*tensors, dy)
-    assert native.packed_bytes() == 2 * 64 * 48 * 4
+    assert native.packed_bytes() == 2 * 64 * 96 * 4
     del tensors[1]
     gc.collect()
     assert native.packed_bytes() == 0

@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 #define VB 32
 #define MR 6
+#define EFFT_DOT 0
 EFFT_TARGET_BEGIN("avx2,fma")
 #include "isa.h"
 EFFT_TARGET_END

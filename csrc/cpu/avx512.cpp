@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 #define VB 64
 #define MR 14
+#define EFFT_DOT 0
 EFFT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "isa.h"
 EFFT_TARGET_END

@@ -5,11 +5,11 @@ namespace efft {
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 #endif
 
 const Kernels* const* available_kernels() {
-  static const Kernels* found[4] = {};
+  static const Kernels* found[5] = {};
   static const bool filled = [] {
     int n = 0;
 #if defined(__x86_64__)
@@ -17,6 +17,7 @@ const Kernels* const* available_kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512bf16")) found[n++] = &avx512_bf16_kernels;
       found[n++] = &avx512_kernels;
     }
     if (avx2) found[n++] = &avx2_kernels;

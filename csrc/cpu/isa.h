@@ -1,6 +1,6 @@
-// the kernels of one instruction set. the including file defines EFFT_KERNELS (the name of the table), VB (bytes of a
-// vector) and MR (rows of a tile), and switches the target on before it includes this file. everything has internal
-// linkage, or the linker could give one set's code to another.
+// the kernels of one instruction set. the including file defines VB (bytes of a vector), MR (rows of a tile, even) and
+// EFFT_DOT (1: products of bfloat16 are dot products of pairs), and switches the target on before it includes this file.
+// everything has internal linkage, or the linker could give one set's code to another.
 
 #define EFFT_INLINE __attribute__((always_inline)) inline
 #define EFFT_INLINE_LAMBDA __attribute__((always_inline))
@@ -34,7 +34,7 @@ auto with_type(Dtype dtype, F f) {
 int64_t packed_bytes(Dtype dtype, int64_t K, int64_t N) {
   return with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    return int64_t(panels_of<T>(N) * K * Shape<T>::NR * sizeof(Panel<T>));
+    return int64_t(panels_of<T>(N) * panel_size<T>(K) * sizeof(Panel<T>));
   });
 }
 
@@ -43,7 +43,7 @@ void pack(Dtype dtype, const View& b, int64_t K, int64_t N, void* panels) {
     using T = decltype(t);
     constexpr int NR = Shape<T>::NR;
     parallel_for(panels_of<T>(N), [&](int64_t j) {
-      pack_panel<T>(b, K, N, j * NR, static_cast<Panel<T>*>(panels) + j * K * NR);
+      pack_panel<T, 2>(b, K, N, j * NR, static_cast<Panel<T>*>(panels) + j * panel_size<T>(K));
     });
   });
 }

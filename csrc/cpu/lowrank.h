@@ -1,13 +1,15 @@
 // LowRank (efft.h) over blocks of rows: a block is brought into the L2 cache once, and everything is made from it there.
 
-// K in chunks of equal length, the chunks in blocks: one block of chunks of one block of rows is in the cache at a time
+// K cells in chunks of equal length, the chunks in blocks: one block of chunks of one block of rows is in the cache at a
+// time
 struct Chunks {
   int64_t K, length, count, per_block;
 
   Chunks(int64_t K, int64_t length) : K(K), length(length), count((K + length - 1) / length), per_block(1) {}
-  Chunks(int64_t K, int64_t most, int64_t most_per_block) : Chunks(K, most) {
+  // a chunk is a multiple of `unit` long, and so is `most`
+  Chunks(int64_t K, int64_t most, int64_t unit, int64_t most_per_block) : Chunks(K, most) {
     const int64_t blocks = (count + most_per_block - 1) / most_per_block;
-    length = std::min(most, ((K + count - 1) / count + 7) / 8 * 8);
+    length = ((K + count - 1) / count + unit - 1) / unit * unit;
     count = (K + length - 1) / length;
     per_block = (count + blocks - 1) / blocks;
   }
@@ -42,7 +44,9 @@ class Scratch {
 template <class T>
 class LowRankPass {
   using S = Sum<T>;
-  static constexpr int NR = Shape<T>::NR, KC = Shape<T>::KC, PITCH = Shape<T>::PITCH;
+  static constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, KC = Shape<T>::KC, PITCH = Shape<T>::PITCH;
+  static constexpr int PER = Shape<T>::PER, RT = Shape<T>::RT;
+  static_assert(sizeof(Cell<T>) == sizeof(S) && MR % 2 == 0 && KC % NR == 0 && VL % RT == 0, "what is assumed below");
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
   static constexpr int64_t BLOCK_BYTES = 320 * 1024;  // of 512 KB and more of L2: the panels pass through it too
   static constexpr int64_t MOST_SPLITS = 16;          // of the sums over rows
@@ -51,10 +55,11 @@ class LowRankPass {
  public:
   explicit LowRankPass(const LowRank& g)
       : g_(g),
-        chunks_(g.K, KC, CHUNKS_PER_BLOCK),
-        r_chunks_(g.R, KC),
+        chunks_(cells<T>(g.K), KC, NR / PER, CHUNKS_PER_BLOCK),
+        r_chunks_(cells<T>(g.R), KC),
         panels_(panels_of<T>(g.N)),
-        r_panels_(panels_of<T>(g.R)),
+        r_width_(g.R <= VL ? VL : NR),
+        r_panels_((g.R + r_width_ - 1) / r_width_),
         blocked_((chunks_.count + chunks_.per_block - 1) / chunks_.per_block > 1) {
     // rows in splits, each of blocks of equal height, by the shapes alone: sums over rows come out the same whatever
     // the number of threads
@@ -70,14 +75,23 @@ class LowRankPass {
   }
 
   void run() {
-    const Scratch d(bytes(g_.d.data ? r_panels_ * g_.K * NR * sizeof(Panel<T>) : 0));
-    const Scratch u(bytes(g_.u.data ? panels_ * g_.R * NR * sizeof(Panel<T>) : 0));
+    const Scratch d(bytes(g_.d.data ? r_panels_ * chunks_.K * r_width_ * sizeof(Panel<T>) : 0));
+    const Scratch u(bytes(g_.u.data ? panels_ * panel_size<T>(g_.R) * sizeof(Panel<T>) : 0));
     const Scratch bias(bytes(panels_ * NR * sizeof(S)));
-    const Scratch qa(bytes(g_.qa ? splits_ * g_.K * r_panels_ * NR * sizeof(S) : 0));
-    const Scratch xp(bytes(g_.xp ? splits_ * g_.N * r_panels_ * NR * sizeof(S) : 0));
+    const Scratch qa(bytes(g_.qa ? splits_ * sums_size(g_.K) * sizeof(S) : 0));
+    const Scratch xp(bytes(g_.xp ? splits_ * sums_size(g_.N) * sizeof(S) : 0));
     d_ = d.as<Panel<T>>(), u_ = u.as<Panel<T>>(), bias_ = bias.as<S>(), qa_ = qa.as<S>(), xp_ = xp.as<S>();
-    if (g_.d.data) pack_panels<T>(g_.d, g_.K, g_.R, d_);
-    if (g_.u.data) pack_panels<T>(g_.u, g_.R, g_.N, u_);
+    for (int64_t r = 0; g_.d.data && r < r_panels_; ++r) {
+      Panel<T>* panel = d_ + r * chunks_.K * r_width_;
+      if (r_width_ == VL) {
+        pack_panel<T, 1>(g_.d, g_.K, g_.R, r * VL, panel);
+      } else {
+        pack_panel<T, 2>(g_.d, g_.K, g_.R, r * NR, panel);
+      }
+    }
+    for (int64_t j = 0; g_.u.data && j < panels_; ++j) {
+      pack_panel<T, 2>(g_.u, g_.R, g_.N, j * NR, u_ + j * panel_size<T>(g_.R));
+    }
     for (int64_t j = 0; j < panels_ * NR; ++j) {
       bias_[j] = g_.bias.data && j < g_.N ? load_one(static_cast<const T*>(g_.bias.data) + j * g_.bias.col) : S{0};
     }
@@ -100,47 +114,44 @@ class LowRankPass {
  private:
   static size_t bytes(int64_t n) { return size_t((n + 63) / 64 * 64 + 64); }
 
+  // sums over rows of one split: [R, in multiples of RT][K, in multiples of NR]
+  int64_t sums_size(int64_t K) const { return (g_.R + RT - 1) / RT * RT * sums_row(K); }
+  static int64_t sums_row(int64_t K) { return (K + NR - 1) / NR * NR; }
+
   // everything for rows row0 ... row0 + count, and columns [panel0, panel1) of c. `first` share: p and the sums as well
   void rows(int64_t row0, int64_t count, int64_t panel0, int64_t panel1, bool first, int64_t split, bool adds) {
     const int64_t tiles = (count + MR - 1) / MR, padded = tiles * MR;
-    const int64_t chunk_size = padded * PITCH, strip_size = padded * NR;
-    const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count) * chunk_size + 64, 2 * r_panels_ * strip_size,
+    const int64_t chunk_size = padded * PITCH, strip_size = padded * NR, r_strip_size = padded * r_width_;
+    const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count) * chunk_size + 64, 2 * r_panels_ * r_strip_size,
                              (blocked_ ? panels_ : 1) * strip_size, MR * NR};
     thread_local Scratch scratch(64);
-    S* const a = static_cast<S*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3]) * sizeof(S)));
-    S* const p_chunks = a + chunks_.per_block * chunk_size;  // [r chunk][row][PITCH]
-    S* const p = a + sizes[0];                               // [r panel][row][NR]
-    S* const q = p + r_panels_ * strip_size;                 // [r panel][row][NR]
-    S* const strips = a + sizes[0] + sizes[1];               // [panel][row][NR]
-    S* const edge = strips + sizes[2];                       // [MR][NR]
+    Cell<T>* const a = static_cast<Cell<T>*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3]) * sizeof(S)));
+    Cell<T>* const p_chunks = a + chunks_.per_block * chunk_size;  // [r chunk][row][PITCH]
+    S* const p = reinterpret_cast<S*>(a + sizes[0]);               // [r panel][row][r_width]
+    Cell<T>* const q = a + sizes[0] + r_panels_ * r_strip_size;    // [r panel][row, or two][r_width]
+    S* const strips = p + sizes[1];                                // [panel][row][NR]
+    S* const edge = strips + sizes[2];                             // [MR][NR]
 
-    if (g_.qa && first) load_strips(g_.q, row0, count, q);
+    if (g_.qa && first) load_factors(g_.q, row0, count, q);
     for (int64_t chunk0 = 0; chunk0 < chunks_.count; chunk0 += chunks_.per_block) {
       const int64_t chunk1 = std::min(chunks_.count, chunk0 + chunks_.per_block);
       const bool last = chunk1 == chunks_.count;
       for (int64_t i = chunk0; i < chunk1; ++i) {
-        S* chunk = a + (i - chunk0) * chunk_size;
-        pack_chunk<T>(g_.a, row0, count, chunks_.begin(i), chunks_.size(i), chunk);
-        if (g_.qa && first) transposed(chunk, q, padded, chunks_.begin(i), chunks_.size(i), qa_, split, g_.K, adds);
+        Cell<T>* chunk = a + (i - chunk0) * chunk_size;
+        const int64_t k0 = chunks_.begin(i) * PER, k_count = std::min(chunks_.size(i) * PER, g_.K - k0);
+        pack_chunk<T>(g_.a, row0, count, k0, k_count, chunk);
+        if (g_.qa && first) transposed(chunk, q, padded, k0, k_count, qa_, split, g_.K, adds);
         for (int64_t r = 0; g_.d.data && r < r_panels_; ++r) {
-          const Panel<T>* d = d_ + (r * g_.K + chunks_.begin(i)) * NR;
+          const Panel<T>* d = d_ + (r * chunks_.K + chunks_.begin(i)) * r_width_;
           for (int64_t t = 0; t < tiles; ++t) {
-            S* out = p + r * strip_size + t * MR * NR;
-            tile<T>({chunk + t * MR * PITCH, d, chunks_.size(i)}, {}, i ? out : zeros(), i ? NR : 0, out, NR, d);
+            S* out = p + r * r_strip_size + t * MR * r_width_;
+            const Steps<T> steps{chunk + t * MR * PITCH, d, chunks_.size(i)};
+            const auto tile_of = r_width_ == VL ? tile<T, 1> : tile<T, 2>;
+            tile_of(steps, {}, i ? out : zeros(), i ? r_width_ : 0, out, r_width_, d);
           }
         }
       }
-      if (last && g_.d.data) {
-        for (int64_t r = 0; r < r_panels_; ++r) {
-          for (int64_t i = 0; i < padded; ++i) {
-            const S* src = p + r * strip_size + i * NR;
-            std::copy_n(src, NR, p_chunks + (r * NR / KC) * chunk_size + i * PITCH + r * NR % KC);
-            if (!g_.p || !first || i >= count) continue;
-            T* dst = static_cast<T*>(g_.p) + (row0 + i) * g_.R + r * NR;
-            for (int64_t j = 0; j < std::min<int64_t>(NR, g_.R - r * NR); ++j) store_one(dst + j, S(src[j] * g_.scale));
-          }
-        }
-      }
+      if (last && g_.d.data) finish_p(row0, count, padded, first, p, p_chunks);
       if (!g_.c.data) continue;
       for (int64_t j = panel0; j < panel1; ++j) {
         S* strip = strips + (blocked_ ? j - panel0 : 0) * strip_size;
@@ -148,19 +159,40 @@ class LowRankPass {
       }
     }
     if (g_.xp && first) {
-      const Chunks n(g_.N, KC);
+      const Cell<T>* factors = pair_rows(p, padded, q);
+      const Chunks n(cells<T>(g_.N), KC);
       for (int64_t i = 0; i < n.count; ++i) {
-        pack_chunk<T>(g_.x, row0, count, n.begin(i), n.size(i), a);
-        transposed(a, p, padded, n.begin(i), n.size(i), xp_, split, g_.N, adds);
+        const int64_t k0 = n.begin(i) * PER, k_count = std::min(n.size(i) * PER, g_.N - k0);
+        pack_chunk<T>(g_.x, row0, count, k0, k_count, a);
+        transposed(a, factors, padded, k0, k_count, xp_, split, g_.N, adds);
+      }
+    }
+  }
+
+  // p as rows of cells, for the product with u, and as an output
+  void finish_p(int64_t row0, int64_t count, int64_t padded, bool first, const S* p, Cell<T>* p_chunks) const {
+    for (int64_t r = 0; r < r_panels_; ++r) {
+      const int64_t cell = r * r_width_ / PER, columns = std::min<int64_t>(r_width_, g_.R - r * r_width_);
+      for (int64_t i = 0; i < padded; ++i) {
+        const S* src = p + (r * padded + i) * r_width_;
+        Cell<T>* cells = p_chunks + (cell / KC * padded + i) * PITCH + cell % KC;
+        pack_sums<T>(src, r_width_, cells);
+        // what stands beyond the last column is a multiple of zero: nan if x has an infinity
+        if constexpr (dots<T>) {
+          if (columns % PER) cells[columns / PER] &= 0xffff;
+        }
+        if (!g_.p || !first || i >= count) continue;
+        T* dst = static_cast<T*>(g_.p) + (row0 + i) * g_.R + r * r_width_;
+        for (int64_t j = 0; j < columns; ++j) store_one(dst + j, S(src[j] * g_.scale));
       }
     }
   }
 
   // panel j of c for a block of rows, over chunks [chunk0, chunk1) of K and, after the last, over R
-  void columns(int64_t row0, int64_t count, int64_t j, int64_t chunk0, int64_t chunk1, const S* a, int64_t chunk_size,
-               const S* p_chunks, S* strip, S* edge) {
-    const Panel<T>* b = static_cast<const Panel<T>*>(g_.b) + j * g_.K * NR;
-    const Panel<T>* u = u_ + j * g_.R * NR;
+  void columns(int64_t row0, int64_t count, int64_t j, int64_t chunk0, int64_t chunk1, const Cell<T>* a,
+               int64_t chunk_size, const Cell<T>* p_chunks, S* strip, S* edge) {
+    const Panel<T>* b = static_cast<const Panel<T>*>(g_.b) + j * panel_size<T>(g_.K);
+    const Panel<T>* u = u_ + j * panel_size<T>(g_.R);
     const bool last = chunk1 == chunks_.count;
     const int64_t r_count = last && g_.u.data ? r_chunks_.count : 0;
     // p continues the last chunk of a if it is short, for a tile's start and end cost as much as some 16 steps. a long
@@ -193,7 +225,7 @@ class LowRankPass {
         const bool fetches_panel = t * step_bytes < next_bytes;
         const void* ahead = fetches_panel ? next + t * step_bytes : static_cast<const void*>(first.a + MR * PITCH);
         if (ends) prefetch_columns(c_tile, std::min<int64_t>(MR, count - t * MR), (j + 1) * NR);
-        tile<T>(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead);
+        tile<T, 2>(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead);
         if (ends && !direct) {
           store_tile(edge, c_tile, std::min<int64_t>(MR, count - t * MR), std::min<int64_t>(NR, g_.N - j * NR));
         }
@@ -237,25 +269,47 @@ class LowRankPass {
     }
   }
 
-  // q [M, R] as strips: [r panel][row][NR], zeros in the rows and columns that are not there
-  void load_strips(const View& q, int64_t row0, int64_t count, S* strips) const {
+  // q [M, R] as factors of sums over rows: [r panel][row, or two of them][r_width], zeros in what is not there
+  void load_factors(const View& q, int64_t row0, int64_t count, Cell<T>* factors) const {
     const int64_t padded = (count + MR - 1) / MR * MR;
     for (int64_t r = 0; r < r_panels_; ++r) {
-      for (int64_t i = 0; i < padded; ++i) {
-        for (int64_t j = 0; j < NR; ++j) {
-          const bool there = i < count && r * NR + j < g_.R;
-          strips[(r * padded + i) * NR + j] = there ? load_one(row_of<T>(q, row0 + i) + (r * NR + j) * q.col) : S{0};
+      for (int64_t i = 0; i < padded; i += PER) {
+        for (int64_t j = 0; j < r_width_; ++j, ++factors) {
+          const auto at = [&](int64_t row) { return row_of<T>(q, row0 + row) + (r * r_width_ + j) * q.col; };
+          const bool there = r * r_width_ + j < g_.R && i < count;
+          if constexpr (dots<T>) {
+            const uint32_t second = there && i + 1 < count ? at(i + 1)->bits : 0;
+            *factors = (there ? at(i)->bits : 0) | second << 16;
+          } else {
+            *factors = there ? load_one(at(i)) : S{0};
+          }
         }
       }
     }
   }
 
-  // this split's sums for columns k0 ... of a chunk:  sums[split][r panel][k][NR] (+)= chunk.T @ strip
-  void transposed(const S* chunk, const S* strips, int64_t padded, int64_t k0, int64_t size, S* sums, int64_t split,
-                  int64_t K, bool adds) const {
+  // p as such factors: itself, or two of its rows to a cell in `pairs`
+  const Cell<T>* pair_rows(const S* p, int64_t padded, Cell<T>* pairs) const {
+    if constexpr (dots<T>) {
+      for (int64_t i = 0; i < r_panels_ * padded; i += 2) {
+        for (int64_t j = 0; j < r_width_; j += VL) {
+          const auto row = [&](int64_t n) { return narrow(T{}, load<Vec<S>>(p + (i + n) * r_width_ + j)); };
+          store(pairs + i / 2 * r_width_ + j, row(0) | row(1) << 16);
+        }
+      }
+      return pairs;
+    } else {
+      return p;
+    }
+  }
+
+  // this split's sums for columns k0 ... of a chunk:  sums[split][r][k] (+)= factors.T @ chunk
+  void transposed(const Cell<T>* chunk, const Cell<T>* factors, int64_t padded, int64_t k0, int64_t count, S* sums,
+                  int64_t split, int64_t K, bool adds) const {
     for (int64_t r = 0; r < r_panels_; ++r) {
-      S* out = sums + ((split * r_panels_ + r) * K + k0) * NR;
-      transposed_tiles<T>(chunk, strips + r * padded * NR, padded, size, out, NR, adds);
+      S* out = sums + split * sums_size(K) + r * r_width_ * sums_row(K) + k0;
+      const int64_t R = std::min<int64_t>(r_width_, g_.R - r * r_width_);
+      transposed_tiles<T>(chunk, factors + r * padded / PER * r_width_, r_width_, padded, count, R, out, sums_row(K), adds);
     }
   }
 
@@ -263,11 +317,11 @@ class LowRankPass {
   void reduce(const S* sums, int64_t K, T* out, int64_t out_k, int64_t out_r) const {
     constexpr int64_t STEP = 64;
     parallel_for((K + STEP - 1) / STEP, [&](int64_t part) {
-      for (int64_t k = part * STEP; k < std::min(K, (part + 1) * STEP); ++k) {
-        for (int64_t r = 0; r < g_.R; ++r) {
-          const int64_t at = (r / NR * K + k) * NR + r % NR;
+      for (int64_t r = 0; r < g_.R; ++r) {
+        for (int64_t k = part * STEP; k < std::min(K, (part + 1) * STEP); ++k) {
+          const int64_t at = r * sums_row(K) + sums_column<T>(k);
           S sum = 0;
-          for (int64_t split = 0; split < splits_; ++split) sum += sums[split * r_panels_ * K * NR + at];
+          for (int64_t split = 0; split < splits_; ++split) sum += sums[split * sums_size(K) + at];
           store_one(out + k * out_k + r * out_r, S(sum * g_.scale));
         }
       }
@@ -281,12 +335,13 @@ class LowRankPass {
 
   const LowRank& g_;
   const Chunks chunks_, r_chunks_;
-  const int64_t panels_, r_panels_;
+  const int64_t panels_;
+  const int64_t r_width_, r_panels_;  // panels of R columns are narrow where one vector holds them all
   const bool blocked_;  // K takes several blocks: unfinished strips of all panels are kept
   int64_t block_rows_, blocks_per_split_, splits_;
-  Panel<T>* d_ = nullptr;  // [r panel][K][NR]
+  Panel<T>* d_ = nullptr;  // [r panel][K][r_width]
   Panel<T>* u_ = nullptr;  // [panel][R][NR]
   S* bias_ = nullptr;      // [panel][NR]
-  S* qa_ = nullptr;        // [split][r panel][K][NR]
-  S* xp_ = nullptr;        // [split][r panel][N][NR]
+  S* qa_ = nullptr;        // [split][R][K], as sums_size() and sums_column() have it
+  S* xp_ = nullptr;        // [split][R][N]
 };

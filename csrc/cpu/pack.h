@@ -5,25 +5,52 @@ const T* row_of(const View& v, int64_t i) {
   return static_cast<const T*>(v.data) + (i / v.group) * v.outer + (i % v.group) * v.row;
 }
 
-// chunk[i, k] = a[row0 + i, k0 + k]      i < rows, k < columns; zeros in the rows up to the next multiple of MR
+// chunk[i, k] = a[row0 + i, k0 + k]      i < rows, k < columns; zeros in the rest of a row's last cell, and in the rows
+// up to the next multiple of MR
 template <class T>
-EFFT_NOINLINE void pack_chunk(const View& a, int64_t row0, int64_t rows, int64_t k0, int64_t columns, Sum<T>* chunk) {
-  constexpr int VL = Shape<T>::VL, PITCH = Shape<T>::PITCH;
+EFFT_NOINLINE void pack_chunk(const View& a, int64_t row0, int64_t rows, int64_t k0, int64_t columns, Cell<T>* chunk) {
+  constexpr int PITCH = Shape<T>::PITCH, PER = Shape<T>::PER;
+  using E = std::conditional_t<dots<T>, T, Sum<T>>;  // a number in a chunk
+  constexpr int VL = dots<T> ? VB / sizeof(T) : Shape<T>::VL;
+  const auto at = [&](int64_t i) { return reinterpret_cast<E*>(chunk + i * PITCH); };
   const int64_t k_step = std::abs(a.col) > std::abs(a.row) ? 1 : columns;  // walk along the smaller stride
   for (int64_t from = 0; from < columns; from += k_step) {
     for (int64_t i = 0; i < rows; ++i) {
       const T* src = row_of<T>(a, row0 + i) + k0 * a.col;
+      E* dst = at(i);
       int64_t k = from;
       const int64_t end = std::min(columns, from + k_step);
-      if (a.col == 1) {
-        for (; k + VL <= end; k += VL) store(chunk + i * PITCH + k, load_sum(src + k));
+      if constexpr (dots<T>) {
+        if (a.col == 1) {
+          std::memcpy(dst + k, src + k, (end - k) * sizeof(T));
+          k = end;
+        }
+        for (; k < end; ++k) dst[k] = src[k * a.col];
+      } else {
+        if (a.col == 1) {
+          for (; k + VL <= end; k += VL) store(dst + k, load_sum(src + k));
+        }
+        for (; k < end; ++k) dst[k] = load_one(src + k * a.col);
       }
-      for (; k < end; ++k) chunk[i * PITCH + k] = load_one(src + k * a.col);
     }
   }
-  for (int64_t i = rows; i % MR; ++i) std::fill_n(chunk + i * PITCH, PITCH, Sum<T>{0});
+  for (int64_t k = columns; k % PER; ++k) {
+    for (int64_t i = 0; i < rows; ++i) at(i)[k] = E{};
+  }
+  for (int64_t i = rows; i % MR; ++i) std::fill_n(chunk + i * PITCH, PITCH, Cell<T>{0});
 }
 
+// cells of sums: themselves, or each two neighbours of a row in one cell
+template <class T>
+void pack_sums(const Sum<T>* sums, int64_t count, Cell<T>* to) {
+  if constexpr (dots<T>) {
+    for (int64_t j = 0; j < count; j += Shape<T>::VL) store_sum(reinterpret_cast<T*>(to) + j, load<Vec<float>>(sums + j));
+  } else {
+    std::copy_n(sums, count, to);
+  }
+}
+
+// one number of memory as a panel that is not of dot products holds it
 template <class T>
 Panel<T> panel_element(const T* p) {
   if constexpr (std::is_same_v<T, Panel<T>>) {
@@ -33,22 +60,29 @@ Panel<T> panel_element(const T* p) {
   }
 }
 
-// panel[k, j] = b[k, column0 + j]      k < K, j < NR; zeros in the columns from N on
-template <class T>
+// panel[k, j] = b[k, column0 + j]      k < K, j < VECS * VL; zeros in the columns from N on
+template <class T, int VECS>
 EFFT_NOINLINE void pack_panel(const View& b, int64_t K, int64_t N, int64_t column0, Panel<T>* panel) {
-  constexpr int NR = Shape<T>::NR;
-  const int columns = int(std::min<int64_t>(NR, N - column0));
-  constexpr int64_t STEP = 16;  // rows at a time: a cache line of a source that is contiguous along k
+  constexpr int W = VECS * Shape<T>::VL, PER = Shape<T>::PER;
+  const int columns = int(std::min<int64_t>(W, N - column0));
+  constexpr int64_t STEP = 16 * PER;  // rows at a time: a cache line of a source that is contiguous along k
   for (int64_t k0 = 0; k0 < K; k0 += STEP) {
     const int64_t end = std::min(K, k0 + STEP);
-    for (int j = 0; j < NR; ++j) {
-      Panel<T>* dst = panel + panel_column<T>(j);
+    for (int j = 0; j < W; ++j) {
+      Panel<T>* dst = panel + panel_column<T, VECS>(j);
       if (j >= columns) {
-        for (int64_t k = k0; k < end; ++k) dst[k * NR] = Panel<T>{};
+        for (int64_t k = k0; k < end; k += PER) dst[k / PER * W] = Panel<T>{};
         continue;
       }
       const T* src = static_cast<const T*>(b.data) + (column0 + j) * b.col;
-      for (int64_t k = k0; k < end; ++k) dst[k * NR] = panel_element(src + k * b.row);
+      if constexpr (dots<T>) {
+        for (int64_t k = k0; k < end; k += 2) {
+          const uint32_t second = k + 1 < end ? src[(k + 1) * b.row].bits : 0;
+          dst[k / 2 * W] = src[k * b.row].bits | second << 16;
+        }
+      } else {
+        for (int64_t k = k0; k < end; ++k) dst[k * W] = panel_element(src + k * b.row);
+      }
     }
   }
 }
@@ -58,9 +92,8 @@ int64_t panels_of(int64_t columns) {
   return (columns + Shape<T>::NR - 1) / Shape<T>::NR;
 }
 
-// b [K, N] -> its panels one after the other, each [K, NR]
+// numbers that a packed b [K, N] takes, its panels one after the other, each [cells(K), NR]
 template <class T>
-void pack_panels(const View& b, int64_t K, int64_t N, Panel<T>* panels) {
-  constexpr int NR = Shape<T>::NR;
-  for (int64_t j = 0; j < panels_of<T>(N); ++j) pack_panel<T>(b, K, N, j * NR, panels + j * K * NR);
+int64_t panel_size(int64_t K) {
+  return cells<T>(K) * Shape<T>::NR;
 }

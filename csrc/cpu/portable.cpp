@@ -3,6 +3,7 @@
 
 #define VB 16
 #define MR 6
+#define EFFT_DOT 0
 #include "isa.h"
 
 namespace efft {

@@ -1,116 +1,167 @@
-// the two register tiles everything is made of.
+// the register tiles everything is made of.
 //
-// a block of rows (of a, of x, of p) is kept as sums in chunks of up to KC columns, rows PITCH apart, so that the
-// distance between rows is a constant of the instruction. the other operand comes in panels of NR columns.
+// a block of rows (of a, of x, of p) is kept as cells in chunks of up to KC columns, rows PITCH apart, so that the
+// distance between rows is a constant of the instruction. the other operand comes in panels, one or two vectors wide.
+//
+// a cell is what one step of a product takes of a row: one number, as a sum, or, where the processor has a dot product
+// of bfloat16, two neighbouring numbers.
+
+template <class T>
+constexpr bool dots = EFFT_DOT && std::is_same_v<T, Bf16>;
+
+template <class T>
+using Cell = std::conditional_t<dots<T>, uint32_t, Sum<T>>;
+
+// panels hold cells, but for bfloat16 without a dot product, which is widened on the way into the registers: half the
+// memory traffic
+template <class T>
+using Panel = std::conditional_t<std::is_same_v<T, Bf16> && !dots<T>, Bf16, Cell<T>>;
 
 template <class T>
 struct Shape {
   using S = Sum<T>;
-  static constexpr int VL = VB / sizeof(S);  // sums in a vector
-  static constexpr int NR = 2 * VL;          // columns of a tile: two vectors
+  static constexpr int VL = VB / sizeof(S);    // sums in a vector, and cells
+  static constexpr int NR = 2 * VL;            // columns of a wide panel: two vectors
+  static constexpr int PER = dots<T> ? 2 : 1;  // numbers in a cell
   static constexpr int KC = 1024 / sizeof(S);  // a panel of KC steps and MR rows of a chunk fit the L1 cache together
   static constexpr int PITCH = KC + 64 / sizeof(S);  // a line more, or every row would land in the same cache sets
+  static constexpr int RT = std::min(VB == 64 ? 8 : 4, VL);  // rows of a tile of sums over rows
 };
 
-// panels hold sums, but for bfloat16, which is widened on the way into the registers: half the memory traffic
+// how many cells hold n numbers
 template <class T>
-using Panel = std::conditional_t<std::is_same_v<T, Bf16>, Bf16, Sum<T>>;
-
-// where column j of a panel's row lies: with bfloat16 one 32-bit lane holds column j below column j + VL
-template <class T>
-EFFT_INLINE int panel_column(int j) {
-  constexpr int VL = Shape<T>::VL;
-  return std::is_same_v<T, Bf16> ? (j < VL ? 2 * j : 2 * (j - VL) + 1) : j;
+EFFT_INLINE constexpr int64_t cells(int64_t n) {
+  return (n + Shape<T>::PER - 1) / Shape<T>::PER;
 }
 
-template <class T>
-EFFT_INLINE void load_panel(const Panel<T>* b, Vec<Sum<T>>& b0, Vec<Sum<T>>& b1) {
-  if constexpr (std::is_same_v<T, Bf16>) {
-    const U32 pairs = load<U32>(b);
-    b0 = bit_cast<Vec<float>>(pairs << 16);
-    b1 = bit_cast<Vec<float>>(pairs & 0xffff0000u);
+// where column j of a panel's row lies: in a wide one of bfloat16, a 32-bit lane holds column j below column j + VL
+template <class T, int VECS>
+EFFT_INLINE int panel_column(int j) {
+  constexpr int VL = Shape<T>::VL;
+  return std::is_same_v<Panel<T>, Bf16> && VECS == 2 ? (j < VL ? 2 * j : 2 * (j - VL) + 1) : j;
+}
+
+// one row of a panel in registers
+template <class T, int VECS>
+struct PanelRow {
+  using V = std::conditional_t<dots<T>, U32, Vec<Sum<T>>>;
+  V v[VECS];
+
+  EFFT_INLINE explicit PanelRow(const Panel<T>* b) {
+    if constexpr (std::is_same_v<Panel<T>, Bf16> && VECS == 2) {
+      const U32 pairs = load<U32>(b);
+      v[0] = bit_cast<V>(pairs << 16);
+      v[1] = bit_cast<V>(pairs & 0xffff0000u);
+    } else if constexpr (std::is_same_v<Panel<T>, Bf16>) {
+      v[0] = load_sum(b);
+    } else {
+      for (int i = 0; i < VECS; ++i) v[i] = load<V>(b + i * Shape<T>::VL);
+    }
+  }
+};
+
+// sum + cell * v, lane by lane
+template <class T, class V>
+EFFT_INLINE void multiply_add(Vec<Sum<T>>& sum, Cell<T> cell, const V& v) {
+  if constexpr (dots<T>) {
+    sum = dot(sum, U32{} + cell, v);
   } else {
-    b0 = load<Vec<Sum<T>>>(b);
-    b1 = load<Vec<Sum<T>>>(b + Shape<T>::VL);
+    sum += cell * v;
   }
 }
 
 // steps of the inner dimension: `a` MR rows PITCH apart, `b` a panel
 template <class T>
 struct Steps {
-  const Sum<T>* a = nullptr;  // [MR, count]
-  const Panel<T>* b = nullptr;  // [count, NR]
+  const Cell<T>* a = nullptr;   // [MR, count]
+  const Panel<T>* b = nullptr;  // [count, VECS * VL]
   int64_t count = 0;
 };
 
 // out[i, :] = in[i, :] + sum_k a[i, k] * b[k, :]     i < MR, over the steps of `first`, then of `then`
 //
 // `ahead` is memory that will be read soon; it is fetched a line per four steps, while the multipliers are busy.
-template <class T>
+template <class T, int VECS>
 EFFT_NOINLINE void tile(const Steps<T>& first, const Steps<T>& then, const Sum<T>* in, int64_t in_row, Sum<T>* out,
                         int64_t out_row, const void* ahead) {
   using V = Vec<Sum<T>>;
-  constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, PITCH = Shape<T>::PITCH;
-  V sum[MR][2] = {};
+  constexpr int VL = Shape<T>::VL, W = VECS * VL, PITCH = Shape<T>::PITCH;
+  V sum[MR][VECS] = {};
   const char* line = static_cast<const char*>(ahead);
   const auto run = [&](const Steps<T>& steps) EFFT_INLINE_LAMBDA {
-    const Sum<T>* a = steps.a;
+    const Cell<T>* a = steps.a;
     const Panel<T>* b = steps.b;
     const auto step = [&](int k) EFFT_INLINE_LAMBDA {
-      V b0, b1;
-      load_panel<T>(b + k * NR, b0, b1);
+      const PanelRow<T, VECS> row(b + k * W);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const Sum<T> s = a[i * PITCH + k];
-        sum[i][0] += s * b0;
-        sum[i][1] += s * b1;
+        const Cell<T> s = a[i * PITCH + k];
+        for (int j = 0; j < VECS; ++j) multiply_add<T>(sum[i][j], s, row.v[j]);
       }
     };
     int64_t k = steps.count;
-    for (; k >= 4; k -= 4, a += 4, b += 4 * NR, line += 64) {
+    for (; k >= 4; k -= 4, a += 4, b += 4 * W, line += 64) {
       __builtin_prefetch(line, 0, 2);
 // not unrolled: compilers shuffle the sums among registers between the copies, at 7 % of the speed
 #pragma GCC unroll 1
       for (int j = 0; j < 4; ++j) step(j);
     }
-    for (; k > 0; --k, ++a, b += NR) step(0);
+    for (; k > 0; --k, ++a, b += W) step(0);
   };
   run(first);
   run(then);
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    // added last: a chain of roundings is no longer than a chunk
-    store(out + i * out_row, load<V>(in + i * in_row) + sum[i][0]);
-    store(out + i * out_row + VL, load<V>(in + i * in_row + VL) + sum[i][1]);
+    for (int j = 0; j < VECS; ++j) {
+      // added last: a chain of roundings is no longer than a chunk
+      store(out + i * out_row + j * VL, load<V>(in + i * in_row + j * VL) + sum[i][j]);
+    }
   }
 }
 
-// g[k, :] (+)= sum_m a[m, k] * q[m, :]     k < columns, over all rows m of a chunk
-//
-// a [rows, columns], rows PITCH apart; q [rows, NR] sums; g [columns, NR], rows g_row apart
+// where column k of sums over rows lies: with dot products even columns and odd ones fill vectors of their own
 template <class T>
-EFFT_NOINLINE void transposed_tiles(const Sum<T>* a, const Sum<T>* q, int64_t rows, int64_t columns, Sum<T>* g,
-                                    int64_t g_row, bool adds) {
+EFFT_INLINE int64_t sums_column(int64_t k) {
+  constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR;
+  return dots<T> ? k / NR * NR + k % 2 * VL + k % NR / 2 : k;
+}
+
+// g[r, k] (+)= sum_m q[m, r] * a[m, k]     r < R, k < columns, over all rows m of a chunk
+//
+// a [rows, columns] as a chunk; q [rows, q_row] cells, with dot products [rows / 2, q_row] of two rows each;
+// g: rows g_row apart, in multiples of RT, columns in multiples of NR, as sums_column() has them
+template <class T>
+EFFT_NOINLINE void transposed_tiles(const Cell<T>* a, const Cell<T>* q, int64_t q_row, int64_t rows, int64_t columns,
+                                    int64_t R, Sum<T>* g, int64_t g_row, bool adds) {
   using V = Vec<Sum<T>>;
-  constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, PITCH = Shape<T>::PITCH;
-  for (int64_t k0 = 0; k0 < columns; k0 += MR) {
-    V sum[MR][2] = {};
-    // columns past the chunk's end lie inside the pitch: read, summed, not stored
-    for (int64_t m = 0; m < rows; ++m) {
-      const V q0 = load<V>(q + m * NR), q1 = load<V>(q + m * NR + VL);
+  constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, PER = Shape<T>::PER, PITCH = Shape<T>::PITCH, RT = Shape<T>::RT;
+  for (int64_t k0 = 0; k0 < columns; k0 += NR) {
+    for (int64_t r0 = 0; r0 < R; r0 += RT) {
+      V sum[RT][2] = {};
+      const Cell<T>* cell = a + k0 / PER;  // columns past the chunk's end lie inside the pitch
+      const Cell<T>* factor = q + r0;
+      for (int64_t m = 0; m < rows; m += PER, cell += PER * PITCH, factor += q_row) {
+        const auto column = [&](int j) EFFT_INLINE_LAMBDA {
+          if constexpr (dots<T>) {
+            const U32 even = load<U32>(cell), odd = load<U32>(cell + PITCH);
+            return j ? even >> 16 | (odd & 0xffff0000u) : (even & 0xffff) | odd << 16;
+          } else {
+            return load<V>(cell + j * VL);
+          }
+        };
+        const auto v0 = column(0), v1 = column(1);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const Sum<T> s = a[m * PITCH + k0 + i];
-        sum[i][0] += s * q0;
-        sum[i][1] += s * q1;
+        for (int i = 0; i < RT; ++i) {
+          multiply_add<T>(sum[i][0], factor[i], v0);
+          multiply_add<T>(sum[i][1], factor[i], v1);
+        }
       }
-    }
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      if (k0 + i >= columns) break;
-      Sum<T>* row = g + (k0 + i) * g_row;
-      store(row, adds ? load<V>(row) + sum[i][0] : sum[i][0]);
-      store(row + VL, adds ? load<V>(row + VL) + sum[i][1] : sum[i][1]);
+      for (int i = 0; i < RT; ++i) {
+        Sum<T>* row = g + (r0 + i) * g_row + k0;
+        store(row, adds ? load<V>(row) + sum[i][0] : sum[i][0]);
+        store(row + VL, adds ? load<V>(row + VL) + sum[i][1] : sum[i][1]);
+      }
     }
   }
 }

@@ -113,3 +113,18 @@ EFFT_INLINE void store_one(T* p, Sum<T> s) {
     p->bits = uint16_t(narrow(T{}, Vec<float>{} + s)[0]);
   }
 }
+
+#if EFFT_DOT
+// sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]: lanes of a and b hold two bfloat16 each
+EFFT_INLINE Vec<float> dot(const Vec<float>& sum, const U32& a, const U32& b) {
+#ifdef EFFT_DOT_EMULATED
+  const U32 upper = U32{} + 0xffff0000u;
+  return sum + bit_cast<Vec<float>>(a << 16) * bit_cast<Vec<float>>(b << 16) +
+         bit_cast<Vec<float>>(a & upper) * bit_cast<Vec<float>>(b & upper);
+#else
+  return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+#endif
+}
+#else
+EFFT_INLINE Vec<float> dot(const Vec<float>& sum, const U32&, const U32&) { return sum; }  // never called
+#endif

@@ -12,7 +12,7 @@
 
 namespace efft {
 
-extern const Kernels wide_kernels;
+extern const Kernels wide_kernels, wide_bf16_kernels;
 
 int64_t thread_count() { return 3; }
 
@@ -154,7 +154,7 @@ void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t
 }  // namespace
 
 int main() {
-  std::vector<const Kernels*> all{&wide_kernels};
+  std::vector<const Kernels*> all{&wide_kernels, &wide_bf16_kernels};
   for (auto k = available_kernels(); *k; ++k) all.push_back(*k);
   const int64_t shapes[][4] = {{0, 3, 5, 1},   {1, 1, 1, 1},    {2, 100, 33, 3},  {5, 7, 7, 17},
                                {13, 33, 100, 16}, {97, 40, 49, 5}, {30, 1100, 20, 9}, {25, 20, 300, 270}};

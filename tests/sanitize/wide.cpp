@@ -3,6 +3,7 @@
 
 #define VB 64
 #define MR 14
+#define EFFT_DOT 0
 #include "../../csrc/cpu/isa.h"
 
 namespace efft {
