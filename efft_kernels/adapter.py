@@ -1,7 +1,7 @@
 """Adapter files, and several named adapters on one model.
 
-A file is a safetensors file: the factors, and in its metadata the config, the fingerprint of the plan, the class and
-name of the base model and the version of this library. It holds neither code nor the head.
+A file is a safetensors file: the factors, the head if it was trained with them, and in its metadata the config, the
+fingerprint of the plan, the class and name of the base model and the version of this library. It holds no code.
 """
 
 import contextlib
@@ -12,37 +12,69 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .adapted import Adapters
 from .factors import _Config
-from .inject import Plan, adapters, build, check_bare, check_name, eject, install, mount, plan
+from .inject import (
+    Plan,
+    adapters,
+    build,
+    check_bare,
+    check_name,
+    classes_of,
+    eject,
+    head_state,
+    heads_of,
+    install,
+    mount,
+    plan,
+)
 from .ops import check_backend
 
-_FORMAT = "efft_kernels adapter 1"
+_FORMAT = "efft_kernels adapter 2"
+_HEADLESS = "efft_kernels adapter 1"  # an older file: the same without a head
+_HEAD = "head/"  # before the name that a tensor of the head has in the model's state_dict
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, *, name: str | None = None, base_model: str = "") -> None:
-    """Write one adapter to a safetensors file, whole or not at all.
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    name: str | None = None,
+    base_model: str = "",
+    head: bool | None = None,
+) -> None:
+    """Write one adapter, with the head that was trained with it, to a safetensors file, whole or not at all.
 
     Args:
         model: an injected model.
         path: of the file, which is replaced if it exists.
         name: of the adapter, None for the active one.
         base_model: what to call the pre-trained model in the file; empty for the name timm or transformers gave it.
+        head: whether the file gets the head; None for a head that is trained: one with a parameter that requires grad.
 
     Raises:
-        ValueError: a model without this adapter, or with all adapters disabled and no name given.
+        ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
+            without a head.
         OSError: the file cannot be written; an existing one is untouched then.
     """
     from safetensors.torch import save
 
     owner = adapters(model)
     groups = owner[_known(owner, owner.active if name is None else name)]
+    own = head_state(model)
+    if head and not own:
+        raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
+    if head is None:
+        head = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
     tensors = {key: t.detach().contiguous() for key, t in groups.state_dict().items()}
+    # clones, because parts of a head may share memory, which a file cannot
+    tensors |= {_HEAD + key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in own.items() if head}
     metadata = {
         "format": _FORMAT,
         "version": sys.modules[__package__].__version__,
@@ -66,19 +98,24 @@ def load_adapter(
 
     Args:
         model: the model it was made for, plain or with adapters of other names.
-        path: a file of :func:`save_adapter`.
+        path: a file of :func:`save_adapter`, of this or an earlier version.
         name: what to call the adapter here.
-        head, backend: as :func:`inject`, for a plain model.
+        head: "train" puts the head of the file on the model, with a new classifier if it has another number of classes,
+            and trains it; a file without one leaves the model's, and trains that. "keep" leaves the model's as it is. A
+            number of classes or a module replaces it as in :func:`inject`, for a plain model. A module that was the
+            head when the file was written must be on the model before it is read.
+        backend: as :func:`inject`, for a plain model.
 
     Returns:
         The model.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an adapter file, a truncated or corrupt one, one for another model, or a name already taken.
+        ValueError: not an adapter file, a truncated or corrupt one, one for another model, or a name already taken; a
+            head that does not fit the model, or that would take the place of one which other adapters use.
             The model has not been changed then.
     """
-    config, metadata, tensors = _read(Path(path))
+    config, metadata, tensors, state = _read(Path(path))
     check_name(name)
     check_backend(backend)
     made = plan(model, config)
@@ -89,14 +126,43 @@ def load_adapter(
         )
     groups = _filled(made, model, tensors, path)
     if isinstance(getattr(model, "efft", None), Adapters):
-        if head != "train" or backend is not None:
-            raise ValueError("head and backend are for a plain model, but this one is already injected")
+        if head not in ("train", "keep") or backend is not None:
+            raise ValueError("a new head and backend are for a plain model, but this one is already injected")
+        if head == "train":
+            _check_shared(model, state, path)
         _mount_beside(model, name, groups)
     else:
         check_bare(model)
-        install(model, name, groups, head, backend)
+        state = state if head == "train" else {}
+        install(model, name, groups, _fitting(model, state, path) if state else head, backend)
+        _fill_head(model, state)
     set_adapter(model, name)
     return model
+
+
+def _fitting(model: nn.Module, state: dict[str, Tensor], path) -> str | int:
+    """what makes install prepare the model for the head of a file"""
+    try:
+        return classes_of(model, state) or "train"
+    except ValueError as error:
+        raise ValueError(f"the head in {path} does not fit, head='keep' leaves it out: {error}") from error
+
+
+def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
+    own = head_state(model)
+    with torch.no_grad():
+        for key, t in state.items():
+            own[key].copy_(t)
+
+
+def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
+    """A model has one head: a second adapter may not silently change what the first one gives."""
+    own = head_state(model)
+    if state and not (own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())):
+        raise ValueError(
+            f"{path} holds a head that differs from the one of this model, which serves "
+            f"{', '.join(map(repr, adapters(model)))}; head='keep' leaves it out"
+        )
 
 
 def _filled(made: Plan, model: nn.Module, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
@@ -112,7 +178,8 @@ def _filled(made: Plan, model: nn.Module, tensors: dict[str, Tensor], path) -> n
     return groups
 
 
-def _read(path: Path) -> tuple[_Config, dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[_Config, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+    """config, metadata, factors, and the state of the head, empty in a file without one"""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -123,11 +190,13 @@ def _read(path: Path) -> tuple[_Config, dict[str, str], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file, it may be truncated or corrupt: {error}") from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in (_FORMAT, _HEADLESS):
         raise ValueError(f"{path} must be a file of save_adapter ({_FORMAT!r}), got format {metadata.get('format')!r}")
+    in_head = [key for key in tensors if key.startswith(_HEAD) and metadata["format"] != _HEADLESS]
+    state = {key.removeprefix(_HEAD): tensors.pop(key) for key in in_head}
     try:
         config = _Config.from_dict(json.loads(metadata["config"]))
-        return config, {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}, tensors
+        return config, {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}, tensors, state
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged metadata, or is of another version of efft_kernels: {error}") from error
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -213,7 +213,7 @@ def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict
 
 def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: str | None) -> nn.Module:
     """The part of inject that changes the model, after everything that can fail."""
-    heads = [key for key in _HEADS if isinstance(getattr(model, key, None), nn.Module)]
+    heads = list(heads_of(model))
     replacements = _replacements(model, heads, head)
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
 
@@ -290,13 +290,43 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         ValueError: a model without adapters.
     """
     found = [p for group in adapters(model).groups() for p in group.parameters()]
-    found += [
-        p
-        for key in _HEADS
-        if isinstance(getattr(model, key, None), nn.Module)
-        for p in getattr(model, key).parameters()
-    ]
+    found += [p for module in heads_of(model).values() for p in module.parameters()]
     return [p for p in dict.fromkeys(found) if p.requires_grad]
+
+
+def heads_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that classify, by name: empty for a model without any."""
+    return {key: getattr(model, key) for key in _HEADS if isinstance(getattr(model, key, None), nn.Module)}
+
+
+def head_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the head, under the names that the model's state_dict gives them."""
+    state = {f"{key}.{name}": t for key, head in heads_of(model).items() for name, t in head.state_dict().items()}
+    return {key: t for key, t in state.items() if isinstance(t, Tensor)}
+
+
+def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """How many classes the head of this model must get to hold this state; None if it holds it as it is.
+
+    Raises:
+        ValueError: it differs in more than the number of classes.
+    """
+    own = {key: tuple(t.shape) for key, t in head_state(model).items()}
+    found = {key: tuple(t.shape) for key, t in state.items()}
+    if own == found:
+        return None
+    classes, fitted = set(), dict(own)
+    for path, linear in _classifiers(model, list(heads_of(model))):
+        shape = found.get(f"{path}.weight", ())
+        for name in ("weight", "bias")[: 1 + (linear.bias is not None)] if shape else ():
+            fitted[f"{path}.{name}"] = shape[0], *own[f"{path}.{name}"][1:]
+        classes.update(shape[:1])
+    if fitted != found or len(classes) != 1:
+        key = min((key for key in own.keys() | found.keys() if fitted.get(key) != found.get(key)), default="head")
+        raise ValueError(
+            f"{key} must be of shape {fitted.get(key)} for the head of this {type(model).__name__}, got {found.get(key)}"
+        )
+    return classes.pop()
 
 
 def _before(model: nn.Module, args) -> None:
@@ -338,23 +368,25 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
             )
         return [(model, heads[0], head)]
     found = []
-    for key in heads:
-        linears = [
-            path for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")
-        ]
-        if linears:
-            old = model.get_submodule(linears[-1])
-            new = nn.Linear(
-                old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-            )
-            nn.init.trunc_normal_(new.weight, std=0.02)
-            if new.bias is not None:
-                nn.init.zeros_(new.bias)
-            owner, _, attribute = linears[-1].rpartition(".")
-            found.append((model.get_submodule(owner), attribute, new.train(old.training)))
+    for path, old in _classifiers(model, heads):
+        new = nn.Linear(old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.trunc_normal_(new.weight, std=0.02)
+        if new.bias is not None:
+            nn.init.zeros_(new.bias)
+        owner, _, attribute = path.rpartition(".")
+        found.append((model.get_submodule(owner), attribute, new.train(old.training)))
     if not found:
         raise ValueError(f"{type(model).__name__} has no classifier Linear to replace among {_HEADS}")
     return found
+
+
+def _classifiers(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """The last Linear of each head, which has an output for each class."""
+    for key in heads:
+        linears = [
+            (path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")
+        ]
+        yield from linears[-1:]
 
 
 def _tell_classes(model: nn.Module, classes: int) -> None:

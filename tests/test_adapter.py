@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from models import METHODS, PLAIN, images, shake, swin, vit
+from models import METHODS, PLAIN, gradients, images, loss_of, shake, swin, vit
+from torch import nn
 
 import efft_kernels as ek
 
@@ -44,7 +45,8 @@ def test_metadata_says_what_it_is(path):
     ek.save_adapter(model, path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        assert set(file.keys()) == {f"{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")}
+        factors = {f"{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")}
+        assert set(file.keys()) == factors | {"head/head.weight", "head/head.bias"}
     assert metadata["version"] == ek.__version__
     assert metadata["fingerprint"] == ek.plan(vit(), SMALL).fingerprint
     assert (metadata["model"], metadata["base_model"]) == ("VisionTransformer", "vit_tiny_patch16_224")
@@ -237,7 +239,7 @@ def test_head_and_backend_are_refused_for_an_injected_model(path):
     model = ek.inject(vit(), PLAIN)
     ek.save_adapter(model, path)
     for options in (dict(head=7), dict(backend="reference")):
-        with pytest.raises(ValueError, match="head and backend are for a plain model"):
+        with pytest.raises(ValueError, match="a new head and backend are for a plain model"):
             ek.load_adapter(model, path, name="b", **options)
     assert list(model.efft) == ["default"]
 
@@ -247,3 +249,131 @@ def test_a_link_stays_a_link(path):
     link.symlink_to(path)
     ek.save_adapter(ek.inject(vit(), PLAIN), link)
     assert link.is_symlink() and path.is_file()
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+def trained(make=vit, head="train", **options):
+    """a model after a step that changed factors and head"""
+    model = shake(ek.inject(bare(make=make, **options), PLAIN, head=head))
+    loss_of(model, images()).backward()
+    torch.optim.SGD(ek.adapter_parameters(model), lr=0.5).step()
+    model.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("classes", ["train", 3], ids=["same", "other"])
+def test_a_file_brings_the_trained_head_back(make, classes, path):
+    model, x = trained(make, classes), images()
+    ek.save_adapter(model, path)
+    loaded = ek.load_adapter(bare(1, make).double().train(), path)
+    loaded.float().eval()
+    weight = lambda m: m.head.fc.weight if make is swin else m.head.weight
+    assert torch.equal(weight(loaded), weight(model)) and weight(loaded).requires_grad
+    assert loaded.num_classes == model.num_classes
+    # the base weights differ: with those of the first model all is as it was
+    base = {key: t for key, t in model.state_dict().items() if not key.startswith("head")}
+    loaded.load_state_dict(base, strict=False)
+    assert torch.equal(loaded(x), model(x))
+    ours, theirs = gradients(loaded, loss_of(loaded, x)), gradients(model, loss_of(model, x))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_decides_whether_a_file_gets_the_head(path):
+    def keys(model, **options):
+        ek.save_adapter(model, path, **options)
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return {key for key in file.keys() if key.startswith("head")}
+
+    head = {"head/head.weight", "head/head.bias"}
+    assert keys(ek.inject(vit(), PLAIN)) == head
+    assert keys(ek.inject(vit(), PLAIN), head=False) == set()
+    kept = ek.inject(vit(), PLAIN, head="keep")
+    assert keys(kept) == set() and keys(kept, head=True) == head
+    headless = ek.inject(vit(num_classes=0), PLAIN)
+    assert keys(headless) == set()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="head must not be True for this VisionTransformer, which has none"):
+        ek.save_adapter(headless, path, head=True)
+    assert path.read_bytes() == before
+
+
+def test_whoever_loads_may_leave_the_head_of_the_file(path):
+    ek.save_adapter(trained(), path)
+    plain = bare(1)
+    own = plain.head.weight.clone()
+    ek.load_adapter(plain, path, head="keep")
+    assert torch.equal(plain.head.weight, own) and not plain.head.weight.requires_grad
+    assert ek.load_adapter(vit(), path, head=4)(images()).shape == (2, 4)
+    module = nn.Linear(192, 6)
+    assert ek.load_adapter(vit(), path, head=module).head is module and module.weight.requires_grad
+
+
+def test_a_head_of_its_own_kind(path):
+    make = lambda: nn.Sequential(nn.BatchNorm1d(192), nn.Linear(192, 3))
+    model = ek.inject(bare(), PLAIN, head=make())
+    ek.save_adapter(model.train(), path)
+    assert {key for key in ek.adapter._read(path)[3]} == {f"head.{key}" for key in model.head.state_dict()}
+    target = bare()
+    with pytest.raises(ValueError, match=r"head='keep' leaves it out: head.0.bias must be of shape None .* got \(192,\)"):
+        ek.load_adapter(target, path)
+    assert not hasattr(target, "efft") and all(p.requires_grad for p in target.parameters())
+    target.head = make()
+    x = images()
+    assert torch.equal(ek.load_adapter(target, path).eval()(x), model.eval()(x))
+
+
+def test_a_head_that_does_not_fit_is_refused(path):
+    from safetensors.torch import load_file, save_file
+
+    ek.save_adapter(trained(), path)
+    tensors, metadata = load_file(path), _metadata(path)
+    wide = torch.zeros(10, 193)
+    for change, says in [
+        ({"head/head.weight": wide}, r"head.weight must be of shape \(10, 192\) .* got \(10, 193\)"),
+        ({"head/head.bias": torch.zeros(9)}, r"head.bias must be of shape \(10,\) .* got \(9,\)"),
+        ({"head/head.bias": None}, r"head.bias must be of shape \(10,\) .* got None"),
+        ({"head/other": wide}, r"other must be of shape None .* got \(10, 193\)"),
+        ({"head/head.weight": torch.tensor(1.0)}, r"head.weight must be of shape \(10, 192\) .* got \(\)"),
+    ]:
+        save_file({key: t for key, t in {**tensors, **change}.items() if t is not None}, path, metadata)
+        target = vit()
+        own = target.head.weight.clone()
+        with pytest.raises(ValueError, match=f"does not fit, head='keep' leaves it out: {says}"):
+            ek.load_adapter(target, path)
+        assert not hasattr(target, "efft") and torch.equal(target.head.weight, own)
+        assert all(p.requires_grad for p in target.parameters())
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="does not fit, head='keep' leaves it out"):
+        ek.load_adapter(vit(num_classes=0), path)
+    assert ek.load_adapter(vit(num_classes=0), path, head="keep")(images()).shape == (2, 192)
+
+
+def test_a_file_of_format_1_is_read(path):
+    from safetensors.torch import load_file, save_file
+
+    model = shake(ek.inject(bare(), PLAIN))
+    ek.save_adapter(model, path, head=False)
+    save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 1"})
+    x = images()
+    assert torch.equal(ek.load_adapter(bare(), path)(x), model(x))
+    assert ek.load_adapter(bare(), path, head=3)(x).shape == (2, 3)
+    save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 3"})
+    with pytest.raises(ValueError, match="must be a file of save_adapter"):
+        ek.load_adapter(bare(), path)
+
+
+def test_a_second_adapter_does_not_take_the_head_of_the_first(path):
+    ek.save_adapter(trained(), path)
+    model = shake(ek.inject(bare(), PLAIN, name="first"))
+    x = images()
+    before = model(x)
+    with pytest.raises(ValueError, match="holds a head that differs .* which serves 'first'; head='keep' leaves it out"):
+        ek.load_adapter(model, path, name="second")
+    assert list(model.efft) == ["first"] and torch.equal(model(x), before)
+    ek.load_adapter(model, path, name="second", head="keep")
+    assert torch.equal(ek.set_adapter(model, "first")(x), before)
