@@ -48,7 +48,8 @@ class LowRankPass {
   static constexpr int PER = Shape<T>::PER, RT = Shape<T>::RT;
   static_assert(sizeof(Cell<T>) == sizeof(S) && MR % 2 == 0 && KC % NR == 0 && VL % RT == 0, "what is assumed below");
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
-  static constexpr int64_t BLOCK_BYTES = 320 * 1024;  // of 512 KB and more of L2: the panels pass through it too
+  // of the L2 cache, through which the panels pass too: 512 KB and more, 1 MB and more where there is AVX-512
+  static constexpr int64_t BLOCK_BYTES = (VB == 64 ? 480 : 320) * 1024;
   static constexpr int64_t MOST_SPLITS = 16;          // of the sums over rows
   static constexpr int64_t MOST_JOINED = 64;          // steps of p that continue a chunk of a
 
@@ -61,15 +62,15 @@ class LowRankPass {
         r_width_(g.R <= VL ? VL : NR),
         r_panels_((g.R + r_width_ - 1) / r_width_),
         blocked_((chunks_.count + chunks_.per_block - 1) / chunks_.per_block > 1) {
-    // rows in splits, each of blocks of equal height, by the shapes alone: sums over rows come out the same whatever
-    // the number of threads
+    // rows in splits, each of blocks of equal height (to a row or two: their last tiles are lower), by the shapes alone:
+    // sums over rows come out the same whatever the number of threads
     const int64_t tiles = (g.M + MR - 1) / MR;
     const int64_t most = std::max<int64_t>(1, BLOCK_BYTES / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
     int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
-    if (tiles > 4) blocks += blocks % 2;
-    block_rows_ = MR * ((tiles + blocks - 1) / blocks);
-    blocks = block_rows_ ? (g.M + block_rows_ - 1) / block_rows_ : 0;
     const bool sums_rows = g.qa || g.xp;
+    if (blocks > 1 || (sums_rows && tiles > 4)) blocks += blocks % 2;  // one alone is shared out by columns
+    block_rows_ = ((g.M + blocks - 1) / blocks + 1) / 2 * 2;
+    blocks = block_rows_ ? (g.M + block_rows_ - 1) / block_rows_ : 0;
     blocks_per_split_ = sums_rows ? (blocks + MOST_SPLITS - 1) / MOST_SPLITS : 1;
     splits_ = blocks ? (blocks + blocks_per_split_ - 1) / blocks_per_split_ : 0;
   }
@@ -140,14 +141,14 @@ class LowRankPass {
         Cell<T>* chunk = a + (i - chunk0) * chunk_size;
         const int64_t k0 = chunks_.begin(i) * PER, k_count = std::min(chunks_.size(i) * PER, g_.K - k0);
         pack_chunk<T>(g_.a, row0, count, k0, k_count, chunk);
-        if (g_.qa && first) transposed(chunk, q, padded, k0, k_count, qa_, split, g_.K, adds);
+        if (g_.qa && first) transposed(chunk, q, count, k0, k_count, qa_, split, g_.K, adds);
         for (int64_t r = 0; g_.d.data && r < r_panels_; ++r) {
           const Panel<T>* d = d_ + (r * chunks_.K + chunks_.begin(i)) * r_width_;
           for (int64_t t = 0; t < tiles; ++t) {
             S* out = p + r * r_strip_size + t * MR * r_width_;
             const Steps<T> steps{chunk + t * MR * PITCH, d, chunks_.size(i)};
-            const auto tile_of = r_width_ == VL ? tile<T, 1> : tile<T, 2>;
-            tile_of(steps, {}, i ? out : zeros(), i ? r_width_ : 0, out, r_width_, d);
+            const auto r_tile = r_width_ == VL ? tile<T, 1, MR> : tile<T, 2, MR>;
+            r_tile(steps, {}, i ? out : zeros(), i ? r_width_ : 0, out, r_width_, d, 1);
           }
         }
       }
@@ -164,7 +165,7 @@ class LowRankPass {
       for (int64_t i = 0; i < n.count; ++i) {
         const int64_t k0 = n.begin(i) * PER, k_count = std::min(n.size(i) * PER, g_.N - k0);
         pack_chunk<T>(g_.x, row0, count, k0, k_count, a);
-        transposed(a, factors, padded, k0, k_count, xp_, split, g_.N, adds);
+        transposed(a, factors, count, k0, k_count, xp_, split, g_.N, adds);
       }
     }
   }
@@ -209,9 +210,11 @@ class LowRankPass {
       };
       Steps<T> first = i < k_count ? k_steps(i) : r_steps(i - k_count);
       Steps<T> then = ends && joined ? r_steps(0) : Steps<T>{};
-      // the first tiles fetch the next chunk of the panel, the others the next rows
+      // the tiles fetch the next chunk of the panel, and if they are many the last of them the next rows
       const char* const next = reinterpret_cast<const char*>(first.b + first.count * NR);
-      const int64_t next_bytes = first.count * NR * int64_t(sizeof(Panel<T>)), step_bytes = first.count / 4 * 64;
+      const int64_t next_bytes = first.count * NR * int64_t(sizeof(Panel<T>)), tiles = (count + MR - 1) / MR;
+      const int64_t lines = std::max<int64_t>(1, next_bytes / (tiles * (first.count / 4 + 1) * 64));
+      const int64_t step_bytes = first.count / 4 * 64 * lines;
       for (int64_t t = 0; t * MR < count; ++t) {
         S* const kept = strip + t * MR * NR;
         const bool starts = chunk0 == 0 && i == 0;
@@ -225,7 +228,7 @@ class LowRankPass {
         const bool fetches_panel = t * step_bytes < next_bytes;
         const void* ahead = fetches_panel ? next + t * step_bytes : static_cast<const void*>(first.a + MR * PITCH);
         if (ends) prefetch_columns(c_tile, std::min<int64_t>(MR, count - t * MR), (j + 1) * NR);
-        tile<T, 2>(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead);
+        tile_of<T>(count - t * MR)(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead, lines);
         if (ends && !direct) {
           store_tile(edge, c_tile, std::min<int64_t>(MR, count - t * MR), std::min<int64_t>(NR, g_.N - j * NR));
         }
@@ -246,7 +249,8 @@ class LowRankPass {
   }
 
   bool stores_directly(int64_t rows, int64_t j) const {
-    return std::is_same_v<T, S> && rows >= MR && (j + 1) * NR <= g_.N && g_.c.col == 1 && g_.scale == 1.0;
+    const bool fits = rows >= MR || rows % 2 == 0;  // the tile is no higher than that
+    return std::is_same_v<T, S> && fits && (j + 1) * NR <= g_.N && g_.c.col == 1 && g_.scale == 1.0;
   }
 
   // c[i, j] (+)= scale * tile[i, j], rounded once
@@ -304,12 +308,14 @@ class LowRankPass {
   }
 
   // this split's sums for columns k0 ... of a chunk:  sums[split][r][k] (+)= factors.T @ chunk
-  void transposed(const Cell<T>* chunk, const Cell<T>* factors, int64_t padded, int64_t k0, int64_t count, S* sums,
+  void transposed(const Cell<T>* chunk, const Cell<T>* factors, int64_t rows, int64_t k0, int64_t columns, S* sums,
                   int64_t split, int64_t K, bool adds) const {
+    const int64_t padded = (rows + MR - 1) / MR * MR, even = (rows + 1) / 2 * 2;
     for (int64_t r = 0; r < r_panels_; ++r) {
       S* out = sums + split * sums_size(K) + r * r_width_ * sums_row(K) + k0;
       const int64_t R = std::min<int64_t>(r_width_, g_.R - r * r_width_);
-      transposed_tiles<T>(chunk, factors + r * padded / PER * r_width_, r_width_, padded, count, R, out, sums_row(K), adds);
+      const Cell<T>* factor = factors + r * padded / PER * r_width_;
+      transposed_tiles<T>(chunk, factor, r_width_, even, columns, R, out, sums_row(K), adds);
     }
   }
 

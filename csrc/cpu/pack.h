@@ -60,11 +60,31 @@ Panel<T> panel_element(const T* p) {
   }
 }
 
+// W neighbours of a row of memory, and with dot products those of the next, where `left` rows there are, as cells
+template <class T, int W>
+EFFT_INLINE void pack_row(const T* src, int64_t row, int64_t left, Panel<T>* panel) {
+  for (int j = 0; j < W; j += Shape<T>::VL) {
+    if constexpr (dots<T>) {
+      const auto bits = [&](const T* p) { return __builtin_convertvector(load<U16>(p + j), U32); };
+      store(panel + j, left > 1 ? bits(src) | bits(src + row) << 16 : bits(src));
+    } else if constexpr (std::is_same_v<T, Panel<T>>) {
+      std::memcpy(panel + j, src + j, Shape<T>::VL * sizeof(T));
+    } else {
+      store(panel + j, load_sum(src + j));
+    }
+  }
+}
+
 // panel[k, j] = b[k, column0 + j]      k < K, j < VECS * VL; zeros in the columns from N on
 template <class T, int VECS>
 EFFT_NOINLINE void pack_panel(const View& b, int64_t K, int64_t N, int64_t column0, Panel<T>* panel) {
   constexpr int W = VECS * Shape<T>::VL, PER = Shape<T>::PER;
   const int columns = int(std::min<int64_t>(W, N - column0));
+  if (b.col == 1 && columns == W && panel_column<T, VECS>(1) == 1) {
+    const T* src = static_cast<const T*>(b.data) + column0;
+    for (int64_t k = 0; k < K; k += PER) pack_row<T, W>(src + k * b.row, b.row, K - k, panel + k / PER * W);
+    return;
+  }
   constexpr int64_t STEP = 16 * PER;  // rows at a time: a cache line of a source that is contiguous along k
   for (int64_t k0 = 0; k0 < K; k0 += STEP) {
     const int64_t end = std::min(K, k0 + STEP);
@@ -76,7 +96,9 @@ EFFT_NOINLINE void pack_panel(const View& b, int64_t K, int64_t N, int64_t colum
       }
       const T* src = static_cast<const T*>(b.data) + (column0 + j) * b.col;
       if constexpr (dots<T>) {
-        for (int64_t k = k0; k < end; k += 2) {
+        int64_t k = k0;
+        for (; b.row == 1 && k + 2 <= end; k += 2) std::memcpy(dst + k / 2 * W, src + k, sizeof *dst);
+        for (; k < end; k += 2) {
           const uint32_t second = k + 1 < end ? src[(k + 1) * b.row].bits : 0;
           dst[k / 2 * W] = src[k * b.row].bits | second << 16;
         }

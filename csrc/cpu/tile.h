@@ -70,23 +70,23 @@ EFFT_INLINE void multiply_add(Vec<Sum<T>>& sum, Cell<T> cell, const V& v) {
   }
 }
 
-// steps of the inner dimension: `a` MR rows PITCH apart, `b` a panel
+// steps of the inner dimension: `a` rows PITCH apart, `b` a panel
 template <class T>
 struct Steps {
-  const Cell<T>* a = nullptr;   // [MR, count]
+  const Cell<T>* a = nullptr;   // [ROWS, count]
   const Panel<T>* b = nullptr;  // [count, VECS * VL]
   int64_t count = 0;
 };
 
-// out[i, :] = in[i, :] + sum_k a[i, k] * b[k, :]     i < MR, over the steps of `first`, then of `then`
+// out[i, :] = in[i, :] + sum_k a[i, k] * b[k, :]     i < ROWS, over the steps of `first`, then of `then`
 //
-// `ahead` is memory that will be read soon; it is fetched a line per four steps, while the multipliers are busy.
-template <class T, int VECS>
+// `ahead` is memory that will be read soon; it is fetched some lines per four steps, while the multipliers are busy.
+template <class T, int VECS, int ROWS>
 EFFT_NOINLINE void tile(const Steps<T>& first, const Steps<T>& then, const Sum<T>* in, int64_t in_row, Sum<T>* out,
-                        int64_t out_row, const void* ahead) {
+                        int64_t out_row, const void* ahead, int64_t lines) {
   using V = Vec<Sum<T>>;
   constexpr int VL = Shape<T>::VL, W = VECS * VL, PITCH = Shape<T>::PITCH;
-  V sum[MR][VECS] = {};
+  V sum[ROWS][VECS] = {};
   const char* line = static_cast<const char*>(ahead);
   const auto run = [&](const Steps<T>& steps) EFFT_INLINE_LAMBDA {
     const Cell<T>* a = steps.a;
@@ -94,14 +94,14 @@ EFFT_NOINLINE void tile(const Steps<T>& first, const Steps<T>& then, const Sum<T
     const auto step = [&](int k) EFFT_INLINE_LAMBDA {
       const PanelRow<T, VECS> row(b + k * W);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
+      for (int i = 0; i < ROWS; ++i) {
         const Cell<T> s = a[i * PITCH + k];
         for (int j = 0; j < VECS; ++j) multiply_add<T>(sum[i][j], s, row.v[j]);
       }
     };
     int64_t k = steps.count;
-    for (; k >= 4; k -= 4, a += 4, b += 4 * W, line += 64) {
-      __builtin_prefetch(line, 0, 2);
+    for (; k >= 4; k -= 4, a += 4, b += 4 * W) {
+      for (const char* end = line + 64 * lines; line < end; line += 64) __builtin_prefetch(line, 0, 2);
 // not unrolled: compilers shuffle the sums among registers between the copies, at 7 % of the speed
 #pragma GCC unroll 1
       for (int j = 0; j < 4; ++j) step(j);
@@ -111,12 +111,23 @@ EFFT_NOINLINE void tile(const Steps<T>& first, const Steps<T>& then, const Sum<T
   run(first);
   run(then);
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < ROWS; ++i) {
     for (int j = 0; j < VECS; ++j) {
       // added last: a chain of roundings is no longer than a chunk
       store(out + i * out_row + j * VL, load<V>(in + i * in_row + j * VL) + sum[i][j]);
     }
   }
+}
+
+// a tile of `rows` rows, 1 to MR, and at most one more: the last tile of a block does not pay for rows it has not
+template <class T, int... HALVES>
+EFFT_INLINE auto tile_of_halves(int64_t rows, std::integer_sequence<int, HALVES...>) {
+  static constexpr decltype(&tile<T, 2, MR>) heights[] = {tile<T, 2, 2 * HALVES + 2>...};
+  return heights[(rows - 1) / 2];
+}
+template <class T>
+EFFT_INLINE auto tile_of(int64_t rows) {
+  return tile_of_halves<T>(std::min<int64_t>(rows, MR), std::make_integer_sequence<int, MR / 2>{});
 }
 
 // where column k of sums over rows lies: with dot products even columns and odd ones fill vectors of their own
