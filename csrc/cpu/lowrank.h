@@ -31,10 +31,6 @@ class Scratch {
     }
     return data_;
   }
-  template <class E>
-  E* as() const {
-    return reinterpret_cast<E*>(data_);
-  }
 
  private:
   char* data_;
@@ -50,6 +46,7 @@ class LowRankPass {
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
   // of the L2 cache, through which the panels pass too: 512 KB and more, 1 MB and more where there is AVX-512
   static constexpr int64_t BLOCK_BYTES = (VB == 64 ? 480 : 320) * 1024;
+  static constexpr size_t MOST_KEPT = 16 << 20;       // of memory, per thread that calls
   static constexpr int64_t MOST_SPLITS = 16;          // of the sums over rows
   static constexpr int64_t MOST_JOINED = 64;          // steps of p that continue a chunk of a
 
@@ -68,20 +65,30 @@ class LowRankPass {
     const int64_t most = std::max<int64_t>(1, BLOCK_BYTES / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
     int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
     const bool sums_rows = g.qa || g.xp;
-    if (blocks > 1 || (sums_rows && tiles > 4)) blocks += blocks % 2;  // one alone is shared out by columns
+    if (blocks > 1 || (sums_rows && tiles > 8)) blocks += blocks % 2;  // one alone is shared out by columns
     block_rows_ = ((g.M + blocks - 1) / blocks + 1) / 2 * 2;
+    if (block_rows_ % MR == 2 && blocks > 1) block_rows_ += 2;  // a tile of two rows waits for its own sums
     blocks = block_rows_ ? (g.M + block_rows_ - 1) / block_rows_ : 0;
     blocks_per_split_ = sums_rows ? (blocks + MOST_SPLITS - 1) / MOST_SPLITS : 1;
     splits_ = blocks ? (blocks + blocks_per_split_ - 1) / blocks_per_split_ : 0;
   }
 
   void run() {
-    const Scratch d(bytes(g_.d.data ? r_panels_ * chunks_.K * r_width_ * sizeof(Panel<T>) : 0));
-    const Scratch u(bytes(g_.u.data ? panels_ * panel_size<T>(g_.R) * sizeof(Panel<T>) : 0));
-    const Scratch bias(bytes(panels_ * NR * sizeof(S)));
-    const Scratch qa(bytes(g_.qa ? splits_ * sums_size(g_.K) * sizeof(S) : 0));
-    const Scratch xp(bytes(g_.xp ? splits_ * sums_size(g_.N) * sizeof(S) : 0));
-    d_ = d.as<Panel<T>>(), u_ = u.as<Panel<T>>(), bias_ = bias.as<S>(), qa_ = qa.as<S>(), xp_ = xp.as<S>();
+    const size_t sizes[] = {
+        bytes(g_.d.data ? r_panels_ * chunks_.K * r_width_ * sizeof(Panel<T>) : 0),
+        bytes(g_.u.data ? panels_ * panel_size<T>(g_.R) * sizeof(Panel<T>) : 0),
+        bytes(panels_ * NR * sizeof(S)),
+        bytes(g_.qa ? splits_ * sums_size(g_.K) * sizeof(S) : 0),
+        bytes(g_.xp ? splits_ * sums_size(g_.N) * sizeof(S) : 0),
+    };
+    const size_t all = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
+    // kept for the next call, unless it is much: fresh memory costs a page fault per 4 KB
+    thread_local Scratch kept(64);
+    Scratch own(all > MOST_KEPT ? all : 64);
+    char* at = static_cast<char*>(all > MOST_KEPT ? own.at_least(all) : kept.at_least(all));
+    const auto next = [&](int i) { return std::exchange(at, at + sizes[i]); };
+    d_ = reinterpret_cast<Panel<T>*>(next(0)), u_ = reinterpret_cast<Panel<T>*>(next(1));
+    bias_ = reinterpret_cast<S*>(next(2)), qa_ = reinterpret_cast<S*>(next(3)), xp_ = reinterpret_cast<S*>(next(4));
     for (int64_t r = 0; g_.d.data && r < r_panels_; ++r) {
       Panel<T>* panel = d_ + r * chunks_.K * r_width_;
       if (r_width_ == VL) {

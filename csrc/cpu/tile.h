@@ -137,42 +137,57 @@ EFFT_INLINE int64_t sums_column(int64_t k) {
   return dots<T> ? k / NR * NR + k % 2 * VL + k % NR / 2 : k;
 }
 
-// g[r, k] (+)= sum_m q[m, r] * a[m, k]     r < R, k < columns, over all rows m of a chunk
+// g[r, k] (+)= sum_m q[m, r] * a[m, k]     r < RT, k < VECS * VL, over all rows m of a chunk
+template <class T, int VECS>
+EFFT_INLINE void sums_tile(const Cell<T>* a, const Cell<T>* q, int64_t q_row, int64_t rows, Sum<T>* g, int64_t g_row,
+                           bool adds) {
+  using V = Vec<Sum<T>>;
+  constexpr int VL = Shape<T>::VL, PER = Shape<T>::PER, PITCH = Shape<T>::PITCH, RT = Shape<T>::RT;
+  V sum[RT][VECS] = {};
+  for (int64_t m = 0; m < rows; m += PER, a += PER * PITCH, q += q_row) {
+    std::conditional_t<dots<T>, U32, V> v[VECS];
+    if constexpr (dots<T>) {  // numbers of two rows in a lane: of the even columns, of the odd ones
+      const U32 first = load<U32>(a), second = load<U32>(a + PITCH);
+      v[0] = (first & 0xffff) | second << 16;
+      v[1] = first >> 16 | (second & 0xffff0000u);
+    } else {
+      for (int j = 0; j < VECS; ++j) v[j] = load<V>(a + j * VL);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < RT; ++i) {
+      for (int j = 0; j < VECS; ++j) multiply_add<T>(sum[i][j], q[i], v[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < RT; ++i) {
+    for (int j = 0; j < VECS; ++j) {
+      Sum<T>* at = g + i * g_row + j * VL;
+      store(at, adds ? load<V>(at) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+// the same for r < R, k < columns
 //
 // a [rows, columns] as a chunk; q [rows, q_row] cells, with dot products [rows / 2, q_row] of two rows each;
 // g: rows g_row apart, in multiples of RT, columns in multiples of NR, as sums_column() has them
 template <class T>
 EFFT_NOINLINE void transposed_tiles(const Cell<T>* a, const Cell<T>* q, int64_t q_row, int64_t rows, int64_t columns,
                                     int64_t R, Sum<T>* g, int64_t g_row, bool adds) {
-  using V = Vec<Sum<T>>;
-  constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, PER = Shape<T>::PER, PITCH = Shape<T>::PITCH, RT = Shape<T>::RT;
-  for (int64_t k0 = 0; k0 < columns; k0 += NR) {
-    for (int64_t r0 = 0; r0 < R; r0 += RT) {
-      V sum[RT][2] = {};
-      const Cell<T>* cell = a + k0 / PER;  // columns past the chunk's end lie inside the pitch
-      const Cell<T>* factor = q + r0;
-      for (int64_t m = 0; m < rows; m += PER, cell += PER * PITCH, factor += q_row) {
-        const auto column = [&](int j) EFFT_INLINE_LAMBDA {
-          if constexpr (dots<T>) {
-            const U32 even = load<U32>(cell), odd = load<U32>(cell + PITCH);
-            return j ? even >> 16 | (odd & 0xffff0000u) : (even & 0xffff) | odd << 16;
-          } else {
-            return load<V>(cell + j * VL);
-          }
-        };
-        const auto v0 = column(0), v1 = column(1);
-#pragma GCC unroll 16
-        for (int i = 0; i < RT; ++i) {
-          multiply_add<T>(sum[i][0], factor[i], v0);
-          multiply_add<T>(sum[i][1], factor[i], v1);
-        }
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < RT; ++i) {
-        Sum<T>* row = g + (r0 + i) * g_row + k0;
-        store(row, adds ? load<V>(row) + sum[i][0] : sum[i][0]);
-        store(row + VL, adds ? load<V>(row + VL) + sum[i][1] : sum[i][1]);
-      }
+  constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, PER = Shape<T>::PER, RT = Shape<T>::RT;
+  const int64_t end = (columns + NR - 1) / NR * NR;  // columns past the chunk's end lie inside the pitch
+  int64_t k = 0;
+  if constexpr (RT == 4) {  // twelve sums, or the multipliers would wait for eight
+    for (; k + 3 * VL <= end; k += 3 * VL) {
+      for (int64_t r = 0; r < R; r += RT) sums_tile<T, 3>(a + k, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
+    }
+  }
+  for (; k + NR <= end; k += NR) {
+    for (int64_t r = 0; r < R; r += RT) sums_tile<T, 2>(a + k / PER, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
+  }
+  if constexpr (RT == 4) {
+    for (; k < end; k += VL) {
+      for (int64_t r = 0; r < R; r += RT) sums_tile<T, 1>(a + k, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
     }
   }
 }
