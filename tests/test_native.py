@@ -302,14 +302,44 @@ def test_the_compiled_operators_refuse_what_would_crash():
             call()
 
 
-@pytest.mark.skipif(ISAS[0] != "avx2", reason="the rules were measured on AVX2")
-def test_plain_torch_where_it_is_as_fast():
-    slower = lambda M, K, N, dtype: native.slower("lowrank_linear", *make(M, K, N, 4, dtype)[:5])
+@pytest.fixture
+def rules(isa, monkeypatch):
+    """slower() by shape and dtype, as on an AMD processor with this instruction set"""
+    monkeypatch.setattr(native, "amd_processor", lambda: True)
+    native._rules.cache_clear()
+    yield lambda op, *tensors: native.slower(op, *tensors)
+    native._rules.cache_clear()
+
+
+def test_plain_torch_where_it_is_as_fast(isa, rules):
+    slower = lambda M, K, N, dtype: rules("lowrank_linear", *make(M, K, N, 4, dtype)[:5])
+    if isa in ("avx512", "portable"):
+        assert "not been measured" in slower(197, 768, 768, torch.float32)
+        return
     assert slower(197, 768, 768, torch.float32) is None
-    assert slower(2, 64, 64, torch.bfloat16) is None
-    assert "1 rows" in slower(1, 768, 768, torch.float32)
-    assert "too small" in slower(197, 64, 64, torch.float32)
     assert slower(197, 3072, 768, torch.float32) is None
-    assert "in blocks" in slower(788, 3072, 768, torch.float32)
     assert slower(788, 3072, 768, torch.bfloat16) is None
-    assert native.slower("merge_", *make(1, 8, 8, 2)[1:4]) is not None
+    assert slower(2, 64, 64, torch.bfloat16) is None
+    assert rules("merge_", *make(1, 8, 8, 2)[1:4]) is not None
+    assert rules("merge_", *make(1, 8, 8, 2, torch.bfloat16)[1:4]) is None
+    trained = make(197, 768, 768, 4)
+    assert "trained" in rules("lowrank_linear", trained[0], trained[1].requires_grad_(), *trained[2:5])
+    if isa == "avx2":
+        assert "1 rows" in slower(1, 768, 768, torch.float32)
+        assert "too small" in slower(197, 64, 64, torch.float32)
+        assert "in blocks" in slower(788, 3072, 768, torch.float32)
+    else:
+        assert slower(1, 768, 768, torch.float32) is None
+        assert slower(1, 768, 768, torch.bfloat16) is None
+        assert "1 rows" in slower(1, 64, 64, torch.bfloat16)
+        assert "too small" in slower(3136, 64, 64, torch.bfloat16)
+        backward = lambda M: rules("lowrank_linear_backward", *(make(M, 768, 768, 4)[i] for i in (5, 0, 1, 3, 4)))
+        assert backward(64) is None and "8 rows" in backward(8)
+
+
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no dot product of bfloat16")
+def test_rules_of_one_make_are_not_those_of_another(monkeypatch):
+    monkeypatch.setattr(native, "amd_processor", lambda: False)
+    native._rules.cache_clear()
+    assert "not been measured" in native.slower("lowrank_linear", *make(197, 768, 768, 4)[:5])
+    native._rules.cache_clear()

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .reference import amd_processor
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -105,9 +107,24 @@ def unproven() -> str | None:
 
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
-    """By shape and dtype alone, from measurements with one thread of a Zen 3 (AVX2), against reference.py"""
-    if _isa() != "avx2":
-        return f"the {_isa()} kernels have not been measured"
+    """By shape and dtype alone, from measurements with one thread against reference.py"""
+    rules = _rules()
+    return rules if isinstance(rules, str) else rules(op, *tensors)
+
+
+@functools.cache
+def _rules():
+    """The rules for this processor, or why there are none"""
+    if isa() == "avx2":
+        return _slower_avx2
+    # only AMD's: Intel's MKL uses AVX-512 for float32, and its processors may have AMX for bfloat16
+    if isa() == "avx512_bf16" and amd_processor():
+        return _slower_avx512_bf16
+    return f"the {isa()} kernels have not been measured on a processor like this one"
+
+
+def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
+    """Measured on a Zen 3"""
     first = tensors[0]
     wide = first.dtype in (torch.float32, torch.float64)  # plain torch has no fast product of the 16-bit types on AVX2
     if op == "merge_":
@@ -132,13 +149,36 @@ def slower(op: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-@functools.cache
-def _isa() -> str:
-    return isa()
+def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
+    """Measured on a Zen 5, where plain torch is oneDNN with AVX-512 in float32 and bfloat16"""
+    first = tensors[0]
+    dtype, half = first.dtype, first.dtype in (torch.bfloat16, torch.float16)
+    if op == "merge_":
+        return None if half else "one product per weight is as fast"
+    if op.startswith("group"):
+        S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
+        large = dtype == torch.bfloat16 and S * P * N > 262144
+        return f"one plain product is as fast for {S} slices of [{P}, {N}]" if large else None
+    backward = op == "lowrank_linear_backward"
+    weight = tensors[2 if backward else 1]
+    M, (N, K) = first.shape[0], weight.shape
+    if weight.requires_grad and dtype != torch.float16:
+        return "a weight that is trained would be packed at every call"
+    if dtype == torch.float32:
+        few = 64 if backward and N * K > 65536 else 8 if backward or N * K < 65536 else 2 if K > 1024 else 1
+    elif dtype == torch.float64:
+        few = 4
+    else:
+        few = 2 if N * K <= 4096 else 1
+    if M < few:
+        return f"{M} rows of {K} to {N} are as fast in plain torch"
+    if dtype == torch.bfloat16 and N * K <= 4096 and M >= 1024:
+        return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
+    return None
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or portable."""
+    """The instruction set in use: avx512_bf16, avx512, avx2 or portable."""
     return _load()[0].isa()
 
 
@@ -150,7 +190,7 @@ def isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Chooses one of :func:`isas`, for tests. Not while another thread computes."""
     _load()[0].set_isa(name)
-    _isa.cache_clear()
+    _rules.cache_clear()
     clear_packed()
 
 

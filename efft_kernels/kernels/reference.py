@@ -29,11 +29,15 @@ def slower(op: str, *tensors: Tensor | None) -> str | None:
 
 
 @functools.cache
+def amd_processor() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+@functools.cache
 def _onednn_leads() -> bool:
     """Whether torch's other CPU library has the faster float32 product: MKL, the default, keeps AMD's AVX-512 idle"""
-    cpuinfo = Path("/proc/cpuinfo")
-    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-    return amd and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return amd_processor() and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _product(
