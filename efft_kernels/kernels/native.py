@@ -165,7 +165,7 @@ def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
     if weight.requires_grad and dtype != torch.float16:
         return "a weight that is trained would be packed at every call"
     if dtype == torch.float32:
-        few = 64 if backward and N * K > 65536 else 8 if backward or N * K < 65536 else 2 if K > 1024 else 1
+        few = 64 if backward and N * K > 65536 else 8 if backward or N * K < 65536 else 1
     elif dtype == torch.float64:
         few = 4
     else:
