@@ -27,6 +27,7 @@ try:
     from peft.tuners.tuners_utils import (
         BaseTuner,
         BaseTunerLayer,
+        _find_minimal_target_modules,
         _get_in_out_features,
         _maybe_include_all_linear_layers,
         check_adapters_to_merge,
@@ -117,10 +118,12 @@ class EFFTPeftConfig(PeftConfig):
 _FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
 
 
-def _arrange(model: nn.Module, config: EFFTPeftConfig, linears: dict[str, nn.Module]) -> list[GroupSpec]:
-    """The groups of these Linears (path -> base layer): the paper's where they fit, else by role and shape."""
+def _arrange(
+    model: nn.Module, config: EFFTPeftConfig, bases: dict[str, nn.Module], linears: dict[str, nn.Module]
+) -> list[GroupSpec]:
+    """The groups of these Linears out of all modules (path -> base layer): the paper's where they fit, else by shape."""
     method = config.method()
-    known = {site.path: site for site in find_sites(model, method, linears)}
+    known = {site.path: site for site in find_sites(model, method, bases) if site.path in linears}
     for path, site in known.items():
         if not site.chosen:
             raise ValueError(f"targets must name a matrix of {path}, which target_modules chooses, got {config.targets}")
@@ -138,7 +141,7 @@ def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSp
     groups, blocks = {}, {}
     for path, linear in linears.items():
         K, N = _get_in_out_features(linear)
-        attention = "att" in path.lower()
+        attention = re.search("attn|attention", path.lower()) is not None
         fused = N == 3 * K and path.endswith(_FUSED)
         parts, N = (_ATTENTION[:3], K) if fused else ((path.rpartition(".")[2],), N)
         transposed = K > N
@@ -148,7 +151,7 @@ def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSp
         cores, calls, slots = groups.setdefault(key, ({}, {}, []))
         match = re.match(r".*?\.\d+(?=\.)", f".{path}")
         block = blocks.setdefault(match.group() if match else "", len(blocks))
-        place = re.sub(r"\.\d+(?=\.)", ".*", f".{path}") if method.cores == "shared" else path
+        place = re.sub(r"\.\d+(?=\.)", ".*", f".{path}", count=1) if method.cores == "shared" else path
         numbers = [cores.setdefault((place, part), len(cores)) for part in parts]
         call = calls.setdefault(block if attention else path, len(calls))
         site = Site(path, parts, parts, block, 0, *_get_in_out_features(linear))
@@ -378,9 +381,10 @@ class EFFTPeftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: EFFTPeftConfig, model_config: dict) -> EFFTPeftConfig:
         if peft_config.target_modules is None:
-            sites = find_sites(self.model, peft_config.method(), self._bases())
-            if paths := {site.path for site in sites if site.chosen}:
-                peft_config.target_modules = paths
+            bases = self._bases()
+            if paths := {site.path for site in find_sites(self.model, peft_config.method(), bases) if site.chosen}:
+                # endings of paths, for PEFT applies layers_to_transform to these alone
+                peft_config.target_modules = _find_minimal_target_modules(paths, set(bases) - paths)
                 return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -393,7 +397,7 @@ class EFFTPeftModel(BaseTuner):
         for path, base in linears.items():
             if not isinstance(base, nn.Linear | Conv1D):
                 raise TypeError(f"{path} must be an nn.Linear or a Conv1D of transformers, got {type(base).__name__}")
-        specs = _arrange(model, peft_config, linears) if linears else []
+        specs = _arrange(model, peft_config, bases, linears) if linears else []
         taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale"}
         taken |= {group for factors in self.efft_factors.values() for group in factors}
         if adapter_name in taken:
@@ -523,6 +527,8 @@ def accelerate_lora(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Nothing is copied: optimizers, checkpoints, load_state_dict, merging, further adapters and switching between them go
     on as before. Calls that the kernel cannot take, such as those with dropout while training, run PEFT's own code.
+    Factors in float32 beside a bfloat16 or float16 base, PEFT's default, enter the product in the dtype of the base, as
+    under autocast; they and their gradients stay float32.
 
     Args:
         model: of get_peft_model, or any model with LoRA layers of PEFT in it.
