@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .adapted import Adapters
 from .factors import _ATTENTION, EFFTConfig, EFFTGroup, GroupSpec, Part, Site, Slot, _fitting, _scaled
 from .inject import check_called, find_sites
-from .ops import lowrank_linear, merge_
+from .ops import check_backend, lowrank_linear, merge_
 
 try:
     from peft import PeftConfig
@@ -209,13 +209,13 @@ def _build(config: EFFTPeftConfig, specs: list[GroupSpec], linears: dict[str, nn
 # -- EFFT: layer ------------------------------------------------------------------------------------------------------
 
 
-def _add(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, **kwargs) -> Tensor:
+def _add(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, backend: str | None = None, **kwargs) -> Tensor:
     """base(x) + (x @ down) @ up: one pass over x where base is an nn.Linear and nothing else is called with it."""
     weight = base.weight
     autocast = torch.is_autocast_enabled(x.device.type)
     if _is_plain(base) and not args and not kwargs and (autocast or x.dtype == weight.dtype):
         like = {"device": weight.device} if autocast else {"device": weight.device, "dtype": weight.dtype}
-        return lowrank_linear(x, weight, base.bias, down.to(**like), up.to(**like))
+        return lowrank_linear(x, weight, base.bias, down.to(**like), up.to(**like), backend=backend)
     y = base(x, *args, **kwargs)
     p = x.to(down) @ down.to(x.device)
     return y + (p @ up.to(p)).to(y.dtype)
@@ -225,7 +225,7 @@ def _is_plain(base: nn.Module) -> bool:
     """Whether base(x) is F.linear of its weight and bias: no subclass, no hook, no forward put in its place."""
     return (
         type(base) is nn.Linear
-        and type(base.weight) is nn.Parameter
+        and type(base.weight) in (nn.Parameter, Tensor)
         and base.weight.dtype in _FLOATS
         and "forward" not in base.__dict__
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
@@ -281,9 +281,13 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
     def _weight(self) -> Tensor:  # [N, K]
         """a view of the base layer's weight, to be written"""
         base = self.get_base_layer()
-        if base.weight.dtype not in _FLOATS:
-            raise TypeError(f"{self.path} must have a floating-point weight to merge into, got {base.weight.dtype}")
-        weight = base.weight.detach()
+        weight = base._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+            raise TypeError(
+                f"{self.path} must have a plain floating-point weight to merge into, got a {type(base).__name__} with a "
+                f"{type(base.weight).__name__} of {base.weight.dtype}"
+            )
+        weight = weight.detach()
         return weight.mT if isinstance(base, Conv1D) else weight
 
     @torch.no_grad()
@@ -295,7 +299,8 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
             adapter_names: which ones, None for the active.
 
         Raises:
-            ValueError: safe_merge met what is not finite. TypeError: a quantized weight. Nothing has been changed then.
+            ValueError: safe_merge met what is not finite.
+            TypeError: a quantized or parametrized weight. The layer has not been changed then.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.efft_factors:
@@ -357,14 +362,21 @@ class EFFTPeftModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state = True
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         if "efft_factors" not in self._modules:
             self.efft_factors = nn.ModuleDict()
             self._layers, self._hooks = [], ()
         flags = {p: p.requires_grad for p in self.efft_factors.parameters()}
         self._making = adapter_name, low_cpu_mem_usage
         try:
-            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except BaseException:
             self._forget(adapter_name)
             raise
@@ -443,8 +455,34 @@ class EFFTPeftModel(BaseTuner):
         if adapter_name in self.efft_factors:
             del self.efft_factors[adapter_name]
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self._layers:
+            layer._weight()  # refuses what cannot be written, before the first layer is
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As for other methods of PEFT; after an error all layers are as before."""
+        before = [layer.merged_adapters[:] for layer in self._layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, names in zip(self._layers, before):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge and not any(layer.merged for layer in self._layers):
+            self.merge_adapter(adapter_names, safe_merge=True)  # if one layer fails, none may be unloaded
+            self.unmerge_adapter()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in self._hooks:
             hook.remove()
         return model
@@ -497,18 +535,24 @@ class FastLoraLinear(lora.Linear):
             or self.disable_adapters
             or self.merged
             or not _is_plain(self.base_layer)
-            or any(_beyond(self, name) or self.lora_dropout[name].training and _drops(self, name) for name in names)
+            or any(_beyond(self, name) or _drops(self, name) for name in names)
             or not (x.dtype == self.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type))
         ):
             return super().forward(x, *args, **kwargs)
         downs = [self.lora_A[name].weight for name in names]  # each [R, K]
-        ups = [self.lora_B[name].weight * self.scaling[name] for name in names]  # each [N, R]
+        ups = [_scaled_b(self, name) for name in names]  # each [N, R]
         down, up = (downs[0], ups[0]) if len(names) == 1 else (torch.cat(downs, 0), torch.cat(ups, 1))
-        return _add(self.base_layer, x, down.mT, up.mT)
+        return _add(self.base_layer, x, down.mT, up.mT, backend=self.efft_backend)
+
+
+def _scaled_b(layer: lora.Linear, name: str) -> Tensor:
+    b, scale = layer.lora_B[name].weight, layer.scaling[name]
+    return b if scale == 1 else b * scale
 
 
 def _drops(layer: lora.Linear, name: str) -> bool:
-    return not isinstance(layer.lora_dropout[name], nn.Identity)
+    dropout = layer.lora_dropout[name]
+    return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def _beyond(layer: lora.Linear, name: str) -> str | None:
@@ -522,7 +566,7 @@ def _beyond(layer: lora.Linear, name: str) -> str | None:
     return None
 
 
-def accelerate_lora(model: nn.Module, *, strict: bool = True) -> nn.Module:
+def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: bool = True) -> nn.Module:
     """Run the LoRA layers of a PEFT model on the kernels of this library, in place: same outputs and gradients.
 
     Nothing is copied: optimizers, checkpoints, load_state_dict, merging, further adapters and switching between them go
@@ -532,15 +576,17 @@ def accelerate_lora(model: nn.Module, *, strict: bool = True) -> nn.Module:
 
     Args:
         model: of get_peft_model, or any model with LoRA layers of PEFT in it.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
         strict: refuse a model of which a LoRA layer or adapter would gain nothing. False leaves those as they are.
 
     Returns:
         The model; :func:`restore_lora` undoes this.
 
     Raises:
-        ValueError: no LoRA layer; with strict, a layer that is not a plain Linear with LoRA (embeddings, convolutions,
+        ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA (embeddings, convolutions,
             quantized weights), DoRA and other variants, or lora_bias; all are named. Nothing has been changed then.
     """
+    check_backend(backend)
     found, refused = [], []
     for path, layer in model.named_modules():
         if not isinstance(layer, lora.LoraLayer) or isinstance(layer, FastLoraLinear):
@@ -561,7 +607,7 @@ def accelerate_lora(model: nn.Module, *, strict: bool = True) -> nn.Module:
     if not found and not any(isinstance(layer, FastLoraLinear) for layer in model.modules()):
         raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora could take")
     for layer in found:
-        layer.__class__ = FastLoraLinear
+        layer.__class__, layer.efft_backend = FastLoraLinear, backend
     return model
 
 
@@ -570,4 +616,5 @@ def restore_lora(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if type(layer) is FastLoraLinear:
             layer.__class__ = lora.Linear
+            del layer.efft_backend
     return model

@@ -275,10 +275,22 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_weight():
     model = adapt(vit())
     weights = {key: value.clone() for key, value in model.get_base_model().state_dict().items()}
     with torch.no_grad():
-        owned(model)["attn"].sigma[0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
-        model.merge_adapter(safe_merge=True)
-    assert_bits(dict(model.get_base_model().state_dict()), weights)
+        owned(model)["ffn"].sigma[-1, 0, 0] = torch.nan  # of the last layer
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+            merge(safe_merge=True)
+        assert_bits(dict(model.get_base_model().state_dict()), weights)
+        assert not any(layer.merged for layer in model.base_model._layers)
+
+
+def test_a_weight_that_cannot_be_merged_into_is_refused_before_the_first_is():
+    inner = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
+    model, x = adapt(nn.Sequential(inner), target_modules=["0.0", "0.1"]), torch.randn(3, 16)
+    y = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TypeError, match="0.1 must have a plain floating-point weight to merge into, got a Parametrized"):
+            merge()
+        assert torch.equal(model(x), y)
 
 
 def test_merging_ignores_dropout_and_leaves_the_mode():
