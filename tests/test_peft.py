@@ -183,8 +183,11 @@ def test_a_second_adapter_is_tied_and_trained_like_the_first(tmp_path):
     model, x = adapt(vit()), images()
     first = copy.deepcopy(owned(model).state_dict())
     y = model(x)
+    owned(model)["attn"].u.requires_grad_(False)
     model.add_adapter("second", EFFTPeftConfig(**{**SMALL, "rank": 3, "init_weights": False, "targets": ["attn"]}))
     assert torch.equal(model(x), y)
+    assert not owned(model)["attn"].u.requires_grad and owned(model)["attn"].v.requires_grad
+    assert not owned(model, "second")["attn"].training
     for name, linears in ("default", 8), ("second", 4):
         refers = [layer for layer in model.modules() if isinstance(layer, EFFTPeftLinear) and name in layer.efft_factors]
         assert len(refers) == linears and all(layer.efft_factors[name] is owned(model, name) for layer in refers)
@@ -334,6 +337,9 @@ def test_shared_cores_and_efft1_of_a_language_model():
     assert [g.spec.cores for g in owned(shared).values()] == [2, 2, 3]
     one = adapt(llama(intermediate_size=32, num_key_value_heads=4), variant="efft1", target_modules="all-linear")
     assert {name: g.spec.cores for name, g in owned(one).items()} == {"32x32": 14}
+    two = adapt(llama(), ffn_rank=[2, 3], zero_init="vu")
+    assert [g.spec.rank for g in owned(two).values()] == [(4, 4), (4, 4), (2, 3)]
+    assert [g.spec.zero for g in owned(two).values()] == ["v", "v", "u"]
     assert "lm_head" not in [path for g in owned(one).values() for path in g.slots]
 
 
