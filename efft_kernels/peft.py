@@ -217,8 +217,8 @@ def _add(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, backend: s
         like = {"device": weight.device} if autocast else {"device": weight.device, "dtype": weight.dtype}
         return lowrank_linear(x, weight, base.bias, down.to(**like), up.to(**like), backend=backend)
     y = base(x, *args, **kwargs)
-    p = x.to(down) @ down.to(x.device)
-    return y + (p @ up.to(p)).to(y.dtype)
+    p = x.to(down.dtype) @ down.to(x.device)
+    return y + (p @ up.to(p)).to(y)
 
 
 def _is_plain(base: nn.Module) -> bool:
@@ -409,6 +409,10 @@ class EFFTPeftModel(BaseTuner):
         for path, base in linears.items():
             if not isinstance(base, nn.Linear | Conv1D):
                 raise TypeError(f"{path} must be an nn.Linear or a Conv1D of transformers, got {type(base).__name__}")
+        found = {}
+        for path, base in linears.items():
+            if (other := found.setdefault(id(base.weight), path)) != path:
+                raise ValueError(f"{path} and {other} share one weight; adapt neither, or untie them")
         specs = _arrange(model, peft_config, bases, linears) if linears else []
         taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale"}
         taken |= {group for factors in self.efft_factors.values() for group in factors}
