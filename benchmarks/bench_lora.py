@@ -43,7 +43,9 @@ def variants(device: str) -> tuple[list[Method], dict[str, str]]:
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
-HEAD = ["step", "method", "ms", "quartiles", "/peft", "(cpu)", "no opt.", "/merged", "ops", "saved", "peak MiB", "trained"]
+HEAD = [
+    "step", "method", "ms", "quartiles", "/peft", "(cpu)", "no opt.", "/merged", "ops", "saved", "peak MiB", "trained",
+]  # fmt: skip
 
 
 def lines(rows: list[dict]) -> list[list[str]]:

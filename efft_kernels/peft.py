@@ -1,8 +1,8 @@
 """Hugging Face PEFT: EFFT as one of its methods, and its LoRA adapters on the kernels of this library.
 
-Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and everything behind it
-(saving, loading, several adapters, merging, Trainer) work as for PEFT's own. The factors belong to the tuner, once, as
-``efft_factors.<adapter>.<group>.<factor>``; layers refer to them without registering them, so nothing can untie them.
+Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and everything behind
+it (saving, loading, several adapters, merging, Trainer) work as for PEFT's own. The factors belong to the tuner, once,
+as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to them without registering them, so nothing can untie them.
 """
 
 import re
@@ -121,12 +121,12 @@ _FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
 def _arrange(
     model: nn.Module, config: EFFTPeftConfig, bases: dict[str, nn.Module], linears: dict[str, nn.Module]
 ) -> list[GroupSpec]:
-    """The groups of these Linears out of all modules (path -> base layer): the paper's where they fit, else by shape."""
+    """The groups of these Linears out of all modules (path -> base layer): the paper's where they fit, or by shape."""
     method = config.method()
     known = {site.path: site for site in find_sites(model, method, bases) if site.path in linears}
     for path, site in known.items():
         if not site.chosen:
-            raise ValueError(f"targets must name a matrix of {path}, which target_modules chooses, got {config.targets}")
+            raise ValueError(f"targets must name a matrix of {path}, chosen by target_modules, got {config.targets}")
         check_called(model, path, linears[path])
     specs = []
     try:
@@ -284,8 +284,8 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         weight = base._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
             raise TypeError(
-                f"{self.path} must have a plain floating-point weight to merge into, got a {type(base).__name__} with a "
-                f"{type(base.weight).__name__} of {base.weight.dtype}"
+                f"{self.path} must have a plain floating-point weight to merge into, got a {type(base).__name__} "
+                f"with a {type(base.weight).__name__} of {base.weight.dtype}"
             )
         weight = weight.detach()
         return weight.mT if isinstance(base, Conv1D) else weight
@@ -587,8 +587,9 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
         The model; :func:`restore_lora` undoes this.
 
     Raises:
-        ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA (embeddings, convolutions,
-            quantized weights), DoRA and other variants, or lora_bias; all are named. Nothing has been changed then.
+        ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA
+            (embeddings, convolutions, quantized weights), DoRA and other variants, or lora_bias, by name. Nothing has
+            been changed then.
     """
     check_backend(backend)
     found, refused = [], []

@@ -50,7 +50,7 @@ PAIRS = [
     ("EFFT1 and EFFT2", "efft", EFFTPeftConfig, {**BOTH, "variant": "efft1"}, BOTH),
 ]
 
-# PEFT version -> how many tests pass at least: fewer means that the suite was not found, or no longer asks for our cases
+# PEFT version -> how many tests pass at least; fewer means that the suite no longer asks for our cases
 PASSED = {"0.21.2": 441}
 passed = 0
 
