@@ -2,7 +2,8 @@
 
 Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and everything behind
 it (saving, loading, several adapters, merging, Trainer) work as for PEFT's own. The factors belong to the tuner, once,
-as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to them without registering them, so nothing can untie them.
+as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to them without registering them, so nothing can
+untie them.
 """
 
 import re
