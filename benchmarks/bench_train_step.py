@@ -248,14 +248,13 @@ def timings(samples: list[dict], name: str, which: slice, references: list[str],
     }
 
 
-def measure(args, record: dict) -> None:
+def measure(args, record: dict, found: list[Method]) -> None:
     """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
+    found = [m for m in found if args.methods is None or m.name in args.methods]
     lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
     with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
         for n, dtype in enumerate(args.dtype):
             bar.set_description(f"{args.model} {dtype}")
-            found, _ = methods.methods(args.device)
-            found = [m for m in found if args.methods is None or m.name in args.methods]
             setup -= time.perf_counter()
             built = build(args, dtype, found, record["left_out"], bar)
             now, samples = time.perf_counter(), []
@@ -514,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
     try:
-        measure(args, record)
+        measure(args, record, found)
     except KeyboardInterrupt:
         record["complete"] = False
     if not record["results"]:

@@ -29,7 +29,7 @@ _LINEARS = {
             "q": "attn.q_proj attn.q attention.q_proj attention.attention.query attention.self.query self_attn.q_proj",
             "k": "attn.k_proj attn.k attention.k_proj attention.attention.key attention.self.key self_attn.k_proj",
             "v": "attn.v_proj attn.v attention.v_proj attention.attention.value attention.self.value self_attn.v_proj",
-            "proj": "attn.proj attention.o_proj attention.output.dense self_attn.out_proj",
+            "proj": "attn.proj attention.o_proj attention.output.dense self_attn.out_proj self_attn.o_proj",
             "gate": "mlp.fc1_g mlp.gate_proj",
             "fc1": "mlp.fc1 mlp.fc1_x mlp.up_proj intermediate.dense",
             "fc2": "mlp.fc2 mlp.down_proj mlp.w3 mlp.weights_out output.dense",
@@ -102,7 +102,7 @@ def plan(model: nn.Module, config: _Config) -> Plan:
     """
     if not isinstance(config, _Config):
         raise TypeError(f"config must be an EFFTConfig or another config of efft_kernels, got {type(config).__name__}")
-    sites = [site for site in _sites(model, config) if site.chosen]
+    sites = [site for site in find_sites(model, config) if site.chosen]
     if not sites:
         raise ValueError(
             f"{type(model).__name__} has no Linears that targets={config.targets} name; known names inside a block "
@@ -117,9 +117,10 @@ def plan(model: nn.Module, config: _Config) -> Plan:
     return Plan(type(model).__name__, config, tuple(config.arrange(sites)))
 
 
-def _sites(model: nn.Module, config: _Config) -> list[Site]:
+def find_sites(model: nn.Module, config: _Config, named: dict[str, nn.Module] | None = None) -> list[Site]:
+    """The Linears whose place in a block is known by their names, out of all of the model or of ``named``."""
     linears = []  # (block prefix, container, path, parts, module)
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if named is None else named.items():
         match = _BLOCK.match(path) if isinstance(module, nn.Linear) else None
         if match and (parts := _LINEARS.get(path[match.end() + 1 :])):
             linears.append((match.group(), match["container"], path, parts, module))
@@ -148,6 +149,11 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
         raise ValueError(f"{path} belongs to a part of the model that is already injected; inject the whole or the part")
     if not module.weight.dtype.is_floating_point:
         raise TypeError(f"{path} must have a floating-point weight, got {module.weight.dtype}")
+    check_called(model, path, module)
+
+
+def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
+    """ValueError for a fused projection that its attention does not call, or whose parts differ in width."""
     if module.out_features % 3 and path.endswith("qkv"):
         raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
     parent = model.get_submodule(path.rpartition(".")[0])

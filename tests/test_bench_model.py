@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_inference  # noqa: E402
+import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
 import measure  # noqa: E402
 import methods  # noqa: E402
@@ -240,14 +241,27 @@ def test_inference(tmp_path, capsys):
     assert record["adapter_bytes"]["bfloat16"] < record["adapter_bytes"]["float32"]
 
 
-@pytest.mark.parametrize("script", [bench_train_step, bench_inference])
+def test_lora(tmp_path, capsys):
+    assert bench_lora.main([*SIZES, "--lora-rank", "2", "--out", str(tmp_path / "run")]) == 0
+    assert "after efft_kernels.peft.accelerate_lora" in capsys.readouterr().out
+    record = check_files(tmp_path / "run", "lora", tmp_path)
+    assert record.keys() == RECORD
+    bare = {row["method"]: row for row in record["results"] if row["pass"] == "forward+backward"}
+    assert list(bare) == ["merged", "peft_lora", "accelerated", "efft2_p0"]
+    assert bare["accelerated"]["ops"] < bare["peft_lora"]["ops"]
+    assert bare["accelerated"]["trained"] == bare["peft_lora"]["trained"]
+    assert record["summary"][0]["accelerated_ratio"].keys() == {"merged", "peft_lora"}
+
+
+@pytest.mark.parametrize("script", [bench_train_step, bench_inference, bench_lora])
 def test_interrupted(script, tmp_path, capsys, monkeypatch):
     def interleave(calls, lap, rounds, deadline):
         yield from measure.interleave(calls, lap, 2, deadline)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "interleave", interleave)
-    assert script.main([*SIZES, "--methods", "efft2", "--out", str(tmp_path)]) == 130
+    monkeypatch.setattr(bench_train_step if script is bench_lora else script, "interleave", interleave)
+    chosen = "accelerated" if script is bench_lora else "efft2"
+    assert script.main([*SIZES, "--lora-rank", "2", "--methods", chosen, "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
     record = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert record["complete"] is False

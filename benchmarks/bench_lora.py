@@ -1,0 +1,139 @@
+"""One training step of a vision transformer with LoRA by PEFT, and with the same LoRA on the kernels of this library.
+
+    python benchmarks/bench_lora.py                                     # ViT-B on this machine, under 3 minutes
+    python benchmarks/bench_lora.py --lora-rank 16 --seconds 600 --out DIR
+
+methods.py has what is compared, measure.py how it is measured, results/README.md what the files hold.
+"""
+
+import sys
+import textwrap
+
+import torch
+
+from bench_train_step import (
+    COLOURS, check, machine_line, make_record, measure, panels, parser, save, show_meanings,
+)  # fmt: skip  # isort: skip
+
+from torch import nn
+
+import methods
+import report
+from measure import MEMORY
+from methods import Method, Options
+from report import digits
+
+COLOURS.setdefault("accelerated", "#2166ac")
+
+
+def accelerated(base: nn.Module, o: Options) -> nn.Module:
+    model = methods.peft_lora(base, o)
+    from efft_kernels.peft import accelerate_lora
+
+    return accelerate_lora(model, backend=o.backend)
+
+
+def variants(device: str) -> tuple[list[Method], dict[str, str]]:
+    """What is compared here, and {name: why} for what cannot run on a device."""
+    known = {method.name: method for method in methods.methods(device)[0]}
+    meaning = "peft_lora after efft_kernels.peft.accelerate_lora: the same layers, parameters and optimizer"
+    fast = Method("accelerated", meaning, accelerated, True)
+    return [known["merged"], known["peft_lora"], fast, known["efft2_p0"]], {}
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+HEAD = [
+    "step", "method", "ms", "quartiles", "/peft", "(cpu)", "no opt.", "/merged", "ops", "saved", "peak MiB", "trained",
+]  # fmt: skip
+
+
+def lines(rows: list[dict]) -> list[list[str]]:
+    table = []
+    bare = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "forward+backward"}
+    for row in (row for row in rows if row["pass"] == "step"):
+        other = bare[row["dtype"], row["method"]]
+        kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
+        ratio = lambda row, name, clock="ratio": digits(row[clock].get(name, {}).get("median"))
+        table.append(
+            [
+                f"{row['model']} batch {row['batch']} {row['dtype']}",
+                row["method"],
+                digits(row["ms"]["median"]),
+                f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
+                ratio(row, "peft_lora"),
+                ratio(row, "peft_lora", "cpu_ratio"),
+                ratio(other, "peft_lora"),
+                ratio(row, "merged"),
+                f"{other['ops']}",
+                f"{row['saved_bytes'] / 2**20:.0f}",
+                f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+                f"{row['trained']:,}",
+            ]
+        )
+    return table
+
+
+def show(record: dict) -> None:
+    rows = record["results"]
+    if not record["complete"]:
+        print("\ninterrupted: what follows is partial")
+    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    show_meanings(record, {row["method"] for row in rows})
+    notes = {
+        "ms": "median of the rounds; /: median of the ratios within each round, (cpu) of process CPU time",
+        "no opt.": "forward and backward without AdamW, over the same of peft_lora",
+        "ops": "of forward and backward that are no views: launches at least, on a GPU",
+        "saved": "MiB that the forward saves for the backward, each storage once, without parameters",
+        "peak MiB": f"{MEMORY[record['arguments']['device']]}; +: kept between steps beside the optimizer's state",
+    }
+    print()
+    for name, note in notes.items():
+        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
+    print(machine_line(record))
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per dtype, for the step with and without the optimizer: ms by method, and accelerated over each reference."""
+    found = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for part in ("step", "forward+backward"):
+            own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
+            ratio = {name: value["median"] for name, value in own.get("accelerated", {}).get("ratio", {}).items()}
+            ms = {name: row["ms"]["median"] for name, row in own.items()}
+            found.append({"dtype": dtype, "pass": part, "ms": ms, "accelerated_ratio": ratio})
+    return found
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser(
+        "Time a training step of a vision transformer with LoRA on all Linears by PEFT, before and after "
+        "efft_kernels.peft.accelerate_lora. Without arguments: ViT-B, batch 4, float32.",
+        [method.name for method in variants("cpu")[0]],
+        "lora.json and lora.png",
+    )
+    args = p.parse_args(argv)
+    found, left_out = variants(args.device)
+    check(p, args, "merged", left_out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = make_record("lora", args, {m.name: m.meaning for m in found}, left_out)
+    try:
+        measure(args, record, found)
+    except KeyboardInterrupt:
+        record["complete"] = False
+    if not record["results"]:
+        print("interrupted before the first round: nothing to show")
+        return 130
+    record["summary"] = summary(record["results"])
+    show(record)
+    if args.out:
+        save(record, args.out, panels(record["results"]), "/ merged")
+    return 0 if record["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

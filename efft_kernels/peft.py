@@ -1,0 +1,626 @@
+"""Hugging Face PEFT: EFFT as one of its methods, and its LoRA adapters on the kernels of this library.
+
+Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and everything behind
+it (saving, loading, several adapters, merging, Trainer) work as for PEFT's own. The factors belong to the tuner, once,
+as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to them without registering them, so nothing can
+untie them.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import Adapters
+from .factors import _ATTENTION, EFFTConfig, EFFTGroup, GroupSpec, Part, Site, Slot, _fitting, _scaled
+from .inject import check_called, find_sites
+from .ops import check_backend, lowrank_linear, merge_
+
+try:
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import (
+        BaseTuner,
+        BaseTunerLayer,
+        _find_minimal_target_modules,
+        _get_in_out_features,
+        _maybe_include_all_linear_layers,
+        check_adapters_to_merge,
+    )
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+    from peft.utils.integrations import init_empty_weights
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(f'efft_kernels.peft needs PEFT: pip install "efft_kernels[peft]" ({error})') from error
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LOW = (torch.bfloat16, torch.float16)
+
+
+# -- EFFT: config -----------------------------------------------------------------------------------------------------
+
+
+def _register_type(name: str) -> None:
+    """PeftType is an enum, closed once it is made; this adds the member that its source would have had."""
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_, member._sort_order_ = name, name, len(PeftType)
+    member.__objclass__ = PeftType
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+
+
+_register_type("EFFT")
+
+
+@dataclass
+class EFFTPeftConfig(PeftConfig):
+    """EFFT (arXiv 2311.06749) for PEFT: dW_s = scale * U @ Sigma_s @ V, with U and V shared by a group of matrices.
+
+    Linears whose place in a block :func:`efft_kernels.inject` knows form the groups of the paper, as there; those of
+    other models, or of shapes that do not fit the paper's groups (grouped-query attention), form one group for each
+    shape and role, attention or not ("efft1": for each shape). A matrix and one of its transposed shape share a group.
+
+    Args:
+        variant, rank, scale, cores, factor_dropout, zero_init, targets, trainable_scale, ffn_rank: as
+            :class:`efft_kernels.EFFTConfig`. ``targets`` chooses among the Linears that are known by name, and within
+            a fused projection; of others all are taken.
+        target_modules: names of the Linears, or a regular expression, or "all-linear", as for other methods of PEFT.
+            None for what ``targets`` names, or, in a model without known Linears, for PEFT's own choice for LoRA.
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for other methods of PEFT.
+        init_weights: True for factors that change nothing at the start; False draws all of them, for tests.
+
+    Raises:
+        ValueError: an option outside what is stated there.
+    """
+
+    variant: str = "efft2"
+    rank: int | list[int] = 16
+    scale: float = 10.0
+    cores: str = "per_block"
+    factor_dropout: float = 0.1
+    zero_init: str = "v"
+    targets: list[str] = field(default_factory=lambda: ["attn", "mlp"])
+    trainable_scale: bool = False
+    ffn_rank: int | list[int] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.EFFT
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list | tuple):
+                setattr(self, name, set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
+        self.method()
+
+    def method(self) -> EFFTConfig:
+        """The config of this library that these options stand for."""
+        names = "variant rank scale cores factor_dropout zero_init targets trainable_scale ffn_rank".split()
+        return EFFTConfig(**{name: getattr(self, name) for name in names})
+
+
+# -- EFFT: groups -----------------------------------------------------------------------------------------------------
+
+_FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
+
+
+def _arrange(
+    model: nn.Module, config: EFFTPeftConfig, bases: dict[str, nn.Module], linears: dict[str, nn.Module]
+) -> list[GroupSpec]:
+    """The groups of these Linears out of all modules (path -> base layer): the paper's where they fit, or by shape."""
+    method = config.method()
+    known = {site.path: site for site in find_sites(model, method, bases) if site.path in linears}
+    for path, site in known.items():
+        if not site.chosen:
+            raise ValueError(f"targets must name a matrix of {path}, chosen by target_modules, got {config.targets}")
+        check_called(model, path, linears[path])
+    specs = []
+    try:
+        specs = method.arrange(list(known.values())) if known else []
+    except ValueError:  # shapes that the paper's groups cannot hold
+        known = {}
+    return specs + _by_shape({path: linear for path, linear in linears.items() if path not in known}, method)
+
+
+def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSpec]:
+    """One group for each role and shape; K is the smaller side, so a matrix meets those of its transposed shape."""
+    groups, blocks = {}, {}
+    for path, linear in linears.items():
+        K, N = _get_in_out_features(linear)
+        attention = re.search("attn|attention", path.lower()) is not None
+        fused = N == 3 * K and path.endswith(_FUSED)
+        parts, N = (_ATTENTION[:3], K) if fused else ((path.rpartition(".")[2],), N)
+        transposed = K > N
+        shape = (N, K) if transposed else (K, N)
+        role = "attn" if attention else "ffn"
+        key = (role, *shape) if method.variant == "efft2" else shape
+        cores, calls, slots = groups.setdefault(key, ({}, {}, []))
+        match = re.match(r".*?\.\d+(?=\.)", f".{path}")
+        block = blocks.setdefault(match.group() if match else "", len(blocks))
+        place = re.sub(r"\.\d+(?=\.)", ".*", f".{path}", count=1) if method.cores == "shared" else path
+        numbers = [cores.setdefault((place, part), len(cores)) for part in parts]
+        call = calls.setdefault(block if attention else path, len(calls))
+        site = Site(path, parts, parts, block, 0, *_get_in_out_features(linear))
+        columns = tuple(Part(core, 0, shape[1]) for core in numbers)
+        slots.append(Slot(site, columns, transposed, call))
+    specs = []
+    for key, (cores, _, slots) in groups.items():
+        *role, K, N = key
+        ffn = role == ["ffn"]
+        rank = _scaled(method.ffn_rank if ffn and method.ffn_rank is not None else method.rank, 1)
+        name = "_".join([*role, f"{K}x{N}"])
+        zero = method.zero_init[-1 if ffn else 0]
+        specs.append(GroupSpec(name, K, N, _fitting(rank, (K, N), name), len(cores), tuple(slots), zero))
+    return specs
+
+
+class _Factors(Adapters):
+    """The groups of one adapter, and their way of handing out pairs for a forward, as on an injected model."""
+
+    def __init__(self, name: str, groups: dict[str, EFFTGroup]):
+        super().__init__()
+        self.update(groups)
+        self.active = name
+
+    def groups(self) -> list[nn.Module]:
+        return list(self.values())
+
+    def of(self, path: str) -> EFFTGroup:
+        return next(group for group in self.values() if path in group.slots)
+
+    @torch.no_grad()
+    def at_rest(self, path: str) -> tuple[Tensor, Tensor]:
+        """(down, up) of one Linear without dropout, whatever mode the group is in"""
+        group = self.of(path)
+        training = group.training
+        try:
+            pair = group.eval().hand_out([group.slots[path]], None)[path]
+        finally:
+            group.train(training)
+        return pair.down, pair.up
+
+
+def _build(config: EFFTPeftConfig, specs: list[GroupSpec], linears: dict[str, nn.Module]) -> dict[str, EFFTGroup]:
+    groups, method = {}, config.method()
+    for spec in specs:
+        weight = linears[spec.slots[0].site.path].weight
+        if weight.dtype not in _FLOATS:  # quantized
+            weight = torch.empty(0, device=weight.device)
+        groups[spec.name] = group = EFFTGroup(spec, method, {spec.slots[0].site.path: weight})
+        if not config.init_weights:
+            nn.init.xavier_uniform_(getattr(group, spec.zero))
+    return groups
+
+
+# -- EFFT: layer ------------------------------------------------------------------------------------------------------
+
+
+def _add(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, backend: str | None = None, **kwargs) -> Tensor:
+    """base(x) + (x @ down) @ up: one pass over x where base is an nn.Linear and nothing else is called with it."""
+    weight = base.weight
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if _is_plain(base) and not args and not kwargs and (autocast or x.dtype == weight.dtype):
+        like = {"device": weight.device} if autocast else {"device": weight.device, "dtype": weight.dtype}
+        return lowrank_linear(x, weight, base.bias, down.to(**like), up.to(**like), backend=backend)
+    y = base(x, *args, **kwargs)
+    p = x.to(down.dtype) @ down.to(x.device)
+    return y + (p @ up.to(p)).to(y)
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether base(x) is F.linear of its weight and bias: no subclass, no hook, no forward put in its place."""
+    return (
+        type(base) is nn.Linear
+        and type(base.weight) in (nn.Parameter, Tensor)
+        and base.weight.dtype in _FLOATS
+        and "forward" not in base.__dict__
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+    )
+
+
+def _stamp(weight: Tensor) -> tuple:
+    """changes when the weight is written, moved or cast"""
+    version = -1 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.dtype, weight.device, version
+
+
+class EFFTPeftLinear(nn.Module, BaseTunerLayer):
+    """A Linear, or a Conv1D of transformers, with EFFT adapters: base(x) + sum over active ones of (x @ down) @ up."""
+
+    adapter_layer_names = ("efft_factors",)
+
+    def __init__(self, base_layer: nn.Module, path: str):
+        super().__init__()
+        self.base_layer, self.path = base_layer, path
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        # adapter -> factors; past nn.Module's registration, for they belong to the tuner
+        self.__dict__["efft_factors"] = nn.ModuleDict()
+        self._disable_adapters, self.merged_adapters, self._kept = False, [], None
+
+    def update_layer(self, adapter_name: str, factors: _Factors) -> None:
+        self.efft_factors[adapter_name] = factors
+        self.set_adapter(self.active_adapters)
+
+    def working(self) -> list[str]:
+        """The adapters that act in the next forward."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.efft_factors]
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        pairs = [self.efft_factors[name].pair(self.path) for name in self.working()]
+        if not pairs:
+            return self.base_layer(x, *args, **kwargs)
+        if len(pairs) == 1:
+            return _add(self.base_layer, x, pairs[0].down, pairs[0].up, *args, **kwargs)
+        down, up = torch.cat([pair.down for pair in pairs], 1), torch.cat([pair.up for pair in pairs], 0)
+        return _add(self.base_layer, x, down, up, *args, **kwargs)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of the base layer's weight, in its layout: [N, K], or [K, N] for a Conv1D."""
+        down, up = self.efft_factors[adapter].at_rest(self.path)
+        delta = down @ up
+        return delta if isinstance(self.get_base_layer(), Conv1D) else delta.mT
+
+    def _weight(self) -> Tensor:  # [N, K]
+        """a view of the base layer's weight, to be written"""
+        base = self.get_base_layer()
+        weight = base._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+            raise TypeError(
+                f"{self.path} must have a plain floating-point weight to merge into, got a {type(base).__name__} "
+                f"with a {type(base.weight).__name__} of {base.weight.dtype}"
+            )
+        weight = weight.detach()
+        return weight.mT if isinstance(base, Conv1D) else weight
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the update to the weight of the base layer, rounded once to its dtype.
+
+        Args:
+            safe_merge: into a copy first, which replaces the weight if all of it is finite.
+            adapter_names: which ones, None for the active.
+
+        Raises:
+            ValueError: safe_merge met what is not finite.
+            TypeError: a quantized or parametrized weight. The layer has not been changed then.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.efft_factors:
+                continue
+            weight = self._weight()
+            if self._kept is None or self._kept[1] != _stamp(weight):
+                before = weight.clone() if not self.merged else None
+            else:
+                before = self._kept[0]
+            down, up = (t.to(weight) for t in self.efft_factors[name].at_rest(self.path))
+            merged = weight.clone() if safe_merge else weight
+            merge_([merged], [down], [up])
+            if safe_merge:
+                if not torch.isfinite(merged).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                weight.copy_(merged)
+            self.merged_adapters.append(name)
+            self._kept = None if before is None else (before, _stamp(weight))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The weight as it was before :meth:`merge`, bit for bit; if it was changed since, less the updates."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        weight = self._weight()
+        if self._kept is not None and self._kept[1] == _stamp(weight):
+            weight.copy_(self._kept[0])
+        else:
+            for name in reversed(self.merged_adapters):
+                down, up = (t.to(weight) for t in self.efft_factors[name].at_rest(self.path))
+                merge_([weight], [-down], [up])
+        self.merged_adapters.clear()
+        self._kept = None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.efft_factors:
+            return
+        group = self.efft_factors[adapter_name].of(self.path)
+        if not any(p.is_meta for p in group.parameters()):
+            # to the dtype it was made in: that of the base layer, or what _cast_adapter_dtype has set since
+            group.to(device or self.get_base_layer().weight.device, group._like["dtype"])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"efft.{super().__repr__()}"
+
+
+# -- EFFT: tuner ------------------------------------------------------------------------------------------------------
+
+
+class EFFTPeftModel(BaseTuner):
+    """What get_peft_model makes for an :class:`EFFTPeftConfig`: it owns the factors and puts the layers in place."""
+
+    prefix = "efft_"
+    tuner_layer_cls = EFFTPeftLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    uses_shared_state = True
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if "efft_factors" not in self._modules:
+            self.efft_factors = nn.ModuleDict()
+            self._layers, self._hooks = [], ()
+        flags = {p: p.requires_grad for p in self.efft_factors.parameters()}
+        self._making = adapter_name, low_cpu_mem_usage
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            self._forget(adapter_name)
+            raise
+        finally:
+            del self._making
+        for p, flag in flags.items():  # a further adapter changes nothing about those that are there
+            p.requires_grad_(flag)
+        self._layers = [module for module in model.modules() if isinstance(module, EFFTPeftLinear)]
+        if not self._hooks:
+            self._hooks = (
+                model.register_forward_pre_hook(partial(_begin, self)),
+                model.register_forward_hook(partial(_end, self), always_call=True),
+            )
+
+    def _prepare_adapter_config(self, peft_config: EFFTPeftConfig, model_config: dict) -> EFFTPeftConfig:
+        if peft_config.target_modules is None:
+            bases = self._bases()
+            if paths := {site.path for site in find_sites(self.model, peft_config.method(), bases) if site.chosen}:
+                # endings of paths, for PEFT applies layers_to_transform to these alone
+                peft_config.target_modules = _find_minimal_target_modules(paths, set(bases) - paths)
+                return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: EFFTPeftConfig, model: nn.Module) -> None:
+        """Makes the factors, before any module is replaced: all that can be refused is refused here."""
+        adapter_name, low_cpu_mem_usage = self._making
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        bases = self._bases()
+        linears = {path: base for path, base in bases.items() if self._check_target_module_exists(peft_config, path)}
+        for path, base in linears.items():
+            if not isinstance(base, nn.Linear | Conv1D):
+                raise TypeError(f"{path} must be an nn.Linear or a Conv1D of transformers, got {type(base).__name__}")
+        found = {}
+        for path, base in linears.items():
+            if (other := found.setdefault(id(base.weight), path)) != path:
+                raise ValueError(f"{path} and {other} share one weight; adapt neither, or untie them")
+        specs = _arrange(model, peft_config, bases, linears) if linears else []
+        taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale"}
+        taken |= {group for factors in self.efft_factors.values() for group in factors}
+        if adapter_name in taken:
+            raise ValueError(f"adapter_name must differ from the names of groups and factors, got {adapter_name!r}")
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            factors = _Factors(adapter_name, _build(peft_config, specs, linears))
+        self.efft_factors[adapter_name] = factors.train(model.training)
+
+    def _bases(self) -> dict[str, nn.Module]:
+        """path -> module without the layers of other adapters around it, for all modules but the insides of layers"""
+        found, layer = {}, None
+        for path, module in self.model.named_modules():
+            if layer is not None and path.startswith(layer):
+                continue
+            if isinstance(module, EFFTPeftLinear):
+                layer, module = f"{path}.", module.get_base_layer()
+            if path:
+                found[path] = module
+        return found
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        factors = self.efft_factors[adapter_name]
+        if isinstance(target, EFFTPeftLinear):
+            target.update_layer(adapter_name, factors)
+            return
+        layer = EFFTPeftLinear(target, current_key).train(target.training)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, factors)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            for group in self.efft_factors[adapter_name].groups():
+                if group.u.dtype in _LOW or group._like["dtype"] in _LOW:
+                    group._like["dtype"] = torch.float32
+                    group.to(torch.float32)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        if adapter_name in self.efft_factors:
+            del self.efft_factors[adapter_name]
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self._layers:
+            layer._weight()  # refuses what cannot be written, before the first layer is
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As for other methods of PEFT; after an error all layers are as before."""
+        before = [layer.merged_adapters[:] for layer in self._layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, names in zip(self._layers, before):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge and not any(layer.merged for layer in self._layers):
+            self.merge_adapter(adapter_names, safe_merge=True)  # if one layer fails, none may be unloaded
+            self.unmerge_adapter()
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names must be None: EFFT has no mixed batches in PEFT")
+        yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        owner = "base_model.efft_factors."
+        if key.startswith(f"{owner}{adapter_name}."):
+            return owner + key.removeprefix(f"{owner}{adapter_name}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _begin(tuner: EFFTPeftModel, model: nn.Module, args) -> None:
+    for name in dict.fromkeys(name for layer in tuner._layers for name in layer.working()):
+        tuner.efft_factors[name].begin()
+
+
+def _end(tuner: EFFTPeftModel, model: nn.Module, args, output) -> None:
+    for factors in tuner.efft_factors.values():
+        factors.end(output)
+
+
+if PeftType.EFFT not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="efft", config_cls=EFFTPeftConfig, model_cls=EFFTPeftModel, prefix="efft_")
+
+
+# -- LoRA of PEFT on these kernels ------------------------------------------------------------------------------------
+
+
+class FastLoraLinear(lora.Linear):
+    """A LoRA layer of PEFT whose forward is one pass over x, for all active adapters together.
+
+    Made by changing the class of a layer: its parameters, names, configs and methods stay PEFT's. What the kernel does
+    not compute takes PEFT's own forward, call by call: dropout while training, mixed batches, merged or disabled
+    adapters, variants such as DoRA, a bias in lora_B, hooks on the parts.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if (
+            not names
+            or args
+            or kwargs
+            or self.disable_adapters
+            or self.merged
+            or not _is_plain(self.base_layer)
+            or any(_beyond(self, name) or _drops(self, name) for name in names)
+            or not (x.dtype == self.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        ):
+            return super().forward(x, *args, **kwargs)
+        downs = [self.lora_A[name].weight for name in names]  # each [R, K]
+        ups = [_scaled_b(self, name) for name in names]  # each [N, R]
+        down, up = (downs[0], ups[0]) if len(names) == 1 else (torch.cat(downs, 0), torch.cat(ups, 1))
+        return _add(self.base_layer, x, down.mT, up.mT, backend=self.efft_backend)
+
+
+def _scaled_b(layer: lora.Linear, name: str) -> Tensor:
+    b, scale = layer.lora_B[name].weight, layer.scaling[name]
+    return b if scale == 1 else b * scale
+
+
+def _drops(layer: lora.Linear, name: str) -> bool:
+    dropout = layer.lora_dropout[name]
+    return dropout.training and not isinstance(dropout, nn.Identity)
+
+
+def _beyond(layer: lora.Linear, name: str) -> str | None:
+    """what an adapter of a layer does beyond (x @ A.T) @ B.T * scaling, dropout aside"""
+    if (variant := layer.lora_variant.get(name)) is not None:
+        return type(variant).__name__
+    if layer.lora_B[name].bias is not None:
+        return "lora_bias=True"
+    if not (_is_plain(layer.lora_A[name]) and _is_plain(layer.lora_B[name])):
+        return f"hooks or a {type(layer.lora_A[name]).__name__} in its lora_A or lora_B"
+    return None
+
+
+def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: bool = True) -> nn.Module:
+    """Run the LoRA layers of a PEFT model on the kernels of this library, in place: same outputs and gradients.
+
+    Nothing is copied: optimizers, checkpoints, load_state_dict, merging, further adapters and switching between them go
+    on as before. Calls that the kernel cannot take, such as those with dropout while training, run PEFT's own code.
+    Factors in float32 beside a bfloat16 or float16 base, PEFT's default, enter the product in the dtype of the base, as
+    under autocast; they and their gradients stay float32.
+
+    Args:
+        model: of get_peft_model, or any model with LoRA layers of PEFT in it.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+        strict: refuse a model of which a LoRA layer or adapter would gain nothing. False leaves those as they are.
+
+    Returns:
+        The model; :func:`restore_lora` undoes this.
+
+    Raises:
+        ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA
+            (embeddings, convolutions, quantized weights), DoRA and other variants, or lora_bias, by name. Nothing has
+            been changed then.
+    """
+    check_backend(backend)
+    found, refused = [], []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer) or isinstance(layer, FastLoraLinear):
+            continue
+        if type(layer) is not lora.Linear or not _is_plain(layer.base_layer):
+            refused.append(f"{path}: a {type(layer).__name__} around {type(layer.get_base_layer()).__name__}")
+            continue
+        reasons = [f"{path}: adapter {name!r} has {why}" for name in layer.lora_A if (why := _beyond(layer, name))]
+        refused += reasons
+        if len(reasons) < len(layer.lora_A):
+            found.append(layer)
+    if strict and refused:
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise ValueError(
+            f"accelerate_lora takes LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves these "
+            "to PEFT"
+        )
+    if not found and not any(isinstance(layer, FastLoraLinear) for layer in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora could take")
+    for layer in found:
+        layer.__class__, layer.efft_backend = FastLoraLinear, backend
+    return model
+
+
+def restore_lora(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate_lora`: PEFT's own forwards again, with whatever was trained or loaded meanwhile."""
+    for layer in model.modules():
+        if type(layer) is FastLoraLinear:
+            layer.__class__ = lora.Linear
+            del layer.efft_backend
+    return model
