@@ -214,7 +214,7 @@ def limits(device: str, dtypes: list[str]) -> Limits:
 
 
 def _best_gemm(device: str, dtype: torch.dtype) -> float:
-    n = 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 384
+    n = 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 384  # slow where it has no instructions
     x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     products = [(lambda _: F.linear(x, w),)]
     if device == "cpu" and torch.backends.mkldnn.is_available() and dtype == torch.float32:

@@ -208,3 +208,14 @@ def test_runs_from_anywhere(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "bench_forward.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "--backward" in done.stdout, done.stderr
+
+
+def test_limits_are_raised_to_what_a_variant_reached():
+    row = {"dtype": "float32", "flops": 8.0, "bytes": 1.0}
+    rows = [row | {"ms": {"median": 1e3 * t}} for t in (1.0, 4.0)]
+    record = {"results": rows, "limits": {"flops": {"float32": 2.0}, "bandwidth": 1.0, "source": "measured"}}
+    bench_forward.raise_limits(record)
+    assert record["limits"] == {
+        "flops": {"float32": 8.0}, "bandwidth": 1.0, "source": "measured; more where a variant showed more",
+    }  # fmt: skip
+    assert [row["floor_share"] for row in rows] == [1.0, 0.25]
