@@ -1,4 +1,4 @@
-"""Data for fine-tuning: folders, lists and built-in sources, and a sentence for everything that can be wrong with them."""
+"""Data for fine-tuning: folders, lists and built-in sources, and a sentence for what can be wrong with them."""
 
 import random
 import subprocess
@@ -217,6 +217,7 @@ def test_kept_equals_read(tmp_path):
 
 
 def test_importing_it_loads_nothing_heavy():
-    code = "import sys, efft_kernels.finetune.settings, efft_kernels.finetune.data; print([m for m in ('timm', 'accelerate', 'transformers', 'sklearn') if m in sys.modules])"
+    heavy = ("timm", "accelerate", "transformers", "sklearn")
+    code = f"import sys, efft_kernels.finetune.data; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

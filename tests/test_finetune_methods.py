@@ -19,7 +19,7 @@ SMALL = {
     **{name: {"rank": 4, "scale": 1.0} for name in ("fact-tt", "fact-tk", "efft1", "efft2")},
     "noah": {"bottleneck": (4, 0), "lora_rank": (0, 2), "tokens": (2, 0)},
 }
-# (method, options) -> trained parameters on ViT-B/16 without the head: formulas of the papers, printed figures in millions
+# trained parameters on ViT-B/16 without the head: formulas of the papers, printed figures in millions
 COUNTS = [
     ("full", {}, 85_798_656, 85.8),
     ("linear", {}, 0, 0.0),
@@ -60,9 +60,18 @@ def test_ssf_with_heads_is_the_printed_figure():
 
 
 def test_table_has_the_methods():
-    assert {"full", "linear", "bitfit", "vpt-shallow", "vpt-deep", "adapter", "adaptformer", "lora", "ssf", "fact-tt"} | {
-        *("fact-tk", "efft1", "efft2", "noah")
-    } == set(methods.METHODS)
+    assert {
+        "full",
+        "linear",
+        "bitfit",
+        "vpt-shallow",
+        "vpt-deep",
+        "adapter",
+        "adaptformer",
+        "lora",
+        "ssf",
+        "fact-tt",
+    } | {*("fact-tk", "efft1", "efft2", "noah")} == set(methods.METHODS)
 
 
 def prepared(name, **options):
@@ -105,7 +114,11 @@ def test_learns_changes_only_its_own_and_comes_back_from_a_file(name, tmp_path):
         assert changed == {key for key, _ in model.named_parameters()}
     else:
         outside = {key for key in changed if not key.startswith(heads)}
-        allowed = {key for key in before if key.endswith(TRAINED.get(name, ())) and not key.startswith(heads)} if name in TRAINED else added
+        allowed = (
+            {key for key in before if key.endswith(TRAINED.get(name, ())) and not key.startswith(heads)}
+            if name in TRAINED
+            else added
+        )
         assert outside == allowed if name != "linear" else not outside
 
     path = tmp_path / "adapter.safetensors"
@@ -172,7 +185,9 @@ def test_swin(name):
 def test_transformers(name):
     timm()
     transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16
+    )
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=4)).eval()
     methods.apply(name, model, SMALL.get(name))
     F.cross_entropy(model(images()).logits, torch.arange(2)).backward()

@@ -56,7 +56,9 @@ def test_files(kind, name, make, tmp_path):
 def test_same_number_of_classes_keeps_no_head(tmp_path):
     source = vit(num_classes=5, **SIZES)
     torch.save(source.state_dict(), tmp_path / "a.pth")
-    assert not torch.equal(make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "a.pth")).head.weight, source.head.weight)
+    assert not torch.equal(
+        make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "a.pth")).head.weight, source.head.weight
+    )
 
 
 def npz_of(model, path):
@@ -79,7 +81,10 @@ def npz_of(model, path):
         attention = b + "MultiHeadDotProductAttention_1/"
         parts = zip(("query", "key", "value"), s[t + "attn.qkv.weight"].chunk(3), s[t + "attn.qkv.bias"].chunk(3))
         for part, weight, bias in parts:
-            out |= {attention + f"{part}/kernel": weight.T.reshape(d, h, d // h), attention + f"{part}/bias": bias.view(h, -1)}
+            out |= {
+                attention + f"{part}/kernel": weight.T.reshape(d, h, d // h),
+                attention + f"{part}/bias": bias.view(h, -1),
+            }
         out |= {attention + "out/kernel": s[t + "attn.proj.weight"].T.reshape(h, d // h, d)}
         out |= {attention + "out/bias": s[t + "attn.proj.bias"]}
         for n, ours in enumerate(("fc1", "fc2")):
@@ -94,7 +99,10 @@ def test_npz_of_the_original_vit(tmp_path):
     model = make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "ViT-B_16.npz"))
     assert_loaded(model, source)
     # for larger images the positions are interpolated
-    assert logits(make_model("vit_base_patch16_224", 5, 64, str(tmp_path / "ViT-B_16.npz")), images(size=64)).shape == (2, 5)
+    assert logits(make_model("vit_base_patch16_224", 5, 64, str(tmp_path / "ViT-B_16.npz")), images(size=64)).shape == (
+        2,
+        5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,10 @@ def test_npz_of_the_original_vit(tmp_path):
     [
         (lambda: b"no weights", "no file of weights"),
         (lambda: {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, "must hold blocks.0.attn.qkv.weight"),
-        (lambda: {k: t for k, t in vit(**SIZES).state_dict().items() if "blocks.1.mlp.fc2.bias" != k}, "lacks blocks.1.mlp.fc2.bias"),
+        (
+            lambda: {k: t for k, t in vit(**SIZES).state_dict().items() if "blocks.1.mlp.fc2.bias" != k},
+            "lacks blocks.1.mlp.fc2.bias",
+        ),
         (lambda: {**vit(**SIZES).state_dict(), "blocks.2.norm1.bias": torch.zeros(32)}, "has blocks.2.norm1.bias"),
     ],
 )
@@ -127,7 +138,9 @@ def test_weights_are_named():
 
 def test_folder_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16
+    )
     source = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=21))
     source.save_pretrained(tmp_path)
     model = make_model(f"hf:{tmp_path}", 5)

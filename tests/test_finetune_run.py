@@ -28,6 +28,7 @@ from test_finetune_data import folder, lists  # noqa: E402
 
 from efft_kernels.finetune import cli, loop, state  # noqa: E402
 from efft_kernels.finetune.loop import Interrupted, train  # noqa: E402
+from efft_kernels.finetune.models import make_model  # noqa: E402
 from efft_kernels.finetune.settings import Settings  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
@@ -91,16 +92,17 @@ def start(settings, prepare=lambda number: None, number=0):
     return process
 
 
-def killed_and_resumed(settings, kills: int, seed: int) -> int:
-    """Kill a run that often at random moments, then let it end; the number of kills that met it alive."""
+def killed_and_resumed(settings, kills: int, seed: int, seconds: float) -> int:
+    """Kill a run that often, at random moments up to some seconds after it has taken a step, or, one time in four, at
+    at a moment of its start; then let it end. The number of kills that met it alive.
+    """
     draw, met = random.Random(seed), 0
-    began = time.perf_counter()
-    first = start(replace(settings, out=f"{settings.out}-timed"))
-    first.join()
-    span = time.perf_counter() - began
     for _ in range(kills):
+        known = state.states(Path(settings.out))
         process = start(settings)
-        time.sleep(draw.uniform(0.2, 0.9) * span)
+        while draw.random() > 0.01 and state.states(Path(settings.out)) == known and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, seconds))
         met += process.is_alive()
         process.kill()
         process.join()
@@ -111,7 +113,7 @@ def killed_and_resumed(settings, kills: int, seed: int) -> int:
 
 
 def test_killed_at_random_moments_and_resumed(photos, whole, tmp_path):
-    assert killed_and_resumed(tiny(photos, tmp_path / "out"), 3, seed=0) >= 1
+    assert killed_and_resumed(tiny(photos, tmp_path / "out"), 3, seed=0, seconds=0.15) >= 1
     assert end(tmp_path / "out") == whole
 
 
@@ -239,7 +241,12 @@ def test_full_disk(disk, photos, whole, capfd):
     process.join()
     assert process.exitcode == cli.STORAGE
     said = capfd.readouterr().err.strip().splitlines()[-1]
-    for words in ("no space left", "state of step 6 could not be written", "state of step 4 is complete", "same command"):
+    for words in (
+        "no space left",
+        "state of step 6 could not be written",
+        "state of step 4 is complete",
+        "same command",
+    ):
         assert words in said
     assert len(state.states(disk / "out")) == 2 and not list((disk / "out").glob(".partial*"))
     (disk / "filler").unlink()
@@ -307,9 +314,36 @@ def test_accumulated_parts_equal_the_batch(photos, exact, tmp_path):
 
 @pytest.mark.parametrize("fsdp", ["false", "true"], ids=["ddp", "fsdp"])
 def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    run += ["--rdzv-endpoint=localhost:0", "-m", "efft_kernels.finetune.cli", "--data", str(photos), "--out", str(tmp_path)]
-    run += [*FLAGS, "--dtype", "float64", "--drop_path", "0", "--factor_dropout", "0", "--epochs", "3", "--workers", "0"]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+    ]
+    run += [
+        "--rdzv-endpoint=localhost:0",
+        "-m",
+        "efft_kernels.finetune.cli",
+        "--data",
+        str(photos),
+        "--out",
+        str(tmp_path),
+    ]
+    run += [
+        *FLAGS,
+        "--dtype",
+        "float64",
+        "--drop_path",
+        "0",
+        "--factor_dropout",
+        "0",
+        "--epochs",
+        "3",
+        "--workers",
+        "0",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*run, "--fsdp", fsdp], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -358,7 +392,8 @@ def test_vtab_lists_train_on_train_and_val(tmp_path):
 def test_yaml_is_the_same_as_flags(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "data: photos\nout: runs/a\nrank: [4, 6]\nlr: 0.003\ntargets: [attn]\nselect: val\nmethod: efft2\nblocks: [0, 2]\n"
+        "data: photos\nout: runs/a\nrank: [4, 6]\nlr: 0.003\n"
+        "targets: [attn]\nselect: val\nmethod: efft2\nblocks: [0, 2]\n"
     )
     flags = "--data photos --out runs/a --rank [4,6] --lr 3e-3 --targets [attn] --select=val --blocks [0,2]".split()
     assert cli.settings(["--config", str(path)]) == cli.settings(flags)
@@ -412,7 +447,10 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
     with pytest.raises(ValueError, match="differs in the images"):
         train(replace(settings, data=str(other)), progress=False)
-    assert train(replace(settings, lr=0.1, resume=False), progress=False).metrics["test"]["loss"] != first.metrics["test"]["loss"]
+    assert (
+        train(replace(settings, lr=0.1, resume=False), progress=False).metrics["test"]["loss"]
+        != first.metrics["test"]["loss"]
+    )
     with state.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
         train(settings, progress=False)
 
@@ -460,6 +498,21 @@ def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, c
         torch.testing.assert_close(plain.eval()(x), restore(result.out)[0](x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
+    from efft_kernels.finetune import use
+
+    def make(*args):
+        model = make_model(*args)
+        model.mask_token = torch.nn.Parameter(torch.ones(3))
+        return model
+
+    monkeypatch.setattr(loop, "make_model", make)
+    monkeypatch.setattr(use, "make_model", make)
+    settings = tiny(photos, tmp_path, method="full", rank=None, epochs=1)
+    train(settings, progress=False)
+    assert torch.equal(use.restore(tmp_path)[0].mask_token, torch.ones(3))
+
+
 def test_learns(tmp_path):
     """two kinds of picture that differ: all of the test part is right in the end"""
     import numpy as np
@@ -480,11 +533,15 @@ def test_learns(tmp_path):
 if __name__ == "__main__":
     import tempfile
 
+    torch.set_num_threads(1)
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     with tempfile.TemporaryDirectory() as made:
         images = folder(Path(made) / "photos", ("train", "val", "test"), ("a", "b", "c"), n=8)
         chosen = tiny(images, Path(made) / "out", epochs=60)
-        met_ = killed_and_resumed(chosen, kills, seed=random.randrange(2**32))
-        same = end(chosen.out) == end(f"{chosen.out}-timed")
+        began = time.perf_counter()
+        train(replace(chosen, out=f"{chosen.out}-whole"), progress=False)
+        span = time.perf_counter() - began
+        met_ = killed_and_resumed(chosen, kills, random.randrange(2**32), span / (2 * kills))
+        same = end(chosen.out) == end(f"{chosen.out}-whole")
         print(f"{met_} of {kills} kills met the run alive; its end is {'identical' if same else 'DIFFERENT'}")
         sys.exit(not same)

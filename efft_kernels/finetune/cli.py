@@ -111,7 +111,11 @@ def _explained(error: Exception) -> int:
     from .loop import Interrupted
     from .state import StorageError
 
-    kinds = {Interrupted: INTERRUPTED, StorageError: STORAGE, (ValueError, TypeError, FileNotFoundError, ImportError): WRONG}
+    kinds = {
+        Interrupted: INTERRUPTED,
+        StorageError: STORAGE,
+        (ValueError, TypeError, FileNotFoundError, ImportError): WRONG,
+    }
     for kind, code in kinds.items():
         if isinstance(error, kind):
             text = error.strerror if isinstance(error, StorageError) and error.strerror else str(error)

@@ -239,7 +239,9 @@ def open_data(
     if hold_out and found.val is None:
         rest, val = held_out(found.train, val_fraction)
         if not len(val):
-            raise DataError(f"val_fraction must leave images to choose by, got {val_fraction} of {len(found.train)} in {name}")
+            raise DataError(
+                f"val_fraction must leave images to choose by, got {val_fraction} of {len(found.train)} in {name}"
+            )
         found = replace(found, train=rest, val=val)
     names = found.classes + tuple(f"class {i}" for i in range(len(found.classes), classes or 0))
     plain = transform(image_size, "none", interpolation)
@@ -388,7 +390,9 @@ class Pictures(torch.utils.data.Dataset):
         Raises:
             DataError: an image that cannot be read; of several, the first.
         """
-        self.kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8) if keep and self.seed is None else None
+        self.kept = (
+            torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8) if keep and self.seed is None else None
+        )
         kept = self.kept
 
         def read(i: int) -> None:

@@ -39,7 +39,9 @@ def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
 def _per_block(name: str, value: int | tuple[int, ...], n: int, least: int = 1) -> list[int]:
     sizes = [value] * n if type(value) is int else list(value)
     if len(sizes) != n or not all(type(size) is int and size >= least for size in sizes):
-        raise ValueError(f"{name} must be an int of at least {least}, or {n} of them, one for each block, got {value!r}")
+        raise ValueError(
+            f"{name} must be an int of at least {least}, or {n} of them, one for each block, got {value!r}"
+        )
     return sizes
 
 
@@ -179,12 +181,14 @@ def _stripped(module: nn.Module, args, out):
 
 
 def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool, least: int = 1) -> None:
-    """Tokens appended before the first block, for ``deep`` replaced before each further one, and taken off after the last.
+    """Tokens appended before the first block, with ``deep`` replaced before each other, taken off after the last.
 
     Attention has no order, so their place among the tokens is free; at the end, the model's own keep theirs.
     """
     attention = sites(model, "attn")
-    rope = next((key for key in ("rope", "rel_pos_bias", "shared_rel_pos") if getattr(model, key, None) is not None), None)
+    rope = next(
+        (key for key in ("rope", "rel_pos_bias", "shared_rel_pos") if getattr(model, key, None) is not None), None
+    )
     if len({site.stage for site in attention}) > 1 or rope:
         raise ValueError(
             f"prompts need blocks that take any number of tokens, but {type(model).__name__} has "

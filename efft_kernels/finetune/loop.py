@@ -1,8 +1,8 @@
 """Training: checks first, then steps that can be interrupted at any moment, then the files that a run leaves.
 
-Nothing random is carried from step to step: the order of an epoch depends on (seed, epoch), augmentation on (seed, epoch,
-image), dropout on (seed, step, part, process). So a state is weights, optimizer and counters, and a run that resumes
-from it takes the same steps, on a CPU bit for bit.
+Nothing random is carried from step to step: the order of an epoch depends on (seed, epoch), augmentation on (seed,
+epoch, image), dropout on (seed, step, part, process). So a state is weights, optimizer and counters, and a run
+that resumes from it takes the same steps, on a CPU bit for bit.
 """
 
 import contextlib
@@ -166,7 +166,8 @@ class _Run:
         share = s.accumulate * self.world
         if s.batch_size % share:
             raise ValueError(
-                f"batch_size must be a multiple of accumulate={s.accumulate} times {self.world} processes, got {s.batch_size}"
+                f"batch_size must be a multiple of accumulate={s.accumulate} times {self.world} processes, "
+                f"got {s.batch_size}"
             )
         choice = {"hold_out": s.select == "val", "classes": s.classes, "augment": s.augment, "seed": s.seed}
         fractions = {"test_fraction": s.test_fraction, "val_fraction": s.val_fraction}
@@ -210,7 +211,8 @@ class _Run:
             what = {"data": "the images", "weights": "the frozen weights"}
             said = [what.get(n) or f"{n} ({found.get(n)!r} there, {now[n]!r} now)" for n in differing]
             raise ValueError(
-                f"out must be a new folder, or resume false to start over: the run in {self.out} differs in {', '.join(said)}"
+                f"out must be a new folder, or resume false to start over: the run in {self.out} differs in "
+                f"{', '.join(said)}"
             )
 
     def _finished(self, data: Data) -> Result | None:
@@ -255,10 +257,12 @@ class _Run:
         if y.shape != (2, classes):
             raise ValueError(f"{s.model} must give [2, {classes}] for two images, got {list(y.shape)}")
         y.float().sum().backward()
-        for name, p in model.named_parameters():
-            if p.requires_grad and p.grad is None:
-                p.requires_grad_(False)
+        # left out of the steps, where DDP would wait for their gradients
+        self.unused = [p for p in methods.trainable_parameters(model) if p.grad is None]
+        for p in model.parameters():
             p.grad = None
+        for p in self.unused:
+            p.requires_grad_(False)
         if not methods.trainable_parameters(model):
             raise ValueError(f"method {s.method!r} trains nothing that the output of {s.model} depends on")
 
@@ -303,9 +307,12 @@ class _Run:
             pin_memory=self.device.type == "cuda",
         )
         writer = self._writer(steps)
-        with self._signals(), self._bar(steps * s.epochs * s.batch_size, "training", "img", self.step * s.batch_size) as bar:
+        with (
+            self._signals(),
+            self._bar(steps * s.epochs * s.batch_size, "training", "img", self.step * s.batch_size) as bar,
+        ):
             parts = iter(loader)
-            began, shown, start = time.perf_counter(), 0.0, self.step
+            began, shown = time.perf_counter(), 0.0
             methods.train_mode(self.model)
             while self.step < batches.total:
                 schedule.step_update(self.step)
@@ -316,7 +323,9 @@ class _Run:
                 if self.progress and now - shown > 0.5:
                     shown = now
                     loss, right, n = self.sums.tolist()
-                    bar.set_postfix_str(f"epoch {self.step / steps:.1f}, loss {loss / n:.4f}, top-1 {100 * right / n:.1f} %")
+                    bar.set_postfix_str(
+                        f"epoch {self.step / steps:.1f}, loss {loss / n:.4f}, top-1 {100 * right / n:.1f} %"
+                    )
                 self.seconds, self.seen = self.seconds + now - began, self.seen + s.batch_size
                 if self.step % steps == 0:
                     self._end_of_epoch(data, writer)
@@ -325,7 +334,9 @@ class _Run:
                 if stop or self.step % s.save_every == 0 or self.step == batches.total:
                     self._save()
                 if stop and self.step < batches.total:
-                    raise Interrupted(f"stopped after step {self.step} of {batches.total}; the same command goes on from there")
+                    raise Interrupted(
+                        f"stopped after step {self.step} of {batches.total}; the same command goes on from there"
+                    )
                 began = time.perf_counter()
             result = self._finish(data, writer)
         return result
@@ -347,7 +358,13 @@ class _Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             n = len(labels)
-            self.sums += torch.stack([loss.detach().double() * n, (y.detach().argmax(1) == labels).sum().double(), n + 0 * loss.detach().double()])
+            self.sums += torch.stack(
+                [
+                    loss.detach().double() * n,
+                    (y.detach().argmax(1) == labels).sum().double(),
+                    n + 0 * loss.detach().double(),
+                ]
+            )
 
     def _ready(self, images: Tensor) -> Tensor:  # uint8 [B, 3, S, S] -> normalised, on the device
         return (images.to(self.device, non_blocking=True).to(self.mean.dtype) - self.mean) / self.std
@@ -357,9 +374,14 @@ class _Run:
         loss, right, n = self.accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
         if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {self.step} is {loss}; a smaller lr or scale, or clip_grad, keeps it finite")
+            raise ValueError(
+                f"the loss of step {self.step} is {loss}; a smaller lr or scale, or clip_grad, keeps it finite"
+            )
         entry = {"epoch": self.step * s.batch_size // (len(data.train) // s.batch_size * s.batch_size)}
-        entry |= {"lr": self._plain_optimizer().param_groups[0]["lr"], "train": {"loss": loss / n, "top1": 100 * right / n}}
+        entry |= {
+            "lr": self._plain_optimizer().param_groups[0]["lr"],
+            "train": {"loss": loss / n, "top1": 100 * right / n},
+        }
         if data.val is not None:
             entry["val"] = self._evaluate(data.val, len(data.classes))
             if s.select == "val" and entry["val"]["top1"] > self.best.get("top1", -1):
@@ -545,6 +567,8 @@ class _Run:
                 model = make_model(s.model, len(record["classes"]), s.image_size, s.checkpoint)
                 methods.apply(s.method, model.to(getattr(torch, s.dtype)), s.options)
                 model.load_state_dict(weights, strict=False)
+            for p in self.unused:
+                p.requires_grad_(True)
             methods.save(s.method, s.options, model, self.out / record["result"]["adapter"], s.model)
             state.write(self.out / "curves.png", lambda file: curves(file, record))
             writer.close()
@@ -566,7 +590,9 @@ class _Run:
         tqdm = need("tqdm").tqdm
         quiet = not self.progress
         slow = 0.1 if sys.stderr.isatty() else 10.0
-        return tqdm(total=total, initial=done, desc=what, unit=unit, disable=quiet, mininterval=slow, dynamic_ncols=True)
+        return tqdm(
+            total=total, initial=done, desc=what, unit=unit, disable=quiet, mininterval=slow, dynamic_ncols=True
+        )
 
 
 def _sentence_of(batches: Iterator):

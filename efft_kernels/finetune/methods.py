@@ -1,7 +1,7 @@
 """The methods to compare, behind one interface: each prepares a model in place and leaves the right parameters trained.
 
-EFFT, FacT and LoRA are this library's. The others are modules that hooks put beside the Linears and norms of a backbone,
-so that the names in its state_dict stay; layers.py has them.
+EFFT, FacT and LoRA are this library's. The others are modules that hooks put beside the Linears and norms of a
+backbone, so that the names in its state_dict stay; layers.py has them.
 """
 
 import json
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "adapter",
-            "a bottleneck after each FFN (Pfeiffer, arXiv 2005.00247), or after attention too (Houlsby, arXiv 1902.00751)",
+            "a bottleneck after each FFN (Pfeiffer, arXiv 2005.00247), or attention too (Houlsby, arXiv 1902.00751)",
             {"bottleneck": 8, "placement": "pfeiffer"},
             _added(layers.add_adapters),
         ),

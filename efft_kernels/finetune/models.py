@@ -128,7 +128,9 @@ def _load(model: nn.Module, file: Path) -> None:
     unexpected = [key for key in unexpected if not key.startswith(("norm.", "fc_norm.", "pre_logits.", "mask_token"))]
     if missing or unexpected:
         wrong = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model has not"
-        raise ValueError(f"{file} does not fit this {type(model).__name__}: it {wrong} ({len(missing + unexpected)} names)")
+        raise ValueError(
+            f"{file} does not fit this {type(model).__name__}: it {wrong} ({len(missing + unexpected)} names)"
+        )
 
 
 def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str | None) -> nn.Module:
@@ -137,17 +139,23 @@ def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str |
     from transformers import AutoConfig, AutoModelForImageClassification
 
     if checkpoint not in (None, "download", "random"):
-        raise ValueError(f"checkpoint must be 'download', 'random' or unset for a model of transformers, got {checkpoint!r}")
+        raise ValueError(
+            f"checkpoint must be 'download', 'random' or unset for a model of transformers, got {checkpoint!r}"
+        )
     local = {"local_files_only": checkpoint != "download"}
     try:
         config = AutoConfig.from_pretrained(name, num_labels=classes, **local)
         if checkpoint == "random":
             config.image_size = image_size
             return AutoModelForImageClassification.from_config(config)
-        return AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **local)
+        return AutoModelForImageClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, **local
+        )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model 'hf:{name}' cannot be made (checkpoint='download' lets transformers fetch it): {first}") from error
+        raise ValueError(
+            f"model 'hf:{name}' cannot be made (checkpoint='download' lets transformers fetch it): {first}"
+        ) from error
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes]

@@ -150,5 +150,7 @@ def alone(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"out must be a folder of its own, but another process is training into {folder}") from error
+            raise ValueError(
+                f"out must be a folder of its own, but another process is training into {folder}"
+            ) from error
         yield

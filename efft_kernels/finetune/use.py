@@ -39,7 +39,9 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     model = make_model(settings.model, len(classes), settings.image_size, weights)
     methods.load(model.to(getattr(torch, settings.dtype)), Path(out) / result["adapter"])
     if methods.fingerprint(model) != record["identity"]["weights"]:
-        raise ValueError(f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}")
+        raise ValueError(
+            f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}"
+        )
     return model.eval(), record
 
 
@@ -57,7 +59,9 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
     if hasattr(model, "efft"):
         merge(model, keep_weights=False)
     elif method not in ("full", "linear", "bitfit"):
-        raise ValueError(f"method {method!r} adds modules that cannot be folded into the weights; predict serves it as it is")
+        raise ValueError(
+            f"method {method!r} adds modules that cannot be folded into the weights; predict serves it as it is"
+        )
     tensors = {key: t.detach().clone().contiguous() for key, t in model.state_dict().items()}
     state.write(Path(path), lambda file: file.write(save(tensors, {"format": "pt"})))
     return Path(path)
