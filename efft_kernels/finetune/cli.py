@@ -1,0 +1,132 @@
+"""The command efft-finetune: settings from flags and YAML, sentences for errors, documented exit codes."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from .methods import METHODS
+from .models import need
+from .settings import Settings
+
+DONE, FAILED, WRONG, STORAGE, INTERRUPTED = 0, 1, 2, 74, 75
+
+_EPILOG = f"""
+further commands:
+  efft-finetune predict OUT IMAGE...        label images with a finished run
+  efft-finetune merge OUT FILE.safetensors  write its weights merged, for timm or transformers to load
+
+exit codes:
+  {DONE}   done: adapter.safetensors, metrics.json and curves.png are in OUT
+  {WRONG}   settings, data or weights that cannot be used; nothing was trained
+  {STORAGE}  the disk is full or fails; what was written before is whole, the same command goes on from there
+  {INTERRUPTED}  stopped by SIGTERM or SIGINT with its state saved; the same command goes on from there
+
+methods:
+""" + "\n".join(f"  {m.name:<12} {m.meaning}" for m in METHODS.values())
+
+
+def parser():
+    """The parser of the flags and of --config FILE.yaml; both have the names of Settings, and flags after it win."""
+    jsonargparse = need("jsonargparse")
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    made = jsonargparse.ArgumentParser(
+        prog="efft-finetune",
+        usage="efft-finetune --data DATA --out OUT [--config FILE.yaml] [--SETTING VALUE ...]",
+        description="Fine-tune a vision transformer on your images with EFFT or a method to compare it with.",
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+        default_env=False,
+    )
+    made.add_argument("--config", action="config", help="a YAML file with any of these settings")
+    made.add_class_arguments(Settings)
+    return made
+
+
+def settings(argv: Sequence[str]) -> Settings:
+    """The settings that arguments stand for. Exits with 2 and a sentence if they are none."""
+    found = parser().parse_args([_underscored(arg) for arg in argv])
+    return Settings(**{field.name: found[field.name] for field in fields(Settings)})
+
+
+def _underscored(arg: str) -> str:
+    """--batch-size=64 as --batch_size=64"""
+    name, equals, value = arg.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Handler()])
+    for name in ("httpx", "matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        if argv and argv[0] in ("predict", "merge"):
+            return _use(argv)
+        return _train(settings(argv))
+    except Exception as error:
+        return _explained(error)
+
+
+def _train(chosen: Settings) -> int:
+    from .loop import train
+
+    result = train(chosen)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for part, found in result.metrics.items():
+            print(f"{part}: top-1 {found['top1']:.2f} %, mean over classes {found['mean_class']:.2f} %")
+        print(f"adapter: {result.adapter}")
+        print(f"use it:  efft-finetune predict {result.out} IMAGE...")
+        if chosen.method.startswith(("efft", "fact", "lora")) or chosen.method in ("full", "linear", "bitfit"):
+            print(f"merge:   efft-finetune merge {result.out} {result.out / 'merged.safetensors'}")
+    return DONE
+
+
+def _use(argv: list[str]) -> int:
+    made = argparse.ArgumentParser(prog=f"efft-finetune {argv[0]}")
+    made.add_argument("out", help="folder of a finished run")
+    if argv[0] == "predict":
+        made.add_argument("images", nargs="+", metavar="IMAGE")
+    else:
+        made.add_argument("file", metavar="FILE.safetensors")
+    made.add_argument("--checkpoint", help="where the pre-trained weights are now, if they have moved")
+    given = made.parse_args(argv[1:])
+    from .use import merged, predict
+
+    if argv[0] == "predict":
+        for file, label, p in predict(given.out, given.images, given.checkpoint):
+            print(f"{file}\t{label}\t{p:.4f}")
+    else:
+        print(merged(given.out, given.file, given.checkpoint))
+    return DONE
+
+
+def _explained(error: Exception) -> int:
+    """One sentence for what a user can mend; a traceback for what is a fault of ours."""
+    from .loop import Interrupted
+    from .state import StorageError
+
+    kinds = {Interrupted: INTERRUPTED, StorageError: STORAGE, (ValueError, TypeError, FileNotFoundError, ImportError): WRONG}
+    for kind, code in kinds.items():
+        if isinstance(error, kind):
+            text = error.strerror if isinstance(error, StorageError) and error.strerror else str(error)
+            print(f"efft-finetune: {text}", file=sys.stderr)
+            return code
+    logging.getLogger("efft_kernels.finetune").exception("efft-finetune failed")
+    return FAILED
+
+
+class _Handler(logging.Handler):
+    """lines that do not tear the progress bar"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        need("tqdm").tqdm.write(self.format(record), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""Labelled images from a folder, from VTAB-1K's lists, or from a built-in source, checked before they are used."""
+
+import contextlib
+import os
+import random
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .models import need, timm
+
+VTAB_CLASSES = {
+    **{"cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10},
+    **{"sun397": 397, "patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5},
+    **{"clevr_count": 8, "clevr_dist": 6, "dmlab": 6, "kitti": 4, "dsprites_loc": 16, "dsprites_ori": 16},
+    **{"smallnorb_azi": 18, "smallnorb_ele": 9},
+}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_LISTS = ("train800", "val200", "train800val200", "test")
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names the file and the line."""
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """A sequence of labelled images. Subclasses say how one is loaded and what it is called."""
+
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, i: int):
+        """The i-th image, a PIL.Image in RGB."""
+        raise NotImplementedError
+
+    def where(self, i: int) -> str:
+        """What to call the i-th image in an error: its file, and the line that names it."""
+        raise NotImplementedError
+
+    def key(self, i: int) -> str:
+        """Equal exactly for equal images, as far as that can be told without reading them."""
+        return self.where(i)
+
+
+@dataclass(frozen=True)
+class Files(Images):
+    """Image files. ``lines``, where there is a list: its path and the line of each image in it."""
+
+    root: Path
+    paths: tuple[str, ...]  # relative to root
+    labels: tuple[int, ...]
+    lines: tuple[tuple[Path, int], ...] | None = None
+
+    def load(self, i: int):
+        from PIL import Image
+
+        try:
+            with Image.open(self.root / self.paths[i]) as image:
+                return image.convert("RGB")
+        except FileNotFoundError as error:
+            raise DataError(f"{self.where(i)} does not exist") from error
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.where(i)} cannot be read as an image: {error}") from error
+
+    def where(self, i: int) -> str:
+        line = f" ({self.lines[i][0]}, line {self.lines[i][1]})" if self.lines else ""
+        return f"{self.root / self.paths[i]}{line}"
+
+    def key(self, i: int) -> str:
+        try:
+            size = (self.root / self.paths[i]).stat().st_size
+        except OSError as error:
+            raise DataError(f"{self.where(i)} does not exist") from error
+        return f"{self.paths[i]} {size}"
+
+
+@dataclass(frozen=True)
+class Arrays(Images):
+    """Pictures that are computed, or in memory: ``pixels[i]`` is a numpy array, uint8, [H, W] or [H, W, 3]."""
+
+    name: str
+    pixels: Sequence
+    labels: Sequence[int]
+
+    def load(self, i: int):
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[i]).convert("RGB")
+
+    def where(self, i: int) -> str:
+        return f"image {i} of {self.name}"
+
+
+@dataclass(frozen=True)
+class Subset(Images):
+    """Some images of others."""
+
+    of: tuple[Images, ...]
+    index: tuple[tuple[int, int], ...]  # (which of them, number in it)
+
+    @property
+    def labels(self) -> list[int]:
+        return [int(self.of[part].labels[i]) for part, i in self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def load(self, i: int):
+        part, j = self.index[i]
+        return self.of[part].load(j)
+
+    def where(self, i: int) -> str:
+        part, j = self.index[i]
+        return self.of[part].where(j)
+
+    def key(self, i: int) -> str:
+        part, j = self.index[i]
+        return self.of[part].key(j)
+
+
+def joined(*parts: Images) -> Images:
+    return Subset(parts, tuple((part, i) for part, images in enumerate(parts) for i in range(len(images))))
+
+
+def held_out(images: Images, fraction: float) -> tuple[Images, Images]:
+    """(the rest, a fraction of each class, at least one image where there are two). Always the same."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+    members, labels = {}, images.labels
+    for i in order:
+        members.setdefault(int(labels[i]), []).append(i)
+    held = set()
+    for found in members.values():
+        held.update(found[: min(max(1, round(fraction * len(found))), len(found) - 1)])
+    parts = [i for i in range(len(images)) if i not in held], sorted(held)
+    return tuple(Subset((images,), tuple((0, i) for i in part)) for part in parts)
+
+
+# -- data sets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data set holds. ``protocol``: val is there to choose by, and is trained on otherwise (VTAB-1K)."""
+
+    train: Images
+    val: Images | None
+    test: Images | None
+    classes: tuple[str, ...]  # their names
+    protocol: bool = False
+
+
+# name -> what makes the Source; sources.py has the built-in ones
+SOURCES: dict[str, Callable[[], Source]] = {}
+
+
+def source(name: str):
+    """Decorator: registers a function without arguments that gives a Source."""
+
+    def register(function: Callable[[], Source]) -> Callable[[], Source]:
+        SOURCES[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is judged by. Items of the parts are (uint8 [3, S, S], label)."""
+
+    train: "Pictures"
+    val: "Pictures | None"
+    test: "Pictures | None"
+    classes: tuple[str, ...]
+
+    def parts(self) -> dict[str, "Pictures"]:
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def fingerprint(self) -> str:
+        """Of the names, sizes and labels of all images."""
+        digest = sha256(repr(self.classes).encode())
+        for name, part in self.parts().items():
+            digest.update(name.encode())
+            for i, label in enumerate(part.images.labels):
+                digest.update(f"{part.images.key(i)}\0{label}\n".encode())
+        return digest.hexdigest()
+
+
+def open_data(
+    spec: str | os.PathLike,
+    image_size: int = 224,
+    *,
+    hold_out: bool = False,
+    classes: int | None = None,
+    augment: str = "none",
+    interpolation: str = "bicubic",
+    seed: int = 0,
+    test_fraction: float = 0.2,
+    val_fraction: float = 0.2,
+) -> Data:
+    """Find the images and labels; reads lists and folders, no images. Arguments as in Settings.
+
+    Args:
+        spec: the name of a built-in source, or a folder (``./digits`` for a folder with such a name).
+        hold_out: whether a validation part is needed to choose by.
+
+    Raises:
+        DataError: nothing there, or a line, label or folder that makes no sense, with its name.
+    """
+    from . import sources  # noqa: F401, registers the built-in ones
+
+    name = os.fspath(spec)
+    if name in SOURCES:
+        found = SOURCES[name]()
+    else:
+        root = Path(name)
+        if not root.is_dir():
+            raise DataError(f"data must be a folder or one of {', '.join(sorted(SOURCES))}, got {name!r}")
+        if any((root / f"{part}.txt").exists() for part in _LISTS):
+            found = _lists(root, hold_out, classes)
+        else:
+            found = _folder(root, test_fraction)
+    if classes is not None and classes < len(found.classes):
+        raise DataError(f"classes must be at least the {len(found.classes)} of {name}, got {classes}")
+    if found.protocol and not hold_out and found.val is not None:
+        found = replace(found, train=joined(found.train, found.val), val=None)
+    if hold_out and found.val is None:
+        rest, val = held_out(found.train, val_fraction)
+        if not len(val):
+            raise DataError(f"val_fraction must leave images to choose by, got {val_fraction} of {len(found.train)} in {name}")
+        found = replace(found, train=rest, val=val)
+    names = found.classes + tuple(f"class {i}" for i in range(len(found.classes), classes or 0))
+    plain = transform(image_size, "none", interpolation)
+    parts = (
+        None if images is None else Pictures(images, prepare, image_size, drawn)
+        for images, prepare, drawn in (
+            (found.train, transform(image_size, augment, interpolation), seed if augment != "none" else None),
+            (found.val, plain, None),
+            (found.test, plain, None),
+        )
+    )
+    return Data(*parts, names)
+
+
+def _folder(root: Path, test_fraction: float) -> Source:
+    """root/CLASS/*.jpg, or root/{train,val,test}/CLASS/*.jpg"""
+    below = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    parts = {part: next((below[n] for n in names if n in below), None) for part, names in _PARTS.items()}
+    if parts["train"] is None:
+        classes, images = _class_folders(root, None)
+        train, test = held_out(images, test_fraction) if test_fraction else (images, None)
+        return Source(train, None, test, classes)
+    classes, train = _class_folders(parts["train"], None)
+    val, test = (parts[part] and _class_folders(parts[part], classes)[1] for part in ("val", "test"))
+    return Source(train, val, test, classes)
+
+
+def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], Images]:
+    found = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    if not found:
+        raise DataError(f"{root} must have a folder of images for each class, but has no folders")
+    classes = classes or found
+    if unknown := set(found) - set(classes):
+        raise DataError(f"{root / min(unknown)} is no class of the training images: {', '.join(classes)}")
+    paths, labels = [], []
+    for name in found:
+        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+        if not files:
+            raise DataError(f"{root / name} must hold images ({', '.join(sorted(_SUFFIXES))}), but has none")
+        paths += [str(path.relative_to(root)) for path in files]
+        labels += [classes.index(name)] * len(files)
+    return classes, Files(root, tuple(paths), tuple(labels))
+
+
+def _lists(root: Path, hold_out: bool, classes: int | None) -> Source:
+    """VTAB-1K as NOAH keeps it: lists of "relative/path.jpg label" """
+    classes = classes or VTAB_CLASSES.get(root.resolve().name)
+    needed = {"train": "train800", "val": "val200"} if hold_out else {"train": "train800val200"}
+    read = {}
+    for part, name in {**needed, "test": "test"}.items():
+        if not (root / f"{name}.txt").is_file():
+            raise DataError(f"{root / name}.txt does not exist, but is needed beside {', '.join(_existing(root))}")
+        read[part] = _list(root, root / f"{name}.txt", classes)
+    count = classes or 1 + max(max(images.labels) for images in read.values())
+    return Source(read["train"], read.get("val"), read["test"], tuple(f"class {i}" for i in range(count)))
+
+
+def _existing(root: Path) -> list[str]:
+    return [f"{name}.txt" for name in _LISTS if (root / f"{name}.txt").exists()]
+
+
+def _list(root: Path, path: Path, classes: int | None) -> Files:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    paths, labels, places = [], [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"(\S.*?)\s+(\d+)", line.strip())
+        if not match:
+            raise DataError(f"{path}, line {number}, must be 'relative/path label', got {line.strip()[:80]!r}")
+        name, label = match[1], int(match[2])
+        if classes is not None and label >= classes:
+            raise DataError(f"{path}, line {number}, must have a label from 0 to {classes - 1}, got {label}")
+        if not (root / name).is_file():
+            raise DataError(f"{root / name} ({path}, line {number}) does not exist")
+        paths.append(name)
+        labels.append(label)
+        places.append((path, number))
+    if not paths:
+        raise DataError(f"{path} must list images, but is empty")
+    return Files(root, tuple(paths), tuple(labels), tuple(places))
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def transform(size: int, augment: str, interpolation: str):
+    """PIL image -> uint8 [3, S, S]: resized to the square without a crop, or as timm augments"""
+    timm()
+    from timm.data import create_transform
+
+    if augment == "none":
+        return create_transform(
+            size, crop_pct=1.0, crop_mode="squash", interpolation=interpolation, use_prefetcher=True
+        )
+    crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if augment == "flip" else {}
+    policy = {"auto_augment": "rand-m9-mstd0.5-inc1"} if augment == "rand" else {}
+    # a picture that is square from the start makes the crop of "flip" all of it
+    train = create_transform(
+        size, True, hflip=0.5, color_jitter=0.0, interpolation=interpolation, use_prefetcher=True, **crop, **policy
+    )
+    if augment != "flip":
+        return train
+    from torchvision.transforms import Compose, Resize
+    from torchvision.transforms.functional import InterpolationMode
+
+    return Compose([Resize((size, size), InterpolationMode(interpolation)), train])
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Images as tensors: items (uint8 [3, S, S], label), for a number i or a pair (epoch, i).
+
+    What augmentation draws depends on (seed, epoch, i) alone: not on workers, order, or what was drawn before.
+    """
+
+    def __init__(self, images: Images, transform, size: int, seed: int | None):
+        self.images, self.transform, self.size, self.seed = images, transform, size, seed
+        self.labels = [int(label) for label in images.labels]
+        self.kept: Tensor | None = None  # [N, 3, S, S] uint8
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def bytes(self) -> int:
+        """of all tensors"""
+        return len(self) * 3 * self.size**2
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        return self._pixels(epoch, i) if self.kept is None else self.kept[i], self.labels[i]
+
+    def _pixels(self, epoch: int, i: int) -> Tensor:
+        image = self.images.load(i)
+        if self.seed is None:
+            return torch.as_tensor(self.transform(image))
+        with _drawing(f"augment {self.seed} {epoch} {i}"):
+            return torch.as_tensor(self.transform(image))
+
+    def check(self, keep: bool, tick: Callable[[int], None] = lambda n: None) -> None:
+        """Read every image once, and keep the tensors if asked to and nothing random is done to them.
+
+        Raises:
+            DataError: an image that cannot be read; of several, the first.
+        """
+        self.kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8) if keep and self.seed is None else None
+        kept = self.kept
+
+        def read(i: int) -> None:
+            if kept is None:
+                self.images.load(i)
+            else:
+                kept[i] = torch.as_tensor(self.transform(self.images.load(i)))
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            try:
+                for _ in pool.map(read, range(len(self))):
+                    tick(1)
+            except BaseException:
+                self.kept = None
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+@contextlib.contextmanager
+def _drawing(key: str):
+    """Python's, numpy's and torch's generators seeded from a text, and as they were afterwards."""
+    numpy = need("numpy")
+    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+    seed_all(key)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def seed_all(key: str) -> None:
+    """Seed Python, numpy and torch (all devices) from a text."""
+    seed = int.from_bytes(sha256(key.encode()).digest()[:8], "little")
+    random.seed(seed)
+    need("numpy").random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)

@@ -1,0 +1,241 @@
+"""The methods to compare, behind one interface: each prepares a model in place and leaves the right parameters trained.
+
+EFFT, FacT and LoRA are this library's. The others are modules that hooks put beside the Linears and norms of a backbone,
+so that the names in its state_dict stay; layers.py has them.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import load_adapter, save_adapter
+from ..factors import EFFTConfig, FacTConfig, LoRAConfig
+from ..inject import head_state, heads_of, inject
+from . import layers
+
+_FORMAT = "efft_kernels finetune 1"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune. ``options``: name -> default of what can be set."""
+
+    name: str
+    meaning: str
+    options: Mapping[str, object]
+    prepare: Callable[..., None]  # of a model and the options
+
+
+# -- this library's ---------------------------------------------------------------------------------------------------
+
+
+def _injected(name: str, meaning: str, config: type, **fixed) -> Method:
+    defaults = {field.name: field.default for field in fields(config) if field.name not in fixed}
+    return Method(name, meaning, defaults, lambda model, **options: inject(model, config(**fixed, **options)))
+
+
+# -- the others -------------------------------------------------------------------------------------------------------
+
+
+def _freeze(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for head in heads_of(model).values():
+        head.requires_grad_(True)
+
+
+def _full(model: nn.Module) -> None:
+    model.requires_grad_(True)
+
+
+def _bitfit(model: nn.Module) -> None:
+    _freeze(model)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.requires_grad_(True)
+
+
+def _added(add: Callable[..., None]) -> Callable[..., None]:
+    """freeze, then add modules, which are trained"""
+
+    def prepare(model: nn.Module, **options) -> None:
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        _freeze(model)
+        try:
+            add(model, **options)
+        except ValueError:
+            for name, p in model.named_parameters():
+                p.requires_grad_(flags.get(name, False))
+            raise
+
+    return prepare
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "every weight is trained", {}, _full),
+        Method("linear", "the head alone is trained", {}, _freeze),
+        Method("bitfit", "biases and head (BitFit, arXiv 2106.10199)", {}, _bitfit),
+        Method(
+            "vpt-shallow",
+            "prompts before the first block (VPT, arXiv 2203.12119)",
+            {"tokens": 50},
+            _added(partial(layers.add_prompts, deep=False)),
+        ),
+        Method(
+            "vpt-deep",
+            "prompts before every block (VPT, arXiv 2203.12119)",
+            {"tokens": 50},
+            _added(partial(layers.add_prompts, deep=True)),
+        ),
+        Method(
+            "adapter",
+            "a bottleneck after each FFN (Pfeiffer, arXiv 2005.00247), or after attention too (Houlsby, arXiv 1902.00751)",
+            {"bottleneck": 8, "placement": "pfeiffer"},
+            _added(layers.add_adapters),
+        ),
+        Method(
+            "adaptformer",
+            "a bottleneck beside each FFN (AdaptFormer, arXiv 2205.13535)",
+            {"bottleneck": 8, "scale": 0.1},
+            _added(layers.add_adaptformers),
+        ),
+        _injected("lora", "LoRA on q and v (arXiv 2106.09685)", LoRAConfig),
+        Method("ssf", "a scale and a shift after every operation (SSF, arXiv 2210.08823)", {}, _added(layers.add_ssf)),
+        _injected("fact-tt", "FacT, tensor train (arXiv 2212.03145)", FacTConfig, variant="tt"),
+        _injected("fact-tk", "FacT, Tucker (arXiv 2212.03145)", FacTConfig, variant="tk"),
+        _injected("efft1", "EFFT, one group (arXiv 2311.06749)", EFFTConfig, variant="efft1"),
+        _injected("efft2", "EFFT, attention and FFN apart (arXiv 2311.06749)", EFFTConfig, variant="efft2"),
+        Method(
+            "noah",
+            "one point of NOAH's search space: Adapter, LoRA and VPT together, sized block by block (arXiv 2206.04673)",
+            {"bottleneck": 8, "lora_rank": 8, "tokens": 8},
+            _added(layers.add_noah),
+        ),
+    )
+}
+
+
+# -- what the loop and users call -------------------------------------------------------------------------------------
+
+
+def check(name: str, options: Mapping[str, object]) -> None:
+    """Raises ValueError for an unknown method, or an option that it does not have."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    if unknown := sorted(set(options) - set(METHODS[name].options)):
+        has = f"has {', '.join(METHODS[name].options)}" if METHODS[name].options else "has none"
+        raise ValueError(f"{unknown[0]} is no option of method {name!r}, which {has}")
+
+
+def apply(name: str, model: nn.Module, options: Mapping[str, object] | None = None) -> nn.Module:
+    """Prepare a model, in place: what the method adds is there, what it trains requires gradients, the rest is frozen.
+
+    Args:
+        name: out of METHODS.
+        model: a vision transformer; for full, linear and bitfit any classifier.
+        options: of the method; what is left out has its default.
+
+    Raises:
+        ValueError: an unknown method or option, or a model that the method does not fit. The model is unchanged then.
+    """
+    options = dict(options or {})
+    check(name, options)
+    if not heads_of(model):
+        raise ValueError(f"model must have a head to train, but {type(model).__name__} has none")
+    METHODS[name].prepare(model, **{**METHODS[name].options, **options})
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer gets."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def count(model: nn.Module) -> int:
+    """Trained numbers without the head, as the papers count."""
+    heads = {id(p) for head in heads_of(model).values() for p in head.parameters()}
+    return sum(p.numel() for p in trainable_parameters(model) if id(p) not in heads)
+
+
+def train_mode(model: nn.Module) -> nn.Module:
+    """model.train(), but batch norms that are frozen keep their statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights that are not trained: which pre-trained model it is."""
+    digest = sha256()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            digest.update(name.encode())
+            digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save(name: str, options: Mapping[str, object], model: nn.Module, path: Path, base_model: str = "") -> None:
+    """Write what the method trained, with the head: an adapter file of save_adapter where the method is this library's.
+
+    Raises:
+        OSError: it cannot be written; an existing file is untouched then.
+    """
+    if hasattr(model, "efft"):
+        return save_adapter(model, path, base_model=base_model, head=True)
+    from safetensors.torch import save as to_bytes
+
+    from .state import write
+
+    tensors = {key: t.detach().clone().contiguous() for key, t in _state(model).items()}
+    made = {"format": _FORMAT, "method": name, "options": json.dumps(dict(options)), "base_model": base_model}
+    data = to_bytes(tensors, {**made, "model": type(model).__name__})
+    write(Path(path), lambda file: file.write(data))
+
+
+def load(model: nn.Module, path: Path) -> nn.Module:
+    """Put a file of :func:`save` on the model that it was made for, with a head for as many classes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or one for another model. The model may have been prepared for it by then.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no adapter file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                return load_adapter(model, path)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file, it may be truncated or corrupt: {error}") from error
+    apply(metadata["method"], model, json.loads(metadata["options"]))
+    own = _state(model)
+    wanted, found = ({key: tuple(t.shape) for key, t in state.items()} for state in (own, tensors))
+    if wanted != found:
+        key = min(wanted.items() ^ found.items())[0]
+        raise ValueError(f"{path} must hold {key} of shape {wanted.get(key)}, got {found.get(key)}")
+    with torch.no_grad():
+        for key, t in tensors.items():
+            own[key].copy_(t)
+    return model
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, the head, and where all is trained the buffers"""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad} | set(head_state(model))
+    buffers = {name for name, _ in model.named_buffers()} if all(p.requires_grad for p in model.parameters()) else set()
+    return {key: t for key, t in model.state_dict().items() if key in trained | buffers}

@@ -1,0 +1,167 @@
+"""Models by name, with weights that are named: a file, what timm or transformers fetch, or random ones."""
+
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..inject import heads_of
+
+_declared = []  # a torch.library.Library lives as long as someone refers to it
+
+
+def need(package: str):
+    """Import a package of the extra, or say which extra it is of."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise ImportError(f"{package} is missing: pip install 'efft_kernels[finetune]'", name=package) from error
+
+
+def timm():
+    """The timm package. Beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for op in ("nms", "qnms"):
+            _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        pass  # timm says what it needs
+    return need("timm")
+
+
+def make_model(
+    name: str, classes: int, image_size: int = 224, checkpoint: str | None = None, drop_path: float = 0.0
+) -> nn.Module:
+    """A classifier with a new head.
+
+    Args:
+        name: of a timm model, or "hf:" and a folder or name of transformers.
+        classes: of the head.
+        image_size: side of the images in pixels.
+        checkpoint: a file (.npz of the original ViT, .pth, .pt, .bin, .safetensors), "download", or "random".
+        drop_path: rate of stochastic depth, where the model has it.
+
+    Raises:
+        ValueError: an unknown model, no choice of weights, or weights that do not fit.
+        FileNotFoundError: no such file.
+    """
+    if name.startswith("hf:"):
+        return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint)
+    library = timm()
+    known = name.partition(".")[0]
+    if not library.is_model(known):
+        near = difflib.get_close_matches(known, library.list_models(), 3)
+        raise ValueError(
+            f"model must be a model of timm or 'hf:' and one of transformers, got {name!r}"
+            + f"; near it are {', '.join(near)}" * bool(near)
+        )
+    if checkpoint is None:
+        raise ValueError(
+            "checkpoint must name the pre-trained weights: a file, 'download' for those that timm fetches, or 'random' "
+            "for a control without pre-training"
+        )
+    file = None if checkpoint in ("download", "random") else Path(checkpoint)
+    if file and not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}")
+    options = {"num_classes": classes, "pretrained": checkpoint == "download", "drop_path_rate": drop_path}
+    try:
+        model = library.create_model(name, img_size=image_size, **options)
+    except (TypeError, RuntimeError) as error:
+        if "img_size" not in str(error):
+            raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
+        model = library.create_model(name, **options)  # its images may have any size
+    except AssertionError as error:
+        raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
+    if file:
+        _load(model, file)
+    return model
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    """All weights but the head's from a file; positions are interpolated to the model's grid."""
+    from timm.models import load_state_dict
+
+    if file.suffix == ".npz":
+        if not hasattr(model, "load_pretrained"):
+            raise ValueError(f"{file} is in the format of the original ViT, which {type(model).__name__} does not read")
+        try:
+            model.load_pretrained(str(file))
+        except (KeyError, ValueError, AssertionError, RuntimeError, OSError) as error:
+            raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error
+        return
+    try:
+        state = load_state_dict(str(file))
+    except Exception as error:  # unpickling raises anything
+        raise ValueError(f"{file} is no file of weights: {error}") from error
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    own = model.state_dict()
+    try:
+        state = adapt(state, model) if adapt else state
+        state = state.get("state_dict", state)
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error
+    heads = tuple(f"{key}." for key in heads_of(model))
+    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # a file's own classifier is dropped: the task has classes of its own
+    state = {
+        key: t
+        for key, t in state.items()
+        if not (key.startswith(heads) and (key not in own or key.rpartition(".")[0] in linears))
+    }
+    for key, t in state.items():
+        if key in own and own[key].shape != t.shape:
+            raise ValueError(f"{file} must hold {key} of shape {tuple(own[key].shape)}, got {tuple(t.shape)}")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.startswith(heads)]
+    # a norm that this model does not apply, such as the one before a pooling that it does not use, does no harm
+    unexpected = [key for key in unexpected if not key.startswith(("norm.", "fc_norm.", "pre_logits.", "mask_token"))]
+    if missing or unexpected:
+        wrong = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model has not"
+        raise ValueError(f"{file} does not fit this {type(model).__name__}: it {wrong} ({len(missing + unexpected)} names)")
+
+
+def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str | None) -> nn.Module:
+    timm()  # transformers meets the same torchvision
+    need("transformers")
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    if checkpoint not in (None, "download", "random"):
+        raise ValueError(f"checkpoint must be 'download', 'random' or unset for a model of transformers, got {checkpoint!r}")
+    local = {"local_files_only": checkpoint != "download"}
+    try:
+        config = AutoConfig.from_pretrained(name, num_labels=classes, **local)
+        if checkpoint == "random":
+            config.image_size = image_size
+            return AutoModelForImageClassification.from_config(config)
+        return AutoModelForImageClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True, **local)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model 'hf:{name}' cannot be made (checkpoint='download' lets transformers fetch it): {first}") from error
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes]
+    """What a model of either library says."""
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    if isinstance(size, int) and size != images.shape[-1]:
+        out = model(images, interpolate_pos_encoding=True)
+    else:
+        out = model(images)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def normalisation(model: nn.Module, how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of images in [0, 1] that a model wants."""
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    own = getattr(model, "pretrained_cfg", None) or {}
+    return (tuple(own["mean"]), tuple(own["std"])) if how == "model" and own.get("mean") else imagenet

@@ -1,0 +1,82 @@
+"""What to do with a finished run: its model again, a plain merged checkpoint, labels for images."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..inject import merge
+from . import methods, state
+from .data import Files, seed_all, transform
+from .models import logits, make_model, normalisation
+from .settings import Settings
+
+
+def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, dict]:
+    """The trained model of a finished run, in evaluation mode, and the record in its metrics.json.
+
+    Args:
+        out: the folder of the run.
+        checkpoint: where the pre-trained weights are now; None for where they were.
+
+    Raises:
+        FileNotFoundError: no finished run there, or its weights are gone.
+        ValueError: files that do not fit, pre-trained weights that are not those of the run.
+    """
+    path = Path(out) / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
+    try:
+        record = json.loads(path.read_text())
+        settings, result, classes = Settings(**record["settings"]), record["result"], record["classes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
+    weights = checkpoint or settings.checkpoint
+    if weights == "random":
+        seed_all(f"model {settings.seed}")
+    model = make_model(settings.model, len(classes), settings.image_size, weights)
+    methods.load(model.to(getattr(torch, settings.dtype)), Path(out) / result["adapter"])
+    if methods.fingerprint(model) != record["identity"]["weights"]:
+        raise ValueError(f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}")
+    return model.eval(), record
+
+
+def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> Path:
+    """Write the weights of a finished run as those of the plain model, safetensors, for timm or transformers to load.
+
+    Raises:
+        ValueError: a method whose modules cannot be folded into the weights; else as :func:`restore`.
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    model, record = restore(out, checkpoint)
+    method = record["settings"]["method"]
+    if hasattr(model, "efft"):
+        merge(model, keep_weights=False)
+    elif method not in ("full", "linear", "bitfit"):
+        raise ValueError(f"method {method!r} adds modules that cannot be folded into the weights; predict serves it as it is")
+    tensors = {key: t.detach().clone().contiguous() for key, t in model.state_dict().items()}
+    state.write(Path(path), lambda file: file.write(save(tensors, {"format": "pt"})))
+    return Path(path)
+
+
+@torch.no_grad()
+def predict(out: str | Path, files: list[str], checkpoint: str | None = None) -> Iterator[tuple[str, str, float]]:
+    """(file, class, probability) for each image file, by a finished run.
+
+    Raises:
+        data.DataError: a file that is not a readable image; else as :func:`restore`.
+    """
+    model, record = restore(out, checkpoint)
+    settings = Settings(**record["settings"])
+    prepare = transform(settings.image_size, "none", settings.interpolation)
+    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
+    images = Files(Path("."), tuple(files), (0,) * len(files))
+    for i, file in enumerate(files):
+        x = (torch.as_tensor(prepare(images.load(i))) - mean) / std
+        p = logits(model, x[None].to(getattr(torch, settings.dtype))).softmax(1)[0]
+        best = int(p.argmax())
+        yield file, record["classes"][best], float(p[best])
