@@ -11,6 +11,7 @@ import efft_kernels
 
 PACKAGE = Path(efft_kernels.__file__).parent
 KERNELS = {f"kernels.{p.stem}" for p in (PACKAGE / "kernels").glob("*.py")} | {"kernels"}
+FINETUNE = {f"finetune.{p.stem}" for p in (PACKAGE / "finetune").glob("*.py")} | {"finetune"}
 ALLOWED = {
     "ops": KERNELS,
     "factors": {"ops"},
@@ -19,7 +20,7 @@ ALLOWED = {
     "inject": {"adapted", "factors", "ops"},
     "adapter": {"inject", "adapted", "factors", "ops"},
     "analysis": {"inject", "factors"},
-    "finetune": {"inject", "adapter", "factors", "finetune"},
+    "finetune": {"inject", "adapter", "factors"} | FINETUNE,
     "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
     "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
     "__init__": {"ops", "factors", "linear", "inject", "adapter", "analysis"},

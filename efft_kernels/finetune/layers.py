@@ -169,7 +169,7 @@ def _prompted(module: nn.Module, args, kwargs):
     name = None if args else "hidden_states"
     x = args[0] if args else kwargs[name]
     x = x[:, : x.shape[1] - module.replaced] if module.replaced else x
-    x = module.prompt(x) if module.prompt is not None else x
+    x = module.prompt(x) if hasattr(module, "prompt") else x
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
 
@@ -178,7 +178,7 @@ def _stripped(module: nn.Module, args, out):
     return out[:, :-n] if isinstance(out, Tensor) else (out[0][:, :-n], *out[1:])
 
 
-def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool) -> None:
+def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool, least: int = 1) -> None:
     """Tokens appended before the first block, for ``deep`` replaced before each further one, and taken off after the last.
 
     Attention has no order, so their place among the tokens is free; at the end, the model's own keep theirs.
@@ -191,13 +191,12 @@ def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool) -> 
             + ("stages" if rope is None else f"positions in its attention ({rope})")
         )
     blocks = _blocks(model)
-    sizes = _per_block("tokens", tokens, len(blocks) if deep else 1, 0 if deep else 1)
+    sizes = _per_block("tokens", tokens, len(blocks) if deep else 1, least)
     d = attention[0].in_features
     patch = next((m.kernel_size[0] for m in model.modules() if isinstance(m, nn.Conv2d)), 16)
     before = 0
     for block, n in zip(blocks, sizes):
         block.replaced, before = before, n
-        block.prompt = None
         if n:
             _put(block, "prompt", Prompt(n, d, patch))
         block.register_forward_pre_hook(_prompted, with_kwargs=True)
@@ -252,6 +251,6 @@ def add_noah(
     n = len(_blocks(model))
     for name, value in (("bottleneck", bottleneck), ("lora_rank", lora_rank), ("tokens", tokens)):
         _per_block(name, value, n, 0)
-    add_prompts(model, tokens, deep=True)
+    add_prompts(model, tokens, deep=True, least=0)
     add_adapters(model, bottleneck)
     _add_lora(model, lora_rank)

@@ -1,0 +1,222 @@
+"""Data for fine-tuning: folders, lists and built-in sources, and a sentence for everything that can be wrong with them."""
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import timm
+
+pytest.importorskip("PIL")
+timm()
+from PIL import Image  # noqa: E402
+
+from efft_kernels.finetune import data as data_module  # noqa: E402
+from efft_kernels.finetune.data import Arrays, DataError, Source, open_data, source  # noqa: E402
+
+
+def picture(path, value=0, size=(20, 12)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def folder(root, parts=("",), classes=("cat", "dog"), n=5):
+    for part in parts:
+        for c, name in enumerate(classes):
+            for i in range(n):
+                picture(root / part / name / f"{i}.png", 10 * c + i)
+    return root
+
+
+def lists(root, name="cifar", n=4):
+    """NOAH's layout, with a name that has a space"""
+    root = root / name
+    for part, count in (("train800", n), ("val200", 2), ("test", 3)):
+        lines = []
+        for i in range(count):
+            picture(root / "images" / part / f"im {i}.png", i)
+            lines.append(f"images/{part}/im {i}.png {i}")
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    both = (root / "train800.txt").read_text() + (root / "val200.txt").read_text()
+    (root / "train800val200.txt").write_text(both)
+    return root
+
+
+# -- what is found ----------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_classes(tmp_path):
+    found = open_data(folder(tmp_path), 16)
+    assert found.classes == ("cat", "dog") and found.val is None
+    assert (len(found.train), len(found.test)) == (8, 2)
+    pixels, label = found.test[1]
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and label == 1
+    again = open_data(tmp_path, 16, hold_out=True)
+    assert [again.test.images.key(i) for i in range(2)] == [found.test.images.key(i) for i in range(2)]
+    keys = [{part.images.key(i) for i in range(len(part))} for part in again.parts().values()]
+    assert [len(part) for part in keys] == [6, 2, 2] and len(set.union(*keys)) == 10
+    assert again.fingerprint() != found.fingerprint() == open_data(tmp_path, 8).fingerprint()
+
+
+def test_folder_with_parts(tmp_path):
+    found = open_data(folder(tmp_path, ("train", "val", "test")), 16)
+    assert [len(part) for part in found.parts().values()] == [10, 10, 10]
+
+
+def test_vtab_lists(tmp_path):
+    root = lists(tmp_path)
+    whole, held = open_data(root, 16), open_data(root, 16, hold_out=True)
+    assert (len(whole.train), whole.val, len(whole.test)) == (6, None, 3)
+    assert (len(held.train), len(held.val), len(held.test)) == (4, 2, 3)
+    assert len(whole.classes) == 100
+    assert whole.train.labels == [0, 1, 2, 3, 0, 1]
+
+
+def test_source(monkeypatch):
+    monkeypatch.setattr(data_module, "SOURCES", dict(data_module.SOURCES))
+    images = np.arange(5 * 8 * 8, dtype=np.uint8).reshape(5, 8, 8)
+    part = lambda at: Arrays("toy", images[at], [0, 1, 0, 1, 1][at])
+    source("toy")(lambda: Source(part(slice(3)), part(slice(3, 4)), part(slice(4, 5)), ("a", "b"), protocol=True))
+    assert len(open_data("toy", 16).train) == 4
+    assert len(open_data("toy", 16, hold_out=True).val) == 1
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    found = open_data("digits", 32)
+    assert (len(found.train), len(found.test), len(found.classes)) == (1437, 360, 10)
+    assert found.train[0][0].max() > 200
+
+
+def test_whole_picture_resized(tmp_path):
+    """no crop: the four corners of a picture that is wide are there"""
+    path = tmp_path / "a" / "0.png"
+    path.parent.mkdir()
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:5, :15], pixels[-5:, -15:] = 255, 128
+    Image.fromarray(pixels).save(path)
+    (x, _) = open_data(tmp_path, 32, test_fraction=0.0, interpolation="bilinear").train[0]
+    assert x[:, 1, 1].tolist() == [255] * 3 and x[:, -2, -2].tolist() == [128] * 3
+
+
+def test_grey_palette_alpha_and_16_bit(tmp_path):
+    for i, mode in enumerate(("L", "P", "RGBA", "I;16", "CMYK", "1")):
+        image = Image.new(mode, (9, 9), 1)
+        (tmp_path / "a").mkdir(exist_ok=True)
+        image.save(tmp_path / "a" / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
+    found = open_data(tmp_path, 16, test_fraction=0.0)
+    found.train.check(keep=True)
+    assert found.train.kept.shape == (6, 3, 16, 16)
+
+
+# -- what can be wrong ------------------------------------------------------------------------------------------------
+
+
+def broken_line(root, line, part="train800val200"):
+    path = root / f"{part}.txt"
+    path.write_text(path.read_text() + line + "\n")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda root: broken_line(root, "images/train800/im 0.png"), ["train800val200.txt, line 7", "path label"]),
+        (lambda root: broken_line(root, "images/train800/im 0.png x"), ["line 7", "'images/train800/im 0.png x'"]),
+        (lambda root: broken_line(root, "images/train800/im 0.png 100"), ["line 7", "0 to 99", "100"]),
+        (lambda root: broken_line(root, "images/train800/im 0.png -1"), ["line 7", "-1"]),
+        (lambda root: broken_line(root, "images/none.png 1", "test"), ["images/none.png", "test.txt, line 4", "exist"]),
+        (lambda root: (root / "test.txt").write_text("\n \n"), ["test.txt", "empty"]),
+        (lambda root: (root / "test.txt").unlink(), ["test.txt", "does not exist", "train800.txt"]),
+        (lambda root: (root / "test.txt").write_bytes(b"\xff\xfe\x00"), ["test.txt", "cannot be read"]),
+    ],
+)
+def test_wrong_lists(spoil, words, tmp_path):
+    root = lists(tmp_path)
+    spoil(root)
+    with pytest.raises(DataError) as error:
+        open_data(root, 16)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_unreadable_image_of_a_list(content, keep, tmp_path):
+    root = lists(tmp_path)
+    path = root / "images/train800/im 2.png"
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(DataError) as error:
+        open_data(root, 16).train.check(keep)
+    assert "im 2.png" in str(error.value) and "train800val200.txt, line 3)" in str(error.value), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda root: None, ["folder of images for each class", "no folders"]),
+        (lambda root: (folder(root), (root / "bird").mkdir()), ["bird", "has none"]),
+        (lambda root: (folder(root, ("train",)), folder(root, ("test",), ("cow",))), ["test/cow", "cat, dog"]),
+    ],
+)
+def test_wrong_folders(make, words, tmp_path):
+    make(tmp_path)
+    with pytest.raises(DataError) as error:
+        open_data(tmp_path, 16)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_wrong_names(tmp_path):
+    with pytest.raises(DataError, match="data must be a folder or one of .*digits.*got 'nowhere'"):
+        open_data("nowhere")
+    with pytest.raises(DataError, match="classes must be at least the 2"):
+        open_data(folder(tmp_path), classes=1)
+
+
+# -- randomness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop", "rand"])
+def test_augmentation_depends_on_seed_epoch_and_image_alone(augment, tmp_path):
+    folder(tmp_path)
+    a, b, c = (open_data(tmp_path, 16, augment=augment, seed=seed) for seed in (1, 1, 2))
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    first = [a.train[2, i][0] for i in range(8)]
+    after = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    assert after == (torch.rand(1), random.random(), np.random.rand())
+    loader = torch.utils.data.DataLoader(b.train, batch_sampler=[[(2, i)] for i in reversed(range(8))], num_workers=2)
+    again = [x[0] for x, _ in loader][::-1]
+    assert all(torch.equal(x, y) for x, y in zip(first, again))
+    assert any(not torch.equal(x, a.train[3, i][0]) for i, x in enumerate(first))
+    assert any(not torch.equal(x, c.train[2, i][0]) for i, x in enumerate(first))
+    assert torch.equal(a.test[0][0], c.test[0][0])
+    a.train.check(keep=True)
+    assert a.train.kept is None
+
+
+def test_flip_is_all_of_the_picture(tmp_path):
+    folder(tmp_path)
+    plain, flipped = open_data(tmp_path, 16), open_data(tmp_path, 16, augment="flip")
+    kinds = set()
+    for epoch in range(8):
+        x, want = flipped.train[epoch, 0][0], plain.train[0][0]
+        kinds.add(torch.equal(x, want))
+        assert torch.equal(x, want) or torch.equal(x, want.flip(-1))
+    assert kinds == {True, False}
+
+
+def test_kept_equals_read(tmp_path):
+    found = open_data(folder(tmp_path), 16)
+    want = [found.train[i] for i in range(8)]
+    found.train.check(keep=True)
+    assert all(torch.equal(a, c) and b == d for (a, b), (c, d) in zip(want, (found.train[0, i] for i in range(8))))
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = "import sys, efft_kernels.finetune.settings, efft_kernels.finetune.data; print([m for m in ('timm', 'accelerate', 'transformers', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,216 @@
+"""The methods that are compared: published parameter counts, what they train, files."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import assert_bits, images, swin, timm, vit
+
+from efft_kernels.finetune import methods
+from efft_kernels.inject import heads_of
+
+SMALL = {
+    "vpt-shallow": {"tokens": 3},
+    "vpt-deep": {"tokens": 3},
+    "adapter": {"bottleneck": 4, "placement": "houlsby"},
+    "adaptformer": {"bottleneck": 4},
+    "lora": {"rank": 2},
+    **{name: {"rank": 4, "scale": 1.0} for name in ("fact-tt", "fact-tk", "efft1", "efft2")},
+    "noah": {"bottleneck": (4, 0), "lora_rank": (0, 2), "tokens": (2, 0)},
+}
+# (method, options) -> trained parameters on ViT-B/16 without the head: formulas of the papers, printed figures in millions
+COUNTS = [
+    ("full", {}, 85_798_656, 85.8),
+    ("linear", {}, 0, 0.0),
+    # per block 3d + d + 4d + d biases of Linears and 2d of norms; patch embedding and last norm
+    ("bitfit", {}, 12 * 11 * 768 + 2 * 768, 0.103),
+    ("vpt-shallow", {"tokens": 82}, 82 * 768, 0.063),  # lengths are tuned per task: this one gives the mean
+    ("vpt-deep", {"tokens": 50}, 12 * 50 * 768, None),
+    ("adapter", {}, 12 * (2 * 768 * 8 + 8 + 768), 0.157),
+    ("adapter", {"placement": "houlsby"}, 24 * (2 * 768 * 8 + 8 + 768), None),
+    ("adaptformer", {}, 12 * (2 * 768 * 8 + 8 + 768), 0.157),
+    ("lora", {}, 294_912, 0.295),
+    # 11 d per block, patch embedding, last norm; the printed 0.24 counts heads, of 49.5 classes in the mean
+    ("ssf", {}, 2 * (12 * 11 + 2) * 768, None),
+    ("fact-tt", {"rank": 16}, 2 * 768 * 16 + 144 * 16**2, None),
+    ("fact-tk", {"rank": 32}, 2 * 768 * 32 + 144 * 32 + 32**3, None),
+    ("efft1", {"rank": 32}, 159_744, 0.160),
+    ("efft2", {"rank": 32}, 245_760, 0.245),
+    ("noah", {"tokens": 0, "lora_rank": 0}, 12 * (2 * 768 * 8 + 8 + 768), 0.157),
+    ("noah", {"tokens": 0, "bottleneck": 0}, 294_912, 0.295),
+    ("noah", {"tokens": 5, "bottleneck": 0, "lora_rank": 0}, 12 * 5 * 768, None),
+]
+
+
+@pytest.mark.parametrize("name, options, formula, printed", COUNTS, ids=[f"{c[0]}-{i}" for i, c in enumerate(COUNTS)])
+def test_published_counts(name, options, formula, printed):
+    with torch.device("meta"):
+        model = timm().create_model("vit_base_patch16_224", num_classes=5)
+    methods.apply(name, model, options)
+    assert methods.count(model) == formula
+    if printed is not None:
+        # 0.2458 is printed as 0.245: cut, not rounded
+        assert abs(formula / 1e6 - printed) < (0.05 if printed > 1 else 0.001)
+
+
+def test_ssf_with_heads_is_the_printed_figure():
+    classes = [100, 102, 47, 102, 37, 10, 397, 2, 10, 45, 5, 8, 6, 6, 4, 16, 16, 18, 9]
+    assert round((2 * 134 * 768 + 769 * sum(classes) / 19) / 1e6, 2) == 0.24
+
+
+def test_table_has_the_methods():
+    assert {"full", "linear", "bitfit", "vpt-shallow", "vpt-deep", "adapter", "adaptformer", "lora", "ssf", "fact-tt"} | {
+        *("fact-tk", "efft1", "efft2", "noah")
+    } == set(methods.METHODS)
+
+
+def prepared(name, **options):
+    return methods.apply(name, vit(num_classes=4, **options), SMALL.get(name))
+
+
+# what may change, by the end of its name; besides the head
+TRAINED = {
+    "linear": (),
+    "bitfit": ("bias",),
+    "vpt-shallow": ("prompt.tokens",),
+    "vpt-deep": ("prompt.tokens",),
+    "adapter": tuple(f"adapter.{part}.{kind}" for part in ("down", "up") for kind in ("weight", "bias")),
+    "adaptformer": tuple(f"adaptformer.{part}.{kind}" for part in ("down", "up") for kind in ("weight", "bias")),
+    "ssf": ("ssf.scale", "ssf.shift"),
+}
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_learns_changes_only_its_own_and_comes_back_from_a_file(name, tmp_path):
+    model = prepared(name)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    x, labels = images(8), torch.arange(8) % 4
+    optimizer = torch.optim.AdamW(methods.trainable_parameters(model), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        methods.train_mode(model)
+        loss = F.cross_entropy(model(x), labels)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0], losses
+
+    changed = {key for key, t in model.state_dict().items() if not torch.equal(t, before[key])}
+    heads = tuple(f"{key}." for key in heads_of(model))
+    assert {"head.weight", "head.bias"} <= changed
+    added = set(before) - set(vit(num_classes=4).state_dict())
+    if name == "full":
+        assert changed == {key for key, _ in model.named_parameters()}
+    else:
+        outside = {key for key in changed if not key.startswith(heads)}
+        allowed = {key for key in before if key.endswith(TRAINED.get(name, ())) and not key.startswith(heads)} if name in TRAINED else added
+        assert outside == allowed if name != "linear" else not outside
+
+    path = tmp_path / "adapter.safetensors"
+    methods.save(name, SMALL.get(name, {}), model, path)
+    fresh = vit(num_classes=4)
+    if name != "full":
+        fresh.load_state_dict({key: t for key, t in before.items() if key in fresh.state_dict()})
+    again = methods.load(fresh, path)
+    assert_bits(again.state_dict(), model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"ssf", "vpt-shallow", "vpt-deep", "noah"}))
+def test_starts_where_the_backbone_is(name):
+    model = vit(num_classes=4)
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+        after = methods.apply(name, model, SMALL.get(name)).eval()(x)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_copy_is_of_its_own(name):
+    model = prepared(name)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in methods.trainable_parameters(other):
+            p.add_(0.1)
+        x = images()
+        assert not torch.equal(other(x), model(x))
+        for p, q in zip(model.parameters(), other.parameters()):
+            q.copy_(p)
+        assert torch.equal(other(x), model(x))
+
+
+def test_prompts_by_hand():
+    """VPT-deep is attention over tokens that every block gets anew, whatever their place"""
+    model = prepared("vpt-deep")
+    x = images()
+    with torch.no_grad():
+        tokens = model._pos_embed(model.patch_embed(x))
+        hooks = [(block._forward_pre_hooks, block._forward_hooks) for block in model.blocks]
+        for block in model.blocks:
+            block._forward_pre_hooks, block._forward_hooks = type(hooks[0][0])(), type(hooks[0][1])()
+            prompts = block.prompt.tokens.expand(2, -1, -1)
+            tokens = block(torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], 1))
+            tokens = torch.cat([tokens[:, :1], tokens[:, 4:]], 1)
+        want = model.forward_head(model.norm(tokens))
+        for block, (pre, post) in zip(model.blocks, hooks):
+            block._forward_pre_hooks, block._forward_hooks = pre, post
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adapter", "adaptformer", "ssf", "bitfit", "efft1", "efft2", "lora", "fact-tt"])
+def test_swin(name):
+    model = methods.apply(name, swin(num_classes=4))
+    F.cross_entropy(model(images()), torch.arange(2)).backward()
+    assert all(p.grad is not None for p in methods.trainable_parameters(model))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_transformers(name):
+    timm()
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=4)).eval()
+    methods.apply(name, model, SMALL.get(name))
+    F.cross_entropy(model(images()).logits, torch.arange(2)).backward()
+    assert all(p.grad is not None for p in methods.trainable_parameters(model))
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("lara", {}, ["method", "lara", "lora"]),
+        ("linear", {"rank": 3}, ["rank", "linear", "none"]),
+        ("ssf", {"tokens": 3}, ["tokens", "ssf"]),
+        ("vpt-deep", {"tokens": 0}, ["tokens", "at least"]),
+        ("vpt-shallow", {"tokens": -1}, ["tokens", "-1"]),
+        ("adapter", {"placement": "top"}, ["placement", "top"]),
+        ("noah", {"tokens": (1, 2, 3)}, ["tokens", "2 of them"]),
+        ("efft2", {"rank": 0}, ["rank", "0"]),
+    ],
+)
+def test_wrong_options(name, options, words):
+    model = vit(num_classes=4)
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError) as error:
+        methods.apply(name, model, options)
+    assert all(word in str(error.value) for word in words), error.value
+    assert set(model.state_dict()) == keys and all(p.requires_grad for p in model.parameters())
+
+
+def test_prompts_refuse_stages():
+    with pytest.raises(ValueError, match="stages"):
+        methods.apply("vpt-deep", swin())
+
+
+def test_a_file_for_another_model(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    methods.save("bitfit", {}, prepared("bitfit"), path)
+    with pytest.raises(ValueError, match="must hold"):
+        methods.load(vit(num_classes=7), path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        methods.load(vit(num_classes=4), path)
