@@ -226,6 +226,7 @@ class _Run:
         self.data_print = data.fingerprint()
         self._check_same(identity)
         if self.main:
+            state.clear(self.out)  # if it was interrupted at the very last
             log.info(f"{self.out} holds this run, finished; resume=false would repeat it")
         return Result(**{**result, "adapter": self.out / result["adapter"]}, history=found["history"], out=self.out)
 
@@ -382,7 +383,7 @@ class _Run:
         found = torchmetrics.MetricCollection(
             {"top1": multiclass(classes, average="micro"), "mean_class": multiclass(classes, average="macro")}
         ).to(self.device)
-        loss = torchmetrics.MeanMetric().set_dtype(torch.float64).to(self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, images; torchmetrics would use float32
         self.model.eval()
         size = max(1, self.settings.batch_size // (self.settings.accumulate * self.world))
         mine = list(range(self.rank, len(part), self.world))
@@ -400,9 +401,11 @@ class _Run:
             y, labels = y[real], labels.to(self.device)[real]
             if len(y):
                 found.update(y, labels)
-                loss.update(F.cross_entropy(y.double(), labels, reduction="none"))
+                sums += torch.stack([F.cross_entropy(y.double(), labels, reduction="sum"), real.sum().double()])
         methods.train_mode(self.model)
-        return {**{name: 100 * value.item() for name, value in found.compute().items()}, "loss": loss.compute().item()}
+        loss, n = self.accelerator.reduce(sums, "sum").tolist()
+        # float32 has seven digits
+        return {**{name: round(100 * value.item(), 4) for name, value in found.compute().items()}, "loss": loss / n}
 
     # -- states -------------------------------------------------------------------------------------------------------
 

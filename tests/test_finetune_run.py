@@ -1,0 +1,475 @@
+"""Runs of efft-finetune: interrupted in every way and resumed, cut into parts and processes, with a full disk.
+
+``python tests/test_finetune_run.py 10`` kills a run at ten random moments, resumes each time, and compares the end.
+"""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import timm
+
+timm()
+for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
+    pytest.importorskip(package)
+from safetensors.torch import load_file  # noqa: E402
+from test_finetune_data import folder, lists  # noqa: E402
+
+from efft_kernels.finetune import cli, loop, state  # noqa: E402
+from efft_kernels.finetune.loop import Interrupted, train  # noqa: E402
+from efft_kernels.finetune.settings import Settings  # noqa: E402
+
+FORK = multiprocessing.get_context("fork")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("photos"), ("train", "val", "test"), ("a", "b", "c"), n=8)
+
+
+def tiny(data, out, **changes) -> Settings:
+    """24 images, 3 steps an epoch, everything random that can be"""
+    fixed = dict(model="test_vit", checkpoint="random", image_size=32, batch_size=8, epochs=6, lr=3e-3, rank=4)
+    random_ = dict(augment="flip", drop_path=0.2, workers=0, save_every=2, device="cpu")
+    return Settings(str(data), str(out), **{**fixed, **random_, **changes})
+
+
+def end(out) -> dict:
+    """everything that must be the same, however the run came to its end"""
+    record = json.loads((Path(out) / "metrics.json").read_text())
+    weights = load_file(Path(out) / "adapter.safetensors")
+    assert not state.states(Path(out)) and not list(Path(out).glob(".partial*"))
+    return {
+        "metrics": record["result"]["metrics"],
+        "epoch": record["result"]["epoch"],
+        "history": record["history"],
+        # not the bytes of the file, whose metadata stand in any order
+        "adapter": {key: (str(t.dtype), t.shape, t.numpy().tobytes()) for key, t in weights.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """the end of a run that nothing interrupted"""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    train(tiny(photos, out), progress=False)
+    return end(out)
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def _child(settings, prepare, number):
+    torch.set_num_threads(1)
+    prepare(number)
+    try:
+        train(settings, progress=False)
+    except state.StorageError as error:
+        print(error, file=sys.stderr)
+        os._exit(cli.STORAGE)
+    except Interrupted:
+        os._exit(cli.INTERRUPTED)
+    os._exit(0)
+
+
+def start(settings, prepare=lambda number: None, number=0):
+    process = FORK.Process(target=_child, args=(settings, prepare, number))
+    process.start()
+    return process
+
+
+def killed_and_resumed(settings, kills: int, seed: int) -> int:
+    """Kill a run that often at random moments, then let it end; the number of kills that met it alive."""
+    draw, met = random.Random(seed), 0
+    began = time.perf_counter()
+    first = start(replace(settings, out=f"{settings.out}-timed"))
+    first.join()
+    span = time.perf_counter() - began
+    for _ in range(kills):
+        process = start(settings)
+        time.sleep(draw.uniform(0.2, 0.9) * span)
+        met += process.is_alive()
+        process.kill()
+        process.join()
+    last = start(settings)
+    last.join()
+    assert last.exitcode == 0
+    return met
+
+
+def test_killed_at_random_moments_and_resumed(photos, whole, tmp_path):
+    assert killed_and_resumed(tiny(photos, tmp_path / "out"), 3, seed=0) >= 1
+    assert end(tmp_path / "out") == whole
+
+
+def _die_in(module, name):
+    """at the n-th call of this function the process is killed, half of them after what it does"""
+
+    def prepare(number):
+        original, calls = getattr(module, name), [0]
+
+        def dying(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == number and number % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(module, name, dying)
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
+    # the last calls belong to the adapter, the curves and the metrics
+    for number in (1, 4, 9, 10, 11, 12) if name == "replace" else (3, 20):
+        process = start(tiny(photos, tmp_path), _die_in(os, name), number)
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+    train(tiny(photos, tmp_path), progress=False)
+    assert end(tmp_path) == whole
+
+
+def test_a_damaged_state_is_skipped(photos, whole, tmp_path, caplog):
+    start(tiny(photos, tmp_path), _die_in(os, "replace"), 4).join()
+    newest = state.states(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    train(tiny(photos, tmp_path), progress=False)
+    assert newest.name in caplog.text and end(tmp_path) == whole
+
+
+def command(*args, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "efft_kernels.finetune.cli", *args]
+    return subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+FLAGS = (
+    "--model test_vit --checkpoint random --image-size 32 --batch_size=8 --epochs 6 --lr 3e-3 --rank 4 --augment flip "
+    "--drop_path 0.2 --save_every 2 --device cpu"
+).split()
+
+
+def test_sigterm_saves_and_says_so(photos, whole, tmp_path):
+    """the command itself, with worker processes: stopped, then run again"""
+    flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
+    process = command(*flags, "--epochs", "6")
+    while not state.states(tmp_path) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    if process.returncode != 0:  # it may have been at its end
+        assert process.returncode == cli.INTERRUPTED, err
+        last = err.strip().splitlines()[-1]
+        assert "stopped after step" in last and "the same command" in last
+        step = int(last.split("step ")[1].split()[0])
+        assert state.states(tmp_path)[-1].name == f"state-{step:09d}.pt"
+        out, err = command(*flags).communicate(timeout=120)
+    assert end(tmp_path) == whole, err
+    assert f"efft-finetune merge {tmp_path}" in out
+
+
+def test_sigterm_in_the_same_process(photos, whole, tmp_path):
+    original, steps = loop._Run._one_step, []
+
+    def step(self, parts):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, parts)
+
+    loop._Run._one_step = step
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted, match="stopped after step 4 of 18"):
+            train(tiny(photos, tmp_path), progress=False)
+    finally:
+        loop._Run._one_step = original
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(tiny(photos, tmp_path), progress=False)
+    assert end(tmp_path) == whole
+
+
+# -- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """a small file system of its own, where this process may mount one"""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(path)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_full_disk(disk, photos, whole, capfd):
+    def fill(number):
+        original, saves = state.save, []
+
+        def save(folder, *args):
+            saves.append(1)
+            if len(saves) == number:
+                with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while True:
+                        file.write(b"x" * 4096)
+            return original(folder, *args)
+
+        state.save = save
+
+    process = start(tiny(photos, disk / "out"), fill, 3)
+    process.join()
+    assert process.exitcode == cli.STORAGE
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    for words in ("no space left", "state of step 6 could not be written", "state of step 4 is complete", "same command"):
+        assert words in said
+    assert len(state.states(disk / "out")) == 2 and not list((disk / "out").glob(".partial*"))
+    (disk / "filler").unlink()
+    train(tiny(photos, disk / "out"), progress=False)
+    assert end(disk / "out") == whole
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [2, 10, 11, 12])
+def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
+    """a state, the adapter, the curves, the metrics: each may fail, and nothing written is lost"""
+    original, calls = getattr(os, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (number if name == "replace" else 2 * number - 1):  # the folder is brought to the disk, too
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, failing)
+    with pytest.raises(state.StorageError, match="no space left in .* could not be written; .* same command") as error:
+        train(tiny(photos, tmp_path), progress=False)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert state.states(tmp_path) and not list(tmp_path.glob(".partial*"))
+    train(tiny(photos, tmp_path), progress=False)
+    assert end(tmp_path) == whole
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_first_step(photos, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 10 * 2**20})
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(state.StorageError, match="has 10 MiB free, but .* take up to 6. MiB"):
+        train(tiny(photos, tmp_path), progress=False)
+
+
+# -- parts and processes ----------------------------------------------------------------------------------------------
+
+EXACT = dict(dtype="float64", drop_path=0.0, factor_dropout=0.0, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def exact(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exact")
+    train(tiny(photos, out, **EXACT), progress=False)
+    return out
+
+
+def assert_close_runs(out, want):
+    """metrics equal but for the rounding of the loss; weights after 9 steps of AdamW to 1e-6"""
+    got, exact_ = end(out), end(want)
+    for part, found in got["metrics"].items():
+        for name, value in found.items():
+            assert value == pytest.approx(exact_["metrics"][part][name], rel=1e-9), (part, name)
+    a, b = (load_file(Path(folder) / "adapter.safetensors") for folder in (out, want))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6, msg=lambda m: f"{key}: {m}")
+
+
+def test_accumulated_parts_equal_the_batch(photos, exact, tmp_path):
+    train(tiny(photos, tmp_path, **EXACT, accumulate=4), progress=False)
+    assert_close_runs(tmp_path, exact)
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["ddp", "fsdp"])
+def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    run += ["--rdzv-endpoint=localhost:0", "-m", "efft_kernels.finetune.cli", "--data", str(photos), "--out", str(tmp_path)]
+    run += [*FLAGS, "--dtype", "float64", "--drop_path", "0", "--factor_dropout", "0", "--epochs", "3", "--workers", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*run, "--fsdp", fsdp], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_runs(tmp_path, exact)
+
+
+# -- selection, settings, ends ----------------------------------------------------------------------------------------
+
+
+def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path):
+    result = train(tiny(photos, tmp_path, select="val", epochs=4), progress=False)
+    tops = [entry["val"]["top1"] for entry in result.history]
+    assert result.epoch == 1 + tops.index(max(tops))
+    assert result.metrics["val"]["top1"] == max(tops)
+    assert all("test" not in entry for entry in result.history)
+
+
+def test_val_selection_survives_a_kill(photos, tmp_path):
+    for folder_, number in ((tmp_path / "a", 0), (tmp_path / "b", 6)):
+        start(tiny(photos, folder_, select="val"), _die_in(os, "replace"), number).join()
+        train(tiny(photos, folder_, select="val"), progress=False)
+    assert end(tmp_path / "a") == end(tmp_path / "b")
+
+
+def test_vtab_lists_train_on_train_and_val(tmp_path):
+    root = lists(tmp_path, n=6)
+    result = train(tiny(root, tmp_path / "out", epochs=2), progress=False)
+    assert set(result.metrics) == {"test"} and result.head_parameters == 65 * 100
+
+
+def test_yaml_is_the_same_as_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data: photos\nout: runs/a\nrank: [4, 6]\nlr: 0.003\ntargets: [attn]\nselect: val\nmethod: efft2\nblocks: [0, 2]\n"
+    )
+    flags = "--data photos --out runs/a --rank [4,6] --lr 3e-3 --targets [attn] --select=val --blocks [0,2]".split()
+    assert cli.settings(["--config", str(path)]) == cli.settings(flags)
+    assert cli.settings(["--config", str(path), "--lr", "1"]).lr == 1
+    assert cli.settings(flags).rank == (4, 6) and cli.settings(flags).options["targets"] == ("attn",)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lerning_rate", "1"], "--lerning_rate"),
+        (["--method", "lara"], "method must be one of full, linear"),
+        (["--method", "linear", "--rank", "4"], "rank is no option of method 'linear'"),
+        (["--epochs", "many"], "epochs"),
+        (["--epochs", "0"], "epochs must be an int of at least 1, got 0"),
+        (["--lr", "-1"], "lr must be a finite number"),
+        (["--lr", "nan"], "lr"),
+        (["--select", "test"], "select"),
+        (["--batch_size", "100"], "batch_size must be at most the 24 training images, got 100"),
+        (["--accumulate", "3"], "batch_size must be a multiple of accumulate=3, got 8"),
+        (["--warmup_epochs", "7"], "warmup_epochs must be at most the 6 epochs, got 7"),
+        (["--model", "vit_base_patch16_225"], "near it are vit_base_patch16_224"),
+        (["--model", "hf:nowhere/at-all"], "hf:nowhere/at-all"),
+        (["--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
+        (["--checkpoint", "null"], "checkpoint must name the pre-trained weights"),
+        (["--data", "nowhere"], "data must be a folder or one of"),
+        (["--rank", "65"], "rank must be at most 64"),
+        (["--image_size", "33"], "33"),
+        (["--dtype", "float64", "--mixed_precision", "bf16"], "mixed_precision must be 'no' with dtype='float64'"),
+        (["--device", "cuda"], "device must be 'cpu' or 'auto'") if not torch.cuda.is_available() else (["--x"], "--x"),
+        (["--config", "none.yaml"], "none.yaml"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings_end_with_2_and_a_sentence(flags, words, photos, tmp_path, capsys):
+    try:
+        code = cli.main(["--data", str(photos), "--out", str(tmp_path), *FLAGS, *flags])
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err
+    assert code == cli.WRONG and words in said and "Traceback" not in said, said
+    assert not state.states(tmp_path) and not (tmp_path / "logs").exists()
+
+
+def test_another_run_is_not_overwritten(photos, tmp_path):
+    settings = tiny(photos, tmp_path / "out", epochs=2)
+    first = train(settings, progress=False)
+    assert train(replace(settings, save_every=7), progress=False).metrics == first.metrics  # it is read
+    with pytest.raises(ValueError, match=r"differs in lr \(0.003 there, 0.1 now\)"):
+        train(replace(settings, lr=0.1), progress=False)
+    other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
+    with pytest.raises(ValueError, match="differs in the images"):
+        train(replace(settings, data=str(other)), progress=False)
+    assert train(replace(settings, lr=0.1, resume=False), progress=False).metrics["test"]["loss"] != first.metrics["test"]["loss"]
+    with state.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
+        train(settings, progress=False)
+
+
+def test_an_image_that_is_damaged_later(photos, tmp_path):
+    """found by a worker process in the middle of an epoch: still one sentence"""
+    root = folder(tmp_path / "photos", ("train", "test"))
+    settings = tiny(root, tmp_path / "out", workers=1, batch_size=4)
+    original = loop._Run._look_at
+
+    def look(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        (root / "train/cat/3.png").write_bytes(b"")
+
+    loop._Run._look_at = look
+    try:
+        with pytest.raises(ValueError) as error:
+            train(settings, progress=False)
+    finally:
+        loop._Run._look_at = original
+    assert "cat/3.png cannot be read" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["full", "linear", "vpt-deep", "adapter", "efft2"])
+def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, capsys):
+    options = {"rank": 4} if method == "efft2" else {"rank": None}
+    result = train(tiny(photos, tmp_path / "out", method=method, epochs=4, lr=1e-2, **options), progress=False)
+    files = [str(path) for path in sorted((photos / "test").rglob("*.png"))]
+    assert cli.main(["predict", str(result.out), *files]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    right = sum(Path(file).parent.name == label for file, label, _ in rows)
+    assert 100 * right / len(files) == pytest.approx(result.metrics["test"]["top1"], abs=1e-3)
+    target = tmp_path / "merged.safetensors"
+    code = cli.main(["merge", str(result.out), str(target)])
+    if method in ("vpt-deep", "adapter"):
+        assert code == cli.WRONG and "cannot be folded" in capsys.readouterr().err
+        return
+    assert code == 0
+    plain = timm().create_model("test_vit", num_classes=3, img_size=32)
+    plain.load_state_dict(load_file(target))
+    from efft_kernels.finetune.use import restore
+
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(x), restore(result.out)[0](x), rtol=1e-4, atol=1e-5)
+
+
+def test_learns(tmp_path):
+    """two kinds of picture that differ: all of the test part is right in the end"""
+    import numpy as np
+    from PIL import Image
+
+    for part, n in (("train", 16), ("test", 8)):
+        for name, low in (("dark", 0), ("light", 160)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(low, low + 95, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    result = train(tiny(tmp_path, tmp_path / "out", epochs=8, lr=1e-2), progress=False)
+    assert result.metrics["test"]["top1"] == 100.0
+    assert result.history[-1]["train"]["loss"] < 0.7 * result.history[0]["train"]["loss"]
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000 and list((tmp_path / "out" / "logs").iterdir())
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    with tempfile.TemporaryDirectory() as made:
+        images = folder(Path(made) / "photos", ("train", "val", "test"), ("a", "b", "c"), n=8)
+        chosen = tiny(images, Path(made) / "out", epochs=60)
+        met_ = killed_and_resumed(chosen, kills, seed=random.randrange(2**32))
+        same = end(chosen.out) == end(f"{chosen.out}-timed")
+        print(f"{met_} of {kills} kills met the run alive; its end is {'identical' if same else 'DIFFERENT'}")
+        sys.exit(not same)
