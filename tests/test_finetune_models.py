@@ -1,0 +1,144 @@
+"""Models for fine-tuning by name, with weights from files in the formats that people have."""
+
+import numpy as np
+import pytest
+import torch
+from models import images, swin, timm, vit
+
+from efft_kernels.finetune.models import logits, make_model, normalisation
+
+SIZES = dict(embed_dim=32, num_heads=2, depth=2)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """vit and swin by the names of the large ones, with few and narrow blocks"""
+    library = timm()
+    create = library.create_model
+
+    def small_create(name, **options):
+        if name.startswith("vit_base_patch16"):
+            options = {**SIZES, **options}
+        elif name.startswith("swin"):
+            options = {**dict(window_size=2, embed_dim=32, depths=(1, 1), num_heads=(2, 4)), **options}
+        return create(name, **options)
+
+    monkeypatch.setattr(library, "create_model", small_create)
+
+
+def backbone(model):
+    return {key: t for key, t in model.state_dict().items() if not key.startswith("head")}
+
+
+def assert_loaded(model, source):
+    want = backbone(source)
+    assert all(torch.equal(t, want[key]) for key, t in backbone(model).items())
+
+
+@pytest.mark.parametrize("kind", ["plain.pth", "model.pth", "state_dict.pt", "weights.safetensors"])
+@pytest.mark.parametrize("name, make", [("vit_base_patch16_224", vit), ("swin_tiny_patch4_window7_224", swin)])
+def test_files(kind, name, make, tmp_path):
+    options = SIZES if make is vit else dict(window_size=2, embed_dim=32, depths=(1, 1))
+    source = make(num_classes=21, **options)
+    path = tmp_path / kind
+    if kind.endswith("safetensors"):
+        from safetensors.torch import save_file
+
+        save_file({key: t.contiguous() for key, t in source.state_dict().items()}, path)
+    else:
+        state = source.state_dict()
+        torch.save({"model": state} if kind[0] == "m" else {"state_dict": state} if kind[0] == "s" else state, path)
+    model = make_model(name, 5, 32, str(path), 0.1)
+    assert_loaded(model, source)
+    assert logits(model, images()).shape == (2, 5)
+
+
+def test_same_number_of_classes_keeps_no_head(tmp_path):
+    source = vit(num_classes=5, **SIZES)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert not torch.equal(make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "a.pth")).head.weight, source.head.weight)
+
+
+def npz_of(model, path):
+    """the format of the original ViT (JAX): kernels [in, out], attention split into heads"""
+    s, d, h = model.state_dict(), 32, 2
+    out = {
+        "embedding/kernel": s["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": s["patch_embed.proj.bias"],
+        "cls": s["cls_token"],
+        "Transformer/posembed_input/pos_embedding": s["pos_embed"],
+        "Transformer/encoder_norm/scale": s["norm.weight"],
+        "Transformer/encoder_norm/bias": s["norm.bias"],
+        "head/kernel": torch.zeros(d, 21),
+        "head/bias": torch.zeros(21),
+    }
+    for i in range(2):
+        b, t = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
+        for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            out |= {b + f"{theirs}/scale": s[t + f"{ours}.weight"], b + f"{theirs}/bias": s[t + f"{ours}.bias"]}
+        attention = b + "MultiHeadDotProductAttention_1/"
+        parts = zip(("query", "key", "value"), s[t + "attn.qkv.weight"].chunk(3), s[t + "attn.qkv.bias"].chunk(3))
+        for part, weight, bias in parts:
+            out |= {attention + f"{part}/kernel": weight.T.reshape(d, h, d // h), attention + f"{part}/bias": bias.view(h, -1)}
+        out |= {attention + "out/kernel": s[t + "attn.proj.weight"].T.reshape(h, d // h, d)}
+        out |= {attention + "out/bias": s[t + "attn.proj.bias"]}
+        for n, ours in enumerate(("fc1", "fc2")):
+            dense = b + f"MlpBlock_3/Dense_{n}/"
+            out |= {dense + "kernel": s[t + f"mlp.{ours}.weight"].T, dense + "bias": s[t + f"mlp.{ours}.bias"]}
+    np.savez(path, **{key: t.numpy() for key, t in out.items()})
+
+
+def test_npz_of_the_original_vit(tmp_path):
+    source = vit("vit_base_patch16_224", num_classes=21, **SIZES)
+    npz_of(source, tmp_path / "ViT-B_16.npz")
+    model = make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "ViT-B_16.npz"))
+    assert_loaded(model, source)
+    # for larger images the positions are interpolated
+    assert logits(make_model("vit_base_patch16_224", 5, 64, str(tmp_path / "ViT-B_16.npz")), images(size=64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (lambda: b"no weights", "no file of weights"),
+        (lambda: {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, "must hold blocks.0.attn.qkv.weight"),
+        (lambda: {k: t for k, t in vit(**SIZES).state_dict().items() if "blocks.1.mlp.fc2.bias" != k}, "lacks blocks.1.mlp.fc2.bias"),
+        (lambda: {**vit(**SIZES).state_dict(), "blocks.2.norm1.bias": torch.zeros(32)}, "has blocks.2.norm1.bias"),
+    ],
+)
+def test_weights_that_do_not_fit(content, words, tmp_path):
+    path = tmp_path / "w.pth"
+    made = content()
+    path.write_bytes(made) if isinstance(made, bytes) else torch.save(made, path)
+    with pytest.raises(ValueError) as error:
+        make_model("vit_base_patch16_224", 5, 32, str(path))
+    assert words in str(error.value) and "w.pth" in str(error.value), error.value
+    with pytest.raises(ValueError, match="w.npz"):
+        path.rename(tmp_path / "w.npz")
+        make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "w.npz"))
+
+
+def test_weights_are_named():
+    with pytest.raises(ValueError, match="checkpoint must name"):
+        make_model("vit_base_patch16_224", 5)
+    with pytest.raises(FileNotFoundError, match="no checkpoint nothing.pth"):
+        make_model("vit_base_patch16_224", 5, checkpoint="nothing.pth")
+
+
+def test_folder_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16)
+    source = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=21))
+    source.save_pretrained(tmp_path)
+    model = make_model(f"hf:{tmp_path}", 5)
+    want = source.state_dict()
+    assert all(torch.equal(t, want[key]) for key, t in model.state_dict().items() if not key.startswith("classifier"))
+    assert logits(model, images()).shape == logits(model, images(size=64)).shape == (2, 5)
+    random = make_model(f"hf:{tmp_path}", 5, 64, "random")
+    assert random.config.image_size == 64
+
+
+def test_normalisation():
+    model = vit("vit_base_patch16_224", **SIZES)
+    assert normalisation(model, "imagenet")[0] == (0.485, 0.456, 0.406)
+    assert normalisation(model, "model")[0] == tuple(model.pretrained_cfg["mean"])
