@@ -319,12 +319,27 @@ def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
 # -- selection, settings, ends ----------------------------------------------------------------------------------------
 
 
-def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path):
-    result = train(tiny(photos, tmp_path, select="val", epochs=4), progress=False)
-    tops = [entry["val"]["top1"] for entry in result.history]
-    assert result.epoch == 1 + tops.index(max(tops))
-    assert result.metrics["val"]["top1"] == max(tops)
+def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
+    original, tops = loop._Run._evaluate, iter([10.0, 90.0, 20.0, 90.0])
+
+    def evaluate(self, part, classes):
+        found = original(self, part, classes)
+        return {**found, "top1": next(tops, found["top1"])}
+
+    monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
+    result = train(tiny(photos, tmp_path, select="val", epochs=4, lr=1e-2), progress=False)
+    assert result.epoch == 2
+    losses = [entry["val"]["loss"] for entry in result.history]
+    assert len(set(losses)) == 4 and result.metrics["val"]["loss"] == losses[1]
     assert all("test" not in entry for entry in result.history)
+
+
+def test_val_is_held_out_to_choose_by(tmp_path):
+    root = lists(tmp_path, n=6)
+    result = train(tiny(root, tmp_path / "out", epochs=2, batch_size=6, select="val"), progress=False)
+    assert set(result.metrics) == {"val", "test"}
+    with pytest.raises(ValueError, match="at most the 6 training images"):
+        train(tiny(root, tmp_path / "other", batch_size=7, select="val"), progress=False)
 
 
 def test_val_selection_survives_a_kill(photos, tmp_path):
