@@ -116,6 +116,9 @@ def measure(run: Run, places: Places) -> dict:
                 if not str(error).startswith("the loss of step"):
                     raise
                 found = {"top1": None, "diverged": str(error)}
+    for name in ("top1", "mean_class"):
+        if found.get(name) is not None:
+            found[name] = round(found[name], 4)  # the metrics are float32
     return {
         "format": FORMAT,
         "run": asdict(run),

@@ -13,7 +13,7 @@ after any interruption, and several machines may share FOLDER. On several GPUs, 
 
 Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a sweep.
 
---offline: ViT-S with DINOv2 weights, one data set for each of VTAB's groups, 1000 training images each. For every method a
+--offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
 learning rate and a scale are chosen out of as many on 200 validation images, with seed 0; test images are used once.
 """
 
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # torchrun starts one of these per GPU: each takes its share of the runs, alone on its GPU
@@ -154,6 +155,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are, since version 2.6
     groups, missing, drawn = available(args.data, args.datasets)
     for name, why in missing.items():
         print(f"left out: {name}: {why}")
@@ -179,7 +181,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
                 # a worker that dies stops beating, and its point is given to another
                 storage=optuna.storages.RDBStorage(
                     url, heartbeat_interval=30, grace_period=120,
-                    failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
                 ),
                 study_name=f"{name} {method} {' '.join(space)}", direction="maximize", load_if_exists=True,
                 sampler=optuna.samplers.GridSampler(space, seed=0),

@@ -56,8 +56,6 @@ def test_arrows(path):
     room = name.split(".")[0]
     allowed = KERNELS if room == "kernels" else ALLOWED[room]
     found = imported(path)
-    if room == "finetune":  # its files are one room
-        found = {other for other in found if other.split(".")[0] != room}
     assert found <= allowed, f"{name} may import {sorted(allowed)}, but imports {sorted(found - allowed)}"
     if room == "kernels":
         assert "ops" not in found

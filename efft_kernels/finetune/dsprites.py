@@ -17,7 +17,9 @@ SIDE = 64
 CLASSES = 16
 FACTORS = {"loc": 3, "ori": 2}  # which column of latents() a task predicts
 
-_HALF = 11.0  # pixels from the centre to the edge of a square of scale 1: its corner stays inside at any position
+# pixels from the centre to the edge of a square of scale 1: its corner stays inside at any position, and at no scale does
+# an edge meet the centres of pixels
+_HALF = 10.9
 
 
 def latents(index: np.ndarray) -> np.ndarray:  # [n] -> [n, 5]
@@ -32,7 +34,7 @@ def labels(index: np.ndarray, task: str) -> np.ndarray:  # [n] -> [n]
 
 
 def draw(index: np.ndarray) -> np.ndarray:  # [n] -> [n, 64, 64] uint8
-    """The pictures, 0 or 255. A pixel is lit if its centre lies in the shape: the same on any machine but for ties."""
+    """The pictures, 0 or 255. A pixel is lit if its centre lies in the shape."""
     shape, scale, turn, x, y = (column[:, None, None] for column in latents(np.asarray(index)).T)
     size = _HALF * np.linspace(0.5, 1.0, COUNTS[1])[scale]
     angle = np.linspace(0.0, 2 * np.pi, COUNTS[2])[turn]

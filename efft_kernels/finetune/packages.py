@@ -33,7 +33,7 @@ def unpacked(package: Package) -> Path:
     """The folder that holds the package's files, downloaded the first time. Safe among processes and kills.
 
     Raises:
-        RuntimeError: it cannot be downloaded; the message says where a file brought by hand is looked for.
+        FileNotFoundError: it cannot be downloaded; the message says where a file brought by hand is looked for.
         ValueError: the archive is not the one that the SHA-256 names.
     """
     root = cache()
@@ -80,7 +80,7 @@ def _download(package: Package, folder: Path) -> Path:
     if not why and not (folder / package.archive).exists():
         why = f"it brought {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
     if why:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"{package.archive} could not be downloaded by {package.registry}: {why}. Without a network, put that file "
             f"into {cache()}"
         )

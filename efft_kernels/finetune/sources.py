@@ -55,7 +55,7 @@ def weights(name: str) -> Weights:
     """Pre-trained weights of this name; the first time they are downloaded.
 
     Raises:
-        ValueError: no such name. RuntimeError: they cannot be downloaded.
+        ValueError: no such name. FileNotFoundError: they cannot be downloaded.
     """
     if name not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {name!r}")
