@@ -93,7 +93,7 @@ def published(entry: dict, all_groups: dict[str, list[str]], groups: dict[str, l
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _text(found: Cell) -> str:
+def text(found: Cell) -> str:
     if found.n == 0:
         return "–"
     if found.mean is None:
@@ -113,8 +113,8 @@ def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
     best = [max((c[i].mean for c in columns if c[i].mean is not None), default=None) for i in range(len(head) - 2)]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for r, cells in zip(rows, columns):
-        texts = [f"**{_text(c)}**" if c.mean is not None and c.mean == top else _text(c) for c, top in zip(cells, best)]
-        lines.append([r.name, _millions(r.parameters), *texts])
+        words = [f"**{text(c)}**" if c.mean is not None and c.mean == top else text(c) for c, top in zip(cells, best)]
+        lines.append([r.name, _millions(r.parameters), *words])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

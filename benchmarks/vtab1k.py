@@ -152,8 +152,10 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
 
 def sweep(args: argparse.Namespace) -> dict[str, str]:
     """Optuna studies of scale and rank on validation images, one for each data set and method; their charts."""
-    import optuna
-
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("--sweep needs optuna: pip install 'efft_kernels[research]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are, since version 2.6
     groups, missing, drawn = available(args.data, args.datasets)
@@ -252,14 +254,14 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
             ]
     # long runs first, so that no worker is left alone with one at the end
     order = lambda run: (run.method != "full", run.method == "linear")
-    selection = sorted((run for runs in grids.values() for run in runs), key=order)
+    selection = sorted((run for runs in grids.values() if len(runs) > 1 for run in runs), key=order)
     _, failures = complete(share(selection), store, places, args.workers, "choosing settings")
     if WORLD > 1 and (undone := [run for run in selection if store.get(run) is None]):
         print(f"{len(undone)} runs of other processes are not done yet: start again for the tests")
         return [], groups, failures
     final = {}
     for (method, name), runs in grids.items():
-        chosen = choose(runs, store)
+        chosen = choose(runs, store) if len(runs) > 1 else runs[0]
         for seed in range(args.seeds or plan["seeds"]):
             final.setdefault(method, []).append(tested(chosen, seed, epochs=recipe["epochs"]))
     if plan["control"] and (of := plan["control"]["of"]) in final:
@@ -300,6 +302,9 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
     )
     if args.offline:
         note += _about_offline(records)
+    if any("test_images" in record["run"]["settings"] for record in some):
+        most = max(record["run"]["settings"].get("test_images", 0) for record in some)
+        note += f"At most {most} test images of a data set, drawn once.\n"
     text += note
     report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
     tables.write_csv(args.out / "table.csv", shown, groups)
@@ -320,7 +325,14 @@ def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
             chosen.setdefault(words, set()).add(record["run"]["data"])
         texts = [f"{words} ({', '.join(sorted(names))})" for words, names in chosen.items()]
         lines.append(f"- {title(method)}: {'; '.join(texts)}")
-    return "\nChosen on 200 validation images with seed 0:\n\n" + "\n".join(lines) + "\n"
+    plan = FACTS["offline"]
+    recipe = next(record["run"]["settings"] for _, found in records for record in found)
+    about = (
+        f"{recipe['model']} at {recipe['image_size']} pixels, {recipe['epochs']} epochs of 1000 images in batches of "
+        f"{recipe['batch_size']}, no dropout in adapters; linear: a head on frozen features, 100 epochs.\n"
+    )
+    each = max(len(how["grid"]) for how in plan["methods"].values())
+    return about + f"\nChosen among {each} settings on 200 validation images with seed 0:\n\n" + "\n".join(lines) + "\n"
 
 
 def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict]:
