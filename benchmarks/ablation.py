@@ -4,8 +4,8 @@
     python benchmarks/ablation.py --quick                 # under a minute, to see that everything works
     python benchmarks/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
 
-Every variant differs from the base, EFFT1 and EFFT2 as configured by default, in one thing; the table gives the change of
-top-1 against the base in percentage points, seed by seed. Results are kept as they come: the same command goes on.
+Every variant differs from the base, EFFT1 and EFFT2 as configured by default, in one thing; the table gives the change
+of top-1 against the base in percentage points, seed by seed. Results are kept as they come: the same command goes on.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from vtab1k import FACTS
 
 HERE = Path(__file__).parent
 BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
-TABLE4 = {"0-2": (0, 1, 2), "2-4": (2, 3, 4), "5-8": (5, 6, 7, 8), "9-11": (9, 10, 11)}  # blocks as the paper groups them
+# blocks as the paper groups them
+TABLE4 = {"0-2": (0, 1, 2), "2-4": (2, 3, 4), "5-8": (5, 6, 7, 8), "9-11": (9, 10, 11)}
 HALVES = {"MHSA": ("attn",), "FFN": ("mlp",)}
 
 
@@ -72,7 +73,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
     """(settings of every run, where data and weights are, blocks of the model)"""
     if args.quick:
-        tiny = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "epochs": 1, "test_images": 100}
+        tiny = {
+            "model": "vit_tiny_patch16_224",
+            "checkpoint": "random",
+            "image_size": 32,
+            "epochs": 1,
+            "test_images": 100,
+        }
         return tiny | {"rank": 4, "scale": 1.0, "factor_dropout": 0.0}, Places(None, None, "cpu"), 12
     chosen = {"rank": args.rank}
     if args.data:

@@ -83,7 +83,9 @@ class Store:
                 raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
             return record
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} must be the record of a run: {error}; delete it to have the run repeated") from error
+            raise ValueError(
+                f"{path} must be the record of a run: {error}; delete it to have the run repeated"
+            ) from error
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""Which directions EFFT learns: subspace similarity between attention-only, FFN-only and joint training, and over seeds.
+"""Which directions EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training, and seeds.
 
     python benchmarks/subspace.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
     python benchmarks/subspace.py --quick                 # under a minute, to see that everything works
     python benchmarks/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
 
-Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of single
-matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of the paper), with two random Gaussian matrices as
-the control. Writes heat maps over (i, j), a table of means, and the maps themselves. Training that is finished is kept.
+Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
+single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of the paper), with two random Gaussian
+matrices as the control. Writes heat maps over (i, j), a table of means, and the maps themselves. Training that is
+finished is kept.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from vtab1k import FACTS
 
 HERE = Path(__file__).parent
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": ("attn", "mlp")}
-# Two runs of one seed may start from the same random factors, which a short training hardly turns: that alone makes them
-# alike, so runs are compared across seeds, and once within one to show it.
+# Two runs of one seed may start from the same random factors, which a short training hardly turns: that alone makes
+# them alike, so runs are compared across seeds, and once within one to show it.
 # (title, (first run, seed, part), (second run, seed, part)): the same matrix, or the first of attention and of FFN
 COMPARISONS = [
     ("q: MHSA-only and joint, one seed", ("MHSA", 0, "q"), ("joint", 0, "q")),
@@ -70,7 +71,12 @@ def settings(args: argparse.Namespace) -> dict:
         return {"data": "digits", "method": args.variant, "rank": 4, "scale": 1.0, "lr": 1e-3, "device": "cpu", **tiny}
     common = {"data": args.data or "cifar10", "method": args.variant, "rank": args.rank, "device": args.device}
     if args.checkpoint:
-        common |= {"model": args.model, "checkpoint": args.checkpoint, "scale": args.scale or 10.0, "lr": args.lr or 1e-3}
+        common |= {
+            "model": args.model,
+            "checkpoint": args.checkpoint,
+            "scale": args.scale or 10.0,
+            "lr": args.lr or 1e-3,
+        }
     else:
         from efft_kernels.finetune.sources import weights
 
@@ -119,7 +125,8 @@ def maps(found: dict, blocks: list[int]) -> dict[str, dict[int, Tensor]]:
     made = {}
     for title, (run_a, seed_a, part_a), (run_b, seed_b, part_b) in COMPARISONS:
         made[title] = {
-            block: subspace_map(found[run_a, seed_a][block, part_a], found[run_b, seed_b][block, part_b]) for block in blocks
+            block: subspace_map(found[run_a, seed_a][block, part_a], found[run_b, seed_b][block, part_b])
+            for block in blocks
         }
     down, up = found["joint", 0][blocks[0], "q"]
     random = control(down.shape[0], up.shape[1], down.shape[1])
@@ -133,12 +140,16 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
     from matplotlib import pyplot as plt
 
     blocks = list(next(iter(made.values())))
-    figure, axes = plt.subplots(len(blocks), len(made), figsize=(2.1 * len(made), 2.2 * len(blocks)), dpi=110, squeeze=False)
+    figure, axes = plt.subplots(
+        len(blocks), len(made), figsize=(2.1 * len(made), 2.2 * len(blocks)), dpi=110, squeeze=False
+    )
     for column, (title, found) in enumerate(made.items()):
         for line, (block, phi) in enumerate(found.items()):
             axis = axes[line, column]
             extent = (0.5, phi.shape[1] + 0.5, 0.5, phi.shape[0] + 0.5)
-            picture = axis.imshow(phi.numpy(), origin="lower", vmin=0, vmax=1, cmap="viridis", extent=extent, aspect="auto")
+            picture = axis.imshow(
+                phi.numpy(), origin="lower", vmin=0, vmax=1, cmap="viridis", extent=extent, aspect="auto"
+            )
             axis.tick_params(labelsize=6)
             if line == 0:
                 axis.set_title(title.replace(": ", ":\n").replace(", ", ",\n"), fontsize=7)

@@ -39,7 +39,7 @@ def cell(values: Iterable[float | None]) -> Cell:
 
 
 def row(name: str, records: list[dict], groups: dict[str, list[str]]) -> Row:
-    """One method's records. A mean over data sets is taken for the seeds that all of them have, and deviates over these.
+    """One method's records. A mean over data sets is of the seeds that all of them have, and deviates over these.
 
     Raises:
         ValueError: two records of one data set and seed.

@@ -5,13 +5,14 @@
     python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank
     python benchmarks/vtab1k.py --out FOLDER --report          # tables and charts of what is there
 
-DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left out,
-except dsprites_loc and dsprites_ori, which are drawn then. Every result is kept as it comes, so the same command goes on
-after any interruption, and several machines may share FOLDER. On several GPUs, one run each at a time:
+DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
+out, except dsprites_loc and dsprites_ori, which are drawn then. Every result is kept as it comes, so the same command
+goes on after any interruption, and several machines may share FOLDER. On several GPUs, one run each at a time:
 
     torchrun --nproc-per-node 8 benchmarks/vtab1k.py --data DIR ...
 
-Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a sweep.
+Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a
+sweep.
 
 --offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
 learning rate and a scale are chosen out of as many on 200 validation images, with seed 0; test images are used once.
@@ -46,7 +47,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="folder of the data sets")
     add("--checkpoint", help="file of the pre-trained weights, or 'download', or 'random'")
     add("--model", help=f"of timm; default {FACTS['recipe']['model']}")
-    add("--out", type=Path, help="folder for results, tables, charts; default benchmarks/results/vtab1k or vtab1k_offline")
+    add(
+        "--out",
+        type=Path,
+        help="folder for results, tables, charts; default benchmarks/results/vtab1k or vtab1k_offline",
+    )
     add("--datasets", nargs="+", metavar="NAME", help="default: all")
     add("--methods", nargs="+", metavar="NAME", help=f"out of {', '.join(FACTS['methods'])}; default: all")
     add("--seeds", type=int, help="how many; default 3")
@@ -94,7 +99,9 @@ def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]
         if name not in names:
             raise ValueError(f"--datasets must be out of {', '.join(FACTS['classes'])}, got {name!r}")
     for name in wanted or FACTS["classes"]:
-        lists = [f"{part}.txt" for part in ("train800", "val200", "test") if not (data / name / f"{part}.txt").is_file()]
+        lists = [
+            f"{part}.txt" for part in ("train800", "val200", "test") if not (data / name / f"{part}.txt").is_file()
+        ]
         if lists and name in DRAWN and not (data / name).exists():
             drawn.add(name)
         elif lists:
@@ -217,7 +224,9 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
                 points[x] = [max([record["top1"], *points.get(x, [])])]
         panels = {d: {m: p for m, p in lines.items() if len(p) > 1} for d, lines in panels.items()}
         panels = {d: lines for d, lines in panels.items() if lines}
-        tables.sweep(args.out / f"{setting}.png", panels, setting, f"best over the other settings, seed 0, by {setting}")
+        tables.sweep(
+            args.out / f"{setting}.png", panels, setting, f"best over the other settings, seed 0, by {setting}"
+        )
 
 
 # -- without data of one's own ----------------------------------------------------------------------------------------
@@ -250,7 +259,8 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
         for name in names:
             fixed = recipe | {"method": how["method"]} | how.get("settings", {})
             grids[method, name] = [
-                Run(name, method, 0, "val", fixed | point | {"epochs": short}) for point in how["grid"][: plan.get("grid")]
+                Run(name, method, 0, "val", fixed | point | {"epochs": short})
+                for point in how["grid"][: plan.get("grid")]
             ]
     # long runs first, so that no worker is left alone with one at the end
     order = lambda run: (run.method != "full", run.method == "linear")
@@ -345,7 +355,9 @@ def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], di
     groups = {group: [m for m in members if m in there] for group, members in all_groups.items()}
     groups = {group: members for group, members in groups.items() if members}
     order = list(FACTS["offline"]["methods"]) if args.offline else list(FACTS["methods"])
-    methods = sorted({r["run"]["method"] for r in found}, key=lambda m: (m not in order, order.index(m) if m in order else m))
+    methods = sorted(
+        {r["run"]["method"] for r in found}, key=lambda m: (m not in order, order.index(m) if m in order else m)
+    )
     return [(method, [r for r in found if r["run"]["method"] == method]) for method in methods], groups
 
 

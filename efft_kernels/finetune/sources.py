@@ -1,7 +1,7 @@
 """Built-in data sets and weights: what anyone can have from a package registry, or that is drawn.
 
-Every source follows VTAB-1K's protocol: 800 training and 200 validation images, drawn with a fixed seed and without regard
-to labels, and a test set that shares no image with them.
+Every source follows VTAB-1K's protocol: 800 training and 200 validation images, drawn with a fixed seed and without
+regard to labels, and a test set that shares no image with them.
 """
 
 import csv
@@ -185,4 +185,3 @@ def _dinov2_mri() -> Weights:
 
 
 WEIGHTS: dict[str, Callable[[], Weights]] = {"dinov2s_mri": _dinov2_mri}
-
