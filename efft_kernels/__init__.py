@@ -3,6 +3,7 @@
 import sys
 
 from .adapter import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
+from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
 from .factors import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
 from .inject import Plan, adapter_parameters, inject, merge, plan, unmerge
 from .linear import EFFTLinear
@@ -13,6 +14,7 @@ __all__ = [
     *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_"),
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
     *("add_adapter", "delete_adapter", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
+    *("Cost", "cost", "subspace_map", "subspace_similarity", "updates"),
     *("Plan", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
 ]
 

@@ -88,7 +88,7 @@ def test_source(monkeypatch):
 def test_digits():
     pytest.importorskip("sklearn")
     found = open_data("digits", 32)
-    assert (len(found.train), len(found.test), len(found.classes)) == (1437, 360, 10)
+    assert (len(found.train), len(found.test), len(found.classes)) == (1000, 797, 10)
     assert found.train[0][0].max() > 200
 
 

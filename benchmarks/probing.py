@@ -1,0 +1,66 @@
+"""Linear probing on features that are computed once: what the frozen model is worth, with a head trained to the end."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efft_kernels.finetune.data import Pictures, open_data
+from efft_kernels.finetune.models import make_model, normalisation
+
+
+def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: float, batch_size: int = 64) -> dict:
+    """Accuracy in % of a linear head on a model's frozen features.
+
+    The head starts at zero and is trained by AdamW (weight decay as the settings say) with a cosine schedule.
+
+    Args:
+        data: a source that is registered. settings: of efft_kernels.finetune, for model and images.
+        epochs, lr, batch_size: of the head.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = settings.get("image_size", 224)
+    opened = open_data(data, size)
+    torch.manual_seed(seed)
+    model = make_model(settings["model"], len(opened.classes), size, settings["checkpoint"]).to(device).eval()
+    x, y = _features(model, opened.train, settings, device)
+    test_x, test_y = _features(model, opened.test, settings, device)
+    # features of one scale, so that one grid of learning rates serves all models
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
+    head = nn.Linear(x.shape[1], len(opened.classes), device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=settings.get("weight_decay", 1e-4))
+    steps = epochs * (len(x) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), device=device).split(batch_size)[: len(x) // batch_size]:
+            loss = F.cross_entropy(head(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        logits = head(test_x)
+        right = logits.argmax(1) == test_y
+        classes = [right[test_y == c].double().mean().item() for c in test_y.unique()]
+        return {
+            "top1": 100 * right.double().mean().item(),
+            "mean_class": 100 * sum(classes) / len(classes),
+            "loss": F.cross_entropy(logits, test_y).item(),
+            "parameters": 0,
+            "head_parameters": sum(p.numel() for p in head.parameters()),
+        }
+
+
+@torch.inference_mode()
+def _features(model: nn.Module, images: Pictures, settings: dict, device: str) -> tuple[Tensor, Tensor]:
+    """What the model's own head would see [n, d], and labels [n]"""
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in normalisation(model, "imagenet"))
+    loader = torch.utils.data.DataLoader(images, batch_size=settings.get("batch_size", 64))
+    found = []
+    for batch, _ in loader:
+        x = (batch.to(device).float() - mean) / std
+        found.append(model.forward_head(model.forward_features(x), pre_logits=True))
+    return torch.cat(found).clone(), torch.tensor(images.labels, device=device)

@@ -1,0 +1,235 @@
+"""Many fine-tuning runs: what each is, where its result is kept, and how those that are missing get done.
+
+A run is plain data and its result one JSON file, put in place whole, named after the run: whatever interrupts a series,
+the next call does what is missing, and machines that share a folder share results. Nothing else is state.
+"""
+
+import concurrent.futures
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import report
+
+FORMAT = 1  # of a record
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its measurement.
+
+    ``part``: "test" trains on all 1000 images and is measured on the test images; "val" trains on 800 of them and is
+    measured on the other 200, and is what choices are made by. ``settings``: those of efft_kernels.finetune that differ
+    from its defaults; besides ``test_images``, how many images of the test set are taken, and ``probe``, a head on
+    features computed once instead of the training loop.
+    """
+
+    data: str
+    method: str  # as the tables call it
+    seed: int
+    part: str
+    settings: dict
+
+    @property
+    def name(self) -> str:
+        text = json.dumps(asdict(self), sort_keys=True)
+        words = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{self.data}.{self.method}.{self.part}.{self.seed}")
+        return f"{words}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a run needs from this machine, and what is not part of its identity."""
+
+    data: str | None = None  # folder of the data sets; None for built-in sources
+    checkpoint: str | None = None
+    device: str = "auto"
+
+
+class Store:
+    """The folder of the records."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, run: Run) -> dict | None:
+        path = self.folder / f"{run.name}.json"
+        return self._read(path) if path.exists() else None
+
+    def put(self, run: Run, record: dict) -> dict:
+        report.write_json(self.folder / f"{run.name}.json", record)
+        return record
+
+    def all(self) -> list[dict]:
+        return [self._read(path) for path in sorted(self.folder.glob("*.json"))]
+
+    def _read(self, path: Path) -> dict:
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
+            return record
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} must be the record of a run: {error}; delete it to have the run repeated"
+            ) from error
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, places: Places) -> dict:
+    """Train and measure. Diverging is a result: its accuracy is None."""
+    from efft_kernels.finetune.loop import train
+    from efft_kernels.finetune.settings import Settings
+
+    settings = dict(run.settings)
+    data = opened(run, places, settings.pop("test_images", None))
+    if places.checkpoint and settings.get("checkpoint") != "random":
+        settings["checkpoint"] = places.checkpoint
+    began, spent = time.perf_counter(), time.process_time()
+    if probe := settings.pop("probe", None):
+        import probing
+
+        found = probing.measure(data, settings, run.seed, places.device, **probe)
+    else:
+        with tempfile.TemporaryDirectory(prefix="efft_run_") as out:
+            # a run is repeated as a whole, so it needs no states on the way
+            made = Settings(**settings, data=data, out=out, seed=run.seed, device=places.device, save_every=10**9)
+            try:
+                result = train(made, progress=False)
+                found = {**result.metrics["test"], "parameters": result.parameters}
+                found |= {"head_parameters": result.head_parameters}
+                found |= {"train_top1": [round(entry["train"]["top1"], 2) for entry in result.history]}
+            except ValueError as error:
+                if not str(error).startswith("the loss of step"):
+                    raise
+                found = {"top1": None, "diverged": str(error)}
+    for name in ("top1", "mean_class"):
+        if found.get(name) is not None:
+            found[name] = round(found[name], 4)  # the metrics are float32
+    return {
+        "format": FORMAT,
+        "run": asdict(run),
+        **found,
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time() - spent, 2),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": report.machine(),
+        "versions": report.versions() | _versions(),
+        "commit": report.commit(),
+    }
+
+
+def opened(run: Run, places: Places, test_images: int | None) -> str:
+    """The name under which the images of a run are registered: those to train on, and those to measure on as test"""
+    from efft_kernels.finetune import sources  # noqa: F401, registers the built-in ones
+    from efft_kernels.finetune.data import SOURCES, Source, Subset, joined, open_data
+
+    if places.data is None:
+        found = SOURCES[run.data]()
+    else:
+        parts = open_data(Path(places.data) / run.data, hold_out=True)
+        found = Source(*(part and part.images for part in (parts.train, parts.val, parts.test)), parts.classes)
+    if run.part == "val":
+        train, test = found.train, found.val
+    else:
+        train, test = joined(found.train, found.val), found.test
+        if test_images and test_images < len(test):
+            # of a shuffled order, because a list may be sorted by class
+            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist()
+            test = Subset((test,), tuple((0, i) for i in sorted(order[:test_images])))
+    name = f"{run.data}, for {run.part}"
+    SOURCES[name] = lambda: Source(train, None, test, found.classes)
+    return name
+
+
+def _versions() -> dict[str, str | None]:
+    found = {}
+    for name in ("timm", "accelerate", "numpy", "pillow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def complete(
+    runs: Iterable[Run], store: Store, places: Places, workers: int = 1, label: str = "runs"
+) -> tuple[list[dict], dict[str, str]]:
+    """Do what the store lacks. Returns the records in order, and {name of a run: why} for those that failed."""
+    import tqdm
+
+    runs = list({run.name: run for run in runs}.values())
+    missing = [run for run in runs if store.get(run) is None]
+    failures = {}
+    with tqdm.tqdm(total=len(runs), initial=len(runs) - len(missing), desc=label, unit="run") as bar:
+
+        def take(run: Run, result: Callable[[], dict]) -> None:
+            try:
+                store.put(run, result())
+            except (ValueError, OSError, RuntimeError) as error:
+                failures[run.name] = f"{type(error).__name__}: {error}"
+            bar.set_postfix_str(f"{run.data} {run.method}")
+            bar.update()
+
+        if workers <= 1:
+            for run in missing:
+                take(run, lambda: measure(run, places))
+        elif missing:
+            with _pool(workers) as pool:
+                futures = {pool.submit(measure, run, places): run for run in missing}
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        take(futures[future], future.result)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+    return [record for run in runs if (record := store.get(run)) is not None], failures
+
+
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _start, (threads, os.getpid()))
+
+
+def _start(threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+
+    def leave_with_the_parent() -> None:  # a killed parent cannot tell
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_the_parent, daemon=True).start()
+
+
+def choose(runs: list[Run], store: Store) -> Run:
+    """The run that was best on its validation images; of equals the first."""
+    found = [(run, (store.get(run) or {}).get("top1")) for run in runs]
+    if all(top1 is None for _, top1 in found):
+        raise ValueError(f"all {len(runs)} settings of {runs[0].method} on {runs[0].data} diverged or failed")
+    return max(found, key=lambda pair: -1 if pair[1] is None else pair[1])[0]
+
+
+def tested(run: Run, seed: int, **settings) -> Run:
+    """The run on test images with the settings of one on validation images."""
+    return replace(run, part="test", seed=seed, settings=run.settings | settings)

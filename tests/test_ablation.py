@@ -1,0 +1,98 @@
+"""Ablation and subspaces: variants that a model takes, changes seed by seed, maps of what was trained."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from models import timm, vit
+
+timm()
+for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
+    pytest.importorskip(module)
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import ablation  # noqa: E402
+import subspace  # noqa: E402
+from runs import Run  # noqa: E402
+
+import efft_kernels as ek  # noqa: E402
+
+
+def record(method, top1, data="x", seed=0):
+    return {"run": asdict(Run(data, method, seed, "test", {})), "top1": top1, "parameters": 1234}
+
+
+def test_every_variant_is_a_config_that_changes_one_thing():
+    model = vit(depth=12)
+    base = {method: ek.plan(model, ek.EFFTConfig(method, rank=16)) for method in ("efft1", "efft2")}
+    families = ablation.variants(12)
+    assert len(families["layers"]) == 10 and set(families) == {"layers", "init", "ranks", "cores", "scale"}
+    for family, found in families.items():
+        for name, settings in found.items():
+            for method in ("efft1", "efft2"):
+                if not ablation.fits(method, settings):
+                    continue
+                config = ek.EFFTConfig(method, **{"rank": 16} | settings)
+                made = ek.plan(model, config)
+                same = config == base[method].config
+                assert same == (name in ("zero v", "cores per_block")), f"{method} {name}"
+                if family == "layers":
+                    blocks = {slot.site.block for group in made.groups for slot in group.slots}
+                    assert blocks == set(settings.get("blocks", range(12)))
+    assert not any("9-11" in name for name in ablation.variants(6)["layers"])
+    assert not ablation.fits("efft1", {"ffn_rank": (8, 16)}) and not ablation.fits("efft1", {"zero_init": "vu"})
+
+
+def test_change_is_taken_seed_by_seed():
+    base = [
+        record("efft2", 50.0, "x", 0),
+        record("efft2", 60.0, "x", 1),
+        record("efft2", 10.0, "y", 0),
+        record("efft2", 20.0, "y", 1),
+    ]
+    found = [
+        record("efft2", 52.0, "x", 0),
+        record("efft2", 61.0, "x", 1),
+        record("efft2", 10.0, "y", 0),
+        record("efft2", 23.0, "y", 1),
+    ]
+    moved = ablation.change(found, base)
+    assert (moved.mean, moved.n) == (1.5, 2) and moved.deviation == pytest.approx(0.5**0.5)
+    assert ablation.change([record("efft2", None)], base).mean is None
+    text = ablation.table({("efft2", "base"): base, ("efft2", "v"): found}, ["efft1", "efft2"])
+    assert "| base | – | – | 0.001 | 35.0 ± 7.1 |" in text and "| v | – | – | 0.001 | +1.5 ± 0.7 |" in text
+
+
+def test_ablation_quick(tmp_path, capsys):
+    assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    counts = {json.loads(p.read_text())["parameters"] for p in (tmp_path / "runs").glob("*.json")}
+    full = 7 * 192 * 4 + 6 * 12 * 16
+    assert counts == {full, full + 2, 7 * 192 * 4 + 6 * 16}  # base, a scale per group, one set of cores
+
+
+def test_subspace_quick(tmp_path):
+    pytest.importorskip("sklearn")
+    assert subspace.main(["--quick", "--blocks", "3", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "subspace.json").read_text())["maps"]
+    assert len(found) == len(subspace.COMPARISONS) + 1
+    for of in found.values():
+        phi = torch.tensor(of["3"], dtype=torch.float64)
+        assert phi.shape == (4, 4) and (phi >= 0).all() and (phi <= 1.0001).all()
+    # attention alone and both start from the same factors with one seed, from others with another
+    assert found["q: MHSA-only and joint, one seed"]["3"][0][0] > 0.8 > found["q: MHSA-only and joint"]["3"][0][0]
+    assert (tmp_path / "subspace.png").stat().st_size > 5000
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
+    assert len(before) == 6
+    assert subspace.main(["--quick", "--blocks", "3", "--out", str(tmp_path)]) == 0  # read, not trained again
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
+    assert subspace.main(["--quick", "--blocks", "12", "--out", str(tmp_path)]) == 2
+
+
+def test_control_is_what_chance_gives():
+    phi = subspace.control(300, 300, 20)
+    assert phi.shape == (20, 20) and phi[19, 19].item() == pytest.approx(20 / 300, rel=0.3)

@@ -1,0 +1,454 @@
+"""The VTAB-1K benchmark: what runs there are, that interruption loses none, what tables say, and the offline run."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from models import timm  # noqa: E402
+
+timm()
+for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
+    pytest.importorskip(module)
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import runs  # noqa: E402
+import tables  # noqa: E402
+import vtab1k  # noqa: E402
+from runs import Places, Run, Store  # noqa: E402
+
+FACTS = vtab1k.FACTS
+ALL = [name for members in FACTS["groups"].values() for name in members]
+
+
+def run(data="svhn", method="efft2", seed=0, part="test", **settings):
+    return Run(data, method, seed, part, settings)
+
+
+def record(of, top1, parameters=1000):
+    from dataclasses import asdict
+
+    return {"format": 1, "run": asdict(of), "top1": top1, "parameters": parameters}
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_published_rows_agree_with_their_own_means():
+    assert len(ALL) == 19 and set(ALL) == set(FACTS["classes"])
+    assert [len(members) for members in FACTS["groups"].values()] == [7, 4, 8]
+    for entry in FACTS["published"]:
+        found = tables.published(entry, FACTS["groups"], FACTS["groups"], entry["name"])
+        assert found.mean.mean == pytest.approx(entry["mean"], abs=0.051)
+        assert found.group_mean.mean == pytest.approx(entry["group_mean"], abs=0.051)
+
+
+def test_released_settings_are_whole_and_possible():
+    from efft_kernels import EFFTConfig
+    from efft_kernels.finetune.data import VTAB_CLASSES
+    from efft_kernels.finetune.methods import METHODS
+
+    assert FACTS["classes"] == VTAB_CLASSES and set(FACTS["methods"]) == set(METHODS)
+    for variant, released in FACTS["released"].items():
+        assert set(released) == set(ALL)
+        for rank, scale, zero in released.values():
+            EFFTConfig(variant, rank=rank, scale=scale, zero_init=zero)
+            assert rank in (8, 16, 32)
+    named = {entry["name"] for entry in FACTS["published"]}
+    assert {m["published"] for m in FACTS["methods"].values()} <= named | {None}
+
+
+def test_every_planned_run_has_valid_settings():
+    from efft_kernels.finetune import methods
+    from efft_kernels.finetune.settings import Settings
+
+    args = SimpleNamespace(model=None, checkpoint="some/ViT-B_16.npz", epochs=None, cores=None)
+    made = [vtab1k.settings_of(m, d, args) for m in FACTS["methods"] for d in ALL]
+    assert all(settings["checkpoint"] == "ViT-B_16.npz" for settings in made)  # no path of this machine
+    plan = FACTS["offline"]
+    for how in plan["methods"].values():
+        for point in how["grid"]:
+            one = plan["recipe"] | {"method": how["method"], "checkpoint": "x"} | how.get("settings", {}) | point
+            made.append({key: value for key, value in one.items() if key not in ("test_images", "probe")})
+    for settings in made:
+        checked = Settings(data="d", out="o", **settings)
+        methods.check(checked.method, checked.options)
+
+
+def test_offline_methods_have_equal_budgets():
+    plan = FACTS["offline"]
+    assert len({len(how["grid"]) for how in plan["methods"].values()}) == 1
+    assert {"full", "linear", "lora", "fact-tt", "efft1", "efft2"} <= set(plan["methods"]) and plan["seeds"] >= 3
+    adapters = [plan["methods"][m]["grid"] for m in ("lora", "fact-tt", "efft1", "efft2")]
+    assert all(grid == adapters[0] for grid in adapters)
+
+
+# -- runs and their store ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_named_after_all_of_itself():
+    one = run(lr=0.1, scale=2)
+    assert one.name == run(scale=2, lr=0.1).name  # the order of settings is none
+    others = [run(lr=0.1, scale=3), run(lr=0.1), run(seed=1, lr=0.1, scale=2), run(part="val", lr=0.1, scale=2),
+              run(data="dtd", lr=0.1, scale=2), run(method="efft1", lr=0.1, scale=2)]  # fmt: skip
+    assert len({r.name for r in [one, *others]}) == 7
+    assert "/" not in run(data="../x", method="a, b").name
+
+
+def test_store(tmp_path):
+    store, one = Store(tmp_path / "runs"), run()
+    assert store.get(one) is None
+    store.put(one, record(one, 50.0))
+    assert store.get(one)["top1"] == 50.0 and len(store.all()) == 1
+    path = next((tmp_path / "runs").glob("*.json"))
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=f"{path.name} must be the record of a run: .*delete it"):
+        store.get(one)
+
+
+def test_complete_does_what_is_missing_and_goes_on_after_a_failure(tmp_path, monkeypatch):
+    store, done = Store(tmp_path), []
+
+    def measure(one, places):
+        done.append(one.seed)
+        if one.seed == 2 and len(done) < 5:
+            raise ValueError("no such thing")
+        return record(one, float(one.seed))
+
+    monkeypatch.setattr(runs, "measure", measure)
+    every = [run(seed=seed) for seed in (0, 1, 2, 3, 3)]
+    store.put(every[0], record(every[0], 0.0))
+    found, failures = runs.complete(every, store, Places())
+    assert done == [1, 2, 3] and failures == {every[2].name: "ValueError: no such thing"}
+    assert [r["top1"] for r in found] == [0, 1, 3]
+    done += [None] * 9
+    found, failures = runs.complete(every, store, Places())
+    assert done[-1] == 2 and not failures and [r["top1"] for r in found] == [0, 1, 2, 3]
+
+
+def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
+    store = Store(tmp_path)
+    grid = [run(part="val", lr=lr) for lr in (1, 2, 3, 4)]
+    for one, top1 in zip(grid, (None, 60.0, 70.0, 70.0)):
+        store.put(one, record(one, top1))
+    assert runs.choose(grid, store) is grid[2]
+    final = runs.tested(grid[2], 5, epochs=9)
+    assert (final.part, final.seed, final.settings) == ("test", 5, {"lr": 3, "epochs": 9})
+    with pytest.raises(ValueError, match="all 1 settings of efft2 on svhn diverged"):
+        runs.choose(grid[:1], store)
+
+
+def test_what_a_run_trains_on_and_is_measured_by():
+    from efft_kernels.finetune.data import SOURCES
+
+    whole = SOURCES["dsprites_loc"]()
+    numbers = lambda part: {part.where(i) for i in range(len(part))}
+    val = SOURCES[runs.opened(run("dsprites_loc", part="val"), Places(), None)]()
+    assert numbers(val.train) == numbers(whole.train) and numbers(val.test) == numbers(whole.val)
+    test = SOURCES[runs.opened(run("dsprites_loc"), Places(), 300)]()
+    assert numbers(test.train) == numbers(whole.train) | numbers(whole.val)
+    assert len(test.test) == 300 and numbers(test.test) < numbers(whole.test)
+    again = SOURCES[runs.opened(run("dsprites_loc", seed=7), Places(), 300)]()
+    assert numbers(again.test) == numbers(test.test)  # not of the seed
+    assert test.val is None and val.val is None  # nothing left to choose by
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+GROUPS = {"A": ["x", "y"], "B": ["z"]}
+
+
+def rows_of(values):
+    """{data: [top-1 by seed]} -> records"""
+    return [record(run(data, seed=seed), top1) for data, found in values.items() for seed, top1 in enumerate(found)]
+
+
+def test_row_means_and_deviations():
+    found = tables.row("m", rows_of({"x": [10, 20, 30], "y": [50, 50, 80], "z": [90, 96, 99]}), GROUPS)
+    assert found.cells["x"] == tables.Cell(20, 10, 3)
+    assert found.groups["A"].mean == 40 and found.groups["A"].deviation == statistics.stdev([30, 35, 55])
+    assert found.mean.mean == pytest.approx((20 + 60 + 95) / 3)
+    assert found.mean.deviation == pytest.approx(statistics.stdev([150 / 3, 166 / 3, 209 / 3]))
+    assert found.group_mean.mean == pytest.approx((40 + 95) / 2)
+    assert found.parameters == 1000
+
+
+def test_row_without_some_seeds_or_after_divergence():
+    found = tables.row("m", rows_of({"x": [10, 20], "y": [50], "z": [90, None]}), GROUPS)
+    assert found.cells["x"].n == 2 and found.groups["A"] == tables.Cell(30, None, 1)  # seed 0, which both have
+    assert found.cells["z"] == tables.Cell(None, None, 2)
+    assert found.mean == tables.Cell(50, None, 1)
+    nothing = tables.row("m", rows_of({"x": [10]}), GROUPS)
+    assert nothing.mean.n == 0 and nothing.cells["z"].n == 0
+    twice = rows_of({"x": [1]}) * 2
+    with pytest.raises(ValueError, match="two results for x, seed 0"):
+        tables.row("m", twice, GROUPS)
+
+
+def test_table_text_and_csv(tmp_path):
+    rows = [tables.row("one", rows_of({"x": [10, 20], "y": [50, 50], "z": [90, None]}), GROUPS),
+            tables.row("two", rows_of({"x": [16, 16], "y": [40, 40], "z": [80, 80]}), GROUPS)]  # fmt: skip
+    text = tables.markdown(rows, GROUPS).splitlines()
+    assert text[0] == "| method | params (M) | x | y | z | A | B | mean | mean of groups |"
+    assert text[2].startswith("| one | 0.001 | 15.0 ± 7.1 | **50.0 ± 0.0** | diverged |")
+    assert text[3].startswith("| two | 0.001 | **16.0 ± 0.0** |") and len(text) == 4
+    tables.write_csv(tmp_path / "t.csv", rows, GROUPS)
+    with (tmp_path / "t.csv").open() as file:
+        found = {(r["method"], r["column"]): r for r in csv.DictReader(file)}
+    assert float(found["one", "x"]["deviation"]) == statistics.stdev([10, 20])
+    assert found["one", "z"]["mean"] == "" and found["two", "mean"]["mean"] == str(136 / 3)
+
+
+def test_published_rows_beside_part_of_the_data_sets():
+    entry = next(e for e in FACTS["published"] if e["name"] == "Full")
+    groups = {"Natural": ["svhn", "dtd"], "Structured": ["kitti"]}
+    found = tables.published(entry, FACTS["groups"], groups, "published: Full")
+    assert {name: c.mean for name, c in found.cells.items()} == {"svhn": 87.4, "dtd": 64.3, "kitti": 65.5}
+    assert found.mean.mean == pytest.approx((87.4 + 64.3 + 65.5) / 3)
+
+
+def test_charts(tmp_path):
+    rows = [tables.row("one", rows_of({"x": [10, 20], "y": [50, 50], "z": [90, 91]}), GROUPS)]
+    tables.accuracy_against_parameters(tmp_path / "a.png", rows, "t")
+    tables.sweep(tmp_path / "s.png", {"x": {"m": {0.1: [1.0, 2.0], 10: [3.0], 100: [None]}}}, "scale", "t")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 2000 for name in "as")
+    tables.sweep(tmp_path / "none.png", {}, "scale", "t")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "s.png"]  # and nothing temporary
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """two data sets in the layout of NOAH, with an image each"""
+    for name in ("svhn", "kitti"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for part in ("train800", "val200", "train800val200", "test"):
+            (tmp_path / "data" / name / f"{part}.txt").write_text("a.jpg 0\n")
+    return tmp_path / "data"
+
+
+def fake(one, places):
+    scale = one.settings.get("scale", 1)
+    return record(
+        one, 50.0 + one.seed + 3 * (one.method == "efft2") - abs(scale - 1) + 0.1 * one.settings.get("rank", 0)
+    )
+
+
+def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "measure", fake)
+    (lists / "dtd").mkdir()
+    common = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert vtab1k.main([*common, "--methods", "linear", "efft2", "--seeds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"left out: dtd: {lists / 'dtd'} has no train800.txt, val200.txt, test.txt" in said
+    assert "left out: cifar" in said and "drawn, with pixels of their own: dsprites_loc, dsprites_ori" in said
+    table = (tmp_path / "out/table.md").read_text()
+    assert table.splitlines()[0].startswith(
+        "| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural"
+    )
+    assert "| published: EFFT2 r in {8,16,32} | 0.245 | **89.6** |" in table and "published: Linear" in table
+    kept = Store(tmp_path / "out/runs").all()
+    assert len(kept) == 2 * 2 * 4
+    released = next(r for r in kept if r["run"]["method"] == "efft2" and r["run"]["data"] == "svhn")["run"]["settings"]
+    assert (released["rank"], released["scale"], released["zero_init"]) == (32, 80, "vu")
+    # what is there is not done again
+    monkeypatch.setattr(runs, "measure", lambda *_: pytest.fail("again"))
+    assert vtab1k.main([*common, "--methods", "linear", "efft2", "--seeds", "2"]) == 0
+    assert vtab1k.main(["--out", str(tmp_path / "out"), "--report"]) == 0
+
+
+def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    done = []
+    monkeypatch.setattr(vtab1k, "measure", lambda one, places: done.append(one) or fake(one, places))
+    command = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"),
+               "--sweep", "scale", "rank",
+               "--methods", "efft2", "--datasets", "svhn"]  # fmt: skip
+    assert vtab1k.main([*command, "--trials", "4"]) == 0
+    assert len(done) == 4
+    assert vtab1k.main(command) == 0
+    points = {(one.settings["scale"], one.settings["rank"]) for one in done}
+    assert len(done) == len(points) == 15 and all(one.part == "val" for one in done)
+    assert "svhn, efft2: 56.20 % of validation with {'scale': 1.0, 'rank': 32}" in capsys.readouterr().out.replace(
+        "'scale': 1,", "'scale': 1.0,"
+    )
+    assert vtab1k.main(command) == 0 and len(done) == 15
+    assert (tmp_path / "out/scale.png").exists() and (tmp_path / "out/rank.png").exists()
+
+
+def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, capsys):
+    """with an invented accuracy that is best at lr 3e-3, scale 1 on validation, and worst there on test"""
+    from efft_kernels.finetune import sources
+
+    monkeypatch.setattr(sources, "weights", lambda name: sources.Weights("vit_tiny_patch16_224", tmp_path / "w.pt", ""))
+    done = []
+
+    def invented(one, places):
+        done.append(one)
+        lr = one.settings.get("probe", one.settings)["lr"]
+        liked = (lr, one.settings.get("scale")) in ((3e-3, 1.0), (1e-4, None))
+        return record(one, 50.0 + 20 * liked * (1 if one.part == "val" else -1) + one.seed)
+
+    monkeypatch.setattr(runs, "measure", invented)
+    assert vtab1k.main(["--offline", "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    val, test = ([one for one in done if one.part == part] for part in ("val", "test"))
+    assert len(val) == 2 * 6 * 3 and {one.seed for one in val} == {0}
+    assert done == val + test  # nothing is tested before all is chosen
+    assert len(test) == 2 * (6 * 3 + 1) and all(one.settings["epochs"] == 5 for one in test)
+    for one in test:
+        wanted = {"full": (1e-4, None), "linear": (1e-4, None)}.get(one.method, (3e-3, 1.0))
+        assert (one.settings.get("probe", one.settings)["lr"], one.settings.get("scale")) == wanted
+    control = [one for one in test if one.settings["checkpoint"] == "random"]
+    assert {one.method for one in control} == {"efft2, random weights"} and len(control) == 2
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| EFFT2 | 0.001 | **31.0 ± 1.0** |" in table and "| EFFT2, random weights | 0.001 | 30.0 |" in table
+    assert "- LoRA: lr 0.003, scale 1 (cifar10, dsprites_loc)" in table
+    assert "published" not in table  # of other data and another model
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--data and --checkpoint are needed"),
+        (["--offline", "--data", "."], "--offline brings data"),
+        (["--quick", "--data", ".", "--checkpoint", "x"], "--quick needs --offline"),
+        (["--offline", "--methods", "magic"], "--methods must be out of full, .*got 'magic'"),
+        (["--offline", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--data", "nowhere", "--checkpoint", "x"], "--data must be a folder, got nowhere"),
+    ],
+)
+def test_bad_arguments(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        vtab1k.main(arguments)
+    import re
+
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_bad_data_sets(lists, tmp_path, capsys):
+    common = ["--checkpoint", "x", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert vtab1k.main(["--data", str(lists), *common, "--datasets", "imagenet"]) == 2
+    assert "--datasets must be out of cifar, caltech101" in capsys.readouterr().err
+    assert vtab1k.main(["--data", str(tmp_path), *common, "--datasets", "svhn"]) == 2
+    assert "must hold at least one data set" in capsys.readouterr().err
+
+
+def test_shares_of_torchrun():
+    code = "import vtab1k; print(vtab1k.share(list(range(7))), vtab1k.os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    environment = {
+        **os.environ,
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "1",
+        "PYTHONPATH": f"{BENCHMARKS}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split("\n")[0] == "[1, 4] 1"
+
+
+# -- really training --------------------------------------------------------------------------------------------------
+
+TINY = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "epochs": 1, "batch_size": 64}
+SERIES = """
+import sys
+sys.path.append({benchmarks!r})
+import runs
+if __name__ == "__main__":
+    made = lambda m, s: runs.Run("dsprites_loc", m, s, "test", dict({tiny!r}, method=m, test_images=64))
+    todo = [made(m, s) for m in ("linear", "efft2") for s in range(3)]
+    print(len(runs.complete(todo, runs.Store(runs.Path(sys.argv[1])), runs.Places(None, None, "cpu"), 2)[0]))
+"""
+
+
+def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
+    """kill -9 of the parent: no torn record, no orphan, and what is there is not repeated"""
+    script = tmp_path / "series.py"
+    script.write_text(SERIES.format(benchmarks=str(BENCHMARKS), tiny=TINY))
+    out = tmp_path / "runs"
+    first = subprocess.Popen([sys.executable, str(script), str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
+    limit = time.time() + 120
+    while len(list(out.glob("*.json"))) < 2 and time.time() < limit:
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = {path.name: path.read_bytes() for path in out.glob("*.json")}
+    assert 2 <= len(kept) < 6
+    while time.time() < limit and _alive(first.pid):
+        time.sleep(0.1)
+    assert not _alive(first.pid), "workers outlive the parent"
+    done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "6" and len(list(out.glob("*.json"))) == 6
+    assert all((out / name).read_bytes() == data for name, data in kept.items())
+    once = runs.measure(
+        Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)), Places(None, None, "cpu")
+    )
+    name = Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)).name
+    assert json.loads((out / f"{name}.json").read_text())["loss"] == pytest.approx(once["loss"], rel=1e-5)
+
+
+def _alive(session: int) -> bool:
+    """whether a process of that session is left"""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            return True
+    return False
+
+
+def test_divergence_is_a_result():
+    settings = dict(TINY, method="linear", lr=1e36, test_images=16)
+    found = runs.measure(Run("dsprites_loc", "linear", 0, "test", settings), Places(None, None, "cpu"))
+    assert found["top1"] is None and "loss of step" in found["diverged"]
+
+
+def test_probe_learns_where_a_linear_head_can():
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "checkpoint": "random",
+        "image_size": 32,
+        "probe": {"epochs": 100, "lr": 1e-2},
+    }
+    pytest.importorskip("sklearn")
+    found = runs.measure(Run("digits", "linear", 0, "test", settings | {"test_images": 400}), Places(None, None, "cpu"))
+    assert found["top1"] > 60  # random features of digits tell them apart; chance is 10 %
+    assert found["parameters"] == 0 and found["head_parameters"] == 192 * 10 + 10
+
+
+def test_offline_quick(tmp_path):
+    """the whole experiment, small: weights of a package, six methods, test, table and chart"""
+    from efft_kernels.finetune.sources import weights
+
+    try:
+        weights("dinov2s_mri")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, str(BENCHMARKS / "vtab1k.py"), "--offline", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    for name in ("Full", "Linear", "LoRA", "FacT-TT", "EFFT1", "EFFT2"):
+        assert f"| {name} |" in table
+    plan = FACTS["offline"] | FACTS["offline"]["quick"]
+    kept = Store(tmp_path / "runs").all()
+    assert len(kept) == 6 * plan["seeds"] and all(r["run"]["part"] == "test" and r["top1"] > 0 for r in kept)
+    counts = {r["run"]["method"]: r["parameters"] for r in kept}
+    d, r, L = 384, 16, 12
+    assert counts["efft1"] == 5 * d * r + 3 * L * r * r and counts["efft2"] == 7 * d * r + 6 * L * r * r
+    assert counts["fact-tt"] == 2 * d * r + 12 * L * r * r and counts["lora"] == 2 * L * 2 * d * 8
+    assert (tmp_path / "accuracy_parameters.png").stat().st_size > 2000
