@@ -158,7 +158,8 @@ def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
     """A model has one head: a second adapter may not silently change what the first one gives."""
     own = head_state(model)
-    if state and not (own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())):
+    same = own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())
+    if state and not same:
         raise ValueError(
             f"{path} holds a head that differs from the one of this model, which serves "
             f"{', '.join(map(repr, adapters(model)))}; head='keep' leaves it out"

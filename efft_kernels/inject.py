@@ -324,7 +324,8 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     if fitted != found or len(classes) != 1:
         key = min((key for key in own.keys() | found.keys() if fitted.get(key) != found.get(key)), default="head")
         raise ValueError(
-            f"{key} must be of shape {fitted.get(key)} for the head of this {type(model).__name__}, got {found.get(key)}"
+            f"{key} must be of shape {fitted.get(key)} for the head of this {type(model).__name__}, "
+            f"got {found.get(key)}"
         )
     return classes.pop()
 
@@ -383,10 +384,8 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
 def _classifiers(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Linear]]:
     """The last Linear of each head, which has an output for each class."""
     for key in heads:
-        linears = [
-            (path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")
-        ]
-        yield from linears[-1:]
+        own = ((path, m) for path, m in model.named_modules() if f"{path}.".startswith(f"{key}."))
+        yield from [(path, m) for path, m in own if isinstance(m, nn.Linear)][-1:]
 
 
 def _tell_classes(model: nn.Module, classes: int) -> None:

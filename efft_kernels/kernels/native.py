@@ -94,6 +94,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
+    if op.startswith("mixed"):
+        return "it has no kernel for mixed batches"
     for t in tensors:
         if t is not None and not (t.is_cpu and t.dtype in _FLOATS and t.layout == torch.strided):
             return f"it takes strided float tensors on the CPU, got {t.dtype} {t.layout} on {t.device}"
