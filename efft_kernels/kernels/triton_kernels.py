@@ -308,8 +308,8 @@ def lowrank_linear_kernel(
     n_ok = (n < N - n0)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     if ids is not None:
-        first = m0 // T
-        sample = (m0 + m) // T
+        first = pm * BM // T  # 32-bit divisions
+        sample = (pm * BM + m) // T
         samples = M // T
     if OWN_P:
         acc_p = tl.zeros((BM, BR), tl.float32)
@@ -367,7 +367,7 @@ def lowrank_linear_kernel(
             acc = add_own_rows(acc, a, up_tile + a1 * sua, sample == first, r1_ok[:, None] & n_ok, PRECISION)
             acc = add_own_rows(acc, a, up_tile + a2 * sua, sample != first, r2_ok[:, None] & n_ok, PRECISION)
     elif ids is not None:
-        last = tl.minimum(m0 + BM, M) - 1
+        last = tl.minimum(pm * BM + BM, M) - 1
         for s in tl.range(first, last // T + 1, num_stages=1):
             adapter, known = adapter_of(ids, s, samples, A)
             for r0 in tl.range(0, R, BR, num_stages=1):
@@ -421,8 +421,7 @@ def lowrank_product(
     if not M:
         return y, p
     A, T = (0, 0) if ids is None else (len(up), M // len(ids))
-    # a mixed tile has an accumulator of p for each of its two samples
-    c = config("single_pass" if own_p else "extended_k", x, M, N, K, 2 * R if own_p and A else R)
+    c = config("single_pass" if own_p else "extended_k", x, M, N, K, mixed_rank(R) if own_p and A else R)
     BM, BN, BK = c["BM"], c["BN"], c["BK"]
     strides = *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0)
     for t in (down, up):
@@ -434,7 +433,8 @@ def lowrank_product(
         x = TensorDescriptor.from_tensor(x, [BM, BK])
         w = TensorDescriptor.from_tensor(stored_w, [BN, BK] if rows == "n" else [BK, BN])
     # a loop over ranks in blocks no larger than needed: the last step issues only ceil(R / 16) tensor-core steps
-    BR = block(R) if own_p else min(block(R), 64)
+    # mixed, no larger than one of these: the registers hold a tile of up twice
+    BR = block(R) if own_p else min(block(R), 16 if A else 64)
     with torch.cuda.device_of(y):
         lowrank_linear_kernel[(cdiv(M, BM) * cdiv(N, BN),)](
             x, w, bias, down, up, y, p, ids, M, N, K, R, A, T, *strides,
@@ -650,10 +650,15 @@ def lowrank_linear_backward(
 
 def mixed_single_pass(x: Tensor, N: int, R: int, B: int) -> bool:
     """Whether a mixed batch forms p inside the product, as prefers_single_pass: for two samples a tile, no more"""
-    if not prefers_single_pass(x, N, 2 * R):
+    if not prefers_single_pass(x, N, mixed_rank(R)):
         return False
     M, K = x.shape
-    return M // B >= config("single_pass", x, M, N, K, 2 * R)["BM"]
+    return M // B >= config("single_pass", x, M, N, K, mixed_rank(R))["BM"]
+
+
+def mixed_rank(R: int) -> int:
+    """the rank whose tiles have the registers that a mixed one needs: for two accumulators of p, and up held twice"""
+    return 4 * block(R)
 
 
 def mixed_product(
