@@ -56,6 +56,7 @@ class AdapterBank:
 
     Gradients reach the factors and heads of all adapters in a batch; hand :meth:`parameters` to an optimizer. The model
     itself is frozen. Moving the model to another device or dtype does not move the bank's adapters: add them after it.
+    Under torch.compile the graph breaks at every adapted Linear, which gives the same results; fullgraph=True does not work.
 
     Args:
         model: a plain model, as for :func:`efft_kernels.inject`. It is changed in place: its parameters are frozen, and

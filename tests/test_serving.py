@@ -229,6 +229,16 @@ def test_checkpointing(reentrant):
     assert not bank._replays
 
 
+def test_compiled_with_graph_breaks():
+    bank, _ = filled()
+    x = images(6)
+    torch._dynamo.reset()
+    compiled = torch.compile(bank.model, backend="aot_eager")
+    for ids in (BATCH, ["c", "a", None] * 2):
+        with bank.use(ids), torch.no_grad():
+            torch.testing.assert_close(compiled(x), bank.model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_while_training():
     config = ek.EFFTConfig(rank=4, factor_dropout=0.3)
     bank, _ = filled(config)

@@ -275,7 +275,7 @@ def add_own_rows(acc, p, up_tile, own, ok, PRECISION: tl.constexpr):
     up = tl.load(up_tile, mask=ok, other=0.0)
     finite = up.to(tl.float32) - up.to(tl.float32) == 0
     # 0 * inf would be nan in the rows of others: own rows become nan by way of p instead
-    p += tl.where(tl.min(tl.min(finite.to(tl.int32), axis=1), axis=0) == 1, 0.0, float("nan")).to(p.dtype)
+    p += tl.where(tl.min(finite.to(tl.int32), axis=1) == 1, 0.0, float("nan"))[None, :].to(p.dtype)
     p = tl.where(own[:, None], p, 0.0).to(p.dtype)
     return tl.dot(p, tl.where(finite, up, 0.0).to(up.dtype), acc, input_precision=PRECISION)
 
@@ -368,12 +368,14 @@ def lowrank_linear_kernel(
             acc = add_own_rows(acc, a, up_tile + a2 * sua, sample != first, r2_ok[:, None] & n_ok, PRECISION)
     elif ids is not None:
         last = tl.minimum(pm * BM + BM, M) - 1
-        for s in tl.range(first, last // T + 1, num_stages=1):
+        steps = tl.cdiv(R, BR)
+        for i in tl.range(0, (last // T + 1 - first) * steps, num_stages=1):
+            s = first + i // steps
+            r0 = i % steps * BR
             adapter, known = adapter_of(ids, s, samples, A)
-            for r0 in tl.range(0, R, BR, num_stages=1):
-                a = tl.load(p_tile + r0, mask=m_ok & (r < R - r0)[None, :], other=0.0)
-                ok = ((r < R - r0) & known)[:, None] & n_ok
-                acc = add_own_rows(acc, a, up_tile + adapter * sua + r0 * sur, sample == s, ok, PRECISION)
+            a = tl.load(p_tile + r0, mask=m_ok & (r < R - r0)[None, :], other=0.0)
+            ok = ((r < R - r0) & known)[:, None] & n_ok
+            acc = add_own_rows(acc, a, up_tile + adapter * sua + r0 * sur, sample == s, ok, PRECISION)
     else:
         # no pipeline here: it would double the shared memory for a loop of one to four steps
         for r0 in tl.range(0, R, BR, num_stages=1):
