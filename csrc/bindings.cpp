@@ -207,6 +207,87 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   return grads;
 }
 
+// down [A, K, R] or up [A, R, N]: the matrix of the first adapter
+View first_adapter(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2)}; }
+
+void set_adapters(LowRank& g, const Tensor& ids, int64_t A) {
+  check_dim("ids", ids, 1);
+  STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long && ids.is_contiguous(),
+                  "ids must be contiguous int64 on the CPU");
+  g.A = A, g.B = ids.size(0), g.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  STD_TORCH_CHECK(g.B ? g.M % g.B == 0 : g.M == 0, "the rows must be a multiple of the ", g.B, " ids, got ", g.M);
+  for (int64_t i = 0; i < g.B; ++i) STD_TORCH_CHECK(g.ids[i] < A, "ids must be below ", A, ", got ", g.ids[i]);
+}
+
+// lowrank_linear, every run of M / B rows with the pair of its own id
+std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,       // [M, K]
+                                        const Tensor& packed,  // weight.T [K, N]
+                                        const std::optional<Tensor>& bias,  // [N]
+                                        const Tensor& down,                 // [A, K, R]
+                                        const Tensor& up,                   // [A, R, N]
+                                        const Tensor& ids) {                // [B]
+  check_dim("x", x, 2);
+  check_dim("up", up, 3);
+  LowRank g;
+  g.M = x.size(0), g.K = x.size(1), g.R = up.size(1), g.N = up.size(2);
+  const int64_t A = up.size(0);
+  check_sizes({A, g.K, g.R, g.N});
+  check("x", x, x, {g.M, g.K});
+  check("down", down, x, {A, g.K, g.R});
+  check("up", up, x, {A, g.R, g.N});
+  if (bias) check("bias", *bias, x, {g.N});
+  check_packed(packed, dtype_of(x), g.K, g.N);
+  set_adapters(g, ids, A);
+  Tensor y = empty({g.M, g.N}, x), p = empty({g.M, g.R}, x);
+  g.a = view(x), g.b = packed.const_data_ptr(), g.d = first_adapter(down), g.u = first_adapter(up);
+  g.d_adapter = down.stride(0), g.u_adapter = up.stride(0);
+  if (bias) g.bias = view(*bias);
+  g.c = view(y), g.p = p.mutable_data_ptr();
+  kernels().lowrank(dtype_of(x), g);
+  return {y, p};
+}
+
+// as lowrank_linear_backward
+std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     // [M, N]
+                                          const std::optional<Tensor>& packed,  // weight [N, K]
+                                          const std::optional<Tensor>& x,       // [M, K]
+                                          const Tensor& down,                   // [A, K, R]
+                                          const Tensor& up,                     // [A, R, N]
+                                          const std::optional<Tensor>& p,       // [M, R]
+                                          const Tensor& ids) {                  // [B]
+  check_dim("dy", dy, 2);
+  check_dim("down", down, 3);
+  const int64_t M = dy.size(0), N = dy.size(1), A = down.size(0), K = down.size(1), R = down.size(2);
+  check_sizes({A, N, K, R});
+  check("dy", dy, dy, {M, N});
+  check("down", down, dy, {A, K, R});
+  check("up", up, dy, {A, R, N});
+  LowRank g;
+  g.M = M, g.K = N, g.N = K, g.R = R;
+  set_adapters(g, ids, A);
+  g.a = view(dy);
+  std::vector<Tensor> grads;
+  if (packed || x) g.d = transposed(first_adapter(up)), g.d_adapter = up.stride(0);
+  if (packed) {
+    check_packed(*packed, dtype_of(dy), N, K);
+    grads.push_back(empty({M, K}, dy));
+    g.b = packed->const_data_ptr(), g.u = transposed(first_adapter(down)), g.u_adapter = down.stride(0);
+    g.c = view(grads.back());
+  }
+  if (x) {
+    check("x", *x, dy, {M, K});
+    grads.push_back(empty({A, K, R}, dy));
+    g.x = view(*x), g.xp = grads.back().mutable_data_ptr();
+  }
+  if (p) {
+    check("p", *p, dy, {M, R});
+    grads.push_back(empty({A, R, N}, dy));
+    g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
+  }
+  kernels().lowrank(dtype_of(dy), g);
+  return grads;
+}
+
 // sigma [S, P, Q] or dup [S, P, N] as rows: p * S + s, or s * P + p
 View rows_by_p(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(2), t.size(0), t.stride(1)}; }
 View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2), t.size(1), t.stride(0)}; }
@@ -293,6 +374,10 @@ STABLE_TORCH_LIBRARY(efft_native, m) {
   m.def("lowrank_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)");
   m.def(
       "lowrank_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
+  m.def("mixed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up, Tensor ids) -> (Tensor, Tensor)");
+  m.def(
+      "mixed_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p, Tensor ids) -> "
+      "Tensor[]");
   m.def("group_update(Tensor sigma, Tensor v, float scale) -> Tensor");
   m.def(
       "group_update_backward(Tensor dup, Tensor sigma, Tensor v, float scale, bool need_sigma, bool need_v) -> "
@@ -311,6 +396,8 @@ STABLE_TORCH_LIBRARY_IMPL(efft_native, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&efft::fingerprint));
   m.impl("lowrank_linear", TORCH_BOX(&efft::lowrank_linear));
   m.impl("lowrank_linear_backward", TORCH_BOX(&efft::lowrank_linear_backward));
+  m.impl("mixed_linear", TORCH_BOX(&efft::mixed_linear));
+  m.impl("mixed_linear_backward", TORCH_BOX(&efft::mixed_linear_backward));
   m.impl("group_update", TORCH_BOX(&efft::group_update));
   m.impl("group_update_backward", TORCH_BOX(&efft::group_update_backward));
   m.impl("merge_", TORCH_BOX(&efft::merge_));

@@ -29,6 +29,9 @@ struct View {
 // group backward:                  a = dup, d = v.T, p = dsigma, q = sigma, qa = dv
 // merge:                           a = up.T, b = down.T, c = weight, c_adds
 //
+// a mixed batch has A adapters and B samples of M / B rows each: the rows of a sample use the d and the u of its adapter,
+// and qa and xp hold the sums over the rows of each adapter, zeros for one that no sample has.
+//
 // a pointer that is null means: not wanted, or (inputs) not there.
 struct LowRank {
   int64_t M = 0, K = 0, N = 0, R = 0;
@@ -43,8 +46,11 @@ struct LowRank {
   bool c_adds = false;      // c += instead of c =, and then without a bias
   View c;                   // [M, N]
   void* p = nullptr;        // [M, R]  contiguous
-  void* qa = nullptr;       // [R, K]  contiguous
-  void* xp = nullptr;       // [N, R]  contiguous
+  void* qa = nullptr;       // [R, K]  contiguous; [A, R, K] if mixed
+  void* xp = nullptr;       // [N, R]  contiguous; [A, N, R] if mixed
+  const int64_t* ids = nullptr;         // [B]  the adapters of a mixed batch; below zero: none
+  int64_t A = 1, B = 0;
+  int64_t d_adapter = 0, u_adapter = 0;  // elements from the d or u of one adapter to that of the next
 };
 
 // the kernels of one instruction set

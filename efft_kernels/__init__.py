@@ -7,11 +7,11 @@ from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
 from .factors import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
 from .inject import Plan, adapter_parameters, inject, merge, plan, unmerge
 from .linear import EFFTLinear
-from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_
+from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear
 
 __version__ = "0.1.0"
 __all__ = [
-    *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_"),
+    *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_", "mixed_linear"),
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
     *("add_adapter", "delete_adapter", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
     *("Cost", "cost", "subspace_map", "subspace_similarity", "updates"),

@@ -19,45 +19,29 @@ class _Pass:
         self.unrecorded: set[str] = set()
 
 
-class Adapters(nn.ModuleDict):
-    """The adapters of one model, by name: each a ModuleDict of groups. Registered on the model, once, as ``efft``.
+class Passes:
+    """How the layers of a model get their (down, up), by path.
 
-    How a layer gets its (down, up). A hook before the model's forward computes the pairs of all groups at once and
-    lays them out here; the AdaptedLinears pick theirs up by path; a hook after the forward takes them away, so nothing
-    outlives the factors, dropout masks and grad mode it was made of. Every forward with gradients makes its own pairs:
-    accumulation, several forwards before a backward, and optimizer steps in between need no further care. A layer that
-    runs outside the model's forward (``forward_features``, one block) computes its own pair, with a graph of its own.
-    Backward may run layers again, to recompute a checkpointed block: when a gradient reaches the output of a forward,
-    its pairs are laid out for the rest of that backward, so that the recomputation sees the same factors and masks.
+    A hook before the model's forward computes the pairs of all groups at once and lays them out here; the layers pick
+    theirs up by path; a hook after the forward takes them away, so nothing outlives the factors, dropout masks and grad
+    mode it was made of. Every forward with gradients makes its own pairs: accumulation, several forwards before a
+    backward, and optimizer steps in between need no further care. A layer that runs outside the model's forward
+    (``forward_features``, one block) computes its own pair, with a graph of its own. Backward may run layers again, to
+    recompute a checkpointed block: when a gradient reaches the output of a forward, its pairs are laid out for the rest
+    of that backward, so that the recomputation sees the same factors and masks.
     Nothing is kept from one forward to the next: a factor may change in ways that leave no trace.
     """
 
-    def __init__(self, backend: str | None = None, still: tuple[nn.Module, ...] = ()):
-        super().__init__()
-        self.backend = backend
-        self.active: str | None = None
-        self.still = still  # modules that stay in eval mode: frozen batch norms; a tuple does not register them
-        self.flags: dict[str, bool] = {}  # which parameters of the model were trained before it was injected
-        self.hooks: tuple = ()  # on the model, around its forward
-        self._forget()
+    backend: str | None
+    active: str | None  # None: nothing is added anywhere
+
+    def groups(self) -> list[nn.Module]:
+        """what hands out pairs now"""
+        raise NotImplementedError
 
     def _forget(self) -> None:
         self._pass = None  # of the forward under way
         self._replay = (-1, None)  # (backward, the forward that it recomputes)
-
-    def train(self, mode: bool = True) -> "Adapters":
-        super().train(mode)
-        for module in self.still:
-            module.eval()
-        return self
-
-    def __getstate__(self) -> dict:
-        # tensors with a graph can be neither copied nor pickled
-        return {**self.__dict__, "_pass": None, "_replay": (-1, None)}
-
-    def groups(self) -> list[nn.Module]:
-        """of the active adapter"""
-        return [] if self.active is None else list(self[self.active].values())
 
     def pair(self, path: str) -> Pair | None:
         """What the Linear at this path adds now, or None."""
@@ -94,7 +78,9 @@ class Adapters(nn.ModuleDict):
         """Lay out path -> pair of every Linear of the active adapter for a forward of the model."""
         self._pass, self._replay = None, (-1, None)
         if self.active is not None:
-            pairs = {path: pair for g in self.groups() for path, pair in g.hand_out(g.slots.values(), self.backend).items()}
+            pairs = {
+                path: pair for g in self.groups() for path, pair in g.hand_out(g.slots.values(), self.backend).items()
+            }
             self._pass = _Pass(pairs, self._recording())
 
     def end(self, output) -> None:
@@ -114,6 +100,33 @@ class Adapters(nn.ModuleDict):
     def _let_go(self) -> None:
         """at the end of a backward: its pairs, and the graph behind them, are no longer needed"""
         self._replay = (-1, None)
+
+
+class Adapters(Passes, nn.ModuleDict):
+    """The adapters of one model, by name: each a ModuleDict of groups. Registered on the model, once, as ``efft``."""
+
+    def __init__(self, backend: str | None = None, still: tuple[nn.Module, ...] = ()):
+        super().__init__()
+        self.backend = backend
+        self.active: str | None = None
+        self.still = still  # modules that stay in eval mode: frozen batch norms; a tuple does not register them
+        self.flags: dict[str, bool] = {}  # which parameters of the model were trained before it was injected
+        self.hooks: tuple = ()  # on the model, around its forward
+        self._forget()
+
+    def train(self, mode: bool = True) -> "Adapters":
+        super().train(mode)
+        for module in self.still:
+            module.eval()
+        return self
+
+    def __getstate__(self) -> dict:
+        # tensors with a graph can be neither copied nor pickled
+        return {**self.__dict__, "_pass": None, "_replay": (-1, None)}
+
+    def groups(self) -> list[nn.Module]:
+        """of the active adapter"""
+        return [] if self.active is None else list(self[self.active].values())
 
 
 class AdaptedLinear(nn.Linear):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .adapted import Adapters
 from .factors import _Config
 from .inject import (
-    Plan,
     adapters,
     build,
     check_bare,
@@ -63,18 +62,28 @@ def save_adapter(
             without a head.
         OSError: the file cannot be written; an existing one is untouched then.
     """
-    from safetensors.torch import save
-
     owner = adapters(model)
     groups = owner[_known(owner, owner.active if name is None else name)]
-    own = head_state(model)
-    if head and not own:
+    if head and not head_state(model):
         raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
-    if head is None:
-        head = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
+    write(path, model, groups, trained_head(model) if head is None else head_state(model) if head else {}, base_model)
+
+
+def trained_head(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the head if a parameter of it requires grad, else nothing"""
+    trained = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
+    return head_state(model) if trained else {}
+
+
+def write(
+    path: str | os.PathLike, model: nn.Module, groups: nn.ModuleDict, head: dict[str, Tensor], base_model: str = ""
+) -> None:
+    """The file of an adapter of this model: its groups, and the state of its head."""
+    from safetensors.torch import save
+
     tensors = {key: t.detach().contiguous() for key, t in groups.state_dict().items()}
     # clones, because parts of a head may share memory, which a file cannot
-    tensors |= {_HEAD + key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in own.items() if head}
+    tensors |= {_HEAD + key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in head.items()}
     metadata = {
         "format": _FORMAT,
         "version": sys.modules[__package__].__version__,
@@ -115,16 +124,10 @@ def load_adapter(
             head that does not fit the model, or that would take the place of one which other adapters use.
             The model has not been changed then.
     """
-    config, metadata, tensors, state = _read(Path(path))
+    config, metadata, tensors, state = read(path)
     check_name(name)
     check_backend(backend)
-    made = plan(model, config)
-    if made.fingerprint != metadata["fingerprint"]:
-        raise ValueError(
-            f"{path} is an adapter of {metadata['base_model'] or metadata['model']}, whose Linears or shapes differ "
-            f"from those of this {type(model).__name__}"
-        )
-    groups = _filled(made, model, tensors, path)
+    groups = filled(model, config, metadata, tensors, path)
     if isinstance(getattr(model, "efft", None), Adapters):
         if head not in ("train", "keep") or backend is not None:
             raise ValueError("a new head and backend are for a plain model, but this one is already injected")
@@ -158,15 +161,22 @@ def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
     """A model has one head: a second adapter may not silently change what the first one gives."""
     own = head_state(model)
-    if state and not (own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())):
+    same = own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())
+    if state and not same:
         raise ValueError(
             f"{path} holds a head that differs from the one of this model, which serves "
             f"{', '.join(map(repr, adapters(model)))}; head='keep' leaves it out"
         )
 
 
-def _filled(made: Plan, model: nn.Module, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
-    """groups that hold these tensors, in the dtype and on the device of the model"""
+def filled(model: nn.Module, config: _Config, metadata: dict, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
+    """Groups for this model that hold the factors of a file, in the model's dtype and on its device."""
+    made = plan(model, config)
+    if made.fingerprint != metadata["fingerprint"]:
+        raise ValueError(
+            f"{path} is an adapter of {metadata['base_model'] or metadata['model']}, whose Linears or shapes differ "
+            f"from those of this {type(model).__name__}"
+        )
     groups = build(made, model, empty=True)
     own = groups.state_dict()
     wanted = {key: tuple(t.shape) for key, t in own.items()}
@@ -178,10 +188,11 @@ def _filled(made: Plan, model: nn.Module, tensors: dict[str, Tensor], path) -> n
     return groups
 
 
-def _read(path: Path) -> tuple[_Config, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+def read(path: str | os.PathLike) -> tuple[_Config, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """config, metadata, factors, and the state of the head, empty in a file without one"""
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no adapter file {path}")
     try:

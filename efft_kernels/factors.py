@@ -5,6 +5,7 @@ come from. A method is one config (its options, and how it arranges the Linears 
 (its parameters, and how they become pairs). Nothing here knows a model: inject.py describes one as a list of sites.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -379,7 +380,7 @@ def _fitting(rank: tuple[int, int], shape: tuple[int, int], name: str) -> tuple[
 
 
 class Group(nn.Module):
-    """The trained factors of one group.
+    """The trained factors of one group, or of that group in several adapters: see :func:`stack`.
 
     Args:
         spec: shapes and slots.
@@ -404,8 +405,42 @@ class Group(nn.Module):
         return False
 
     def hand_out(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
-        """path -> (down, up) of each slot, in one go; differentiable in the factors."""
+        """path -> (down, up) of each slot, in one go; differentiable in the factors.
+
+        Of a stack of A adapters: down [A, K, R], up [A, R, N]. Dimensions are counted from the last for that.
+        """
         raise NotImplementedError
+
+
+def stack(groups: list[Group]) -> Group:
+    """One group that hands out the pairs of several adapters at once: each factor with a leading dimension of adapters.
+
+    The stack is differentiable in the factors it was made of. Adapters of lower rank than the others get zeros beyond
+    it, which changes no update. Not a module to keep: a look at the factors as they are now.
+
+    Args:
+        groups: of one kind and one set of slots; their ranks and scales may differ, options of dropout may not.
+    """
+    first = groups[0]
+    made = copy.copy(first)
+    made.__dict__ = {**first.__dict__, "_parameters": {}, "_buffers": {}}
+    names = {name: None for group in groups for name in (*group._parameters, *group._buffers) if name != "scale"}
+    for name in names:
+        made.__dict__[name] = _stack([getattr(group, name) for group in groups])
+    scales = [group.scale for group in groups]
+    if len({scale if isinstance(scale, float) else id(scale) for scale in scales}) > 1 or isinstance(scales[0], Tensor):
+        # float32: a scale is not rounded to the dtype of the factors
+        like = next(first.parameters())
+        wide = torch.promote_types(like.dtype, torch.float32)
+        scales = [torch.as_tensor(scale, dtype=wide, device=like.device) for scale in scales]
+        made.__dict__["scale"] = torch.stack(scales).view(-1, 1, 1, 1)
+    return made
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    sizes = [max(dims) for dims in zip(*(t.shape for t in tensors))]
+    missing = lambda t: [n for size, own in zip(reversed(sizes), reversed(t.shape)) for n in (0, size - own)]
+    return torch.stack([t if list(t.shape) == sizes else F.pad(t, missing(t)) for t in tensors])
 
 
 class EFFTGroup(Group):
@@ -447,7 +482,7 @@ class EFFTGroup(Group):
         """(u, sigma v) for each slot; (sigma v).T and u.T where it is transposed, which needs no second launch"""
         scale = self.scale
         if isinstance(scale, Tensor):
-            sigma, scale = sigma * scale, 1.0
+            sigma, scale = (sigma * scale).to(sigma.dtype), 1.0
         device = u.device.type
         if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
             u = u.to(torch.get_autocast_dtype(device))  # once, not in every Linear
@@ -490,7 +525,7 @@ class FacTTuckerGroup(FacTGroup):
         nn.init.xavier_uniform_(self.p.detach())
 
     def cores(self) -> Tensor:
-        return (self.p @ self.c.flatten(1)).unflatten(1, self.c.shape[1:])
+        return (self.p @ self.c.flatten(-2)).unflatten(-1, self.c.shape[-2:])
 
 
 class LoRAGroup(Group):
@@ -517,17 +552,22 @@ class LoRAGroup(Group):
 
     def factors(self, rows: slice) -> tuple[Tensor, Tensor]:  # [l, m, K, R], [l, m, R, N]
         """a and b of some of the Linears"""
-        return self.a[rows], self.b[rows]
+        return _rows(self.a, rows), _rows(self.b, rows)
 
     def hand_out(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
         slots = list(slots)
         first = self.index[slots[0].site.path]
         rows = slice(first, first + 1) if len(slots) == 1 else slice(None)
         a, b = self.factors(rows)
-        down = a.transpose(1, 2).flatten(2)  # [l, K, m R]
-        up = (b.unsqueeze(3) * self.place).flatten(3).flatten(1, 2)  # [l, m R, parts N]
-        pairs = zip(down.unbind(0), up.unbind(0))
+        down = a.transpose(-3, -2).flatten(-2)  # [l, K, m R]
+        up = (b.unsqueeze(-2) * self._placed(b)).flatten(-2).flatten(-3, -2)  # [l, m R, parts N]
+        pairs = zip(down.unbind(-3), up.unbind(-3))
         return {slot.site.path: Pair(*pair) for slot, pair in zip(self.spec.slots[rows], pairs)}
+
+
+    def _placed(self, b: Tensor) -> Tensor:
+        """place, with a dimension for the Linears if there is one for the adapters"""
+        return self.place if b.dim() == 4 else self.place.unsqueeze(1)
 
 
 class LoRAXSGroup(LoRAGroup):
@@ -549,7 +589,7 @@ class LoRAXSGroup(LoRAGroup):
         nn.init.zeros_(self.sigma)
 
     def factors(self, rows: slice) -> tuple[Tensor, Tensor]:
-        return self.a[rows], self.sigma[rows] @ self.v[rows]
+        return _rows(self.a, rows), _rows(self.sigma, rows) @ _rows(self.v, rows)
 
 
 class VeRAGroup(LoRAGroup):
@@ -567,10 +607,12 @@ class VeRAGroup(LoRAGroup):
         slots = list(slots)
         first = self.index[slots[0].site.path]
         rows = slice(first, first + 1) if len(slots) == 1 else slice(None)
-        up = self.d[rows].unsqueeze(3) * self.v * self.b[rows].unsqueeze(2)  # [l, m, R, N]
+        d, b = (t[..., rows, :, :].unsqueeze(dim) for t, dim in ((self.d, -1), (self.b, -2)))
+        v = self.v if self.v.dim() == 2 else self.v[:, None, None]
+        up = d * v * b  # [l, m, R, N]
         # all matrices of a Linear read the same x u, so their rows add up instead of standing below each other
-        up = (up.unsqueeze(3) * self.place).sum(1).flatten(2)
-        return {slot.site.path: Pair(self.u, row) for slot, row in zip(self.spec.slots[rows], up.unbind(0))}
+        up = (up.unsqueeze(-2) * self._placed(up)).sum(-4).flatten(-2)
+        return {slot.site.path: Pair(self.u, row) for slot, row in zip(self.spec.slots[rows], up.unbind(-3))}
 
 
 EFFTConfig.group, LoRAConfig.group, LoRAXSConfig.group, VeRAConfig.group = EFFTGroup, LoRAGroup, LoRAXSGroup, VeRAGroup
@@ -581,13 +623,27 @@ CONFIGS = {cls.__name__: cls for cls in (EFFTConfig, FacTConfig, LoRAConfig, VeR
 # -- from factors to columns ------------------------------------------------------------------------------------------
 
 
+def _rows(t: Tensor, rows: slice) -> Tensor:  # [..., L, m, K, R]
+    """some of the Linears"""
+    return t[..., rows, :, :, :]
+
+
+def _updates(sigma: Tensor, v: Tensor, scale: float, backend: str | None) -> Tensor:
+    """scale * sigma[s] @ v, the slices side by side: [P, S N] from sigma [S, P, Q] and v [Q, N]"""
+    if sigma.dim() == 3:
+        return group_update(sigma, v, scale, backend=backend).transpose(0, 1).flatten(1)  # a view
+    # adapters share no v: one product for each of them, in one batch
+    S, P = sigma.shape[1:3]
+    return torch.bmm(sigma.transpose(1, 2).flatten(1, 2) * scale, v).unflatten(1, (P, S)).flatten(2)
+
+
 def _undrawn(slots, u, sigma, v, scale, backend) -> tuple[dict[int, Iterator], dict[str, list[Iterator]]]:
     """(call -> u's, path -> its runs of columns) with one group update for all slots"""
     order = sorted({core for slot in slots for core in slot.cores})
-    ups = group_update(_select(sigma, order), v, scale, backend=backend).transpose(0, 1).flatten(1)  # [P, S N], a view
+    ups = _updates(_select(sigma, order), v, scale, backend)
     us = iter(_fan(u, len(slots)))
     position = {core: i for i, core in enumerate(order)}
-    return {slot.call: us for slot in slots}, _columns([ups], slots, [position] * len(slots), v.shape[1], len(order))
+    return {slot.call: us for slot in slots}, _columns([ups], slots, [position] * len(slots), v.shape[-1], len(order))
 
 
 def _drawn(slots, u, sigma, v, scale, dropout) -> tuple[dict[int, Iterator], dict[str, list[Iterator]]]:
@@ -603,27 +659,33 @@ def _drawn(slots, u, sigma, v, scale, dropout) -> tuple[dict[int, Iterator], dic
         positions[call] = {core: len(order) + i for i, core in enumerate(found)}
         order += found
     sigma = F.dropout(_select(sigma, order), dropout) * scale
-    sigma = sigma.unflatten(0, (-1, n)).transpose(1, 2).flatten(1, 2)  # [C, P n, Q]
-    v = F.dropout(v.expand(len(sigma), *v.shape), dropout)
-    ups = torch.bmm(sigma, v).unflatten(1, (-1, n)).flatten(2).unbind(0)  # C matrices [P, n N]
-    us = F.dropout(u.expand(len(calls), *u.shape), dropout).unbind(0)
+    sigma = sigma.unflatten(-3, (-1, n)).transpose(-3, -2).flatten(-3, -2)  # [C, P n, Q]
+    v = F.dropout(_times(v, sigma.shape[-3]), dropout)
+    ups = torch.matmul(sigma, v).unflatten(-2, (-1, n)).flatten(-2).unbind(-3)  # C matrices [P, n N]
+    us = F.dropout(_times(u, len(calls)), dropout).unbind(-3)
     downs = {call: iter(_fan(drawn, len(s))) for drawn, (call, s) in zip(us, calls.items())}
-    return downs, _columns(ups, slots, [positions[slot.call] for slot in slots], v.shape[2], n)
+    return downs, _columns(ups, slots, [positions[slot.call] for slot in slots], v.shape[-1], n)
 
 
 def _select(sigma: Tensor, order: list[int]) -> Tensor:
     """sigma[order] whose gradient needs no scatter: a range, whole repetitions, or single slices"""
-    S, n = len(sigma), len(order)
+    S, n = sigma.shape[-3], len(order)
     if order == list(range(order[0], order[0] + n)):
-        return sigma if n == S else sigma[order[0] : order[0] + n]
+        return sigma if n == S else sigma[..., order[0] : order[0] + n, :, :]
     if order == list(range(S)) * (n // S):
-        return sigma.expand(n // S, *sigma.shape).flatten(0, 1)
-    return torch.stack([sigma[core] for core in order])
+        return _times(sigma, n // S, -4).flatten(-4, -3)
+    return torch.stack([sigma[..., core, :, :] for core in order], -3)
 
 
 def _fan(t: Tensor, n: int) -> tuple[Tensor, ...]:
     """t, n times; the gradients come back as one stack and one sum instead of n - 1 additions"""
-    return (t,) if n == 1 else t.expand(n, *t.shape).unbind(0)
+    return (t,) if n == 1 else _times(t, n).unbind(-3)
+
+
+def _times(t: Tensor, n: int, dim: int = -3) -> Tensor:
+    """t, n times along a new dimension"""
+    t = t.unsqueeze(dim)
+    return t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :])
 
 
 def _columns(matrices, slots, positions, N: int, n: int) -> dict[str, list[Iterator]]:
@@ -648,7 +710,7 @@ def _columns(matrices, slots, positions, N: int, n: int) -> dict[str, list[Itera
     found, ends = {}, [[] for _ in matrices]
     for run in sorted(uses):
         if run[0] == zeros:
-            found[run] = iter((matrices[0].new_zeros(len(matrices[0]), run[2]),) * uses[run])
+            found[run] = iter((matrices[0].new_zeros(*matrices[0].shape[:-1], run[2]),) * uses[run])
         else:
             ends[run[0]].append(run)
     for matrix, runs in zip(matrices, ends):
@@ -659,13 +721,13 @@ def _columns(matrices, slots, positions, N: int, n: int) -> dict[str, list[Itera
             kept.append(len(widths))
             widths.append(run[2])
             at = run[1] + run[2]
-        if at < matrix.shape[1]:
-            widths.append(matrix.shape[1] - at)
-        pieces = (matrix,) if len(widths) == 1 else matrix.split(widths, 1)
+        if at < matrix.shape[-1]:
+            widths.append(matrix.shape[-1] - at)
+        pieces = (matrix,) if len(widths) == 1 else matrix.split(widths, -1)
         for run, i in zip(runs, kept):
             found[run] = iter(_fan(pieces[i], uses[run]))
     return {slot.site.path: [found[run] for run in runs] for slot, runs in zip(slots, needs)}
 
 
 def _side_by_side(runs: list[Tensor]) -> Tensor:
-    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
+    return runs[0] if len(runs) == 1 else torch.cat(runs, -1)

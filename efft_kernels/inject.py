@@ -143,9 +143,9 @@ def find_sites(model: nn.Module, config: _Config, named: dict[str, nn.Module] | 
 
 
 def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
-    if type(module) not in (nn.Linear, AdaptedLinear):
+    if type(module) is not nn.Linear and not isinstance(module, AdaptedLinear):
         raise TypeError(f"{path} must be an nn.Linear, got {type(module).__name__}, which may compute something else")
-    if type(module) is AdaptedLinear and module.efft[0] is not getattr(model, "efft", None):
+    if isinstance(module, AdaptedLinear) and module.efft[0] is not getattr(model, "efft", None):
         raise ValueError(f"{path} belongs to a part of the model that is already injected; inject the whole or the part")
     if not module.weight.dtype.is_floating_point:
         raise TypeError(f"{path} must have a floating-point weight, got {module.weight.dtype}")
@@ -322,7 +322,7 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     if own == found:
         return None
     classes, fitted = set(), dict(own)
-    for path, linear in _classifiers(model, list(heads_of(model))):
+    for path, linear in classifiers_of(model):
         shape = found.get(f"{path}.weight", ())
         for name in ("weight", "bias")[: 1 + (linear.bias is not None)] if shape else ():
             fitted[f"{path}.{name}"] = shape[0], *own[f"{path}.{name}"][1:]
@@ -330,7 +330,8 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     if fitted != found or len(classes) != 1:
         key = min((key for key in own.keys() | found.keys() if fitted.get(key) != found.get(key)), default="head")
         raise ValueError(
-            f"{key} must be of shape {fitted.get(key)} for the head of this {type(model).__name__}, got {found.get(key)}"
+            f"{key} must be of shape {fitted.get(key)} for the head of this {type(model).__name__}, "
+            f"got {found.get(key)}"
         )
     return classes.pop()
 
@@ -374,7 +375,7 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
             )
         return [(model, heads[0], head)]
     found = []
-    for path, old in _classifiers(model, heads):
+    for path, old in classifiers_of(model):
         new = nn.Linear(old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.trunc_normal_(new.weight, std=0.02)
         if new.bias is not None:
@@ -386,13 +387,11 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
     return found
 
 
-def _classifiers(model: nn.Module, heads: list[str]) -> Iterator[tuple[str, nn.Linear]]:
+def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The last Linear of each head, which has an output for each class."""
-    for key in heads:
-        linears = [
-            (path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and f"{path}.".startswith(f"{key}.")
-        ]
-        yield from linears[-1:]
+    for key in heads_of(model):
+        own = ((path, m) for path, m in model.named_modules() if f"{path}.".startswith(f"{key}."))
+        yield from [(path, m) for path, m in own if isinstance(m, nn.Linear)][-1:]
 
 
 def _tell_classes(model: nn.Module, classes: int) -> None:

@@ -159,6 +159,34 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, 
     _shape("up", up, down.shape[1], N)
 
 
+def _check_mixed(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, ids: Tensor) -> None:
+    _check_floats("x", x, down=down, up=up)
+    _shape("down", down, "A", "K", "R")
+    _shape("up", up, down.shape[0], down.shape[2], "N")
+    _check_linear(x, weight, bias, down[0], up[0])
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    if ids.device != x.device:
+        raise ValueError(f"ids must be on the device of x, {x.device}, got {ids.device}")
+    if ids.dim() != 1:
+        raise ValueError(f"ids must be [B], got {list(ids.shape)}")
+    _check_runs(math.prod(x.shape[:-1]), ids)
+
+
+def _check_runs(rows: int, ids: Tensor) -> None:
+    B = ids.shape[0]
+    if rows % B if B else rows:
+        raise ValueError(f"the rows of x must be a multiple of the {B} ids, got {rows}")
+
+
+def _check_ids(ids: Tensor, A: int) -> None:
+    """on a CPU: to read them on a GPU would make the host wait for it, there the kernels skip what is out of range"""
+    if ids.device.type == "cpu" and ids.numel():
+        first, last = ids.aminmax()
+        if first < -1 or last >= A:
+            raise ValueError(f"ids must be from -1 to {A - 1} for {A} adapters, got {int(first)} to {int(last)}")
+
+
 def _check_group(sigma: Tensor, v: Tensor, scale: float) -> None:
     _check_floats("sigma", sigma, v=v)
     _shape("sigma", sigma, "S", "P", "Q")
@@ -238,6 +266,38 @@ def _lowrank_linear_backward(dy, x, weight, down, up, p, needs, backend):
     return grads
 
 
+def _mixed_linear(x, weight, bias, down, up, ids, backend):
+    _check_mixed(x, weight, bias, down, up, ids)
+    _check_ids(ids, down.shape[0])
+    tensors = _rows(x), weight, bias, down, up, ids.contiguous()
+    y, p = _choose(backend, "mixed_linear", *tensors).mixed_linear(*tensors)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), p
+
+
+def _mixed_linear_backward(dy, x, weight, down, up, p, ids, needs, backend):
+    if len(needs) != 5:
+        raise ValueError(f"needs must be five bools, for (x, weight, bias, down, up), got {needs}")
+    _check_needs(needs, ("x", x, (1, 3)), ("p", p, (4,)))
+    _shape("weight", weight, "N", "K")
+    N, K = weight.shape
+    if dy.dim() < 1 or dy.shape[-1] != N:
+        raise ValueError(f"dy must be [..., {N}] for weight {list(weight.shape)}, got {list(dy.shape)}")
+    tensors = _rows(dy), _rows(x), weight, down, up, p, ids.contiguous()
+    M = tensors[0].shape[0]
+    if x is not None:
+        _shape("x", tensors[1], M, K)
+    _check_mixed(dy.new_empty(0, K) if x is None else tensors[1], weight, None, down, up, ids)
+    _check_floats("weight", weight, dy=dy, p=p)
+    _check_runs(M, ids)
+    _check_ids(ids, down.shape[0])
+    if p is not None:
+        _shape("p", p, M, down.shape[2])
+    grads = _choose(backend, "mixed_linear_backward", *tensors).mixed_linear_backward(*tensors, needs)
+    if needs[0] and dy.dim() != 2:
+        grads[0] = grads[0].view(*dy.shape[:-1], K)
+    return grads
+
+
 def _merge_(weights, downs, ups, backend):
     if not len(weights) == len(downs) == len(ups):
         raise ValueError(f"weights, downs and ups must be of equal length, got {len(weights)}, {len(downs)}, {len(ups)}")
@@ -278,6 +338,16 @@ def _lowrank_linear_backward_fake(dy, x, weight, down, up, p, needs, backend):
     N, K = weight.shape
     shapes = (*dy.shape[:-1], K), (N, K), (N,), down.shape, up.shape
     return [dy.new_empty(shape) for shape, need in zip(shapes, needs) if need]
+
+
+def _mixed_linear_fake(x, weight, bias, down, up, ids, backend):
+    _check_mixed(x, weight, bias, down, up, ids)
+    rows = math.prod(x.shape[:-1])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, down.shape[2])
+
+
+def _mixed_linear_backward_fake(dy, x, weight, down, up, p, ids, needs, backend):
+    return _lowrank_linear_backward_fake(dy, x, weight, down, up, p, needs, backend)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -324,6 +394,32 @@ class _LowRankLinear(torch.autograd.Function):
             torch.ops.efft_kernels.lowrank_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
         )
         return *(next(grads) if need else None for need in needs), None
+
+
+class _MixedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, ids, backend):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, p = torch.ops.efft_kernels.mixed_linear.default(x, weight, bias, down, up, ids, backend)
+        need_weight, need_down, need_up = (ctx.needs_input_grad[i] for i in (1, 3, 4))
+        ctx.save_for_backward(
+            x if need_weight or need_down else None, weight, down, up, p if need_up else None, ids
+        )
+        ctx.backend = backend
+        ctx.mark_non_differentiable(p)
+        ctx.set_materialize_grads(False)
+        return y, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 7
+        needs = list(ctx.needs_input_grad[:5])
+        grads = iter(
+            torch.ops.efft_kernels.mixed_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
+        )
+        return *(next(grads) if need else None for need in needs), None, None
 
 
 # -- registration -----------------------------------------------------------------------------------------------------
@@ -410,6 +506,19 @@ _define(
     _lowrank_linear_backward,
     _lowrank_linear_backward_fake,
 )
+_call_mixed_linear = _define(
+    "mixed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor ids, str backend) "
+    "-> (Tensor, Tensor)",
+    _mixed_linear,
+    _mixed_linear_fake,
+    _MixedLinear,
+)
+_define(
+    "mixed_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? p, Tensor ids, "
+    "bool[] needs, str backend) -> Tensor[]",
+    _mixed_linear_backward,
+    _mixed_linear_backward_fake,
+)
 _call_merge_ = _define(
     "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str backend) -> ()",
     _merge_,
@@ -484,6 +593,40 @@ def lowrank_linear(
         if not isinstance(t, Tensor):
             _check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up)
     return _call_lowrank_linear(x, weight, bias, down, up, backend or "")[0]
+
+
+def mixed_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    ids: Tensor,  # [B]
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [..., N]
+    """A low-rank linear for a batch whose samples have different adapters, in one pass.
+
+    The rows of x, its leading dimensions flattened, are B runs of equal length, one for each id; a row m of run b has
+    y[m] = x[m] @ weight.T + bias + (x[m] @ down[ids[b]]) @ up[ids[b]], and without the last term where ids[b] is -1.
+    Differentiable once, in all five float arguments; gradients of adapters that no id names are zero.
+
+    Args:
+        x, weight, bias: as :func:`lowrank_linear`. The number of rows is a multiple of B: x [B, T, K] for images, and
+            [B * W, T, K] where W windows of each image stand one after the other.
+        down: [A, K, R], up: [A, R, N], the pairs of A adapters, any strides.
+        ids: [B] of int64, each from -1 to A - 1. On a GPU the host does not read them: there one that is out of range
+            counts as -1.
+        backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
+
+    Returns:
+        [..., N] in the dtype of x; under autocast all inputs but the ids are first cast to its dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`group_update`.
+    """
+    _check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up, ids=ids)
+    return _call_mixed_linear(x, weight, bias, down, up, ids, backend or "")[0]
 
 
 def efft_linear(

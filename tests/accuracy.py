@@ -32,7 +32,7 @@ def assert_accurate(got: Tensor, plain: Tensor, exact: Tensor, what: str = "", s
 
 def _check(backend, name, arguments, results) -> list[Tensor]:
     """One function of a backend module against float64, at most twice plain's error; returns what plain computed"""
-    convert = lambda how: [how(a) if isinstance(a, Tensor) else a for a in arguments]
+    convert = lambda how: [how(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
     as_list = lambda out: [out] if isinstance(out, Tensor) else list(out)
     function = getattr(reference, name)
     got, plain = as_list(getattr(backend, name)(*arguments)), as_list(function(*arguments))
@@ -49,6 +49,13 @@ def check_lowrank_linear(backend, x, weight, bias, down, up, dy, needs=(True,) *
     # the backward is judged on one and the same p
     names = [n for n, need in zip(("dx", "dweight", "dbias", "ddown", "dup"), needs) if need]
     _check(backend, "lowrank_linear_backward", (dy, x, weight, down, up, p, list(needs)), names)
+
+
+def check_mixed_linear(backend, x, weight, bias, down, up, ids, dy, needs=(True,) * 5) -> None:
+    """As :func:`check_lowrank_linear`, for samples with adapters of their own"""
+    _, p = _check(backend, "mixed_linear", (x, weight, bias, down, up, ids), ("y", "p"))
+    names = [n for n, need in zip(("dx", "dweight", "dbias", "ddown", "dup"), needs) if need]
+    _check(backend, "mixed_linear_backward", (dy, x, weight, down, up, p, ids, list(needs)), names)
 
 
 def check_group_update(backend, sigma, v, scale, dup, needs=(True, True)) -> None:

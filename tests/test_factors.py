@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import METHODS, timm, vit
+from models import METHODS, adapted, shake, timm, vit
 
 import efft_kernels as ek
-from efft_kernels.factors import _Config
+from efft_kernels.factors import _Config, stack
 
 COUNTS = Path(__file__).parents[1] / "benchmarks" / "parameter_counts.py"
 
@@ -143,3 +143,52 @@ def test_lora_xs_takes_the_leading_singular_vectors():
 def test_a_rank_beyond_the_matrices_is_refused():
     with pytest.raises(ValueError, match="rank must be at most 192 in group 'attn' of 192 x 192 slices"):
         ek.plan(vit(), ek.EFFTConfig(rank=193))
+
+
+# -- several adapters at once -----------------------------------------------------------------------------------------
+
+
+def _others(config):
+    """the same method with another rank and scale"""
+    rank = config.rank if isinstance(config.rank, tuple) else (config.rank, config.rank)
+    rank = (rank[0] + 2, rank[1] + 1) if isinstance(config.rank, tuple) else config.rank + 2
+    return dataclasses.replace(config, rank=rank, scale=3.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_hands_out_what_its_groups_do(method):
+    config = METHODS[method]
+    models = [adapted(c).double() for c in (config, _others(config), config)]
+    for key in models[0].efft["default"]:
+        groups = [model.efft["default"][key] for model in models]
+        parameters = [p for group in groups for p in group.parameters()]
+        slots = list(groups[0].slots.values())
+        together = stack(groups).hand_out(slots, None)
+        alone = [group.hand_out(group.slots.values(), None) for group in groups]
+        probes = {}
+        for path, (down, up, _) in together.items():
+            (N, K) = models[0].get_submodule(path).weight.shape
+            assert down.shape[:2] == (3, K) and up.shape[::2] == (3, N)
+            probes[path] = probe = torch.randn(3, 2, K, dtype=torch.float64), torch.randn(3, 2, N, dtype=torch.float64)
+            for a, pairs in enumerate(alone):
+                want = probe[0][a] @ pairs[path].down @ pairs[path].up
+                torch.testing.assert_close(probe[0][a] @ down[a] @ up[a], want, rtol=1e-12, atol=1e-12)
+        total = lambda low: sum((x[a] @ low(p, a) * y[a]).sum() for p, (x, y) in probes.items() for a in range(3))
+        got = total(lambda p, a: together[p].down[a] @ together[p].up[a])
+        want = total(lambda p, a: alone[a][p].down @ alone[a][p].up)
+        for g, w in zip(*(torch.autograd.grad(out, parameters) for out in (got, want))):
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cores", ["per_block", "shared"])
+def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
+    config = ek.EFFTConfig(rank=4, scale=2.0, cores=cores, factor_dropout=0.5)
+    models = [shake(ek.inject(vit().train(), config)) for _ in range(2)]
+    models[1].efft["default"].load_state_dict(models[0].efft["default"].state_dict())
+    for key in models[0].efft["default"]:
+        pairs = stack([model.efft["default"][key] for model in models]).hand_out(
+            models[0].efft["default"][key].slots.values(), None
+        )
+        for down, up, _ in pairs.values():
+            dropped = [(t == 0) for t in (down if (down == 0).any() else up)]
+            assert 0.1 < dropped[0].double().mean() < 0.9 and not torch.equal(*dropped)

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from accuracy import check_group_update, check_lowrank_linear
+from accuracy import check_group_update, check_lowrank_linear, check_mixed_linear
 from efft_kernels.kernels import native, reference
 
 if reason := native.unavailable():
@@ -87,6 +87,48 @@ def test_only_the_gradients_asked_for(needs):
     got = native.lowrank_linear_backward(dy, absent[0], weight, down, up, absent[1], needs)
     for g, want in zip(got, reference.lowrank_linear_backward(dy, x, weight, down, up, p, needs), strict=True):
         torch.testing.assert_close(g, want)
+
+
+MIXED = [
+    (3, 0, 8, 8, 2, 2), (1, 1, 100, 33, 1, 1), (4, 1, 7, 33, 3, 3), (5, 13, 33, 7, 16, 7), (3, 197, 100, 64, 17, 2),
+    (6, 40, 1100, 40, 3, 4), (2, 9, 280, 290, 70, 2), (40, 3, 20, 30, 5, 33),
+]  # fmt: skip
+
+
+def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
+    """x, weight, bias, down, up, ids, dy; neighbours that share an adapter, samples and adapters without the other"""
+    x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype)
+    down, up = (torch.randn(*s).div(math.sqrt(s[1])).to(dtype) for s in ((A, K, R), (A, R, N)))
+    return x, weight, bias, down, up, (torch.arange(B) // 2 * 5) % (A + 1) - 1, dy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MIXED, ids=str)
+def test_mixed_linear(isa, shape, dtype):
+    x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype)
+    check_mixed_linear(native, x, weight, bias, down, up, ids, dy)
+    few = (False, False, False, True, False)
+    check_mixed_linear(native, turned(x), weight, None, down.mT.contiguous().mT, up[..., ::1], ids, dy, few)
+
+
+def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
+    results = []
+    for count in (1, 2, 3):
+        torch.manual_seed(0)
+        threads(count)
+        x, weight, bias, down, up, ids, dy = make_mixed(9, 50, 300, 200, 16, 5)
+        y, p = native.mixed_linear(x, weight, bias, down, up, ids)
+        needs = [True, False, False, True, True]
+        results.append([y, p, *native.mixed_linear_backward(dy, x, weight, down, up, p, ids, needs)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_the_library_refuses_ids_that_would_leave_the_memory():
+    x, weight, bias, down, up, ids, dy = make_mixed(3, 4, 8, 8, 2, 2)
+    for bad in (torch.tensor([0, 1, 2]), ids[:2].int(), ids[::2], ids[:, None], torch.arange(5) * 0):
+        with pytest.raises(RuntimeError):
+            native.mixed_linear(x, weight, bias, down, up, bad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

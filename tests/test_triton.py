@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from accuracy import assert_accurate, check_group_update, check_lowrank_linear
+from accuracy import assert_accurate, check_group_update, check_lowrank_linear, check_mixed_linear
 
 from efft_kernels.kernels import reference
 
@@ -139,6 +139,41 @@ def test_two_runs_are_bit_equal(single, device, monkeypatch):
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run()))
     check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
+
+
+def make_mixed(B, T, K, N, R, A, dtype, device):
+    """x, weight, bias, down, up, ids, dy; the last adapter has no sample, some samples have none"""
+    x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype, device)
+    down, up = (torch.randn(s, device=device).mul_(s[1] ** -0.5).to(dtype) for s in ((A, K, R), (A, R, N)))
+    return x, weight, bias, down, up, torch.arange(B, device=device) * 7 % A - 1, dy
+
+
+@dtypes
+@pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 197, 33, 40, 3, 3), (4, 70, 64, 96, 16, 2), (3, 65, 48, 24, 33, 4), (13, 5, 40, 24, 17, 6), (40, 1, 16, 8, 1, 5)],
+    ids=lambda shape: "B{}-T{}-K{}-N{}-R{}-A{}".format(*shape),
+)
+def test_mixed_linear_either_way(shape, single, dtype, device, monkeypatch, launches):
+    force(monkeypatch, single)
+    x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype, device)
+    check_mixed_linear(kernels, x, weight, bias, down, up, ids, dy)
+    # p inside the product where a tile can hold no more than two samples, in a pass of its own elsewhere
+    assert ("p_kernel" in launches) == (not single or shape[1] < 64)
+
+
+def test_launches_of_a_mixed_batch_do_not_grow_with_it(device, launches, monkeypatch):
+    force(monkeypatch, True)
+    counts = []
+    for B, A in ((2, 2), (9, 8)):
+        x, weight, bias, down, up, ids, dy = make_mixed(B, 70, 32, 40, 3, A, torch.float32, device)
+        launches.clear()
+        _, p = kernels.mixed_linear(x, weight, bias, down, up, ids)
+        assert launches == ["lowrank_linear_kernel"]
+        kernels.mixed_linear_backward(dy, x, weight, down, up, p, ids, [True, False, False, True, True])
+        counts.append(list(launches))
+    assert counts[0] == counts[1] and len(counts[0]) == 6
 
 
 @dtypes

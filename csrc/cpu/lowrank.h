@@ -59,27 +59,23 @@ class LowRankPass {
         r_width_(g.R <= VL ? VL : NR),
         r_panels_((g.R + r_width_ - 1) / r_width_),
         blocked_((chunks_.count + chunks_.per_block - 1) / chunks_.per_block > 1) {
-    // rows in splits, each of blocks of equal height (to a row or two: their last tiles are lower), by the shapes alone:
-    // sums over rows come out the same whatever the number of threads
-    const int64_t tiles = (g.M + MR - 1) / MR;
-    const int64_t most = std::max<int64_t>(1, BLOCK_BYTES / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
-    int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
-    const bool sums_rows = g.qa || g.xp;
-    if (blocks > 1 || (sums_rows && tiles > 8)) blocks += blocks % 2;  // one alone is shared out by columns
-    block_rows_ = ((g.M + blocks - 1) / blocks + 1) / 2 * 2;
-    if (block_rows_ % MR == 2 && blocks > 1) block_rows_ += 2;  // a tile of two rows waits for its own sums
-    blocks = block_rows_ ? (g.M + block_rows_ - 1) / block_rows_ : 0;
-    blocks_per_split_ = sums_rows ? (blocks + MOST_SPLITS - 1) / MOST_SPLITS : 1;
-    splits_ = blocks ? (blocks + blocks_per_split_ - 1) / blocks_per_split_ : 0;
+    // neighbouring samples of one adapter are one run of rows. a block lies inside a run: it has one d and one u
+    if (!g.ids) adapters_.push_back({0}), add_run(0, g.M, 0);
+    for (int64_t i = 0, end; i < g.B; i = end) {
+      for (end = i + 1; end < g.B && g.ids[end] == g.ids[i]; ++end) continue;
+      if (g.ids[i] >= 0 && slot_of(g.ids[i]) < 0) adapters_.push_back({g.ids[i]});
+      add_run(g.M / g.B * i, g.M / g.B * (end - i), slot_of(g.ids[i]));
+    }
   }
 
   void run() {
+    const int64_t slots = int64_t(adapters_.size()), splits = int64_t(splits_.size());
     const size_t sizes[] = {
-        bytes(g_.d.data ? r_panels_ * chunks_.K * r_width_ * sizeof(Panel<T>) : 0),
-        bytes(g_.u.data ? panels_ * panel_size<T>(g_.R) * sizeof(Panel<T>) : 0),
+        bytes(g_.d.data ? slots * d_size() * sizeof(Panel<T>) : 0),
+        bytes(g_.u.data ? slots * u_size() * sizeof(Panel<T>) : 0),
         bytes(panels_ * NR * sizeof(S)),
-        bytes(g_.qa ? splits_ * sums_size(g_.K) * sizeof(S) : 0),
-        bytes(g_.xp ? splits_ * sums_size(g_.N) * sizeof(S) : 0),
+        bytes(g_.qa ? splits * sums_size(g_.K) * sizeof(S) : 0),
+        bytes(g_.xp ? splits * sums_size(g_.N) * sizeof(S) : 0),
     };
     const size_t all = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
     // kept for the next call, unless it is much: fresh memory costs a page fault per 4 KB
@@ -89,30 +85,23 @@ class LowRankPass {
     const auto next = [&](int i) { return std::exchange(at, at + sizes[i]); };
     d_ = reinterpret_cast<Panel<T>*>(next(0)), u_ = reinterpret_cast<Panel<T>*>(next(1));
     bias_ = reinterpret_cast<S*>(next(2)), qa_ = reinterpret_cast<S*>(next(3)), xp_ = reinterpret_cast<S*>(next(4));
-    for (int64_t r = 0; g_.d.data && r < r_panels_; ++r) {
-      Panel<T>* panel = d_ + r * chunks_.K * r_width_;
-      if (r_width_ == VL) {
-        pack_panel<T, 1>(g_.d, g_.K, g_.R, r * VL, panel);
-      } else {
-        pack_panel<T, 2>(g_.d, g_.K, g_.R, r * NR, panel);
-      }
-    }
-    for (int64_t j = 0; g_.u.data && j < panels_; ++j) {
-      pack_panel<T, 2>(g_.u, g_.R, g_.N, j * NR, u_ + j * panel_size<T>(g_.R));
+    if (slots == 1) {
+      pack_adapter(0);
+    } else {
+      parallel_for(slots, [&](int64_t slot) { pack_adapter(slot); });
     }
     for (int64_t j = 0; j < panels_ * NR; ++j) {
       bias_[j] = g_.bias.data && j < g_.N ? load_one(static_cast<const T*>(g_.bias.data) + j * g_.bias.col) : S{0};
     }
     // few rows: the columns of c are shared out as well. each share packs its rows for itself, none waits
     int64_t shares = 1;
-    if (g_.c.data && splits_ > 0) shares = std::min((thread_count() + splits_ - 1) / splits_, (panels_ + 7) / 8);
-    parallel_for(splits_ * shares, [&](int64_t i) {
-      const int64_t split = i / shares, share = i % shares;
-      for (int64_t block = 0; block < blocks_per_split_; ++block) {
-        const int64_t row0 = (split * blocks_per_split_ + block) * block_rows_;
-        if (row0 >= g_.M) break;
-        rows(row0, std::min(block_rows_, g_.M - row0), panels_ * share / shares, panels_ * (share + 1) / shares,
-             share == 0, split, block > 0);
+    if (g_.c.data && splits > 0) shares = std::min((thread_count() + splits - 1) / splits, (panels_ + 7) / 8);
+    parallel_for(splits * shares, [&](int64_t i) {
+      const int64_t number = i / shares, share = i % shares;
+      const Split& split = splits_[number];
+      for (int64_t done = 0; done < split.rows; done += split.block_rows) {
+        rows(split.row0 + done, std::min(split.block_rows, split.rows - done), panels_ * share / shares,
+             panels_ * (share + 1) / shares, share == 0, split.slot, number, done > 0);
       }
     });
     if (g_.qa) reduce(qa_, g_.K, static_cast<T*>(g_.qa), 1, g_.K);
@@ -120,6 +109,63 @@ class LowRankPass {
   }
 
  private:
+  // an adapter that rows use; its number among those is its slot. types of our own in every vector: see isa.h
+  struct Adapter {
+    int64_t id;
+  };
+  // rows that one task goes through, in blocks, for one sum over rows
+  struct Split {
+    int64_t row0, rows, block_rows, slot;
+  };
+
+  int64_t slot_of(int64_t adapter) const {
+    int64_t slot = int64_t(adapters_.size()) - 1;
+    while (slot >= 0 && adapters_[slot].id != adapter) --slot;
+    return slot;
+  }
+
+  // a run of rows in splits, each of blocks of equal height (to a row or two: their last tiles are lower), by the shapes
+  // alone: sums over rows come out the same whatever the number of threads
+  void add_run(int64_t row0, int64_t count, int64_t slot) {
+    const int64_t tiles = (count + MR - 1) / MR, all = (g_.M + MR - 1) / MR;
+    const int64_t most = std::max<int64_t>(1, BLOCK_BYTES / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
+    int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
+    const bool sums_rows = g_.qa || g_.xp;
+    // an even number, for two threads, where no other run makes up for it; one alone is shared out by columns
+    if (!g_.ids && (blocks > 1 || (sums_rows && tiles > 8))) blocks += blocks % 2;
+    int64_t block_rows = ((count + blocks - 1) / blocks + 1) / 2 * 2;
+    if (block_rows % MR == 2 && blocks > 1) block_rows += 2;  // a tile of two rows waits for its own sums
+    if (!block_rows) return;
+    // so many blocks to a split that all rows, were they one run, would make no more than MOST_SPLITS
+    const int64_t total = g_.ids ? (all + most - 1) / most : (g_.M + block_rows - 1) / block_rows;
+    const int64_t step = sums_rows ? (total + MOST_SPLITS - 1) / MOST_SPLITS * block_rows : block_rows;
+    for (int64_t done = 0; done < count; done += step) {
+      splits_.push_back({row0 + done, std::min(step, count - done), block_rows, slot});
+    }
+  }
+
+  int64_t d_size() const { return r_panels_ * chunks_.K * r_width_; }
+  int64_t u_size() const { return panels_ * panel_size<T>(g_.R); }
+
+  void pack_adapter(int64_t slot) const {
+    const auto of_adapter = [&](View v, int64_t next) {
+      if (v.data) v.data = static_cast<const T*>(v.data) + adapters_[slot].id * next;
+      return v;
+    };
+    const View d = of_adapter(g_.d, g_.d_adapter), u = of_adapter(g_.u, g_.u_adapter);
+    for (int64_t r = 0; d.data && r < r_panels_; ++r) {
+      Panel<T>* panel = d_ + slot * d_size() + r * chunks_.K * r_width_;
+      if (r_width_ == VL) {
+        pack_panel<T, 1>(d, g_.K, g_.R, r * VL, panel);
+      } else {
+        pack_panel<T, 2>(d, g_.K, g_.R, r * NR, panel);
+      }
+    }
+    for (int64_t j = 0; u.data && j < panels_; ++j) {
+      pack_panel<T, 2>(u, g_.R, g_.N, j * NR, u_ + slot * u_size() + j * panel_size<T>(g_.R));
+    }
+  }
+
   static size_t bytes(int64_t n) { return size_t((n + 63) / 64 * 64 + 64); }
 
   // sums over rows of one split: [R, in multiples of RT][K, in multiples of NR]
@@ -127,7 +173,8 @@ class LowRankPass {
   static int64_t sums_row(int64_t K) { return (K + NR - 1) / NR * NR; }
 
   // everything for rows row0 ... row0 + count, and columns [panel0, panel1) of c. `first` share: p and the sums as well
-  void rows(int64_t row0, int64_t count, int64_t panel0, int64_t panel1, bool first, int64_t split, bool adds) {
+  void rows(int64_t row0, int64_t count, int64_t panel0, int64_t panel1, bool first, int64_t slot, int64_t split,
+            bool adds) {
     const int64_t tiles = (count + MR - 1) / MR, padded = tiles * MR;
     const int64_t chunk_size = padded * PITCH, strip_size = padded * NR, r_strip_size = padded * r_width_;
     const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count) * chunk_size + 64, 2 * r_panels_ * r_strip_size,
@@ -140,7 +187,10 @@ class LowRankPass {
     S* const strips = p + sizes[1];                                // [panel][row][NR]
     S* const edge = strips + sizes[2];                             // [MR][NR]
 
-    if (g_.qa && first) load_factors(g_.q, row0, count, q);
+    // rows without an adapter have a p of zeros, and no part in the sums
+    const bool adapted = slot >= 0, sums = first && adapted;
+    if (!adapted) std::fill_n(p, r_panels_ * r_strip_size, S{0});
+    if (g_.qa && sums) load_factors(g_.q, row0, count, q);
     for (int64_t chunk0 = 0; chunk0 < chunks_.count; chunk0 += chunks_.per_block) {
       const int64_t chunk1 = std::min(chunks_.count, chunk0 + chunks_.per_block);
       const bool last = chunk1 == chunks_.count;
@@ -148,9 +198,9 @@ class LowRankPass {
         Cell<T>* chunk = a + (i - chunk0) * chunk_size;
         const int64_t k0 = chunks_.begin(i) * PER, k_count = std::min(chunks_.size(i) * PER, g_.K - k0);
         pack_chunk<T>(g_.a, row0, count, k0, k_count, chunk);
-        if (g_.qa && first) transposed(chunk, q, count, k0, k_count, qa_, split, g_.K, adds);
-        for (int64_t r = 0; g_.d.data && r < r_panels_; ++r) {
-          const Panel<T>* d = d_ + (r * chunks_.K + chunks_.begin(i)) * r_width_;
+        if (g_.qa && sums) transposed(chunk, q, count, k0, k_count, qa_, split, g_.K, adds);
+        for (int64_t r = 0; g_.d.data && adapted && r < r_panels_; ++r) {
+          const Panel<T>* d = d_ + slot * d_size() + (r * chunks_.K + chunks_.begin(i)) * r_width_;
           for (int64_t t = 0; t < tiles; ++t) {
             S* out = p + r * r_strip_size + t * MR * r_width_;
             const Steps<T> steps{chunk + t * MR * PITCH, d, chunks_.size(i)};
@@ -163,10 +213,10 @@ class LowRankPass {
       if (!g_.c.data) continue;
       for (int64_t j = panel0; j < panel1; ++j) {
         S* strip = strips + (blocked_ ? j - panel0 : 0) * strip_size;
-        columns(row0, count, j, chunk0, chunk1, a, chunk_size, p_chunks, strip, edge);
+        columns(row0, count, j, chunk0, chunk1, a, chunk_size, p_chunks, slot, strip, edge);
       }
     }
-    if (g_.xp && first) {
+    if (g_.xp && sums) {
       const Cell<T>* factors = pair_rows(p, padded, q);
       const Chunks n(cells<T>(g_.N), KC);
       for (int64_t i = 0; i < n.count; ++i) {
@@ -198,11 +248,11 @@ class LowRankPass {
 
   // panel j of c for a block of rows, over chunks [chunk0, chunk1) of K and, after the last, over R
   void columns(int64_t row0, int64_t count, int64_t j, int64_t chunk0, int64_t chunk1, const Cell<T>* a,
-               int64_t chunk_size, const Cell<T>* p_chunks, S* strip, S* edge) {
+               int64_t chunk_size, const Cell<T>* p_chunks, int64_t slot, S* strip, S* edge) {
     const Panel<T>* b = static_cast<const Panel<T>*>(g_.b) + j * panel_size<T>(g_.K);
-    const Panel<T>* u = u_ + j * panel_size<T>(g_.R);
+    const Panel<T>* u = u_ + std::max<int64_t>(slot, 0) * u_size() + j * panel_size<T>(g_.R);
     const bool last = chunk1 == chunks_.count;
-    const int64_t r_count = last && g_.u.data ? r_chunks_.count : 0;
+    const int64_t r_count = last && g_.u.data && slot >= 0 ? r_chunks_.count : 0;
     // p continues the last chunk of a if it is short, for a tile's start and end cost as much as some 16 steps. a long
     // one is a pass of its own, or the chain of roundings would get longer than a chunk
     const bool joined = r_count > 0 && g_.R <= MOST_JOINED;
@@ -326,17 +376,22 @@ class LowRankPass {
     }
   }
 
-  // out[k, r] = scale * sum over splits, in their order
+  // out[k, r] = scale * sum over splits, in their order; one such matrix for each adapter
   void reduce(const S* sums, int64_t K, T* out, int64_t out_k, int64_t out_r) const {
     constexpr int64_t STEP = 64;
-    parallel_for((K + STEP - 1) / STEP, [&](int64_t part) {
+    const int64_t steps = (K + STEP - 1) / STEP;
+    parallel_for(g_.A * steps, [&](int64_t i) {
+      const int64_t adapter = i / steps, k0 = i % steps * STEP, count = std::min(K - k0, STEP);
+      const int64_t slot = slot_of(adapter);
+      T* const matrix = out + adapter * g_.R * K;
       for (int64_t r = 0; r < g_.R; ++r) {
-        for (int64_t k = part * STEP; k < std::min(K, (part + 1) * STEP); ++k) {
-          const int64_t at = r * sums_row(K) + sums_column<T>(k);
-          S sum = 0;
-          for (int64_t split = 0; split < splits_; ++split) sum += sums[split * sums_size(K) + at];
-          store_one(out + k * out_k + r * out_r, S(sum * g_.scale));
+        S total[STEP] = {};
+        for (size_t split = 0; slot >= 0 && split < splits_.size(); ++split) {
+          if (splits_[split].slot != slot) continue;
+          const S* row = sums + int64_t(split) * sums_size(K) + r * sums_row(K);
+          for (int64_t k = 0; k < count; ++k) total[k] += row[sums_column<T>(k0 + k)];
         }
+        for (int64_t k = 0; k < count; ++k) store_one(matrix + (k0 + k) * out_k + r * out_r, S(total[k] * g_.scale));
       }
     });
   }
@@ -351,9 +406,10 @@ class LowRankPass {
   const int64_t panels_;
   const int64_t r_width_, r_panels_;  // panels of R columns are narrow where one vector holds them all
   const bool blocked_;  // K takes several blocks: unfinished strips of all panels are kept
-  int64_t block_rows_, blocks_per_split_, splits_;
-  Panel<T>* d_ = nullptr;  // [r panel][K][r_width]
-  Panel<T>* u_ = nullptr;  // [panel][R][NR]
+  std::vector<Adapter> adapters_;
+  std::vector<Split> splits_;
+  Panel<T>* d_ = nullptr;  // [slot][r panel][K][r_width]
+  Panel<T>* u_ = nullptr;  // [slot][panel][R][NR]
   S* bias_ = nullptr;      // [panel][NR]
   S* qa_ = nullptr;        // [split][R][K], as sums_size() and sums_column() have it
   S* xp_ = nullptr;        // [split][R][N]

@@ -5,6 +5,7 @@ Letters, used in Python, Triton, C++, tests and README alike:
     M  rows of x (every leading dimension flattened)     K  input features      N  output features
     R  rank of the adapter                               S  slices of a group
     P, Q  the two ranks of a core: sigma is [S, P, Q]
+    B  samples of a mixed batch, of M / B rows each      A  adapters of a mixed batch
 
     group_update(sigma, v, scale)                              up[s] = scale * sigma[s] @ v
         sigma [S, P, Q], v [Q, N] -> up [S, P, N]. Its memory is [P, S, N], so the slices side by side,
@@ -23,6 +24,17 @@ Letters, used in Python, Triton, C++, tests and README alike:
         x and p are None where no gradient                     ddown = x.T @ dp      dup = p.T @ dy
         that is asked for reads them
 
+    mixed_linear(x, weight, bias, down, up, ids)               a = ids[m // (M / B)]
+        down [A, K, R], up [A, R, N], ids [B] of int64         p[m] = x[m] @ down[a]
+        -> y [M, N], p [M, R]                                  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]
+        An id below zero stands for no adapter: p[m] = 0 there. M is a multiple of B.
+
+    mixed_linear_backward(dy, x, weight, down, up, p, ids, needs)
+        as lowrank_linear_backward, row by row with            ddown[a] = sum of x[m].T @ dp[m] over the rows of a
+        the pair of the row's adapter                          dup[a]   = sum of p[m].T @ dy[m] over the rows of a
+        An adapter without rows gets zeros. No value of one sample reaches another's results, or the gradients of
+        an adapter that is not its own: not a nan either.
+
     merge_(weights, downs, ups)                                weight[i] += (down[i] @ up[i]).T, in place
         three lists of equal length, all of one dtype and device; nothing but the weights is written
 
@@ -34,7 +46,7 @@ by shape alone and reduced in a fixed order, so two runs are bit-equal. Results 
 Beside these a backend defines
 
     unavailable() -> str | None               why it cannot run in this process at all, or None
-    unsupported(op, *tensors) -> str | None   why it cannot run this op on these tensors, or None
+    unsupported(op, *tensors) -> str | None   why it cannot run this op on these tensors (its own, in its order), or None
     unproven() -> str | None                  what is missing on record before it may be chosen automatically, or None
     slower(op, *tensors) -> str | None        why plain torch is the better choice for these tensors, or None
 

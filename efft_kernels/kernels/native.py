@@ -96,7 +96,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
-    for t in tensors:
+    for t in tensors[:-1] if op.startswith("mixed") else tensors:  # without the ids
         if t is not None and not (t.is_cpu and t.dtype in _FLOATS and t.layout == torch.strided):
             return f"it takes strided float tensors on the CPU, got {t.dtype} {t.layout} on {t.device}"
     return None
@@ -134,13 +134,15 @@ def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
         if S * P * N > 8192 and (first.dtype == torch.float32 or wide and op == "group_update"):
             return f"one plain product is as fast for {S} slices of [{P}, {N}]"
         return None
-    weight = tensors[1 if op == "lowrank_linear" else 2]
+    weight = tensors[2 if op.endswith("backward") else 1]
     M, (N, K) = first.shape[0], weight.shape
+    if op.startswith("mixed") and M < 6 * len(tensors[-1]):
+        return f"{M // max(1, len(tensors[-1]))} rows a sample are less than a tile"
     if M < (4 if wide else 2):
         return f"{M} rows are as fast row by row"
     if first.dtype == torch.float32 and (N * K < 65536 or N * K < 131072 and M < 1024):
         return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
-    if first.dtype == torch.float32 and op == "lowrank_linear" and K > 1024 and M >= 512:
+    if first.dtype == torch.float32 and op.endswith("_linear") and K > 1024 and M >= 512:
         return f"a sum over {K} passes through memory in blocks, which plain torch does as fast"
     if wide and weight.requires_grad:
         return "a weight that is trained would be packed at every call"
@@ -297,20 +299,47 @@ def lowrank_linear_backward(
     needs: list[bool],  # (x, weight, bias, down, up)
 ) -> list[Tensor]:
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
+    return _grads(_load()[0].lowrank_linear_backward, dy, x, weight, (down, up, p), needs)
+
+
+def _grads(kernel, dy, x, weight, low, needs, *ids) -> list[Tensor]:
     fused = iter(())
     if needs[0] or needs[3] or needs[4]:
+        down, up, p = low
         panels = _panels(weight, True) if needs[0] else None
-        fused = iter(
-            _load()[0].lowrank_linear_backward(
-                dy, panels, x if needs[3] else None, down, up, p if needs[4] else None
-            )
-        )
+        fused = iter(kernel(dy, panels, x if needs[3] else None, down, up, p if needs[4] else None, *ids))
     grads = []
     for need, name in zip(needs, ("x", "weight", "bias", "down", "up")):
         if need:
             # nothing low-rank about these two, and only a trained weight or bias asks for them
             grads.append(torch.mm(dy.t(), x) if name == "weight" else dy.sum(0) if name == "bias" else next(fused))
     return grads
+
+
+def mixed_linear(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    ids: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+    """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
+    return _load()[0].mixed_linear(x, _panels(weight, False), bias, down, up, ids)
+
+
+def mixed_linear_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    p: Tensor,  # [M, R]
+    ids: Tensor,  # [B]
+    needs: list[bool],  # (x, weight, bias, down, up)
+) -> list[Tensor]:
+    """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
+    return _grads(_load()[0].mixed_linear_backward, dy, x, weight, (down, up, p), needs, ids)
 
 
 def merge_(

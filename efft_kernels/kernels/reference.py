@@ -121,6 +121,80 @@ def lowrank_linear_backward(
     return grads
 
 
+def _of_samples(
+    t: Tensor,  # [A, ...]
+    ids: Tensor,  # [B]
+) -> Tensor:  # [B, ...]
+    """t[ids], zeros for no adapter"""
+    none = (ids < 0) | (ids >= len(t))
+    return t.index_select(0, ids.masked_fill(none, 0)).masked_fill_(none.view(-1, *[1] * (t.dim() - 1)), 0)
+
+
+def _to_adapters(
+    t: Tensor,  # [B, ...]
+    ids: Tensor,  # [B]
+    A: int,
+) -> Tensor:  # [A, ...]
+    """sum of t over the samples of each adapter, in their order"""
+    total = t.new_zeros(A + 1, *t.shape[1:], dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+    rows = ids.masked_fill((ids < 0) | (ids >= A), A)  # one row more, for no adapter
+    # each device has one of the two that adds in a fixed order
+    if t.is_cpu:
+        total.index_add_(0, rows, t.to(total.dtype))
+    else:
+        total.index_put_((rows,), t.to(total.dtype), accumulate=True)
+    return total[:A].to(t.dtype)
+
+
+def mixed_linear(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    ids: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+    """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
+    y, (M, K), B = _product(x, weight, bias), x.shape, len(ids)
+    if not M:
+        return y, x.new_empty(0, down.shape[2])
+    p = torch.bmm(x.reshape(B, M // B, K), _of_samples(down, ids))
+    y.view(B, M // B, -1).baddbmm_(p, _of_samples(up, ids))
+    return y, p.flatten(0, 1)
+
+
+def mixed_linear_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    p: Tensor,  # [M, R]
+    ids: Tensor,  # [B]
+    needs: list[bool],  # (x, weight, bias, down, up)
+) -> list[Tensor]:
+    """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
+    (M, N), (A, K, R), B = dy.shape, down.shape, len(ids)
+    if not M:
+        shapes = (0, K), (N, K), (N,), (A, K, R), (A, R, N)
+        return [dy.new_zeros(shape) for shape, need in zip(shapes, needs) if need]
+    grads = []
+    samples = lambda t: t.reshape(B, M // B, t.shape[1])
+    dp = torch.bmm(samples(dy), _of_samples(up, ids).mT) if needs[0] or needs[3] else None
+    if needs[0]:
+        grads.append(_product(dy, weight.t(), None))
+        samples(grads[-1]).baddbmm_(dp, _of_samples(down, ids).mT)
+    if needs[1]:
+        grads.append(torch.mm(dy.t(), x))
+    if needs[2]:
+        grads.append(dy.sum(0))
+    if needs[3]:
+        grads.append(_to_adapters(torch.bmm(samples(x).mT, dp), ids, A))
+    if needs[4]:
+        grads.append(_to_adapters(torch.bmm(samples(p).mT, samples(dy)), ids, A))
+    return grads
+
+
 def merge_(
     weights: list[Tensor],  # each [N, K]
     downs: list[Tensor],  # each [K, R]

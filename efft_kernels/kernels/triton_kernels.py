@@ -189,11 +189,25 @@ def group_update_backward(
 
 @triton.jit
 def p_kernel(
-    x, down, p, M, K, R, sxm, sxk, sdk, sdr,
+    x, down, p, ids, M, K, R, A, sxm, sxk, sda, sdk, sdr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p = x @ down    x [M, K], down [K, R] -> p [M, R]"""
+    """p = x @ down    x [M, K], down [K, R] -> p [M, R]
+
+    With ids: M rows for each of them, and each run with a down of its own, down [A, K, R].
+    """
     m0 = tl.program_id(0).to(tl.int64) * BM
+    if ids is not None:
+        tiles = tl.cdiv(M, BM)
+        sample = (tl.program_id(0) // tiles).to(tl.int64)
+        m0 = (tl.program_id(0) % tiles).to(tl.int64) * BM
+        x += sample * M * sxm
+        p += sample * M * R
+        adapter = tl.load(ids + sample)
+        known = (adapter >= 0) & (adapter < A)
+        # no adapter: nothing is summed up
+        K = tl.where(known, K, 0)
+        down += tl.where(known, adapter, 0) * sda
     m = tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)
@@ -224,14 +238,51 @@ def lowrank_p(
         BR = min(block(R), c.pop("BR"))
         with torch.cuda.device_of(x):
             p_kernel[(cdiv(M, c["BM"]), cdiv(R, BR))](
-                x, down, p, M, K, R, *x.stride(), *down.stride(), BR=BR, PRECISION=precision(x), **c
+                x, down, p, None, M, K, R, 0, *x.stride(), 0, *down.stride(), BR=BR, PRECISION=precision(x), **c
+            )
+    return p
+
+
+def mixed_p(
+    x: Tensor,  # [M, K]
+    down: Tensor,  # [A, K, R]
+    ids: Tensor,  # [B]
+) -> Tensor:  # [M, R]
+    """p[m] = x[m] @ down[ids[m // (M / B)]]"""
+    (M, K), (A, _, R), B = x.shape, down.shape, len(ids)
+    p = torch.empty(M, R, dtype=x.dtype, device=x.device)
+    if M:
+        c = config("p", x, M, R, K, R)
+        BR = min(block(R), c.pop("BR"))
+        with torch.cuda.device_of(x):
+            p_kernel[(B * cdiv(M // B, c["BM"]), cdiv(R, BR))](
+                x, down, p, ids, M // B, K, R, A, *x.stride(), *down.stride(), BR=BR, PRECISION=precision(x), **c
             )
     return p
 
 
 @triton.jit
+def adapter_of(ids, sample, samples, A):
+    """(the adapter of a sample, whether it has one); a sample beyond the last has none"""
+    adapter = tl.load(ids + sample, mask=sample < samples, other=-1)
+    known = (adapter >= 0) & (adapter < A)
+    return tl.where(known, adapter, 0), known
+
+
+@triton.jit
+def add_own_rows(acc, p, up_tile, own, ok, PRECISION: tl.constexpr):
+    """acc += p @ up in the rows that are ``own``, and nothing in the others, even where up is not finite"""
+    up = tl.load(up_tile, mask=ok, other=0.0)
+    finite = up.to(tl.float32) - up.to(tl.float32) == 0
+    # 0 * inf would be nan in the rows of others: own rows become nan by way of p instead
+    p += tl.where(tl.min(finite.to(tl.int32), axis=1) == 1, 0.0, float("nan"))[None, :].to(p.dtype)
+    p = tl.where(own[:, None], p, 0.0).to(p.dtype)
+    return tl.dot(p, tl.where(finite, up, 0.0).to(up.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def lowrank_linear_kernel(
-    x, w, bias, down, up, y, p, M, N, K, R, sxm, sxk, swk, swn, sb, sdk, sdr, sur, sun,
+    x, w, bias, down, up, y, p, ids, M, N, K, R, A, T, sxm, sxk, swk, swn, sb, sda, sdk, sdr, sua, sur, sun,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GM: tl.constexpr,
     OWN_P: tl.constexpr, TMA: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -241,6 +292,8 @@ def lowrank_linear_kernel(
     OWN_P: every program forms its rows of p from the tiles of x that it loads for y; the first column of tiles stores
     p. Otherwise p is an input and the sum over K is extended by R: y = [x | p] @ [w ; up] + bias.
     TMA: x and w are tensor descriptors; W_ROWS says which of w's two dimensions are the rows in memory ("k" or "n").
+    ids: every run of T rows has a pair of its own, down [A, K, R] and up [A, R, N]. With OWN_P a tile holds rows of two
+    samples at most (T >= BM), and the product with both downs is formed for all of its rows.
     """
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -254,9 +307,23 @@ def lowrank_linear_kernel(
     m_ok = (m < M - m0)[:, None]
     n_ok = (n < N - n0)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
+    if ids is not None:
+        first = pm * BM // T  # 32-bit divisions
+        sample = (pm * BM + m) // T
+        samples = M // T
     if OWN_P:
         acc_p = tl.zeros((BM, BR), tl.float32)
         down_tile = down + k[:, None] * sdk + r[None, :] * sdr
+        if ids is not None:
+            acc_p2 = tl.zeros((BM, BR), tl.float32)
+            a1, known1 = adapter_of(ids, first, samples, A)
+            a2, known2 = adapter_of(ids, first + 1, samples, A)
+            down_tile2 = down_tile + a2 * sda
+            down_tile += a1 * sda
+            r1_ok = (r < R) & known1
+            r2_ok = (r < R) & known2
+        else:
+            r1_ok = r < R
     if not TMA:
         x_tile = x + m0 * sxm + m[:, None] * sxm + k[None, :] * sxk
         w_tile = w + n0 * swn + k[:, None] * swk + n[None, :] * swn
@@ -274,18 +341,41 @@ def lowrank_linear_kernel(
             w_tile += BK * swk
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if OWN_P:
-            d = tl.load(down_tile, mask=(k < K - k0)[:, None] & (r < R)[None, :], other=0.0)
+            d = tl.load(down_tile, mask=(k < K - k0)[:, None] & r1_ok[None, :], other=0.0)
             acc_p = tl.dot(a, d, acc_p, input_precision=PRECISION)
             down_tile += BK * sdk
+            if ids is not None:
+                d = tl.load(down_tile2, mask=(k < K - k0)[:, None] & r2_ok[None, :], other=0.0)
+                acc_p2 = tl.dot(a, d, acc_p2, input_precision=PRECISION)
+                down_tile2 += BK * sdk
     p_tile = p + m0 * R + m[:, None] * R + r[None, :]
     up_tile = up + n0 * sun + r[:, None] * sur + n[None, :] * sun
     if OWN_P:
+        if ids is not None:
+            # a sample without an adapter has zeros, whatever x is: 0 * nan is not
+            acc_p = tl.where(known1, acc_p, 0.0)
+            acc_p2 = tl.where(known2, acc_p2, 0.0)
+            acc_p = tl.where((sample == first)[:, None], acc_p, acc_p2)
         # y uses p as rounded for storage, so that it is the y of the p that backward sees
         a = acc_p.to(p.dtype.element_ty)
         if pn == 0:
             tl.store(p_tile, a, mask=m_ok & (r < R)[None, :])
-        b = tl.load(up_tile, mask=(r < R)[:, None] & n_ok, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if ids is None:
+            b = tl.load(up_tile, mask=(r < R)[:, None] & n_ok, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        else:
+            acc = add_own_rows(acc, a, up_tile + a1 * sua, sample == first, r1_ok[:, None] & n_ok, PRECISION)
+            acc = add_own_rows(acc, a, up_tile + a2 * sua, sample != first, r2_ok[:, None] & n_ok, PRECISION)
+    elif ids is not None:
+        last = tl.minimum(pm * BM + BM, M) - 1
+        steps = tl.cdiv(R, BR)
+        for i in tl.range(0, (last // T + 1 - first) * steps, num_stages=1):
+            s = first + i // steps
+            r0 = i % steps * BR
+            adapter, known = adapter_of(ids, s, samples, A)
+            a = tl.load(p_tile + r0, mask=m_ok & (r < R - r0)[None, :], other=0.0)
+            ok = ((r < R - r0) & known)[:, None] & n_ok
+            acc = add_own_rows(acc, a, up_tile + adapter * sua + r0 * sur, sample == s, ok, PRECISION)
     else:
         # no pipeline here: it would double the shared memory for a loop of one to four steps
         for r0 in tl.range(0, R, BR, num_stages=1):
@@ -319,22 +409,25 @@ def lowrank_product(
     x: Tensor,  # [M, K]
     w: Tensor,  # [K, N]
     bias: Tensor | None,  # [N]
-    down: Tensor | None,  # [K, R]; None if p is given
-    up: Tensor,  # [R, N]
+    down: Tensor | None,  # [K, R], or [A, K, R] with ids; None if p is given
+    up: Tensor,  # [R, N], or [A, R, N] with ids
     p: Tensor | None,  # [M, R]; None if it is to be formed from down
+    ids: Tensor | None = None,  # [B]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ w + bias + p @ up, in one launch"""
     M, K = x.shape
-    R, N = up.shape
+    R, N = up.shape[-2:]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     own_p = p is None
     p = torch.empty(M, R, dtype=x.dtype, device=x.device) if own_p else p
     if not M:
         return y, p
-    c = config("single_pass" if own_p else "extended_k", x, M, N, K, R)
+    A, T = (0, 0) if ids is None else (len(up), M // len(ids))
+    c = config("single_pass" if own_p else "extended_k", x, M, N, K, mixed_rank(R) if own_p and A else R)
     BM, BN, BK = c["BM"], c["BN"], c["BK"]
     strides = *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0)
-    strides += (0, 0) if down is None else down.stride()
+    for t in (down, up):
+        strides += (0, 0, 0) if t is None else t.stride() if A else (0, *t.stride())
     rows = "n" if w.stride(0) == 1 else "k"
     stored_w = w.t() if rows == "n" else w
     TMA = c.pop("TMA") and describable(x) and describable(stored_w)
@@ -342,10 +435,11 @@ def lowrank_product(
         x = TensorDescriptor.from_tensor(x, [BM, BK])
         w = TensorDescriptor.from_tensor(stored_w, [BN, BK] if rows == "n" else [BK, BN])
     # a loop over ranks in blocks no larger than needed: the last step issues only ceil(R / 16) tensor-core steps
-    BR = block(R) if own_p else min(block(R), 64)
+    # mixed, no larger than one of these: the registers hold a tile of up twice
+    BR = block(R) if own_p else min(block(R), 16 if A else 64)
     with torch.cuda.device_of(y):
         lowrank_linear_kernel[(cdiv(M, BM) * cdiv(N, BN),)](
-            x, w, bias, down, up, y, p, M, N, K, R, *strides, *up.stride(),
+            x, w, bias, down, up, y, p, ids, M, N, K, R, A, T, *strides,
             BR=BR, OWN_P=own_p, TMA=TMA, W_ROWS=rows, PRECISION=precision(y), **c,
         )  # fmt: skip
     return y, p
@@ -554,6 +648,116 @@ def lowrank_linear_backward(
     if need_bias:
         grads.append(dy.sum(0))
     return grads + [pair[1] for pair in (ddown, dup) if pair]
+
+
+def mixed_single_pass(x: Tensor, N: int, R: int, B: int) -> bool:
+    """Whether a mixed batch forms p inside the product, as prefers_single_pass: for two samples a tile, no more"""
+    if not prefers_single_pass(x, N, mixed_rank(R)):
+        return False
+    M, K = x.shape
+    return M // B >= config("single_pass", x, M, N, K, mixed_rank(R))["BM"]
+
+
+def mixed_rank(R: int) -> int:
+    """the rank whose tiles have the registers that a mixed one needs: for two accumulators of p, and up held twice"""
+    return 4 * block(R)
+
+
+def mixed_product(
+    x: Tensor,  # [M, K]
+    w: Tensor,  # [K, N]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    ids: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+    """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ w + bias + p[m] @ up[a]"""
+    if not len(x) or mixed_single_pass(x, up.shape[2], up.shape[1], len(ids)):
+        return lowrank_product(x, w, bias, down, up, None, ids)
+    return lowrank_product(x, w, bias, None, up, mixed_p(x, down, ids), ids)
+
+
+def mixed_linear(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    ids: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+    """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
+    return mixed_product(x, weight.t(), bias, down, up, ids)
+
+
+@triton.jit
+def mixed_reduce_kernel(slots, out, ids, size, B, BLOCK: tl.constexpr):
+    """out[a, i] = sum of slots[b, i] over the samples b of adapter a, in ascending order    ids [B]"""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.program_id(1).to(tl.int64)
+    b = tl.arange(0, 8)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for b0 in range(0, B, 8):
+        own = tl.load(ids + b0 + b, mask=b0 + b < B, other=-1) == a
+        at = (b0 + b).to(tl.int64)[:, None] * size + i[None, :]
+        acc += tl.sum(tl.load(slots + at, mask=own[:, None] & (i < size)[None, :], other=0.0), axis=0)
+    tl.store(out + a * size + i, acc.to(out.dtype.element_ty), mask=i < size)
+
+
+def mixed_dup(
+    dy: Tensor,  # [M, N]
+    p: Tensor,  # [M, R]
+    ids: Tensor,  # [B]
+    A: int,
+    transposed: bool = False,
+) -> Tensor:  # [A, R, N], or [A, N, R] if transposed
+    """dup[a] = sum of p[m].T @ dy[m] over the rows of adapter a"""
+    (M, N), R, B = dy.shape, p.shape[1], len(ids)
+    shape = (N, R) if transposed else (R, N)
+    dup = torch.empty(A, *shape, dtype=dy.dtype, device=dy.device)
+    if not M:
+        return dup.zero_()
+    slots = torch.empty(B, *shape, dtype=torch.float32, device=dy.device)
+    c, block_of = config("dy_pass", dy, M, N, 0, R), config("reduce", dy, 0, 0, 0, 0)
+    BR = min(block(R), c.pop("BR"))
+    with torch.cuda.device_of(dy):
+        # a run of rows for each sample
+        dy_pass_kernel[(B, cdiv(N, c["BN"]), cdiv(R, BR))](
+            dy, None, p, None, slots, M, N, R, M // B, *dy.stride(), 0, 0, *p.stride(),
+            R * N, *((1, R) if transposed else (N, 1)), BR=BR, PRECISION=precision(dy), **c,
+        )  # fmt: skip
+        mixed_reduce_kernel[(cdiv(R * N, block_of["BLOCK"]), A)](slots, dup, ids, R * N, B, **block_of)
+    return dup
+
+
+def mixed_linear_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    down: Tensor,  # [A, K, R]
+    up: Tensor,  # [A, R, N]
+    p: Tensor,  # [M, R]
+    ids: Tensor,  # [B]
+    needs: list[bool],  # (x, weight, bias, down, up)
+) -> list[Tensor]:
+    """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
+    need_x, need_weight, need_bias, need_down, need_up = needs
+    grads = []
+    if need_x:
+        # the forward's product with other operands
+        dx, dp = mixed_product(dy, weight, None, up.mT, down.mT, ids)
+        grads.append(dx)
+    elif need_down:
+        dp = mixed_p(dy, up.mT, ids)
+    if need_weight:
+        grads.append(torch.mm(dy.t(), x))
+    if need_bias:
+        grads.append(dy.sum(0))
+    if need_down:
+        # ddown = x.T @ dp, as (dp.T @ x).T
+        grads.append(mixed_dup(x, dp, ids, len(down), transposed=True))
+    if need_up:
+        grads.append(mixed_dup(dy, p, ids, len(up)))
+    return grads
 
 
 @triton.jit
@@ -778,7 +982,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     R = rank(op, tensors)
     if R > MAX_RANK:
         return f"triton kernels go to rank {MAX_RANK}, not {R}"
-    stride = max(max(tensor.stride()) for tensor in given)
+    stride = max(max(tensor.stride()[-2:]) for tensor in given)  # slices and adapters are counted in 64 bits
     if stride > MAX_STRIDE:
         return f"triton kernels address strides up to {MAX_STRIDE} elements, not {stride}"
     return None
@@ -793,7 +997,7 @@ def rank(op: str, tensors: tuple) -> int:
     if op == "merge_":  # all weights, all downs, all ups
         count = len(tensors) // 3
         return max(down.shape[1] for down in tensors[count : 2 * count])
-    return tensors[3].shape[1]
+    return tensors[3].shape[-1]
 
 
 def unproven() -> str | None:
@@ -808,12 +1012,15 @@ def unproven() -> str | None:
 
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
-    if op not in ("lowrank_linear", "lowrank_linear_backward"):
+    if "linear" not in op:
         return None
     x = tensors[0]
-    backward = op == "lowrank_linear_backward"
-    N, R = (tensors[2].shape[1], tensors[4].shape[0]) if backward else tensors[4].shape[::-1]
     M, K = x.shape
+    R, N = tensors[4].shape[-2:]
+    if op.endswith("backward"):
+        N = tensors[2].shape[1]
+    if op.startswith("mixed") and M < 16 * len(tensors[-1]):
+        return f"{M // max(1, len(tensors[-1]))} rows a sample fill a small part of a tile"
     if kind_of(x) == "fp32":
         return "without TF32 the products run on plain float32 units, for which torch has better kernels"
     if cdiv(M, 64) * cdiv(N, 64) < 32:

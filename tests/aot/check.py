@@ -77,8 +77,9 @@ def variants(name: str, use: dict, where: dict, kind: str):
                 {"scale": "fp32"},
             )
     elif name == "p":
-        yield "x", tk.p_kernel, given | {"sxk": 1, "sdr": 1}, "x down p", {}
-        yield "dy", tk.p_kernel, given | {"sxk": 1, "sdk": 1}, "x down p", {}
+        yield "x", tk.p_kernel, given | {"sxk": 1, "sdr": 1, "ids": None}, "x down p", {}
+        yield "dy", tk.p_kernel, given | {"sxk": 1, "sdk": 1, "ids": None}, "x down p", {}
+        yield "x mixed", tk.p_kernel, given | {"sxk": 1, "sdr": 1}, "x down p", {"ids": "*i64"}
     elif name in ("single_pass", "extended_k"):
         own_p = name == "single_pass"
         given |= {"BR": BR, "OWN_P": own_p} | ({} if own_p else {"down": None, "sdk": 0, "sdr": 0})
@@ -94,13 +95,17 @@ def variants(name: str, use: dict, where: dict, kind: str):
                     {"x": f"tensordesc<$[{BM},{BK}]>", "w": f"tensordesc<$[{w_block[0]},{w_block[1]}]>"} if tma else {}
                 )
                 variant = f"{way} tma" if tma else way
-                yield (
-                    variant,
-                    tk.lowrank_linear_kernel,
-                    given | ones | {"TMA": tma},
-                    "x w bias down up y p",
-                    types if tma else {},
-                )
+                constants = given | ones | {"TMA": tma}
+                yield variant, tk.lowrank_linear_kernel, constants | {"ids": None}, "x w bias down up y p", types
+                if (tma or not use["TMA"]) and (not own_p or BR >= 64):
+                    constants["BR"] = BR // 4 if own_p else 16  # as mixed_rank() has it
+                    yield (
+                        f"{variant} mixed",
+                        tk.lowrank_linear_kernel,
+                        constants,
+                        "x w bias down up y p",
+                        types | {"ids": "*i64"},
+                    )
     elif name == "dy_pass":
         pointers, types = "dy up p dp_slots dup_slots", {"dp_slots": "*fp32", "dup_slots": "*fp32"}
         ones = given | {"syn": 1, "spr": 1}
@@ -110,6 +115,7 @@ def variants(name: str, use: dict, where: dict, kind: str):
     elif name == "reduce":
         types = {"a_slots": "*fp32", "b_slots": "*fp32"}
         yield "", tk.reduce_slots_kernel, use, "a b", types
+        yield "mixed", tk.mixed_reduce_kernel, use, "out", {"slots": "*fp32", "ids": "*i64"}
     elif name == "merge":
         for aligned in (True, False):
             constants = use | {"BC": 64, "ALIGNED": aligned}

@@ -151,6 +151,42 @@ void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t
   expect("c +=", k, sum, K, S);
 }
 
+// a mixed batch: all outputs at once, every sum over rows apart by adapter
+void run_mixed(const Kernels& k, Dtype dtype, int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t A,
+               bool turned) {
+  const int64_t M = B * T;
+  Matrix a(dtype, M, K, turned), b(dtype, K, N, !turned), d(dtype, A * K, R, turned), u(dtype, A * R, N, !turned);
+  Matrix bias(dtype, 1, N), q(dtype, M, R, turned), x(dtype, M, N, turned);
+  Matrix c(dtype, M, N), p(dtype, M, R), qa(dtype, A * R, K), xp(dtype, A * N, R);
+  std::unique_ptr<char[]> panels(new char[k.packed_bytes(dtype, K, N)]);
+  k.pack(dtype, b.view(), K, N, panels.get());
+  // some without an adapter, some with their neighbour's, and one adapter without samples
+  std::unique_ptr<int64_t[]> ids(new int64_t[B]);
+  for (int64_t i = 0; i < B; ++i) ids[i] = i / 2 * 3 % A - 1;
+
+  LowRank g;
+  g.M = M, g.K = K, g.N = N, g.R = R, g.A = A, g.B = B, g.ids = ids.get();
+  g.a = a.view(), g.b = panels.get(), g.d = d.view(), g.u = u.view(), g.bias = bias.view(), g.q = q.view();
+  g.d_adapter = turned ? K : K * R, g.u_adapter = turned ? R * N : R;
+  g.x = x.view(), g.c = c.view(), g.p = p.data.get(), g.qa = qa.data.get(), g.xp = xp.data.get();
+  k.lowrank(dtype, g);
+
+  std::vector<double> P(M * R), C = product(M, N, K, a, b), QA(A * R * K), XP(A * N * R);
+  for (int64_t m = 0; m < M; ++m) {
+    const int64_t id = ids[m / T];
+    for (int64_t n = 0; n < N; ++n) C[m * N + n] += bias.values[n];
+    for (int64_t r = 0; id >= 0 && r < R; ++r) {
+      double& p_mr = P[m * R + r];
+      for (int64_t i = 0; i < K; ++i) p_mr += a(m, i) * d(id * K + i, r), QA[(id * R + r) * K + i] += q(m, r) * a(m, i);
+      for (int64_t n = 0; n < N; ++n) C[m * N + n] += p_mr * u(id * R + r, n), XP[(id * N + n) * R + r] += x(m, n) * p_mr;
+    }
+  }
+  expect("mixed p", k, p, K, P);
+  expect("mixed c", k, c, K * R, C);
+  expect("mixed qa", k, qa, M, QA);
+  expect("mixed xp", k, xp, M * K, XP);
+}
+
 }  // namespace
 
 int main() {
@@ -158,10 +194,15 @@ int main() {
   for (auto k = available_kernels(); *k; ++k) all.push_back(*k);
   const int64_t shapes[][4] = {{0, 3, 5, 1},   {1, 1, 1, 1},    {2, 100, 33, 3},  {5, 7, 7, 17},
                                {13, 33, 100, 16}, {97, 40, 49, 5}, {30, 1100, 20, 9}, {25, 20, 300, 270}};
+  const int64_t mixed[][6] = {{3, 0, 5, 3, 1, 2},    {1, 1, 1, 1, 1, 1},    {9, 1, 40, 33, 3, 4},
+                              {4, 15, 33, 49, 16, 3}, {5, 31, 1100, 20, 9, 6}, {2, 25, 20, 300, 270, 2}};
   for (const Kernels* k : all) {
     for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
       for (const auto& s : shapes) {
         for (bool turned : {false, true}) run(*k, dtype, s[0], s[1], s[2], s[3], turned);
+      }
+      for (const auto& s : mixed) {
+        for (bool turned : {false, true}) run_mixed(*k, dtype, s[0], s[1], s[2], s[3], s[4], s[5], turned);
       }
     }
     std::printf("%s: %s\n", k->name, failures ? "FAILED" : "passed");

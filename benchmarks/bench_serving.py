@@ -1,0 +1,391 @@
+"""A whole vision transformer that serves many adapters: mixed in one batch, against what is done today.
+
+    python benchmarks/bench_serving.py                                  # ViT-B, batch 32, 1, 8 and 64 adapters: minutes
+    python benchmarks/bench_serving.py --batch 8 --adapters 1 4 --out DIR
+
+One call serves ``batch`` images, each with the next of K adapters: more adapters than images take several batches to
+come by. measure.py has how it is measured, results/README.md
+what the files hold.
+"""
+
+import argparse
+import copy
+import gc
+import itertools
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench_train_step import (
+    _forget_packed, chart_note, check, machine_line, make_batches, make_record, parser, positive, show_meanings, timings,
+)  # fmt: skip  # isort: skip
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import efft_kernels
+import methods
+import report
+from efft_kernels import EFFTConfig, LoRAConfig, inject
+from efft_kernels.serving import AdapterBank
+from measure import Stages, interleave, memory, run, timer
+from methods import Options, share
+from report import digits
+
+COLOURS = {
+    "merged": "#9e9e9e",
+    "fused": "#5b8fc7",
+    "switched": "#8c2d04",
+    "one_by_one": "#d9603b",
+    "peft_mixed": "#c28f00",
+    "bank": "#1b7837",
+    "bank_lora": "#7fbc41",
+}
+# latencies of single calls, beside the quartiles that all benchmarks have
+PERCENTILES = (50, 90, 99)
+
+
+class Serving(NamedTuple):
+    """A model with its adapters."""
+
+    serve: Callable[[Tensor, list[int]], object]  # (images, the adapter of each) -> logits
+    held_bytes: int  # parameters of all adapters
+
+
+class Method(NamedTuple):
+    name: str
+    meaning: str
+    build: Callable[[nn.Module, Options, int], Serving]  # (base, options, number of adapters)
+    single: bool = False  # one adapter for the whole batch, whatever K: what the others are compared with
+
+
+# -- ways to serve ----------------------------------------------------------------------------------------------------
+
+
+def _adapted(model: nn.Module, config, o: Options, seed: int) -> nn.Module:
+    """The model with a further adapter, all its factors away from zero as after training. The same for the same seed."""
+    torch.manual_seed(seed)
+    if hasattr(model, "efft"):
+        efft_kernels.add_adapter(model, config, f"{seed}")
+    else:
+        inject(model, config, name=f"{seed}", head="keep", backend=o.backend)
+    with torch.no_grad():
+        for p in model.efft[f"{seed}"].parameters():
+            p += 0.01 * torch.randn_like(p)
+    return model.eval()
+
+
+def _efft(o: Options) -> EFFTConfig:
+    return EFFTConfig(rank=o.rank)
+
+
+def _lora(o: Options) -> LoRAConfig:
+    return LoRAConfig(rank=o.lora_rank, targets=("attn", "mlp"))
+
+
+def _bytes(model: nn.Module, word: str) -> int:
+    """of the parameters whose names have this word"""
+    return sum(p.nbytes for name, p in model.named_parameters() if word in name.split("."))
+
+
+def merged(base: nn.Module, o: Options, K: int) -> Serving:
+    model = share(base).eval()
+    return Serving(lambda images, ids: model(images), 0)
+
+
+def fused(base: nn.Module, o: Options, K: int) -> Serving:
+    model = _adapted(share(base), _efft(o), o, 0)
+    return Serving(lambda images, ids: model(images), _bytes(model, "efft"))
+
+
+def bank(config: Callable) -> Callable:
+    def build(base: nn.Module, o: Options, K: int) -> Serving:
+        made = AdapterBank(share(base).eval(), backend=o.backend)
+        for a in range(K):
+            made.add(f"{a}", _adapted(share(base), config(o), o, a))
+
+        def serve(images: Tensor, ids: list[int]) -> Tensor:
+            with made.use([f"{a}" for a in ids]):
+                return made.model(images)
+
+        return Serving(serve, made.bytes())
+
+    return build
+
+
+def _several(model: nn.Module, o: Options, K: int) -> nn.Module:
+    for a in range(K):
+        _adapted(model, _efft(o), o, a)
+    return model
+
+
+def _rows(ids: list[int]) -> dict[str, list[int]]:
+    """adapter -> its images"""
+    return {f"{a}": [i for i, other in enumerate(ids) if other == a] for a in dict.fromkeys(ids)}
+
+
+def one_by_one(base: nn.Module, o: Options, K: int) -> Serving:
+    model = _several(share(base), o, K)
+
+    def serve(images: Tensor, ids: list[int]) -> list[Tensor]:
+        return [efft_kernels.set_adapter(model, name)(images[own]) for name, own in _rows(ids).items()]
+
+    return Serving(serve, _bytes(model, "efft"))
+
+
+def switched(base: nn.Module, o: Options, K: int) -> Serving:
+    model = _several(copy.deepcopy(base), o, K)  # weights of its own: they change
+
+    def serve(images: Tensor, ids: list[int]) -> list[Tensor]:
+        found = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that bfloat16 loses a part of the update, which is not what is measured
+            for name, own in _rows(ids).items():
+                efft_kernels.merge(efft_kernels.set_adapter(model, name))
+                found.append(model(images[own]))
+                efft_kernels.unmerge(model)
+        return found
+
+    return Serving(serve, _bytes(model, "efft"))
+
+
+def peft_mixed(base: nn.Module, o: Options, K: int) -> Serving:
+    methods.timm()  # transformers, which peft imports, meets the same torchvision
+    import peft
+
+    model = share(base)
+    paths = [slot.site.path for spec in efft_kernels.plan(model, EFFTConfig()).groups for slot in spec.slots]
+    config = peft.LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=paths, init_lora_weights=False)
+    model = peft.PeftModel(model, config, adapter_name="0")
+    for a in range(1, K):
+        model.add_adapter(f"{a}", config)
+    # factors in the dtype of the model: as float32 they would cast every x
+    model = model.to(next(base.parameters()).dtype).eval()
+    held = _bytes(model, "lora_A") + _bytes(model, "lora_B")
+    return Serving(lambda images, ids: model(images, adapter_names=[f"{a}" for a in ids]), held)
+
+
+METHODS = [
+    Method("merged", "the model without adapters, or with one merged into it", merged, True),
+    Method("fused", "efft_kernels, EFFT2, one adapter for the whole batch", fused, True),
+    Method("switched", "efft_kernels, EFFT2: merge, pass, unmerge, adapter by adapter", switched),
+    Method("one_by_one", "efft_kernels, EFFT2: one pass for each adapter over its images", one_by_one),
+    Method("peft_mixed", "LoRA on all Linears by the PEFT library, adapter_names in one pass", peft_mixed),
+    Method("bank", "efft_kernels, EFFT2: AdapterBank, one pass", bank(_efft)),
+    Method("bank_lora", "efft_kernels, LoRA on all matrices: AdapterBank, one pass", bank(_lora)),
+]
+REFERENCES = ("merged", "fused", "bank at 1")  # and peft_mixed with as many adapters
+
+
+# -- one case: one dtype, all numbers of adapters -----------------------------------------------------------------------
+
+
+def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple[dict[str, list[Stages]], dict]:
+    """({"method at K": a call for each batch}, {the same: what is known of it beside its time}), all warm"""
+    batches = [images for images, _ in make_batches(args, getattr(torch, dtype))]
+    options = Options(args.rank, args.lora_rank, args.backend)
+    calls, facts = {}, {}
+    for K, method in itertools.product(args.adapters, METHODS):
+        if args.methods is not None and method.name not in args.methods or method.single and K != args.adapters[0]:
+            continue
+        if method.name == "switched" and K > args.most_switches:
+            left_out.setdefault(f"switched at {K}", {})[dtype] = f"more than --most-switches {args.most_switches}"
+            continue
+        label = method.name if method.single else f"{method.name} at {K}"
+        bar.set_postfix_str(f"set-up of {label}")
+        try:
+            torch.manual_seed(0)
+            serve, held = method.build(base, options, K)
+            stages = []
+            for n, images in enumerate(batches):
+                ids = [(n * args.batch + i) % K for i in range(args.batch)]
+                stages.append((lambda _, serve=serve, images=images, ids=ids: serve(images, ids),))
+            _forget_packed()
+            _, kept = memory(stages[0], args.device)
+            peak, _ = memory(stages[-1], args.device)
+        except (ImportError, RuntimeError) as error:
+            left_out.setdefault(label, {})[dtype] = str(error).strip().partition("\n")[0]
+            continue
+        calls[label] = stages
+        facts[label] = {"method": method.name, "adapters": 1 if method.single else K, "peak_bytes": peak}
+        facts[label] |= {"kept_bytes": max(0, kept), "held_bytes": held}
+    return calls, facts
+
+
+def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
+    rows = []
+    for name, known in facts.items():
+        references = [other for other in (*REFERENCES, f"peft_mixed at {known['adapters']}") if other in facts]
+        timed = timings(samples, name, slice(0, 1), references)
+        walls = torch.tensor([lap.wall * 1e3 for laps in samples for lap in laps[name]], dtype=torch.float64)
+        latency = {f"p{p}": torch.quantile(walls, p / 100).item() for p in PERCENTILES}
+        common = {"model": args.model, "batch": args.batch, "image": args.image, "dtype": dtype, "label": name}
+        speed = args.batch / timed["ms"]["median"] * 1e3
+        rows.append({**common, **timed, "latency_ms": latency, "images_per_s": speed, **known})
+    return rows
+
+
+def measure(args, record: dict) -> None:
+    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
+    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
+    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
+        for n, dtype in enumerate(args.dtype):
+            bar.set_description(f"{args.model} {dtype}")
+            setup -= time.perf_counter()
+            base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+            calls, facts = build(args, base, dtype, record["left_out"], bar)
+            # packed once more: what the last method dropped for its own count, no round has to make
+            for stages in calls.values():
+                run(stages[0])
+            now, samples = time.perf_counter(), []
+            setup += now
+            bar.set_postfix_str("")
+            later = len(args.dtype) - n - 1
+            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
+            try:
+                for laps in interleave(calls, lap, args.repeats, deadline):
+                    samples.append(laps)
+                    bar.update()
+            finally:
+                if samples:
+                    record["results"] += results(args, dtype, samples, facts)
+            bar.update(args.repeats - len(samples))
+            del calls, base
+            gc.collect()
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+HEAD = [
+    "serving", "method", "K", "ms", "quartiles", "p90", "p99", "images/s", "/merged", "/fused", "/bank at 1", "/peft",
+    "peak MiB", "held MiB",
+]  # fmt: skip
+
+
+def lines(rows: list[dict]) -> list[list[str]]:
+    table = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = [row for row in rows if row["dtype"] == dtype]
+        r = own[0]
+        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
+        table += [[]] if table else []
+        for words, row in itertools.zip_longest(label, own, fillvalue=None):
+            table.append([words or "", *(_line(row) if row else [""] * (len(HEAD) - 1))])
+    return table
+
+
+def _line(row: dict) -> list[str]:
+    ms, latency = row["ms"], row["latency_ms"]
+    names = "merged", "fused", "bank at 1", f"peft_mixed at {row['adapters']}"
+    kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
+    return [
+        row["method"],
+        f"{row['adapters']}",
+        digits(ms["median"]),
+        f"{digits(ms['q1'])}-{digits(ms['q3'])}",
+        digits(latency["p90"]),
+        digits(latency["p99"]),
+        digits(row["images_per_s"]),
+        *(digits(row["ratio"].get(name, {}).get("median")) for name in names),
+        f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+        f"{row['held_bytes'] / 2**20:.1f}",
+    ]
+
+
+def show(record: dict) -> None:
+    rows, args = record["results"], record["arguments"]
+    if not record["complete"]:
+        print("\ninterrupted: what follows is partial")
+    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    show_meanings(record, {row["method"] for row in rows})
+    print()
+    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
+    notes = {
+        "ms": f"of a batch, median of the rounds, {where}, without gradients; /: median of the ratios within each round",
+        "K": "adapters that are held; each image has the next of them, the first after the last",
+        "p90, p99": "latency of a batch, ms by the wall clock",
+        "/peft": "over peft_mixed with as many adapters",
+        "peak MiB": f"{record['memory']}; +: kept between calls",
+        "held MiB": "parameters of all adapters",
+    }
+    for name, note in notes.items():
+        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
+    print(machine_line(record))
+    for s in record["summary"]:
+        for name, ratios in s["ratio"].items():
+            against = ", ".join(f"{value:.2f} x {other}" for other, value in ratios.items() if other != name)
+            print(f"{args['model']}, batch {args['batch']}, {s['dtype']}: {name} {digits(s['ms'][name])} ms = {against}")
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per dtype: ms of every method and number of adapters, and the banks over each of the references."""
+    found = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = {row["label"]: row for row in rows if row["dtype"] == dtype}
+        ratio = {
+            name: {other: value["median"] for other, value in row["ratio"].items()}
+            for name, row in own.items()
+            if row["method"].startswith("bank")
+        }
+        found.append({"dtype": dtype, "ms": {name: row["ms"]["median"] for name, row in own.items()}, "ratio": ratio})
+    return found
+
+
+def panels(rows: list[dict]) -> list[tuple[str, dict]]:
+    bars = {}
+    for row in rows:
+        if "fused" in row["ratio"] and row["method"] in COLOURS:
+            group = f"{row['adapters']} in a batch\n{row['dtype']}"
+            bars.setdefault(group, {})[row["method"]] = tuple(row["ratio"]["fused"].values())
+    return [("a batch: time / one adapter for all of it", bars)]
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    p: argparse.ArgumentParser = parser(
+        "Time a vision transformer that serves many adapters, mixed in every batch. Without arguments: ViT-B, batch 32, "
+        "1, 8 and 64 adapters, float32.",
+        [m.name for m in METHODS],
+        "serving.json and serving.png",
+    )
+    p.add_argument("--adapters", nargs="+", type=positive, default=[1, 8, 64], metavar="K",
+                   help="how many are mixed in a batch (default: 1 8 64)")  # fmt: skip
+    p.add_argument("--most-switches", type=positive, default=8, metavar="K",
+                   help="switched, which takes longest, is run with up to as many adapters (default: 8)")  # fmt: skip
+    p.set_defaults(batch=32, seconds=600.0)
+    args = p.parse_args(argv)
+    check(p, args, "merged", {})
+    args.adapters = sorted(set(args.adapters))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = make_record("serving", args, {m.name: m.meaning for m in METHODS}, {})
+    try:
+        with torch.no_grad():
+            measure(args, record)
+    except KeyboardInterrupt:
+        record["complete"] = False
+    if not record["results"]:
+        print("interrupted before the first round: nothing to show")
+        return 130
+    record["summary"] = summary(record["results"])
+    show(record)
+    if args.out:
+        report.write_json(args.out / "serving.json", record)
+        written = [args.out / "serving.json"]
+        if drawn := [(title, bars) for title, bars in panels(record["results"]) if bars]:
+            report.chart(args.out / "serving.png", drawn, COLOURS, "/ fused", chart_note(record), limit=8.0)
+            written.append(args.out / "serving.png")
+        print(f"written: {', '.join(map(str, written))}")
+    return 0 if record["complete"] else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,429 @@
+"""AdapterBank: many adapters of one base model, a different one for each sample of a batch, in one pass."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapted import AdaptedLinear, Passes
+from .adapter import filled, read, trained_head, write
+from .factors import Pair, stack
+from .inject import adapters, check_bare, classes_of, classifiers_of, head_state
+from .ops import check_backend, lowrank_linear, mixed_linear
+
+# id of a bank -> its use under way in this thread or asyncio task
+_uses: ContextVar[dict[int, "_Use"]] = ContextVar("efft_kernels_uses", default={})
+
+
+@dataclass(frozen=True, eq=False)
+class _Adapter:
+    groups: nn.ModuleDict
+    heads: dict[str, nn.Linear]  # path -> classifier; empty for an adapter that uses the model's
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for module in (self.groups, *self.heads.values()) for p in module.parameters()]
+
+    def bytes(self) -> int:
+        modules = self.groups, *self.heads.values()
+        return sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
+class AdapterBank:
+    """Any number of adapters of one model, and batches in which each sample has its own.
+
+    >>> bank = AdapterBank(model)
+    >>> bank.add("birds", "birds.safetensors")
+    >>> bank.add("cars", "cars.safetensors")
+    >>> with torch.no_grad(), bank.use(["birds", None, "cars"]):
+    ...     logits = model(images)  # three images: two adapters, and the model as it was
+
+    The Linears of the model compute y = x W + b + (x @ down) @ up with the pair of each sample's adapter
+    (:func:`efft_kernels.mixed_linear`): one pass for the whole batch, however many adapters are in it. Outside of
+    :meth:`use` the model computes what it did before.
+
+    The adapters are of one method and adapt the same Linears; rank, scale and number of classes may differ. Logits of a
+    batch have the largest number of classes among its samples; those that a sample does not have are -inf. A sample
+    whose adapter brought no head has the model's own.
+
+    Adapters come and go while other threads compute: a use that is under way keeps those it started with. Threads and
+    asyncio tasks may each have their own use of the model at the same time.
+
+    Gradients reach the factors and heads of all adapters in a batch; hand :meth:`parameters` to an optimizer. The model
+    itself is frozen. Moving the model to another device or dtype does not move the bank's adapters: add them after it.
+    Under torch.compile the graph breaks at every adapted Linear, which gives the same results; fullgraph=True does not work.
+
+    Args:
+        model: a plain model, as for :func:`efft_kernels.inject`. It is changed in place: its parameters are frozen, and
+            it computes mixed batches. :meth:`release` takes that back.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+
+    Raises:
+        ValueError: the model is injected, merged, or belongs to another bank; an unknown backend.
+    """
+
+    def __init__(self, model: nn.Module, *, backend: str | None = None):
+        check_backend(backend)
+        check_bare(model)
+        self.model, self.backend = model, backend
+        self._adapters: dict[str, _Adapter] = {}
+        self._paths: list[str] = []  # of the Linears that are no longer plain
+        self._replays: dict[int, _Use] = {}  # backward -> the use whose forward it recomputes
+        self._lock = threading.Lock()
+        self._flags = {key: p.requires_grad for key, p in model.named_parameters()}
+        model.requires_grad_(False)
+        for path, linear in classifiers_of(model):
+            if type(linear) is nn.Linear:
+                self._adopt(linear, path, _Head)
+        self._hooks = (
+            model.register_forward_pre_hook(_before, with_kwargs=True),
+            model.register_forward_hook(_after, always_call=True),
+        )
+        model.efft = self  # no module: nothing is registered
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_lock": None, "_replays": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapters
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __repr__(self) -> str:
+        return f"AdapterBank({type(self.model).__name__}, {len(self)} adapters, {self.bytes():,} bytes)"
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they were added."""
+        with self._lock:
+            return list(self._adapters)
+
+    def add(self, name: str, source: str | PathLike | nn.Module) -> None:
+        """Put an adapter, with its head if it has one, into the bank.
+
+        Args:
+            name: what :meth:`use` calls it.
+            source: a file of :func:`efft_kernels.save_adapter`, or an injected model, whose active adapter is copied,
+                with its head if that is trained.
+
+        Raises:
+            FileNotFoundError: no such file.
+            TypeError: source or name is something else.
+            ValueError: a name that is taken, a file that is none of an adapter, an adapter or a head that does not fit
+                the model, or one of another method or other Linears than those in the bank. The bank is as it was then.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {type(name).__name__}")
+        if not name:
+            raise ValueError("name must not be empty")
+        self._check_new(name)
+        with torch.inference_mode(False), torch.no_grad():
+            adapter = self._made(source)
+        with self._lock:
+            self._check_new(name)
+            other, kept = next(iter(self._adapters.items()), (None, adapter))
+            if _kind(kept) != _kind(adapter):
+                raise ValueError(
+                    f"{name!r} must be of the method and for the Linears of {other!r}, "
+                    f"{kept.groups.plan.config}, got {adapter.groups.plan.config}"
+                )
+            for path in (path for group in adapter.groups.values() for path in group.slots):
+                linear = self.model.get_submodule(path)
+                if type(linear) is nn.Linear:
+                    self._adopt(linear, path, _Linear)
+            self._adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter. A use under way keeps it; its memory is free after that.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        with self._lock:
+            self._known(name)
+            del self._adapters[name]
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The trained factors of an adapter, and its head: what to hand an optimizer. They stay the same objects.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        return self._known(name).parameters()
+
+    def classes(self, name: str | None) -> int | None:
+        """How many logits the samples of an adapter have, or those without one; None for a model without a head.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        heads = {} if name is None else self._known(name).heads
+        heads = heads or dict(classifiers_of(self.model))
+        return next((linear.out_features for linear in heads.values()), None)
+
+    def bytes(self, name: str | None = None) -> int:
+        """Memory that an adapter takes, or all of them: factors and heads, without gradients and the model.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name is not None:
+            return self._known(name).bytes()
+        with self._lock:
+            return sum(adapter.bytes() for adapter in self._adapters.values())
+
+    def save(self, name: str, path: str | PathLike) -> None:
+        """Write an adapter to a file for :func:`efft_kernels.load_adapter` and :meth:`add`, whole or not at all.
+
+        Raises:
+            ValueError: there is none of this name.
+            OSError: the file cannot be written; an existing one is untouched then.
+        """
+        adapter = self._known(name)
+        head = head_state(self.model) if adapter.heads else {}
+        for key, linear in adapter.heads.items():
+            head |= {f"{key}.{part}": t for part, t in linear.state_dict().items()}
+        write(path, self.model, adapter.groups, head)
+
+    @contextlib.contextmanager
+    def use(self, ids: Sequence[str | None]) -> Iterator["AdapterBank"]:
+        """Within this context, of this thread or asyncio task, the model gives each sample its own adapter.
+
+        Args:
+            ids: for each sample of the batch the name of an adapter, or None for the model as it is.
+
+        Raises:
+            TypeError: ids is a string or no sequence.
+            ValueError: a name that is not in the bank; and, from the model before it computes anything, a batch of
+                another size. A Linear whose input does not start with the batch, or a multiple of it as the windows of
+                Swin do, is refused by name.
+        """
+        token = _uses.set({**_uses.get(), id(self): self._use(ids)})
+        try:
+            yield self
+        finally:
+            _uses.reset(token)
+
+    def release(self) -> None:
+        """Give the model back: plain Linears, and parameters frozen or trained as before. The bank is of no use then."""
+        for path in self._paths:
+            self.model.get_submodule(path).release()
+        for hook in self._hooks:
+            hook.remove()
+        for key, p in self.model.named_parameters():
+            p.requires_grad_(self._flags.get(key, p.requires_grad))
+        del self.model.efft
+        self._paths, self._hooks = [], ()
+
+    def _adopt(self, linear: nn.Linear, path: str, kind: type) -> None:
+        linear.efft = self, path  # a tuple, which registers nothing; first, for other threads run the model
+        linear.__class__ = kind
+        self._paths.append(path)
+
+    def _now(self) -> "_Use | None":
+        """the use that a layer which runs now belongs to"""
+        if self._replays and (use := self._replays.get(torch._C._current_graph_task_id())):
+            return use
+        return _uses.get().get(id(self))
+
+    def _use(self, ids: Sequence[str | None]) -> "_Use":
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise TypeError(f"ids must be a sequence with a name or None for each sample, got {type(ids).__name__}")
+        with self._lock:
+            held = {name: self._known(name) for name in ids if name is not None}
+        position = {name: i for i, name in enumerate(held)}
+        return _Use(self, list(held.values()), [position.get(name, -1) for name in ids])
+
+    def _known(self, name: str) -> _Adapter:
+        try:
+            return self._adapters[name]
+        except (KeyError, TypeError):
+            known = ", ".join(map(repr, list(self._adapters)[:10])) + ", ..." * (len(self._adapters) > 10)
+            known = known or "of which there are none"
+            raise ValueError(f"name must be one of the bank's adapters, {known}, got {name!r}") from None
+
+    def _check_new(self, name: str) -> None:
+        if name in self._adapters:
+            raise ValueError(f"name must be new, but the bank already has an adapter {name!r}")
+
+    def _made(self, source) -> _Adapter:
+        if isinstance(source, nn.Module):
+            owner = adapters(source)
+            if owner.active is None:
+                raise ValueError(f"this {type(source).__name__} must have an active adapter, but all are disabled")
+            groups, state = owner[owner.active], trained_head(source)
+            config, tensors = groups.plan.config, {key: t.clone() for key, t in groups.state_dict().items()}
+            what = {"fingerprint": groups.plan.fingerprint, "model": type(source).__name__, "base_model": ""}
+            source = f"this {type(source).__name__}"
+        elif isinstance(source, str | PathLike):
+            config, what, tensors, state = read(source)
+        else:
+            what = type(source).__name__
+            raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")
+        groups = filled(self.model, config, what, tensors, source)
+        return _Adapter(groups, self._heads(state, source) if state else {})
+
+    def _heads(self, state: dict[str, Tensor], source) -> dict[str, nn.Linear]:
+        """the classifiers of this state, in the dtype and on the device of the model's"""
+        try:
+            classes_of(self.model, state)
+        except ValueError as error:
+            raise ValueError(f"the head in {source} does not fit: {error}") from error
+        own, heads, rest = head_state(self.model), {}, set(state)
+        for path, linear in classifiers_of(self.model):
+            weight = state[f"{path}.weight"]
+            made = nn.Linear(linear.in_features, len(weight), linear.bias is not None, device="meta")
+            made.weight = nn.Parameter(weight.to(linear.weight, copy=True))
+            if linear.bias is not None:
+                made.bias = nn.Parameter(state[f"{path}.bias"].to(linear.weight, copy=True))
+            heads[path] = made
+            rest -= {f"{path}.weight", f"{path}.bias"}
+        for key in sorted(rest):
+            if not torch.equal(own[key], state[key].to(own[key])):
+                raise ValueError(
+                    f"the head in {source} must differ from the model's in its last Linear alone, which a bank keeps "
+                    f"for each adapter, but {key} differs too"
+                )
+        return heads
+
+
+def _kind(adapter: _Adapter) -> tuple:
+    """what the adapters of a bank have in common"""
+    plan = adapter.groups.plan
+    return plan.config.group, tuple(replace(spec, rank=(0, 0), zero="") for spec in plan.groups)
+
+
+def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    if use := model.efft._now():
+        use.check_batch(next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None))
+        use.begin()
+
+
+def _after(model: nn.Module, args, output) -> None:
+    if use := model.efft._now():
+        use.end(output)
+
+
+class _Use(Passes):
+    """The adapters of one batch: what ``use`` found under its names, whatever happens to the bank meanwhile."""
+
+    active = "mixed"
+
+    def __init__(self, bank: AdapterBank, held: list[_Adapter], index: list[int]):
+        self.bank, self.backend, self.held, self.index = bank, bank.backend, held, index
+        self.single = len(held) == 1 and -1 not in index
+        self._ids: dict[torch.device, Tensor] = {}
+        self._forget()
+        for option in ("factor_dropout", "activation_dropout"):
+            found = {getattr(adapter.groups.plan.config, option, 0.0) for adapter in held}
+            if bank.model.training and len(found) > 1:
+                raise ValueError(f"adapters of one training batch must have the same {option}, got {sorted(found)}")
+
+    def groups(self) -> list[nn.Module]:
+        return [self._stack(key) for key in (self.held[0].groups if self.held else ())]
+
+    def _stack(self, key: str) -> nn.Module:
+        made = stack([adapter.groups[key] for adapter in self.held])
+        made.training = self.bank.model.training
+        return made
+
+    def _alone(self, path: str) -> Pair | None:
+        for key, group in self.held[0].groups.items() if self.held else ():
+            if path in group.slots:
+                return self._stack(key).hand_out([group.slots[path]], self.backend)[path]
+        return None
+
+    def _recording(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for held in self.held for p in held.parameters())
+
+    def _bring_back(self, done, grad: Tensor) -> None:
+        super()._bring_back(done, grad)
+        self.bank._replays[self._replay[0]] = self
+
+    def _let_go(self) -> None:
+        self.bank._replays.pop(self._replay[0], None)
+        super()._let_go()
+
+    def ids(self, device: torch.device) -> Tensor:
+        if device not in self._ids:
+            self._ids[device] = torch.tensor(self.index, dtype=torch.int64, device=device)
+        return self._ids[device]
+
+    def check_batch(self, x: Tensor | None) -> None:
+        if x is not None and (x.dim() == 0 or x.shape[0] != len(self.index)):
+            batch = len(x) if x.dim() else 0
+            raise ValueError(f"ids must name an adapter for each of the {batch} samples, got {len(self.index)}")
+
+    def check_rows(self, path: str, x: Tensor) -> None:
+        B = len(self.index)
+        if x.dim() < 2 or (x.shape[0] % B if B else x.shape[0]):
+            raise ValueError(
+                f"{path} gets x {list(x.shape)}, whose first dimension must be the batch of {B} samples or a multiple of "
+                "it for each sample to have its own adapter"
+            )
+
+    def linear(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., N]
+        pair = self.pair(path)
+        if pair is None:
+            return F.linear(x, layer.weight, layer.bias)
+        self.check_rows(path, x)
+        down, up, dropout = pair
+        if down.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            down, up = down.to(layer.weight.dtype), up.to(layer.weight.dtype)
+        if dropout and layer.training:
+            ids = self.ids(x.device)
+            at, none = ids.clamp(min=0), (ids < 0)[:, None, None]
+            low = F.dropout(x.reshape(len(ids), -1, x.shape[-1]) @ down[at], dropout) @ up[at]
+            return F.linear(x, layer.weight, layer.bias) + low.masked_fill(none, 0).view(*x.shape[:-1], -1)
+        if self.single:
+            return lowrank_linear(x, layer.weight, layer.bias, down[0], up[0], backend=self.backend)
+        return mixed_linear(x, layer.weight, layer.bias, down, up, self.ids(x.device), backend=self.backend)
+
+    def head(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., classes]
+        heads = [adapter.heads.get(path, layer) for adapter in self.held] + [layer]  # the last for no adapter
+        chosen = [heads[i] for i in self.index]
+        if len(used := list(dict.fromkeys(chosen))) <= 1:
+            only = used[0] if used else layer
+            return F.linear(x, only.weight, only.bias)
+        self.check_rows(path, x)
+        width = max(head.out_features for head in used)
+        samples = x.unflatten(0, (len(self.index), -1))
+        # heads differ in size, and samples must not meet those of others: one small product for each head
+        logits, order = [], []
+        for head in used:
+            rows = [i for i, other in enumerate(chosen) if other is head]
+            part = F.linear(samples[rows], head.weight, head.bias)
+            logits.append(F.pad(part, (0, width - head.out_features), value=float("-inf")))
+            order += rows
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(logits)[back].flatten(0, 1)
+
+
+class _Linear(AdaptedLinear):
+    """A Linear of a bank's model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank, path = self.efft
+        use = bank._now()
+        return F.linear(x, self.weight, self.bias) if use is None else use.linear(self, path, x)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, adapters={len(self.efft[0])}"
+
+
+class _Head(_Linear):
+    """The classifier of a bank's model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank, path = self.efft
+        use = bank._now()
+        return F.linear(x, self.weight, self.bias) if use is None else use.head(self, path, x)

@@ -1,0 +1,253 @@
+"""The low-rank linear of a mixed batch: every backend against float64 and one pass per adapter; samples do not meet."""
+
+import pytest
+import torch
+from accuracy import check_mixed_linear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import efft_kernels
+from efft_kernels import lowrank_linear, mixed_linear, ops
+from efft_kernels.kernels import native, reference
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def _backends() -> list[str]:
+    """reference, cpu or cuda, and triton: on a CPU through its interpreter (conftest.py)"""
+    module = ops._load("triton")[0]
+    if module is not None and module.INTERPRETED:
+        from interpreter import repair_bf16
+
+        repair_bf16()
+    return [b.name for b in efft_kernels.backends() if b.available]
+
+
+HERE = _backends()
+
+
+@pytest.fixture(params=HERE)
+def backend(request) -> str:
+    x = torch.randn(2, 3)
+    module = ops._load(request.param)[0]
+    if reason := module.unsupported("mixed_linear", x, x, None, x[None], x[None], torch.zeros(1)):
+        pytest.skip(reason)
+    return request.param
+
+
+def make(B=5, T=7, K=40, N=48, R=5, A=3, dtype=torch.float32, device="cpu", grad=False):
+    """x, weight, bias, down, up; ids with every adapter but the last, one sample without any"""
+    shapes = (B, T, K), (N, K), (N,), (A, K, R), (A, R, N)
+    tensors = [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]
+    ids = torch.arange(B, device=device) % A - 1
+    return *tensors, ids
+
+
+def one_by_one(x, weight, bias, down, up, ids):
+    """one pass for each adapter, over its samples"""
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    for a in ids.unique().tolist():
+        rows = ids == a
+        low = (x[rows] @ down[a]) @ up[a] if a >= 0 else 0
+        y[rows] = torch.nn.functional.linear(x[rows], weight, bias) + low
+    return y
+
+
+# -- values and gradients ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def strided(draw, shape, dtype):
+    """a tensor of this shape: contiguous, its last two dimensions swapped in memory, or a slice of a wider buffer"""
+    *rest, rows, cols = shape
+    make = lambda *s: torch.randn(*rest, *s).mul_(0.5).to(dtype)
+    return {
+        "contiguous": lambda: make(rows, cols),
+        "transposed": lambda: make(cols, rows).mT,
+        "slice": lambda: make(rows, cols + 5)[..., 3 : 3 + cols],
+        "steps": lambda: make(rows, 2 * cols)[..., ::2],
+    }[draw(st.sampled_from(["contiguous", "transposed", "slice", "steps"]))]()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+@pytest.mark.parametrize("name", HERE)
+def test_any_shape_strides_and_ids(name, data):
+    size = st.sampled_from([1, 2, 3, 7, 16, 33, 64])
+    B, T, K, N = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([0, 1, 2, 5, 13, 40])), *[
+        data.draw(size) for _ in range(2)
+    ]
+    R, A = data.draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), data.draw(st.sampled_from([1, 2, 3, 9]))
+    dtype = data.draw(st.sampled_from(FLOATS))
+    shapes = (B * T, K), (N, K), (A, K, R), (A, R, N), (B * T, N)
+    x, weight, down, up, dy = (data.draw(strided(shape, dtype)) for shape in shapes)
+    bias = data.draw(st.sampled_from([None, torch.randn(N).to(dtype)]))
+    ids = torch.tensor(data.draw(st.lists(st.integers(-1, A - 1), min_size=B, max_size=B)))
+    needs = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
+    module = ops._load(name)[0]
+    if module.unsupported("mixed_linear", x, weight, bias, down, up, ids):
+        return
+    check_mixed_linear(module, x, weight, bias, down, up, ids, dy, needs)
+
+
+def test_equals_one_pass_per_adapter(backend, device):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    inputs = make(dtype=dtype, device=device, grad=True)
+    y, want = mixed_linear(*inputs, backend=backend), one_by_one(*inputs)
+    close = dict(rtol=1e-4, atol=1e-5) if backend == "triton" else dict(rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(y, want, **close)
+    dy = torch.randn_like(y)
+    for got, exact in zip(torch.autograd.grad(y, inputs[:5], dy), torch.autograd.grad(want, inputs[:5], dy)):
+        torch.testing.assert_close(got, exact, **close)
+
+
+def test_one_adapter_for_all_equals_the_low_rank_linear(backend, device):
+    x, weight, bias, down, up, _ = make(dtype=torch.float32, device=device)
+    y = mixed_linear(x, weight, bias, down, up, torch.full((5,), 2, device=device), backend=backend)
+    want = lowrank_linear(x, weight, bias, down[2], up[2], backend=backend)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck(backend, device):
+    if backend == "triton":
+        pytest.skip("no float64")
+    *inputs, ids = make(3, 2, 5, 7, 3, 3, torch.float64, device, grad=True)
+    assert torch.autograd.gradcheck(lambda *a: mixed_linear(*a, ids, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_two_runs_are_bit_equal(backend, device, dtype):
+    def run():
+        torch.manual_seed(1)
+        *inputs, ids = make(9, 31, 70, 94, 6, 4, dtype, device, grad=True)
+        y = mixed_linear(*inputs, ids, backend=backend)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), inputs)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_an_adapter_that_no_sample_has_gets_exact_zeros(backend, device):
+    x, weight, bias, down, up, ids = make(device=device, grad=True)
+    ddown, dup = torch.autograd.grad(mixed_linear(x, weight, bias, down, up, ids, backend=backend).sum(), (down, up))
+    assert not ddown[2].any() and not dup[2].any()
+    assert all(ddown[a].any() and dup[a].any() for a in (0, 1))
+
+
+def test_no_value_reaches_another_sample_or_adapter(backend, device):
+    x, weight, bias, down, up, _ = make(B=6, T=9, A=4, device=device)
+    ids = torch.tensor([0, 1, -1, 0, 2, -1], device=device)
+    clean = [t.clone().requires_grad_() for t in (x, down, up)]
+    dirty = [t.clone() for t in (x, down, up)]
+    dirty[0][1], dirty[0][5] = float("nan"), float("inf")  # adapter 1, and none
+    dirty[1][2], dirty[2][2], dirty[1][3] = float("nan"), float("inf"), float("nan")
+    dirty = [t.requires_grad_() for t in dirty]
+    results = []
+    for x, down, up in (clean, dirty):
+        y = mixed_linear(x, weight, bias, down, up, ids, backend=backend)
+        dy = torch.ones_like(y)
+        dy[5] = float("nan") if x is dirty[0] else 1
+        results.append([y, *torch.autograd.grad(y, (x, down, up), dy)])
+    (y, dx, ddown, dup), (y2, dx2, ddown2, dup2) = results
+    for want, got in ((y, y2), (dx, dx2)):
+        assert torch.equal(want[[0, 2, 3]], got[[0, 2, 3]])
+    for want, got in ((ddown, ddown2), (dup, dup2)):
+        assert torch.equal(want[[0, 3]], got[[0, 3]])
+    assert not y2[[1, 4, 5]].isfinite().all(2).any() and not dup2[1].isfinite().any()
+
+
+def test_rows_of_any_rank_and_windows(backend, device):
+    x, weight, bias, down, up, ids = make(B=4, T=6, A=3, device=device)
+    y = mixed_linear(x, weight, bias, down, up, ids, backend=backend)
+    for shape in ((4, 2, 3, 40), (8, 3, 40), (24, 40)):
+        again = mixed_linear(x.view(shape), weight, bias, down, up, ids, backend=backend)
+        assert again.shape == (*shape[:-1], 48) and torch.equal(again.view_as(y), y)
+    for empty in (x[:, :0], x[:0]):
+        few = ids[: len(empty)]
+        inputs = [t.clone().requires_grad_() for t in (empty, weight, bias, down, up)]
+        y = mixed_linear(*inputs, few, backend=backend)
+        assert y.shape == (*empty.shape[:2], 48)
+        assert not any(g.any() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+def test_autocast_casts_all_but_the_ids(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter has no bfloat16")
+    inputs = make(grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixed_linear(*inputs, backend=backend)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs[:5])
+
+
+def test_only_what_a_gradient_reads_is_kept(backend):
+    for i in range(5):
+        *tensors, ids = make()
+        tensors[i].requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+            y = mixed_linear(*tensors, ids, backend=backend)
+        y.sum().backward()
+        assert (tensors[0].shape in saved) == (i in (1, 3)) and ((35, 5) in saved) == (i == 4)
+        assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
+
+
+# -- tracing and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_opcheck(backend, device):
+    x, weight, bias, down, up, ids = make(device=device, grad=True)
+    names = torch.ops.efft_kernels
+    opcheck(names.mixed_linear.default, (x, weight, bias, down, up, ids, backend))
+    opcheck(names.mixed_linear.default, (x.detach().flatten(0, 1), weight.detach(), None, down, up, ids, backend))
+    dy, p = torch.randn(5, 7, 48, device=device), torch.randn(35, 5, device=device)
+    plain = [t.detach() for t in (dy, x, weight, down, up, p, ids)]
+    for needs in ([True] * 5, [True, False, False, True, True], [False] * 4 + [True]):
+        opcheck(names.mixed_linear_backward.default, (*plain, needs, backend))
+
+
+def test_compiles_whole(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+    torch._dynamo.reset()
+    call = lambda *a: mixed_linear(*a, backend=backend).relu()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    inputs = make(grad=True)
+    y, want = compiled(*inputs), call(*inputs)
+    torch.testing.assert_close(y, want)
+    got, exact = (torch.autograd.grad(out.sum(), inputs[:5]) for out in (y, want))
+    for g, e in zip(got, exact):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        ({"ids": [0, 1, 2, 0, 3]}, ValueError, "ids must be from -1 to 2 for 3 adapters, got 0 to 3"),
+        ({"ids": [0, 1, -2, 0, 1]}, ValueError, "ids must be from -1 to 2 for 3 adapters, got -2 to 1"),
+        ({"ids": [0, 1, 2]}, ValueError, "the rows of x must be a multiple of the 3 ids, got 35"),
+        ({"ids": []}, ValueError, "the rows of x must be a multiple of the 0 ids, got 35"),
+        ({"ids": [[0] * 5]}, ValueError, r"ids must be \[B\], got \[1, 5\]"),
+        ({"ids": [0.0] * 5}, TypeError, "ids must be int64, got torch.float32"),
+        ({"ids": 0}, TypeError, "ids must be a torch.Tensor, got int"),
+        ({"down": (3, 39, 5)}, ValueError, r"down must be \[40, R\]"),
+        ({"down": (40, 5)}, ValueError, r"down must be \[A, K, R\]"),
+        ({"up": (2, 5, 48)}, ValueError, r"up must be \[3, 5, N\]"),
+        ({"up": (3, 5, 47)}, ValueError, r"up must be \[5, 48\]"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change, error, says):
+    given = dict(zip(("x", "weight", "bias", "down", "up", "ids"), make()))
+    for name, value in change.items():
+        given[name] = torch.randn(value) if isinstance(value, tuple) else torch.tensor(value) if value != 0 else value
+        if value == []:
+            given[name] = torch.tensor([], dtype=torch.int64)
+    with pytest.raises(error, match=says):
+        mixed_linear(**given)
+
+
+def test_dtypes_must_agree():
+    x, weight, bias, down, up, ids = make()
+    with pytest.raises(TypeError, match="down must have the dtype of x, torch.float32, got torch.float64"):
+        mixed_linear(x, weight, bias, down.double(), up, ids)

@@ -1,0 +1,471 @@
+"""AdapterBank: mixed batches equal one pass per adapter, adapters come and go, and what does not fit is refused."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import METHODS, PLAIN, images, shake, swin, vit
+from torch import nn
+
+import efft_kernels as ek
+from efft_kernels.inject import classifiers_of
+from efft_kernels.serving import AdapterBank
+
+BATCH = ["a", None, "b", "a", "c", None]
+
+
+def bare(make=vit, **options):
+    torch.manual_seed(0)
+    return make(**options)
+
+
+def trained(config=PLAIN, make=vit, head="train", seed=1, dtype=torch.float32, **options):
+    """an injected model on the base of ``bare`` with factors and a head of its own"""
+    model = ek.inject(bare(make, **options), config, head=head)
+    torch.manual_seed(seed)
+    shake(model, 0.1)
+    with torch.no_grad():
+        for _, linear in classifiers_of(model):
+            linear.weight.add_(torch.randn_like(linear.weight) * 0.05 * linear.weight.requires_grad)
+    return model.to(dtype)
+
+
+def filled(config=PLAIN, make=vit, dtype=torch.float32, classes=(10, 3, 7), **options):
+    """(a bank of three adapters, the three models they were copied from and the base, by name)"""
+    models = {name: trained(config, make, head, i, dtype) for i, (name, head) in enumerate(zip("abc", classes))}
+    bank = AdapterBank(bare(make).to(dtype), **options)
+    for name, model in models.items():
+        bank.add(name, model)
+    return bank, {**models, None: bare(make).to(dtype)}
+
+
+def one_by_one(models, ids, x):
+    """each sample through the model of its adapter, padded to the widest"""
+    rows = [models[name](x[i : i + 1]) for i, name in enumerate(ids)]
+    width = max(row.shape[1] for row in rows)
+    return torch.cat([F.pad(row, (0, width - row.shape[1]), value=float("-inf")) for row in rows])
+
+
+# -- one pass equals one pass per adapter -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mixed_batch_equals_one_pass_per_adapter(make, method):
+    bank, models = filled(METHODS[method], make, torch.float64)
+    x = images(6, torch.float64)
+    with bank.use(BATCH), torch.no_grad():
+        y = bank.model(x)
+    want = one_by_one(models, BATCH, x)
+    assert y.shape == (6, 10) and (y.isinf() == want.isinf()).all() and y[2].isinf().sum() == 7
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    assert torch.equal(bank.model(x), models[None](x))  # and outside, nothing
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("method", ["efft1", "efft2-scale", "fact-tk", "lora-all", "vera"])
+def test_gradients_equal_those_of_one_pass_per_adapter(make, method):
+    bank, models = filled(METHODS[method], make, torch.float64, classes=(3, 7, 3))
+    x, target = images(6, torch.float64), torch.tensor([0, 1, 2, 1, 0, 2])
+    with bank.use(BATCH):
+        got = F.cross_entropy(bank.model(x), target)
+    want = F.cross_entropy(one_by_one(models, BATCH, x), target)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    got.backward()  # outside of use
+    want.backward()
+    for name in "abc":
+        ours, theirs = bank.parameters(name), ek.adapter_parameters(models[name])
+        assert len(ours) == len(theirs)
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in bank.model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_every_backend(backend):
+    if not next(b for b in ek.backends() if b.name == backend).available:
+        pytest.skip(f"{backend} is not available here")
+    module = ek.ops._load(backend)[0]
+    few = torch.zeros(1, 1), torch.zeros(1, 1), None, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1)
+    if reason := module.unsupported("mixed_linear", *few):
+        pytest.skip(reason)
+    # the interpreter is slow
+    bank, models = filled(make=lambda **options: vit(depth=1, num_heads=2, embed_dim=64, **options), backend=backend)
+    x = images(6)
+    with bank.use(BATCH):
+        y = bank.model(x)
+    finite = y.isfinite()
+    torch.testing.assert_close(y, one_by_one(models, BATCH, x), rtol=1e-3, atol=1e-4)
+    y[finite].square().sum().backward()
+    assert all(p.grad.isfinite().all() for name in "abc" for p in bank.parameters(name))
+
+
+def test_ranks_and_scales_may_differ():
+    configs = [PLAIN, ek.EFFTConfig(rank=(2, 7), scale=0.5, factor_dropout=0.0, zero_init="u")]
+    models = {name: trained(c, seed=i, dtype=torch.float64) for i, (name, c) in enumerate(zip("ab", configs))}
+    bank = AdapterBank(bare().double())
+    for name, model in models.items():
+        bank.add(name, model)
+    x = images(3, torch.float64)
+    with bank.use(["b", "a", "b"]), torch.no_grad():
+        torch.testing.assert_close(bank.model(x), one_by_one(models, ["b", "a", "b"], x), rtol=1e-10, atol=1e-10)
+
+
+def test_one_adapter_and_none_at_all():
+    bank, models = filled()
+    x = images(2)
+    for ids in (["b", "b"], [None, None], [None, "c"]):
+        with bank.use(ids), torch.no_grad():
+            y = bank.model(x)
+        torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
+    with bank.use([]), torch.no_grad():
+        assert bank.model(x[:0]).shape == (0, 10)
+
+
+def test_two_runs_are_bit_equal():
+    bank, _ = filled()
+    x = images(6)
+
+    def run():
+        with bank.use(BATCH):
+            y = bank.model(x)
+        own = [*bank.parameters("a"), *bank.parameters("c")]
+        return y.detach(), *torch.autograd.grad(y[y.isfinite()].square().sum(), own)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_training_several_adapters_at_once():
+    bank, _ = filled(classes=(3, 3, 3))
+    x, target = images(6), torch.tensor([0, 1, 2, 1, 0, 2])
+    untouched = [p.clone() for p in bank.parameters("b")]
+    optimizer = torch.optim.Adam([*bank.parameters("a"), *bank.parameters("c")], lr=0.01)
+    losses = []
+    for _ in range(8):
+        with bank.use(["a", "c"] * 3):
+            loss = F.cross_entropy(bank.model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(bank.parameters("b"), untouched))
+
+
+def test_a_diverged_adapter_harms_its_own_samples_alone():
+    bank, _ = filled(classes=(10, 10, 10))
+    x = images(6)
+
+    def run():
+        with bank.use(BATCH):
+            y = bank.model(x)
+        own = bank.parameters("a") + bank.parameters("c")
+        return y.detach(), torch.autograd.grad(y.square().sum(), own)
+
+    clean, grads = run()
+    with torch.no_grad():
+        for p in bank.parameters("b"):
+            p.fill_(float("nan"))
+    dirty, after = run()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(clean[others], dirty[others]) and dirty[2].isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(grads, after))
+
+
+# -- what must keep working around it ---------------------------------------------------------------------------------
+
+
+def test_modes_of_torch():
+    bank, models = filled(make=swin)
+    x = images(6)
+    want = one_by_one(models, BATCH, x)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with bank.use(BATCH), context:
+            y = bank.model(x)
+        assert not y.requires_grad
+        torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-4)
+    with bank.use(BATCH), torch.autocast("cpu", torch.bfloat16):
+        y = bank.model(x)
+    assert y.dtype == torch.bfloat16
+    finite = want.isfinite()
+    assert (y.float() - want)[finite].norm() < 0.05 * want[finite].norm()
+    y.float()[finite].sum().backward()
+    assert all(p.grad is not None for name in "abc" for p in bank.parameters(name))
+
+
+def test_layers_called_outside_of_the_models_forward():
+    bank, models = filled(make=vit)
+    x = images(6)
+    with bank.use(BATCH):
+        y = bank.model.forward_head(bank.model.forward_features(x))
+        torch.testing.assert_close(y, bank.model(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    bank, _ = filled(classes=(10, 10, 10))
+    x = images(6).requires_grad_()  # reentrant checkpointing asks for it
+    parameters = [p for name in "abc" for p in bank.parameters(name)]
+
+    def run():
+        with bank.use(BATCH):
+            y = bank.model(x)
+        with bank.use(["b"]):  # another use meanwhile
+            y.square().sum().backward()
+        grads = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return grads
+
+    want = run()
+    inner = bank.model.blocks[0]
+    forward = inner.forward
+    inner.forward = lambda t: torch.utils.checkpoint.checkpoint(forward, t, use_reentrant=reentrant)
+    for g, w in zip(run(), want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+    assert not bank._replays
+
+
+def test_compiled_with_graph_breaks():
+    bank, _ = filled()
+    x = images(6)
+    torch._dynamo.reset()
+    compiled = torch.compile(bank.model, backend="aot_eager")
+    for ids in (BATCH, ["c", "a", None] * 2):
+        with bank.use(ids), torch.no_grad():
+            torch.testing.assert_close(compiled(x), bank.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_while_training():
+    config = ek.EFFTConfig(rank=4, factor_dropout=0.3)
+    bank, _ = filled(config)
+    bank.model.train()
+    x = images(6)
+    with bank.use(BATCH):
+        assert not torch.equal(bank.model(x), bank.model(x))
+    bank.model.eval()
+    with bank.use(BATCH):
+        assert torch.equal(bank.model(x), bank.model(x))
+    fact, models = filled(ek.FacTConfig(rank=4, activation_dropout=0.3), classes=(3, 3, 3))
+    fact.model.train()
+    with fact.use(BATCH):
+        y = fact.model(x)
+        assert not torch.equal(fact.model(x)[0], y[0])
+    torch.testing.assert_close(y[[1, 5]], models[None](x)[[1, 5]], rtol=1e-4, atol=1e-5)  # without an adapter
+    y[[0, 2, 3, 4], :3].sum().backward()
+    assert all(p.grad.any() for name in "abc" for p in fact.parameters(name))
+    bank.add("d", trained(ek.EFFTConfig(rank=4, factor_dropout=0.0), seed=9))
+    bank.model.train()
+    with pytest.raises(ValueError, match=r"must have the same factor_dropout, got \[0.0, 0.3\]"), bank.use(["a", "d"]):
+        pass
+
+
+def test_copies_and_pickles_are_banks_of_their_own():
+    bank, _ = filled()
+    x = images(6)
+    with bank.use(BATCH), torch.no_grad():
+        want = bank.model(x)
+    for other in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank)), copy.deepcopy(bank.model).efft):
+        model = other.model
+        assert other.names == ["a", "b", "c"] and model is not bank.model and model.efft is other
+        with other.use(BATCH), torch.no_grad():
+            assert torch.equal(model(x), want)
+        other.remove("a")
+    assert len(bank) == 3
+
+
+def test_state_dict_and_release_give_the_model_back():
+    model = bare()
+    model.patch_embed.requires_grad_(False)
+    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    bank = AdapterBank(model)
+    bank.add("a", trained())
+    assert model.state_dict().keys() == state.keys() and not any(p.requires_grad for p in model.parameters())
+    bank.release()
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == flags and not hasattr(model, "efft")
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    ek.inject(model, PLAIN)
+
+
+# -- what is in the bank ----------------------------------------------------------------------------------------------
+
+
+def test_names_classes_and_bytes(tmp_path):
+    bank, models = filled()
+    assert bank.names == ["a", "b", "c"] and "b" in bank and "d" not in bank and None not in bank and len(bank) == 3
+    assert [bank.classes(name) for name in (*"abc", None)] == [10, 3, 7, 10]
+    factors = sum(p.numel() for p in models["b"].efft.parameters())
+    assert bank.bytes("b") == 4 * (factors + 3 * 192 + 3) and bank.bytes() == sum(bank.bytes(n) for n in bank.names)
+    bank.remove("b")
+    assert bank.names == ["a", "c"] and bank.bytes() == bank.bytes("a") + bank.bytes("c")
+    ek.save_adapter(trained(head="keep"), tmp_path / "headless")
+    bank.add("plain", tmp_path / "headless")
+    assert bank.classes("plain") == 10 and bank.bytes("plain") == 4 * factors
+    assert bank.parameters("plain") == list(bank._adapters["plain"].groups.parameters())
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+def test_files_in_and_out(make, tmp_path):
+    model = trained(make=make, head=3)
+    ek.save_adapter(model, tmp_path / "file")
+    bank = AdapterBank(bare(make))
+    bank.add("a", tmp_path / "file")
+    bank.add("same", model)
+    bank.save("a", tmp_path / "again")
+    loaded = ek.load_adapter(bare(make), str(tmp_path / "again"))
+    x = images(2)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        with bank.use(["a", "same"]):
+            y = bank.model(torch.cat([x[:1]] * 2))
+    assert torch.equal(y[0], y[1])
+    # a copy: training the model further changes nothing in the bank
+    shake(model)
+    with bank.use(["a", "same"]), torch.no_grad():
+        assert torch.equal(bank.model(torch.cat([x[:1]] * 2)), y)
+
+
+def test_adapters_come_and_go_while_others_compute():
+    bank, models = filled()
+    x = images(3)
+    ids = ["a", None, "b"]
+    with torch.no_grad():
+        want = one_by_one(models, ids, x)
+    wrong, stop = [], threading.Event()
+
+    def compute():
+        torch.set_num_threads(1)
+        while not stop.is_set():
+            with bank.use(ids), torch.no_grad():
+                y = bank.model(x)
+            if not torch.allclose(y, want, rtol=1e-3, atol=1e-4):
+                wrong.append(y)
+
+    workers = [threading.Thread(target=compute) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    extra = trained(seed=5)
+    for i in range(30):
+        bank.add(f"extra{i}", extra)
+        if i % 2:
+            bank.remove(f"extra{i}")
+    with bank.use(["c", "extra0", "c"]), torch.no_grad():
+        bank.remove("c")  # under way: still there
+        y = bank.model(x)
+        with pytest.raises(ValueError, match="got 'c'"), bank.use(["c"]):
+            pass
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert not wrong and len(bank) == 2 + 15
+    want = one_by_one({**models, "extra0": extra}, ["c", "extra0", "c"], x)
+    torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-4)
+
+
+def test_an_inner_use_shadows_the_outer():
+    bank, models = filled(classes=(3, 3, 3))
+    x = images(1)
+    with torch.no_grad(), bank.use(["a"]):
+        with bank.use(["b"]):
+            torch.testing.assert_close(bank.model(x), models["b"](x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bank.model(x), models["a"](x), rtol=1e-4, atol=1e-5)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_ids_are_refused_before_any_compute(monkeypatch):
+    bank, _ = filled()
+    for ids, error, says in [
+        (["a", "x"], ValueError, "name must be one of the bank's adapters, 'a', 'b', 'c', got 'x'"),
+        (["a", 1], ValueError, "got 1"),
+        (["a", ["b"]], ValueError, r"got \['b'\]"),
+        ("ab", TypeError, "ids must be a sequence with a name or None for each sample, got str"),
+        (None, TypeError, "got NoneType"),
+        ({"a": 1}, TypeError, "got dict"),
+    ]:
+        with pytest.raises(error, match=says), bank.use(ids):
+            pytest.fail("entered")
+    monkeypatch.setattr(bank.model, "patch_embed", None)  # not to be reached
+    for x in (images(3), images(1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="ids must name an adapter for each of the . samples, got 2"):
+            with bank.use(["a", None]):
+                bank.model(x)
+
+
+def test_a_linear_that_does_not_start_with_the_batch_is_refused_by_name():
+    bank, _ = filled()
+    with bank.use(["a", "b"]):
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv gets x \[5, 4, 192\], whose first dimension must be"):
+            bank.model.blocks[0].attn.qkv(torch.randn(5, 4, 192))
+        with pytest.raises(ValueError, match=r"head gets x \[3, 192\], whose first dimension"):
+            bank.model.head(torch.randn(3, 192))
+        with pytest.raises(ValueError, match=r"blocks.0.mlp.fc1 gets x \[192\]"):
+            bank.model.blocks[0].mlp.fc1(torch.randn(192))
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    bank, _ = filled()
+    ek.save_adapter(trained(), tmp_path / "file")
+    (tmp_path / "broken").write_bytes((tmp_path / "file").read_bytes()[:-7])
+    batchnorm = ek.inject(bare(), PLAIN, head=nn.Sequential(nn.BatchNorm1d(192), nn.Linear(192, 3)))
+    merged = ek.merge(trained())
+    disabled = trained()
+    disabled.efft.active = None
+    for name, source, error, says in [
+        ("a", tmp_path / "file", ValueError, "name must be new, but the bank already has an adapter 'a'"),
+        ("", tmp_path / "file", ValueError, "name must not be empty"),
+        (None, tmp_path / "file", TypeError, "name must be a string, got NoneType"),
+        ("x", tmp_path / "none", FileNotFoundError, "there is no adapter file"),
+        ("x", tmp_path / "broken", ValueError, "truncated or corrupt"),
+        ("x", 3, TypeError, "source must be the path of an adapter file or an injected model, got int"),
+        ("x", bare(), ValueError, "must have adapters"),
+        ("x", merged, ValueError, "is merged"),
+        ("x", disabled, ValueError, "must have an active adapter"),
+        ("x", trained(depth=3), ValueError, "whose Linears or shapes differ from those of this VisionTransformer"),
+        ("x", trained(METHODS["lora"]), ValueError, "'x' must be of the method and for the Linears of 'a', EFFTConfig"),
+        ("x", trained(METHODS["efft2-part"]), ValueError, "must be of the method and for the Linears of 'a'"),
+        ("x", trained(METHODS["efft1"]), ValueError, "must be of the method and for the Linears of 'a'"),
+        ("x", batchnorm, ValueError, "the head in this VisionTransformer does not fit: head"),
+    ]:
+        with pytest.raises(error, match=says):
+            bank.add(name, source)
+    assert bank.names == ["a", "b", "c"]
+    for act in (bank.remove, bank.parameters, bank.classes, bank.bytes, lambda name: bank.save(name, tmp_path / "x")):
+        with pytest.raises(ValueError, match="name must be one of the bank's adapters, 'a', 'b', 'c', got 'x'"):
+            act("x")
+    with pytest.raises(ValueError, match="of which there are none"):
+        AdapterBank(bare()).remove("x")
+
+
+def test_models_that_cannot_hold_a_bank():
+    for model, says in [
+        (ek.inject(bare(), PLAIN), "already injected"),
+        (ek.merge(trained()), "is merged"),
+        (AdapterBank(bare()).model, "already has an attribute 'efft', a AdapterBank"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            AdapterBank(model)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        AdapterBank(bare(), backend="fast")
+    with pytest.raises(ValueError, match="already has an attribute 'efft', a AdapterBank"):
+        ek.inject(AdapterBank(bare()).model, PLAIN)
+
+
+def test_a_head_that_differs_beyond_its_classifier():
+    make = lambda: nn.Sequential(nn.LayerNorm(192), nn.Linear(192, 3))
+    model = bare()
+    model.head = make()
+    other = copy.deepcopy(model)
+    ek.inject(other, PLAIN)
+    bank = AdapterBank(model)
+    bank.add("a", other)
+    with torch.no_grad():
+        other.head[0].weight.add_(1)
+    with pytest.raises(ValueError, match="must differ .* in its last Linear alone.* head.0.weight differs too"):
+        bank.add("b", other)
