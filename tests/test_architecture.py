@@ -14,9 +14,10 @@ KERNELS = {f"kernels.{p.stem}" for p in (PACKAGE / "kernels").glob("*.py")} | {"
 ALLOWED = {
     "ops": KERNELS,
     "factors": {"ops"},
-    "linear": {"ops"},
-    "adapted": {"ops", "factors"},
-    "inject": {"adapted", "factors", "ops"},
+    "quantized": set(),
+    "linear": {"ops", "quantized"},
+    "adapted": {"ops", "factors", "quantized"},
+    "inject": {"adapted", "factors", "ops", "quantized"},
     "adapter": {"inject", "adapted", "factors", "ops"},
     "analysis": {"inject", "factors"},
     "finetune": {"inject", "adapter", "factors", "finetune"},
