@@ -23,9 +23,12 @@ ALLOWED = {
     "finetune": {"inject", "adapter", "factors", "finetune"},
     "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
     "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
+    "uploads": set(),
+    "folder": set(),
+    "deploy": {"serving", "inject", "adapter", "folder", "uploads"},
     "__init__": {"ops", "factors", "linear", "inject", "adapter", "analysis"},
 }
-HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo"]
+HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
 
 
 def module_name(path: Path) -> str:
