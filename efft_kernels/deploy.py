@@ -38,6 +38,7 @@ make it, takes one replica with it, and Ray starts another.
 """
 
 import asyncio
+import importlib
 import importlib.util
 import logging
 import os
@@ -373,9 +374,6 @@ def main(
 
     ray, serve = _ray()
     application = app(asdict(settings))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
@@ -384,6 +382,10 @@ def main(
             num_cpus=cpus, object_store_memory=object_store_bytes, include_dashboard=False, log_to_driver=False, logging_level="warning"
         )
     try:
+        # ray has put handlers of its own there, which end the process at once
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout_s})
         serve.run(application, name="efft", route_prefix="/")
         print(f"serving {settings.model} on http://{host}:{port}, adapters of {settings.adapters}", flush=True)
@@ -402,7 +404,7 @@ if __name__ == "__main__":
     except ImportError:
         raise SystemExit("the command needs jsonargparse: pip install 'efft_kernels[serve]'") from None
     # not as __main__, whose classes replicas could not import
-    from efft_kernels import deploy
+    deploy = importlib.import_module("efft_kernels.deploy")
 
     parser = jsonargparse.ArgumentParser(prog="python -m efft_kernels.deploy", description=deploy.__doc__.splitlines()[0])
     parser.add_class_arguments(deploy.Settings, as_group=False)

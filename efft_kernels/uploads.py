@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 _FORMATS = ("JPEG", "PNG", "WEBP")  # and MPO, a JPEG with further pictures behind it, as phones make them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last is what curl --data-binary says
 _SCANS = 64  # passes over a progressive JPEG; encoders make about ten, each costs a decoder all pixels
 
 
@@ -54,7 +55,7 @@ async def read_upload(request, *, max_bytes: int) -> Upload:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
-    if not form and kind not in ("", "application/octet-stream") and not kind.startswith("image/"):
+    if not form and kind not in _RAW and not kind.startswith("image/"):
         raise Refused(415, f"content-type must be image/*, application/octet-stream or multipart/form-data, got {kind[:80]!r}")
     # the fields of a form, and what is between them
     body = await _body(request, max_bytes + 4096 * form)
