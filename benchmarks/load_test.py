@@ -4,7 +4,7 @@
 
 Starts ``python -m efft_kernels.deploy`` with a random backbone and adapters of its own making, and asks at a fixed rate
 for pictures under adapters chosen at random, as raw bodies and as forms. The adapters do not all fit the budget, so
-they come and go. In the middle one replica is killed (SIGKILL). Beside that, malformed requests are spread over the run.
+they come and go. In the middle one replica is killed (SIGKILL) just after 16 requests were sent at once. Beside that, malformed requests are spread over the run.
 
     lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent again
               after a broken connection, a timeout of 10 s, and the statuses that efft_kernels/deploy.py calls repeatable
@@ -333,6 +333,9 @@ class Load:
                 sent_bad += 1
             if not killed and n >= total // 2:
                 killed = True
+                for _ in range(16):  # so that it dies with some of them
+                    launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
+                await asyncio.sleep(0.02)
                 victim = rng.choice(sorted(self.server.replicas()))
                 os.kill(victim, signal.SIGKILL)
                 self.counts["killed"] += 1

@@ -243,7 +243,7 @@ def app(args: dict):
             # one thread computes, some decode, and the event loop is free to answer health checks
             self.computing = ThreadPoolExecutor(1, "compute")
             self.decoding = ThreadPoolExecutor(max(1, settings.threads), "decode")
-            self.busy_since = None
+            self.busy_since, self.under_way = None, 0
             self.batched.set_max_batch_size(settings.max_batch)
             self.batched.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
             self._make_metrics(serve.metrics)
@@ -260,6 +260,7 @@ def app(args: dict):
 
         async def __call__(self, request: Request) -> JSONResponse:
             start = time.perf_counter()
+            self.under_way += 1
             try:
                 status, data = 200, await self.respond(request)
             except Refused as error:
@@ -267,6 +268,8 @@ def app(args: dict):
             except Exception:
                 log.exception("a request failed")
                 status, data = 500, {"error": "internal error"}
+            finally:
+                self.under_way -= 1
             self.count.inc(tags={"status": str(status)})
             self.time.observe(time.perf_counter() - start)
             headers = {"retry-after": "1"} if status == 503 else {"allow": "GET, POST"} if status == 405 else None
@@ -301,6 +304,10 @@ def app(args: dict):
                 self.held.set(folder.bytes)
                 self.loads.set(folder.loads)
                 self.evictions.set(folder.evictions)
+
+        async def busy(self) -> int:
+            """how many requests are under way"""
+            return self.under_way
 
         def describe(self) -> dict:
             folder = self.classifier.folder
@@ -387,15 +394,32 @@ def main(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout_s})
-        serve.run(application, name="efft", route_prefix="/")
+        handle = serve.run(application, name="efft", route_prefix="/")
         print(f"serving {settings.model} on http://{host}:{port}, adapters of {settings.adapters}", flush=True)
         stop.wait()
         print("stopping", flush=True)
+        _wait_until_idle(handle, 3 * settings.replicas, settings.stop_s)
         serve.delete("efft")
     finally:
         if not address:
             serve.shutdown()
         ray.shutdown()
+
+
+def _wait_until_idle(handle, polls: int, seconds: float) -> None:
+    """Until that many answers in a row, of replicas chosen by Ray, say that there is nothing to do.
+
+    Deleting the application would drop the requests that still wait for a replica; as long as there are any, all
+    replicas are busy.
+    """
+    end, quiet = time.monotonic() + seconds, 0
+    while quiet < polls and time.monotonic() < end:
+        try:
+            quiet = 0 if handle.busy.remote().result(timeout_s=max(0.1, end - time.monotonic())) else quiet + 1
+        except Exception as error:  # a replica that has just died, or a queue that is full
+            log.info("while waiting for the last answers: %s", error)
+            quiet = 0
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -104,12 +104,13 @@ class AdapterFolder:
             raise
 
     def _make_room(self, name: str, size: int, new: str = "") -> None:
+        stays = sum(bytes_ for old, bytes_ in self._sizes.items() if old in self._held or old == new)
+        if stays + size > self.budget:
+            raise DoesNotFit(f"adapter {name!r} does not fit beside {len(self._held)} in use: {self.budget} bytes in all")
         for old in [old for old in self._sizes if old not in self._held and old != new]:
             if self.bytes + size <= self.budget:
                 return
             self._drop(old)
-        if self.bytes + size > self.budget:
-            raise DoesNotFit(f"adapter {name!r} does not fit beside {len(self._held)} in use: {self.budget} bytes in all")
 
     def _drop(self, key: str) -> None:
         self.bank.remove(key)
