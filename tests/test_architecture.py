@@ -22,7 +22,7 @@ ALLOWED = {
     "analysis": {"inject", "factors"},
     "finetune": {"inject", "adapter", "factors", "finetune"},
     "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
-    "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
+    "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops", "quantized"},
     "uploads": set(),
     "folder": set(),
     "deploy": {"serving", "inject", "adapter", "folder", "uploads"},

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import efft_kernels as ek
+import efft_kernels.serving
 from efft_kernels.quantized import dense
 
 LORA_XS = ek.LoRAXSConfig(rank=4, scale=2.0, targets=("attn", "mlp"))
@@ -326,6 +327,19 @@ def test_merge_is_refused_or_dequantizes(base):
     ek.unmerge(model)
     assert {name: type(m) for name, m in model.named_modules()} == types
     torch.testing.assert_close(model(x), want, **near(base))
+
+
+def test_a_bank_refuses_it_by_name(base, tmp_path):
+    path = tmp_path / "a.safetensors"
+    ek.save_adapter(ek.inject(make(base), PLAIN), path)
+    model, x = bare(base), images()
+    bank = ek.serving.AdapterBank(model)
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(ValueError, match="'a' adapts blocks.0.attn.qkv, whose weight must be plain"):
+            bank.add("a", path)
+        torch.testing.assert_close(model(x), before, **near(base))
+    assert len(bank) == 0
 
 
 def test_merge_of_a_weight_that_others_use_is_refused():
