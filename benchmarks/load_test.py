@@ -4,10 +4,12 @@
 
 Starts ``python -m efft_kernels.deploy`` with a random backbone and adapters of its own making, and asks at a fixed rate
 for pictures under adapters chosen at random, as raw bodies and as forms. The adapters do not all fit the budget, so
-they come and go. In the middle one replica is killed (SIGKILL) just after 16 requests were sent at once. Beside that, malformed requests are spread over the run.
+they come and go. In the middle one replica is killed (SIGKILL), just after 16 requests were sent at once. Beside that,
+malformed requests are spread over the run.
 
-    lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent again
-              after a broken connection, a timeout of 10 s, and the statuses that efft_kernels/deploy.py calls repeatable
+    lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent
+              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/deploy.py calls
+              repeatable
     wrong     an answer with another class first, other classes or a score more than 1e-4 off what the model with this
               adapter, loaded here by load_adapter, computes for the picture alone. Where two classes are as close as
               that, either may be first
@@ -169,7 +171,7 @@ def malformed() -> dict[str, dict]:
         "form that is none": form(b"nothing of the kind"),
         "form cut off": form(field + good[:30]),
         "form without a boundary": {"headers": {"content-type": "multipart/form-data"}, "body": good},
-        "form with many fields": form(b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\na\r\n' * 500 + b"--x--\r\n"),
+        "form with many fields": form(b"".join([field.replace(b"image", b"a") + b"a\r\n"] * 500) + b"--x--\r\n"),
         "form with a bad picture": form(field + good[:100] + b"\r\n--x--\r\n"),
         "PUT": {"method": "PUT", "body": good},
         "DELETE": {"method": "DELETE", "body": b""},
@@ -188,7 +190,7 @@ class Server:
             "num_classes": settings.num_classes, "replicas": settings.replicas, "adapter_bytes": settings.adapter_bytes,
             "max_ongoing": settings.max_ongoing, "max_queued": settings.max_queued, "port": port,
         }  # fmt: skip
-        command = [sys.executable, "-m", "efft_kernels.deploy"] + [f"--{name}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "efft_kernels.deploy", *(f"--{name}={value}" for name, value in options.items())]
         self.url, self.log = f"http://127.0.0.1:{port}/", log
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
@@ -401,7 +403,8 @@ def show(found: dict) -> None:
     rows += [[f"{name}, s", f"{value:.3f}"] for name, value in found["seconds"].items()]
     for m in found["memory"]:
         grown = "too few samples" if m["growth"] is None else f"{m['growth']:+.1%}"
-        rows.append([f"replica {m['pid']}, MiB", f"{m['first_bytes'] / 2**20:.0f} to {m['largest_bytes'] / 2**20:.0f}, {grown}"])
+        first, largest = (m[name] / 2**20 for name in ("first_bytes", "largest_bytes"))
+        rows.append([f"replica {m['pid']}, MiB", f"{first:.0f} to {largest:.0f}, {grown}"])
     rows += [["memory flat", found["memory_flat"]], ["exit status", found["exit_status_after_sigterm"]]]
     print(table(["", "found"], rows))
     for problem in found["problems"][:10]:

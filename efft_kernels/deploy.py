@@ -19,7 +19,8 @@ Ask it:
 
     curl --data-binary @cat.jpg 'http://127.0.0.1:8000/?adapter=pets'
     curl -F image=@cat.jpg -F adapter=pets http://127.0.0.1:8000/
-    {"adapter": "pets", "label": "Abyssinian", "index": 0, "score": 0.97, "scores": [{"label": ..., "index": ..., "score": ...}, ...]}
+    {"adapter": "pets", "label": "Abyssinian", "index": 0, "score": 0.97,
+     "scores": [{"label": "Abyssinian", "index": 0, "score": 0.97}, {"label": "Bengal", ...}, ...]}
 
 ``adapter`` is the name of a file of save_adapter in the folder, without its ending; without it the model answers as it
 is. ``top`` says how many scores are wanted. Labels are the lines of ``NAME.labels.txt`` beside the adapter, or the
@@ -252,8 +253,9 @@ def app(args: dict):
             seconds = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]
             self.count = metrics.Counter("efft_requests", "answers", tag_keys=("status",))
             self.time = metrics.Histogram("efft_seconds", "from request to answer", boundaries=seconds)
-            self.batch = metrics.Histogram("efft_batch", "images in a pass", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
-            self.mixed = metrics.Histogram("efft_batch_adapters", "adapters in a pass", boundaries=[1, 2, 4, 8, 16, 32, 64])
+            sizes = [1, 2, 4, 8, 16, 32, 64, 128]
+            self.batch = metrics.Histogram("efft_batch", "images in a pass", boundaries=sizes)
+            self.mixed = metrics.Histogram("efft_batch_adapters", "adapters in a pass", boundaries=sizes)
             self.held = metrics.Gauge("efft_adapter_bytes", "memory that adapters take")
             self.loads = metrics.Gauge("efft_adapter_loads", "adapters loaded since the start")
             self.evictions = metrics.Gauge("efft_adapter_evictions", "adapters dropped since the start")
@@ -344,7 +346,8 @@ def _settings(args: dict) -> Settings:
     if unknown := sorted(set(args) - set(known)):
         raise ValueError(f"settings must be among {', '.join(known)}, got {', '.join(unknown)}")
     if missing := [name for name in ("model", "adapters") if name not in args]:
-        raise ValueError(f"settings must have {' and '.join(missing)}: serve run efft_kernels.deploy:app {missing[0]}=...")
+        how = f"serve run efft_kernels.deploy:app {missing[0]}=..."
+        raise ValueError(f"settings must have {' and '.join(missing)}: {how}")
     try:
         made = {name: known[name].type(value) for name, value in args.items()}
     except (TypeError, ValueError) as error:
@@ -385,9 +388,8 @@ def main(
         ray.init(address=address, log_to_driver=False)
     else:
         cpus = max(settings.replicas * settings.threads, os.cpu_count() or 1)
-        ray.init(
-            num_cpus=cpus, object_store_memory=object_store_bytes, include_dashboard=False, log_to_driver=False, logging_level="warning"
-        )
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "warning"}
+        ray.init(num_cpus=cpus, object_store_memory=object_store_bytes, **quiet)
     try:
         # ray has put handlers of its own there, which end the process at once
         stop = threading.Event()
@@ -430,7 +432,8 @@ if __name__ == "__main__":
     # not as __main__, whose classes replicas could not import
     deploy = importlib.import_module("efft_kernels.deploy")
 
-    parser = jsonargparse.ArgumentParser(prog="python -m efft_kernels.deploy", description=deploy.__doc__.splitlines()[0])
+    about = deploy.__doc__.splitlines()[0]
+    parser = jsonargparse.ArgumentParser(prog="python -m efft_kernels.deploy", description=about)
     parser.add_class_arguments(deploy.Settings, as_group=False)
     parser.add_function_arguments(deploy.main, skip={"settings"}, as_group=False)
     parsed = vars(parser.parse_args())

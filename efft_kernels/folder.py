@@ -106,7 +106,7 @@ class AdapterFolder:
     def _make_room(self, name: str, size: int, new: str = "") -> None:
         stays = sum(bytes_ for old, bytes_ in self._sizes.items() if old in self._held or old == new)
         if stays + size > self.budget:
-            raise DoesNotFit(f"adapter {name!r} does not fit beside {len(self._held)} in use: {self.budget} bytes in all")
+            raise DoesNotFit(f"adapter {name!r} does not fit the {self.budget} bytes beside {len(self._held)} in use")
         for old in [old for old in self._sizes if old not in self._held and old != new]:
             if self.bytes + size <= self.budget:
                 return

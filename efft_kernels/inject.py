@@ -525,8 +525,8 @@ def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
         for key, p in module._parameters.items():
             if id(p) in merged and module is not linears[merged[id(p)]]:
                 raise ValueError(
-                    f"{merged[id(p)]} shares its weight with {name or type(model).__name__}.{key}, which the merge would "
-                    "change, too; untie them first, or leave the adapter beside the weight"
+                    f"{merged[id(p)]} shares its weight with {name or type(model).__name__}.{key}, which the merge "
+                    "would change, too; untie them first, or leave the adapter beside the weight"
                 )
 
 

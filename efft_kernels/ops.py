@@ -591,7 +591,8 @@ _call_lowrank_add = _define(
     _LowRankAdd,
 )
 _define(
-    "lowrank_add_backward(Tensor dy, Tensor? x, Tensor down, Tensor up, Tensor? p, bool[] needs, str backend) -> Tensor[]",
+    "lowrank_add_backward(Tensor dy, Tensor? x, Tensor down, Tensor up, Tensor? p, bool[] needs, str backend) "
+    "-> Tensor[]",
     _lowrank_add_backward,
     _lowrank_add_backward_fake,
 )

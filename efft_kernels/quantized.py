@@ -27,9 +27,8 @@ def _wraps(weight: Tensor) -> bool:
 
 def _bitsandbytes(cls: type) -> str | None:
     """which of its Linears a class is"""
-    return next(
-        (c.__name__ for c in cls.__mro__ if c.__name__ in _BITSANDBYTES and c.__module__.startswith("bitsandbytes.")), None
-    )
+    known = (c.__name__ for c in cls.__mro__ if c.__module__.startswith("bitsandbytes."))
+    return next((name for name in known if name in _BITSANDBYTES), None)
 
 
 def kind(linear: nn.Linear) -> str | None:
@@ -61,7 +60,8 @@ def refusal(linear: nn.Linear, base: type) -> str | None:
 
 def tensors(linear: nn.Linear) -> Iterator[nn.Parameter]:
     """What the weight is made of: its one parameter, or those that a parametrization or a norm computes it from."""
-    return (p for name, p in linear.named_parameters() if not name.split(".")[-1].startswith("bias") and p is not linear.bias)
+    # a bias that is parametrized is parametrizations.bias.original
+    return (p for name, p in linear.named_parameters() if "bias" not in name.split("."))
 
 
 def kept_in(linear: nn.Linear) -> tuple[torch.dtype | None, torch.device]:

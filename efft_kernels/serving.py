@@ -251,8 +251,8 @@ class AdapterBank:
             own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
             if keeps_product(linear, own):
                 raise ValueError(
-                    f"{name!r} adapts {path}, whose weight must be plain, got {kind(linear) or 'one computed anew'}: a bank "
-                    "serves plain models, and inject one adapter at a time on such a one"
+                    f"{name!r} adapts {path}, whose weight must be plain in a bank, got "
+                    f"{kind(linear) or 'one that is computed anew'}; inject takes such a model, for one adapter at a time"
                 )
 
     def _known(self, name: str) -> _Adapter:

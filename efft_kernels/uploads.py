@@ -56,7 +56,8 @@ async def read_upload(request, *, max_bytes: int) -> Upload:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
     if not form and kind not in _RAW and not kind.startswith("image/"):
-        raise Refused(415, f"content-type must be image/*, application/octet-stream or multipart/form-data, got {kind[:80]!r}")
+        known = "image/*, application/octet-stream or multipart/form-data"
+        raise Refused(415, f"content-type must be {known}, got {kind[:80]!r}")
     # the fields of a form, and what is between them
     body = await _body(request, max_bytes + 4096 * form)
     fields = dict(request.query_params)

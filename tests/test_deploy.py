@@ -115,7 +115,8 @@ async def parse(body, headers=None, query=None, max_bytes=1000, chunk=None):
 
     headers = {"content-length": str(len(body))} | (headers or {})
     chunks = [body] if chunk is None else [body[i : i + chunk] for i in range(0, len(body), chunk)]
-    messages = [{"type": "http.request", "body": part, "more_body": i + 1 < len(chunks)} for i, part in enumerate(chunks)]
+    left = range(len(chunks))[::-1]
+    messages = [{"type": "http.request", "body": part, "more_body": more > 0} for part, more in zip(chunks, left)]
 
     async def receive():
         return messages.pop(0)
@@ -244,7 +245,7 @@ def test_the_least_recently_used_goes_first(folder):
 
 def test_what_is_in_use_stays(folder):
     with folder.hold("a"), folder.hold("b"):
-        with pytest.raises(DoesNotFit, match="'c' does not fit beside 2 in use"):
+        with pytest.raises(DoesNotFit, match="'c' does not fit the 250 bytes beside 2 in use"):
             folder.take("c")
         assert folder.bank.names == ["a", "b"]
         with folder.hold("a"):
@@ -254,6 +255,10 @@ def test_what_is_in_use_stays(folder):
     with folder.hold("c"), pytest.raises(DoesNotFit):
         folder._make_room("d", 200)
     assert folder.bank.names == ["a", "c"]  # nothing goes for what does not fit even then
+    with folder.hold("a") as oldest:
+        touch(folder, "c")
+        touch(folder, "d")
+        assert folder.bank.names == ["a", "d"] and oldest in folder.bank.held
 
 
 def test_files_that_are_replaced_deleted_or_bad(folder):
@@ -367,7 +372,8 @@ def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
     for i, (name, upload, found) in enumerate(zip(names, uploads, scores)):
         answer = classifier.answer(upload, found)
         assert load_test.is_right(answer, name, want[i % len(files), name])
-        assert answer["label"] == (["ant", "bee", "cat"] if name == "adapter-0" else list(map(str, range(10))))[answer["index"]]
+        labels = ["ant", "bee", "cat"] if name == "adapter-0" else "0123456789"
+        assert answer["label"] == labels[answer["index"]]
     for key in keys:
         classifier.release(key)
     assert not classifier.folder._held
