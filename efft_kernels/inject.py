@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLinear, Adapters
 from .factors import GroupSpec, Site, _Config
 from .ops import check_backend, merge_
+from .quantized import DenseWeights, dense, keeps_product, kept_in, kind, refusal, tensors
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
 # name inside a block -> the matrices it holds side by side
@@ -96,7 +97,9 @@ def plan(model: nn.Module, config: _Config) -> Plan:
         config: EFFTConfig, FacTConfig, LoRAConfig, VeRAConfig or LoRAXSConfig.
 
     Raises:
-        TypeError: config is none of them, or a Linear that would be adapted is not a plain nn.Linear.
+        TypeError: config is none of them, or a Linear that would be adapted is of a class that may compute something
+            else than nn.Linear. Known are nn.Linear, the quantized ones of torchao and bitsandbytes, and parametrized
+            and weight-normed ones: they keep their own product, and the update is added to it.
         ValueError: nothing to adapt, a block that does not exist, a rank that does not fit, matrices of a group that
             differ in shape, tied weights, or a model whose attention does not call its Linear.
     """
@@ -112,8 +115,9 @@ def plan(model: nn.Module, config: _Config) -> Plan:
     for site in sites:
         module = model.get_submodule(site.path)
         _check_linear(model, site.path, module)
-        if (other := found.setdefault(id(module.weight), site.path)) != site.path:
-            raise ValueError(f"{site.path} and {other} share one weight; adapt neither, or untie them")
+        for tensor in tensors(module):
+            if (other := found.setdefault(id(tensor), site.path)) != site.path:
+                raise ValueError(f"{site.path} and {other} share one weight; adapt neither, or untie them")
     return Plan(type(model).__name__, config, tuple(config.arrange(sites)))
 
 
@@ -121,9 +125,10 @@ def find_sites(model: nn.Module, config: _Config, named: dict[str, nn.Module] | 
     """The Linears whose place in a block is known by their names, out of all of the model or of ``named``."""
     linears = []  # (block prefix, container, path, parts, module)
     for path, module in model.named_modules() if named is None else named.items():
-        match = _BLOCK.match(path) if isinstance(module, nn.Linear) else None
-        if match and (parts := _LINEARS.get(path[match.end() + 1 :])):
-            linears.append((match.group(), match["container"], path, parts, module))
+        match = _BLOCK.match(path)
+        parts = _LINEARS.get(path[match.end() + 1 :]) if match else None
+        if parts and (inner := _linear_at(path, module, config.chosen(parts))):
+            linears.append((match.group(), match["container"], *inner[:1], parts, *inner[1:]))
     blocks = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefix for prefix, *_ in linears))}
     stages = {container: i for i, container in enumerate(dict.fromkeys(container for _, container, *_ in linears))}
     if config.blocks is not None and (missing := set(config.blocks) - set(blocks.values())):
@@ -142,13 +147,27 @@ def find_sites(model: nn.Module, config: _Config, named: dict[str, nn.Module] | 
     return sites
 
 
+def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[str, nn.Linear] | None:
+    """(path, Linear) of what has the name of a Linear: itself, or the only one in an nn.Sequential, beside a norm"""
+    if isinstance(module, nn.Linear):
+        return path, module
+    inside = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    if type(module) is nn.Sequential and len(inside) == 1 and "." not in inside[0][0]:
+        return f"{path}.{inside[0][0]}", inside[0][1]
+    if chosen and (inside or hasattr(module, "in_features")):
+        raise TypeError(
+            f"{path} must be an nn.Linear, or an nn.Sequential with one, got {type(module).__name__}, which may compute "
+            "something else; put one of them in its place, or leave it out with targets="
+        )
+    return None  # a convolution, say
+
+
 def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
-    if type(module) is not nn.Linear and not isinstance(module, AdaptedLinear):
-        raise TypeError(f"{path} must be an nn.Linear, got {type(module).__name__}, which may compute something else")
-    if isinstance(module, AdaptedLinear) and module.efft[0] is not getattr(model, "efft", None):
+    adapted = isinstance(module, AdaptedLinear)
+    if reason := refusal(module, module.base if adapted else type(module)):
+        raise TypeError(f"{path} {reason}")
+    if adapted and module.efft[0] is not getattr(model, "efft", None):
         raise ValueError(f"{path} belongs to a part of the model that is already injected; inject the whole or the part")
-    if not module.weight.dtype.is_floating_point:
-        raise TypeError(f"{path} must have a floating-point weight, got {module.weight.dtype}")
     check_called(model, path, module)
 
 
@@ -206,12 +225,16 @@ def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict
     """The groups of a plan, not yet on the model: with new factors, or empty for factors to be loaded."""
     groups = nn.ModuleDict()
     for spec in made.groups:
-        weights = {slot.site.path: model.get_submodule(slot.site.path).weight for slot in spec.slots}
-        kinds = {(weight.dtype, weight.device) for weight in weights.values()}
-        if len(kinds) > 1:
+        linears = {slot.site.path: model.get_submodule(slot.site.path) for slot in spec.slots}
+        dtypes, devices = map(set, zip(*map(kept_in, linears.values())))
+        dtypes = dtypes - {None} or {torch.float32}
+        if len(dtypes) > 1 or len(devices) > 1:
+            kinds = ", ".join(sorted(map(str, dtypes | devices)))
             raise ValueError(f"the Linears of group {spec.name!r} must be of one dtype and device, got {kinds}")
+        dtype, device = *dtypes, *devices
+        weights = DenseWeights(linears, dtype)
         if empty:
-            weights = {path: weight.new_empty(0) for path, weight in weights.items()}
+            weights = dict.fromkeys(linears, torch.empty(0, dtype=dtype, device=device))
         groups[spec.name] = made.config.group(spec, made.config, weights)
     groups.plan = made
     return groups
@@ -221,6 +244,8 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     """The part of inject that changes the model, after everything that can fail."""
     heads = list(heads_of(model))
     replacements = _replacements(model, heads, head)
+    if head != "keep":
+        _check_trainable(model, heads, [getattr(owner, key) for owner, key, _ in replacements])
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
 
     for owner, key, module in replacements:
@@ -263,7 +288,7 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
     for group in groups.values():
         for path in group.slots:
             linear = model.get_submodule(path)
-            if type(linear) is nn.Linear:
+            if not isinstance(linear, AdaptedLinear):
                 AdaptedLinear.adopt(linear, path, model.efft)
 
 
@@ -376,7 +401,8 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
         return [(model, heads[0], head)]
     found = []
     for path, old in classifiers_of(model):
-        new = nn.Linear(old.in_features, head, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        dtype, device = kept_in(old)
+        new = nn.Linear(old.in_features, head, old.bias is not None, device=device, dtype=dtype)
         nn.init.trunc_normal_(new.weight, std=0.02)
         if new.bias is not None:
             nn.init.zeros_(new.bias)
@@ -385,6 +411,17 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
     if not found:
         raise ValueError(f"{type(model).__name__} has no classifier Linear to replace among {_HEADS}")
     return found
+
+
+def _check_trainable(model: nn.Module, heads: list[str], replaced: list[nn.Module]) -> None:
+    gone = {id(part) for module in replaced for part in module.modules()}
+    for path, module in model.named_modules():
+        if path.partition(".")[0] in heads and id(module) not in gone:
+            if isinstance(module, nn.Linear) and (what := kind(module)):
+                raise ValueError(
+                    f"{path} is quantized ({what}) and cannot be trained: leave the head out of the quantization, give "
+                    "head='keep', or a number of classes for a new one"
+                )
 
 
 def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -411,14 +448,17 @@ class _Merged:
     adapters: Adapters
     names: list[str]  # paths of the Linears that were adapted
     weights: dict[str, Tensor] | None  # before the merge
+    modules: dict[str, nn.Linear]  # those that a plain Linear has taken the place of
 
 
-def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
+def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = False) -> nn.Module:
     """Add the active adapter's updates to the weights and put plain nn.Linears back, in place: no cost at inference.
 
     Args:
         model: an injected model.
         keep_weights: hold a copy of the weights that change, for :func:`unmerge`. False saves that memory for good.
+        dequantize: put a plain Linear, with the dense weight, where an adapted one is quantized, parametrized or
+            weight-normed. Such ones are refused otherwise.
 
     Returns:
         The model. Its state_dict has the names of the model before :func:`inject`.
@@ -427,25 +467,38 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
         UserWarning: weights are bfloat16 or float16; says which part of the update their rounding lost.
 
     Raises:
-        ValueError: a model that has no adapters, is merged already, or whose adapter is disabled.
+        ValueError: a model that has no adapters, is merged already, or whose adapter is disabled; a weight that is
+            quantized or computed anew at every forward, or that a part of the model uses which is not adapted.
     """
     owner = adapters(model)
     if owner.active is None:
         raise ValueError("merge needs an active adapter, but all are disabled")
+    linears = {path: model.get_submodule(path) for group in owner.groups() for path in group.slots}
+    own = {path: linear for path, linear in linears.items() if keeps_product(linear, linear.base)}
+    if own and not dequantize:
+        path, linear = next(iter(own.items()))
+        raise ValueError(f"{path} {_unmergeable(linear)}; merge(model, dequantize=True) puts a plain nn.Linear there")
+    _check_unshared(model, {path: linear for path, linear in linears.items() if path not in own})
     with torch.no_grad():
         pairs = {path: pair for g in owner.groups() for path, pair in _eval_pairs(g, owner.backend).items()}
-        weights = {path: model.get_submodule(path).weight for path in pairs}
+        plain = {path: _plain(linear, pairs[path].down.dtype) for path, linear in own.items()}
+        weights = {path: plain.get(path, linear).weight for path, linear in linears.items()}
         if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
             raise ValueError("the weights were made under inference_mode, which forbids to merge into them outside it")
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
-        kept = {path: weight.clone() for path, weight in weights.items() if keep_weights or path in low}
+        keep = {path for path in weights if keep_weights and path not in own or path in low}
+        kept = {path: weights[path].clone() for path in weights if path in keep}
         for dtype, device in dict.fromkeys((weight.dtype, weight.device) for weight in weights.values()):
             paths = [path for path, weight in weights.items() if (weight.dtype, weight.device) == (dtype, device)]
             downs = [pairs[path].down.to(dtype) for path in paths]
             ups = [pairs[path].up.to(dtype) for path in paths]
             merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
         loss = _loss([(kept[path], weights[path], pairs[path]) for path in low]) if low else 0.0
-    record = _Merged(owner, _detach(model), kept if keep_weights else None)
+    names = _detach(model)
+    for path, linear in plain.items():
+        model.set_submodule(path, linear)
+    before = {path: weight for path, weight in kept.items() if path not in own} if keep_weights else None
+    record = _Merged(owner, names, before, own if keep_weights else {})
     model._efft_merged = (record,)  # a tuple, which registers nothing
     if low:  # at the very end: a warning may be an error
         warnings.warn(
@@ -454,6 +507,33 @@ def merge(model: nn.Module, *, keep_weights: bool = True) -> nn.Module:
             stacklevel=2,
         )
     return model
+
+
+def _unmergeable(linear: AdaptedLinear) -> str:
+    """why an update cannot be added to the weight of this Linear, after its path"""
+    if what := kind(linear):
+        return f"is quantized ({what}), and rounding the sum to its few bits would lose most of the update"
+    return "computes its weight anew at every forward (a parametrization, norm or pruning), which would undo the merge"
+
+
+def _plain(linear: AdaptedLinear, dtype: torch.dtype) -> nn.Linear:
+    """A Linear with the dense weight, in this dtype, and the bias of one that keeps its own product."""
+    new = nn.Linear(linear.in_features, linear.out_features, False, device="meta", dtype=dtype)
+    new.weight = nn.Parameter(dense(linear).to(dtype, copy=True).contiguous(), requires_grad=False)
+    if linear.bias is not None:
+        new.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+    return new.train(linear.training)
+
+
+def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    merged = {id(linear.weight): path for path, linear in linears.items()}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if id(p) in merged and module is not linears[merged[id(p)]]:
+                raise ValueError(
+                    f"{merged[id(p)]} shares its weight with {name or type(model).__name__}.{key}, which the merge "
+                    "would change, too; untie them first, or leave the adapter beside the weight"
+                )
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -469,15 +549,20 @@ def unmerge(model: nn.Module) -> nn.Module:
     (merged,) = model._efft_merged
     if merged.weights is None:
         raise ValueError("the model was merged with keep_weights=False: its former weights are gone")
-    for path, weight in merged.weights.items():
+    shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
+    shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
+    for path, shape in shapes.items():
         found = model.get_submodule(path)
-        if type(found) is not nn.Linear or found.weight.shape != weight.shape:
+        if type(found) is not nn.Linear or found.weight.shape != shape:
             raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
+    device = model.get_submodule(merged.names[0]).weight.device
     with torch.no_grad():
         for path, weight in merged.weights.items():
             model.get_submodule(path).weight.copy_(weight)
+    for path, linear in merged.modules.items():
+        model.set_submodule(path, linear.to(device).train(model.get_submodule(path).training))
     del model._efft_merged
-    _attach(model, merged.adapters.to(model.get_submodule(merged.names[0]).weight.device))
+    _attach(model, merged.adapters.to(device))
     for path in merged.names:
         AdaptedLinear.adopt(model.get_submodule(path), path, model.efft)
     return model

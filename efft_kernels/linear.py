@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import check_backend, check_scale, efft_linear, group_update, merge_
+from .ops import check_backend, check_scale, efft_linear, group_update, lowrank_add, merge_
+from .quantized import keeps_product, kind
 
 
 class EFFTLinear(nn.Linear):
@@ -67,17 +68,23 @@ class EFFTLinear(nn.Linear):
         """An EFFTLinear around the weight and bias of a Linear: the same Parameter objects, frozen, not copies.
 
         Args:
-            linear: an nn.Linear with plain parameters.
+            linear: an nn.Linear with plain parameters, or with a weight that torchao quantized: that keeps its own
+                product, and the update is added to it.
             options: rank, scale, slices, factor_dropout, zero_init, backend as in the constructor.
 
         Raises:
-            TypeError: not exactly an nn.Linear (a subclass may compute something else), or a parametrized one.
+            TypeError: not exactly an nn.Linear (a subclass may compute something else), or a parametrized one; inject
+                takes bitsandbytes' and parametrized ones.
             ValueError: as the constructor.
         """
         if type(linear) is not nn.Linear:
-            raise TypeError(f"linear must be an nn.Linear, not a subclass, got {type(linear).__name__}")
+            hint = "; inject adapts it within a model" if kind(linear) else ""
+            raise TypeError(f"linear must be an nn.Linear, not a subclass, got {type(linear).__name__}{hint}")
         if not isinstance(linear._parameters.get("weight"), nn.Parameter):
-            raise TypeError("linear must own its weight as a plain parameter, got a parametrized or normed weight")
+            raise TypeError(
+                "linear must own its weight as a plain parameter, got a parametrized or normed weight; inject adapts it "
+                "within a model"
+            )
         if not linear.weight.dtype.is_floating_point:
             raise TypeError(f"linear must have a floating-point weight, got {linear.weight.dtype}")
         # built without storage for weight and bias: the Linear's own take their place
@@ -105,6 +112,9 @@ class EFFTLinear(nn.Linear):
         u, sigma, v = self.u, self.sigma, self.v
         if self.training and self.factor_dropout:
             u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
+        if keeps_product(self):
+            up = group_update(sigma, v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
+            return lowrank_add(super().forward(x), x, u, up, backend=self.backend)
         return efft_linear(x, self.weight, self.bias, u, sigma, v, self.scale, backend=self.backend)
 
     @torch.no_grad()
@@ -113,7 +123,12 @@ class EFFTLinear(nn.Linear):
 
         Rounded once to the dtype of the weight: for bfloat16 or float16 weights most of a small update is lost by that,
         which ``layer.float().merge()`` avoids.
+
+        Raises:
+            ValueError: the weight is quantized, and rounding the sum to its few bits would lose most of the update.
         """
+        if keeps_product(self):
+            raise ValueError(f"the weight must be plain to be merged into, got {kind(self)}; dequantize it first")
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.weight.dtype)
         linear.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
         if self.bias is not None:

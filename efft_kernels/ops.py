@@ -298,6 +298,39 @@ def _mixed_linear_backward(dy, x, weight, down, up, p, ids, needs, backend):
     return grads
 
 
+def _check_add(y: Tensor, x: Tensor | None, down: Tensor, up: Tensor) -> None:
+    _check_floats("y", y, x=x, down=down, up=up)
+    _shape("down", down, "K", "R")
+    _shape("up", up, down.shape[1], "N")
+    (K, _), N = down.shape, up.shape[1]
+    if y.dim() < 1 or y.shape[-1] != N:
+        raise ValueError(f"y must be [..., {N}] for up {list(up.shape)}, got {list(y.shape)}")
+    if x is not None and x.shape != (*y.shape[:-1], K):
+        raise ValueError(f"x must be {[*y.shape[:-1], K]} for y {list(y.shape)}, got {list(x.shape)}")
+
+
+def _lowrank_add(y, x, down, up, backend):
+    _check_add(y, x, down, up)
+    rows = _rows(y), _rows(x), down, up
+    z, p = _choose(backend, "lowrank_add", *rows).lowrank_add(*rows)
+    return z.view(y.shape), p
+
+
+def _lowrank_add_backward(dy, x, down, up, p, needs, backend):
+    if len(needs) != 3:
+        raise ValueError(f"needs must be three bools, for (x, down, up), got {needs}")
+    _check_needs(needs, ("x", x, (1,)), ("p", p, (2,)))
+    _check_add(dy, x, down, up)
+    rows = _rows(dy), _rows(x), down, up, p
+    if p is not None:
+        _check_floats("dy", dy, p=p)
+        _shape("p", p, rows[0].shape[0], down.shape[1])
+    grads = _choose(backend, "lowrank_add_backward", *rows).lowrank_add_backward(*rows, needs)
+    if needs[0]:
+        grads[0] = grads[0].view(*dy.shape[:-1], down.shape[0])
+    return grads
+
+
 def _merge_(weights, downs, ups, backend):
     if not len(weights) == len(downs) == len(ups):
         raise ValueError(f"weights, downs and ups must be of equal length, got {len(weights)}, {len(downs)}, {len(ups)}")
@@ -348,6 +381,16 @@ def _mixed_linear_fake(x, weight, bias, down, up, ids, backend):
 
 def _mixed_linear_backward_fake(dy, x, weight, down, up, p, ids, needs, backend):
     return _lowrank_linear_backward_fake(dy, x, weight, down, up, p, needs, backend)
+
+
+def _lowrank_add_fake(y, x, down, up, backend):
+    _check_add(y, x, down, up)
+    return y.new_empty(y.shape), y.new_empty(math.prod(y.shape[:-1]), down.shape[1])
+
+
+def _lowrank_add_backward_fake(dy, x, down, up, p, needs, backend):
+    shapes = (*dy.shape[:-1], down.shape[0]), down.shape, up.shape
+    return [dy.new_empty(shape) for shape, need in zip(shapes, needs) if need]
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -420,6 +463,28 @@ class _MixedLinear(torch.autograd.Function):
             torch.ops.efft_kernels.mixed_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
         )
         return *(next(grads) if need else None for need in needs), None, None
+
+
+class _LowRankAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, down, up, backend):
+        with torch._C._AutoDispatchBelowAutograd():
+            z, p = torch.ops.efft_kernels.lowrank_add.default(y, x, down, up, backend)
+        _, _, need_down, need_up = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(x if need_down else None, down, up, p if need_up else None)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(p)
+        ctx.set_materialize_grads(False)
+        return z, p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 5
+        needs = list(ctx.needs_input_grad[1:4])
+        grads = iter(torch.ops.efft_kernels.lowrank_add_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend))
+        return dy, *(next(grads) if need else None for need in needs), None
 
 
 # -- registration -----------------------------------------------------------------------------------------------------
@@ -518,6 +583,18 @@ _define(
     "bool[] needs, str backend) -> Tensor[]",
     _mixed_linear_backward,
     _mixed_linear_backward_fake,
+)
+_call_lowrank_add = _define(
+    "lowrank_add(Tensor y, Tensor x, Tensor down, Tensor up, str backend) -> (Tensor, Tensor)",
+    _lowrank_add,
+    _lowrank_add_fake,
+    _LowRankAdd,
+)
+_define(
+    "lowrank_add_backward(Tensor dy, Tensor? x, Tensor down, Tensor up, Tensor? p, bool[] needs, str backend) "
+    "-> Tensor[]",
+    _lowrank_add_backward,
+    _lowrank_add_backward_fake,
 )
 _call_merge_ = _define(
     "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str backend) -> ()",
@@ -627,6 +704,34 @@ def mixed_linear(
     """
     _check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up, ids=ids)
     return _call_mixed_linear(x, weight, bias, down, up, ids, backend or "")[0]
+
+
+def lowrank_add(
+    y: Tensor,  # [..., N]
+    x: Tensor,  # [..., K]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [..., N]
+    """y + (x @ down) @ up: :func:`lowrank_linear` beside a product that is somebody else's, of a quantized weight say.
+
+    Differentiable once, in all four; only the gradients that are asked for are computed.
+
+    Args:
+        y: [..., N]; float32, bfloat16, float16 or float64. It is not written to.
+        x: [..., K], its leading dimensions those of y.
+        down: [K, R], up: [R, N], any strides.
+        backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
+
+    Returns:
+        [..., N] in the dtype of y; under autocast all inputs are first cast to its dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`group_update`.
+    """
+    _check_tensors(y=y, x=x, down=down, up=up)
+    return _call_lowrank_add(y, x, down, up, backend or "")[0]
 
 
 def efft_linear(

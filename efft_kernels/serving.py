@@ -16,6 +16,7 @@ from .adapter import filled, read, trained_head, write
 from .factors import Pair, stack
 from .inject import adapters, check_bare, classes_of, classifiers_of, head_state
 from .ops import check_backend, lowrank_linear, mixed_linear
+from .quantized import keeps_product, kind
 
 # id of a bank -> its use under way in this thread or asyncio task
 _uses: ContextVar[dict[int, "_Use"]] = ContextVar("efft_kernels_uses", default={})
@@ -119,7 +120,8 @@ class AdapterBank:
             FileNotFoundError: no such file.
             TypeError: source or name is something else.
             ValueError: a name that is taken, a file that is none of an adapter, an adapter or a head that does not fit
-                the model, or one of another method or other Linears than those in the bank. The bank is as it was then.
+                the model, or one of another method or other Linears than those in the bank; a Linear of the model that
+                is quantized, parametrized or weight-normed. The bank is as it was then.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
@@ -128,6 +130,7 @@ class AdapterBank:
         self._check_new(name)
         with torch.inference_mode(False), torch.no_grad():
             adapter = self._made(source)
+        self._check_products(name, adapter)
         with self._lock:
             self._check_new(name)
             other, kept = next(iter(self._adapters.items()), (None, adapter))
@@ -242,6 +245,16 @@ class AdapterBank:
             held = {name: self._known(name) for name in ids if name is not None}
         position = {name: i for i, name in enumerate(held)}
         return _Use(self, list(held.values()), [position.get(name, -1) for name in ids])
+
+    def _check_products(self, name: str, adapter: _Adapter) -> None:
+        for path in [*(path for group in adapter.groups.values() for path in group.slots), *adapter.heads]:
+            linear = self.model.get_submodule(path)
+            own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
+            if keeps_product(linear, own):
+                raise ValueError(
+                    f"{name!r} adapts {path}, whose weight must be plain in a bank, got "
+                    f"{kind(linear) or 'one that is computed anew'}; inject takes such a model, for one adapter at a time"
+                )
 
     def _known(self, name: str) -> _Adapter:
         try:

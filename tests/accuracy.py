@@ -58,6 +58,15 @@ def check_mixed_linear(backend, x, weight, bias, down, up, ids, dy, needs=(True,
     _check(backend, "mixed_linear_backward", (dy, x, weight, down, up, p, ids, list(needs)), names)
 
 
+def check_lowrank_add(backend, y, x, down, up, dy, needs=(True,) * 3) -> None:
+    """As :func:`check_lowrank_linear`, for the product beside somebody else's"""
+    before = y.clone()
+    _, p = _check(backend, "lowrank_add", (y, x, down, up), ("y", "p"))
+    assert torch.equal(y, before), "y is not to be written to"
+    names = [n for n, need in zip(("dx", "ddown", "dup"), needs) if need]
+    _check(backend, "lowrank_add_backward", (dy, x, down, up, p, list(needs)), names)
+
+
 def check_group_update(backend, sigma, v, scale, dup, needs=(True, True)) -> None:
     """As :func:`check_lowrank_linear`, for the group update"""
     up = backend.group_update(sigma, v, scale)

@@ -15,17 +15,21 @@ FINETUNE = {f"finetune.{p.stem}" for p in (PACKAGE / "finetune").glob("*.py")} |
 ALLOWED = {
     "ops": KERNELS,
     "factors": {"ops"},
-    "linear": {"ops"},
-    "adapted": {"ops", "factors"},
-    "inject": {"adapted", "factors", "ops"},
+    "quantized": set(),
+    "linear": {"ops", "quantized"},
+    "adapted": {"ops", "factors", "quantized"},
+    "inject": {"adapted", "factors", "ops", "quantized"},
     "adapter": {"inject", "adapted", "factors", "ops"},
     "analysis": {"inject", "factors"},
     "finetune": {"inject", "adapter", "factors"} | FINETUNE,
     "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
-    "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
+    "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops", "quantized"},
+    "uploads": set(),
+    "folder": set(),
+    "deploy": {"serving", "inject", "adapter", "folder", "uploads"},
     "__init__": {"ops", "factors", "linear", "inject", "adapter", "analysis"},
 }
-HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo"]
+HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
 
 
 def module_name(path: Path) -> str:

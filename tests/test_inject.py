@@ -152,7 +152,9 @@ class Odd(nn.Module):
 def test_what_cannot_be_adapted_is_refused_and_left_alone():
     tied = Odd(fc1=nn.Linear(8, 32), fc2=nn.Linear(32, 8), up_proj=nn.Linear(8, 32))
     tied.blocks[0].mlp.up_proj.weight = tied.blocks[0].mlp.fc1.weight
-    normed = Odd(fc1=nn.utils.parametrizations.weight_norm(nn.Linear(8, 32)), fc2=nn.Linear(32, 8))
+    foreign = type("Foreign", (nn.Linear,), {})
+    around = type("Around", (nn.Module,), {})()
+    around.linear = nn.Linear(8, 32)
     for model, config, error, says in [
         (nn.Sequential(nn.Linear(4, 4)), SMALL, ValueError, "Sequential has no Linears that targets="),
         (vit(), "efft2", TypeError, "config must be an EFFTConfig or another config .*, got str"),
@@ -165,7 +167,8 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         ),
         (vit(mlp_ratio=2.5), ek.FacTConfig(), ValueError, "blocks.0.mlp.fc1 is 192 x 480"),
         (tied, SMALL, ValueError, "share one weight"),
-        (normed, SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, got ParametrizedLinear"),
+        (Odd(fc1=foreign(8, 32)), SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, got Foreign, .*leave it out"),
+        (Odd(fc1=around), SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, or .*, got Around, .*leave it out"),
     ]:
         types = [type(m) for m in model.modules()]
         with pytest.raises(error, match=says):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from accuracy import check_group_update, check_lowrank_linear, check_mixed_linear
+from accuracy import check_group_update, check_lowrank_add, check_lowrank_linear, check_mixed_linear
 from efft_kernels.kernels import native, reference
 
 if reason := native.unavailable():
@@ -68,6 +68,17 @@ def test_lowrank_linear(isa, shape, dtype):
     x, weight, bias, down, up, dy = make(*shape, dtype)
     check_lowrank_linear(native, x, weight, bias, down, up, dy)
     check_lowrank_linear(native, x, weight, None, down, up, dy, needs=(False, False, False, True, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lowrank_add(isa, shape, dtype):
+    x, _, _, down, up, dy = make(*shape, dtype)
+    y = torch.randn_like(dy)
+    check_lowrank_add(native, y, x, down, up, dy)
+    check_lowrank_add(native, turned(y), turned(x), sliced(down), turned(up), sliced(dy))
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        check_lowrank_add(native, y, x, down, up, dy, needs)
 
 
 @pytest.mark.parametrize("layout", [turned, sliced])

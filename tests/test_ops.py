@@ -86,6 +86,8 @@ def test_group_update_of_any_shape_and_strides(name, data):
 def test_gradcheck(backend, device):
     x, weight, bias, down, up = make(6, 5, 7, 3, torch.float64, device, grad=True)
     assert torch.autograd.gradcheck(lambda *a: lowrank_linear(*a, backend=backend), (x, weight, bias, down, up))
+    y = torch.randn(6, 7, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: ops.lowrank_add(*a, backend=backend), (y, x, down, up))
     sigma = torch.randn(2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
     v = torch.randn(4, 5, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *a: group_update(*a, 1.5, backend=backend), (sigma, v))
@@ -122,6 +124,12 @@ def test_x_of_any_rank_and_empty(backend, shape):
     inputs = (x, weight, bias, down, up)
     for got, want in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    y = torch.randn(*shape[:-1], 48, requires_grad=True)
+    got, want = ops.lowrank_add(y, x, down, up, backend=backend), y + (x @ down) @ up
+    torch.testing.assert_close(got, want)
+    inputs = y, x, down, up
+    for g, w in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
 def test_non_contiguous_dy(backend):
@@ -155,6 +163,16 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
         assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
         shapes = [t.shape for t in saved]
         assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
+    honest_add = module.lowrank_add_backward
+    spy = lambda *args: asked.append((args[1] is None, args[4] is None, list(args[5]))) or honest_add(*args)
+    monkeypatch.setattr(module, "lowrank_add_backward", spy)
+    for i in range(1, 4):
+        x, _, _, down, up = make()
+        tensors = [torch.randn(37, 48), x, down, up]
+        tensors[i].requires_grad_()
+        ops.lowrank_add(*tensors, backend=backend).sum().backward()
+        assert asked.pop() == (i != 2, i != 3, [j == i for j in (1, 2, 3)])
+        assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
 
 
 def test_second_derivatives_are_refused(backend):
@@ -283,6 +301,11 @@ def test_opcheck(backend):
     for needs in ([True] * 5, [True, False, False, True, True], [False] * 4 + [True]):
         opcheck(names.lowrank_linear_backward.default, (*plain, needs, backend))
     opcheck(names.group_update_backward.default, (torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True], backend))
+    y = torch.randn(37, 48, requires_grad=True)
+    opcheck(names.lowrank_add.default, (y, x, down, up, backend))
+    opcheck(names.lowrank_add.default, (y.detach()[None], x.detach()[None], down, up, backend))
+    for needs in ([True] * 3, [False, False, True]):
+        opcheck(names.lowrank_add_backward.default, (*(plain[i] for i in (0, 1, 3, 4, 5)), needs, backend))
     opcheck(names.merge_.default, ([weight.detach().clone()], [down.detach()], [up.detach()], backend))
 
 
@@ -406,6 +429,24 @@ def test_lowrank_linear_refuses(backend, change, error, message):
     inputs = dict(zip(("x", "weight", "bias", "down", "up"), make())) | change
     with pytest.raises(error, match=message):
         lowrank_linear(**inputs, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(y=torch.randn(37, 47)), ValueError, r"y must be \[..., 48\] for up \[5, 48\], got \[37, 47\]"),
+        (dict(x=torch.randn(36, 40)), ValueError, r"x must be \[37, 40\] for y .* got \[36, 40\]"),
+        (dict(x=torch.randn(37, 41)), ValueError, r"x must be \[37, 40\]"),
+        (dict(down=torch.randn(40, 4)), ValueError, r"up must be \[4, N\]"),
+        (dict(up=torch.randn(5, 48).half()), TypeError, "up must have the dtype of y"),
+        (dict(x=None), TypeError, "x must be a torch.Tensor, got NoneType"),
+    ],
+    ids=str,
+)
+def test_lowrank_add_refuses(backend, change, error, message):
+    x, _, _, down, up = make()
+    with pytest.raises(error, match=message):
+        ops.lowrank_add(**(dict(y=torch.randn(37, 48), x=x, down=down, up=up) | change), backend=backend)
 
 
 def test_transforms_and_forward_mode_are_refused(backend):

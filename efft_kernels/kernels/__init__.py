@@ -35,6 +35,12 @@ Letters, used in Python, Triton, C++, tests and README alike:
         An adapter without rows gets zeros. No value of one sample reaches another's results, or the gradients of
         an adapter that is not its own: not a nan either.
 
+    lowrank_add(y, x, down, up)                                p = x @ down    y + p @ up
+        for a weight whose product is not ours: y [M, N], x [M, K] -> [M, N], p [M, R]; y is not written to
+
+    lowrank_add_backward(dy, x, down, up, p, needs)            dp = dy @ up.T    dx = dp @ down.T
+        needs: three bools, for (x, down, up)                  ddown = x.T @ dp  dup = p.T @ dy
+
     merge_(weights, downs, ups)                                weight[i] += (down[i] @ up[i]).T, in place
         three lists of equal length, all of one dtype and device; nothing but the weights is written
 

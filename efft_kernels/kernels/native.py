@@ -129,6 +129,8 @@ def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
     wide = first.dtype in (torch.float32, torch.float64)  # plain torch has no fast product of the 16-bit types on AVX2
     if op == "merge_":
         return "one product per weight is as fast" if wide else None
+    if op.startswith("lowrank_add"):
+        return "plain products of this dtype are as fast" if wide else None
     if op.startswith("group"):
         S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
         if S * P * N > 8192 and (first.dtype == torch.float32 or wide and op == "group_update"):
@@ -340,6 +342,41 @@ def mixed_linear_backward(
 ) -> list[Tensor]:
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
     return _grads(_load()[0].mixed_linear_backward, dy, x, weight, (down, up, p), needs, ids)
+
+
+def lowrank_add(
+    y: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+) -> tuple[Tensor, Tensor]:  # y + p @ up [M, N], p [M, R]
+    """p = x @ down;  y + p @ up: the product of one slice, then the merge of p and up into a copy of y"""
+    z = y.clone(memory_format=torch.contiguous_format)
+    if not len(x):  # a slice must have a row
+        return z, x.new_empty(0, down.shape[1])
+    p = group_update(x.unsqueeze(0), down, 1.0)[0]
+    _load()[0].merge_([z], [up.t()], [p.t()])
+    return z, p
+
+
+def lowrank_add_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+    p: Tensor,  # [M, R]
+    needs: list[bool],  # (x, down, up)
+) -> list[Tensor]:
+    """dp = dy @ up.T;  dx = dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy, the last two in one pass over dy"""
+    grads = []
+    if needs[0] and not len(dy):
+        grads.append(dy.new_empty(0, down.shape[0]))
+    elif needs[0]:
+        dp = group_update(dy.unsqueeze(0), up.t(), 1.0)
+        grads.append(group_update(dp, down.t(), 1.0)[0])
+    if needs[1] or needs[2]:
+        grads += _load()[0].lowrank_linear_backward(dy, None, x if needs[1] else None, down, up, p if needs[2] else None)
+    return grads
 
 
 def merge_(

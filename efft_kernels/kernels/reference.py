@@ -195,6 +195,35 @@ def mixed_linear_backward(
     return grads
 
 
+def lowrank_add(
+    y: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+) -> tuple[Tensor, Tensor]:  # y + p @ up [M, N], p [M, R]
+    """p = x @ down;  y + p @ up"""
+    p = torch.mm(x, down)
+    return torch.addmm(y, p, up), p
+
+
+def lowrank_add_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    down: Tensor,  # [K, R]
+    up: Tensor,  # [R, N]
+    p: Tensor,  # [M, R]
+    needs: list[bool],  # (x, down, up)
+) -> list[Tensor]:
+    """dp = dy @ up.T;  dx = dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
+    dp = torch.mm(dy, up.t()) if needs[0] or needs[1] else None
+    grads = [torch.mm(dp, down.t())] if needs[0] else []
+    if needs[1]:
+        grads.append(torch.mm(x.t(), dp))
+    if needs[2]:
+        grads.append(torch.mm(p.t(), dy))
+    return grads
+
+
 def merge_(
     weights: list[Tensor],  # each [N, K]
     downs: list[Tensor],  # each [K, R]

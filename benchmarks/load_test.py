@@ -1,0 +1,451 @@
+"""Minutes of mixed load on a deployment, on loopback: no answer lost or wrong, bad requests refused, memory flat.
+
+    python benchmarks/load_test.py                     # 5 minutes, 20 requests a second, two replicas of a tiny ViT
+
+Starts ``python -m efft_kernels.deploy`` with a random backbone and adapters of its own making, and asks at a fixed rate
+for pictures under adapters chosen at random, as raw bodies and as forms. The adapters do not all fit the budget, so
+they come and go. In the middle one replica is killed (SIGKILL), just after 16 requests were sent at once. Beside that,
+malformed requests are spread over the run.
+
+    lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent
+              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/deploy.py calls
+              repeatable
+    wrong     an answer with another class first, other classes or a score more than 1e-4 off what the model with this
+              adapter, loaded here by load_adapter, computes for the picture alone. Where two classes are as close as
+              that, either may be first
+    accepted  a malformed request that was not answered with 4xx
+    memory    of each replica's process: median of the last fifth over that of the second fifth of its life, flat below
+              5 %; a fifth is for warming up
+"""
+
+import argparse
+import asyncio
+import io
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+from report import commit, machine, table, versions, write_json
+
+import efft_kernels as ek
+from efft_kernels.deploy import Settings, base_model
+from efft_kernels.uploads import decode
+
+REPEATABLE = 408, 500, 502, 503, 504
+TOLERANCE = 1e-4
+PATIENCE = 30.0
+MODEL = "test_vit"  # timm's smallest: 64 wide, 160 x 160 pixels
+
+
+# -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def make_adapters(folder: Path, classes: list[int]) -> Settings:
+    """A checkpoint and an adapter for each number of classes, in this folder"""
+    from safetensors.torch import save_file
+
+    adapters = folder / "adapters"
+    adapters.mkdir()
+    settings = Settings(MODEL, str(adapters), num_classes=10)
+    model, _ = base_model(settings)
+    weights = folder / "base.safetensors"
+    save_file(model.state_dict(), weights)
+    settings = Settings(MODEL, str(adapters), str(weights), num_classes=10)
+    for i, count in enumerate(classes):
+        model, _ = base_model(settings)
+        ek.inject(model, ek.EFFTConfig(rank=4, factor_dropout=0.0), head=count)
+        torch.manual_seed(i + 1)
+        with torch.no_grad():
+            for p in model.efft.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+            for p in model.head.parameters():
+                p.normal_(std=0.3)
+        ek.save_adapter(model, adapters / f"adapter-{i}.safetensors")
+    return settings
+
+
+def pictures(count: int, seed: int = 0) -> list[bytes]:
+    """Files of several formats, modes and sizes"""
+    import numpy
+    from PIL import Image
+
+    rng, files = numpy.random.default_rng(seed), []
+    for i in range(count):
+        height, width = rng.integers(64, 400, 2)
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype="uint8"))
+        image = coarse.resize((int(width), int(height)), Image.Resampling.BICUBIC)
+        image = image.convert(("RGB", "L", "P", "CMYK")[i % 4])
+        name = "JPEG" if image.mode == "CMYK" else ("PNG", "JPEG", "WEBP")[i % 3]
+        if image.mode == "P" and name == "JPEG":
+            name = "PNG"
+        out = io.BytesIO()
+        image.save(out, name)
+        files.append(out.getvalue())
+    return files
+
+
+def expected(settings: Settings, files: list[bytes]) -> dict[tuple[int, str | None], list[float]]:
+    """(picture, adapter) -> probabilities, one picture at a time, with the adapter loaded into a model of its own"""
+    found = {}
+    names = [None, *sorted(path.stem for path in Path(settings.adapters).glob("*.safetensors"))]
+    for name in names:
+        model, transform = base_model(settings)
+        if name is not None:
+            ek.load_adapter(model, Path(settings.adapters, f"{name}.safetensors"))
+        model.eval()
+        with torch.inference_mode():
+            for i, data in enumerate(files):
+                x = transform(decode(data, max_pixels=settings.max_pixels))
+                found[i, name] = model(x[None])[0].softmax(0).tolist()
+    return found
+
+
+def is_right(answer: dict, name: str | None, want: list[float]) -> bool:
+    scores = {found["index"]: found["score"] for found in answer["scores"]}
+    return (
+        answer["adapter"] == name
+        and scores.keys() == set(range(len(want)))
+        and all(abs(scores[i] - p) <= TOLERANCE for i, p in enumerate(want))
+        and want[answer["index"]] >= max(want) - TOLERANCE
+    )
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG file of this size in its header, whatever is in it"""
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def malformed() -> dict[str, dict]:
+    """name -> a request that must be refused: method, query, headers and body"""
+    from PIL import Image
+
+    def saved(kind, size=(64, 64), **options):
+        out = io.BytesIO()
+        Image.effect_noise(size, 90).convert("RGB").save(out, kind, **options)
+        return out.getvalue()
+
+    jpeg, good, frames = saved("JPEG"), saved("PNG"), [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    form = lambda body: {"headers": {"content-type": "multipart/form-data; boundary=x"}, "body": body}
+    field = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    bodies = {
+        "empty": b"",
+        "noise": random.Random(0).randbytes(5000),
+        "text": b"GET / HTTP/1.1",
+        "a header alone": good[:20],
+        "truncated JPEG": jpeg[: len(jpeg) // 2],
+        "truncated PNG": good[: len(good) // 2],
+        "truncated WebP": saved("WEBP")[:-200],
+        "GIF": saved("GIF"),
+        "animated PNG": saved("PNG", save_all=True, append_images=frames),
+        "animated WebP": saved("WEBP", save_all=True, append_images=frames),
+        "bomb in a header": png(60_000, 60_000),
+        "bomb that is there": png(9_000, 9_000, zlib.compress(bytes(3 * 9_000 * 9_000 + 9_000), 9)),
+        "no pixels": png(0, 0),
+        "a scan ten thousand times": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
+        "too large": bytes(10 * 2**20 + 5000),
+    }
+    return {
+        **{name: {"body": body} for name, body in bodies.items()},
+        "path in the name": {"query": {"adapter": "../../etc/passwd"}, "body": good},
+        "absolute name": {"query": {"adapter": "/etc/passwd"}, "body": good},
+        "zero in the name": {"query": {"adapter": "a\0b"}, "body": good},
+        "long name": {"query": {"adapter": "a" * 5000}, "body": good},
+        "unknown adapter": {"query": {"adapter": "nobody"}, "body": good},
+        "top no number": {"query": {"top": "many"}, "body": good},
+        "top too large": {"query": {"top": "9" * 400}, "body": good},
+        "JSON": {"headers": {"content-type": "application/json"}, "body": b"{}"},
+        "form without an image": form(b'--x\r\nContent-Disposition: form-data; name="adapter"\r\n\r\na\r\n--x--\r\n'),
+        "form that is none": form(b"nothing of the kind"),
+        "form cut off": form(field + good[:30]),
+        "form without a boundary": {"headers": {"content-type": "multipart/form-data"}, "body": good},
+        "form with many fields": form(b"".join([field.replace(b"image", b"a") + b"a\r\n"] * 500) + b"--x--\r\n"),
+        "form with a bad picture": form(field + good[:100] + b"\r\n--x--\r\n"),
+        "PUT": {"method": "PUT", "body": good},
+        "DELETE": {"method": "DELETE", "body": b""},
+    }
+
+
+# -- the server -------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """The command, as a process of its own"""
+
+    def __init__(self, settings: Settings, port: int, log: Path):
+        options = {
+            "model": settings.model, "adapters": settings.adapters, "weights": settings.weights,
+            "num_classes": settings.num_classes, "replicas": settings.replicas, "adapter_bytes": settings.adapter_bytes,
+            "max_ongoing": settings.max_ongoing, "max_queued": settings.max_queued, "port": port,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "efft_kernels.deploy", *(f"--{name}={value}" for name, value in options.items())]
+        self.url, self.log = f"http://127.0.0.1:{port}/", log
+        with open(log, "wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out)
+
+    async def ready(self, session, seconds: float = 120) -> None:
+        import aiohttp
+
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                async with session.get(self.url + "-/healthz") as answer:
+                    if answer.status == 200:
+                        async with session.get(self.url) as described:
+                            if described.status == 200:
+                                return
+            except (aiohttp.ClientError, asyncio.TimeoutError):
+                pass
+            await asyncio.sleep(0.5)
+        raise RuntimeError(f"the server did not start: {self.log.read_text()[-3000:]}")
+
+    def replicas(self) -> dict[int, psutil.Process]:
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ServeReplica:"):
+                    found[process.pid] = process
+            except psutil.Error:
+                pass
+        return found
+
+    def stop(self, seconds: float = 60) -> int:
+        """its exit status after SIGTERM"""
+        left = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+        finally:
+            for process in psutil.wait_procs(left, timeout=10)[1]:
+                process.kill()
+
+
+# -- the load ---------------------------------------------------------------------------------------------------------
+
+
+class Load:
+    def __init__(self, server: Server, session, files, want):
+        self.server, self.session, self.files, self.want = server, session, files, want
+        self.seconds, self.counts, self.statuses, self.again = [], Counter(), Counter(), Counter()
+        self.refusals: dict[str, Counter] = {}
+        self.problems: list[str] = []
+        self.memory: dict[int, list[tuple[float, int]]] = {}
+
+    async def ask(self, method="POST", query=None, headers=None, body=b"", form=None):
+        """(status, data) of the first answer that is not to be asked for again; (None, reason) if there is none"""
+        import aiohttp
+
+        end, reason, wait = time.monotonic() + PATIENCE, "", 0.05
+        while time.monotonic() < end:
+            try:
+                data = form() if form else body
+                timeout = aiohttp.ClientTimeout(total=10)
+                async with self.session.request(
+                    method, self.server.url, params=query, headers=headers, data=data, timeout=timeout
+                ) as answer:
+                    if answer.status not in REPEATABLE:
+                        return answer.status, await answer.json(content_type=None)
+                    reason = str(answer.status)
+            except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
+                reason = type(error).__name__
+            self.again[reason] += 1
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, 1.0)
+        return None, reason
+
+    async def good(self, i: int, name: str | None, as_form: bool) -> None:
+        import aiohttp
+
+        fields = {"top": "100"} | ({} if name is None else {"adapter": name})
+
+        def form():
+            made = aiohttp.FormData(fields)
+            made.add_field("image", self.files[i], filename="picture")
+            return made
+
+        start = time.monotonic()
+        if as_form:
+            status, data = await self.ask(form=form)
+        else:
+            headers = {"content-type": "application/octet-stream"}
+            status, data = await self.ask(query=fields, headers=headers, body=self.files[i])
+        self.seconds.append(time.monotonic() - start)
+        self.counts["sent"] += 1
+        self.statuses[str(status)] += 1
+        if status != 200:
+            self.counts["lost"] += 1
+            self.problems.append(f"lost: picture {i}, {name}: {status} {data}")
+        elif not is_right(data, name, self.want[i, name]):
+            self.counts["wrong"] += 1
+            self.problems.append(f"wrong: picture {i}, {name}: {data}")
+
+    async def bad(self, what: str, request: dict) -> None:
+        try:
+            status, data = await self.ask(**{"headers": {"content-type": "application/octet-stream"}, **request})
+        except ValueError as error:  # a client that does not even send it
+            status, data = None, str(error)
+        self.refusals.setdefault(what, Counter())[str(status)] += 1
+        self.counts["malformed"] += 1
+        if status is None or not 400 <= status < 500:
+            self.counts["accepted"] += 1
+            self.problems.append(f"accepted: {what}: {status} {data}")
+
+    async def watch(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            for pid, process in self.server.replicas().items():
+                try:
+                    self.memory.setdefault(pid, []).append((time.monotonic(), process.memory_info().rss))
+                except psutil.Error:
+                    pass
+            await asyncio.sleep(1)
+
+    async def run(self, seconds: float, rate: float, bad: int, kill: bool, rng: random.Random) -> None:
+        stop, tasks = asyncio.Event(), set()
+        watching = asyncio.create_task(self.watch(stop))
+        names = sorted({name for _, name in self.want}, key=str)
+        total, wrongly = max(1, int(seconds * rate)), list(malformed().items())
+        start, killed = time.monotonic(), not kill
+
+        def launch(coroutine):
+            task = asyncio.create_task(coroutine)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        sent_bad = 0
+        for n in range(total):
+            await asyncio.sleep(max(0.0, start + n / rate - time.monotonic()))
+            launch(self.good(rng.randrange(len(self.files)), rng.choice(names), rng.random() < 0.3))
+            while sent_bad < bad * (n + 1) // total:
+                launch(self.bad(*wrongly[sent_bad % len(wrongly)]))
+                sent_bad += 1
+            if not killed and n >= total // 2:
+                killed = True
+                for _ in range(16):  # so that it dies with some of them
+                    launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
+                await asyncio.sleep(0.02)
+                victim = rng.choice(sorted(self.server.replicas()))
+                os.kill(victim, signal.SIGKILL)
+                self.counts["killed"] += 1
+        while tasks:
+            await asyncio.wait(set(tasks))
+        stop.set()
+        await watching
+
+
+def growth(samples: list[tuple[float, int]]) -> float | None:
+    """median of the last fifth over that of the second fifth, less one; None for too few"""
+    rss = [bytes_ for _, bytes_ in samples]
+    fifth = len(rss) // 5
+    if fifth < 3:
+        return None
+    return statistics.median(rss[-fifth:]) / statistics.median(rss[fifth : 2 * fifth]) - 1
+
+
+async def measure(args, server: Server, files, want) -> Load:
+    import aiohttp
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=256)) as session:
+        await server.ready(session)
+        load = Load(server, session, files, want)
+        await load.run(60 * args.minutes, args.rate, args.malformed, args.replicas > 1, random.Random(0))
+    return load
+
+
+def summary(load: Load, args, stopped: int) -> dict:
+    ordered = sorted(load.seconds)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+    memory = [
+        {
+            "pid": pid,
+            "samples": len(samples),
+            "first_bytes": samples[0][1],
+            "largest_bytes": max(bytes_ for _, bytes_ in samples),
+            "growth": growth(samples),
+        }
+        for pid, samples in load.memory.items()
+    ]
+    return {
+        "sent": load.counts["sent"],
+        "lost": load.counts["lost"],
+        "wrong": load.counts["wrong"],
+        "malformed": load.counts["malformed"],
+        "accepted": load.counts["accepted"],
+        "replicas_killed": load.counts["killed"],
+        "sent_again": dict(load.again),
+        "statuses": dict(load.statuses),
+        "seconds": {"median": at(0.5), "p90": at(0.9), "p99": at(0.99), "largest": ordered[-1]},
+        "refusals": {what: dict(counts) for what, counts in load.refusals.items()},
+        "memory": memory,
+        "memory_flat": all(m["growth"] is None or m["growth"] < 0.05 for m in memory),
+        "exit_status_after_sigterm": stopped,
+        "problems": load.problems[:50],
+    }
+
+
+def show(found: dict) -> None:
+    rows = [[name, found[name]] for name in ("sent", "lost", "wrong", "malformed", "accepted", "replicas_killed")]
+    rows.append(["sent again, by reason", ", ".join(f"{k}: {v}" for k, v in found["sent_again"].items()) or "none"])
+    rows += [[f"{name}, s", f"{value:.3f}"] for name, value in found["seconds"].items()]
+    for m in found["memory"]:
+        grown = "too few samples" if m["growth"] is None else f"{m['growth']:+.1%}"
+        first, largest = (m[name] / 2**20 for name in ("first_bytes", "largest_bytes"))
+        rows.append([f"replica {m['pid']}, MiB", f"{first:.0f} to {largest:.0f}, {grown}"])
+    rows += [["memory flat", found["memory_flat"]], ["exit status", found["exit_status_after_sigterm"]]]
+    print(table(["", "found"], rows))
+    for problem in found["problems"][:10]:
+        print(problem[:300])
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=5.0)
+    p.add_argument("--rate", type=float, default=20.0, help="good requests a second")
+    p.add_argument("--malformed", type=int, default=1000, help="bad requests, spread over the run")
+    p.add_argument("--replicas", type=int, default=2, help="one of which is killed, if there are several")
+    p.add_argument("--adapters", type=int, default=12, help="two thirds of which fit the budget")
+    p.add_argument("--port", type=int, default=8142)
+    p.add_argument("--out", type=Path, help="folder for load_test.json")
+    args = p.parse_args(argv)
+    if min(args.minutes, args.rate, args.replicas, args.adapters) <= 0 or args.malformed < 0:
+        p.error("minutes, rate, replicas and adapters must be positive, malformed not negative")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = make_adapters(Path(folder), [3 + i for i in range(args.adapters)])
+        sizes = sorted(file.stat().st_size for file in Path(settings.adapters).iterdir())
+        budget = max(sizes[-1], sum(sizes) * 2 // 3)
+        settings = Settings(**vars(settings) | {"replicas": args.replicas, "adapter_bytes": budget})
+        files = pictures(24)
+        want = expected(settings, files)
+        server = Server(settings, args.port, Path(folder, "server.log"))
+        try:
+            load = asyncio.run(measure(args, server, files, want))
+        finally:
+            stopped = server.stop()
+        found = summary(load, args, stopped)
+    show(found)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        facts = {"machine": machine(), "versions": versions(), "commit": commit()}
+        options = {name: value for name, value in vars(args).items() if name != "out"}
+        write_json(args.out / "load_test.json", {"benchmark": "load_test", **facts, "options": options, **found})
+    good = not (found["lost"] or found["wrong"] or found["accepted"] or stopped) and found["memory_flat"]
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
