@@ -390,6 +390,27 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
         assert backward(64) is None and "8 rows" in backward(8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rules_of_the_other_products(isa, rules, dtype):
+    if isa in ("avx512", "portable"):
+        return
+    half, fp16 = dtype in (torch.bfloat16, torch.float16), dtype == torch.float16
+    rows = lambda M: make(M, 768, 256, 4, dtype)
+    y = torch.empty(8, 256, dtype=dtype)
+    x, _, _, down, up, dy = rows(8)
+    for op, tensors in (("lowrank_add", (y, x, down, up)), ("lowrank_add_backward", (dy, x, down, up, x @ down))):
+        assert (rules(op, *tensors) is None) == (half if isa == "avx2" else fp16 or dtype == torch.float64), op
+
+    def mixed(rows_each):
+        x, weight, bias, down, up, dy = rows(4 * rows_each)
+        downs, ups, ids = down.expand(3, -1, -1), up.expand(3, -1, -1), torch.tensor([0, 1, 2, -1])
+        forward = rules("mixed_linear", x, weight, bias, downs, ups, ids)
+        return forward, rules("mixed_linear_backward", dy, x, weight, downs, ups, x @ down, ids)
+
+    assert mixed(197) == (None, None)
+    assert all("rows" in reason for reason in mixed(1))
+
+
 @pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no dot product of bfloat16")
 def test_rules_of_one_make_are_not_those_of_another(monkeypatch):
     monkeypatch.setattr(native, "amd_processor", lambda: False)

@@ -163,9 +163,16 @@ def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
         S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
         large = dtype == torch.bfloat16 and S * P * N > 262144
         return f"one plain product is as fast for {S} slices of [{P}, {N}]" if large else None
-    backward = op == "lowrank_linear_backward"
+    if op.startswith("lowrank_add"):
+        few = dtype == torch.float32 and first.shape[0] < 256
+        return "plain products of this dtype are as fast" if few or dtype == torch.bfloat16 else None
+    backward = op.endswith("backward")
     weight = tensors[2 if backward else 1]
     M, (N, K) = first.shape[0], weight.shape
+    if op.startswith("mixed"):
+        rows = M // max(1, len(tensors[-1]))
+        if rows < ((100 if half else 8) if backward else 2 if half else 4):
+            return f"{rows} rows a sample are less than pays for the kernel"
     if weight.requires_grad and dtype != torch.float16:
         return "a weight that is trained would be packed at every call"
     if dtype == torch.float32:
