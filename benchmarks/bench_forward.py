@@ -14,6 +14,7 @@ import os
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
-from measure import MEMORY, Limits, Spread, Stages, copies, interleave, limits, memory, run, spread, timer
+from measure import MEMORY, Limits, Spread, Stages, copies, evict, interleave, limits, memory, run, spread, timer
 from report import digits
 from shapes import KINDS, MODELS, Layer, layers, work
 
@@ -61,11 +62,27 @@ class Case(NamedTuple):
 # -- one case ---------------------------------------------------------------------------------------------------------
 
 
-def stages(call: Call, i: Inputs, backward: bool) -> Stages:
+def stages(call: Call, i: Inputs, backward: bool, between: Callable[[], None] = lambda: None) -> Stages:
+    """(forward,), or (forward, what is not timed, backward)"""
     if not backward:
         return (lambda _: call.forward(),)
     wanted = (i.x, *call.trained)
-    return (lambda _: call.forward()), (lambda y: torch.autograd.grad(y, wanted, i.dy))
+    return (lambda _: call.forward()), (lambda y: between() or y), (lambda y: torch.autograd.grad(y, wanted, i.dy))
+
+
+def other_layers(variant: Variant, args, dtype: torch.dtype) -> Callable[[], None]:
+    """What a model does between the forward of a layer and its backward: the weight leaves the cache, the code stays."""
+    if variant.compiled:  # once more for other shapes would take its time
+        return lambda: evict(args.device)
+    width = max(96, 3 * args.rank)
+    i = make_inputs(16, Layer("other", width, width, 1, 16, 1), args.rank, dtype, args.device, grad=True)
+    small = stages(variant.build(i), i, True)
+
+    def between():
+        evict(args.device)
+        run(small)
+
+    return between
 
 
 def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, rows: slice) -> dict:
@@ -101,14 +118,15 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
     for variant in found:
         try:
             built = [variant.build(i) for i in data]
-            first, *others = [stages(call, i, args.backward) for call, i in zip(built, data)]
+            between = other_layers(variant, args, dtype) if args.backward else lambda: None
+            first, *others = (stages(call, i, args.backward, between) for call, i in zip(built, data))
             start = time.perf_counter()
-            y = first[0](None)
+            y = value = first[0](None)
             for stage in first[1:]:
-                stage(y)
+                value = stage(value)
             seconds = time.perf_counter() - start
             fact = errors(variant, y, data[0], true, added, rows)
-            fact["peak_bytes"], _ = memory(first, args.device)
+            fact["peak_bytes"], _ = memory(stages(built[0], data[0], args.backward), args.device)
             fact["kept_bytes"] = 0
             if variant.name.startswith("efft"):
                 # a packed weight is kept from the first call with it, which must not be a timed one
@@ -133,16 +151,16 @@ def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[st
     """One row per pass and variant, from complete rounds."""
     layer, itemsize = case.layer, getattr(torch, case.dtype).itemsize
     needed = work(case.M, layer.K, layer.N, args.rank, itemsize)
-    parts = {"forward": slice(0, 1)}
+    parts = {"forward": (0,)}
     if args.backward:
-        parts |= {"backward": slice(1, 2), "forward+backward": slice(0, 2)}
+        parts |= {"backward": (2,), "forward+backward": (0, 2)}
     rows = []
     for (part, laps), name in itertools.product(parts.items(), facts):
         flops, moved = needed[part]
         floor = max(flops / limit.flops[case.dtype], moved / limit.bandwidth)
 
         def seconds(clock: str, name: str) -> list[float]:
-            return [sum(getattr(lap, clock) for lap in round[name][laps]) for round in samples]
+            return [sum(getattr(round[name][lap], clock) for lap in laps) for round in samples]
 
         def ratios(clock: str) -> dict[str, Spread]:
             own = seconds(clock, name)

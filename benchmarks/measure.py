@@ -5,6 +5,7 @@ A call is a tuple of stages, functions of which each gets the result of the one 
 and ratios are taken round by round.
 """
 
+import functools
 import gc
 import glob
 import itertools
@@ -44,49 +45,42 @@ def spread(values: list[float]) -> Spread:
 # -- one call ---------------------------------------------------------------------------------------------------------
 
 
-class TimeCpu:
-    """The last cache is read over between the stages: in a model all other layers run between forward and backward."""
-
-    def __init__(self):
-        self.others = torch.zeros(2 * cache_bytes("cpu") // 8, dtype=torch.int64)
-
-    def __call__(self, stages: Stages) -> list[Lap]:
-        laps, value = [], None
-        for stage in stages:
-            if laps:
-                self.others.sum()
-            cpu, wall = time.process_time(), time.perf_counter()
-            value = stage(value)
-            wall = time.perf_counter() - wall
-            laps.append(Lap(wall, time.process_time() - cpu, wall))
-        return laps
+def time_cpu(stages: Stages) -> list[Lap]:
+    laps, value = [], None
+    for stage in stages:
+        cpu, wall = time.process_time(), time.perf_counter()
+        value = stage(value)
+        wall = time.perf_counter() - wall
+        laps.append(Lap(wall, time.process_time() - cpu, wall))
+    return laps
 
 
 class TimeCuda:
-    """Times on the device, its L2 cache written over before each stage, as the other layers of a model would."""
+    """Times on the device, its L2 cache written over before each call."""
 
     def __init__(self):
         size = torch.cuda.get_device_properties("cuda").L2_cache_size
         self.flush = torch.empty(4 * size, dtype=torch.uint8, device="cuda")
 
     def __call__(self, stages: Stages) -> list[Lap]:
+        self.flush.zero_()
         # about half a millisecond: the host has queued the whole call by then, as in a model it runs ahead
         torch.cuda._sleep(1_000_000)
-        events, value = [], None
+        events = [torch.cuda.Event(enable_timing=True)]
+        events[0].record()
+        value = None
         for stage in stages:
-            self.flush.zero_()
-            events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            events[-1][0].record()
             value = stage(value)
-            events[-1][1].record()
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
         del value
         torch.cuda.synchronize()
-        device = [start.elapsed_time(end) * 1e-3 for start, end in events]
+        device = [start.elapsed_time(end) * 1e-3 for start, end in zip(events, events[1:])]
 
+        self.flush.zero_()
+        torch.cuda.synchronize()
         laps, value = [], None
         for stage, seconds in zip(stages, device):
-            self.flush.zero_()
-            torch.cuda.synchronize()
             cpu, wall = time.process_time(), time.perf_counter()
             value = stage(value)
             torch.cuda.synchronize()
@@ -95,7 +89,7 @@ class TimeCuda:
 
 
 def timer(device: str) -> Callable[[Stages], list[Lap]]:
-    return TimeCuda() if device == "cuda" else TimeCpu()
+    return TimeCuda() if device == "cuda" else time_cpu
 
 
 # -- many calls -------------------------------------------------------------------------------------------------------
@@ -134,6 +128,16 @@ def copies(bytes_per_copy: int, device: str) -> int:
     """How many copies of the inputs put twice the last cache between two uses of one: 2 to 32, and within 2 GiB."""
     enough = -(-2 * cache_bytes(device) // bytes_per_copy) + 1
     return max(2, min(enough, 32, (2 << 30) // bytes_per_copy))
+
+
+@functools.cache
+def _filler(device: str) -> torch.Tensor:
+    return torch.zeros(2 * cache_bytes(device) // 8, dtype=torch.int64, device=device)
+
+
+def evict(device: str) -> None:
+    """Reads twice the last cache: what was in it is there no more."""
+    _filler(device).sum()
 
 
 def cache_bytes(device: str) -> int:

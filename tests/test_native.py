@@ -387,7 +387,7 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
         assert "1 rows" in slower(1, 64, 64, torch.bfloat16)
         assert "too small" in slower(3136, 64, 64, torch.bfloat16)
         backward = lambda M: rules("lowrank_linear_backward", *(make(M, 768, 768, 4)[i] for i in (5, 0, 1, 3, 4)))
-        assert backward(64) is None and "8 rows" in backward(8) and backward(2) is None
+        assert backward(64) is None and backward(1) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

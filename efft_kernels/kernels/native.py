@@ -177,9 +177,6 @@ def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
         return "a weight that is trained would be packed at every call"
     if dtype == torch.float32:
         few = 1 if N * K >= 65536 else 8
-        # between a product that waits for memory and one that computes, oneDNN's dx and four small products are as fast
-        if backward and N * K >= 65536 and 8 <= M < 64:
-            return f"{M} rows of {N} to {K} are as fast in plain torch"
     elif dtype == torch.float64:
         few = 4
     else:
