@@ -395,30 +395,37 @@ def _lowrank_add_backward_fake(dy, x, down, up, p, needs, backend):
 
 # -- gradients --------------------------------------------------------------------------------------------------------
 
+_kernels = {}  # name of an op -> its kernel
+
+
+def _below_autograd(name: str, *args):
+    """The op; its kernel at once where no one in the dispatcher listens, for a small call costs little more than that"""
+    heard = torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+    if not heard and all([type(a) in _PLAIN for a in args]):
+        return _kernels[name](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.efft_kernels, name).default(*args)
+
 
 class _GroupUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sigma, v, scale, backend):
         ctx.save_for_backward(sigma, v)
         ctx.scale, ctx.backend = scale, backend
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.efft_kernels.group_update.default(sigma, v, scale, backend)
+        return _below_autograd("group_update", sigma, v, scale, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dup):
         needs = list(ctx.needs_input_grad[:2])
-        grads = iter(
-            torch.ops.efft_kernels.group_update_backward.default(dup, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
-        )
+        grads = iter(_below_autograd("group_update_backward", dup, *ctx.saved_tensors, ctx.scale, needs, ctx.backend))
         return *(next(grads) if need else None for need in needs), None, None
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, backend):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, p = torch.ops.efft_kernels.lowrank_linear.default(x, weight, bias, down, up, backend)
+        y, p = _below_autograd("lowrank_linear", x, weight, bias, down, up, backend)
         need_weight, need_down, need_up = (ctx.needs_input_grad[i] for i in (1, 3, 4))
         # x and p are activations: held only for the gradients that read them
         ctx.save_for_backward(x if need_weight or need_down else None, weight, down, up, p if need_up else None)
@@ -433,17 +440,14 @@ class _LowRankLinear(torch.autograd.Function):
         if dy is None:
             return (None,) * 6
         needs = list(ctx.needs_input_grad[:5])
-        grads = iter(
-            torch.ops.efft_kernels.lowrank_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
-        )
+        grads = iter(_below_autograd("lowrank_linear_backward", dy, *ctx.saved_tensors, needs, ctx.backend))
         return *(next(grads) if need else None for need in needs), None
 
 
 class _MixedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, ids, backend):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, p = torch.ops.efft_kernels.mixed_linear.default(x, weight, bias, down, up, ids, backend)
+        y, p = _below_autograd("mixed_linear", x, weight, bias, down, up, ids, backend)
         need_weight, need_down, need_up = (ctx.needs_input_grad[i] for i in (1, 3, 4))
         ctx.save_for_backward(
             x if need_weight or need_down else None, weight, down, up, p if need_up else None, ids
@@ -459,17 +463,14 @@ class _MixedLinear(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         needs = list(ctx.needs_input_grad[:5])
-        grads = iter(
-            torch.ops.efft_kernels.mixed_linear_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend)
-        )
+        grads = iter(_below_autograd("mixed_linear_backward", dy, *ctx.saved_tensors, needs, ctx.backend))
         return *(next(grads) if need else None for need in needs), None, None
 
 
 class _LowRankAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, down, up, backend):
-        with torch._C._AutoDispatchBelowAutograd():
-            z, p = torch.ops.efft_kernels.lowrank_add.default(y, x, down, up, backend)
+        z, p = _below_autograd("lowrank_add", y, x, down, up, backend)
         _, _, need_down, need_up = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x if need_down else None, down, up, p if need_up else None)
         ctx.backend = backend
@@ -483,7 +484,7 @@ class _LowRankAdd(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         needs = list(ctx.needs_input_grad[1:4])
-        grads = iter(torch.ops.efft_kernels.lowrank_add_backward.default(dy, *ctx.saved_tensors, needs, ctx.backend))
+        grads = iter(_below_autograd("lowrank_add_backward", dy, *ctx.saved_tensors, needs, ctx.backend))
         return dy, *(next(grads) if need else None for need in needs), None
 
 
@@ -519,6 +520,7 @@ def _define(schema: str, kernel, fake, function=None):
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.efft_kernels, name).default
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
+    _kernels[name] = kernel
     torch.library.register_fake(f"efft_kernels::{name}", fake, lib=_lib)
     for device in ("cpu", "cuda"):
         _lib.impl(name, _autocast(op, device, cast=function is not None), f"Autocast{device.upper()}")
