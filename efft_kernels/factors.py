@@ -6,7 +6,7 @@ come from. A method is one config (its options, and how it arranges the Linears 
 """
 
 import copy
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -113,7 +113,7 @@ class _Config:
                 continue
             if len(pair) != 2 or not all(type(r) is int and r >= 1 for r in pair):
                 raise ValueError(f"{name} must be an int of at least 1 or a pair of them, got {rank!r}")
-        if not _is_number(self.scale) or not math.isfinite(self.scale):
+        if not _is_number(self.scale) or not abs(self.scale) <= sys.float_info.max:
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
         for name in ("factor_dropout", "activation_dropout"):
             rate = getattr(self, name, 0.0)

@@ -69,6 +69,7 @@ def test_a_plan_counts_what_is_trained(method):
         (lambda: ek.EFFTConfig(scale=float("nan")), "scale must be a finite number, got nan"),
         (lambda: ek.EFFTConfig(scale="10"), "scale must be a finite number"),
         (lambda: ek.EFFTConfig(cores="per_head"), "cores must be one of"),
+        (lambda: ek.EFFTConfig(scale=10**400), "scale must be a finite number, got 1000"),
         (lambda: ek.EFFTConfig(scale=True), "scale must be a finite number, got True"),
         (lambda: ek.EFFTConfig(scale=None), "scale must be a finite number, got None"),
         (lambda: ek.EFFTConfig(factor_dropout=1.0), r"factor_dropout must be a number in \[0, 1\), got 1.0"),

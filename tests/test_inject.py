@@ -371,4 +371,6 @@ def test_an_unknown_backend_is_refused_before_anything():
     model = vit()
     with pytest.raises(ValueError, match="backend must be one of"):
         ek.inject(model, ek.EFFTConfig(rank=4), backend="fast")
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got \['cpu'\]"):
+        ek.inject(model, ek.EFFTConfig(rank=4), backend=["cpu"])
     assert not hasattr(model, "efft")
