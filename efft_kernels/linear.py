@@ -33,7 +33,8 @@ class EFFTLinear(nn.Linear):
         u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
 
     Raises:
-        ValueError: in_features, out_features, a rank, slices, scale, factor_dropout, zero_init or backend outside what is stated above.
+        ValueError: in_features, out_features, a rank, slices, scale, factor_dropout, zero_init or backend outside what is
+            stated above.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def wide(t: Tensor) -> Wide:
 def assert_accurate(
     got: Tensor, plain: Tensor, exact: Tensor | Wide, what: str = "", summed: Tensor | Wide | None = None
 ) -> None:
-    """got: under test; plain: the torch path in the same dtype; exact: float64 or more; summed: sums of absolute values.
+    """got: under test; plain: the torch path in the same dtype; exact: float64 or more; summed: sums of absolutes.
 
     The error of ``got`` against ``exact`` must be at most twice that of ``plain``, in the largest entry and in the
     Frobenius norm. In the largest entry one rounding of the result in its dtype is granted: there plain torch may be
@@ -111,7 +111,7 @@ def exactly(name: str, arguments, change=lambda t: t) -> list[Wide]:
 
 
 def _check(backend, name, arguments, results) -> list[Tensor]:
-    """One function of a backend module against the contract, at most twice plain's error; returns what plain computed"""
+    """One function of a backend module against the contract, at most twice plain's error; returns plain's results"""
     as_list = lambda out: [out] if isinstance(out, Tensor) else list(out)
     got, plain = (as_list(getattr(module, name)(*arguments)) for module in (backend, reference))
     exact, summed = exactly(name, arguments), map(abs, exactly(name, arguments, Tensor.abs))  # scale may be negative
@@ -123,7 +123,7 @@ def _check(backend, name, arguments, results) -> list[Tensor]:
 
 
 def check_lowrank_linear(backend, x, weight, bias, down, up, dy, needs=(True,) * 5) -> None:
-    """Values and all gradients of a backend module (kernels/__init__.py) against the contract, at most twice plain's error"""
+    """Values and all gradients of a backend module against the contract, at most twice plain's error"""
     _, p = _check(backend, "lowrank_linear", (x, weight, bias, down, up), ("y", "p"))
     # the backward is judged on one and the same p
     names = [n for n, need in zip(("dx", "dweight", "dbias", "ddown", "dup"), needs) if need]
