@@ -523,20 +523,15 @@ def main(argv: list[str] | None = None) -> int:
         for variant in found:
             if variant.compiled and (args.variants is None or variant.name in args.variants):
                 record["left_out"][variant.name] = {f"all but {cases[0]}": "compiling takes its time; --compile all"}
-    try:
-        with torch.set_grad_enabled(args.backward):
-            measure(cases, args, record, limit)
-    except KeyboardInterrupt:
-        record["complete"] = False
-    if not record["results"]:
-        print("interrupted before the first round: nothing to show")
-        return 130
-    raise_limits(record)
-    record["summary"] = summary(record["results"])
-    show(record)
-    if args.out:
-        save(record, args.out)
-    return 0 if record["complete"] else 130
+
+    def run() -> None:
+        try:
+            with torch.set_grad_enabled(args.backward):
+                measure(cases, args, record, limit)
+        finally:
+            raise_limits(record)
+
+    return report.conclude(record, args.out, run, summary, show, lambda: save(record, args.out))
 
 
 if __name__ == "__main__":

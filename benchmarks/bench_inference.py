@@ -307,19 +307,13 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     record = make_record("inference", args, {m.name: m.meaning for m in found}, left_out)
     record |= {"operations": MEANINGS, "adapter_bytes": {}}
-    try:
+
+    def run() -> None:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             measure(args, record, Path(folder))
-    except KeyboardInterrupt:
-        record["complete"] = False
-    if not record["results"]:
-        print("interrupted before the first round: nothing to show")
-        return 130
-    record["summary"] = summary(record["results"])
-    show(record)
-    if args.out:
-        save(record, args.out, panels(record["results"]), "ratio")
-    return 0 if record["complete"] else 130
+
+    drawn = lambda: save(record, args.out, panels(record["results"]), "ratio")
+    return report.conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

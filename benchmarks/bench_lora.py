@@ -121,18 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("lora", args, {m.name: m.meaning for m in found}, left_out)
-    try:
-        measure(args, record, found)
-    except KeyboardInterrupt:
-        record["complete"] = False
-    if not record["results"]:
-        print("interrupted before the first round: nothing to show")
-        return 130
-    record["summary"] = summary(record["results"])
-    show(record)
-    if args.out:
-        save(record, args.out, panels(record["results"]), "/ merged")
-    return 0 if record["complete"] else 130
+    drawn = lambda: save(record, args.out, panels(record["results"]), "/ merged")
+    return report.conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from bench_train_step import (
-    _forget_packed, chart_note, check, machine_line, make_batches, make_record, parser, positive, show_meanings, timings,
+    _forget_packed, check, machine_line, make_batches, make_record, parser, positive, save, show_meanings, timings,
 )  # fmt: skip  # isort: skip
 
 from torch import Tensor, nn
@@ -367,24 +367,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("serving", args, {m.name: m.meaning for m in METHODS}, {})
-    try:
-        with torch.no_grad():
-            measure(args, record)
-    except KeyboardInterrupt:
-        record["complete"] = False
-    if not record["results"]:
-        print("interrupted before the first round: nothing to show")
-        return 130
-    record["summary"] = summary(record["results"])
-    show(record)
-    if args.out:
-        report.write_json(args.out / "serving.json", record)
-        written = [args.out / "serving.json"]
-        if drawn := [(title, bars) for title, bars in panels(record["results"]) if bars]:
-            report.chart(args.out / "serving.png", drawn, COLOURS, "/ fused", chart_note(record), limit=8.0)
-            written.append(args.out / "serving.png")
-        print(f"written: {', '.join(map(str, written))}")
-    return 0 if record["complete"] else 130
+    run = torch.no_grad()(lambda: measure(args, record))
+    drawn = lambda: save(record, args.out, panels(record["results"]), "/ fused", COLOURS)
+    return report.conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -397,14 +397,16 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     return [*found, ("forward and backward: memory and operations", exact)]
 
 
-def save(record: dict, folder: Path, panels: list[tuple[str, dict]], label: str) -> None:
+def save(
+    record: dict, folder: Path, panels: list[tuple[str, dict]], label: str, colours: dict[str, str] = COLOURS
+) -> None:
     name = record["benchmark"]
     report.write_json(folder / f"{name}.json", record)
     written = [folder / f"{name}.json"]
     # the divisor itself is not drawn, so a run of nothing else has no chart
-    drawn = [(title, bars) for title, bars in panels if any(bar in COLOURS for group in bars.values() for bar in group)]
+    drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
     if drawn:
-        report.chart(folder / f"{name}.png", drawn, COLOURS, label, chart_note(record), limit=8.0)
+        report.chart(folder / f"{name}.png", drawn, colours, label, chart_note(record), limit=8.0)
         written.append(folder / f"{name}.png")
     print(f"written: {', '.join(map(str, written))}")
 
@@ -512,18 +514,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
-    try:
-        measure(args, record, found)
-    except KeyboardInterrupt:
-        record["complete"] = False
-    if not record["results"]:
-        print("interrupted before the first round: nothing to show")
-        return 130
-    record["summary"] = summary(record["results"])
-    show(record)
-    if args.out:
-        save(record, args.out, panels(record["results"]), "/ merged")
-    return 0 if record["complete"] else 130
+    drawn = lambda: save(record, args.out, panels(record["results"]), "/ merged")
+    return report.conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,32 @@ def write_json(path: Path, record: dict) -> None:
     write(path, lambda temporary: temporary.write_text(text))
 
 
+def conclude(
+    record: dict,
+    out: Path | None,
+    measure: Callable[[], None],  # fills record["results"], round by round
+    summary: Callable[[list[dict]], list[dict]],
+    show: Callable[[dict], None],
+    save: Callable[[], None],
+) -> int:
+    """The rest of a benchmark once its record is begun: measures, shows, saves. An interrupted run keeps what it has.
+
+    Returns the exit status: 0, or 130 after an interruption.
+    """
+    try:
+        measure()
+    except KeyboardInterrupt:
+        record["complete"] = False
+    if not record["results"]:
+        print("interrupted before the first round: nothing to show")
+        return 130
+    record["summary"] = summary(record["results"])
+    show(record)
+    if out:
+        save()
+    return 0 if record["complete"] else 130
+
+
 # -- table and chart --------------------------------------------------------------------------------------------------
 
 

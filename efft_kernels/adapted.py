@@ -1,7 +1,9 @@
 """The Linears of an injected model, and how each gets its (down, up) from the groups that the model owns."""
 
+import threading
 from collections.abc import Mapping
 from functools import cache, partial
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,18 @@ class _Pass:
         self.unrecorded: set[str] = set()
 
 
+class _Here(threading.local):
+    """Of each thread: the forward that it is in, by model."""
+
+    def __init__(self):
+        self.passes: WeakKeyDictionary[Passes, _Pass] = WeakKeyDictionary()
+
+
+_here = _Here()
+# (backward, id of a model's Passes) -> the forward that it recomputes; the graph of that one's output keeps it
+_replays: WeakValueDictionary[tuple[int, int], _Pass] = WeakValueDictionary()
+
+
 class Passes:
     """How the layers of a model get their (down, up), by path.
 
@@ -29,8 +43,11 @@ class Passes:
     backward, and optimizer steps in between need no further care. A layer that runs outside the model's forward
     (``forward_features``, one block) computes its own pair, with a graph of its own. Backward may run layers again, to
     recompute a checkpointed block: when a gradient reaches the output of a forward, its pairs are laid out for the rest
-    of that backward, so that the recomputation sees the same factors and masks.
-    Nothing is kept from one forward to the next: a factor may change in ways that leave no trace.
+    of that backward, so that the recomputation sees the same factors and masks. A gradient that reaches checkpointed
+    blocks and not the output, as of a loss on features that a hook took out of them, brings nothing back: torch then
+    says that the recomputation differs from the forward. ``loss + 0 * output.sum()`` is the way round.
+    Nothing is kept from one forward to the next: a factor may change in ways that leave no trace. Several threads may
+    run, and train, one model at the same time: each has a forward of its own.
     """
 
     backend: str | None
@@ -41,15 +58,33 @@ class Passes:
         raise NotImplementedError
 
     def _forget(self) -> None:
-        self._pass = None  # of the forward under way
-        self._replay = (-1, None)  # (backward, the forward that it recomputes)
+        self._traced: _Pass | None = None
+
+    @property
+    def _pass(self) -> _Pass | None:
+        """of the forward under way"""
+        # the compiler knows attributes, but no threads; it traces in one of them at a time
+        return self._traced if torch.compiler.is_compiling() else _here.passes.get(self)
+
+    def _enter(self, now: _Pass | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = now
+        elif now is None:
+            _here.passes.pop(self, None)
+        else:
+            _here.passes[self] = now
+
+    @property
+    def _replay(self) -> tuple[int, _Pass | None]:
+        """(the backward under way, the forward that it recomputes)"""
+        task = torch._C._current_graph_task_id()
+        return task, _replays.get((task, id(self)))
 
     def pair(self, path: str) -> Pair | None:
         """What the Linear at this path adds now, or None."""
         now = self._pass
         if now is None and self.active is not None and not torch.compiler.is_compiling():
-            task, replayed = self._replay
-            now = replayed if task != -1 and task == torch._C._current_graph_task_id() else None
+            now = self._replay[1]
         # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
         if now is None or not now.recorded and self._recording():
             return self._alone(path)
@@ -77,30 +112,31 @@ class Passes:
 
     def begin(self) -> None:
         """Lay out path -> pair of every Linear of the active adapter for a forward of the model."""
-        self._pass, self._replay = None, (-1, None)
+        self._enter(None)
         if self.active is not None:
             pairs = {
                 path: pair for g in self.groups() for path, pair in g.hand_out(g.slots.values(), self.backend).items()
             }
-            self._pass = _Pass(pairs, self._recording())
+            self._enter(_Pass(pairs, self._recording()))
 
     def end(self, output) -> None:
         """Take them away, and bring them back when a gradient reaches the output."""
-        done, self._pass = self._pass, None
+        done = self._pass
+        self._enter(None)
         if done is not None and done.recorded and not torch.compiler.is_compiling():
             for t in _tensors(output):
                 if t.requires_grad:
                     t.register_hook(partial(self._bring_back, done))
 
     def _bring_back(self, done: _Pass, grad: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if self._replay[0] != task:
+        task, replayed = self._replay
+        if replayed is None:
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
-        self._replay = task, done
+        _replays[task, id(self)] = done
 
     def _let_go(self) -> None:
-        """at the end of a backward: its pairs, and the graph behind them, are no longer needed"""
-        self._replay = (-1, None)
+        """at the end of a backward"""
+        _replays.pop((torch._C._current_graph_task_id(), id(self)), None)
 
 
 class Adapters(Passes, nn.ModuleDict):
@@ -123,7 +159,7 @@ class Adapters(Passes, nn.ModuleDict):
 
     def __getstate__(self) -> dict:
         # tensors with a graph can be neither copied nor pickled
-        return {**self.__dict__, "_pass": None, "_replay": (-1, None)}
+        return {**self.__dict__, "_traced": None}
 
     def groups(self) -> list[nn.Module]:
         """of the active adapter"""

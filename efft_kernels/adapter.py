@@ -7,8 +7,8 @@ fingerprint of the plan, the class and name of the base model and the version of
 import contextlib
 import json
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,15 +215,13 @@ def read(path: str | os.PathLike) -> tuple[_Config, dict[str, str], dict[str, Te
 def _write(path: Path, data: bytes) -> None:
     """All of the file or nothing: written beside it, brought to the disk, then renamed over it."""
     path = path.resolve()  # a link stays one
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    file = open(temporary, "xb")  # not tempfile's, which only their owner reads
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -6,7 +6,7 @@ come from. A method is one config (its options, and how it arranges the Linears 
 """
 
 import copy
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -113,16 +113,20 @@ class _Config:
                 continue
             if len(pair) != 2 or not all(type(r) is int and r >= 1 for r in pair):
                 raise ValueError(f"{name} must be an int of at least 1 or a pair of them, got {rank!r}")
-        if not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+        if not _is_number(self.scale) or not abs(self.scale) <= sys.float_info.max:
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
         for name in ("factor_dropout", "activation_dropout"):
-            if not 0 <= getattr(self, name, 0.0) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        targets = self.targets
-        if isinstance(targets, str) or not targets or not set(targets) <= set(TARGETS):
+            rate = getattr(self, name, 0.0)
+            if not (_is_number(rate) and 0 <= rate < 1):
+                raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}")
+        if not isinstance(getattr(self, "trainable_scale", False), bool):
+            raise ValueError(f"trainable_scale must be True or False, got {self.trainable_scale!r}")
+        targets, blocks = self.targets, self.blocks
+        if not isinstance(targets, tuple) or not targets or not all(t in list(TARGETS) for t in targets):
             raise ValueError(f"targets must be a non-empty tuple out of {sorted(TARGETS)}, got {targets!r}")
-        if self.blocks is not None and not (self.blocks and all(type(b) is int and b >= 0 for b in self.blocks)):
-            raise ValueError(f"blocks must be None or a non-empty tuple of block numbers, got {self.blocks!r}")
+        good = isinstance(blocks, tuple) and blocks and all(type(b) is int and b >= 0 for b in blocks)
+        if not (blocks is None or good):
+            raise ValueError(f"blocks must be None or a non-empty tuple of block numbers, got {blocks!r}")
 
     def _choice(self, name: str, *allowed) -> None:
         if getattr(self, name) not in allowed:
@@ -355,6 +359,10 @@ class LoRAXSConfig(_PerMatrix):
     blocks: tuple[int, ...] | None = None
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _stages(sites: list[Site]) -> dict[int, tuple[float, list[Site]]]:
     """stage -> (its width as a portion of the widest, its sites)"""
     stages = {}
@@ -563,7 +571,6 @@ class LoRAGroup(Group):
         up = (b.unsqueeze(-2) * self._placed(b)).flatten(-2).flatten(-3, -2)  # [l, m R, parts N]
         pairs = zip(down.unbind(-3), up.unbind(-3))
         return {slot.site.path: Pair(*pair) for slot, pair in zip(self.spec.slots[rows], pairs)}
-
 
     def _placed(self, b: Tensor) -> Tensor:
         """place, with a dimension for the Linears if there is one for the adapters"""

@@ -250,6 +250,8 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
 
     for owner, key, module in replacements:
         setattr(owner, key, module)
+    if isinstance(head, nn.Module):
+        head = next((linear.out_features for _, linear in classifiers_of(model)), "train")
     if isinstance(head, int):
         _tell_classes(model, head)
     model.requires_grad_(False)
@@ -486,13 +488,20 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
             raise ValueError("the weights were made under inference_mode, which forbids to merge into them outside it")
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
-        keep = {path for path in weights if keep_weights and path not in own or path in low}
+        launches = {}
+        for path, weight in weights.items():
+            launches.setdefault((weight.dtype, weight.device), []).append(path)
+        # of several launches one may fail after another has written
+        keep = {path for path in weights if keep_weights and path not in own or path in low or len(launches) > 1}
         kept = {path: weights[path].clone() for path in weights if path in keep}
-        for dtype, device in dict.fromkeys((weight.dtype, weight.device) for weight in weights.values()):
-            paths = [path for path, weight in weights.items() if (weight.dtype, weight.device) == (dtype, device)]
-            downs = [pairs[path].down.to(dtype) for path in paths]
-            ups = [pairs[path].up.to(dtype) for path in paths]
-            merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
+        try:
+            for (dtype, _), paths in launches.items():
+                downs, ups = ([pair.to(dtype) for pair in side] for side in zip(*(pairs[path][:2] for path in paths)))
+                merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
+        except BaseException:
+            for path, weight in kept.items():
+                weights[path].copy_(weight)
+            raise
         loss = _loss([(kept[path], weights[path], pairs[path]) for path in low]) if low else 0.0
     names = _detach(model)
     for path, linear in plain.items():

@@ -1,5 +1,6 @@
 """EFFTLinear: one Linear with a tensor-train adapter of its own, in place of nn.Linear."""
 
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -32,7 +33,8 @@ class EFFTLinear(nn.Linear):
         u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
 
     Raises:
-        ValueError: a rank, slices, scale, factor_dropout, zero_init or backend outside what is stated above.
+        ValueError: in_features, out_features, a rank, slices, scale, factor_dropout, zero_init or backend outside what is
+            stated above.
     """
 
     def __init__(
@@ -145,6 +147,9 @@ class EFFTLinear(nn.Linear):
 
 def _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init) -> tuple[int, int]:
     """(r1, r2), or a ValueError that names the argument"""
+    for name, features in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(features, Integral) or features < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {features!r}")
     if type(slices) is not int or slices < 1 or out_features % slices:
         raise ValueError(f"slices must be a positive divisor of out_features={out_features}, got {slices!r}")
     ranks = rank if isinstance(rank, tuple) else (rank, rank)
@@ -152,8 +157,8 @@ def _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_
     if len(ranks) != 2 or not all(type(r) is int and 1 <= r <= largest for r in ranks):
         raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
     check_scale(scale)
-    if not 0 <= factor_dropout < 1:
-        raise ValueError(f"factor_dropout must be in [0, 1), got {factor_dropout}")
+    if not (isinstance(factor_dropout, int | float) and 0 <= factor_dropout < 1):
+        raise ValueError(f"factor_dropout must be a number in [0, 1), got {factor_dropout!r}")
     if zero_init not in ("v", "u"):
         raise ValueError(f"zero_init must be 'v' or 'u', got {zero_init!r}")
     return ranks

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def _load(name: str):
 
 def check_backend(name: str | None) -> None:
     """ValueError for a name that is no backend, whether or not it is available here"""
-    if name is not None and name not in _MODULES:
+    if name is not None and name not in list(_MODULES):  # a list, for what cannot be hashed
         raise ValueError(f"backend must be one of {sorted(_MODULES)} or None, got {name!r}")
 
 
@@ -198,7 +199,7 @@ def check_scale(scale) -> None:
     if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
         hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
         raise TypeError(f"scale must be a number, got {type(scale).__name__}{hint}")
-    if not math.isfinite(scale):
+    if not abs(scale) <= sys.float_info.max:  # an int may be beyond it
         raise ValueError(f"scale must be finite, got {scale}")
 
 
@@ -527,7 +528,11 @@ def _define(schema: str, kernel, fake, function=None):
     if function is None:
         return op
 
+    refusal = f"{name} supports neither torch.func transforms nor forward-mode differentiation"
+
     def differentiable(*args):
+        if forward_ad._current_level >= 0:  # a tangent would be lost without a word
+            raise RuntimeError(refusal)
         if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -537,7 +542,7 @@ def _define(schema: str, kernel, fake, function=None):
         if torch.compiler.is_compiling():
             return op(*args)
         if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(f"{name} supports neither torch.func transforms nor forward-mode differentiation")
+            raise RuntimeError(refusal)
         if torch._C._is_any_autocast_enabled():
             return op(*args)
         if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):

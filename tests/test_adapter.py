@@ -147,6 +147,13 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_gets_the_permissions_of_any_other(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask belongs to all threads"))
+    ek.save_adapter(ek.inject(vit(), SMALL), path)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_several_adapters_switch_and_go():
     model, x = bare(), images()
     plain = model(x)

@@ -1,5 +1,6 @@
 """plan, inject and merge: which Linears of which models, what is frozen, what is refused."""
 
+import sys
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from models import images, shake, swin, timm, vit
 from torch import nn
 
 import efft_kernels as ek
+from efft_kernels.ops import merge_
 
 SMALL = ek.EFFTConfig(rank=4, factor_dropout=0.0)
 
@@ -234,7 +236,10 @@ def test_the_head_is_left_or_replaced():
     model = ek.inject(transformer("vit"), SMALL, head=7)
     assert model(x, labels=torch.tensor([0, 6])).loss.isfinite() and model.config.num_labels == 7
     own = nn.Linear(192, 3)
-    assert ek.inject(vit(), SMALL, head=own).head is own
+    model = ek.inject(vit(), SMALL, head=own)
+    assert model.head is own and model.num_classes == 3
+    assert ek.inject(vit(), SMALL, head=nn.Sequential(nn.Linear(192, 5), nn.GELU(), nn.Linear(5, 4))).num_classes == 4
+    assert ek.inject(vit(), SMALL, head=nn.Identity()).num_classes == 10
     for head, says in [("freeze", "head must be"), (0, "head must be"), (True, "head must be"), (None, "head must be")]:
         with pytest.raises(ValueError, match=says):
             ek.inject(vit(), SMALL, head=head)
@@ -307,6 +312,32 @@ def test_merge_is_whole_even_if_its_warning_is_an_error():
     assert torch.equal(ek.unmerge(model)(x), before)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_merge_that_fails_midway_changes_nothing(keep, monkeypatch):
+    """two dtypes are two launches, and the second may fail"""
+    model = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0)))
+    model.blocks[1].mlp.double()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    dtypes = []
+
+    def fails(weights, downs, ups, **options):
+        dtypes.append(weights[0].dtype)
+        if len(dtypes) == 2:
+            raise RuntimeError("out of memory")
+        merge_(weights, downs, ups, **options)
+        assert not torch.equal(weights[0], before["blocks.0.attn.qkv.weight"])
+
+    monkeypatch.setattr(sys.modules["efft_kernels.inject"], "merge_", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ek.merge(model, keep_weights=keep)
+    assert dtypes == [torch.float32, torch.float64]
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], t) for key, t in before.items())
+    assert not hasattr(model, "_efft_merged") and model.efft.active == "default"
+    monkeypatch.undo()
+    ek.merge(model)
+
+
 def test_unmerge_refuses_linears_that_were_replaced():
     model = ek.merge(shake(ek.inject(vit(), ek.EFFTConfig(rank=4))))
     model.blocks[0].mlp.fc1 = torch.nn.Identity()
@@ -323,8 +354,23 @@ def test_parameters_made_under_inference_mode_are_refused():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_weights_made_under_inference_mode_are_not_merged_outside_it():
+    with torch.inference_mode():
+        model = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0)))
+        x = images()
+        want = model(x)
+    with pytest.raises(ValueError, match="weights were made under inference_mode"):
+        ek.merge(model)
+    with torch.inference_mode():
+        assert torch.equal(model(x), want)
+        torch.testing.assert_close(ek.merge(model)(x), want, rtol=1e-3, atol=1e-4)
+        assert torch.equal(ek.unmerge(model)(x), want)
+
+
 def test_an_unknown_backend_is_refused_before_anything():
     model = vit()
     with pytest.raises(ValueError, match="backend must be one of"):
         ek.inject(model, ek.EFFTConfig(rank=4), backend="fast")
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got \['cpu'\]"):
+        ek.inject(model, ek.EFFTConfig(rank=4), backend=["cpu"])
     assert not hasattr(model, "efft")

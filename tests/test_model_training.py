@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import DROPPED, PLAIN, adapted, assert_bits, assert_same, gradients,
 from torch.utils.checkpoint import checkpoint
 
 import efft_kernels as ek
+from efft_kernels import adapted as adapted_linears
 
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
@@ -129,11 +131,49 @@ def test_a_forward_without_gradients_elsewhere_costs_none():
 def test_nothing_outlives_a_backward_or_a_broken_forward():
     model = adapted()
     loss_of(model, images()).backward()
-    assert model.efft._replay == (-1, None)
+    assert model.efft._replay == (-1, None) and not adapted_linears._replays
     model.efft.begin()  # and no end: a forward that KeyboardInterrupt broke off
     with ek.disable_adapter(model):
         plain = model(images())
     assert model.efft._pass is None and plain.isfinite().all()
+
+
+def test_nothing_outlives_a_backward_that_failed():
+    model = adapted()
+    x = images().requires_grad_()
+    x.register_hook(lambda grad: 1 / 0)
+    loss = loss_of(model, x)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    del loss
+    assert not adapted_linears._replays
+
+
+@pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
+def test_two_threads_train_one_model(config):
+    """a whole step in one thread, amid the forward of the other, and amid its backward, which recomputes"""
+    model = adapted(config, depth=3).train()
+    model.set_grad_checkpointing(True)
+    x = images(2), images(3)
+
+    def step(i):
+        torch.manual_seed(i)
+        return gradients(model, loss_of(model, x[i]))
+
+    def meanwhile(*args):
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: found.append(step(1)))
+            other.start()
+            other.join()
+
+    want = step(0), step(1)
+    found = []
+    model.blocks[1].register_forward_pre_hook(meanwhile)
+    assert_bits(step(0), want[0])
+    assert len(found) == 2
+    for got in found:
+        assert_bits(got, want[1])
+    assert not adapted_linears._replays
 
 
 def _sgd(model, x):

@@ -3,12 +3,17 @@
 import copy
 import gc
 import math
+import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
-from accuracy import check_group_update, check_lowrank_add, check_lowrank_linear, check_mixed_linear
+from accuracy import (
+    assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear, check_mixed_linear, wide,
+)  # fmt: skip
 from efft_kernels.kernels import native, reference
 
 if reason := native.unavailable():
@@ -157,13 +162,12 @@ def test_merge(isa, dtype):
     tasks = [make(1, K, N, R, dtype)[1:5] for K, N, R in ((100, 33, 1), (7, 300, 17), (64, 64, 300))]
     weights, downs, ups = ([t[i] for t in tasks] for i in (0, 2, 3))
     weights[1] = turned(weights[1])
-    exact = [w.double() + (d.double() @ u.double()).t() for w, d, u in zip(weights, downs, ups)]
+    exact = [wide(w) + (wide(d) @ wide(u)).T for w, d, u in zip(weights, downs, ups)]
     plain = [w.clone() for w in weights]
     reference.merge_(plain, downs, ups)
     native.merge_(weights, downs, ups)
     for got, own, want in zip(weights, plain, exact):
-        rounding = torch.finfo(dtype).eps * want.abs().max() * (100 if dtype == torch.float64 else 1)
-        assert (got - want).abs().max() <= 2 * (own - want).abs().max() + rounding
+        assert_accurate(got, own, want, "weight")
 
 
 def test_special_values(isa):
@@ -296,6 +300,62 @@ def test_weights_that_the_garbage_collector_frees_at_any_moment(kept):
     assert native.packed_bytes() == 0
 
 
+def test_panels_under_many_threads(kept, monkeypatch):
+    """weights that come and go, and panels that are dropped and counted, while others compute"""
+    wrong, stop = [], time.monotonic() + 1
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: wrong.append(raised.exc_value))  # in a weak reference
+    x, _, bias, down, up, dy = make(3, 8, 8, 2)
+    shared = torch.randn(8, 8)
+
+    def work(job):
+        try:
+            while time.monotonic() < stop and not wrong:
+                job()
+        except Exception as error:
+            wrong.append(error)
+
+    def compute():
+        for weight in (shared, torch.randn(8, 8)):
+            everything(x, weight, bias, down, up, dy)
+            if not right(x, weight, bias, down, up):
+                wrong.append("values")
+
+    jobs = [compute] * 4 + [native.clear_packed, native.packed_bytes]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        workers = [threading.Thread(target=work, args=(job,)) for job in jobs]
+        [w.start() for w in workers]
+        [w.join() for w in workers]
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    native.clear_packed()
+    assert right(x, shared, bias, down, up) and native.packed_bytes() == 8 * 32 * 4
+
+
+def test_panels_that_another_thread_drops_between_any_two_steps(kept, monkeypatch):
+    class Dropped(dict):
+        def look(self, found):
+            self.clear()
+            return found
+
+        def get(self, *args):
+            return self.look(super().get(*args))
+
+        def __contains__(self, key):
+            return self.look(super().__contains__(key))
+
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: raised.append(what.exc_value))
+    monkeypatch.setattr(native, "_packed", Dropped())
+    *tensors, _ = make(20, 64, 48, 3)
+    assert all(right(*tensors) for _ in range(3)) and native._packed
+    del tensors
+    gc.collect()
+    assert not raised and not native._packed
+
+
 def test_what_is_not_kept(kept):
     *tensors, _ = make(20, 64, 48, 3)
     tensors[1].requires_grad_()
@@ -316,6 +376,54 @@ def test_inference_tensors_and_copies(kept):
     tensors[1] = copy.deepcopy(tensors[1])
     tensors[1] += 1
     assert right(*tensors)
+
+
+# -- compiled at first use --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """a c++ that writes down what it was called with, and an empty file; a home folder of its own"""
+    script = tmp_path / "c++"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+                      'while [ "$1" != -o ]; do shift; done\n: > "$2"\n')  # fmt: skip
+    script.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return lambda: (tmp_path / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("cxx, first", [(None, "-std=c++17"), ("", "-std=c++17"), (" ", "-std=c++17"),
+                                        ("c++ -m64 '-DX=1 2'", "-m64 -DX=1 2 -std=c++17")])  # fmt: skip
+def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
+    if cxx is not None:
+        monkeypatch.setenv("CXX", cxx)
+    native._compile()
+    *compiled, linked = compiler()
+    assert len(compiled) == 6 and all(call.startswith(f"{first} ") for call in compiled)
+    assert linked.startswith(first.replace("-std=c++17", "-shared"))
+
+
+@pytest.mark.parametrize("where", [None, "", "elsewhere"])
+def test_where_a_compiled_library_is_kept(where, compiler, tmp_path, monkeypatch):
+    if where is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", where and str(tmp_path / where))
+    library = native._compile()
+    assert library.parent == tmp_path / (where or ".cache") / "efft_kernels" and library.exists()
+    calls = len(compiler())
+    assert native._compile() == library and len(compiler()) == calls  # once
+
+
+def test_a_compiler_that_fails_or_is_missing(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="false failed"):
+        native._compile()
+    assert not list((tmp_path / ".cache" / "efft_kernels").iterdir())
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        native._compile()
 
 
 # -- choice -----------------------------------------------------------------------------------------------------------

@@ -460,6 +460,8 @@ def test_transforms_and_forward_mode_are_refused(backend):
             transform(lambda t: lowrank_linear(t, *rest, backend=backend))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         lowrank_linear(torch.autograd.forward_ad.make_dual(x, x), *rest, backend=backend)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        torch.ops.efft_kernels.lowrank_linear(torch.autograd.forward_ad.make_dual(x, x), *rest, backend)
 
 
 def test_backward_operators_refuse(backend):
@@ -496,6 +498,7 @@ def test_backward_operators_refuse(backend):
         (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
         (dict(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor; for a trained scale multiply"),
         (dict(scale="1"), TypeError, "scale must be a number, got str"),
+        (dict(scale=10**400), ValueError, "scale must be finite, got 1000"),
     ],
     ids=str,
 )

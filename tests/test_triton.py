@@ -261,6 +261,15 @@ def test_which_way_p_is_formed(M, N, K, R, dup, expected):
     assert kernels.single_pass(M, N, K, R, BN=256, ridge=184, dup=dup) is expected
 
 
+@pytest.mark.parametrize("way", [True, False])
+def test_the_tuned_way_is_that_of_a_product_without_dup(way, monkeypatch):
+    """tuning compares the two ways of the forward; a pass over dy that dup needs anyway gives p for nothing"""
+    monkeypatch.setattr(kernels, "tuned", lambda name, key: {"single_pass": way, "use": {"BN": 128}})
+    monkeypatch.setattr(kernels, "single_pass", lambda *sizes: not way)
+    ask = lambda dup: kernels.strategy.__wrapped__("A tuned GPU", "sm_90", "half", 12608, 768, 768, 16, dup)
+    assert ask(False) is way and ask(True) is not way
+
+
 @pytest.mark.parametrize("M", [1, 63, 197, 12608, 200704])
 @pytest.mark.parametrize("N", [7, 768, 3072])
 def test_rows_are_split_by_shape_into_tiles_at_most(M, N):

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,7 +47,7 @@ def _compile() -> Path:
     library = cache / f"native-{key}.so"
     if library.exists():
         return library
-    command = shlex.split(os.environ.get("CXX") or "c++")
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(command[0]) is None:
         raise RuntimeError("no compiled library, and no C++ compiler (c++, or the environment variable CXX) to make one")
     logging.getLogger("efft_kernels").warning("compiling the CPU kernels, once, to %s", library)
@@ -207,8 +206,10 @@ def set_isa(name: str) -> None:
 
 # -- packed weights ---------------------------------------------------------------------------------------------------
 
-_lock = threading.RLock()  # a weight may be freed, and forgotten, by whatever runs while it is held
-_packed = {}  # id(weight) -> (weak reference, what the panels were made from, {transposed: panels})
+# id(weight) -> (weak reference, what the panels were made from, {transposed: panels}). Without a lock: threads, and
+# weights that are freed at any moment, may undo each other's entries, which costs packing again; every entry is checked
+# before its use, and every single step of a dict is whole
+_packed = {}
 _keep = True
 
 
@@ -220,20 +221,18 @@ def keep_packed(keep: bool) -> None:
 
 
 def clear_packed() -> None:
-    with _lock:
-        _packed.clear()
+    _packed.clear()
 
 
 def packed_bytes() -> int:
     """Memory held by the panels of all weights."""
-    with _lock:
-        return sum(panels.nbytes for _, _, made in tuple(_packed.values()) for panels in tuple(made.values()))
+    return sum(panels.nbytes for _, _, made in _packed.copy().values() for panels in made.copy().values())
 
 
 def _forget(key: int, reference) -> None:
-    with _lock:
-        if key in _packed and _packed[key][0] is reference:
-            del _packed[key]
+    entry = _packed.get(key)
+    if entry and entry[0] is reference:
+        _packed.pop(key, None)
 
 
 def _panels(weight: Tensor, transposed: bool) -> Tensor:
@@ -251,16 +250,12 @@ def _panels(weight: Tensor, transposed: bool) -> Tensor:
         ops.fingerprint(weight),
     )
     key = id(weight)
-    with _lock:
-        entry = _packed.get(key)
-        if entry and entry[0]() is weight and entry[1] == state and transposed in entry[2]:
-            return entry[2][transposed]
-    panels = ops.pack(weight, transposed)
-    with _lock:
-        entry = _packed.get(key)
-        if not (entry and entry[0]() is weight and entry[1] == state):
-            entry = _packed[key] = weakref.ref(weight, functools.partial(_forget, key)), state, {}
-        entry[2][transposed] = panels
+    entry = _packed.get(key)
+    if not (entry and entry[0]() is weight and entry[1] == state):
+        entry = _packed[key] = weakref.ref(weight, functools.partial(_forget, key)), state, {}
+    panels = entry[2].get(transposed)
+    if panels is None:
+        panels = entry[2][transposed] = ops.pack(weight, transposed)
     return panels
 
 
