@@ -154,6 +154,7 @@ def malformed() -> dict[str, dict]:
         "bomb in a header": png(60_000, 60_000),
         "bomb that is there": png(9_000, 9_000, zlib.compress(bytes(3 * 9_000 * 9_000 + 9_000), 9)),
         "no pixels": png(0, 0),
+        "a line": png(1, 60_000, zlib.compress(bytes(4 * 60_000))),
         "a scan ten thousand times": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
         "too large": bytes(10 * 2**20 + 5000),
     }
