@@ -200,7 +200,7 @@ class Server:
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
 
-    async def ready(self, session, seconds: float = 120) -> None:
+    async def ready(self, session, seconds: float = 300) -> None:
         import aiohttp
 
         end = time.monotonic() + seconds

@@ -15,6 +15,8 @@ or from a file, for ``serve run`` and ``serve deploy``:
       import_path: efft_kernels.deploy:app
       args: {model: vit_base_patch16_224, weights: base.safetensors, adapters: adapters/, replicas: 4}
 
+On a cluster every node needs the files under the same paths.
+
 Ask it:
 
     curl --data-binary @cat.jpg 'http://127.0.0.1:8000/?adapter=pets'

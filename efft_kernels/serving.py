@@ -123,6 +123,7 @@ class AdapterBank:
             ValueError: a name that is taken, a file that is none of an adapter, an adapter or a head that does not fit
                 the model, or one of another method or other Linears than those in the bank; a Linear of the model that
                 is quantized, parametrized or weight-normed. The bank is as it was then.
+            RuntimeError: the bank has released its model.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
@@ -210,7 +211,9 @@ class AdapterBank:
             TypeError: ids is a string or no sequence.
             ValueError: a name that is not in the bank; and, from the model before it computes anything, a batch of
                 another size. A Linear whose input does not start with the batch, or a multiple of it as the windows of
-                Swin do, is refused by name.
+                Swin do, is refused by name; called past the model's forward (``forward_features``, one block), that is
+                all that is checked.
+            RuntimeError: the bank has released its model.
         """
         use = self._use(ids)
         _uses.set((*_uses.get(), use))
