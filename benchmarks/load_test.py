@@ -226,7 +226,7 @@ class Server:
                 pass
         return found
 
-    def stop(self, seconds: float = 60) -> int:
+    def stop(self, seconds: float = 180) -> int:
         """its exit status after SIGTERM"""
         left = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
