@@ -5,8 +5,8 @@
 Starts ``python -m efft_kernels.deploy`` with a random backbone and adapters of its own making, and asks at a fixed rate
 for pictures under adapters chosen at random, as raw bodies and as forms. The rate is half of what this machine answers
 when 8 clients ask as fast as they can for 5 s, and at most 20 a second; or --rate, which may be more than it can do:
-what waits for 30 s then is lost. The adapters do not all fit the budget, so they come and go. In the middle one replica is killed (SIGKILL), just after 16 requests were sent at once. Beside that,
-malformed requests are spread over the run.
+what waits for 30 s then is lost. The adapters do not all fit the budget, so they come and go. In the middle one replica
+is killed (SIGKILL), just after 16 requests were sent at once. Beside that, malformed requests are spread over the run.
 
     lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent
               again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/deploy.py calls

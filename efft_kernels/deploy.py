@@ -35,7 +35,7 @@ replica Ray's proxy keeps of its body whatever arrives: where strangers ask, put
 Answers: 200; 400, 404, 405, 411, 413, 415, 422 for requests that would be refused again; 408, 500, 502, 503, 504 for
 those that may be sent again, because an answer changes nothing: 503, with Retry-After, where too many requests wait or
 there is no room in the budget beside the adapters in use; 500 among others if a replica died with the request.
-``GET /`` describes the service and the replica that answers, ``GET /-/healthz`` says whether it is up. Metrics are Ray's,
+``GET /`` describes the service and one replica, ``GET /-/healthz`` says whether it is up. Metrics are Ray's,
 and those with the prefix ``efft_``.
 
 On SIGTERM or SIGINT requests under way are answered, then it stops. An image decoder that crashes, as no picture should
