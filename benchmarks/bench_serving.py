@@ -4,8 +4,7 @@
     python benchmarks/bench_serving.py --batch 8 --adapters 1 4 --out DIR
 
 One call serves ``batch`` images, each with the next of K adapters: more adapters than images take several batches to
-come by. measure.py has how it is measured, results/README.md
-what the files hold.
+come by. measure.py has how it is measured, results/README.md what the files hold.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Minutes of mixed load on a deployment, on loopback: no answer lost or wrong, bad requests refused, memory flat.
 
-    python benchmarks/load_test.py                     # 5 minutes, 20 requests a second, two replicas of a tiny ViT
+    python benchmarks/load_test.py                     # 5 minutes, two replicas of a tiny ViT
 
 Starts ``python -m efft_kernels.deploy`` with a random backbone and adapters of its own making, and asks at a fixed rate
-for pictures under adapters chosen at random, as raw bodies and as forms. The adapters do not all fit the budget, so
-they come and go. In the middle one replica is killed (SIGKILL), just after 16 requests were sent at once. Beside that,
-malformed requests are spread over the run.
+for pictures under adapters chosen at random, as raw bodies and as forms. The rate is half of what this machine answers
+when 8 clients ask as fast as they can for 5 s, and at most 20 a second; or --rate, which may be more than it can do:
+what waits for 30 s then is lost. The adapters do not all fit the budget, so they come and go. In the middle one replica
+is killed (SIGKILL), just after 16 requests were sent at once. Beside that, malformed requests are spread over the run.
 
     lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent
               again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/deploy.py calls
@@ -20,6 +21,7 @@ malformed requests are spread over the run.
 
 import argparse
 import asyncio
+import datetime
 import io
 import os
 import random
@@ -31,11 +33,12 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 import torch
-from report import commit, machine, table, versions, write_json
+from report import FORMAT, commit, machine, prepare, table, versions, write_json
 
 import efft_kernels as ek
 from efft_kernels.deploy import Settings, base_model
@@ -44,6 +47,7 @@ from efft_kernels.uploads import decode
 REPEATABLE = 408, 500, 502, 503, 504
 TOLERANCE = 1e-4
 PATIENCE = 30.0
+MOST = 20.0  # good requests a second, unless --rate says more
 MODEL = "test_vit"  # timm's smallest: 64 wide, 160 x 160 pixels
 
 
@@ -154,6 +158,7 @@ def malformed() -> dict[str, dict]:
         "bomb in a header": png(60_000, 60_000),
         "bomb that is there": png(9_000, 9_000, zlib.compress(bytes(3 * 9_000 * 9_000 + 9_000), 9)),
         "no pixels": png(0, 0),
+        "a line": png(1, 60_000, zlib.compress(bytes(4 * 60_000))),
         "a scan ten thousand times": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
         "too large": bytes(10 * 2**20 + 5000),
     }
@@ -195,7 +200,7 @@ class Server:
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
 
-    async def ready(self, session, seconds: float = 120) -> None:
+    async def ready(self, session, seconds: float = 300) -> None:
         import aiohttp
 
         end = time.monotonic() + seconds
@@ -221,7 +226,7 @@ class Server:
                 pass
         return found
 
-    def stop(self, seconds: float = 60) -> int:
+    def stop(self, seconds: float = 180) -> int:
         """its exit status after SIGTERM"""
         left = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
@@ -314,6 +319,18 @@ class Load:
                     pass
             await asyncio.sleep(1)
 
+    async def capacity(self, rng: random.Random, seconds: float = 5.0, clients: int = 8) -> float:
+        """good answers a second to so many clients, each of which asks again as soon as it is answered"""
+        names = sorted({name for _, name in self.want}, key=str)
+        start = time.monotonic()
+
+        async def client():
+            while time.monotonic() < start + seconds:
+                await self.good(rng.randrange(len(self.files)), rng.choice(names), False)
+
+        await asyncio.gather(*[client() for _ in range(clients)])
+        return self.statuses["200"] / (time.monotonic() - start)
+
     async def run(self, seconds: float, rate: float, bad: int, kill: bool, rng: random.Random) -> None:
         stop, tasks = asyncio.Event(), set()
         watching = asyncio.create_task(self.watch(stop))
@@ -361,6 +378,10 @@ async def measure(args, server: Server, files, want) -> Load:
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=256)) as session:
         await server.ready(session)
+        if args.rate is None:
+            args.rate = min(MOST, 0.5 * await Load(server, session, files, want).capacity(random.Random(1)))
+            if not args.rate:
+                raise RuntimeError(f"nothing was answered in 5 s: {server.log.read_text()[-3000:]}")
         load = Load(server, session, files, want)
         await load.run(60 * args.minutes, args.rate, args.malformed, args.replicas > 1, random.Random(0))
     return load
@@ -380,6 +401,7 @@ def summary(load: Load, args, stopped: int) -> dict:
         for pid, samples in load.memory.items()
     ]
     return {
+        "rate": args.rate,
         "sent": load.counts["sent"],
         "lost": load.counts["lost"],
         "wrong": load.counts["wrong"],
@@ -398,7 +420,8 @@ def summary(load: Load, args, stopped: int) -> dict:
 
 
 def show(found: dict) -> None:
-    rows = [[name, found[name]] for name in ("sent", "lost", "wrong", "malformed", "accepted", "replicas_killed")]
+    rows = [["requests a second", f"{found['rate']:.1f}"]]
+    rows += [[name, found[name]] for name in ("sent", "lost", "wrong", "malformed", "accepted", "replicas_killed")]
     rows.append(["sent again, by reason", ", ".join(f"{k}: {v}" for k, v in found["sent_again"].items()) or "none"])
     rows += [[f"{name}, s", f"{value:.3f}"] for name, value in found["seconds"].items()]
     for m in found["memory"]:
@@ -414,15 +437,18 @@ def show(found: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=5.0)
-    p.add_argument("--rate", type=float, default=20.0, help="good requests a second")
+    p.add_argument("--rate", type=float, help="good requests a second (default: half of what it can do, at most 20)")
     p.add_argument("--malformed", type=int, default=1000, help="bad requests, spread over the run")
     p.add_argument("--replicas", type=int, default=2, help="one of which is killed, if there are several")
     p.add_argument("--adapters", type=int, default=12, help="two thirds of which fit the budget")
     p.add_argument("--port", type=int, default=8142)
     p.add_argument("--out", type=Path, help="folder for load_test.json")
     args = p.parse_args(argv)
-    if min(args.minutes, args.rate, args.replicas, args.adapters) <= 0 or args.malformed < 0:
+    rate = 1 if args.rate is None else args.rate
+    if min(args.minutes, rate, args.replicas, args.adapters) <= 0 or args.malformed < 0:
         p.error("minutes, rate, replicas and adapters must be positive, malformed not negative")
+    if args.out:
+        prepare(args.out)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = make_adapters(Path(folder), [3 + i for i in range(args.adapters)])
@@ -439,10 +465,12 @@ def main(argv: list[str] | None = None) -> int:
         found = summary(load, args, stopped)
     show(found)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        facts = {"machine": machine(), "versions": versions(), "commit": commit()}
-        options = {name: value for name, value in vars(args).items() if name != "out"}
-        write_json(args.out / "load_test.json", {"benchmark": "load_test", **facts, "options": options, **found})
+        today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+        arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        record = {"benchmark": "load_test", "format": FORMAT, "date": today, "complete": True, "arguments": arguments}
+        record |= {"machine": machine(), "commit": commit()}
+        record["versions"] = {**versions(), **{name: metadata.version(name) for name in ("ray", "timm", "pillow")}}
+        write_json(args.out / "load_test.json", {**record, **found})
     good = not (found["lost"] or found["wrong"] or found["accepted"] or stopped) and found["memory_flat"]
     return 0 if good else 1
 

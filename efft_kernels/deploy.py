@@ -15,6 +15,8 @@ or from a file, for ``serve run`` and ``serve deploy``:
       import_path: efft_kernels.deploy:app
       args: {model: vit_base_patch16_224, weights: base.safetensors, adapters: adapters/, replicas: 4}
 
+On a cluster every node needs the files under the same paths.
+
 Ask it:
 
     curl --data-binary @cat.jpg 'http://127.0.0.1:8000/?adapter=pets'
@@ -27,12 +29,14 @@ is. ``top`` says how many scores are wanted. Labels are the lines of ``NAME.labe
 numbers of the classes. The folder is read when a name is asked for: put a file there, and it is served.
 
 Requests of different adapters that arrive together are one batch, and one pass of the model. A body that is larger than
-``max_bytes``, or an image of more than ``max_pixels``, is refused before it is decoded.
+``max_bytes``, or an image of more than ``max_pixels``, is refused before it is decoded. While a request waits for a
+replica Ray's proxy keeps of its body whatever arrives: where strangers ask, put a web server with a limit before it.
 
 Answers: 200; 400, 404, 405, 411, 413, 415, 422 for requests that would be refused again; 408, 500, 502, 503, 504 for
-those that may be sent again, because an answer changes nothing: 503 with too many requests waiting, or no room in the
-budget beside the adapters in use; 500 among others if a replica died with the request. ``GET /`` describes the service,
-``GET /-/healthz`` says whether it is up. Metrics are Ray's, and those with the prefix ``efft_``.
+those that may be sent again, because an answer changes nothing: 503, with Retry-After, where too many requests wait or
+there is no room in the budget beside the adapters in use; 500 among others if a replica died with the request.
+``GET /`` describes the service and one replica, ``GET /-/healthz`` says whether it is up. Metrics are Ray's,
+and those with the prefix ``efft_``.
 
 On SIGTERM or SIGINT requests under way are answered, then it stops. An image decoder that crashes, as no picture should
 make it, takes one replica with it, and Ray starts another.
@@ -55,6 +59,7 @@ from .folder import AdapterFolder, DoesNotFit
 from .uploads import Refused, Upload, decode, read_upload
 
 log = logging.getLogger("efft_kernels.deploy")
+RETRY_S = 1  # after which to ask again what was answered with 503
 _declared = []  # a torch.library.Library lives as long as someone refers to it
 
 
@@ -150,21 +155,25 @@ class Classifier:
 
     def prepare(self, upload: Upload) -> tuple[Tensor, str | None]:
         """(image [3, H, W], adapter's name in the bank, held until :meth:`release`)."""
-        key = None
+        key = self._take(upload.adapter)  # before what costs more
         try:
-            # first what is cheap
-            key = self.folder.take(upload.adapter) if upload.adapter else None
-            image = self.transform(decode(upload.image, max_pixels=self.settings.max_pixels))
-            return image, key
-        except BaseException as error:
+            return self.transform(decode(upload.image, max_pixels=self.settings.max_pixels)), key
+        except BaseException:
             self.release(key)
-            if isinstance(error, FileNotFoundError):
-                raise Refused(404, str(error)) from error
-            if isinstance(error, DoesNotFit):
-                raise Refused(503, str(error)) from error
-            if isinstance(error, ValueError):
-                raise Refused(422, f"adapter {upload.adapter!r} cannot be served: {error}") from error
             raise
+
+    def _take(self, adapter: str | None) -> str | None:
+        if adapter is None:
+            return None
+        try:
+            return self.folder.take(adapter)
+        except FileNotFoundError as error:
+            raise Refused(404, f"there is no adapter {adapter!r}") from error
+        except DoesNotFit as error:
+            raise Refused(503, str(error)) from error
+        except ValueError as error:  # whose sentence has the path, which is not for strangers
+            log.warning("adapter %r cannot be served: %s", adapter, error)
+            raise Refused(422, f"adapter {adapter!r} cannot be served: its file does not fit the model") from error
 
     def release(self, key: str | None) -> None:
         if key is not None:
@@ -178,7 +187,13 @@ class Classifier:
             return [row[: self.bank.classes(key)].softmax(0) for row, key in zip(logits, keys)]
 
     def answer(self, upload: Upload, scores: Tensor) -> dict:
-        """What the request gets, as data for JSON."""
+        """What the request gets, as data for JSON.
+
+        Raises:
+            Refused: 422, scores that are no numbers: of an adapter that diverged, or that overflowed for this image.
+        """
+        if not scores.isfinite().all():
+            raise Refused(422, f"adapter {upload.adapter!r} gives scores for this image that are not finite")
         labels = self._labels(upload.adapter, len(scores))
         best = scores.topk(min(upload.top, len(scores)))
         found = [
@@ -212,6 +227,28 @@ def _lines(path) -> list[str]:
 
 
 # -- the deployment ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Item:
+    """An image on its way through a batch, and its adapter: the request's until the batch begins, then the batch's.
+
+    Whoever asked may leave at any time; the others of the batch need all its adapters until it is done.
+    """
+
+    image: Tensor
+    key: str | None
+    in_batch: bool = False
+
+
+async def in_thread(pool: ThreadPoolExecutor, call, *args, undo):
+    """call(*args) in a thread of the pool. If nobody waits for it any more, undo(what it returned) follows it."""
+    work = pool.submit(call, *args)
+    try:
+        return await asyncio.wrap_future(work)
+    except asyncio.CancelledError:
+        work.add_done_callback(lambda done: done.cancelled() or done.exception() or undo(done.result()))
+        raise
 
 
 def _ray():
@@ -274,7 +311,7 @@ def app(args: dict):
                 self.under_way -= 1
             self.count.inc(tags={"status": str(status)})
             self.time.observe(time.perf_counter() - start)
-            headers = {"retry-after": "1"} if status == 503 else {"allow": "GET, POST"} if status == 405 else None
+            headers = {"retry-after": str(RETRY_S)} if status == 503 else {"allow": "GET, POST"} if status == 405 else None
             return JSONResponse(data, status, headers)
 
         async def respond(self, request: Request) -> dict:
@@ -284,22 +321,29 @@ def app(args: dict):
                 raise Refused(405, f"the method must be POST, with an image, got {request.method}")
             upload = await read_upload(request, max_bytes=self.settings.max_bytes)
             loop = asyncio.get_running_loop()
-            image, key = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
+            held = lambda found: self.classifier.release(found[1])
+            image, key = await in_thread(self.decoding, self.classifier.prepare, upload, undo=held)
+            item = Item(image, key)
             try:
-                scores = await self.batched((image, key))
+                scores = await self.batched(item)
             finally:
-                self.classifier.release(key)
+                if not item.in_batch:
+                    self.classifier.release(key)
             return await loop.run_in_executor(self.decoding, self.classifier.answer, upload, scores)
 
         @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
         async def batched(self, items: list) -> list:
-            images, keys = zip(*items)
+            images, keys = [item.image for item in items], [item.key for item in items]
+            for item in items:
+                item.in_batch = True
             self.busy_since = time.monotonic()
             try:
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self.computing, self.classifier.classify, list(images), list(keys))
+                return await loop.run_in_executor(self.computing, self.classifier.classify, images, keys)
             finally:
                 self.busy_since = None
+                for key in keys:
+                    self.classifier.release(key)
                 self.batch.observe(len(keys))
                 self.mixed.observe(len(set(keys)))
                 folder = self.classifier.folder
@@ -318,6 +362,7 @@ def app(args: dict):
                 "model": self.settings.model,
                 "adapters": folder.names(),
                 "loaded": {"adapters": folder.loaded, "bytes": folder.bytes},
+                "in_use": {"adapters": folder.in_use, "requests": self.under_way - 1},  # this one aside
                 "limits": {name: getattr(self.settings, name) for name in limits},
             }
 
@@ -333,6 +378,7 @@ def app(args: dict):
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
+        backpressure_config={"retry_after_s": RETRY_S},
         graceful_shutdown_timeout_s=settings.stop_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,

@@ -41,6 +41,10 @@ class AdapterFolder:
         return len(self._sizes)
 
     @property
+    def in_use(self) -> int:
+        return len(self._held)
+
+    @property
     def bytes(self) -> int:
         return sum(tuple(self._sizes.values()))
 

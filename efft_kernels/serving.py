@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ from .inject import adapters, check_bare, classes_of, classifiers_of, head_state
 from .ops import check_backend, lowrank_linear, mixed_linear
 from .quantized import keeps_product, kind
 
-# id of a bank -> its use under way in this thread or asyncio task
-_uses: ContextVar[dict[int, "_Use"]] = ContextVar("efft_kernels_uses", default={})
+# uses under way in this thread or asyncio task, the one entered last at the end
+_uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ class AdapterBank:
         self.model, self.backend = model, backend
         self._adapters: dict[str, _Adapter] = {}
         self._paths: list[str] = []  # of the Linears that are no longer plain
-        self._replays: dict[int, _Use] = {}  # backward -> the use whose forward it recomputes
+        self._replays = weakref.WeakValueDictionary()  # backward -> the use whose forward it recomputes
         self._lock = threading.Lock()
         self._flags = {key: p.requires_grad for key, p in model.named_parameters()}
         model.requires_grad_(False)
@@ -88,10 +89,10 @@ class AdapterBank:
         model.efft = self  # no module: nothing is registered
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_lock": None, "_replays": {}}
+        return {**self.__dict__, "_lock": None, "_replays": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _replays=weakref.WeakValueDictionary())
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters
@@ -122,11 +123,13 @@ class AdapterBank:
             ValueError: a name that is taken, a file that is none of an adapter, an adapter or a head that does not fit
                 the model, or one of another method or other Linears than those in the bank; a Linear of the model that
                 is quantized, parametrized or weight-normed. The bank is as it was then.
+            RuntimeError: the bank has released its model.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
         if not name:
             raise ValueError("name must not be empty")
+        self._check_held()
         self._check_new(name)
         with torch.inference_mode(False), torch.no_grad():
             adapter = self._made(source)
@@ -208,16 +211,25 @@ class AdapterBank:
             TypeError: ids is a string or no sequence.
             ValueError: a name that is not in the bank; and, from the model before it computes anything, a batch of
                 another size. A Linear whose input does not start with the batch, or a multiple of it as the windows of
-                Swin do, is refused by name.
+                Swin do, is refused by name; called past the model's forward (``forward_features``, one block), that is
+                all that is checked.
+            RuntimeError: the bank has released its model.
         """
-        token = _uses.set({**_uses.get(), id(self): self._use(ids)})
+        use = self._use(ids)
+        _uses.set((*_uses.get(), use))
         try:
             yield self
         finally:
-            _uses.reset(token)
+            # not by a token: generators may leave theirs in another order, or be closed by another task
+            _uses.set(tuple(other for other in _uses.get() if other is not use))
 
     def release(self) -> None:
-        """Give the model back: plain Linears, and parameters frozen or trained as before. The bank is of no use then."""
+        """Give the model back: plain Linears, and parameters frozen or trained as before.
+
+        What the bank holds can still be saved; :meth:`add` and :meth:`use` raise a RuntimeError from then on.
+        """
+        if not self._hooks:
+            return
         for path in self._paths:
             self.model.get_submodule(path).release()
         for hook in self._hooks:
@@ -236,11 +248,12 @@ class AdapterBank:
         """the use that a layer which runs now belongs to"""
         if self._replays and (use := self._replays.get(torch._C._current_graph_task_id())):
             return use
-        return _uses.get().get(id(self))
+        return next((use for use in reversed(_uses.get()) if use.bank is self), None)
 
     def _use(self, ids: Sequence[str | None]) -> "_Use":
         if isinstance(ids, str) or not isinstance(ids, Sequence):
             raise TypeError(f"ids must be a sequence with a name or None for each sample, got {type(ids).__name__}")
+        self._check_held()
         with self._lock:
             held = {name: self._known(name) for name in ids if name is not None}
         position = {name: i for i, name in enumerate(held)}
@@ -263,6 +276,10 @@ class AdapterBank:
             known = ", ".join(map(repr, list(self._adapters)[:10])) + ", ..." * (len(self._adapters) > 10)
             known = known or "of which there are none"
             raise ValueError(f"name must be one of the bank's adapters, {known}, got {name!r}") from None
+
+    def _check_held(self) -> None:
+        if not self._hooks:
+            raise RuntimeError("the bank has released its model; make a new one")
 
     def _check_new(self, name: str) -> None:
         if name in self._adapters:
@@ -368,7 +385,8 @@ class _Use(Passes):
 
     def ids(self, device: torch.device) -> Tensor:
         if device not in self._ids:
-            self._ids[device] = torch.tensor(self.index, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # a later forward may save them for its backward
+                self._ids[device] = torch.tensor(self.index, dtype=torch.int64, device=device)
         return self._ids[device]
 
     def check_batch(self, x: Tensor | None) -> None:

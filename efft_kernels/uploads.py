@@ -10,6 +10,7 @@ from dataclasses import dataclass
 _FORMATS = ("JPEG", "PNG", "WEBP")  # and MPO, a JPEG with further pictures behind it, as phones make them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last is what curl --data-binary says
+_LONGEST = 100  # times its shorter side: a transform brings that to the model's size, the longer one grows with it
 _SCANS = 64  # passes over a progressive JPEG; encoders make about ten, each costs a decoder all pixels
 
 
@@ -119,8 +120,8 @@ def decode(data: bytes, *, max_pixels: int):
     transparency (dropped) become RGB; EXIF orientation is applied.
 
     Raises:
-        Refused: 413 for more than max_pixels, 415 for another format, 422 for an animation and for a file that is
-            truncated, corrupt or made to keep a decoder busy.
+        Refused: 413 for more than max_pixels, 415 for another format, 422 for an animation, for a picture that is a
+            line, and for a file that is truncated, corrupt or made to keep a decoder busy.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -136,6 +137,8 @@ def decode(data: bytes, *, max_pixels: int):
         width, height = image.size
         if width * height > max_pixels:
             raise Refused(413, f"image must have at most {max_pixels} pixels, got {width} x {height}")
+        if max(width, height) > _LONGEST * min(width, height):
+            raise Refused(422, f"image must be at most {_LONGEST} times as long as it is wide, got {width} x {height}")
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise Refused(422, f"image must be one picture, got an animation of {image.n_frames}")
         if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > _SCANS:

@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,36 @@ def test_the_size_is_checked_before_anything_is_decoded(picture, monkeypatch):
     assert refused.value.status == 413 and not loads
     decode(saved(picture), max_pixels=1200)
     assert loads
+
+
+def test_16_bit_colours_and_a_phones_second_picture(picture):
+    import numpy
+
+    deep = numpy.asarray(picture).astype(">u2") * 257
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    header = (40).to_bytes(4, "big") + (30).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    assert decode(file, max_pixels=PIXELS).tobytes() == picture.tobytes()
+    first = decode(saved(picture, "MPO", save_all=True, append_images=[picture.rotate(90)]), max_pixels=PIXELS)
+    assert first.size == (40, 30) and first.mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_metadata_that_is_nonsense_harms_no_picture(picture, kind):
+    for exif in (b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 200, b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"):
+        assert decode(saved(picture, kind, exif=exif), max_pixels=PIXELS).size == (40, 30)
+
+
+def test_a_line_would_grow_with_the_models_size():
+    from PIL import ImageFile
+
+    for size in ((1, 60_000), (60_000, 1), (3, 301)):
+        with pytest.raises(Refused, match=f"at most 100 times as long as it is wide, got {size[0]} x") as refused:
+            decode(saved(Image.new("L", size)), max_pixels=25_000_000)
+        assert refused.value.status == 422
+    assert decode(saved(Image.new("L", (3, 300))), max_pixels=PIXELS).size == (3, 300)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def malformed():
@@ -383,10 +416,52 @@ def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
         with pytest.raises(Refused) as refused:
             classifier.prepare(Upload(files[0], name, 5))
         assert refused.value.status == status
+        assert settings.adapters not in str(refused.value)  # paths are not for strangers
     with pytest.raises(Refused) as refused:
         classifier.prepare(Upload(files[0][:50], "adapter-0", 5))
     assert refused.value.status in (415, 422) and not classifier.folder._held
     Path(settings.adapters, "broken.safetensors").unlink()
+
+
+def test_scores_that_are_no_numbers_are_refused(served):
+    from efft_kernels.deploy import Classifier
+    from efft_kernels.uploads import Upload
+
+    _, settings, files, _ = served
+    classifier = Classifier(settings)
+    uploads = [Upload(files[0], name, 5) for name in ("adapter-0", "adapter-1")]
+    images, keys = zip(*map(classifier.prepare, uploads))
+    with torch.no_grad():
+        classifier.bank.parameters(keys[0])[0].fill_(float("nan"))
+    bad, good = classifier.classify(list(images), list(keys))
+    with pytest.raises(Refused, match="'adapter-0' gives scores for this image that are not finite") as refused:
+        classifier.answer(uploads[0], bad)
+    assert refused.value.status == 422 and classifier.answer(uploads[1], good)["adapter"] == "adapter-1"
+
+
+def test_what_a_thread_made_for_somebody_who_left_is_undone(caplog):
+    from efft_kernels.deploy import in_thread
+
+    begun, go, undone = threading.Event(), threading.Event(), []
+
+    def work(name):
+        begun.set()
+        go.wait(10)
+        return name
+
+    async def run(pool):
+        tasks = [asyncio.create_task(in_thread(pool, work, name, undo=undone.append)) for name in ("one", "two", "three")]
+        await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
+        tasks[0].cancel()  # under way
+        tasks[1].cancel()  # not begun
+        await asyncio.sleep(0)
+        go.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        one, two, three = asyncio.run(run(pool))
+    assert isinstance(one, asyncio.CancelledError) and isinstance(two, asyncio.CancelledError) and three == "three"
+    assert undone == ["one"] and not caplog.records
 
 
 def test_a_deployment_on_loopback(served, tmp_path):
@@ -396,7 +471,7 @@ def test_a_deployment_on_loopback(served, tmp_path):
     load_test, settings, files, want = served
     from efft_kernels.deploy import Settings
 
-    settings = Settings(**vars(settings) | {"replicas": 2})
+    settings = Settings(**vars(settings) | {"replicas": 2, "max_ongoing": 8, "max_queued": 40})
     server = load_test.Server(settings, 8971, tmp_path / "log")
 
     async def ask():
@@ -404,8 +479,31 @@ def test_a_deployment_on_loopback(served, tmp_path):
             await server.ready(session)
             load = load_test.Load(server, session, files, want)
             await load.run(2.0, 15.0, len(load_test.malformed()), True, load_test.random.Random(0))
-            async with session.get(server.url) as answer:
-                described = await answer.json()
+            gone = {"data": files[0], "timeout": aiohttp.ClientTimeout(total=0.02)}
+
+            async def leave(i):
+                try:
+                    async with session.post(server.url, params={"adapter": f"adapter-{i % 3}"}, **gone):
+                        pass
+                except asyncio.TimeoutError:
+                    pass
+
+            await asyncio.gather(*[leave(i) for i in range(30)])
+            # what those held is given back: all is idle, and every replica could drop every adapter
+            end = time.monotonic() + 30
+            described = [{"in_use": None}]
+            idle = {"adapters": 0, "requests": 0}
+            while any(found["in_use"] != idle for found in described) and time.monotonic() < end:
+                described = []
+                for _ in range(8):
+                    async with session.get(server.url) as answer:
+                        described.append(await answer.json())
+
+            async def ask_once():
+                async with session.post(server.url, data=files[0], headers={"content-type": "image/png"}) as answer:
+                    return answer.status, answer.headers.get("retry-after")
+
+            crowd = await asyncio.gather(*[ask_once() for _ in range(120)])
 
             async def one(i):
                 query = {"adapter": "adapter-1", "top": "100"}
@@ -416,15 +514,17 @@ def test_a_deployment_on_loopback(served, tmp_path):
             under_way = [asyncio.create_task(one(i)) for i in range(40)]
             await asyncio.sleep(0.2)
             server.process.send_signal(signal.SIGTERM)
-            return load, described, await asyncio.gather(*under_way, return_exceptions=True)
+            return load, described, crowd, await asyncio.gather(*under_way, return_exceptions=True)
 
     try:
-        load, described, last = asyncio.run(ask())
+        load, described, crowd, last = asyncio.run(ask())
     finally:
         stopped = server.stop()
     problems = load.problems[:5], server.log.read_text()[-2000:]
     assert load.counts["killed"] == 1 and load.counts["malformed"] >= 30
     assert not load.counts["wrong"] and not load.counts["accepted"], problems
-    assert described["adapters"] == [f"adapter-{i}" for i in range(3)]
+    assert described[0]["adapters"] == [f"adapter-{i}" for i in range(3)]
+    assert all(found["in_use"] == {"adapters": 0, "requests": 0} for found in described), described
+    assert set(crowd) == {(200, None), (503, "1")}, problems
     assert load.counts["sent"] == 46 and not load.counts["lost"], problems
     assert last == [True] * 40 and stopped == 0, (last, problems)

@@ -1,5 +1,6 @@
 """AdapterBank: mixed batches equal one pass per adapter, adapters come and go, and what does not fit is refused."""
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -7,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from models import METHODS, PLAIN, images, shake, swin, vit
+from models import METHODS, PLAIN, images, shake, swin, timm, vit
 from torch import nn
 
 import efft_kernels as ek
@@ -114,6 +115,46 @@ def test_ranks_and_scales_may_differ():
         torch.testing.assert_close(bank.model(x), one_by_one(models, ["b", "a", "b"], x), rtol=1e-10, atol=1e-10)
 
 
+def transformer(**options):
+    transformers = pytest.importorskip("transformers")
+    timm()  # transformers imports torchvision, which may need its help
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=16)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, num_labels=10)).eval()
+
+
+def test_a_model_of_transformers():
+    bank, models = filled(make=transformer, dtype=torch.float64, classes=(3, 7, 3))
+    x, target = images(6, torch.float64), torch.tensor([0, 1, 2, 1, 0, 2])
+    with bank.use(BATCH):
+        out = bank.model(pixel_values=x, labels=target)  # keyword arguments, and a loss of its own
+    want = one_by_one({name: lambda t, m=model: m(t).logits for name, model in models.items()}, BATCH, x)
+    torch.testing.assert_close(out.logits, want, rtol=1e-9, atol=1e-10)
+    out.loss.backward()
+    F.cross_entropy(want, target).backward()
+    for name in "abc":
+        for p, q in zip(bank.parameters(name), ek.adapter_parameters(models[name])):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="each of the 5 samples, got 6"), bank.use(BATCH):
+        bank.model(pixel_values=x[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_in_16_bits(dtype):
+    bank, models = filled(dtype=dtype)
+    x = images(6, dtype)
+    assert {p.dtype for name in "abc" for p in bank.parameters(name)} == {dtype}
+    with bank.use(BATCH):
+        y = bank.model(x)
+    exact = one_by_one({name: copy.deepcopy(model).double() for name, model in models.items()}, BATCH, x.double())
+    finite = exact.isfinite()
+    with torch.no_grad():
+        plain = one_by_one(models, BATCH, x)
+    ours, theirs = ((t.double() - exact)[finite].norm() for t in (y, plain))
+    assert y.dtype == dtype and ours < 2 * theirs, (ours, theirs)
+    y[finite].float().square().sum().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for name in "abc" for p in bank.parameters(name))
+
+
 def test_one_adapter_and_none_at_all():
     bank, models = filled()
     x = images(2)
@@ -196,6 +237,37 @@ def test_modes_of_torch():
     assert all(p.grad is not None for name in "abc" for p in bank.parameters(name))
 
 
+def test_training_after_inference_in_one_use():
+    bank, _ = filled(classes=(3, 3, 3))
+    x = images(6)
+    with bank.use(BATCH):
+        with torch.inference_mode():
+            want = bank.model(x)
+        y = bank.model(x)  # may use nothing that was made under inference_mode
+        y.square().sum().backward()
+    torch.testing.assert_close(y, want.clone())
+    assert all(p.grad.any() for p in bank.parameters("b"))
+
+
+def test_gradients_accumulate_over_batches():
+    bank, _ = filled(classes=(3, 3, 3))
+    x, parts = images(6), (slice(0, 2), slice(2, 6))
+    parameters = [p for name in "abc" for p in bank.parameters(name)]
+
+    def loss(rows):
+        with bank.use(BATCH[rows]):
+            return bank.model(x[rows]).square().sum()
+
+    want = torch.autograd.grad(loss(slice(0, 6)), parameters)
+    for rows in parts:
+        loss(rows).backward()
+    accumulated = [p.grad for p in parameters]
+    both = torch.autograd.grad(sum(loss(rows) for rows in parts), parameters)  # two uses, one backward
+    for got in (accumulated, both):
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_called_outside_of_the_models_forward():
     bank, models = filled(make=vit)
     x = images(6)
@@ -227,6 +299,37 @@ def test_checkpointing(reentrant):
     for g, w in zip(run(), want):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
     assert not bank._replays
+
+
+def test_checkpointing_of_two_uses_in_one_backward_and_of_one_that_fails():
+    bank, _ = filled(classes=(3, 3, 3))
+    x = images(2)
+    parameters = [p for name in "abc" for p in bank.parameters(name)]
+
+    def loss():
+        total = 0
+        for ids in (["a", "b"], ["c", None], ["b", "c"]):
+            with bank.use(ids):
+                total = total + bank.model(x).square().sum()
+        return total
+
+    want = torch.autograd.grad(loss(), parameters)
+    inner = bank.model.blocks[0]
+    forward = inner.forward
+    inner.forward = lambda t: torch.utils.checkpoint.checkpoint(forward, t, use_reentrant=False)
+    for g, w in zip(torch.autograd.grad(loss(), parameters), want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+    def fail(grad):
+        raise RuntimeError("no memory")
+
+    failing = loss()
+    handle = parameters[0].register_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        failing.backward()
+    handle.remove()
+    del failing
+    assert not bank._replays  # and with them the graph
 
 
 def test_compiled_with_graph_breaks():
@@ -285,7 +388,15 @@ def test_state_dict_and_release_give_the_model_back():
     bank = AdapterBank(model)
     bank.add("a", trained())
     assert model.state_dict().keys() == state.keys() and not any(p.requires_grad for p in model.parameters())
-    bank.release()
+    twin = copy.deepcopy(bank)
+    for released in (twin, bank):
+        released.release()
+        released.release()
+        with pytest.raises(RuntimeError, match="has released its model"), released.use(["a"]):
+            pytest.fail("entered")
+        with pytest.raises(RuntimeError, match="has released its model"):
+            released.add("b", trained())
+    assert not hasattr(twin.model, "efft")
     assert {key: p.requires_grad for key, p in model.named_parameters()} == flags and not hasattr(model, "efft")
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
     assert not model._forward_pre_hooks and not model._forward_hooks
@@ -365,6 +476,83 @@ def test_adapters_come_and_go_while_others_compute():
     assert not wrong and len(bank) == 2 + 15
     want = one_by_one({**models, "extra0": extra}, ["c", "extra0", "c"], x)
     torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-4)
+
+
+def test_asyncio_tasks_have_uses_of_their_own():
+    bank, models = filled()
+    x = images(2)
+
+    async def one(ids):
+        with bank.use(ids):
+            await asyncio.sleep(0)  # the others enter theirs
+            here = bank.model(x)
+            return here, await asyncio.to_thread(bank.model, x)
+
+    async def run():
+        batches = ["a", "b"], ["c", None], ["b", "a"]
+        with torch.no_grad():
+            return zip(batches, await asyncio.gather(*map(one, batches)))
+
+    with torch.no_grad():
+        for ids, answers in asyncio.run(run()):
+            for y in answers:
+                torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
+
+
+def test_uses_of_generators_end_in_any_order():
+    bank, models = filled(classes=(3, 3, 3))
+    x = images(1)
+
+    def under(name):
+        with bank.use([name]):
+            yield
+
+    with torch.no_grad():
+        first, second = under("a"), under("b")
+        next(first), next(second)
+        first.close()  # leaves the other's in place
+        torch.testing.assert_close(bank.model(x), models["b"](x), rtol=1e-4, atol=1e-5)
+        second.close()
+        assert torch.equal(bank.model(x), models[None](x))  # and leaves nothing behind
+
+    async def leave(generator):
+        await generator.aclose()
+
+    async def run():
+        async def under(name):
+            with bank.use([name]):
+                yield
+
+        generator = under("a")
+        await anext(generator)
+        await asyncio.create_task(leave(generator))  # as an event loop does with one that nobody finishes
+
+    asyncio.run(run())
+
+
+def test_an_error_within_a_use_leaves_nothing_behind():
+    bank, models = filled(classes=(3, 3, 3))
+    x = images(1)
+
+    def fail(*args):
+        raise RuntimeError("inside")
+
+    handle = bank.model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="inside"), bank.use(["a"]):
+        bank.model(x)
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(bank.model(x), models[None](x))
+        with bank.use(["b"]):
+            torch.testing.assert_close(bank.model(x), models["b"](x), rtol=1e-4, atol=1e-5)
+
+
+def test_two_banks_at_once():
+    (one, models), (two, others) = filled(classes=(3, 3, 3)), filled(METHODS["lora"], classes=(3, 3, 3))
+    x = images(1)
+    with torch.no_grad(), one.use(["a"]), two.use(["c"]):
+        torch.testing.assert_close(one.model(x), models["a"](x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two.model(x), others["c"](x), rtol=1e-4, atol=1e-5)
 
 
 def test_an_inner_use_shadows_the_outer():
