@@ -42,7 +42,7 @@ from report import FORMAT, commit, machine, prepare, table, versions, write_json
 
 import efft_kernels as ek
 from efft_kernels.deploy import Settings, base_model
-from efft_kernels.uploads import decode
+from efft_kernels.deploy_uploads import decode
 
 REPEATABLE = 408, 500, 502, 503, 504
 TOLERANCE = 1e-4

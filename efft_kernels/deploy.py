@@ -55,8 +55,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 
-from .folder import AdapterFolder, DoesNotFit
-from .uploads import Refused, Upload, decode, read_upload
+from .deploy_folder import AdapterFolder, DoesNotFit
+from .deploy_uploads import Refused, Upload, decode, read_upload
 
 log = logging.getLogger("efft_kernels.deploy")
 RETRY_S = 1  # after which to ask again what was answered with 503

@@ -24,9 +24,9 @@ ALLOWED = {
     "finetune": {"inject", "adapter", "factors"} | FINETUNE,
     "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
     "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops", "quantized"},
-    "uploads": set(),
-    "folder": set(),
-    "deploy": {"serving", "inject", "adapter", "folder", "uploads"},
+    "deploy_uploads": set(),
+    "deploy_folder": set(),
+    "deploy": {"serving", "inject", "adapter", "deploy_folder", "deploy_uploads"},
     "__init__": {"ops", "factors", "linear", "inject", "adapter", "analysis"},
 }
 HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]

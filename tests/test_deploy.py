@@ -15,8 +15,8 @@ import pytest
 import torch
 from models import timm
 
-from efft_kernels.folder import AdapterFolder, DoesNotFit
-from efft_kernels.uploads import Refused, check_adapter_name, decode, read_upload
+from efft_kernels.deploy_folder import AdapterFolder, DoesNotFit
+from efft_kernels.deploy_uploads import Refused, check_adapter_name, decode, read_upload
 
 starlette = pytest.importorskip("starlette.requests", reason="starlette, of the extra serve, is not installed")
 pytest.importorskip("python_multipart", reason="python-multipart, of the extra serve, is not installed")
@@ -394,7 +394,7 @@ def served(tmp_path_factory):
 
 def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
     from efft_kernels.deploy import Classifier, Settings
-    from efft_kernels.uploads import Upload
+    from efft_kernels.deploy_uploads import Upload
 
     load_test, settings, files, want = served
     classifier = Classifier(Settings(**vars(settings) | {"adapter_bytes": 100_000}))
@@ -425,7 +425,7 @@ def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
 
 def test_scores_that_are_no_numbers_are_refused(served):
     from efft_kernels.deploy import Classifier
-    from efft_kernels.uploads import Upload
+    from efft_kernels.deploy_uploads import Upload
 
     _, settings, files, _ = served
     classifier = Classifier(settings)
