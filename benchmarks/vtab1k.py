@@ -11,6 +11,10 @@ goes on after any interruption, and several machines may share FOLDER. On severa
 
     torchrun --nproc-per-node 8 benchmarks/vtab1k.py --data DIR ...
 
+Settings of a data set are those that their authors released: rank, scale and init of EFFT (arXiv 2311.06749), rank and
+scale of FacT (arXiv 2212.03145), and of NOAH (arXiv 2206.04673) the sizes that its search found, so that nothing is
+searched here. The other methods have one setting for all data sets, the default of efft-finetune.
+
 Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a
 sweep.
 
@@ -119,8 +123,9 @@ def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
     if args.epochs:
         settings["epochs"] = args.epochs
     if released := FACTS["released"].get(method):
-        settings |= dict(zip(("rank", "scale", "zero_init"), released[data]))
-        if args.cores:
+        found = released[data]
+        settings |= found if isinstance(found, dict) else dict(zip(("rank", "scale", "zero_init"), found))
+        if args.cores and method.startswith("efft"):
             settings["cores"] = args.cores
     return settings
 
