@@ -36,7 +36,10 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     weights = checkpoint or settings.checkpoint
     if weights == "random":
         seed_all(f"model {settings.seed}")
-    model = make_model(settings.model, len(classes), settings.image_size, weights)
+    try:
+        model = make_model(settings.model, len(classes), settings.image_size, weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; if it has moved, checkpoint says where to") from error
     methods.load(model.to(getattr(torch, settings.dtype)), Path(out) / result["adapter"])
     if methods.fingerprint(model) != record["identity"]["weights"]:
         raise ValueError(
@@ -50,7 +53,7 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
 
     Raises:
         ValueError: a method whose modules cannot be folded into the weights; else as :func:`restore`.
-        OSError: the file cannot be written.
+        state.StorageError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -63,8 +66,10 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
             f"method {method!r} adds modules that cannot be folded into the weights; predict serves it as it is"
         )
     tensors = {key: t.detach().clone().contiguous() for key, t in model.state_dict().items()}
-    state.write(Path(path), lambda file: file.write(save(tensors, {"format": "pt"})))
-    return Path(path)
+    path = Path(path)
+    with state.storing(path.parent, str(path)):
+        state.write(path, lambda file: file.write(save(tensors, {"format": "pt"})))
+    return path
 
 
 @torch.no_grad()
