@@ -167,6 +167,7 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
 
 
 def test_what_a_run_trains_on_and_is_measured_by():
+    from efft_kernels.finetune import sources  # noqa: F401, registers what is asked for
     from efft_kernels.finetune.data import SOURCES
 
     whole = SOURCES["dsprites_loc"]()
@@ -304,6 +305,20 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     )
     assert vtab1k.main(command) == 0 and len(done) == 15
     assert (tmp_path / "out/scale.png").exists() and (tmp_path / "out/rank.png").exists()
+
+    # and what it found best is tested, beside what was released
+    monkeypatch.setattr(runs, "measure", fake)
+    test = ["--workers", "1", "--seeds", "2", *command[:6], *command[9:]]
+    assert vtab1k.main(test) == vtab1k.main([*test, "--tuned"]) == 0
+    kept = [r["run"] for r in Store(tmp_path / "out/runs").all() if r["run"]["part"] == "test"]
+    chosen = {(r["method"], r["settings"]["scale"], r["settings"]["rank"], r["settings"]["zero_init"]) for r in kept}
+    assert chosen == {("efft2", 80, 32, "vu"), ("efft2, tuned", 1, 32, "vu")} and len(kept) == 4
+    assert vtab1k.main(["--out", str(tmp_path / "out"), "--report"]) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| EFFT2, tuned |" in table and "| EFFT2 |" in table and table.count("published: EFFT2") == 1
+    capsys.readouterr()
+    assert vtab1k.main([*test, "--tuned", "--epochs", "3"]) == 2
+    assert "--tuned needs a sweep of efft2 on svhn with the same settings" in capsys.readouterr().err
 
 
 def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, capsys):
@@ -447,9 +462,22 @@ def test_probe_learns_where_a_linear_head_can():
     assert found["parameters"] == 0 and found["head_parameters"] == 192 * 10 + 10
 
 
-def test_offline_quick(tmp_path, capsys):
-    """the whole experiment, small: weights of a package, six methods, test, table and chart"""
+def test_offline_quick(tmp_path, capsys, monkeypatch):
+    """the whole experiment, small: weights of a package, six methods, test, table and chart; of 96 training images"""
+    from dataclasses import replace
+
+    from efft_kernels.finetune.data import SOURCES, Subset
     from efft_kernels.finetune.sources import weights
+
+    opened = runs.opened
+
+    def few(*args):
+        found = SOURCES[name := opened(*args)]()
+        assert len(found.train) == 1000
+        SOURCES[name] = lambda: replace(found, train=Subset((found.train,), tuple((0, i) for i in range(96))))
+        return name
+
+    monkeypatch.setattr(runs, "opened", few)
 
     try:
         weights("dinov2s_mri")

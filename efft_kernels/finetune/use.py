@@ -1,11 +1,11 @@
 """What to do with a finished run: its model again, a plain merged checkpoint, labels for images."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..inject import merge
 from . import methods, state
@@ -48,6 +48,22 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     return model.eval(), record
 
 
+def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:
+    """What the run did to an image, for whoever serves its model or adapter elsewhere: as other sizes, crops or means
+    than those of the training would cost accuracy.
+
+    Args:
+        model, record: of :func:`restore`.
+
+    Returns:
+        A function from a PIL image in RGB to a tensor [3, S, S] in the dtype of the weights, on the CPU.
+    """
+    settings = Settings(**record["settings"])
+    resize = transform(settings.image_size, "none", settings.interpolation)
+    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
+    return lambda image: ((torch.as_tensor(resize(image)) - mean) / std).to(getattr(torch, settings.dtype))
+
+
 def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> Path:
     """Write the weights of a finished run as those of the plain model, safetensors, for timm or transformers to load.
 
@@ -80,12 +96,9 @@ def predict(out: str | Path, files: list[str], checkpoint: str | None = None) ->
         data.DataError: a file that is not a readable image; else as :func:`restore`.
     """
     model, record = restore(out, checkpoint)
-    settings = Settings(**record["settings"])
-    prepare = transform(settings.image_size, "none", settings.interpolation)
-    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
+    prepare = preparation(model, record)
     images = Files(Path("."), tuple(files), (0,) * len(files))
     for i, file in enumerate(files):
-        x = (torch.as_tensor(prepare(images.load(i))) - mean) / std
-        p = logits(model, x[None].to(getattr(torch, settings.dtype))).softmax(1)[0]
+        p = logits(model, prepare(images.load(i))[None]).softmax(1)[0]
         best = int(p.argmax())
         yield file, record["classes"][best], float(p[best])
