@@ -6,7 +6,6 @@ together. Attention, norms and the rest of the forward are timm's for everybody:
 
 import copy
 import importlib.metadata
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import efft_kernels
 from baselines import _Dense, onednn
 from efft_kernels import EFFTConfig, FacTConfig, LoRAConfig
+from efft_kernels.finetune.models import timm
 
 # name in timm, options of its constructor, what the side of an image must be a multiple of
 MODELS = {
@@ -32,25 +32,6 @@ DROPOUT = 0.1  # of factors in EFFT's code, of activations in FacT's
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def timm():
-    """The timm package; beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for op in ("nms", "qnms"):
-            _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        pass  # timm says what it needs
-    import timm
-
-    return timm
-
-
 def versions() -> dict[str, str | None]:
     """of the packages that models and methods come from"""
     found = {}
@@ -60,9 +41,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-_declared = []  # a torch.library.Library lives as long as someone refers to it
 
 
 def backbone(model: str, image: int, dtype: torch.dtype, device: str) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from efft_kernels import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig, plan
+from efft_kernels.finetune.models import timm
 
 # name -> (width, blocks) of each stage
 MODELS = {
@@ -85,28 +86,11 @@ def count(model: nn.Module, stages) -> list[tuple[str, int, int]]:
     return [(name, plan(model, config).parameters, formula(stages)) for name, (config, formula) in METHODS.items()]
 
 
-def _timm():
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        # PyPI's torchvision beside a CPU torch: it imports once its operators are declared
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _timm.library = torch.library.Library("torchvision", "FRAGMENT")
-        for op in ("nms", "qnms"):
-            _timm.library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
-
-
 def main() -> int:
     wrong = 0
     for model_name, stages in MODELS.items():
         with torch.device("meta"):
-            model = _timm().create_model(model_name)
+            model = timm().create_model(model_name)
         print(f"{model_name}: {sum(p.numel() for p in model.parameters()):,} frozen")
         for method, counted, formula in count(model, stages):
             wrong += counted != formula

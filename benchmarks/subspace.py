@@ -67,7 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> dict:
     """what all runs share"""
     if args.quick:
-        tiny = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "epochs": 1}
+        # efft1 wants an FFN of four times the width
+        model = "test_vit" if args.variant == "efft2" else "vit_tiny_patch16_224"
+        tiny = {"model": model, "checkpoint": "random", "image_size": 32, "epochs": 1}
         return {"data": "digits", "method": args.variant, "rank": 4, "scale": 1.0, "lr": 1e-3, "device": "cpu", **tiny}
     common = {"data": args.data or "cifar10", "method": args.variant, "rank": args.rank, "device": args.device}
     if args.checkpoint:

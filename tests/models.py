@@ -1,32 +1,19 @@
 """Small vision transformers with random weights, for tests of whole models."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import efft_kernels as ek
+from efft_kernels.finetune import models as finetune_models
 
 
 def timm():
-    """timm, or skip; beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared"""
+    """timm, or skip"""
     try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for op in ("nms", "qnms"):
-            declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        pass
-    return pytest.importorskip("timm")
-
-
-declared = []  # a torch.library.Library lives as long as someone refers to it
+        return finetune_models.timm()
+    except ImportError as error:
+        pytest.skip(str(error), allow_module_level=True)
 
 
 def vit(name: str = "vit_tiny_patch16_224", **options):

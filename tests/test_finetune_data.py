@@ -1,5 +1,6 @@
 """Data for fine-tuning: folders, lists and built-in sources, and a sentence for what can be wrong with them."""
 
+import os
 import random
 import subprocess
 import sys
@@ -113,6 +114,70 @@ def test_grey_palette_alpha_and_16_bit(tmp_path):
     assert found.train.kept.shape == (6, 3, 16, 16)
 
 
+def test_16_bits_of_grey_keep_their_range(tmp_path):
+    (tmp_path / "a").mkdir()
+    values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a/0.png")
+    Image.fromarray(values).save(tmp_path / "a/1.tif")
+    train = open_data(tmp_path, 8, test_fraction=0.0).train
+    for i in range(2):
+        found = train.images.load(i)
+        assert found.mode == "RGB" and np.abs(np.asarray(found)[..., 1] - values / 257).max() <= 1
+
+
+def test_32_bits_of_grey_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(tmp_path / "a/0.tif")
+    with pytest.raises(DataError, match="a/0.tif cannot be read as an image: .* 32 bits .*mode F"):
+        open_data(tmp_path, 8, test_fraction=0.0).train.check(keep=True)
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    (tmp_path / "a").mkdir()
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (0, 0, 20, 20))  # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top is on the right
+    image.save(tmp_path / "a/0.jpg", exif=exif)
+    found = np.asarray(open_data(tmp_path, 8, test_fraction=0.0).train.images.load(0))
+    assert found.shape == (40, 20, 3) and found[:18].min() > 240 and found[-18:].max() < 15
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    found = open_data(folder(tmp_path, classes=("bus", "train")), 16)
+    assert found.classes == ("bus", "train") and len(found.train) == 8
+
+
+def test_hidden_files_and_others_are_left_out(tmp_path, caplog):
+    root = folder(tmp_path)
+    for name in ("cat/._0.png", "cat/.cache/1.png", "dog/a.heic", "dog/notes.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"no image")
+    found = open_data(root, 16, test_fraction=0.0)
+    assert len(found.train) == 10
+    found.train.check(keep=True)
+    assert f"not taken for images: {root / 'dog/a.heic'} and 1 more" in caplog.text
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    root = folder(tmp_path)
+    target = os.fsencode(root / "cat") + b"/\xff.png"
+    try:
+        os.rename(root / "cat/0.png", target)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    found = open_data(root, 16, test_fraction=0.0)
+    found.train.check(keep=True)
+    assert len(found.fingerprint()) == 64 and len(found.train) == 10
+
+
+def test_list_as_windows_writes_it(tmp_path):
+    root = lists(tmp_path)
+    path = root / "test.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(open_data(root, 16).test) == 3
+
+
 # -- what can be wrong ------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +194,14 @@ def broken_line(root, line, part="train800val200"):
         (lambda root: broken_line(root, "images/train800/im 0.png 100"), ["line 7", "0 to 99", "100"]),
         (lambda root: broken_line(root, "images/train800/im 0.png -1"), ["line 7", "-1"]),
         (lambda root: broken_line(root, "images/none.png 1", "test"), ["images/none.png", "test.txt, line 4", "exist"]),
+        (
+            lambda root: broken_line(root, "images/val200/../val200/im 1.png 1", "test"),
+            ["im 1.png (", "test.txt, line 4) cannot be a test image", "train800val200.txt, line 6, has it", "class 1"],
+        ),
+        (
+            lambda root: broken_line(root, "images/val200/im 1.png 3"),
+            ["train800val200.txt, line 7) cannot be of class 3", "line 6, has it as a train image of class 1"],
+        ),
         (lambda root: (root / "test.txt").write_text("\n \n"), ["test.txt", "empty"]),
         (lambda root: (root / "test.txt").unlink(), ["test.txt", "does not exist", "train800.txt"]),
         (lambda root: (root / "test.txt").write_bytes(b"\xff\xfe\x00"), ["test.txt", "cannot be read"]),
@@ -140,6 +213,43 @@ def test_wrong_lists(spoil, words, tmp_path):
     with pytest.raises(DataError) as error:
         open_data(root, 16)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+def test_label_beyond_all_images(tmp_path):
+    root = lists(tmp_path, "mine")
+    broken_line(root, "images/train800/im 0.png 1000000", "test")
+    (root / "images/test/im 9.png").write_bytes((root / "images/test/im 0.png").read_bytes())
+    path = root / "test.txt"
+    path.write_text(path.read_text().replace("train800/im 0.png 1000000", "test/im 9.png 1000000"))
+    with pytest.raises(DataError, match="test.txt, line 4, has the label 1000000, more than 6 .* set classes"):
+        open_data(root, 16)
+    assert len(open_data(lists(tmp_path, "other"), 16).classes) == 4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of decoders, about what is damaged
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])
+def test_damage_is_a_sentence_or_still_an_image(kind, tmp_path):
+    draw = random.Random(0)
+    path = picture(tmp_path / "a" / f"0.{kind}")
+    whole, images = path.read_bytes(), open_data(tmp_path, 8, test_fraction=0.0).train.images
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(draw.randint(1, 6)):
+            data[draw.randrange(min(len(data), draw.choice((40, len(data)))))] = draw.randrange(256)
+        path.write_bytes(data[: draw.randint(1, len(data))] if draw.random() < 0.5 else data)
+        try:
+            assert images.load(0).mode == "RGB"
+        except DataError as error:
+            assert f"0.{kind} cannot be read as an image" in str(error) and "\n" not in str(error)
+
+
+def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def forbidden(*args):
+        raise PermissionError(13, "Permission denied", "photos/cat")
+
+    monkeypatch.setattr(data_module, "_class_folders", forbidden)
+    with pytest.raises(DataError, match="photos/cat cannot be read: Permission denied"):
+        open_data(folder(tmp_path), 16)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "cut"])
@@ -159,6 +269,7 @@ def test_unreadable_image_of_a_list(content, keep, tmp_path):
     [
         (lambda root: None, ["folder of images for each class", "no folders"]),
         (lambda root: (folder(root), (root / "bird").mkdir()), ["bird", "has none"]),
+        (lambda root: folder(root, n=1), ["two images of a class", "test_fraction=0"]),
         (lambda root: (folder(root, ("train",)), folder(root, ("test",), ("cow",))), ["test/cow", "cat, dog"]),
     ],
 )

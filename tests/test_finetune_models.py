@@ -149,6 +149,24 @@ def test_folder_of_transformers(tmp_path):
     assert logits(model, images()).shape == logits(model, images(size=64)).shape == (2, 5)
     random = make_model(f"hf:{tmp_path}", 5, 64, "random")
     assert random.config.image_size == 64
+    with pytest.raises(ValueError, match="normalize must be 'imagenet' for this ViTForImageClassification"):
+        normalisation(model, "model")
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0]}')
+    for checkpoint in (None, "random"):
+        assert normalisation(make_model(f"hf:{tmp_path}", 5, 32, checkpoint), "model")[1] == (0.25, 0.5, 1.0)
+
+
+def test_stochastic_depth_of_transformers(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(image_size=32, embed_dim=32, depths=[1, 1], num_heads=[2, 4], window_size=2)
+    config.save_pretrained(tmp_path)
+    model = make_model(f"hf:{tmp_path}", 5, 32, "random", 0.3)
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "SwinDropPath"]
+    assert max(rates) == pytest.approx(0.3)
+    transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        make_model(f"hf:{tmp_path}", 5, 32, "random", 0.3)
+    assert "vit of transformers has no stochastic depth" in caplog.text
 
 
 def test_normalisation():

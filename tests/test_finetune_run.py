@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -168,10 +169,10 @@ FLAGS = (
 ).split()
 
 
-def test_sigterm_saves_and_says_so(photos, whole, tmp_path):
+def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     """the command itself, with worker processes: stopped, then run again"""
     flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
-    process = command(*flags, "--epochs", "6")
+    process = command(*flags, "--memory", "0")
     while not state.states(tmp_path) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -182,7 +183,8 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path):
         assert "stopped after step" in last and "the same command" in last
         step = int(last.split("step ")[1].split()[0])
         assert state.states(tmp_path)[-1].name == f"state-{step:09d}.pt"
-        out, err = command(*flags).communicate(timeout=120)
+        assert cli.main(flags) == cli.DONE
+        out = capsys.readouterr().out
     assert end(tmp_path) == whole, err
     assert f"efft-finetune merge {tmp_path}" in out
 
@@ -356,8 +358,8 @@ def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
 def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
     original, tops = loop._Run._evaluate, iter([10.0, 90.0, 20.0, 90.0])
 
-    def evaluate(self, part, classes):
-        found = original(self, part, classes)
+    def evaluate(self, *args):
+        found = original(self, *args)
         return {**found, "top1": next(tops, found["top1"])}
 
     monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
@@ -496,6 +498,197 @@ def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, c
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(x), restore(result.out)[0](x), rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(whole):
+    found = [entry["lr"] for entry in whole["history"]]
+    steps = [3 * epoch - 1 for epoch in range(1, 7)]  # the last of each epoch; 0.6 epochs of warm-up are 2 of 18 steps
+    assert found == pytest.approx([1e-5 + (3e-3 - 1e-5) * (1 + math.cos(math.pi * t / 18)) / 2 for t in steps])
+
+
+def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(owner, name, *keys):
+        original = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            seen.setdefault(name, (args, {key: kwargs.get(key) for key in keys}))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    spy(torch.optim, "AdamW", "lr", "weight_decay")
+    spy(loop, "make_model")
+    spy(loop.F, "cross_entropy", "label_smoothing")
+    rates = []
+    original = loop._Run._one_step
+    monkeypatch.setattr(
+        loop._Run,
+        "_one_step",
+        lambda self, parts: (rates.append(self._plain_optimizer().param_groups[0]["lr"]), original(self, parts))[1],
+    )
+    recipe = dict(weight_decay=0.07, drop_path=0.3, label_smoothing=0.2, warmup_epochs=1, warmup_lr=1e-4, epochs=2)
+    train(tiny(photos, tmp_path, **recipe), progress=False)
+    assert seen["AdamW"][1] == {"lr": 3e-3, "weight_decay": 0.07}
+    assert seen["make_model"][0][-1] == 0.3 and seen["cross_entropy"][1] == {"label_smoothing": 0.2}
+    assert rates[:3] == pytest.approx([1e-4 + (3e-3 - 1e-4) * t / 3 for t in range(3)])  # three steps of warm-up
+
+
+def test_accuracy_over_classes_is_of_those_that_have_images(tmp_path):
+    """a class that is taken for another's, but has no test image, counts for nothing"""
+    import numpy as np
+
+    root = folder(tmp_path / "photos", ("train",), ("a", "b", "c"), n=8)
+    folder(root, ("test",), ("a", "b"), n=9)
+    result = train(tiny(root, tmp_path / "out", epochs=1), progress=False)
+    from efft_kernels.finetune.use import predict
+
+    files = sorted(str(path) for path in (root / "test").rglob("*.png"))
+    right = [Path(file).parent.name == label for file, label, _ in predict(result.out, files)]
+    found = result.metrics["test"]
+    assert found["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3)
+    assert found["mean_class"] == pytest.approx(100 * np.mean([np.mean(right[:9]), np.mean(right[9:])]), abs=1e-3)
+
+
+def test_starting_over_leaves_nothing_of_before(photos, tmp_path):
+    settings = tiny(photos, tmp_path, epochs=1)
+    train(settings, progress=False)
+    before = {path.name for path in (tmp_path / "logs").iterdir()}
+    train(replace(settings, resume=False), progress=False)
+    after = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert len(before) == len(after) == 1 and before != after
+
+
+def test_a_state_that_diverged_replaces_none(photos, tmp_path, monkeypatch):
+    original = loop._Run._one_step
+
+    def step(self, parts):
+        original(self, parts)
+        if self.step == 4:
+            self.sums[0] = float("nan")
+
+    monkeypatch.setattr(loop._Run, "_one_step", step)
+    with pytest.raises(ValueError, match="the loss of step 5 is nan; a smaller lr"):
+        train(tiny(photos, tmp_path, save_every=1), progress=False)
+    assert [path.name for path in state.states(tmp_path)] == ["state-000000003.pt", "state-000000004.pt"]
+
+
+def test_what_is_printed_at_the_end_can_be_pasted(photos, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "a run"
+    monkeypatch.setattr(loop, "train", lambda settings: loop.Result({}, [], 0, 0, 0.0, 1, out / "adapter", out))
+    assert cli.main(["--data", str(photos), "--out", str(out), *FLAGS]) == 0
+    assert f"predict '{out}' IMAGE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (KeyboardInterrupt(), cli.INTERRUPTED, "the same command goes on"),
+        (PermissionError(errno.EACCES, "Permission denied", "secret/0.png"), cli.WRONG, "secret/0.png"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), cli.WRONG, "larger accumulate"),
+    ],
+    ids=["ctrl-c", "permission", "memory"],
+)
+def test_what_happens_before_the_first_step_is_a_sentence(error, code, words, photos, tmp_path, monkeypatch, capsys):
+    def look(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(loop._Run, "_look_at", look)
+    assert cli.main(["--data", str(photos), "--out", str(tmp_path), *FLAGS]) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("efft-finetune: ") and words in said
+
+
+def test_weights_that_have_moved(photos, tmp_path):
+    from efft_kernels.finetune.use import restore
+
+    torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "a.pth")
+    out = train(tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1), progress=False).out
+    (tmp_path / "a.pth").rename(tmp_path / "b.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, checkpoint says where to"):
+        restore(out)
+    restore(out, str(tmp_path / "b.pth"))
+    torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="checkpoint must be the weights that the run in .* started from"):
+        restore(out, str(tmp_path / "c.pth"))
+
+
+def test_out_is_a_folder(photos, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out must be a folder, but .*out is a file"):
+        train(tiny(photos, tmp_path / "out"), progress=False)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_one_class_is_none(tmp_path):
+    root = folder(tmp_path / "photos", classes=("cat",), n=12)
+    with pytest.raises(ValueError, match="must have at least 2 classes, but has 1"):
+        train(tiny(root, tmp_path / "out"), progress=False)
+
+
+def test_merging_to_where_nothing_can_be_written(photos, tmp_path, capsys):
+    train(tiny(photos, tmp_path / "out", epochs=1), progress=False)
+    capsys.readouterr()
+    assert cli.main(["merge", str(tmp_path / "out"), str(tmp_path / "nowhere/m.safetensors")]) == cli.STORAGE
+    said = capsys.readouterr().err
+    assert "nowhere/m.safetensors could not be written" in said and "Traceback" not in said
+
+
+def test_help_names_what_there_is(capsys):
+    from efft_kernels.finetune import sources  # noqa: F401
+    from efft_kernels.finetune.data import SOURCES
+    from efft_kernels.finetune.methods import METHODS
+
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    registered = [name for name in SOURCES if "," not in name]  # runs of a benchmark register theirs
+    for word in (*METHODS, *registered, "torchrun", "predict OUT", "merge OUT", "--batch_size", "factor_dropout 0.1"):
+        assert word in said, word
+
+
+def test_model_of_transformers_from_a_folder(photos, tmp_path):
+    """trained with all that changes on the way, used again, merged into a file that transformers loads"""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=16)
+    config = transformers.ViTConfig(image_size=32, num_labels=7, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    changes = dict(model=f"hf:{tmp_path / 'base'}", checkpoint=None, mixed_precision="bf16", accumulate=2, epochs=2)
+    settings = tiny(photos, tmp_path / "out", **changes)
+    result = train(settings, progress=False)
+    train(replace(settings, out=str(tmp_path / "again")), progress=False)
+    assert end(result.out) == end(tmp_path / "again")
+    from efft_kernels.finetune.use import merged, restore
+
+    model, _ = restore(result.out)
+    merged(result.out, tmp_path / "base/model.safetensors")
+    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    x = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
+    from efft_kernels.finetune.data import seed_all
+    from efft_kernels.finetune.use import restore
+    from efft_kernels.serving import AdapterBank
+
+    outs = [tmp_path / str(rank) for rank in (2, 4)]
+    for rank, out in zip((2, 4), outs):
+        train(tiny(photos, out, rank=rank, epochs=1, lr=1e-2), progress=False)
+    seed_all("model 0")
+    base = make_model("test_vit", 3, 32, "random").eval()
+    bank = AdapterBank(base)
+    for out in outs:
+        bank.add(out.name, out / "adapter.safetensors")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        with bank.use([out.name for out in outs]):
+            served = base(x)
+        want = torch.cat([restore(out)[0](x[i : i + 1]) for i, out in enumerate(outs)])
+    assert not torch.allclose(want, base(x), atol=1e-3)
+    torch.testing.assert_close(served, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):

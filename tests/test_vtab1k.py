@@ -60,11 +60,30 @@ def test_released_settings_are_whole_and_possible():
     assert FACTS["classes"] == VTAB_CLASSES and set(FACTS["methods"]) == set(METHODS)
     for variant, released in FACTS["released"].items():
         assert set(released) == set(ALL)
-        for rank, scale, zero in released.values():
-            EFFTConfig(variant, rank=rank, scale=scale, zero_init=zero)
-            assert rank in (8, 16, 32)
+        for rank, scale, *zero in released.values() if variant != "noah" else ():
+            assert rank in (4, 8, 16, 32) and 0.01 <= scale <= 100
+            if variant.startswith("efft"):
+                EFFTConfig(variant, rank=rank, scale=scale, zero_init=zero[0])
     named = {entry["name"] for entry in FACTS["published"]}
     assert {m["published"] for m in FACTS["methods"].values()} <= named | {None}
+
+
+def test_sizes_that_noah_found_give_its_published_count():
+    d, counts = 768, []
+    for sizes in FACTS["released"]["noah"].values():
+        assert all(len(found) == 12 and set(found) <= {1, 5, 10} for found in sizes.values())
+        adapters = sum(2 * d * width + width + d for width in sizes["bottleneck"])
+        counts.append(adapters + 4 * d * sum(sizes["lora_rank"]) + d * sum(sizes["tokens"]))
+    assert statistics.fmean(counts) / 1e6 == pytest.approx(published("NOAH")["millions"], abs=0.001)
+
+
+def published(name):
+    return next(entry for entry in FACTS["published"] if entry["name"] == name)
+
+
+def test_ranks_of_fact_give_its_published_count():
+    counts = [2 * 768 * r + 144 * r + r**3 for r, _ in FACTS["released"]["fact-tk"].values()]
+    assert statistics.fmean(counts) / 1e6 == pytest.approx(published("FacT-TK (r<=32)")["millions"], abs=0.0005)
 
 
 def test_every_planned_run_has_valid_settings():
@@ -148,6 +167,7 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
 
 
 def test_what_a_run_trains_on_and_is_measured_by():
+    from efft_kernels.finetune import sources  # noqa: F401, registers what is asked for
     from efft_kernels.finetune.data import SOURCES
 
     whole = SOURCES["dsprites_loc"]()
@@ -286,6 +306,20 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     assert vtab1k.main(command) == 0 and len(done) == 15
     assert (tmp_path / "out/scale.png").exists() and (tmp_path / "out/rank.png").exists()
 
+    # and what it found best is tested, beside what was released
+    monkeypatch.setattr(runs, "measure", fake)
+    test = ["--workers", "1", "--seeds", "2", *command[:6], *command[9:]]
+    assert vtab1k.main(test) == vtab1k.main([*test, "--tuned"]) == 0
+    kept = [r["run"] for r in Store(tmp_path / "out/runs").all() if r["run"]["part"] == "test"]
+    chosen = {(r["method"], r["settings"]["scale"], r["settings"]["rank"], r["settings"]["zero_init"]) for r in kept}
+    assert chosen == {("efft2", 80, 32, "vu"), ("efft2, tuned", 1, 32, "vu")} and len(kept) == 4
+    assert vtab1k.main(["--out", str(tmp_path / "out"), "--report"]) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| EFFT2, tuned |" in table and "| EFFT2 |" in table and table.count("published: EFFT2") == 1
+    capsys.readouterr()
+    assert vtab1k.main([*test, "--tuned", "--epochs", "3"]) == 2
+    assert "--tuned needs a sweep of efft2 on svhn with the same settings" in capsys.readouterr().err
+
 
 def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, capsys):
     """with an invented accuracy that is best at lr 3e-3, scale 1 on validation, and worst there on test"""
@@ -360,27 +394,27 @@ def test_shares_of_torchrun():
 
 # -- really training --------------------------------------------------------------------------------------------------
 
-TINY = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "epochs": 1, "batch_size": 64}
+TINY = {"model": "test_vit", "checkpoint": "random", "image_size": 32, "epochs": 1, "batch_size": 64}
 SERIES = """
 import sys
 sys.path.append({benchmarks!r})
 import runs
 if __name__ == "__main__":
-    made = lambda m, s: runs.Run("dsprites_loc", m, s, "test", dict({tiny!r}, method=m, test_images=64))
-    todo = [made(m, s) for m in ("linear", "efft2") for s in range(3)]
-    print(len(runs.complete(todo, runs.Store(runs.Path(sys.argv[1])), runs.Places(None, None, "cpu"), 2)[0]))
+    todo = [runs.Run("dsprites_loc", "efft2", seed, "test", {settings!r}) for seed in range(6)]
+    runs.complete(todo, runs.Store(runs.Path(sys.argv[1])), runs.Places(None, None, "cpu"), 2)
 """
 
 
 def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
     """kill -9 of the parent: no torn record, no orphan, and what is there is not repeated"""
     script = tmp_path / "series.py"
-    script.write_text(SERIES.format(benchmarks=str(BENCHMARKS), tiny=TINY))
+    settings = dict(TINY, method="efft2", test_images=64, epochs=2)
+    script.write_text(SERIES.format(benchmarks=str(BENCHMARKS), settings=settings))
     out = tmp_path / "runs"
     first = subprocess.Popen([sys.executable, str(script), str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
-    limit = time.time() + 120
+    limit = time.time() + 400
     while len(list(out.glob("*.json"))) < 2 and time.time() < limit:
-        time.sleep(0.1)
+        time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     kept = {path.name: path.read_bytes() for path in out.glob("*.json")}
@@ -388,14 +422,13 @@ def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
     while time.time() < limit and _alive(first.pid):
         time.sleep(0.1)
     assert not _alive(first.pid), "workers outlive the parent"
-    done = subprocess.run([sys.executable, str(script), str(out)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "6" and len(list(out.glob("*.json"))) == 6
+    todo = [Run("dsprites_loc", "efft2", seed, "test", settings) for seed in range(6)]
+    found, failures = runs.complete(todo, Store(out), Places(None, None, "cpu"))
+    assert len(found) == len(list(out.glob("*.json"))) == 6 and not failures
     assert all((out / name).read_bytes() == data for name, data in kept.items())
-    once = runs.measure(
-        Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)), Places(None, None, "cpu")
-    )
-    name = Run("dsprites_loc", "efft2", 1, "test", dict(TINY, method="efft2", test_images=64)).name
-    assert json.loads((out / f"{name}.json").read_text())["loss"] == pytest.approx(once["loss"], rel=1e-5)
+    again = next(one for one in todo if f"{one.name}.json" in kept)  # what a worker found is what is found here
+    once = runs.measure(again, Places(None, None, "cpu"))
+    assert Store(out).get(again)["loss"] == pytest.approx(once["loss"], rel=1e-5)
 
 
 def _alive(session: int) -> bool:
@@ -429,19 +462,30 @@ def test_probe_learns_where_a_linear_head_can():
     assert found["parameters"] == 0 and found["head_parameters"] == 192 * 10 + 10
 
 
-def test_offline_quick(tmp_path):
-    """the whole experiment, small: weights of a package, six methods, test, table and chart"""
+def test_offline_quick(tmp_path, capsys, monkeypatch):
+    """the whole experiment, small: weights of a package, six methods, test, table and chart; of 96 training images"""
+    from dataclasses import replace
+
+    from efft_kernels.finetune.data import SOURCES, Subset
     from efft_kernels.finetune.sources import weights
+
+    opened = runs.opened
+
+    def few(*args):
+        found = SOURCES[name := opened(*args)]()
+        assert len(found.train) == 1000
+        SOURCES[name] = lambda: replace(found, train=Subset((found.train,), tuple((0, i) for i in range(96))))
+        return name
+
+    monkeypatch.setattr(runs, "opened", few)
 
     try:
         weights("dinov2s_mri")
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    command = [sys.executable, str(BENCHMARKS / "vtab1k.py"), "--offline", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert vtab1k.main(["--offline", "--quick", "--out", str(tmp_path), "--workers", "1"]) == 0
     table = (tmp_path / "table.md").read_text()
-    assert table in done.stdout
+    assert table in capsys.readouterr().out
     for name in ("Full", "Linear", "LoRA", "FacT-TT", "EFFT1", "EFFT2"):
         assert f"| {name} |" in table
     plan = FACTS["offline"] | FACTS["offline"]["quick"]

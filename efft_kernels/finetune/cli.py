@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -13,7 +15,22 @@ from .settings import Settings
 
 DONE, FAILED, WRONG, STORAGE, INTERRUPTED = 0, 1, 2, 74, 75
 
+
+
+def _defaults(method) -> str:
+    return ", ".join(f"{name} {list(v) if isinstance(v, tuple) else v}" for name, v in method.options.items())
+
+
 _EPILOG = f"""
+examples:
+  efft-finetune --data photos/ --out runs/photos --checkpoint download
+      photos/ has a folder of images for each class; a fifth of each class is held out for testing
+  efft-finetune --data vtab/svhn --out runs/svhn --checkpoint ViT-B_16.npz --method lora --rank 8
+  efft-finetune --config run.yaml --seed 1 --out runs/1
+  efft-finetune --data photos/ --out runs/try --model hf:FOLDER --select val --image-size 112 --epochs 10
+  torchrun --nproc-per-node 4 -m efft_kernels.finetune.cli --data photos/ --out runs/photos --checkpoint download
+      the same run on four GPUs, or in four processes of a CPU
+
 further commands:
   efft-finetune predict OUT IMAGE...        label images with a finished run
   efft-finetune merge OUT FILE.safetensors  write its weights merged, for timm or transformers to load
@@ -24,8 +41,11 @@ exit codes:
   {STORAGE}  the disk is full or fails; what was written before is whole, the same command goes on from there
   {INTERRUPTED}  stopped by SIGTERM or SIGINT with its state saved; the same command goes on from there
 
-methods:
-""" + "\n".join(f"  {m.name:<12} {m.meaning}" for m in METHODS.values())
+methods, and the defaults of their options:
+""" + "\n".join(
+    f"  {m.name:<12} {m.meaning}" + "".join(f"\n{'':15}{line}" for line in textwrap.wrap(_defaults(m), 100))
+    for m in METHODS.values()
+)
 
 
 def parser():
@@ -69,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in ("predict", "merge"):
             return _use(argv)
         return _train(settings(argv))
+    except KeyboardInterrupt:  # before the first step, or for the second time
+        print("efft-finetune: stopped; the same command goes on from the last state, if there is one", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         return _explained(error)
 
@@ -81,9 +104,10 @@ def _train(chosen: Settings) -> int:
         for part, found in result.metrics.items():
             print(f"{part}: top-1 {found['top1']:.2f} %, mean over classes {found['mean_class']:.2f} %")
         print(f"adapter: {result.adapter}")
-        print(f"use it:  efft-finetune predict {result.out} IMAGE...")
+        out, merged = (shlex.quote(str(path)) for path in (result.out, result.out / "merged.safetensors"))
+        print(f"use it:  efft-finetune predict {out} IMAGE...")
         if chosen.method.startswith(("efft", "fact", "lora")) or chosen.method in ("full", "linear", "bitfit"):
-            print(f"merge:   efft-finetune merge {result.out} {result.out / 'merged.safetensors'}")
+            print(f"merge:   efft-finetune merge {out} {merged}")
     return DONE
 
 
@@ -114,13 +138,17 @@ def _explained(error: Exception) -> int:
     kinds = {
         Interrupted: INTERRUPTED,
         StorageError: STORAGE,
-        (ValueError, TypeError, FileNotFoundError, ImportError): WRONG,
+        (ValueError, TypeError, OSError, ImportError): WRONG,
     }
     for kind, code in kinds.items():
         if isinstance(error, kind):
             text = error.strerror if isinstance(error, StorageError) and error.strerror else str(error)
             print(f"efft-finetune: {text}", file=sys.stderr)
             return code
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which a wrong flag should not wait for
+        text = "the device's memory is too small; a larger accumulate takes less, and computes the same"
+        print(f"efft-finetune: {text}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return WRONG
     logging.getLogger("efft_kernels.finetune").exception("efft-finetune failed")
     return FAILED
 

@@ -1,6 +1,7 @@
 """Labelled images from a folder, from VTAB-1K's lists, or from a built-in source, checked before they are used."""
 
 import contextlib
+import logging
 import os
 import random
 import re
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .models import need, timm
+
+log = logging.getLogger("efft_kernels.finetune")
 
 VTAB_CLASSES = {
     **{"cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10},
@@ -68,11 +71,13 @@ class Files(Images):
 
         try:
             with Image.open(self.root / self.paths[i]) as image:
-                return image.convert("RGB")
+                return _upright(image)
         except FileNotFoundError as error:
             raise DataError(f"{self.where(i)} does not exist") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{self.where(i)} cannot be read as an image: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders of damaged files raise anything
+            raise DataError(f"{self.where(i)} cannot be read as an image: {' '.join(str(error).split())}") from error
 
     def where(self, i: int) -> str:
         line = f" ({self.lines[i][0]}, line {self.lines[i][1]})" if self.lines else ""
@@ -84,6 +89,21 @@ class Files(Images):
         except OSError as error:
             raise DataError(f"{self.where(i)} does not exist") from error
         return f"{self.paths[i]} {size}"
+
+
+def _upright(image):
+    """In RGB, turned as EXIF says; 16 bits of grey become 8, which convert() alone would cut off at 255."""
+    from PIL import ImageOps
+
+    image.load()
+    png = image.format == "PNG"
+    with contextlib.suppress(Exception):  # EXIF that makes no sense says nothing about the pixels
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and png):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits of unknown range (mode {image.mode}); save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -194,7 +214,8 @@ class Data:
         for name, part in self.parts().items():
             digest.update(name.encode())
             for i, label in enumerate(part.images.labels):
-                digest.update(f"{part.images.key(i)}\0{label}\n".encode())
+                # a name may hold bytes that are no UTF-8
+                digest.update(f"{part.images.key(i)}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -228,10 +249,13 @@ def open_data(
         root = Path(name)
         if not root.is_dir():
             raise DataError(f"data must be a folder or one of {', '.join(sorted(SOURCES))}, got {name!r}")
-        if any((root / f"{part}.txt").exists() for part in _LISTS):
-            found = _lists(root, hold_out, classes)
-        else:
-            found = _folder(root, test_fraction)
+        try:
+            if any((root / f"{part}.txt").exists() for part in _LISTS):
+                found = _lists(root, hold_out, classes)
+            else:
+                found = _folder(root, test_fraction)
+        except OSError as error:
+            raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from error
     if classes is not None and classes < len(found.classes):
         raise DataError(f"classes must be at least the {len(found.classes)} of {name}, got {classes}")
     if found.protocol and not hold_out and found.val is not None:
@@ -260,30 +284,49 @@ def _folder(root: Path, test_fraction: float) -> Source:
     """root/CLASS/*.jpg, or root/{train,val,test}/CLASS/*.jpg"""
     below = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     parts = {part: next((below[n] for n in names if n in below), None) for part, names in _PARTS.items()}
-    if parts["train"] is None:
+    # a folder train/ of images is a class: of vehicles, say
+    if parts["train"] is None or not _folders(parts["train"]):
         classes, images = _class_folders(root, None)
         train, test = held_out(images, test_fraction) if test_fraction else (images, None)
+        if test is not None and not len(test):
+            raise DataError(
+                f"{root} must have two images of a class, so that one can be held out for testing, but has one of each "
+                "(test_fraction=0 tests nothing)"
+            )
         return Source(train, None, test, classes)
     classes, train = _class_folders(parts["train"], None)
     val, test = (parts[part] and _class_folders(parts[part], classes)[1] for part in ("val", "test"))
     return Source(train, val, test, classes)
 
 
+def _folders(root: Path) -> tuple[str, ...]:
+    """Names of the folders in a folder, but for hidden ones."""
+    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
 def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], Images]:
-    found = tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    found = _folders(root)
     if not found:
         raise DataError(f"{root} must have a folder of images for each class, but has no folders")
     classes = classes or found
     if unknown := set(found) - set(classes):
         raise DataError(f"{root / min(unknown)} is no class of the training images: {', '.join(classes)}")
-    paths, labels = [], []
+    paths, labels, others = [], [], []
     for name in found:
-        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-        if not files:
+        files = [path for path in sorted((root / name).rglob("*")) if path.is_file() and not _hidden(path, root)]
+        images = [path for path in files if path.suffix.lower() in _SUFFIXES]
+        if not images:
             raise DataError(f"{root / name} must hold images ({', '.join(sorted(_SUFFIXES))}), but has none")
-        paths += [str(path.relative_to(root)) for path in files]
-        labels += [classes.index(name)] * len(files)
+        others += [path for path in files if path.suffix.lower() not in _SUFFIXES]
+        paths += [str(path.relative_to(root)) for path in images]
+        labels += [classes.index(name)] * len(images)
+    if others:
+        log.warning(f"not taken for images: {others[0]}" + f" and {len(others) - 1} more" * (len(others) > 1))
     return classes, Files(root, tuple(paths), tuple(labels))
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _lists(root: Path, hold_out: bool, classes: int | None) -> Source:
@@ -295,8 +338,38 @@ def _lists(root: Path, hold_out: bool, classes: int | None) -> Source:
         if not (root / f"{name}.txt").is_file():
             raise DataError(f"{root / name}.txt does not exist, but is needed beside {', '.join(_existing(root))}")
         read[part] = _list(root, root / f"{name}.txt", classes)
+    _check_apart(read)
+    if classes is None:
+        _check_dense(read)
     count = classes or 1 + max(max(images.labels) for images in read.values())
     return Source(read["train"], read.get("val"), read["test"], tuple(f"class {i}" for i in range(count)))
+
+
+def _check_apart(read: dict[str, Files]) -> None:
+    """No image is listed in two parts, or twice with two labels."""
+    seen = {}
+    for part, images in read.items():
+        for i, label in enumerate(images.labels):
+            other, j = seen.setdefault(os.path.normpath(images.paths[i]), (part, i))
+            if other != part or read[other].labels[j] != label:
+                list_, line = read[other].lines[j]
+                what = f"a {part} image" if other != part else f"of class {label}"
+                raise DataError(
+                    f"{images.where(i)} cannot be {what}: {list_}, line {line}, has it as a {other} image of class "
+                    f"{read[other].labels[j]}"
+                )
+
+
+def _check_dense(read: dict[str, Files]) -> None:
+    """Without a known number of classes, a label beyond the number of training images is a slip."""
+    most = len(read["train"])
+    for images in read.values():
+        if (label := max(images.labels)) >= most:
+            list_, line = images.lines[images.labels.index(label)]
+            raise DataError(
+                f"{list_}, line {line}, has the label {label}, more than {most} training images can teach; if it is "
+                "right, set classes"
+            )
 
 
 def _existing(root: Path) -> list[str]:
@@ -305,7 +378,7 @@ def _existing(root: Path) -> list[str]:
 
 def _list(root: Path, path: Path, classes: int | None) -> Files:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     paths, labels, places = [], [], []

@@ -4,6 +4,7 @@ A module is registered on the Linear, norm or block that it acts at; its hook is
 copies of the model have their own.
 """
 
+import math
 import re
 
 import torch
@@ -98,7 +99,12 @@ def _beside(module: nn.Module, args, out: Tensor) -> Tensor:
 
 
 def add_adaptformers(model: nn.Module, bottleneck: int, scale: float) -> None:
-    """scale * up(relu(down(x))) beside each FFN, of the normed x that the FFN gets."""
+    """scale * up(relu(down(x))) beside each FFN, of the normed x that the FFN gets (equation 2 of the paper).
+
+    It joins the output of the FFN's last Linear, so layer scale and stochastic depth of the block act on it, too.
+    """
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
     (width,) = _per_block("bottleneck", bottleneck, 1)
     first = {site.block: site.path for site in sites(model, "gate", "fc1")}
     last = sites(model, "fc2")
@@ -251,7 +257,10 @@ def add_noah(
     lora_rank: int | tuple[int, ...],
     tokens: int | tuple[int, ...],
 ) -> None:
-    """Adapter after the FFN, LoRA on q and v, and deep prompts, each of a size for every block; 0 leaves one out."""
+    """Adapter after the FFN, LoRA on q and v, and deep prompts, each of a size for every block; 0 leaves one out.
+
+    NOAH's released code has one A for q, k and v together: as many numbers as A and B of q and of v.
+    """
     n = len(_blocks(model))
     for name, value in (("bottleneck", bottleneck), ("lora_rank", lora_rank), ("tokens", tokens)):
         _per_block(name, value, n, 0)

@@ -68,6 +68,8 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
     methods.check(settings.method, settings.options)
     accelerator = _accelerator(settings)
     out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, but {out} is a file")
     main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         stack.callback(_release)
@@ -79,6 +81,7 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
                 if not settings.resume:
                     state.clear(out)
                     (out / "metrics.json").unlink(missing_ok=True)
+                    shutil.rmtree(out / "logs", ignore_errors=True)  # curves of two runs would mix
         accelerator.wait_for_everyone()
         return _Run(settings, accelerator, out, progress and main).go()
 
@@ -172,6 +175,8 @@ class _Run:
         choice = {"hold_out": s.select == "val", "classes": s.classes, "augment": s.augment, "seed": s.seed}
         fractions = {"test_fraction": s.test_fraction, "val_fraction": s.val_fraction}
         data = open_data(s.data, s.image_size, interpolation=s.interpolation, **choice, **fractions)
+        if len(data.classes) < 2:
+            raise DataError(f"{s.data} must have at least 2 classes, but has {len(data.classes)}")
         if len(data.train) < s.batch_size:
             raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {s.batch_size}")
         if finished := self._finished(data):
@@ -307,10 +312,8 @@ class _Run:
             pin_memory=self.device.type == "cuda",
         )
         writer = self._writer(steps)
-        with (
-            self._signals(),
-            self._bar(steps * s.epochs * s.batch_size, "training", "img", self.step * s.batch_size) as bar,
-        ):
+        bar = self._bar(steps * s.epochs * s.batch_size, "training", "img", self.step * s.batch_size)
+        with self._signals(), bar:
             parts = iter(loader)
             began, shown = time.perf_counter(), 0.0
             methods.train_mode(self.model)
@@ -338,8 +341,8 @@ class _Run:
                         f"stopped after step {self.step} of {batches.total}; the same command goes on from there"
                     )
                 began = time.perf_counter()
-            result = self._finish(data, writer)
-        return result
+            bar.close()  # what follows is no time of training
+            return self._finish(data, writer)
 
     def _one_step(self, parts: Iterator) -> None:
         s, accelerator = self.settings, self.accelerator
@@ -373,10 +376,7 @@ class _Run:
         s = self.settings
         loss, right, n = self.accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {self.step} is {loss}; a smaller lr or scale, or clip_grad, keeps it finite"
-            )
+        self._check_finite(loss)
         entry = {"epoch": self.step * s.batch_size // (len(data.train) // s.batch_size * s.batch_size)}
         entry |= {
             "lr": self._plain_optimizer().param_groups[0]["lr"],
@@ -397,14 +397,17 @@ class _Run:
                 writer.add_scalar("lr", entry["lr"], entry["epoch"])
                 writer.flush()
 
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {self.step} is {loss}; a smaller lr or scale, or clip_grad, keeps it finite"
+            )
+
     @torch.no_grad()
-    def _evaluate(self, part: Pictures, classes: int) -> dict[str, float]:
+    def _evaluate(self, part: Pictures, classes: int, bar=None) -> dict[str, float]:
         """top-1 and mean-class accuracy in %, and the mean loss, of all images of a part"""
-        torchmetrics = need("torchmetrics")
-        multiclass = torchmetrics.classification.MulticlassAccuracy
-        found = torchmetrics.MetricCollection(
-            {"top1": multiclass(classes, average="micro"), "mean_class": multiclass(classes, average="macro")}
-        ).to(self.device)
+        # counts: for each class right ones, three kinds of others, and images
+        found = need("torchmetrics").classification.MulticlassStatScores(classes, average=None).to(self.device)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, images; torchmetrics would use float32
         self.model.eval()
         size = max(1, self.settings.batch_size // (self.settings.accumulate * self.world))
@@ -424,10 +427,18 @@ class _Run:
             if len(y):
                 found.update(y, labels)
                 sums += torch.stack([F.cross_entropy(y.double(), labels, reduction="sum"), real.sum().double()])
+            if bar is not None:
+                bar.update(min(at * self.world, len(part)) - bar.n)
         methods.train_mode(self.model)
         loss, n = self.accelerator.reduce(sums, "sum").tolist()
-        # float32 has seven digits
-        return {**{name: round(100 * value.item(), 4) for name, value in found.compute().items()}, "loss": loss / n}
+        counts = found.compute().double()
+        right, images = counts[:, 0], counts[:, -1]
+        there = images > 0  # a class without images has no accuracy
+        return {
+            "top1": round(100 * (right.sum() / images.sum()).item(), 4),
+            "mean_class": round(100 * (right[there] / images[there]).mean().item(), 4),
+            "loss": loss / n,
+        }
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -449,6 +460,7 @@ class _Run:
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         sums = self.accelerator.reduce(self.sums.clone(), "sum").cpu()
+        self._check_finite(sums[0].item())  # a state without use would replace one of use
         made = {
             "identity": json.loads(json.dumps(self._identity())),
             "step": self.step,
@@ -531,12 +543,10 @@ class _Run:
             self._set_weights(self.best["weights"])
             epoch = self.best["epoch"]
         metrics = {}
-        if data.val is not None:
-            metrics["val"] = self._evaluate(data.val, len(data.classes))
-        if data.test is not None:
-            metrics["test"] = self._evaluate(data.test, len(data.classes))
-        if not metrics:
-            metrics["train"] = self._evaluate(data.train, len(data.classes))
+        parts = data.parts()
+        for name in [name for name in ("val", "test") if name in parts] or ["train"]:
+            with self._bar(len(parts[name]), f"measuring on {name}", "img") as bar:
+                metrics[name] = self._evaluate(parts[name], len(data.classes), bar)
         result = {
             "metrics": metrics,
             "parameters": self.parameters,

@@ -114,7 +114,7 @@ METHODS: dict[str, Method] = {
         _injected("efft2", "EFFT, attention and FFN apart (arXiv 2311.06749)", EFFTConfig, variant="efft2"),
         Method(
             "noah",
-            "one point of NOAH's search space: Adapter, LoRA and VPT together, sized block by block (arXiv 2206.04673)",
+            "Adapter, LoRA and VPT together, sized block by block (NOAH, arXiv 2206.04673, without its search)",
             {"bottleneck": 8, "lora_rank": 8, "tokens": 8},
             _added(layers.add_noah),
         ),

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..inject import heads_of
 
+log = logging.getLogger("efft_kernels.finetune")
 _declared = []  # a torch.library.Library lives as long as someone refers to it
 
 
@@ -50,14 +52,14 @@ def make_model(
         classes: of the head.
         image_size: side of the images in pixels.
         checkpoint: a file (.npz of the original ViT, .pth, .pt, .bin, .safetensors), "download", or "random".
-        drop_path: rate of stochastic depth, where the model has it.
+        drop_path: rate of stochastic depth; a model of transformers that has none goes without, and says so.
 
     Raises:
         ValueError: an unknown model, no choice of weights, or weights that do not fit.
         FileNotFoundError: no such file.
     """
     if name.startswith("hf:"):
-        return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint)
+        return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint, drop_path)
     library = timm()
     known = name.partition(".")[0]
     if not library.is_model(known):
@@ -133,10 +135,13 @@ def _load(model: nn.Module, file: Path) -> None:
         )
 
 
-def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str | None) -> nn.Module:
+def _of_transformers(
+    name: str, classes: int, image_size: int, checkpoint: str | None, drop_path: float
+) -> nn.Module:
     timm()  # transformers meets the same torchvision
     need("transformers")
     from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.image_processing_base import ImageProcessingMixin
 
     if checkpoint not in (None, "download", "random"):
         raise ValueError(
@@ -145,17 +150,28 @@ def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str |
     local = {"local_files_only": checkpoint != "download"}
     try:
         config = AutoConfig.from_pretrained(name, num_labels=classes, **local)
+        if hasattr(config, "drop_path_rate"):
+            config.drop_path_rate = drop_path
+        elif drop_path:
+            log.info(f"{config.model_type} of transformers has no stochastic depth: drop_path={drop_path} does nothing")
         if checkpoint == "random":
             config.image_size = image_size
-            return AutoModelForImageClassification.from_config(config)
-        return AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, **local
-        )
+            model = AutoModelForImageClassification.from_config(config)
+        else:
+            model = AutoModelForImageClassification.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True, **local
+            )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model 'hf:{name}' cannot be made (checkpoint='download' lets transformers fetch it): {first}"
         ) from error
+    try:
+        own, _ = ImageProcessingMixin.get_image_processor_dict(name, **local)
+        model.pretrained_cfg = {"mean": own.get("image_mean"), "std": own.get("image_std")}  # as timm calls it
+    except OSError:
+        pass  # it came without
+    return model
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes]
@@ -169,7 +185,16 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, c
 
 
 def normalisation(model: nn.Module, how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of images in [0, 1] that a model wants."""
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    """Mean and deviation of images in [0, 1]: ImageNet's, or with how="model" those that its weights came with.
+
+    Raises:
+        ValueError: how="model", and they are not known.
+    """
+    if how == "imagenet":
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     own = getattr(model, "pretrained_cfg", None) or {}
-    return (tuple(own["mean"]), tuple(own["std"])) if how == "model" and own.get("mean") else imagenet
+    if not (own.get("mean") and own.get("std")):
+        raise ValueError(
+            f"normalize must be 'imagenet' for this {type(model).__name__}, which does not say how it was trained"
+        )
+    return tuple(own["mean"]), tuple(own["std"])

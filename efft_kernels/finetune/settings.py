@@ -23,12 +23,13 @@ class Settings:
 
     Args:
         data: a folder of images with a folder for each class (inside train/, val/ and test/ if there are such), a
-            folder with VTAB-1K's lists (train800.txt, val200.txt, train800val200.txt, test.txt), or a built-in source.
+            folder with VTAB-1K's lists (train800.txt, val200.txt, train800val200.txt, test.txt), or a built-in source:
+            cifar10, digits, dsprites_loc, dsprites_ori, elpv, pneumonia.
         out: the folder that the run writes: states while it lasts, then adapter, metrics, curves and logs.
         model: a model of timm, or "hf:" and a model of transformers (a folder, or a name on its hub).
         checkpoint: the pre-trained weights: a file, "download" to let timm or transformers fetch their own, or "random"
             for a control without pre-training. A folder of transformers brings its weights along.
-        method: how to adapt: see efft_kernels.finetune.methods.
+        method: how to adapt: one of the methods listed below, with their options and defaults.
         rank: of EFFT, FacT and LoRA; "[r1, r2]" for unequal ranks.
         ffn_rank: of the FFN group of efft2.
         scale: factor of the update of EFFT, FacT, LoRA and AdaptFormer.

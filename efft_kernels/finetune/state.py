@@ -118,13 +118,13 @@ def clear(folder: Path) -> None:
 
 def _sentence(folder: Path, what: str, error: OSError) -> str:
     left = states(folder)
-    safe = f"the state of step {int(left[-1].stem[6:])} is complete" if left else "there is no earlier state"
+    safe = f"the state of step {int(left[-1].stem[6:])} is complete; " if left else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free / 2**20
         why, then = f"no space left in {folder} ({free:.1f} MiB free)", "make room and run the same command again"
     else:
         why, then = f"{error.strerror or error} ({folder})", "run the same command again when it can be written"
-    return f"{why}: {what} could not be written; {safe}; {then}"
+    return f"{why}: {what} could not be written; {safe}{then}"
 
 
 @contextlib.contextmanager

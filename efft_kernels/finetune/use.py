@@ -1,11 +1,11 @@
 """What to do with a finished run: its model again, a plain merged checkpoint, labels for images."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..inject import merge
 from . import methods, state
@@ -36,7 +36,10 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     weights = checkpoint or settings.checkpoint
     if weights == "random":
         seed_all(f"model {settings.seed}")
-    model = make_model(settings.model, len(classes), settings.image_size, weights)
+    try:
+        model = make_model(settings.model, len(classes), settings.image_size, weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; if it has moved, checkpoint says where to") from error
     methods.load(model.to(getattr(torch, settings.dtype)), Path(out) / result["adapter"])
     if methods.fingerprint(model) != record["identity"]["weights"]:
         raise ValueError(
@@ -45,12 +48,28 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     return model.eval(), record
 
 
+def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:
+    """What the run did to an image, for whoever serves its model or adapter elsewhere: as other sizes, crops or means
+    than those of the training would cost accuracy.
+
+    Args:
+        model, record: of :func:`restore`.
+
+    Returns:
+        A function from a PIL image in RGB to a tensor [3, S, S] in the dtype of the weights, on the CPU.
+    """
+    settings = Settings(**record["settings"])
+    resize = transform(settings.image_size, "none", settings.interpolation)
+    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
+    return lambda image: ((torch.as_tensor(resize(image)) - mean) / std).to(getattr(torch, settings.dtype))
+
+
 def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> Path:
     """Write the weights of a finished run as those of the plain model, safetensors, for timm or transformers to load.
 
     Raises:
         ValueError: a method whose modules cannot be folded into the weights; else as :func:`restore`.
-        OSError: the file cannot be written.
+        state.StorageError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -63,8 +82,10 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
             f"method {method!r} adds modules that cannot be folded into the weights; predict serves it as it is"
         )
     tensors = {key: t.detach().clone().contiguous() for key, t in model.state_dict().items()}
-    state.write(Path(path), lambda file: file.write(save(tensors, {"format": "pt"})))
-    return Path(path)
+    path = Path(path)
+    with state.storing(path.parent, str(path)):
+        state.write(path, lambda file: file.write(save(tensors, {"format": "pt"})))
+    return path
 
 
 @torch.no_grad()
@@ -75,12 +96,9 @@ def predict(out: str | Path, files: list[str], checkpoint: str | None = None) ->
         data.DataError: a file that is not a readable image; else as :func:`restore`.
     """
     model, record = restore(out, checkpoint)
-    settings = Settings(**record["settings"])
-    prepare = transform(settings.image_size, "none", settings.interpolation)
-    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
+    prepare = preparation(model, record)
     images = Files(Path("."), tuple(files), (0,) * len(files))
     for i, file in enumerate(files):
-        x = (torch.as_tensor(prepare(images.load(i))) - mean) / std
-        p = logits(model, x[None].to(getattr(torch, settings.dtype))).softmax(1)[0]
+        p = logits(model, prepare(images.load(i))[None]).softmax(1)[0]
         best = int(p.argmax())
         yield file, record["classes"][best], float(p[best])
