@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -37,6 +38,12 @@ class Simulated:
         before = self.library.efft_sim_launches()
         call(*arguments)
         return self.library.efft_sim_launches() - before
+
+    def shared(self, call, *arguments) -> int:
+        """bytes of shared memory that a block of any of its launches asks for"""
+        self.library.efft_sim_shared()
+        call(*arguments)
+        return self.library.efft_sim_shared()
 
 
 @pytest.fixture(scope="session")
@@ -221,6 +228,23 @@ def test_number_of_launches(simulated, monkeypatch):
         plan(monkeypatch, single, False)
         assert simulated.launches(cuda.lowrank_linear, x, weight, bias, down, up) == forward_launches
         assert simulated.launches(cuda.lowrank_linear_backward, *backward) == backward_launches
+
+
+def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
+    most = {}
+    for R, (single, large) in itertools.product((16, 32, 64, 256), itertools.product((True, False), repeat=2)):
+        if single and R > cuda.MAX_RANK_BESIDE:
+            continue
+        x, weight, bias, down, up, dy = make(1, 8, 16, R, torch.bfloat16)
+        plan(monkeypatch, single, large)
+        name = f"lowrank_linear tile{128 if large else 64} {'single_pass' if single else 'extended_k'} R{R}"
+        most[name] = simulated.shared(cuda.lowrank_linear, x, weight, bias, down, up)
+        both = dy, x, None, down, up, torch.zeros(1, R, dtype=x.dtype), False, False
+        most[f"dp dup R{R}"] = simulated.shared(simulated.ops.lowrank_linear_backward, *both)
+    most["group_update"] = simulated.shared(cuda.group_update, down[None], up, 1.0)
+    budget = json.loads(Path(simulator.HERE, "budget.json").read_text())["shared"]
+    assert most == budget, json.dumps(most, indent=4)
+    assert max(most.values()) <= 163 * 1024  # what a block may have at compute capability 8.0
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ class Stream {
   explicit Stream(const Tensor&) {}
 #else
   explicit Stream(const Tensor& t) : guard_(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch is not a CUDA build");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
 #endif
@@ -155,10 +156,12 @@ Tensor form_p(const Tensor& x,    // [M, K]
   return p;
 }
 
-// y = [x | p] @ [w ; up] + bias, and p = x @ down where down is there
+// y = [x | p] @ [w ; up] + bias, with p = x @ down
 Tensor linear(const Tensor& x,  // [M, K]
               const View& w,    // [K, N]
-              const std::optional<Tensor>& bias, std::optional<View> down, const View& up,
+              const std::optional<Tensor>& bias,
+              const View* down,  // [K, R], or null: p is given
+              const View& up,    // [R, N]
               const Tensor& p,  // [M, R]
               int64_t N, bool large_tile, void* stream) {
   Tensor y = empty({x.size(0), N}, x);
@@ -193,7 +196,9 @@ struct Sum {
 
 // dup = p.T @ dy, [N, R] if turned; and dp = dy @ up.T if up is there
 std::tuple<Sum, std::optional<Sum>> pass(const Tensor& dy,  // [M, N]
-                                         const std::optional<View>& up, const Tensor& p, bool turned, void* stream) {
+                                         const Tensor* up,  // [R, N], or null
+                                         const Tensor& p,   // [M, R]
+                                         bool turned, void* stream) {
   const int64_t M = dy.size(0), N = dy.size(1), R = p.size(1);
   const int64_t tiles = (M + DY_PASS_ROWS - 1) / DY_PASS_ROWS, split = runs(M, N, R);
   DyPass g;
@@ -210,7 +215,7 @@ std::tuple<Sum, std::optional<Sum>> pass(const Tensor& dy,  // [M, N]
   if (up) {
     dp = Sum{empty({M, R}, dy), std::nullopt};
     if (chunks > 1) dp->slots = empty({chunks, M, R}, dy, ScalarType::Float);
-    g.up = rows(*up), g.dp_slots = (dp->slots ? *dp->slots : dp->out).mutable_data_ptr();
+    g.up = rows(view(*up)), g.dp_slots = (dp->slots ? *dp->slots : dp->out).mutable_data_ptr();
   }
   launched(dy_pass(dtype_of(dy), g, stream));
   return {dup, dp};
@@ -251,8 +256,8 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   if (!M) return {empty({0, N}, x), empty({0, R}, x)};
   const Stream stream(x);
   const Tensor p = single_pass ? empty({M, R}, x) : form_p(x, view(down), R, stream);
-  const auto beside = single_pass ? std::optional<View>(view(down)) : std::nullopt;
-  return {linear(x, transposed(view(weight)), bias, beside, view(up), p, N, large_tile, stream), p};
+  const View beside = view(down);
+  return {linear(x, transposed(view(weight)), bias, single_pass ? &beside : nullptr, view(up), p, N, large_tile, stream), p};
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
@@ -287,28 +292,28 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   const bool need_dp = weight || x;
   std::optional<Tensor> dp, dx;
   std::vector<Sum> sums;
-  const auto form_dx = [&](bool beside) {
-    const auto formed = beside ? std::optional<View>(transposed(view(up))) : std::nullopt;
-    dx = linear(dy, view(*weight), std::nullopt, formed, transposed(view(down)), *dp, K, large_tile, stream);
+  // the forward's product with other operands
+  const View up_turned = transposed(view(up));
+  const auto form_dx = [&](const View* beside) {
+    dx = linear(dy, view(*weight), std::nullopt, beside, transposed(view(down)), *dp, K, large_tile, stream);
   };
   if (weight && single_pass) {
-    // dp beside dx: the forward's product with other operands
     dp = empty({M, R}, dy);
-    form_dx(true);
+    form_dx(&up_turned);
   }
   if (p) {
     // dup, and dp from the same read of dy
-    auto [dup, partial] = pass(dy, need_dp && !dp ? std::optional<View>(view(up)) : std::nullopt, *p, false, stream);
+    auto [dup, partial] = pass(dy, need_dp && !dp ? &up : nullptr, *p, false, stream);
     sums.push_back(dup);
     if (partial) {
       complete({*partial}, stream);
       dp = partial->out;
     }
   } else if (need_dp && !dp) {
-    dp = form_p(dy, transposed(view(up)), R, stream);
+    dp = form_p(dy, up_turned, R, stream);
   }
-  if (weight && !dx) form_dx(false);
-  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, std::nullopt, *dp, true, stream)));  // (dp.T @ x).T
+  if (weight && !dx) form_dx(nullptr);
+  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, stream)));  // (dp.T @ x).T
   complete(sums, stream);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);

@@ -106,9 +106,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_
 template <class T, class Tile>
 const char* pass(const DyPass& g, void* stream) {
   const dim3 grid(cdiv(g.M, g.rows), cdiv(g.N, Tile::BN), cdiv(g.R, Tile::BR));
-  const int tiles = Tile::STAGES * Tile::STAGE * 2;
+  constexpr int tiles = Tile::STAGES * Tile::STAGE * 2, with_up = tiles + Tile::BR * Tile::BN * 2;
+  static_assert(with_up <= MAX_SHARED, "fewer stages or smaller tiles");
   if (!g.up.data) return launch(dy_pass_kernel<T, Tile, false>, grid, Tile::THREADS, tiles, stream, g);
-  return launch(dy_pass_kernel<T, Tile, true>, grid, Tile::THREADS, tiles + Tile::BR * Tile::BN * 2, stream, g);
+  return launch(dy_pass_kernel<T, Tile, true>, grid, Tile::THREADS, with_up, stream, g);
 }
 
 template <class T>

@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
 template <class T, class Tile, int RANKS, bool W_K_MAJOR>
 const char* launch_linear(const Linear& g, void* stream) {
   static_assert(Tile::BM * Tile::BN <= Tile::STAGES * stage_size<Tile, RANKS>(), "y is staged where the tiles were");
-  const int shared = Tile::STAGES * stage_size<Tile, RANKS>() * 2;
+  constexpr int shared = Tile::STAGES * stage_size<Tile, RANKS>() * 2;
+  static_assert(shared <= MAX_SHARED, "fewer stages or smaller tiles");
   const dim3 grid(cdiv(g.M, Tile::BM) * cdiv(g.N, Tile::BN));
   return launch(lowrank_linear_kernel<T, Tile, RANKS, W_K_MAJOR>, grid, Tile::THREADS, shared, stream, g);
 }

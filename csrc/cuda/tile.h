@@ -8,6 +8,7 @@ namespace efft::cuda {
 
 constexpr int BK = 64;  // terms of a sum per pipeline step: rows of 128 bytes
 constexpr int WARP = 32;
+constexpr int MAX_SHARED = 163 << 10;  // bytes that a block may have at compute capability 8.0, the least of the three
 
 // where 16-byte chunk `chunk` of row `row` lies in a tile with rows of W numbers, in numbers.
 //

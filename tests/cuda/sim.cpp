@@ -8,4 +8,11 @@ void efft_sim_mode(int last_warp_first, int eager) {
 }
 
 long efft_sim_launches() { return efft::sim::launches; }
+
+// of the launches since the last time
+int efft_sim_shared() {
+  const int most = efft::sim::most_shared;
+  efft::sim::most_shared = 0;
+  return most;
+}
 }

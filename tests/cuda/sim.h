@@ -77,6 +77,7 @@ struct Block {
 inline Block* block;
 inline int mode_order = 0, mode_eager = 0;
 inline long launches = 0;
+inline int most_shared = 0;  // bytes, of all launches
 
 inline Thread& self() { return block->threads[block->current]; }
 
@@ -286,6 +287,7 @@ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void*, const Arguments& g) {
+  sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
   sim::run(grid, threads, shared, [&] { kernel(g); });
   return nullptr;
 }
