@@ -3,6 +3,8 @@
 import ctypes
 import itertools
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear
 
+import efft_kernels
 from efft_kernels.kernels import cuda, reference
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
@@ -255,7 +258,7 @@ FAULTS = {
     "wrong_stage": ("tile.h", "load(step + STAGES - 1, next);", "load(step + STAGES - 1, stage);"),
     "wrong_swizzle": ("tile.h", "swizzled<W>(m + lane % 16, k / 8 + lane / 16)", "(m + lane % 16) * W + k + lane / 16 * 8"),
     "wrong_lanes": ("tile.h", "swizzled<W>(k + lane % 16, n / 8 + lane / 16)", "swizzled<W>(k + lane / 2, n / 8 + lane % 2)"),
-    "beyond_the_columns": ("tile.h", "inside ? 2 * least(cols - col, 8) : 0", "inside ? 16 : 0"),
+    "beyond_the_columns": ("tile.h", "inside ? 2 * there : 0", "inside ? 16 : 0"),
     "no_barrier_after_p": ("linear.h", "      __syncthreads();\n", ""),
     "no_barrier_before_y": ("linear.h", "g.bias);\n  __syncthreads();\n", "g.bias);\n"),
     "no_barrier_after_y": ("linear.h", "  }\n  __syncthreads();\n", "  }\n"),
@@ -335,7 +338,15 @@ def test_refusals():
 
 
 def test_never_chosen_by_itself():
-    assert "not yet run on a GPU" in cuda.unproven()
+    assert "not yet run on a GPU" in cuda.unproven() and cuda.slower("lowrank_linear")
+    (cuda_line,) = [b for b in efft_kernels.backends() if b.name == "cuda"]
+    assert not cuda_line.automatic and "not yet run on a GPU" in cuda_line.note
+
+
+def test_the_build_refuses_what_it_does_not_know():
+    setup = [sys.executable, simulator.CSRC.parents[1] / "setup.py", "--name"]
+    done = subprocess.run(setup, env=os.environ | {"EFFT_CUDA": "yes"}, capture_output=True, text=True)
+    assert done.returncode and "EFFT_CUDA must be 0, 1 or unset, got 'yes'" in done.stderr
 
 
 def test_bad_arguments_of_the_operators(simulated):

@@ -21,6 +21,7 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * W + (chunk ^ (row / ROWS % CHUNKS)) * 8;
 }
 
+__host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 
 template <bool GROUPED>
@@ -29,28 +30,32 @@ __device__ __forceinline__ int64_t row_offset(const Operand& g, int row) {
 }
 
 // starts to copy rows row0 ... and columns col0 ... of g into a tile [ROWS, W], zeros beyond `rows` and `cols`.
-// the caller commits. THREADS threads take part, all of them.
+// the caller commits. THREADS threads take part, all of them; each keeps to one column of chunks
 template <int ROWS, int W, int THREADS, bool GROUPED>
 __device__ __forceinline__ void load(uint16_t* tile, const Operand& g, int row0, int col0, int rows, int cols) {
-  constexpr int CHUNKS = W / 8;
-  const uint16_t* data = static_cast<const uint16_t*>(g.data);
+  constexpr int CHUNKS = W / 8, STEP = THREADS / CHUNKS, COUNT = cdiv(ROWS, STEP);
+  static_assert(THREADS % CHUNKS == 0, "every thread has one column of chunks");
+  const uint16_t* const data = static_cast<const uint16_t*>(g.data);
+  const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS, col = col0 + chunk * 8;
+  const int there = least(cols - col, 8);  // numbers of the chunk; below 1: none
   if (g.vector) {
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-      const int row = row0 + i / CHUNKS, col = col0 + i % CHUNKS * 8;
-      const bool inside = row < rows && col < cols;
+    for (int n = 0; n < COUNT; ++n) {
+      const int i = first + n * STEP, row = row0 + i;
+      if (ROWS % STEP != 0 && i >= ROWS) break;
+      const bool inside = row < rows && there > 0;
       const int64_t from = inside ? row_offset<GROUPED>(g, row) + col : 0;
-      cp_async16(tile + swizzled<W>(i / CHUNKS, i % CHUNKS), data + from, inside ? 2 * least(cols - col, 8) : 0);
+      cp_async16(tile + swizzled<W>(i, chunk), data + from, inside ? 2 * there : 0);
     }
   } else {
     // any strides: slow, and right
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-      const int row = row0 + i / CHUNKS, col = col0 + i % CHUNKS * 8;
-      uint16_t* to = tile + swizzled<W>(i / CHUNKS, i % CHUNKS);
-      const uint16_t* from = data + (row < rows ? row_offset<GROUPED>(g, row) : 0);
+    for (int i = first; i < ROWS; i += STEP) {
+      const int row = row0 + i;
+      uint16_t* const to = tile + swizzled<W>(i, chunk);
+      const uint16_t* const from = data + (row < rows ? row_offset<GROUPED>(g, row) : 0);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) to[j] = row < rows && col + j < cols ? from[int64_t(col + j) * g.col] : uint16_t(0);
+      for (int j = 0; j < 8; ++j) to[j] = row < rows && j < there ? from[int64_t(col + j) * g.col] : uint16_t(0);
     }
   }
 }
@@ -157,7 +162,5 @@ __device__ __forceinline__ void tile_of(int tile, int tiles_m, int tiles_n, int&
   tm = first + tile % rows;
   tn = tile / rows;
 }
-
-__host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace efft::cuda

@@ -44,11 +44,10 @@ def _ops():
 
 
 def unavailable() -> str | None:
-    if reason := _load()[1]:
-        return reason
-    if not torch.cuda.is_available():
-        return "it needs a CUDA GPU, and torch sees none"
-    return None
+    reason = _load()[1]
+    if not reason and not torch.cuda.is_available():
+        reason = "it needs a CUDA GPU, and torch sees none"
+    return f"{reason} (not yet run on a GPU)" if reason else None
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
@@ -126,8 +125,12 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
 
 def _plan(x: Tensor, N: int, R: int, dup: bool = False) -> tuple[bool, bool]:
     """(p formed beside y, 128 x 128 tiles) for x [M, K] and y [M, N]"""
-    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
-    return single_pass(len(x), N, R, RIDGE[major], dup), large_tile(len(x), N)
+    return single_pass(len(x), N, R, _ridge(x.device), dup), large_tile(len(x), N)
+
+
+@functools.cache
+def _ridge(device: torch.device) -> int:
+    return RIDGE[torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9]
 
 
 def _cdiv(a: int, b: int) -> int:

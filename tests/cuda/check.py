@@ -1,10 +1,10 @@
-"""Compile every .cu of csrc/cuda for GPUs that need not be there, and hold what the compiler made of each kernel to
-budget.json: registers, and no spills (a kernel has no local arrays: any stack is spilled registers).
+"""Build csrc/cuda as setup.py does, for GPUs that need not be there, and hold what the compiler made of each kernel to
+budget.json: registers, and no stack (a kernel has no local arrays: any stack is spilled registers).
 
     python tests/cuda/check.py             # prints a table; exit status 1 if anything is over; skips without nvcc
     python tests/cuda/check.py --update    # writes what it found as the new budget, if nothing spills
 
-What all of it takes to compile is printed, and held to three minutes on two cores. Shared memory, which is asked for at a
+The library must load, and all of it compile within three minutes on two cores. Shared memory, which is asked for at a
 launch, is held to the same budget by tests/test_cuda.py.
 """
 
@@ -16,50 +16,65 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import triton.backends.nvidia
+
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc" / "cuda"
 BUDGET = Path(__file__).with_name("budget.json")
-ARCHS = ("80", "90a", "100")
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"  # a toolkit may come without
 CORES, SECONDS = 2, 180
+LOADS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+for name in ("lowrank_linear", "lowrank_linear_backward", "lowrank_p", "group_update", "group_update_backward", "merge_"):
+    print(getattr(torch.ops.efft_cuda, name).default._schema)
+"""
 
 
-def nvcc() -> str | None:
+def has_nvcc() -> bool:
     homes = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    return bool(shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])))
+
+
+def build() -> Path:
+    """the library; what has not changed since the last time is not compiled again"""
+    folder = ROOT / "build" / "check"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", ROOT / "build" / "objects"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"EFFT_CUDA": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return next(folder.glob("efft_kernels/_cuda*.so"))
 
 
 def label(symbol: str) -> str:
     """lowrank_linear_kernel<Bf16, LinearTile<128, 128, 2, 1>, 16, true> and the like, of a mangled name"""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\((int|bool)\)|efft::cuda::|\(anonymous namespace\)::|_INTERNAL_\w+::|^void ", "", name)
+    name = re.sub(r"\((int|bool)\)|efft::cuda::|\(anonymous namespace\)::|_GLOBAL__N__\w+::|^void ", "", name)
     return re.sub(r"\([^()]*\)$", "", name)
 
 
-def compiled(job: tuple[str, str, Path]) -> tuple[str, dict | str]:
-    """(arch, {kernel: registers and stack}, or the compiler's error)"""
-    compiler, arch, source = job
-    with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "--resource-usage"]
-        done = subprocess.run([*command, "-c", source, "-o", f"{folder}/x.o"], capture_output=True, text=True)
-    if done.returncode:
-        return arch, f"{source.name}: {done.stderr.strip()[-2000:]}"
-    found = {}
-    for part in re.split(r"Compiling entry function '", done.stdout + done.stderr)[1:]:
-        stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
-        registers = int(re.search(r"Used (\d+) registers", part)[1])
-        found[label(part[: part.index("'")])] = {"registers": registers, "stack": int(stack), "spilled": int(stores) + int(loads)}
-    return arch, found
+def kernels(library: Path) -> dict[str, dict[str, dict]]:
+    """{architecture: {kernel: registers and stack}}"""
+    dumped = subprocess.run([CUOBJDUMP, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
+    found, arch = {}, None
+    for line in dumped.splitlines():
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            arch = match[1]
+        elif match := re.match(r"Function (\S+):", line.strip()):
+            name = label(match[1])
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            numbers = [int(number) for number in match.groups()]
+            found.setdefault(arch, {})[name] = {"registers": numbers[0], "stack": numbers[1] + numbers[2]}
+    return found
 
 
-def faults(found: dict, limit: dict | None) -> list[str]:
-    wrong = [f"{found[what]} bytes of {what}" for what in ("stack", "spilled") if found[what]]
-    if limit and found["registers"] > limit["registers"]:
-        wrong.append(f"registers over the budget of {limit['registers']}")
+def faults(found: dict, budget: dict | None) -> list[str]:
+    """budget: of this kernel, None to hold it to nothing but the stack"""
+    wrong = [f"{found['stack']} bytes spilled"] if found["stack"] else []
+    if budget is not None and found["registers"] > budget.get("registers", 0):
+        wrong.append(f"over the budget of {budget['registers']}" if budget else "not in the budget")
     return wrong
 
 
@@ -67,43 +82,44 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--update", action="store_true")
     arguments = parser.parse_args()
-    compiler = nvcc()
-    if compiler is None:
-        print("skipped: no nvcc beside its headers was found (CUDA_HOME, CUDA_PATH, PATH)")
+    if not has_nvcc():
+        print("skipped: no nvcc was found (CUDA_HOME, CUDA_PATH, PATH)")
         return 0
-    version = re.search(r"V([\d.]+)", subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout)[1]
+    version = re.search(r"V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)[1]
     budget = json.loads(BUDGET.read_text())
     same = budget["nvcc"] == version and not arguments.update
-    if not same and not arguments.update:
-        print(f"nvcc {version}, the budget is of {budget['nvcc']}: only spills are checked")
-    jobs = [(compiler, arch, source) for source in sorted(CSRC.glob("*.cu"), reverse=True) for arch in ARCHS]
-    start, kernels, bad = time.perf_counter(), {arch: {} for arch in ARCHS}, 0
-    with ThreadPoolExecutor(CORES) as pool:
-        for arch, found in pool.map(compiled, jobs):
-            if isinstance(found, str):
-                print(f"sm_{arch}: FAULT: {found}")
-                bad += 1
-                continue
-            kernels[arch] |= found
-            for name, numbers in found.items():
-                limit = budget["kernels"].get(arch, {}).get(name) if same else None
-                wrong = faults(numbers, limit) + (["not in the budget"] if same and limit is None else [])
-                bad += bool(wrong)
-                print(f"sm_{arch:5}{name:75}{numbers['registers']:4} registers{'  FAULT: ' * bool(wrong)}{'; '.join(wrong)}", flush=True)
+    if not same:
+        print(f"nvcc {version}, the budget is of {budget['nvcc'] or 'none'}: only spills are checked")
+    start = time.perf_counter()
+    library = build()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu, wall = used.ru_utime + used.ru_stime, time.perf_counter() - start
-    slow = cpu > CORES * SECONDS
-    print(f"{sum(map(len, kernels.values()))} compiled, {bad} at fault, in {cpu:.0f} s of processor time, {wall:.0f} s here")
-    if slow:
+    print(subprocess.run([sys.executable, "-c", LOADS, library], capture_output=True, text=True, check=True).stdout)
+    found, bad = kernels(library), 0
+    for arch, of_arch in found.items():
+        for name, numbers in sorted(of_arch.items()):
+            wrong = faults(numbers, budget["kernels"].get(arch, {}).get(name, {}) if same else None)
+            bad += bool(wrong)
+            print(f"{arch:8}{name:72}{numbers['registers']:4} registers{'  FAULT: ' * bool(wrong)}{'; '.join(wrong)}")
+    if missing := {"sm_80", "sm_90a", "sm_100"} - set(found):
+        bad += 1
+        print(f"FAULT: not compiled for {', '.join(sorted(missing))}")
+    # processor time, as others may be at work here
+    print(f"{sum(map(len, found.values()))} kernels, {bad} at fault; built in {cpu:.0f} s of processor time, {wall:.0f} s here")
+    if cpu > CORES * SECONDS:
+        bad += 1
         print(f"FAULT: that is more than {SECONDS} s on {CORES} cores")
     if arguments.update and not bad:
-        lines = ",\n".join(
-            f'    "{arch}": {{\n' + ",\n".join(f"      {json.dumps(n)}: {json.dumps(k)}" for n, k in sorted(found.items())) + "\n    }"
-            for arch, found in kernels.items()
-        )
-        shared = json.dumps(budget["shared"], indent=4).replace("\n}", "\n  }")
-        BUDGET.write_text(f'{{\n  "nvcc": "{version}",\n  "shared": {shared},\n  "kernels": {{\n{lines}\n  }}\n}}\n')
-    return 1 if bad or slow else 0
+        BUDGET.write_text(written(version, budget["shared"], found))
+    return int(bad > 0)
+
+
+def written(version: str, shared: dict, found: dict) -> str:
+    """the budget as JSON, one kernel per line"""
+    lines = lambda entries: ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(entries.items()))
+    archs = ",\n".join(f'    "{arch}": {{\n{lines(of_arch)}\n    }}' for arch, of_arch in found.items())
+    memory = ",\n".join(f"    {json.dumps(name)}: {value}" for name, value in shared.items())
+    return f'{{\n  "nvcc": "{version}",\n  "shared": {{\n{memory}\n  }},\n  "kernels": {{\n{archs}\n  }}\n}}\n'
 
 
 if __name__ == "__main__":
