@@ -33,9 +33,9 @@ for name in ("lowrank_linear", "lowrank_linear_backward", "lowrank_p", "group_up
 """
 
 
-def has_nvcc() -> bool:
+def nvcc() -> str | None:
     homes = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    return bool(shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"])))
+    return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
 def build() -> Path:
@@ -82,10 +82,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--update", action="store_true")
     arguments = parser.parse_args()
-    if not has_nvcc():
+    compiler = nvcc()
+    if compiler is None:
         print("skipped: no nvcc was found (CUDA_HOME, CUDA_PATH, PATH)")
         return 0
-    version = re.search(r"V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)[1]
+    version = re.search(r"V([\d.]+)", subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout)[1]
     budget = json.loads(BUDGET.read_text())
     same = budget["nvcc"] == version and not arguments.update
     if not same:
