@@ -107,10 +107,10 @@ def onednn(x, w, b):
 
 
 class ExtendedK(torch.autograd.Function):
-    """y = [x | p] @ [w | up.T].T + b with p = x @ down: two products of cuBLAS, and two of the backward's four likewise
+    """y = [x | p] @ [w | up.T].T + b with p = x @ down: two products of cuBLAS, four in the backward
 
-    x is stored in wide_x with room for p, as whatever writes x would have to leave it; the argument x takes its gradient.
-    w is stored in wide_w with room for up.T, which is copied there at every call, as it is trained.
+    x is stored in wide_x with room for p, as whatever writes x would have to leave it; the argument x takes its
+    gradient. w is stored in wide_w with room for up.T, which is copied there at every call, as it is trained.
     """
 
     @staticmethod

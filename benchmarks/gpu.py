@@ -1,10 +1,10 @@
-"""All that a machine with a GPU is needed for, in one go: build, tests, sanitizers, benchmarks, and a table of what came.
+"""All that a machine with a GPU is needed for, in one go: build, tests, sanitizers, benchmarks, a table of what came.
 
     python benchmarks/gpu.py                            # an hour or so; benchmarks/results/<gpu>/
     python benchmarks/gpu.py --only build tests         # some of the steps
 
-What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time. A
-step runs whatever became of those before it, but for the build. The exit status is 1 if one failed.
+What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time.
+A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed.
 """
 
 import argparse
@@ -42,8 +42,9 @@ def steps(out: Path) -> list[Step]:
     python, here = sys.executable, "benchmarks"
     kernels = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "tests/test_triton.py"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
-    forward = [python, f"{here}/bench_forward.py", "--device", "cuda", "--dtype", "bfloat16", "--backward", "--compile", "all"]
-    train = [python, f"{here}/bench_train_step.py", "--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
+    sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
+    forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]
+    train = [python, f"{here}/bench_train_step.py", *sizes, "--seconds", "300"]
     # without torch's cache every tensor is an allocation of its own, whose ends are watched
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
@@ -52,11 +53,11 @@ def steps(out: Path) -> list[Step]:
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
         *(
-            Step(f"forward_{model}", [*forward, "--model", model, "--batch", "64", "--seconds", "600", "--out", str(out / model)])
+            Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)])
             for model in ("vit_b", "vit_l", "swin_t")
         ),
         *(
-            Step(f"train_step_{name}", [*train, *backend, "--seconds", "300", "--out", str(out / f"train_{name}")])
+            Step(f"train_step_{name}", [*train, *backend, "--out", str(out / f"train_{name}")])
             for name, backend in (("auto", []), ("triton", ["--backend", "triton"]), ("cuda", ["--backend", "cuda"]))
         ),
     ]
@@ -69,9 +70,8 @@ def run(step: Step) -> dict:
         return record | {"end": f"{step.needs} is not on PATH: it comes with the CUDA toolkit"}
     print(f"\n== {step.name}: {record['command']}", flush=True)
     start, lines = time.perf_counter(), []
-    with subprocess.Popen(
-        step.command, cwd=ROOT, env=os.environ | step.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+    pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(step.command, cwd=ROOT, env=os.environ | step.environment, **pipe) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines = [*lines[1 - LAST_LINES :], line.rstrip()]

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: what it would run, how a step's outcome is kept, and the table of what was measured."""
+"""benchmarks/gpu.py without a GPU: what it would run, how an outcome is kept, and the table of what was measured."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The CUDA kernels: on a GPU where there is one, and everywhere on the host, in a simulator of the instructions they use."""
+"""The CUDA kernels: on a GPU where there is one, and everywhere on the host, in a simulator of their instructions."""
 
 import ctypes
 import itertools
@@ -256,8 +256,12 @@ FAULTS = {
     "no_wait": ("tile.h", "    cp_async_wait<STAGES - 2>();\n", ""),
     "no_barrier": ("tile.h", "    __syncthreads();\n", ""),
     "wrong_stage": ("tile.h", "load(step + STAGES - 1, next);", "load(step + STAGES - 1, stage);"),
-    "wrong_swizzle": ("tile.h", "swizzled<W>(m + lane % 16, k / 8 + lane / 16)", "(m + lane % 16) * W + k + lane / 16 * 8"),
-    "wrong_lanes": ("tile.h", "swizzled<W>(k + lane % 16, n / 8 + lane / 16)", "swizzled<W>(k + lane / 2, n / 8 + lane % 2)"),
+    "wrong_swizzle": (
+        "tile.h", "swizzled<W>(m + lane % 16, k / 8 + lane / 16)", "(m + lane % 16) * W + k + lane / 16 * 8"
+    ),
+    "wrong_lanes": (
+        "tile.h", "swizzled<W>(k + lane % 16, n / 8 + lane / 16)", "swizzled<W>(k + lane / 2, n / 8 + lane % 2)"
+    ),
     "beyond_the_columns": ("tile.h", "inside ? 2 * there : 0", "inside ? 16 : 0"),
     "no_barrier_after_p": ("linear.h", "      __syncthreads();\n", ""),
     "no_barrier_before_y": ("linear.h", "g.bias);\n  __syncthreads();\n", "g.bias);\n"),
@@ -331,8 +335,9 @@ def test_refusals():
         assert ask("lowrank_linear", x, weight, bias, down, up) is None
         large = make(8, 300, 280, 257, torch.bfloat16)
         assert ask("lowrank_linear", *large[:5]) == "it goes to rank 256, not 257"
-        assert ask("lowrank_linear_backward", large[5], None, *large[1:2], *large[3:5], None) == "it goes to rank 256, not 257"
-        assert ask("group_update", torch.empty(1, 4, 257).bfloat16(), torch.empty(257, 8).bfloat16()).endswith("not 257")
+        backward = large[5], None, large[1], large[3], large[4], None
+        assert ask("lowrank_linear_backward", *backward) == "it goes to rank 256, not 257"
+        assert ask("group_update", *(torch.zeros(s).bfloat16() for s in ((1, 4, 257), (257, 8)))).endswith("not 257")
         far = x.as_strided((1, 16), (cuda.MAX_SIZE + 1, 1))
         assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
 

@@ -43,7 +43,8 @@ void check(const char* name, const Tensor& t, const Tensor& like, std::initializ
 #ifdef EFFT_SIM
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
 #else
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name, " must be on the GPU of the others");
+  const bool there = t.is_cuda() && t.get_device_index() == like.get_device_index();
+  STD_TORCH_CHECK(there, name, " must be on the GPU of the others");
 #endif
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
   std::string wanted, got;
@@ -95,7 +96,9 @@ class Stream {
   void* stream_ = nullptr;
 };
 
-void launched(const char* error) { STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : ""); }
+void launched(const char* error) {
+  STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "");
+}
 
 // -- operands ---------------------------------------------------------------------------------------------------------
 
@@ -116,7 +119,8 @@ View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.str
 // copied row by row
 Operand rows(const View& v) {
   Operand g;
-  g.data = v.data, g.row = int32_t(v.row), g.col = int32_t(v.col), g.group = int32_t(v.group), g.outer = int32_t(v.outer);
+  g.data = v.data, g.row = int32_t(v.row), g.col = int32_t(v.col);
+  g.group = int32_t(v.group), g.outer = int32_t(v.outer);
   g.vector = v.col == 1 && v.row % 8 == 0 && v.outer % 8 == 0 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
   return g;
 }
@@ -252,12 +256,14 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   check("down", down, x, {K, R});
   check("up", up, x, {R, N});
   dtype_of(x);
-  STD_TORCH_CHECK(!single_pass || R <= MAX_RANK_BESIDE, "p beside y must have at most ", MAX_RANK_BESIDE, " ranks, got ", R);
+  const bool fits = !single_pass || R <= MAX_RANK_BESIDE;
+  STD_TORCH_CHECK(fits, "p beside y must have at most ", MAX_RANK_BESIDE, " ranks, got ", R);
   if (!M) return {empty({0, N}, x), empty({0, R}, x)};
   const Stream stream(x);
   const Tensor p = single_pass ? empty({M, R}, x) : form_p(x, view(down), R, stream);
   const View beside = view(down);
-  return {linear(x, transposed(view(weight)), bias, single_pass ? &beside : nullptr, view(up), p, N, large_tile, stream), p};
+  const View* const formed = single_pass ? &beside : nullptr;
+  return {linear(x, transposed(view(weight)), bias, formed, view(up), p, N, large_tile, stream), p};
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy

@@ -1,4 +1,4 @@
-// the instructions that the kernels are made of, one function each. tests/cuda/sim.h defines the same names on the host.
+// the instructions that the kernels are made of, a function each. tests/cuda/sim.h defines the same names on the host.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@
 namespace efft::cuda {
 
 // d += a @ b for one 16 x 8 x 16 product of a warp, of 16-bit numbers and summed in float32
-#define EFFT_MMA(type)                                                                                                  \
-  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {                \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "           \
-        "{%0,%1,%2,%3};"                                                                                                \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                            \
+#define EFFT_MMA(type)                                                                                                 \
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {               \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "          \
+        "{%0,%1,%2,%3};"                                                                                               \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                           \
   }
 
 struct Bf16 {
@@ -43,7 +43,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 
 // 16 bytes of shared memory: `bytes` of them from `from`, on 16 bytes, and zeros. done after a wait and a barrier
 __device__ __forceinline__ void cp_async16(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+  const uint32_t at = shared_address(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

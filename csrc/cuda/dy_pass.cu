@@ -4,8 +4,8 @@
 namespace efft::cuda {
 namespace {
 
-// a block takes BM rows of dy at a time, in BN columns, for BR of the ranks. a wide BN makes few slots of dp, a large BR
-// few reads of dy, and both are paid for in registers
+// a block takes BM rows of dy at a time, in BN columns, for BR of the ranks. a wide BN makes few slots of dp, a large
+// BR few reads of dy, and both are paid for in registers
 template <int BN_, int BR_>
 struct PassTile {
   static constexpr int BM = DY_PASS_ROWS, BN = BN_, BR = BR_, WARPS = BM / 16, THREADS = WARPS * WARP, STAGES = 3;
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_
       for (int j = 0; j < BR / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int m = begin + step * BM + warp * 16 + accumulator_row(lane, e), r = r0 + j * 8 + accumulator_col(lane, e);
+          const int m = begin + step * BM + warp * 16 + accumulator_row(lane, e);
+          const int r = r0 + j * 8 + accumulator_col(lane, e);
           if (m >= end || r >= g.R) continue;
           if (gridDim.y == 1)
             static_cast<uint16_t*>(g.dp_slots)[int64_t(m) * g.R + r] = T::round(dp[j][e]);

@@ -9,7 +9,8 @@ namespace efft::cuda {
 // multiprocessor: what the compiler spends registers by
 template <int BM_, int BN_, int WARPS_M, int MIN_BLOCKS_>
 struct LinearTile {
-  static constexpr int BM = BM_, BN = BN_, WARPS = BM / 16, THREADS = WARPS * WARP, STAGES = 3, MIN_BLOCKS = MIN_BLOCKS_;
+  static constexpr int BM = BM_, BN = BN_, MIN_BLOCKS = MIN_BLOCKS_, STAGES = 3;
+  static constexpr int WARPS = BM / 16, THREADS = WARPS * WARP;
   static constexpr int WARPS_N = WARPS / WARPS_M, WM = BM / WARPS_M, WN = BN / WARPS_N;
 };
 
@@ -22,9 +23,9 @@ __host__ __device__ constexpr int stage_size() {
   return (Tile::BM + Tile::BN + RANKS) * BK;
 }
 
-// RANKS > 0: p is formed beside y, for up to so many ranks, and RANKS / BN more tensor-core work pays for a second pass
-// over x; the first column of blocks stores it. RANKS = 0: p is read, and the sum over K goes on over R.
-// W_K_MAJOR: w has its columns, k, side by side in memory, as weight.T has
+// RANKS > 0: p is formed beside y, for up to so many ranks. every column of blocks does, which costs up to RANKS / BN
+// of the product and saves a second pass over x; the first column stores it. RANKS = 0: p is read, and the sum over K
+// goes on over R. W_K_MAJOR: w has the terms of the sum side by side in memory, as weight.T has
 template <class T, class Tile, int RANKS, bool W_K_MAJOR>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     lowrank_linear_kernel(const __grid_constant__ Linear g) {

@@ -1,4 +1,4 @@
-// c = scale * a @ b, several of them in one launch: p = x @ down, the group update and its backward, the merge of a group
+// c = scale * a @ b, several of them in one launch: p = x @ down, the group update, its backward, the merge of a group
 #include "tile.h"
 
 namespace efft::cuda {

@@ -83,7 +83,7 @@ __device__ __forceinline__ void fragment_a_turned(uint32_t (&f)[4], const uint16
   ldmatrix<true>(f, tile + swizzled<W>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
 }
 
-// the fragments of two 16 x 8 blocks of b, side by side, in a tile [K, W], at row k and column n: f[0], f[1] and f[2], f[3]
+// the fragments of two 16 x 8 blocks of b, side by side, in a tile [K, W], at row k and column n: f[0], f[1] are one
 template <int W>
 __device__ __forceinline__ void fragment_b(uint32_t (&f)[4], const uint16_t* tile, int k, int n, int lane) {
   ldmatrix<true>(f, tile + swizzled<W>(k + lane % 16, n / 8 + lane / 16));
@@ -154,7 +154,7 @@ __device__ __forceinline__ void pipeline(int steps, Load load, Use use) {
   }
 }
 
-// tile number -> (row, column): down 8 rows, then right, so that blocks that run together share operands in the L2 cache
+// tile number -> (row, column): down 8 rows, then right, so that blocks that run together share operands in the cache
 __device__ __forceinline__ void tile_of(int tile, int tiles_m, int tiles_n, int& tm, int& tn) {
   constexpr int GROUP = 8;
   const int first = tile / (GROUP * tiles_n) * GROUP, rows = least(tiles_m - first, GROUP);

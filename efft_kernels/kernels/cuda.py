@@ -1,8 +1,8 @@
-"""CUDA C++ kernels of csrc/cuda for bfloat16 and float16: tensor cores fed by cp.async, p formed beside y or by extended K.
+"""CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that goes on over R.
 
-Built by setup.py where nvcc is found; on GPUs with 163 KiB of shared memory for a block or more, compute capability 8.0,
-9.0 and 10. **Not yet run on a GPU**: correct in a simulator of the instructions used (tests/test_cuda.py), compiled for all
-three (tests/cuda/check.py), and so only run when named.
+Built by setup.py where nvcc is found; for GPUs with 163 KiB of shared memory for a block or more, compute capability
+8.0, 9.0 and 10. Not yet run on a GPU: correct in a simulator of the instructions used (tests/test_cuda.py), compiled
+for all three (tests/cuda/check.py), they only run when named.
 """
 
 import functools

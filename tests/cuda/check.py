@@ -28,21 +28,23 @@ CORES, SECONDS = 2, 180
 LOADS = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-for name in ("lowrank_linear", "lowrank_linear_backward", "lowrank_p", "group_update", "group_update_backward", "merge_"):
+for name in "lowrank_linear lowrank_linear_backward lowrank_p group_update group_update_backward merge_".split():
     print(getattr(torch.ops.efft_cuda, name).default._schema)
 """
 
 
 def nvcc() -> str | None:
     homes = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+    folders = [*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def build() -> Path:
     """the library; what has not changed since the last time is not compiled again"""
-    folder = ROOT / "build" / "check"
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", ROOT / "build" / "objects"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"EFFT_CUDA": "1"}, capture_output=True, text=True)
+    folder, objects = ROOT / "build" / "check", ROOT / "build" / "objects"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", objects]
+    environment = os.environ | {"EFFT_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return next(folder.glob("efft_kernels/_cuda*.so"))
@@ -57,9 +59,9 @@ def label(symbol: str) -> str:
 
 def kernels(library: Path) -> dict[str, dict[str, dict]]:
     """{architecture: {kernel: registers and stack}}"""
-    dumped = subprocess.run([CUOBJDUMP, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
+    dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
     found, arch = {}, None
-    for line in dumped.splitlines():
+    for line in dump.stdout.splitlines():
         if match := re.match(r"arch = (\w+)", line.strip()):
             arch = match[1]
         elif match := re.match(r"Function (\S+):", line.strip()):
@@ -106,7 +108,8 @@ def main() -> int:
         bad += 1
         print(f"FAULT: not compiled for {', '.join(sorted(missing))}")
     # processor time, as others may be at work here
-    print(f"{sum(map(len, found.values()))} kernels, {bad} at fault; built in {cpu:.0f} s of processor time, {wall:.0f} s here")
+    count = sum(map(len, found.values()))
+    print(f"{count} kernels, {bad} at fault; built in {cpu:.0f} s of processor time, {wall:.0f} s here")
     if cpu > CORES * SECONDS:
         bad += 1
         print(f"FAULT: that is more than {SECONDS} s on {CORES} cores")
@@ -117,8 +120,8 @@ def main() -> int:
 
 def written(version: str, shared: dict, found: dict) -> str:
     """the budget as JSON, one kernel per line"""
-    lines = lambda entries: ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(entries.items()))
-    archs = ",\n".join(f'    "{arch}": {{\n{lines(of_arch)}\n    }}' for arch, of_arch in found.items())
+    lines = lambda entries: ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in entries)
+    archs = ",\n".join(f'    "{arch}": {{\n{lines(sorted(of_arch.items()))}\n    }}' for arch, of_arch in found.items())
     memory = ",\n".join(f"    {json.dumps(name)}: {value}" for name, value in shared.items())
     return f'{{\n  "nvcc": "{version}",\n  "shared": {{\n{memory}\n  }},\n  "kernels": {{\n{archs}\n  }}\n}}\n'
 

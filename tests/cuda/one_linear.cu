@@ -4,7 +4,8 @@
 namespace efft::cuda {
 
 const char* lowrank_linear_bf16(const Linear& g, bool, void* stream) {
-  return g.down.data ? launch_linear<Bf16, SmallTile, 16, true>(g, stream) : launch_linear<Bf16, SmallTile, 0, true>(g, stream);
+  if (g.down.data) return launch_linear<Bf16, SmallTile, 16, true>(g, stream);
+  return launch_linear<Bf16, SmallTile, 0, true>(g, stream);
 }
 
 }  // namespace efft::cuda

@@ -25,7 +25,8 @@ def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
     def run(job):
         source, target, flags = job
         command = [*compiler(), "-x", "c++", "-O2", "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
-        done = subprocess.run([*command, "-Wno-unknown-pragmas", "-c", source, "-o", target], capture_output=True, text=True)
+        command += ["-Wno-unknown-pragmas", "-c", source, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -54,8 +55,10 @@ def build(folder: Path) -> Path:
 
 
 def build_faulty(folder: Path, name: str, file: str, sound: str, faulty: str, objects: Path) -> Path:
-    """csrc/cuda with one occurrence of `sound` in `file` replaced, as torch.ops.NAME: of the linear kernel, in bfloat16,
-    what one_linear.cu has, and everything else from the objects of a sound build"""
+    """csrc/cuda with the one occurrence of `sound` in `file` replaced, as torch.ops.NAME
+
+    Of the linear kernel in bfloat16 it has what one_linear.cu has, the rest is from the objects of a sound build.
+    """
     csrc = folder / name
     shutil.copytree(CSRC, csrc)
     text = (csrc / file).read_text()
