@@ -40,7 +40,7 @@ class Step(NamedTuple):
 def steps(out: Path) -> list[Step]:
     """In their order. The kernels under test are those that run on the GPU: Triton's and CUDA's own."""
     python, here = sys.executable, "benchmarks"
-    kernels = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "tests/test_triton.py"]
+    kernels = [python, "-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_triton.py", "-k", "gpu or test_triton"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
     sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
     forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]

@@ -151,6 +151,16 @@ def test_any_strides(layout, single, device, monkeypatch):
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
 
 
+@ways
+def test_what_is_not_finite_stays_in_its_row(single, device, monkeypatch):
+    plan(monkeypatch, single, False)
+    x, weight, bias, down, up, dy = (t.abs() for t in make(70, 40, 48, 3, torch.bfloat16, device))
+    x[5, 7] = float("inf")
+    y, p = cuda.lowrank_linear(x, weight, bias, down, up)
+    assert (y[5] == float("inf")).all() and (p[5] == float("inf")).all()
+    assert torch.isfinite(y).sum() == 69 * 48 and torch.isfinite(p).sum() == 69 * 3
+
+
 def test_no_rows(device):
     check_lowrank_linear(cuda, *make(0, 32, 48, 3, torch.bfloat16, device))
 

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         for (int e = 0; e < 4; ++e) {
           const int row = warp * 16 + accumulator_row(lane, e), r = j * 8 + accumulator_col(lane, e);
           const uint16_t value = T::round(acc_p[0][j][e]);
-          to[swizzled<BK>(row, r / 8) + r % 8] = value;
+          // beyond R it is nan where x is infinite, times the zeros of down
+          to[swizzled<BK>(row, r / 8) + r % 8] = r < g.R ? value : uint16_t(0);
           if (tn == 0 && m0 + row < g.M && r < g.R) p[int64_t(m0 + row) * g.R + r] = value;
         }
       __syncthreads();

@@ -25,6 +25,7 @@ def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
     def run(job):
         source, target, flags = job
         command = [*compiler(), "-x", "c++", "-O2", "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
+        command += ["-fno-strict-aliasing"]  # as CUDA has it: two numbers are read and written as one
         command += ["-Wno-unknown-pragmas", "-c", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
