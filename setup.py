@@ -1,11 +1,15 @@
-"""Builds the compiled library of csrc/ against the torch that is installed. Everything else is in pyproject.toml.
+"""Builds the compiled libraries of csrc/ against the torch that is installed. Everything else is in pyproject.toml.
 
 pip's build isolation hides the environment's packages from sys.path but not from sysconfig, so the torch that will run
-the library is found there. Without one nothing is compiled now, and efft_kernels/kernels/native.py compiles at first use.
+the library is found there. Without one nothing is compiled now; efft_kernels/kernels/native.py compiles at first use.
+
+csrc/cuda becomes a library of its own, where torch is a CUDA build and nvcc is found; no GPU is needed. The environment
+variable EFFT_CUDA says otherwise: 0 leaves it out, 1 builds it whatever torch is installed (it is the same library).
 """
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -49,26 +53,62 @@ class BuildPy(build_py):
             shutil.copytree(ROOT / "csrc", Path(self.build_lib, "efft_kernels", "csrc"), dirs_exist_ok=True)
 
 
-def extension(torch) -> dict:
-    home = cuda_home() if torch.version.cuda else None
-    if home:
-        os.environ["CUDA_HOME"] = home  # read when cpp_extension is imported
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+def wants_cuda(torch) -> str | None:
+    """The toolkit to build csrc/cuda with, or None"""
+    wanted = os.environ.get("EFFT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"EFFT_CUDA must be 0, 1 or unset, got {wanted!r}")
+    home = cuda_home() if wanted == "1" or (wanted == "" and torch.version.cuda) else None
+    if wanted == "1" and home is None:
+        sys.exit("EFFT_CUDA=1, but no folder with bin/nvcc and include/cuda_runtime.h was found; set CUDA_HOME to it")
+    return home
 
-    kernels = sorted(Path("csrc/cuda").glob("*.cu")) if home else []
-    sources = [Path("csrc/bindings.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp")), *kernels]
-    nvcc_flags = ["-std=c++17", "-O3"]
-    nvcc_flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100a")]
-    library = (CUDAExtension if kernels else CppExtension)(
+
+def architectures(home: str) -> list[str]:
+    """What the kernels are compiled for, as far as this nvcc knows it"""
+    listed = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in ("80", "90a", "100") if f"sm_{arch.rstrip('a')}" in listed.split()]
+
+
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wno-psabi"]
+
+
+def extensions(torch) -> dict:
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    home = wants_cuda(torch)
+    # torch's own guess is none beside a CPU build, and wrong where nvcc on PATH is a wrapper script
+    cpp_extension.CUDA_HOME = home
+
+    native = CppExtension(
         "efft_kernels._native",
-        [str(source) for source in sources],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), *([("EFFT_CUDA", None)] if kernels else [])],
-        extra_compile_args={"cxx": ["-std=c++17", "-O3", "-g0", "-Wno-psabi"], "nvcc": nvcc_flags},
-        depends=[str(header) for header in Path("csrc").rglob("*.h")],
+        ["csrc/bindings.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+        define_macros=MACROS,
+        extra_compile_args={"cxx": CXX_FLAGS},
+        depends=[*map(str, Path("csrc").glob("*.h")), *map(str, Path("csrc/cpu").glob("*.h"))],
         py_limited_api=True,
     )
+    libraries = [native]
+    if home:
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures(home)]
+        libraries.append(
+            # not a CUDAExtension, which would link against torch's CUDA libraries, and so against one version of CUDA
+            CppExtension(
+                "efft_kernels._cuda",
+                ["csrc/cuda/bindings.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))],
+                define_macros=MACROS,
+                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++17", "-O3", *codes]},
+                depends=[*map(str, Path("csrc/cuda").glob("*.h"))],
+                library_dirs=[f"{home}/lib64", f"{home}/lib"],
+                # libtorch is needed for the libtorch_cuda behind it, where there is one
+                extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-lrt", "-lpthread", "-ldl"],
+                py_limited_api=True,
+            )
+        )
     return {
-        "ext_modules": [library],
+        "ext_modules": libraries,
         "cmdclass": {"build_py": BuildPy, "build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
@@ -78,4 +118,4 @@ os.chdir(ROOT)
 torch = find_torch()
 if torch is None:
     print("efft_kernels: torch is not installed yet, so csrc/ is not compiled now but at first use", file=sys.stderr)
-setup(**(extension(torch) if torch else {"cmdclass": {"build_py": BuildPy}}))
+setup(**(extensions(torch) if torch else {"cmdclass": {"build_py": BuildPy}}))

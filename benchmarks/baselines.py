@@ -106,6 +106,32 @@ def onednn(x, w, b):
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
+class ExtendedK(torch.autograd.Function):
+    """y = [x | p] @ [w | up.T].T + b with p = x @ down: two products of cuBLAS, four in the backward
+
+    x is stored in wide_x with room for p, as whatever writes x would have to leave it; the argument x takes its
+    gradient. w is stored in wide_w with room for up.T, which is copied there at every call, as it is trained.
+    """
+
+    @staticmethod
+    def forward(ctx, x, down, up, wide_x, wide_w, b):
+        K, R = down.shape
+        torch.mm(wide_x[:, :K], down, out=wide_x[:, K : K + R])
+        wide_w[:, K : K + R].copy_(up.t())
+        ctx.save_for_backward(down)
+        ctx.wide = wide_x, wide_w
+        return F.linear(wide_x, wide_w, b)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (down,) = ctx.saved_tensors
+        (K, R), (wide_x, wide_w) = down.shape, ctx.wide
+        wide_dx = dy @ wide_w  # [dy @ w | dp]
+        dp = wide_dx[:, K : K + R]
+        dx = wide_dx[:, :K].addmm_(dp, down.t())
+        return dx, wide_x[:, :K].t() @ dp, wide_x[:, K : K + R].t() @ dy, None, None, None
+
+
 # -- the variants -----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +196,15 @@ def _addmm(i: Inputs) -> Call:
     return Call(lambda: addmm(i.x, i.weight, i.bias, i.down, i.up), (i.down, i.up))
 
 
+def _extended_k(i: Inputs) -> Call:
+    (M, K), (R, N) = i.x.shape, i.up.shape
+    room = -(-R // 8) * 8  # rows stay on 16 bytes
+    wide_x, wide_w = i.x.new_zeros(M, K + room), i.x.new_zeros(N, K + room)
+    wide_x[:, :K].copy_(i.x.detach())
+    wide_w[:, :K].copy_(i.weight)
+    return Call(lambda: ExtendedK.apply(i.x, i.down, i.up, wide_x, wide_w, i.bias), (i.down, i.up))
+
+
 def _efft(backend: str | None):
     def build(i: Inputs) -> Call:
         lowrank_linear = efft_kernels.lowrank_linear
@@ -183,13 +218,13 @@ def _efft_group(i: Inputs) -> Call:
     return Call(lambda: efft_linear(i.x, i.weight, i.bias, i.u, i.sigma, i.v, SCALE), (i.u, i.sigma, i.v))
 
 
-def _compiled(of, formula):
+def _compiled(of, formula, mode: str | None = None):
     # when first built: a run that leaves it out never loads the compiler; one graph serves all copies
     compiled = []
 
     def build(i: Inputs) -> Call:
         if not compiled:
-            compiled.append(torch.compile(formula, dynamic=False, fullgraph=True))
+            compiled.append(torch.compile(formula, dynamic=False, fullgraph=True, mode=mode))
         return of(compiled[0])(i)
 
     return build
@@ -205,13 +240,20 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
         Variant("einsum_compiled", "einsum under torch.compile", _compiled(_of_core, einsum), compiled=True),
         Variant("peft", "F.linear + (x A) B * scale, as PEFT's LoRA", _of_lora(peft)),
         Variant("peft_compiled", "peft under torch.compile", _compiled(_of_lora, peft), compiled=True),
-        Variant("unfused", "F.linear, then addmm_: plain torch at its best", _addmm),
+        Variant("unfused", "F.linear, then addmm_ (beta = 1): plain torch at its best", _addmm),
     ]
     if device == "cpu":
         plain, packed = _onednn(lambda w, M: w), _onednn(torch.ops.mkldnn._reorder_linear_weight)
         found[1:1] = [
             Variant("onednn", "as merged, by oneDNN instead of torch's default library", plain, merged=True),
             Variant("onednn_packed", "as onednn, the weight packed beforehand", packed, merged=True),
+        ]
+    else:
+        # CUDA graphs would take the launches out of the time of these alone, and keep results that others must copy
+        autotuned = _compiled(_of_lora, peft, "max-autotune-no-cudagraphs")
+        found += [
+            Variant("peft_autotuned", "peft under torch.compile, mode max-autotune", autotuned, compiled=True),
+            Variant("extended_k", "[x | p] [w | up.T].T in two calls of cuBLAS, x stored with room for p", _extended_k),
         ]
     skipped = {}
     for backend in efft_kernels.backends():

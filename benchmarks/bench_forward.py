@@ -44,7 +44,9 @@ COLOURS = {
     "einsum_compiled": "#f0a589",
     "peft": "#c28f00",
     "peft_compiled": "#ecc94b",
+    "peft_autotuned": "#f5dc8a",
     "unfused": "#5b8fc7",
+    "extended_k": "#8e6bb0",
     "efft": "#1b7837",
 }
 

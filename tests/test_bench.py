@@ -76,10 +76,14 @@ def test_work():
 # -- baselines --------------------------------------------------------------------------------------------------------
 
 
+# of those for a GPU, the one that plain torch can compute anywhere
+VARIANTS = [v for v in baselines.variants("cpu")[0] if not v.compiled]
+VARIANTS += [v for v in baselines.variants("cuda")[0] if v.name == "extended_k"]
+
+
 @pytest.mark.parametrize("kind", shapes.KINDS)
-@pytest.mark.parametrize("name", [v.name for v in baselines.variants("cpu")[0] if not v.compiled])
-def test_variants_agree_with_float64(name, kind):
-    variant = next(v for v in baselines.variants("cpu")[0] if v.name == name)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_variants_agree_with_float64(variant, kind):
     K, N, S = {"qkv": (40, 72, 3), "proj": (40, 40, 1), "fc1": (40, 96, 1), "fc2": (96, 40, 1)}[kind]
     i = baselines.make_inputs(11, shapes.Layer(kind, K, N, S, 11, 1), 3, torch.float32, "cpu", grad=True)
     call = variant.build(i)
@@ -105,6 +109,8 @@ def test_variants_are_named_once_and_explained():
     assert len(set(names)) == len(names) and not set(names) & set(left_out)
     assert {"merged", "einsum_dw", "peft", "unfused", "efft"} <= set(names) and all(v.meaning for v in found)
     assert "efft_triton" in left_out and "efft_cuda" in left_out
+    on_gpu = {v.name: v for v in baselines.variants("cuda")[0]}
+    assert {"peft_autotuned", "extended_k"} <= set(on_gpu) - set(names) and on_gpu["peft_autotuned"].compiled
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

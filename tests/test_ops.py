@@ -15,7 +15,7 @@ import efft_kernels
 from efft_kernels import efft_linear, group_update, lowrank_linear, merge_, ops
 from efft_kernels.kernels import reference
 
-HERE = [b.name for b in efft_kernels.backends() if b.available and b.name in ("reference", "cpu", "cuda")]
+HERE = [b.name for b in efft_kernels.backends() if b.available and b.name in ("reference", "cpu")]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -41,7 +41,7 @@ def _compile() -> Path:
     if csrc is None:
         raise RuntimeError(f"no compiled library in {_PACKAGE} and no csrc/ to compile one from")
     sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
-    text = b"".join(f.read_bytes() for f in sorted(csrc.rglob("*")) if f.suffix in (".h", ".cpp"))
+    text = b"".join(f.read_bytes() for f in sources + _headers(csrc))
     key = hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "efft_kernels")
     library = cache / f"native-{key}.so"
@@ -71,8 +71,14 @@ def _compile() -> Path:
 def _built() -> Path | None:
     """What setup.py built, unless this is a checkout whose csrc/ has changed since"""
     library = next(_PACKAGE.glob("_native*.so"), None)
-    sources = (_PACKAGE.parent / "csrc").rglob("*.*") if library else ()
+    csrc = _PACKAGE.parent / "csrc"
+    sources = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp"), *_headers(csrc)] if library else ()
     return None if any(f.stat().st_mtime > library.stat().st_mtime for f in sources) else library
+
+
+def _headers(csrc: Path) -> list[Path]:
+    """of this library: csrc/cuda is another's"""
+    return sorted([*csrc.glob("*.h"), *csrc.glob("cpu/*.h")])
 
 
 @functools.cache

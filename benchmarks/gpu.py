@@ -1,0 +1,125 @@
+"""All that a machine with a GPU is needed for, in one go: build, tests, sanitizers, benchmarks, a table of what came.
+
+    python benchmarks/gpu.py                            # an hour or so; benchmarks/results/<gpu>/
+    python benchmarks/gpu.py --only build tests         # some of the steps
+
+What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time.
+A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+try:
+    import report
+except ModuleNotFoundError as error:
+    sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
+
+ROOT = Path(__file__).resolve().parents[1]
+LAST_LINES = 15  # of what a step prints, that are kept
+
+
+class Step(NamedTuple):
+    name: str
+    command: list[str]
+    environment: dict[str, str] = {}
+    needs: str | None = None  # a program that may be missing
+
+
+def steps(out: Path) -> list[Step]:
+    """In their order. The kernels under test are those that run on the GPU: Triton's and CUDA's own."""
+    python, here = sys.executable, "benchmarks"
+    kernels = [python, "-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_triton.py", "-k", "gpu or test_triton"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
+    sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
+    forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]
+    train = [python, f"{here}/bench_train_step.py", *sizes, "--seconds", "300"]
+    # without torch's cache every tensor is an allocation of its own, whose ends are watched
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], {"EFFT_CUDA": "1"}),
+        Step("tests", [python, "-m", "pytest", "-q"]),
+        Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
+        Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
+        *(
+            Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)])
+            for model in ("vit_b", "vit_l", "swin_t")
+        ),
+        *(
+            Step(f"train_step_{name}", [*train, *backend, "--out", str(out / f"train_{name}")])
+            for name, backend in (("auto", []), ("triton", ["--backend", "triton"]), ("cuda", ["--backend", "cuda"]))
+        ),
+    ]
+
+
+def run(step: Step) -> dict:
+    """{step, command, outcome: "passed", "failed" or "not run", seconds, the end of what it printed}"""
+    record = {"step": step.name, "command": shlex.join(step.command), "outcome": "not run", "seconds": 0.0, "end": ""}
+    if step.needs and shutil.which(step.needs) is None:
+        return record | {"end": f"{step.needs} is not on PATH: it comes with the CUDA toolkit"}
+    print(f"\n== {step.name}: {record['command']}", flush=True)
+    start, lines = time.perf_counter(), []
+    pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(step.command, cwd=ROOT, env=os.environ | step.environment, **pipe) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines = [*lines[1 - LAST_LINES :], line.rstrip()]
+    outcome = "failed" if process.returncode else "passed"
+    return record | {"outcome": outcome, "seconds": round(time.perf_counter() - start, 1), "end": "\n".join(lines)}
+
+
+def ratios(folder: Path) -> list[list[str]]:
+    """[file, size and pass, ours over each reference] of every summary below the folder"""
+    rows = []
+    for path in sorted(folder.glob("*/*.json")):
+        record = json.loads(path.read_text())
+        for summary in record["summary"]:
+            found = summary.get("efft_ratio") or summary.get("efft2_ratio") or {}
+            what = " ".join(str(summary[key]) for key in ("size", "dtype", "pass") if key in summary)
+            against = ", ".join(f"{value:.2f} x {name}" for name, value in found.items())
+            rows.append([str(path.relative_to(folder)), what, against])
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = [step.name for step in steps(Path())]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/ and the GPU's name")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU and a CUDA build of torch, and torch sees none")
+    machine = report.machine()
+    slug = re.sub(r"\W+", "_", machine["gpu"]["name"]).strip("_").lower()
+    out = (args.out or ROOT / "benchmarks" / "results" / slug).resolve()
+    report.prepare(out)
+    record = {"benchmark": "gpu", "format": report.FORMAT, "machine": machine, "versions": report.versions()}
+    record |= {"commit": report.commit(), "steps": []}
+    for step in steps(out):
+        if args.only and step.name not in args.only:
+            continue
+        record["steps"].append(run(step))
+        report.write_json(out / "gpu.json", record)
+        if step.name == "build" and record["steps"][-1]["outcome"] == "failed":
+            break
+    rows = [[s["step"], s["outcome"], f"{s['seconds']:.0f} s", s["end"].rpartition("\n")[2]] for s in record["steps"]]
+    print("\n" + report.table(["step", "outcome", "time", "last line"], rows))
+    if measured := ratios(out):
+        print("\n" + report.table(["file", "case", "ours over"], measured))
+    print(f"\nwritten: {out}")
+    return int(any(s["outcome"] == "failed" for s in record["steps"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

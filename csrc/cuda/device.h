@@ -1,0 +1,94 @@
+// the instructions that the kernels are made of, a function each. tests/cuda/sim.h defines the same names on the host.
+#pragma once
+
+#include <cstdint>
+
+#ifdef EFFT_SIM
+#include "sim.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// dynamic shared memory, as it is named in every kernel
+#define EFFT_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace efft::cuda {
+
+// d += a @ b for one 16 x 8 x 16 product of a warp, of 16-bit numbers and summed in float32
+#define EFFT_MMA(type)                                                                                                 \
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {               \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "          \
+        "{%0,%1,%2,%3};"                                                                                               \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                           \
+  }
+
+struct Bf16 {
+  static __device__ __forceinline__ float widen(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
+  static __device__ __forceinline__ uint16_t round(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+  EFFT_MMA("bf16")
+};
+
+struct F16 {
+  static __device__ __forceinline__ float widen(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+  static __device__ __forceinline__ uint16_t round(float v) { return __half_as_ushort(__float2half_rn(v)); }
+  EFFT_MMA("f16")
+};
+
+#undef EFFT_MMA
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// 16 bytes of shared memory: `bytes` of them from `from`, on 16 bytes, and zeros. done after a wait and a barrier
+__device__ __forceinline__ void cp_async16(void* to, const void* from, int bytes) {
+  const uint32_t at = shared_address(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// waits for all but the last N groups that this thread committed
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// four 8 x 8 matrices of 16-bit numbers, the row addresses of matrix i from lanes 8 i to 8 i + 7. lane l gets of each
+// matrix the elements (l / 4, 2 (l % 4) + {0, 1}), or with TRANSPOSED those of its transpose
+template <bool TRANSPOSED>
+__device__ __forceinline__ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// null, or why the launch failed
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void* stream, const Arguments& g) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {
+    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(g);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// host memory -> device memory, before what follows on the stream. the host memory may change at once
+inline const char* upload(void* to, const void* from, size_t bytes, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, on);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace efft::cuda
+
+#endif

@@ -1,0 +1,154 @@
+// dp = dy @ up.T and dup = p.T @ dy from one read of dy; ddown.T = dp.T @ x is the second alone. and the sum of slots
+#include "tile.h"
+
+namespace efft::cuda {
+namespace {
+
+// a block takes BM rows of dy at a time, in BN columns, for BR of the ranks. a wide BN makes few slots of dp, a large
+// BR few reads of dy, and both are paid for in registers
+template <int BN_, int BR_>
+struct PassTile {
+  static constexpr int BM = DY_PASS_ROWS, BN = BN_, BR = BR_, WARPS = BM / 16, THREADS = WARPS * WARP, STAGES = 3;
+  static constexpr int WN = BN / WARPS, STAGE = BM * (BN + BR);
+};
+
+using NarrowPass = PassTile<256, 16>;
+using MiddlePass = PassTile<256, 32>;
+using WidePass = PassTile<128, 64>;
+
+template <class T, class Tile, bool DP>
+__global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_constant__ DyPass g) {
+  constexpr int BM = Tile::BM, BN = Tile::BN, BR = Tile::BR, NJ = Tile::WN / 8;
+  EFFT_SHARED(shared);
+  uint16_t* const up_tile = reinterpret_cast<uint16_t*>(shared);  // [BR, BN], for as long as the block lives
+  uint16_t* const tiles = up_tile + (DP ? BR * BN : 0);
+  const auto dy_tile = [&](int stage) { return tiles + stage * Tile::STAGE; };  // [BM, BN]
+  const auto p_tile = [&](int stage) { return dy_tile(stage) + BM * BN; };      // [BM, BR]
+
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, wn = warp * Tile::WN;
+  const int run = blockIdx.x, chunk = blockIdx.y, n0 = chunk * BN, r0 = blockIdx.z * BR;
+  const int begin = run * g.rows, end = least(begin + g.rows, g.M);
+  // blocks of 16 ranks and of 16 columns that are there
+  const int r_blocks = least(cdiv(g.R - r0, 16), BR / 16), n_blocks = least(cdiv(g.N - n0, 16), BN / 16);
+
+  // with the first group of copies
+  if constexpr (DP) load<BR, BN, Tile::THREADS, false>(up_tile, g.up, r0, n0, g.R, g.N);
+  const auto load_rows = [&](int step, int stage) {
+    load<BM, BN, Tile::THREADS, false>(dy_tile(stage), g.dy, begin + step * BM, n0, end, g.N);
+    load<BM, BR, Tile::THREADS, false>(p_tile(stage), g.p, begin + step * BM, r0, end, g.R);
+  };
+
+  float dup[BR / 16][NJ][4] = {};
+  const auto use = [&](int step, int stage) {
+    const uint16_t *const dy = dy_tile(stage), *const p = p_tile(stage);
+    if constexpr (DP) {
+      // every warp has 16 rows, and all columns: the sum over them
+      float dp[BR / 8][4] = {};
+#pragma unroll 4
+      for (int n = 0; n < n_blocks; ++n) {
+        uint32_t fa[4], fb[4];
+        fragment_a<BN>(fa, dy, warp * 16, n * 16, lane);
+#pragma unroll
+        for (int r = 0; r < BR / 16; ++r) {
+          if (r >= r_blocks) break;
+          fragment_b_turned<BN>(fb, up_tile, n * 16, r * 16, lane);
+          T::mma(dp[2 * r], fa, fb);
+          T::mma(dp[2 * r + 1], fa, fb + 2);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < BR / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int m = begin + step * BM + warp * 16 + accumulator_row(lane, e);
+          const int r = r0 + j * 8 + accumulator_col(lane, e);
+          if (m >= end || r >= g.R) continue;
+          if (gridDim.y == 1)
+            static_cast<uint16_t*>(g.dp_slots)[int64_t(m) * g.R + r] = T::round(dp[j][e]);
+          else
+            static_cast<float*>(g.dp_slots)[(int64_t(chunk) * g.M + m) * g.R + r] = dp[j][e];
+        }
+    }
+    // every warp has WN columns, and all rows: the sum over them
+#pragma unroll
+    for (int m = 0; m < BM; m += 16) {
+      uint32_t fa[BR / 16][4], fb[4];
+#pragma unroll
+      for (int r = 0; r < BR / 16; ++r) fragment_a_turned<BR>(fa[r], p, r * 16, m, lane);
+#pragma unroll
+      for (int j = 0; j < NJ / 2; ++j) {
+        fragment_b<BN>(fb, dy, m, wn + j * 16, lane);
+#pragma unroll
+        for (int r = 0; r < BR / 16; ++r) {
+          T::mma(dup[r][2 * j], fa[r], fb);
+          T::mma(dup[r][2 * j + 1], fa[r], fb + 2);
+        }
+      }
+    }
+  };
+  pipeline<Tile::STAGES>(cdiv(end - begin, BM), load_rows, use);
+
+#pragma unroll
+  for (int i = 0; i < BR / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < NJ; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = r0 + i * 16 + accumulator_row(lane, e), n = n0 + wn + j * 8 + accumulator_col(lane, e);
+        if (r >= g.R || n >= g.N) continue;
+        const int64_t at = int64_t(r) * g.dup_row + int64_t(n) * g.dup_col;
+        if (gridDim.x == 1)
+          static_cast<uint16_t*>(g.dup_slots)[at] = T::round(dup[i][j][e]);
+        else
+          static_cast<float*>(g.dup_slots)[int64_t(run) * g.R * g.N + at] = dup[i][j][e];
+      }
+}
+
+template <class T, class Tile>
+const char* pass(const DyPass& g, void* stream) {
+  const dim3 grid(cdiv(g.M, g.rows), cdiv(g.N, Tile::BN), cdiv(g.R, Tile::BR));
+  constexpr int tiles = Tile::STAGES * Tile::STAGE * 2, with_up = tiles + Tile::BR * Tile::BN * 2;
+  static_assert(with_up <= MAX_SHARED, "fewer stages or smaller tiles");
+  if (!g.up.data) return launch(dy_pass_kernel<T, Tile, false>, grid, Tile::THREADS, tiles, stream, g);
+  return launch(dy_pass_kernel<T, Tile, true>, grid, Tile::THREADS, with_up, stream, g);
+}
+
+template <class T>
+const char* pass_by_rank(const DyPass& g, void* stream) {
+  if (g.R <= NarrowPass::BR) return pass<T, NarrowPass>(g, stream);
+  if (g.R <= MiddlePass::BR) return pass<T, MiddlePass>(g, stream);
+  return pass<T, WidePass>(g, stream);
+}
+
+constexpr int SUMMED = 256;  // sums of a block
+
+template <class T>
+__global__ void __launch_bounds__(SUMMED) reduce_kernel(const __grid_constant__ Reductions all) {
+  const int first_blocks = int((all.of[0].size + SUMMED - 1) / SUMMED);
+  const bool second = int(blockIdx.x) >= first_blocks;
+  const Reduction& g = all.of[second];
+  const int64_t i = int64_t(blockIdx.x - (second ? first_blocks : 0)) * SUMMED + threadIdx.x;
+  if (i >= g.size) return;
+  float sum = 0;
+#pragma unroll 8
+  for (int s = 0; s < g.count; ++s) sum += g.slots[s * g.size + i];
+  static_cast<uint16_t*>(g.out)[i] = T::round(sum);
+}
+
+}  // namespace
+
+int32_t dy_pass_columns(int32_t R) { return R <= MiddlePass::BR ? MiddlePass::BN : WidePass::BN; }
+
+const char* dy_pass(Dtype dtype, const DyPass& g, void* stream) {
+  return dtype == Dtype::bf16 ? pass_by_rank<Bf16>(g, stream) : pass_by_rank<F16>(g, stream);
+}
+
+const char* reduce(Dtype dtype, const Reductions& g, void* stream) {
+  int64_t blocks = 0;
+  for (const Reduction& r : g.of) blocks += (r.size + SUMMED - 1) / SUMMED;
+  if (!blocks) return nullptr;
+  const auto kernel = dtype == Dtype::bf16 ? reduce_kernel<Bf16> : reduce_kernel<F16>;
+  return launch(kernel, dim3(unsigned(blocks)), SUMMED, 0, stream, g);
+}
+
+}  // namespace efft::cuda

@@ -1,0 +1,100 @@
+// what bindings.cpp may launch. shapes are comments, torch and CUDA stay out.
+//
+// all numbers in memory are of one 16-bit type, sums are float32. every launcher returns null, or why it failed.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace efft::cuda {
+
+enum class Dtype { bf16, f16 };
+
+constexpr int32_t UNGROUPED = std::numeric_limits<int32_t>::max();
+
+// a matrix as the rows and columns in which it is copied to shared memory. element (i, j) lies at
+//     (i / group) * outer + (i % group) * row + j * col
+// elements: `group` lets two leading dimensions with strides of their own serve as one dimension of rows.
+struct Operand {
+  const void* data = nullptr;
+  int32_t row = 0, col = 0;
+  int32_t group = UNGROUPED, outer = 0;
+  bool vector = false;   // columns side by side, every row on 16 bytes: eight numbers are copied at a time
+  bool k_major = false;  // rows are those (or columns) of the result and columns the terms of its sums, or reversed
+};
+
+// y = [x | p] @ [w ; up] + bias, where p = x @ down is formed beside y and stored, or read if down is not there
+//
+// forward:  x, w = weight.T, down, up              backward:  x = dy, w = weight, down = up.T, up = down.T: y is dx
+struct Linear {
+  int32_t M = 0, N = 0, K = 0, R = 0;
+  Operand x;                 // [M, K]
+  Operand w;                 // [K, N]
+  Operand down;              // [K, R], of at most 64 ranks
+  Operand up;                // [R, N]
+  const void* bias = nullptr;  // [N], or null
+  int32_t bias_stride = 0;
+  void* p = nullptr;  // [M, R]  contiguous
+  void* y = nullptr;  // [M, N]  contiguous
+};
+
+constexpr int LARGE_TILE = 128, SMALL_TILE = 64, MAX_RANK_BESIDE = 64;
+
+// the most work for the compiler: a source file for each dtype
+const char* lowrank_linear_bf16(const Linear&, bool large_tile, void* stream);
+const char* lowrank_linear_f16(const Linear&, bool large_tile, void* stream);
+
+// c = scale * a @ b, or with `adds` c += scale * a @ b
+struct Product {
+  int32_t M = 0, N = 0, K = 0;
+  float scale = 1;
+  Operand a;        // [M, K]
+  Operand b;        // [K, N]
+  void* c = nullptr;  // [M, N]
+  int32_t c_row = 0, c_col = 1;
+  bool adds = false;
+  int32_t first_tile = 0;  // set by products()
+};
+
+constexpr int PRODUCTS_INLINE = 2;
+
+// all of them in one launch. more than PRODUCTS_INLINE need `table`, device memory for `count` of them
+const char* products(Dtype, Product*, int32_t count, void* table, void* stream);
+
+// over runs of `rows` rows of dy, and chunks of `columns()` columns:
+//
+//     dup_slots[run] = p.T @ dy  of the rows of the run        dp_slots[chunk] = dy @ up.T  of the columns of the chunk
+//
+// with a single run (chunk) the slot is the result, 16-bit; else slots are float32, and reduce() sums them.
+struct DyPass {
+  int32_t M = 0, N = 0, R = 0, rows = 0;
+  Operand dy;                 // [M, N]  columns n
+  Operand up;                 // [R, N]  columns n; its data null: no dp
+  Operand p;                  // [M, R]  columns r
+  void* dp_slots = nullptr;   // [chunks, M, R]  contiguous
+  void* dup_slots = nullptr;  // [runs, R, N], element (r, n) at r * dup_row + n * dup_col
+  int32_t dup_row = 0, dup_col = 0;
+};
+
+// columns of a chunk, rows of a tile
+int32_t dy_pass_columns(int32_t R);
+constexpr int DY_PASS_ROWS = 64;
+
+const char* dy_pass(Dtype, const DyPass&, void* stream);
+
+// out[i] = sum_s slots[s, i], s ascending
+struct Reduction {
+  const float* slots = nullptr;  // [count, size]
+  void* out = nullptr;           // [size]
+  int64_t size = 0;
+  int32_t count = 0;
+};
+
+// both in one launch; the second may be empty
+struct Reductions {
+  Reduction of[2];
+};
+
+const char* reduce(Dtype, const Reductions&, void* stream);
+
+}  // namespace efft::cuda

@@ -1,0 +1,9 @@
+#include "linear.h"
+
+namespace efft::cuda {
+
+const char* lowrank_linear_f16(const Linear& g, bool large_tile, void* stream) {
+  return linear<F16>(g, large_tile, stream);
+}
+
+}  // namespace efft::cuda

@@ -1,0 +1,81 @@
+// c = scale * a @ b, several of them in one launch: p = x @ down, the group update, its backward, the merge of a group
+#include "tile.h"
+
+namespace efft::cuda {
+namespace {
+
+constexpr int BM = SMALL_TILE, BN = SMALL_TILE, WARPS = 4, THREADS = WARPS * WARP, STAGES = 3;
+constexpr int STAGE = (BM + BN) * BK;
+
+struct Products {
+  Product few[PRODUCTS_INLINE];
+  const Product* table;  // in device memory, or null: few
+  int32_t count;
+};
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_constant__ Products all) {
+  EFFT_SHARED(shared);
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(shared);
+  // the last product whose first tile is not beyond this block's
+  const Product* const list = all.table ? all.table : all.few;
+  int low = 0, high = all.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (list[middle].first_tile <= int(blockIdx.x) ? low : high) = middle;
+  }
+  const Product g = list[low];
+  int tm, tn;
+  tile_of(blockIdx.x - g.first_tile, cdiv(g.M, BM), cdiv(g.N, BN), tm, tn);
+  const int m0 = tm * BM, n0 = tn * BN;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, wm = warp / 2 * 32, wn = warp % 2 * 32;
+
+  const auto load = [&](int step, int stage) {
+    load_operand<BM, THREADS, true>(tiles + stage * STAGE, g.a, g.a.k_major, m0, step * BK, g.M, g.K);
+    load_operand<BN, THREADS, true>(tiles + stage * STAGE + BM * BK, g.b, g.b.k_major, n0, step * BK, g.N, g.K);
+  };
+  float acc[2][4][4] = {};
+  const auto use = [&](int step, int stage) {
+    const uint16_t* const a = tiles + stage * STAGE;
+    const int steps = cdiv(least(g.K - step * BK, BK), 16);
+    multiply<T, BM, BN, 1>(acc, a, g.a.k_major, wm, a + BM * BK, g.b.k_major, wn, steps, lane);
+  };
+  pipeline<STAGES>(cdiv(g.K, BK), load, use);
+
+  uint16_t* const c = static_cast<uint16_t*>(g.c);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int m = m0 + wm + i * 16 + accumulator_row(lane, e), n = n0 + wn + j * 8 + accumulator_col(lane, e);
+        if (m >= g.M || n >= g.N) continue;
+        uint16_t* const to = c + int64_t(m) * g.c_row + int64_t(n) * g.c_col;
+        // one rounding for the whole formula
+        *to = T::round(acc[i][j][e] * g.scale + (g.adds ? T::widen(*to) : 0.0f));
+      }
+}
+
+}  // namespace
+
+const char* products(Dtype dtype, Product* list, int32_t count, void* table, void* stream) {
+  int32_t tiles = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    list[i].first_tile = tiles;
+    tiles += cdiv(list[i].M, BM) * cdiv(list[i].N, BN);
+  }
+  if (!tiles) return nullptr;
+  Products g{};
+  g.count = count;
+  if (count <= PRODUCTS_INLINE) {
+    for (int32_t i = 0; i < count; ++i) g.few[i] = list[i];
+  } else {
+    if (const char* error = upload(table, list, count * sizeof(Product), stream)) return error;
+    g.table = static_cast<const Product*>(table);
+  }
+  const auto kernel = dtype == Dtype::bf16 ? products_kernel<Bf16> : products_kernel<F16>;
+  return launch(kernel, dim3(tiles), THREADS, STAGES * STAGE * 2, stream, g);
+}
+
+}  // namespace efft::cuda

@@ -1,0 +1,130 @@
+"""Build csrc/cuda as setup.py does, for GPUs that need not be there, and hold what the compiler made of each kernel to
+budget.json: registers, and no stack (a kernel has no local arrays: any stack is spilled registers).
+
+    python tests/cuda/check.py             # prints a table; exit status 1 if anything is over; skips without nvcc
+    python tests/cuda/check.py --update    # writes what it found as the new budget, if nothing spills
+
+The library must load, and all of it compile within three minutes on two cores. Shared memory, which is asked for at a
+launch, is held to the same budget by tests/test_cuda.py.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import triton.backends.nvidia
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = Path(__file__).with_name("budget.json")
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"  # a toolkit may come without
+CORES, SECONDS = 2, 180
+LOADS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+for name in "lowrank_linear lowrank_linear_backward lowrank_p group_update group_update_backward merge_".split():
+    print(getattr(torch.ops.efft_cuda, name).default._schema)
+"""
+
+
+def nvcc() -> str | None:
+    homes = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    folders = [*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def build() -> Path:
+    """the library; what has not changed since the last time is not compiled again"""
+    folder, objects = ROOT / "build" / "check", ROOT / "build" / "objects"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", objects]
+    environment = os.environ | {"EFFT_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return next(folder.glob("efft_kernels/_cuda*.so"))
+
+
+def label(symbol: str) -> str:
+    """lowrank_linear_kernel<Bf16, LinearTile<128, 128, 2, 1>, 16, true> and the like, of a mangled name"""
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\((int|bool)\)|efft::cuda::|\(anonymous namespace\)::|_GLOBAL__N__\w+::|^void ", "", name)
+    return re.sub(r"\([^()]*\)$", "", name)
+
+
+def kernels(library: Path) -> dict[str, dict[str, dict]]:
+    """{architecture: {kernel: registers and stack}}"""
+    dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
+    found, arch = {}, None
+    for line in dump.stdout.splitlines():
+        if match := re.match(r"arch = (\w+)", line.strip()):
+            arch = match[1]
+        elif match := re.match(r"Function (\S+):", line.strip()):
+            name = label(match[1])
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            numbers = [int(number) for number in match.groups()]
+            found.setdefault(arch, {})[name] = {"registers": numbers[0], "stack": numbers[1] + numbers[2]}
+    return found
+
+
+def faults(found: dict, budget: dict | None) -> list[str]:
+    """budget: of this kernel, None to hold it to nothing but the stack"""
+    wrong = [f"{found['stack']} bytes spilled"] if found["stack"] else []
+    if budget is not None and found["registers"] > budget.get("registers", 0):
+        wrong.append(f"over the budget of {budget['registers']}" if budget else "not in the budget")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--update", action="store_true")
+    arguments = parser.parse_args()
+    compiler = nvcc()
+    if compiler is None:
+        print("skipped: no nvcc was found (CUDA_HOME, CUDA_PATH, PATH)")
+        return 0
+    version = re.search(r"V([\d.]+)", subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout)[1]
+    budget = json.loads(BUDGET.read_text())
+    same = budget["nvcc"] == version and not arguments.update
+    if not same:
+        print(f"nvcc {version}, the budget is of {budget['nvcc'] or 'none'}: only spills are checked")
+    start = time.perf_counter()
+    library = build()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu, wall = used.ru_utime + used.ru_stime, time.perf_counter() - start
+    print(subprocess.run([sys.executable, "-c", LOADS, library], capture_output=True, text=True, check=True).stdout)
+    found, bad = kernels(library), 0
+    for arch, of_arch in found.items():
+        for name, numbers in sorted(of_arch.items()):
+            wrong = faults(numbers, budget["kernels"].get(arch, {}).get(name, {}) if same else None)
+            bad += bool(wrong)
+            print(f"{arch:8}{name:72}{numbers['registers']:4} registers{'  FAULT: ' * bool(wrong)}{'; '.join(wrong)}")
+    if missing := {"sm_80", "sm_90a", "sm_100"} - set(found):
+        bad += 1
+        print(f"FAULT: not compiled for {', '.join(sorted(missing))}")
+    # processor time, as others may be at work here
+    count = sum(map(len, found.values()))
+    print(f"{count} kernels, {bad} at fault; built in {cpu:.0f} s of processor time, {wall:.0f} s here")
+    if cpu > CORES * SECONDS:
+        bad += 1
+        print(f"FAULT: that is more than {SECONDS} s on {CORES} cores")
+    if arguments.update and not bad:
+        BUDGET.write_text(written(version, budget["shared"], found))
+    return int(bad > 0)
+
+
+def written(version: str, shared: dict, found: dict) -> str:
+    """the budget as JSON, one kernel per line"""
+    lines = lambda entries: ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in entries)
+    archs = ",\n".join(f'    "{arch}": {{\n{lines(sorted(of_arch.items()))}\n    }}' for arch, of_arch in found.items())
+    memory = ",\n".join(f"    {json.dumps(name)}: {value}" for name, value in shared.items())
+    return f'{{\n  "nvcc": "{version}",\n  "shared": {{\n{memory}\n  }},\n  "kernels": {{\n{archs}\n  }}\n}}\n'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+// one tile of the linear kernel, both ways to form p: what is compiled again for every planted fault
+#include "linear.h"
+
+namespace efft::cuda {
+
+const char* lowrank_linear_bf16(const Linear& g, bool, void* stream) {
+  if (g.down.data) return launch_linear<Bf16, SmallTile, 16, true>(g, stream);
+  return launch_linear<Bf16, SmallTile, 0, true>(g, stream);
+}
+
+}  // namespace efft::cuda

@@ -1,0 +1,18 @@
+// what a test sets and asks of the simulator
+#include "sim.h"
+
+extern "C" {
+void efft_sim_mode(int last_warp_first, int eager) {
+  efft::sim::mode_order = last_warp_first;
+  efft::sim::mode_eager = eager;
+}
+
+long efft_sim_launches() { return efft::sim::launches; }
+
+// of the launches since the last time
+int efft_sim_shared() {
+  const int most = efft::sim::most_shared;
+  efft::sim::most_shared = 0;
+  return most;
+}
+}

@@ -1,0 +1,71 @@
+"""Builds csrc/cuda for the host, with sim.h in the place of the GPU: the operators of bindings.cpp for CPU tensors."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc" / "cuda"
+TORCH = Path(torch.__file__).parent
+
+
+def compiler() -> list[str] | None:
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    return command if shutil.which(command[0]) else None
+
+
+def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
+    """(source, object, flags) of each"""
+
+    def run(job):
+        source, target, flags = job
+        command = [*compiler(), "-x", "c++", "-O2", "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
+        command += ["-fno-strict-aliasing"]  # as CUDA has it: two numbers are read and written as one
+        command += ["-Wno-unknown-pragmas", "-c", source, "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, jobs))
+
+
+def bindings(folder: Path, library: str, csrc: Path = CSRC) -> tuple[Path, Path, list[str]]:
+    """the job that registers the operators as torch.ops.LIBRARY"""
+    flags = [f"-DEFFT_LIBRARY={library}", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH / 'include'}"]
+    return csrc / "bindings.cpp", folder / f"{library}_bindings.o", flags
+
+
+def link(objects: list[Path], library: Path) -> Path:
+    command = [*compiler(), "-shared", *objects, "-o", library, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return library
+
+
+def build(folder: Path) -> Path:
+    """the whole library, as torch.ops.efft_cuda_sim; its objects stay beside it"""
+    sources = [HERE / "sim.cpp", *sorted(CSRC.glob("*.cu"))]
+    jobs = [(source, folder / f"{source.stem}.o", []) for source in sources] + [bindings(folder, "efft_cuda_sim")]
+    compile_all(jobs)
+    return link([target for _, target, _ in jobs], folder / "efft_cuda_sim.so")
+
+
+def build_faulty(folder: Path, name: str, file: str, sound: str, faulty: str, objects: Path) -> Path:
+    """csrc/cuda with the one occurrence of `sound` in `file` replaced, as torch.ops.NAME
+
+    Of the linear kernel in bfloat16 it has what one_linear.cu has, the rest is from the objects of a sound build.
+    """
+    csrc = folder / name
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / file).read_text()
+    assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
+    (csrc / file).write_text(text.replace(sound, faulty))
+    jobs = [(HERE / "one_linear.cu", csrc / "one_linear.o", [f"-I{csrc}"]), bindings(folder, name, csrc)]
+    compile_all(jobs)
+    rest = [objects / f"{stem}.o" for stem in ("sim", "product", "dy_pass", "linear_f16")]
+    return link([target for _, target, _ in jobs] + rest, folder / f"{name}.so")

@@ -1,0 +1,380 @@
+"""The CUDA kernels: on a GPU where there is one, and everywhere on the host, in a simulator of their instructions."""
+
+import ctypes
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear
+
+import efft_kernels
+from efft_kernels.kernels import cuda, reference
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+import simulator  # noqa: E402
+
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+shapes = lambda *given: pytest.mark.parametrize("shape", given, ids=lambda s: "M{}-K{}-N{}-R{}".format(*s))
+ways = pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
+
+
+class Simulated:
+    """The simulator's library, and what a test sets and asks of it"""
+
+    # what a GPU may do at any time is done at the worst: which warp runs ahead, when a cp.async copies
+    MODES = list(itertools.product((False, True), repeat=2))
+
+    def __init__(self, library: Path, name: str = "efft_cuda_sim"):
+        torch.ops.load_library(str(library))
+        self.ops = getattr(torch.ops, name)
+        self.library = ctypes.CDLL(str(library))
+
+    def mode(self, last_warp_first: bool, eager_copies: bool) -> None:
+        self.library.efft_sim_mode(last_warp_first, eager_copies)
+
+    def launches(self, call, *arguments) -> int:
+        before = self.library.efft_sim_launches()
+        call(*arguments)
+        return self.library.efft_sim_launches() - before
+
+    def shared(self, call, *arguments) -> int:
+        """bytes of shared memory that a block of any of its launches asks for"""
+        self.library.efft_sim_shared()
+        call(*arguments)
+        return self.library.efft_sim_shared()
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Simulated:
+    if simulator.compiler() is None:
+        pytest.skip("the simulator needs a C++ compiler: c++, or the environment variable CXX")
+    return Simulated(simulator.build(tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.fixture
+def simulated(built, monkeypatch) -> Simulated:
+    """the backend module with the simulator's operators"""
+    monkeypatch.setattr(cuda, "_ops", lambda: built.ops)
+    built.mode(False, False)
+    return built
+
+
+@pytest.fixture(params=["simulator"] if cuda.unavailable() else ["simulator", "gpu"])
+def device(request) -> str:
+    """where the tensors of a test are; the backend module runs there"""
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("simulated")
+    return "cpu"
+
+
+def plan(monkeypatch, single: bool, large: bool) -> None:
+    monkeypatch.setattr(cuda, "_plan", lambda *sizes: (single, large))
+
+
+def make(M, K, N, R, dtype, device="cpu"):
+    """x, weight, bias, down, up, dy"""
+    sizes = (M, K), (N, K), (N,), (K, R), (R, N), (M, N)
+    return [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype) for s in sizes]
+
+
+def within(rows, cols, dtype, device, left=3):
+    """a slice of a wider buffer that is nan elsewhere"""
+    buffer = torch.full((rows + 4, cols + 9), float("nan"), dtype=dtype, device=device)
+    buffer[1 : 1 + rows, left : left + cols] = torch.randn(rows, cols, device=device).mul_(cols**-0.5).to(dtype)
+    return buffer[1 : 1 + rows, left : left + cols]
+
+
+# -- the low-rank linear ----------------------------------------------------------------------------------------------
+
+
+@dtypes
+@ways
+@pytest.mark.parametrize("large", [False, True], ids=["tile64", "tile128"])
+@shapes((197, 100, 7, 3), (96, 64, 128, 16), (70, 136, 200, 17), (65, 48, 80, 64), (33, 40, 24, 1))
+def test_lowrank_linear(shape, large, single, dtype, device, monkeypatch):
+    plan(monkeypatch, single, large)
+    check_lowrank_linear(cuda, *make(*shape, dtype, device))
+
+
+@ways
+@pytest.mark.parametrize("mode", Simulated.MODES, ids=lambda mode: "-".join(map(str, map(int, mode))))
+@shapes((130, 328, 72, 16), (70, 200, 136, 40))
+def test_any_order_of_warps_and_copies(shape, mode, single, simulated, monkeypatch):
+    """more steps than stages of the pipeline, and tiles in both directions"""
+    plan(monkeypatch, single, False)
+    simulated.mode(*mode)
+    check_lowrank_linear(cuda, *make(*shape, torch.bfloat16))
+
+
+@dtypes
+@pytest.mark.parametrize("large", [False, True], ids=["tile64", "tile128"])
+def test_the_largest_rank(large, dtype, device, monkeypatch):
+    plan(monkeypatch, False, large)
+    x, weight, _, down, up, dy = make(24, 80, 72, 256, dtype, device)
+    check_lowrank_linear(cuda, x, weight, None, down, up, dy)
+
+
+@pytest.mark.parametrize("needs", [*itertools.product([True, False], repeat=5)][1::3], ids=str)
+@ways
+def test_only_the_gradients_asked_for(needs, single, device, monkeypatch):
+    plan(monkeypatch, single, False)
+    check_lowrank_linear(cuda, *make(40, 33, 48, 5, torch.bfloat16, device), needs)
+
+
+# eight numbers at a time where rows start on 16 bytes, one by one elsewhere; weight, down and up either way round
+LAYOUTS = {
+    "aligned": lambda rows, cols, *at: within(rows, -(-cols // 8) * 8 + 7, *at, left=8)[:, :cols],
+    "slices": within,
+    "transposed": lambda rows, cols, *at: within(cols, rows, *at).t(),
+    "turned": lambda rows, cols, *at: torch.randn(cols, rows, device=at[1]).mul_(cols**-0.5).to(at[0]).t(),
+    "steps": lambda rows, cols, *at: within(2 * rows, 3 * cols, *at)[::2, ::3],
+    "repeated": lambda rows, cols, *at: within(1, cols, *at).expand(rows, cols),
+}
+
+
+@ways
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, single, device, monkeypatch):
+    plan(monkeypatch, single, False)
+    at = torch.float16, device
+    M, K, N, R = (72, 48, 80, 16) if layout == "turned" else (67, 50, 70, 17)
+    bias = within(N, 1, *at)[:, 0]
+    x, weight, down, up, dy = (LAYOUTS[layout](*size, *at) for size in ((M, K), (N, K), (K, R), (R, N), (M, N)))
+    if layout == "repeated":  # what is summed up would grow with the rows
+        weight, down, up = weight / N, down / K, up / R
+    check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
+
+
+@ways
+def test_what_is_not_finite_stays_in_its_row(single, device, monkeypatch):
+    plan(monkeypatch, single, False)
+    x, weight, bias, down, up, dy = (t.abs() for t in make(70, 40, 48, 3, torch.bfloat16, device))
+    x[5, 7] = float("inf")
+    y, p = cuda.lowrank_linear(x, weight, bias, down, up)
+    assert (y[5] == float("inf")).all() and (p[5] == float("inf")).all()
+    assert torch.isfinite(y).sum() == 69 * 48 and torch.isfinite(p).sum() == 69 * 3
+
+
+def test_no_rows(device):
+    check_lowrank_linear(cuda, *make(0, 32, 48, 3, torch.bfloat16, device))
+
+
+@ways
+def test_two_runs_are_bit_equal(single, device, monkeypatch):
+    plan(monkeypatch, single, False)
+    # many runs of rows, several chunks of columns
+    x, weight, bias, down, up, dy = make(500, 32, 280, 16, torch.float16, device)
+
+    def run():
+        y, p = cuda.lowrank_linear(x, weight, bias, down, up)
+        return [y, p, *cuda.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])]
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run()))
+    check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
+
+
+@dtypes
+@shapes((0, 40, 24, 3), (197, 100, 7, 3), (70, 128, 96, 17))
+def test_lowrank_add(shape, dtype, device):
+    x, _, _, down, up, dy = make(*shape, dtype, device)
+    y = within(*dy.shape, dtype, device)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        check_lowrank_add(cuda, y, x, down, up, dy, needs)
+
+
+# -- the group --------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "ranks", [(1, 1), (3, 16), (17, 3), (64, 40), (256, 256)], ids=lambda ranks: "P{}-Q{}".format(*ranks)
+)
+def test_group_update(ranks, dtype, device):
+    (P, Q), S, N = ranks, 5 if ranks[0] < 256 else 1, 52
+    sigma, v, dup = (torch.randn(s, device=device).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
+    check_group_update(cuda, sigma, v, 10.0, dup)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 17, 20, 50), (4, 16, 24, 72)], ids=str)
+def test_group_update_of_the_transposed_product(sizes, needs, device):
+    # fc2: sigma.T and u.T, one slice of every second; its gradient comes in as a slice of a wider one
+    S, P, Q, N = sizes
+    at = torch.bfloat16, device
+    sigma = torch.randn(2 * S, Q, P, device=device).to(torch.bfloat16)[::2].transpose(1, 2)
+    dup = within(P, 2 * S * N, *at)[:, : 2 * S * N].unflatten(1, (2 * S, N)).transpose(0, 1)[1::2]
+    check_group_update(cuda, sigma, within(N, Q, *at).t(), 0.1, dup, needs)
+
+
+@dtypes
+def test_merge_of_several_weights(dtype, device):
+    sizes = [(130, 40, 3), (40, 130, 17), (64, 64, 16), (1, 7, 1)]
+    weights = [within(N, K, dtype, device) for N, K, _ in sizes]
+    weights[2] = weights[2].contiguous().t()
+    downs = [within(K, R, dtype, device) for _, K, R in sizes]
+    ups = [within(N, R, dtype, device).t() for N, _, R in sizes]
+    exact = [w.double() + (down.double() @ up.double()).t() for w, down, up in zip(weights, downs, ups)]
+    plain = [w.clone() for w in weights]
+    reference.merge_(plain, downs, ups)
+    cuda.merge_(weights, downs, ups)
+    for triple in zip(weights, plain, exact):
+        assert_accurate(*triple, "weight")
+    # nothing beside the weights was written
+    assert torch.isfinite(weights[0]._base).sum() == weights[0].numel()
+    cuda.merge_([], [], [])
+
+
+def test_number_of_launches(simulated, monkeypatch):
+    x, weight, bias, down, up, dy = make(130, 32, 72, 3, torch.bfloat16)
+    sigma, v, dup = (torch.randn(s).bfloat16() for s in ((3, 4, 5), (5, 48), (3, 4, 48)))
+    assert simulated.launches(cuda.group_update, sigma, v, 1.0) == 1
+    assert simulated.launches(cuda.group_update_backward, dup, sigma, v, 1.0, [True, True]) == 1
+    assert simulated.launches(cuda.merge_, [weight] * 5, [down] * 5, [up] * 5) == 1
+    backward = dy, x, weight, down, up, x[:, :3], [True, False, False, True, True]
+    for single, forward_launches, backward_launches in ((True, 1, 4), (False, 2, 4)):
+        plan(monkeypatch, single, False)
+        assert simulated.launches(cuda.lowrank_linear, x, weight, bias, down, up) == forward_launches
+        assert simulated.launches(cuda.lowrank_linear_backward, *backward) == backward_launches
+
+
+def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
+    most = {}
+    for R, (single, large) in itertools.product((16, 32, 64, 256), itertools.product((True, False), repeat=2)):
+        if single and R > cuda.MAX_RANK_BESIDE:
+            continue
+        x, weight, bias, down, up, dy = make(1, 8, 16, R, torch.bfloat16)
+        plan(monkeypatch, single, large)
+        name = f"lowrank_linear tile{128 if large else 64} {'single_pass' if single else 'extended_k'} R{R}"
+        most[name] = simulated.shared(cuda.lowrank_linear, x, weight, bias, down, up)
+        both = dy, x, None, down, up, torch.zeros(1, R, dtype=x.dtype), False, False
+        most[f"dp dup R{R}"] = simulated.shared(simulated.ops.lowrank_linear_backward, *both)
+    most["group_update"] = simulated.shared(cuda.group_update, down[None], up, 1.0)
+    budget = json.loads(Path(simulator.HERE, "budget.json").read_text())["shared"]
+    assert most == budget, json.dumps(most, indent=4)
+    assert max(most.values()) <= 163 * 1024  # what a block may have at compute capability 8.0
+
+
+# -- planted faults ---------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "no_wait": ("tile.h", "    cp_async_wait<STAGES - 2>();\n", ""),
+    "no_barrier": ("tile.h", "    __syncthreads();\n", ""),
+    "wrong_stage": ("tile.h", "load(step + STAGES - 1, next);", "load(step + STAGES - 1, stage);"),
+    "wrong_swizzle": (
+        "tile.h", "swizzled<W>(m + lane % 16, k / 8 + lane / 16)", "(m + lane % 16) * W + k + lane / 16 * 8"
+    ),
+    "wrong_lanes": (
+        "tile.h", "swizzled<W>(k + lane % 16, n / 8 + lane / 16)", "swizzled<W>(k + lane / 2, n / 8 + lane % 2)"
+    ),
+    "beyond_the_columns": ("tile.h", "inside ? 2 * there : 0", "inside ? 16 : 0"),
+    "no_barrier_after_p": ("linear.h", "      __syncthreads();\n", ""),
+    "no_barrier_before_y": ("linear.h", "g.bias);\n  __syncthreads();\n", "g.bias);\n"),
+    "no_barrier_after_y": ("linear.h", "  }\n  __syncthreads();\n", "  }\n"),
+}
+
+
+@pytest.fixture(scope="session")
+def faulty(built, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    objects = Path(built.library._name).parent
+
+    def load(fault: str) -> Simulated:
+        return Simulated(simulator.build_faulty(folder, fault, *FAULTS[fault], objects), fault)
+
+    return load
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, faulty, monkeypatch):
+    kernels = faulty(fault)
+    monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
+    x, weight, bias, _, _, dy = make(130, 330, 100, 16, torch.bfloat16)
+    x, weight = LAYOUTS["aligned"](*x.shape, x.dtype, "cpu"), LAYOUTS["aligned"](*weight.shape, x.dtype, "cpu")
+    down, up = torch.randn(330, 16).div(18).bfloat16(), torch.randn(16, 100).div(10).bfloat16()
+    seen = []
+    for single, mode in itertools.product((True, False), Simulated.MODES):
+        plan(monkeypatch, single, False)
+        kernels.mode(*mode)
+        try:
+            check_lowrank_linear(cuda, x, weight, bias, down, up, dy, (False,) * 5)
+        except AssertionError:
+            seen.append((single, mode))
+    assert seen
+
+
+# -- which kernel, and refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "M, N, R, dup, expected",
+    [
+        (12608, 768, 16, False, True),  # ViT-B proj: 16 * 768 < 184 * 128
+        (12608, 2304, 16, False, False),  # qkv: 16 * 2304 > 184 * 128
+        (12608, 768, 64, False, False),
+        (200704, 96, 64, False, True),  # one tile spans the columns
+        (12608, 96, 65, False, False),  # no accumulator for it
+        (197, 2304, 16, False, True),  # few tiles
+        (12608, 768, 16, True, False),  # the pass for dup forms dp
+        (200704, 96, 16, True, True),
+    ],
+)
+def test_where_p_is_formed(M, N, R, dup, expected):
+    assert cuda.single_pass(M, N, R, cuda.RIDGE[9], dup) is expected
+
+
+def test_tiles_fill_a_gpu():
+    assert cuda.large_tile(12608, 768) and not cuda.large_tile(197, 2304) and not cuda.large_tile(2048, 512)
+
+
+def test_refusals():
+    x, weight, bias, down, up, dy = make(8, 16, 24, 4, torch.bfloat16)
+    ask = lambda op, *tensors: cuda.unsupported(op, *tensors)
+    assert ask("mixed_linear", x, weight, bias, down, up, None) == "it has no kernels for mixed batches, triton has"
+    single = [t.float() for t in (x, weight, bias, down, up)]
+    assert "bfloat16 and float16 tensors, not torch.float32" in ask("lowrank_linear", *single)
+    assert ask("lowrank_linear", x, weight, bias, down, up) == "it needs CUDA tensors, these are on cpu"
+    # as if these were on a GPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_unsupported_device", lambda device: None)
+        assert ask("lowrank_linear", x, weight, bias, down, up) is None
+        large = make(8, 300, 280, 257, torch.bfloat16)
+        assert ask("lowrank_linear", *large[:5]) == "it goes to rank 256, not 257"
+        backward = large[5], None, large[1], large[3], large[4], None
+        assert ask("lowrank_linear_backward", *backward) == "it goes to rank 256, not 257"
+        assert ask("group_update", *(torch.zeros(s).bfloat16() for s in ((1, 4, 257), (257, 8)))).endswith("not 257")
+        far = x.as_strided((1, 16), (cuda.MAX_SIZE + 1, 1))
+        assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
+
+
+def test_never_chosen_by_itself():
+    assert "not yet run on a GPU" in cuda.unproven() and cuda.slower("lowrank_linear")
+    (cuda_line,) = [b for b in efft_kernels.backends() if b.name == "cuda"]
+    assert not cuda_line.automatic and "not yet run on a GPU" in cuda_line.note
+
+
+def test_the_build_refuses_what_it_does_not_know():
+    setup = [sys.executable, simulator.CSRC.parents[1] / "setup.py", "--name"]
+    done = subprocess.run(setup, env=os.environ | {"EFFT_CUDA": "yes"}, capture_output=True, text=True)
+    assert done.returncode and "EFFT_CUDA must be 0, 1 or unset, got 'yes'" in done.stderr
+
+
+def test_bad_arguments_of_the_operators(simulated):
+    x, weight, bias, down, up, dy = make(8, 16, 24, 4, torch.bfloat16)
+    ops = simulated.ops
+    with pytest.raises(RuntimeError, match=r"weight must be \[24, 16\], got \[24, 15\]"):
+        ops.lowrank_linear(x, weight[:, 1:], bias, down, up, True, False)
+    with pytest.raises(RuntimeError, match="bias must have the dtype of the other tensors"):
+        ops.lowrank_linear(x, weight, bias.half(), down, up, True, False)
+    with pytest.raises(RuntimeError, match="the dtype must be bfloat16 or float16"):
+        ops.lowrank_p(x.float(), down.float())
+    with pytest.raises(RuntimeError, match="must have at most 64 ranks, got 65"):
+        wide = make(8, 16, 24, 65, torch.bfloat16)
+        ops.lowrank_linear(*wide[:5], True, False)
+    with pytest.raises(RuntimeError, match="the lists must be of equal length"):
+        ops.merge_([weight], [], [])
