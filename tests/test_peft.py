@@ -452,7 +452,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         ({"variant": "efft3"}, "variant must be one of"),
         ({"rank": 0}, "rank must be an int of at least 1"),
         ({"targets": ["everything"]}, "targets must be a non-empty tuple out of"),
-        ({"factor_dropout": 1.0}, "factor_dropout must be in"),
+        ({"factor_dropout": 1.0}, "factor_dropout must be a number in"),
         ({"layers_pattern": "blocks"}, "layers_pattern='blocks' needs layers_to_transform"),
     ],
 )
