@@ -7,6 +7,7 @@ csrc/cuda becomes a library of its own, where torch is a CUDA build and nvcc is 
 variable EFFT_CUDA says otherwise: 0 leaves it out, 1 builds it whatever torch is installed (it is the same library).
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -93,14 +94,18 @@ def extensions(torch) -> dict:
     libraries = [native]
     if home:
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures(home)]
+        headers = sorted(Path("csrc/cuda").glob("*.h"))
+        # beside a CPU torch ninja is not told what a .cu includes: a changed header must change the command
+        digest = hashlib.sha256(b"".join(header.read_bytes() for header in headers)).hexdigest()[:16]
+        nvcc_flags = ["-std=c++17", "-O3", f"-DEFFT_HEADERS=0x{digest}", *codes]
         libraries.append(
             # not a CUDAExtension, which would link against torch's CUDA libraries, and so against one version of CUDA
             CppExtension(
                 "efft_kernels._cuda",
                 ["csrc/cuda/bindings.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))],
                 define_macros=MACROS,
-                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-std=c++17", "-O3", *codes]},
-                depends=[*map(str, Path("csrc/cuda").glob("*.h"))],
+                extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
+                depends=[*map(str, headers)],
                 library_dirs=[f"{home}/lib64", f"{home}/lib"],
                 # libtorch is needed for the libtorch_cuda behind it, where there is one
                 extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-lrt", "-lpthread", "-ldl"],
