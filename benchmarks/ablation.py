@@ -182,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ablation: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 75
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     return int(bool(failures))

@@ -92,8 +92,8 @@ class Store:
 
 
 def measure(run: Run, places: Places) -> dict:
-    """Train and measure. Diverging is a result: its accuracy is None."""
-    from efft_kernels.finetune.loop import train
+    """Train and measure. Diverging is a result: its accuracy is None. Raises KeyboardInterrupt on SIGTERM, too."""
+    from efft_kernels.finetune.loop import Interrupted, train
     from efft_kernels.finetune.settings import Settings
 
     settings = dict(run.settings)
@@ -114,6 +114,8 @@ def measure(run: Run, places: Places) -> dict:
                 found = {**result.metrics["test"], "parameters": result.parameters}
                 found |= {"head_parameters": result.head_parameters}
                 found |= {"train_top1": [round(entry["train"]["top1"], 2) for entry in result.history]}
+            except Interrupted as error:  # no failure of this run: all of them stop
+                raise KeyboardInterrupt(str(error)) from error
             except ValueError as error:
                 if not str(error).startswith("the loss of step"):
                     raise

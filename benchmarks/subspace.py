@@ -94,7 +94,7 @@ def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, st
     """{(targets, seed): {(block, part): (down, up)}}"""
     import tqdm
 
-    from efft_kernels.finetune.loop import train
+    from efft_kernels.finetune.loop import Interrupted, train
     from efft_kernels.finetune.models import make_model
     from efft_kernels.finetune.settings import Settings
 
@@ -102,7 +102,10 @@ def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, st
     for name, targets in tqdm.tqdm([(n, t) for n, t in TARGETS.items()], desc="training", unit="target"):
         for seed in (0, 1):
             made = Settings(**common, targets=targets, seed=seed, out=out / f"{name}.{seed}", save_every=10**9)
-            result = train(made, progress=False)
+            try:
+                result = train(made, progress=False)
+            except Interrupted as error:
+                raise KeyboardInterrupt(str(error)) from error
             classes = len(json.loads((result.out / "metrics.json").read_text())["classes"])
             model = make_model(made.model, classes, made.image_size, "random")
             load_adapter(model, result.adapter)
@@ -205,6 +208,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"subspace: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("subspace: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 75
     return 0
 
 

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import ablation  # noqa: E402
 import subspace  # noqa: E402
 from runs import Run  # noqa: E402
+from test_vtab1k import few_images  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402
 
@@ -66,7 +67,8 @@ def test_change_is_taken_seed_by_seed():
     assert "| base | – | – | 0.001 | 35.0 ± 7.1 |" in text and "| v | – | – | 0.001 | +1.5 ± 0.7 |" in text
 
 
-def test_ablation_quick(tmp_path, capsys):
+def test_ablation_quick(tmp_path, capsys, monkeypatch):
+    few_images(monkeypatch)
     assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out

@@ -288,6 +288,22 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     assert vtab1k.main(["--out", str(tmp_path / "out"), "--report"]) == 0
 
 
+def test_a_signal_stops_the_series_with_a_sentence(lists, tmp_path, monkeypatch, capsys):
+    from efft_kernels.finetune import loop
+
+    done = []
+
+    def train(settings, **options):
+        done.append(settings)
+        raise loop.Interrupted("stopped after step 1 of 15")
+
+    monkeypatch.setattr(loop, "train", train)
+    common = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert vtab1k.main([*common, "--methods", "linear", "--datasets", "dsprites_loc"]) == 75
+    assert "vtab1k: stopped; the same command goes on" in capsys.readouterr().err
+    assert len(done) == 1 and not Store(tmp_path / "out/runs").all()
+
+
 def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     done = []
@@ -462,12 +478,11 @@ def test_probe_learns_where_a_linear_head_can():
     assert found["parameters"] == 0 and found["head_parameters"] == 192 * 10 + 10
 
 
-def test_offline_quick(tmp_path, capsys, monkeypatch):
-    """the whole experiment, small: weights of a package, six methods, test, table and chart; of 96 training images"""
+def few_images(monkeypatch):
+    """runs train on the first 96 images of their 1000"""
     from dataclasses import replace
 
     from efft_kernels.finetune.data import SOURCES, Subset
-    from efft_kernels.finetune.sources import weights
 
     opened = runs.opened
 
@@ -478,6 +493,13 @@ def test_offline_quick(tmp_path, capsys, monkeypatch):
         return name
 
     monkeypatch.setattr(runs, "opened", few)
+
+
+def test_offline_quick(tmp_path, capsys, monkeypatch):
+    """the whole experiment, small: weights of a package, six methods, test, table and chart; of 96 training images"""
+    from efft_kernels.finetune.sources import weights
+
+    few_images(monkeypatch)
 
     try:
         weights("dinov2s_mri")
