@@ -72,6 +72,8 @@ class Settings:
         adapters: folder with adapter files.
         weights: checkpoint of the model, a file; empty for random weights, to try it out.
         num_classes: of the checkpoint; 0 for the number that the model has in timm.
+        preparation: of images: "model" as timm evaluates these weights, "efft-finetune" as that command trains by default
+            (squashed to the square, ImageNet's mean and deviation). An adapter needs what it was trained with.
         labels: file with the names of the model's own classes, one a line.
         dtype: that the model computes in: float32, bfloat16 or float16.
         device: "cpu" or "cuda".
@@ -92,6 +94,7 @@ class Settings:
     adapters: str
     weights: str = ""
     num_classes: int = 0
+    preparation: str = "model"
     labels: str = ""
     dtype: str = "float32"
     device: str = "cpu"
@@ -114,6 +117,8 @@ class Settings:
         for name in ("num_classes", "batch_wait_ms", "max_queued", "stop_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.preparation not in ("model", "efft-finetune"):
+            raise ValueError(f"preparation must be 'model' or 'efft-finetune', got {self.preparation!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -217,7 +222,11 @@ def base_model(settings: Settings):
     classes = {"num_classes": settings.num_classes} if settings.num_classes else {}
     torch.manual_seed(0)  # random weights, where no file is given, are those of all replicas
     model = library.create_model(settings.model, checkpoint_path=settings.weights, **classes)
-    transform = library.data.create_transform(**library.data.resolve_model_data_config(model), is_training=False)
+    config = library.data.resolve_model_data_config(model)
+    if settings.preparation == "efft-finetune":
+        means = {"mean": library.data.IMAGENET_DEFAULT_MEAN, "std": library.data.IMAGENET_DEFAULT_STD}
+        config |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic", **means}
+    transform = library.data.create_transform(**config, is_training=False)
     return model.to(settings.device, getattr(torch, settings.dtype)).eval(), transform
 
 

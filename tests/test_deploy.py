@@ -357,6 +357,20 @@ def test_a_folder_that_is_not_there(tmp_path):
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
+def test_images_are_prepared_as_efft_finetune_does(tmp_path):
+    from efft_kernels.deploy import Settings, base_model
+    from efft_kernels.finetune.data import transform
+    from efft_kernels.finetune.models import normalisation
+
+    picture = Image.frombytes("RGB", (170, 90), torch.arange(90 * 170 * 3).remainder(251).byte().numpy().tobytes())
+    model, made = base_model(Settings("test_vit", str(tmp_path), preparation="efft-finetune"))
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in normalisation(model, "imagenet"))
+    want = (torch.as_tensor(transform(160, "none", "bicubic")(picture)) / 255 - mean) / std
+    torch.testing.assert_close(made(picture), want)
+    other = base_model(Settings("test_vit", str(tmp_path)))[1](picture)
+    assert other.shape == want.shape and (other - want).abs().max() > 0.1
+
+
 def test_settings():
     from efft_kernels.deploy import Settings, _settings
 
@@ -368,6 +382,7 @@ def test_settings():
         ({"model": "m", "adapters": "x", "replicas": "two"}, "of the types"),
         ({"model": "m", "adapters": "x", "replicas": 0}, "replicas must be at least 1, got 0"),
         ({"model": "m", "adapters": "x", "dtype": "int8"}, "dtype must be"),
+        ({"model": "m", "adapters": "x", "preparation": "no"}, "preparation must be"),
     ]:
         with pytest.raises(ValueError, match=says):
             _settings(args)
