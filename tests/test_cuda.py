@@ -74,7 +74,8 @@ def device(request) -> str:
 
 
 def plan(monkeypatch, single: bool, large: bool) -> None:
-    monkeypatch.setattr(cuda, "_plan", lambda *sizes: (single, large))
+    made = cuda.Plan(single, False, cuda.LARGE_TILE if large else cuda.SMALL_TILE)
+    monkeypatch.setattr(cuda, "_plan", lambda *sizes: made)
 
 
 def make(M, K, N, R, dtype, device="cpu"):
@@ -252,7 +253,7 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
         plan(monkeypatch, single, large)
         name = f"lowrank_linear tile{128 if large else 64} {'single_pass' if single else 'extended_k'} R{R}"
         most[name] = simulated.shared(cuda.lowrank_linear, x, weight, bias, down, up)
-        both = dy, x, None, down, up, torch.zeros(1, R, dtype=x.dtype), False, False
+        both = dy, x, None, down, up, torch.zeros(1, R, dtype=x.dtype), False, False, 64
         most[f"dp dup R{R}"] = simulated.shared(simulated.ops.lowrank_linear_backward, *both)
     most["group_update"] = simulated.shared(cuda.group_update, down[None], up, 1.0)
     budget = json.loads(Path(simulator.HERE, "budget.json").read_text())["shared"]
@@ -329,7 +330,7 @@ def test_where_p_is_formed(M, N, R, dup, expected):
 
 
 def test_tiles_fill_a_gpu():
-    assert cuda.large_tile(12608, 768) and not cuda.large_tile(197, 2304) and not cuda.large_tile(2048, 512)
+    assert [cuda.tile(*sizes) for sizes in ((12608, 768), (197, 2304), (2048, 512))] == [128, 64, 64]
 
 
 def test_refusals():
@@ -368,13 +369,13 @@ def test_bad_arguments_of_the_operators(simulated):
     x, weight, bias, down, up, dy = make(8, 16, 24, 4, torch.bfloat16)
     ops = simulated.ops
     with pytest.raises(RuntimeError, match=r"weight must be \[24, 16\], got \[24, 15\]"):
-        ops.lowrank_linear(x, weight[:, 1:], bias, down, up, True, False)
+        ops.lowrank_linear(x, weight[:, 1:], bias, down, up, True, False, 64)
     with pytest.raises(RuntimeError, match="bias must have the dtype of the other tensors"):
-        ops.lowrank_linear(x, weight, bias.half(), down, up, True, False)
+        ops.lowrank_linear(x, weight, bias.half(), down, up, True, False, 64)
     with pytest.raises(RuntimeError, match="the dtype must be bfloat16 or float16"):
         ops.lowrank_p(x.float(), down.float())
     with pytest.raises(RuntimeError, match="must have at most 64 ranks, got 65"):
         wide = make(8, 16, 24, 65, torch.bfloat16)
-        ops.lowrank_linear(*wide[:5], True, False)
+        ops.lowrank_linear(*wide[:5], True, False, 64)
     with pytest.raises(RuntimeError, match="the lists must be of equal length"):
         ops.merge_([weight], [], [])

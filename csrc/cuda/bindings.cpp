@@ -167,7 +167,7 @@ Tensor linear(const Tensor& x,  // [M, K]
               const View* down,  // [K, R], or null: p is given
               const View& up,    // [R, N]
               const Tensor& p,  // [M, R]
-              int64_t N, bool large_tile, void* stream) {
+              int64_t N, int64_t tile, void* stream) {
   Tensor y = empty({x.size(0), N}, x);
   Linear g;
   g.M = int32_t(x.size(0)), g.N = int32_t(N), g.K = int32_t(x.size(1)), g.R = int32_t(p.size(1));
@@ -176,7 +176,7 @@ Tensor linear(const Tensor& x,  // [M, K]
   if (bias) g.bias = bias->const_data_ptr(), g.bias_stride = int32_t(bias->stride(0));
   g.p = p.mutable_data_ptr(), g.y = y.mutable_data_ptr();
   const auto launch = dtype_of(x) == Dtype::bf16 ? lowrank_linear_bf16 : lowrank_linear_f16;
-  launched(launch(g, large_tile, stream));
+  launched(launch(g, int32_t(tile), stream));
   return y;
 }
 
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
                                              const std::optional<Tensor>& bias,  // [N]
                                              const Tensor& down,                 // [K, R]
                                              const Tensor& up,                   // [R, N]
-                                             bool single_pass, bool large_tile) {
+                                             bool single_pass, bool hopper, int64_t tile) {
   check_dim("x", x, 2);
   check_dim("up", up, 2);
   const int64_t M = x.size(0), K = x.size(1), R = up.size(0), N = up.size(1);
@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   const Tensor p = single_pass ? empty({M, R}, x) : form_p(x, view(down), R, stream);
   const View beside = view(down);
   const View* const formed = single_pass ? &beside : nullptr;
-  return {linear(x, transposed(view(weight)), bias, formed, view(up), p, N, large_tile, stream), p};
+  return {linear(x, transposed(view(weight)), bias, formed, view(up), p, N, tile, stream), p};
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
@@ -274,7 +274,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
                                             const Tensor& down,                   // [K, R]
                                             const Tensor& up,                     // [R, N]
                                             const std::optional<Tensor>& p,       // [M, R]
-                                            bool single_pass, bool large_tile) {
+                                            bool single_pass, bool hopper, int64_t tile) {
   check_dim("dy", dy, 2);
   check_dim("down", down, 2);
   const int64_t M = dy.size(0), N = dy.size(1), K = down.size(0), R = down.size(1);
@@ -301,7 +301,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   // the forward's product with other operands
   const View up_turned = transposed(view(up));
   const auto form_dx = [&](const View* beside) {
-    dx = linear(dy, view(*weight), std::nullopt, beside, transposed(view(down)), *dp, K, large_tile, stream);
+    dx = linear(dy, view(*weight), std::nullopt, beside, transposed(view(down)), *dp, K, tile, stream);
   };
   if (weight && single_pass) {
     dp = empty({M, R}, dy);
@@ -411,11 +411,11 @@ void merge_(const std::vector<Tensor>& weights,  // each [N, K]
 
 STABLE_TORCH_LIBRARY(EFFT_LIBRARY, m) {
   m.def(
-      "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, bool single_pass, bool large_tile)"
+      "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, bool single_pass, bool hopper, int tile)"
       " -> (Tensor, Tensor)");
   m.def(
       "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor down, Tensor up, Tensor? p, "
-      "bool single_pass, bool large_tile) -> Tensor[]");
+      "bool single_pass, bool hopper, int tile) -> Tensor[]");
   m.def("lowrank_p(Tensor x, Tensor down) -> Tensor");
   m.def("group_update(Tensor sigma, Tensor v, float scale) -> Tensor");
   m.def(

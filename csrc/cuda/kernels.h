@@ -41,8 +41,8 @@ struct Linear {
 constexpr int LARGE_TILE = 128, SMALL_TILE = 64, MAX_RANK_BESIDE = 64;
 
 // the most work for the compiler: a source file for each dtype
-const char* lowrank_linear_bf16(const Linear&, bool large_tile, void* stream);
-const char* lowrank_linear_f16(const Linear&, bool large_tile, void* stream);
+const char* lowrank_linear_bf16(const Linear&, int32_t tile, void* stream);
+const char* lowrank_linear_f16(const Linear&, int32_t tile, void* stream);
 
 // c = scale * a @ b, or with `adds` c += scale * a @ b
 struct Product {

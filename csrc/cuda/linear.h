@@ -150,8 +150,8 @@ const char* linear_by_rank(const Linear& g, void* stream) {
 }
 
 template <class T>
-const char* linear(const Linear& g, bool large_tile, void* stream) {
-  return large_tile ? linear_by_rank<T, LargeTile>(g, stream) : linear_by_rank<T, SmallTile>(g, stream);
+const char* linear(const Linear& g, int32_t tile, void* stream) {
+  return tile == LARGE_TILE ? linear_by_rank<T, LargeTile>(g, stream) : linear_by_rank<T, SmallTile>(g, stream);
 }
 
 }  // namespace efft::cuda

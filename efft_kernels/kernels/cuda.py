@@ -7,6 +7,7 @@ for all three (tests/cuda/check.py), they only run when named.
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,9 +102,17 @@ def slower(op: str, *tensors: Tensor | None) -> str | None:
 # -- which kernel -----------------------------------------------------------------------------------------------------
 
 
-def large_tile(M: int, N: int) -> bool:
-    """Whether y [M, N] is computed in tiles of 128 x 128: enough for every multiprocessor, else they are 64 x 64"""
-    return _cdiv(M, LARGE_TILE) * _cdiv(N, LARGE_TILE) >= 128
+class Plan(NamedTuple):
+    """How y [M, N] is computed: the last arguments of the library's operators"""
+
+    single_pass: bool  # p is formed beside y, instead of by a pass of its own over x
+    hopper: bool  # by the kernel for compute capability 9.0, instead of the one for all
+    tile: int  # columns of a tile of y
+
+
+def tile(M: int, N: int) -> int:
+    """128 x 128 where these are enough for every multiprocessor, else 64 x 64"""
+    return LARGE_TILE if _cdiv(M, LARGE_TILE) * _cdiv(N, LARGE_TILE) >= 128 else SMALL_TILE
 
 
 def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
@@ -114,7 +123,7 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     """
     if R > MAX_RANK_BESIDE:  # the accumulator of p would not fit the registers beside that of y
         return False
-    BN, block = LARGE_TILE if large_tile(M, N) else SMALL_TILE, _cdiv(R, 16) * 16
+    BN, block = tile(M, N), _cdiv(R, 16) * 16
     if N <= BN:  # one tile spans the columns: nothing is formed twice
         return True
     if dup:
@@ -123,9 +132,9 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
 
 
-def _plan(x: Tensor, N: int, R: int, dup: bool = False) -> tuple[bool, bool]:
-    """(p formed beside y, 128 x 128 tiles) for x [M, K] and y [M, N]"""
-    return single_pass(len(x), N, R, _ridge(x.device), dup), large_tile(len(x), N)
+def _plan(x: Tensor, N: int, R: int, dup: bool = False) -> Plan:
+    """for x [M, K] and y [M, N]"""
+    return Plan(single_pass(len(x), N, R, _ridge(x.device), dup), False, tile(len(x), N))
 
 
 @functools.cache
@@ -222,7 +231,7 @@ def lowrank_add_backward(
     grads = [torch.mm(_ops().lowrank_p(dy, up.t()), down.t())] if need_x else []
     if need_down or need_up:
         low = x if need_down else None, None, down, up, p if need_up else None
-        grads += _ops().lowrank_linear_backward(dy, *low, False, False)
+        grads += _ops().lowrank_linear_backward(dy, *low, *Plan(False, False, SMALL_TILE))
     return grads
 
 

@@ -3,7 +3,7 @@
 
 namespace efft::cuda {
 
-const char* lowrank_linear_bf16(const Linear& g, bool, void* stream) {
+const char* lowrank_linear_bf16(const Linear& g, int32_t, void* stream) {
   if (g.down.data) return launch_linear<Bf16, SmallTile, 16, true>(g, stream);
   return launch_linear<Bf16, SmallTile, 0, true>(g, stream);
 }
