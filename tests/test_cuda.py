@@ -75,7 +75,19 @@ def device(request) -> str:
 
 def plan(monkeypatch, single: bool, large: bool) -> None:
     made = cuda.Plan(single, False, cuda.LARGE_TILE if large else cuda.SMALL_TILE)
-    monkeypatch.setattr(cuda, "_plan", lambda *sizes: made)
+    monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: made)
+
+
+hopper_tiles = pytest.mark.parametrize("tile", cuda.HOPPER_TILES)
+
+
+def hopper(monkeypatch, single: bool, tile: int) -> None:
+    """the kernel for compute capability 9.0; its backward never forms dp beside dx"""
+
+    def made(x, w, R, dup=False):
+        return cuda.Plan(single and w.stride(0) == 1, True, tile)
+
+    monkeypatch.setattr(cuda, "_plan", made)
 
 
 def make(M, K, N, R, dtype, device="cpu"):
@@ -187,6 +199,18 @@ def test_lowrank_add(shape, dtype, device):
     y = within(*dy.shape, dtype, device)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         check_lowrank_add(cuda, y, x, down, up, dy, needs)
+
+
+# -- the same for compute capability 9.0 ------------------------------------------------------------------------------
+
+
+@dtypes
+@ways
+@hopper_tiles
+@shapes((197, 136, 24, 3), (300, 264, 200, 16), (130, 64, 520, 17))
+def test_hopper(shape, tile, single, dtype, simulated, monkeypatch):
+    hopper(monkeypatch, single, tile)
+    check_lowrank_linear(cuda, *make(*shape, dtype))
 
 
 # -- the group --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ MAX_RANK = 256
 MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
 # of csrc/cuda/kernels.h
 LARGE_TILE, SMALL_TILE, MAX_RANK_BESIDE = 128, 64, 64
+HOPPER_TILES, HOPPER_RANK_BESIDE = (128, 192, 256), 32
 # FLOP per byte at which memory and tensor cores take equally long, by the major compute capability
 RIDGE = {8: 180, 9: 184, 10: 230}
 
@@ -132,9 +133,47 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
 
 
-def _plan(x: Tensor, N: int, R: int, dup: bool = False) -> Plan:
-    """for x [M, K] and y [M, N]"""
-    return Plan(single_pass(len(x), N, R, _ridge(x.device), dup), False, tile(len(x), N))
+def hopper_tile(M: int, N: int, single_pass: bool) -> int:
+    """The columns of a tile with which y [M, N] takes the least time, by rounds of tiles on 132 multiprocessors.
+
+    128 columns are for a block alone, the others for two blocks side by side. Beside y, p costs what 32 columns would,
+    shared by these two: the tensor cores' least product takes as long.
+    """
+
+    def cost(BN: int) -> int:
+        pair = 1 if BN == 128 else 2
+        rounds = _cdiv(_cdiv(M, 128) * _cdiv(_cdiv(N, BN), pair), 132 // pair)
+        return rounds * (BN + single_pass * 32 // pair)
+
+    return min(reversed(HOPPER_TILES), key=cost)
+
+
+def hopper_plan(M: int, N: int, R: int, w_k_major: bool, ridge: int) -> Plan:
+    """A pass of its own over x costs ridge / N of the product and a launch, taken as much again"""
+    single = w_k_major and R <= HOPPER_RANK_BESIDE
+    BN = hopper_tile(M, N, single)
+    single = single and (BN == 128 >= N or (32 if BN == 128 else 16) * N < 2 * ridge * BN)
+    return Plan(single, True, hopper_tile(M, N, single))
+
+
+def _plan(x: Tensor, w: Tensor, R: int, dup: bool = False) -> Plan:
+    """for x [M, K] and y [M, N] = x @ w"""
+    M, N = len(x), w.shape[1]
+    rows = w.t() if w.stride(0) == 1 else w
+    if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and N % 8 == 0 and _describable(x) and _describable(rows):
+        return hopper_plan(M, N, R, rows is not w, RIDGE[9])
+    return Plan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
+
+
+def _describable(matrix: Tensor) -> bool:
+    """whether the copy engine can address it: rows contiguous and apart, everything on 16 bytes"""
+    rows, columns = matrix.stride()
+    return columns == 1 and rows >= matrix.shape[1] and rows % 8 == 0 and matrix.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
@@ -177,7 +216,7 @@ def lowrank_linear(
     up: Tensor,  # [R, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
-    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(x, up.shape[1], up.shape[0]))
+    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(x, weight.t(), up.shape[0]))
 
 
 def lowrank_linear_backward(
@@ -191,7 +230,7 @@ def lowrank_linear_backward(
 ) -> list[Tensor]:
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
-    plan = _plan(dy, weight.shape[1], up.shape[0], need_up)
+    plan = _plan(dy, weight, up.shape[0], need_up)
     low = [x if need_down else None, weight if need_x else None, down, up, p if need_up else None]
     fused = iter(_ops().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
     grads = [next(fused)] if need_x else []
