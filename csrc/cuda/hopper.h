@@ -319,8 +319,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
           for (int half = 0; half < 2; ++half) {
             const float* const d = acc + (i * PART_COLS / 8 + j) * 4 + half * 2;
             const int line = row % 64 + half * 8;
-            *reinterpret_cast<uint32_t*>(part + line * PART_LINE + (j ^ line / 2 % 4) * 16 + col * 2) =
-                T::pack(d[0] + add[0], d[1] + add[1]);
+            store_shared(part + line * PART_LINE + (j ^ line / 2 % 4) * 16 + col * 2, T::pack(d[0] + add[0], d[1] + add[1]));
           }
         }
         fence_async();

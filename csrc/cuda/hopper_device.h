@@ -74,7 +74,8 @@ __device__ __forceinline__ int cluster_rank() {
 
 // all threads of all blocks of the cluster
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  __syncwarp();  // a warp arrives as one
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
@@ -139,7 +140,8 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-// what this thread wrote to shared memory, before the copy engine and the tensor cores read it
+// for the copy engine: what this thread stored is there once it has fenced
+__device__ __forceinline__ void store_shared(void* to, uint32_t v) { *static_cast<uint32_t*>(to) = v; }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // -- the tensor cores: a warpgroup's products, of tiles that stay in shared memory --------------------------------------

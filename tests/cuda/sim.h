@@ -5,7 +5,7 @@
 //   order  which warp runs as far as it can, up to a barrier, before the next: the first, or the last
 //   eager  whether a copy is done at once, over what others may still read, or as late as can be: a cp.async when its
 //          thread waits for it, one of the copy engine when no thread can go on without it
-// shared memory is nan before a block writes it. a barrier that not all threads reach ends the program.
+// shared memory is nan before a block writes it. a barrier that not all threads reach ends the launch with an error.
 #pragma once
 
 #include <setjmp.h>
@@ -13,12 +13,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -70,6 +71,7 @@ struct Thread {
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
   std::function<bool()> waits_for;  // At::wait: until this holds
+  std::vector<std::pair<void*, uint32_t>> unfenced;  // stores that the copy engine does not see yet
 };
 
 // threads that an instruction, or a barrier of some of them, brings together
@@ -91,7 +93,8 @@ struct Cluster {
   std::vector<Block> blocks;
   std::vector<Thread> threads;
   std::function<void()> kernel;
-  jmp_buf scheduler;
+  jmp_buf scheduler, given_up;
+  std::string failure;
   Thread* current = nullptr;
   // what the copy engine has not done yet
   std::deque<std::function<void()>> engine;
@@ -124,10 +127,12 @@ inline void step(Thread& t) {
   setcontext(&t.context);
 }
 
+// ends the launch, as far as it came
 [[noreturn]] inline void fail(const char* what) {
-  const dim3 at = cluster->current ? block().index : dim3(0, 0, 0);
-  fprintf(stderr, "simulated kernel, block (%u, %u, %u): %s\n", at.x, at.y, at.z, what);
-  abort();
+  const dim3 at = cluster->current ? block().index : dim3();
+  cluster->failure = "block (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + "): ";
+  cluster->failure += what;
+  _longjmp(cluster->given_up, 1);
 }
 
 // runs a warp until none of its threads can go on
@@ -179,13 +184,19 @@ inline void run_cluster() {
   if (!cluster->engine.empty()) fail("the kernel ends before the copy engine does");
 }
 
-inline void run(dim3 grid, int threads, size_t shared, std::function<void()> kernel, int blocks = 1) {
+// null, or what went wrong
+inline const char* run(dim3 grid, int threads, size_t shared, std::function<void()> kernel, int blocks = 1) {
+  static std::string failure;
   static std::vector<std::unique_ptr<char[]>> stacks;
   while (stacks.size() < size_t(threads * blocks)) stacks.emplace_back(new char[STACK]);
   Cluster c;
   cluster = &c;
   c.grid = grid, c.size = dim3(threads), c.kernel = std::move(kernel);
   ++launches;
+  if (_setjmp(c.given_up)) {
+    failure = c.failure;
+    return failure.c_str();
+  }
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; x += blocks) {
@@ -213,6 +224,7 @@ inline void run(dim3 grid, int threads, size_t shared, std::function<void()> ker
         }
         run_cluster();
       }
+  return nullptr;
 }
 
 // what `count` threads do together: the last to arrive does it for all, who are given in their order
@@ -353,8 +365,7 @@ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void*, const Arguments& g) {
   sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
-  sim::run(grid, threads, shared, [&] { kernel(g); });
-  return nullptr;
+  return sim::run(grid, threads, shared, [&] { kernel(g); });
 }
 
 inline const char* upload(void* to, const void* from, size_t bytes, void*) {

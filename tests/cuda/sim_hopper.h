@@ -1,9 +1,8 @@
 // csrc/cuda/hopper_device.h for the host: barriers, clusters, the copy engine and the warpgroups' products.
 //
 // products are done when their group waits for them, not before, so that what is overwritten too early is seen. shared
-// memory is addressed as the hardware does it, by descriptors and with the swizzles in the address bits. not covered:
-// fences between plain stores and what the copy engine or the tensor cores read (fence_async, wgmma_fence), and the
-// order in which plain stores reach other blocks.
+// memory is addressed as the hardware does it, by descriptors and with the swizzles in the address bits, and what a
+// thread stores is there when it has fenced. not covered: wgmma_fence(), which the compiler adds where it is missing.
 #pragma once
 
 #include <map>
@@ -282,7 +281,12 @@ void tma_store_wait_read() {
     if (!groups.front()->done) groups.front()->run();
 }
 
-inline void fence_async() {}
+inline void store_shared(void* to, uint32_t v) { sim::self().unfenced.emplace_back(to, v); }
+
+inline void fence_async() {
+  for (const auto& [to, v] : sim::self().unfenced) memcpy(to, &v, 4);
+  sim::self().unfenced.clear();
+}
 
 inline void wgmma_fence() { sim::meet(sim::my_group(), sim::GROUP_SIZE, [](sim::Thread**) {}); }
 
@@ -337,9 +341,8 @@ template <class Arguments>
 const char* launch_clusters(void (*kernel)(Arguments), int blocks, int cluster, int threads, int shared, void*,
                             const Arguments& g) {
   sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
-  sim::run(dim3(blocks), threads, shared, [&] { kernel(g); }, cluster);
   sim::stores.clear(), sim::products.clear();
-  return nullptr;
+  return sim::run(dim3(blocks), threads, shared, [&] { kernel(g); }, cluster);
 }
 
 }  // namespace efft::cuda
