@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench_train_step import (
-    BATCHES, _forget_packed, by_dtype, check, count_ops, machine_line, make_batches, make_record, parser, save,
+    _forget_packed, by_dtype, check, count_ops, machine_line, make_batches, make_record, parser, save,
     show_meanings, timings,
 )  # fmt: skip  # isort: skip
 
