@@ -16,6 +16,7 @@ import efft_kernels
 from efft_kernels.kernels import cuda, reference
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+import faults  # noqa: E402
 import simulator  # noqa: E402
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -224,7 +225,7 @@ def test_hopper(shape, tile, single, dtype, hopper_device, monkeypatch):
 @ways
 @hopper_tiles
 def test_hopper_in_any_order(tile, single, hopper_device, monkeypatch, request):
-    """more steps than stages, more tiles than blocks, a block of a cluster beyond the last column: always the same bits"""
+    """the same bits, of more steps than stages, more tiles than blocks, a block of a cluster beyond the last column"""
     hopper(monkeypatch, single, tile)
     x, weight, bias, down, up, dy = make(300, 456, 2 * tile + 24, 16, torch.bfloat16, hopper_device)
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy, (True, False, False, True, True))
@@ -239,7 +240,7 @@ def test_hopper_in_any_order(tile, single, hopper_device, monkeypatch, request):
 
 @pytest.mark.parametrize("R", [1, 8, 31, 32, 33, 64, 65, 100, 256])
 def test_hopper_at_any_rank(R, hopper_device, monkeypatch):
-    for tile, single in itertools.product(cuda.HOPPER_TILES, (True, False) if R <= cuda.HOPPER_RANK_BESIDE else (False,)):
+    for tile, single in itertools.product(cuda.HOPPER_TILES, (True, False)[R > cuda.HOPPER_RANK_BESIDE :]):
         hopper(monkeypatch, single, tile)
         x, weight, _, down, up, dy = make(140, 320, 264, R, torch.bfloat16, hopper_device)
         check_lowrank_linear(cuda, x, weight, None, down, up, dy, (True, False, False, True, True))
@@ -349,6 +350,7 @@ def test_number_of_launches(simulated, monkeypatch):
     assert simulated.launches(cuda.group_update, sigma, v, 1.0) == 1
     assert simulated.launches(cuda.group_update_backward, dup, sigma, v, 1.0, [True, True]) == 1
     assert simulated.launches(cuda.merge_, [weight] * 5, [down] * 5, [up] * 5) == 1
+    assert simulated.launches(cuda.merge_, [weight] * 257, [down] * 257, [up] * 257) == 2
     backward = dy, x, weight, down, up, x[:, :3], [True, False, False, True, True]
     for single, forward_launches, backward_launches in ((True, 1, 4), (False, 2, 4)):
         plan(monkeypatch, single, False)
@@ -383,52 +385,6 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
 
 # -- planted faults ---------------------------------------------------------------------------------------------------
 
-FAULTS = {
-    "no_wait": ("tile.h", "    cp_async_wait<STAGES - 2>();\n", ""),
-    "no_barrier": ("tile.h", "    __syncthreads();\n", ""),
-    "wrong_stage": ("tile.h", "load(step + STAGES - 1, next);", "load(step + STAGES - 1, stage);"),
-    "wrong_swizzle": (
-        "tile.h", "swizzled<W>(m + lane % 16, k / 8 + lane / 16)", "(m + lane % 16) * W + k + lane / 16 * 8"
-    ),
-    "wrong_lanes": (
-        "tile.h", "swizzled<W>(k + lane % 16, n / 8 + lane / 16)", "swizzled<W>(k + lane / 2, n / 8 + lane % 2)"
-    ),
-    "beyond_the_columns": ("tile.h", "inside ? 2 * there : 0", "inside ? 16 : 0"),
-    "no_barrier_after_p": ("linear.h", "      __syncthreads();\n", ""),
-    "no_barrier_before_y": ("linear.h", "g.bias);\n  __syncthreads();\n", "g.bias);\n"),
-    "no_barrier_after_y": ("linear.h", "  }\n  __syncthreads();\n", "  }\n"),
-}
-
-
-HOPPER_FAULTS = {
-    "no_wait_for_copies": ("      for (int step = 0; step < k_steps; ++step, ring.next()) {\n        barrier_wait(full + ring.stage, ring.parity);\n",
-                           "      for (int step = 0; step < k_steps; ++step, ring.next()) {\n"),
-    "no_wait_for_up": ("        barrier_wait(full + ring.stage, ring.parity);\n        const uint32_t a", "        const uint32_t a"),
-    "no_wait_for_readers": ("          barrier_wait(empty + ring.stage, ring.parity ^ 1);\n          barrier_expect(full + ring.stage, Tile::STAGE);",
-                            "          barrier_expect(full + ring.stage, Tile::STAGE);"),
-    "released_while_read": ("        wgmma_wait<1>();\n        if (step > 0) release(last);\n        last = ring.stage;\n",
-                            "        release(ring.stage);\n        last = ring.stage;\n"),
-    "released_too_early": ("        wgmma_wait<1>();\n        if (step > 0) release(last);", "        wgmma_wait<2>();\n        if (step > 0) release(last);"),
-    "released_for_one": ("if (thread < CLUSTER) barrier_arrive", "if (thread < 1) barrier_arrive"),
-    "y_before_its_sum": ("      wgmma_wait<0>();\n      hold(acc);\n      release(last);", "      hold(acc);\n      release(last);"),
-    "p_before_its_sum": ("        wgmma_wait<0>();\n        hold(acc), hold(acc_p);\n        release(last);",
-                         "        hold(acc), hold(acc_p);\n        release(last);"),
-    "half_of_p": ("          barrier_wait(p_full + consumer, p_parity);\n", ""),
-    "the_other_half_again": ("const int k16 = rank * SHARE + i;", "const int k16 = i;"),
-    "p_over_what_is_read": ("          barrier_wait(p_free + consumer, p_parity ^ 1);\n", ""),
-    "wrong_bytes": ("barrier_expect(p_full + consumer, Tile::SLOT)", "barrier_expect(p_full + consumer, 2 * Tile::SLOT)"),
-    "half_of_x": ("(1 << CLUSTER) - 1);", "1 << rank);"),
-    "y_over_what_is_stored": ("tma_store_wait_read<Tile::PARTS - 1>();", "tma_store_wait_read<Tile::PARTS>();"),
-    "no_fence_before_the_store": ("        fence_async();\n", ""),
-    "no_barrier_before_the_store": ("        fence_async();\n        group_sync(1 + consumer, WARPGROUP);\n", "        fence_async();\n"),
-    "no_barrier_before_y": ("tma_store_wait_read<Tile::PARTS - 1>();\n        group_sync(1 + consumer, WARPGROUP);\n", "tma_store_wait_read<Tile::PARTS - 1>();\n"),
-    "gone_while_stored": ("    if (thread == 0) tma_store_wait_read<0>();\n", ""),
-    "wrong_swizzle_of_y": ("(j ^ line / 2 % 4) * 16", "(j ^ line % 4) * 16"),
-    "wrong_stride": ("descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE)", "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)"),
-    "wrong_swizzle_of_down": ("16, 16 * RANKS, 2 * RANKS);", "16, 16 * RANKS, LINE);"),
-    "beyond_the_ranks": ("const uint16_t low = r < g.R ? T::round(acc_p[i * 2]) : uint16_t(0);", "const uint16_t low = T::round(acc_p[i * 2]);"),
-}  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def faulty(built, tmp_path_factory):
@@ -441,9 +397,9 @@ def faulty(built, tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", faults.LINEAR)
 def test_a_planted_fault_is_seen(fault, faulty, monkeypatch):
-    kernels = faulty(fault, *FAULTS[fault])
+    kernels = faulty(fault, *faults.LINEAR[fault])
     monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
     x, weight, bias, _, _, dy = make(130, 330, 100, 16, torch.bfloat16)
     x, weight = LAYOUTS["aligned"](*x.shape, x.dtype, "cpu"), LAYOUTS["aligned"](*weight.shape, x.dtype, "cpu")
@@ -484,9 +440,9 @@ def test_no_fault_is_seen_where_there_is_none(simulated, monkeypatch):
     assert not hopper_deviates(simulated, monkeypatch) and not hopper_deviates(simulated, monkeypatch, True)
 
 
-@pytest.mark.parametrize("fault", HOPPER_FAULTS)
+@pytest.mark.parametrize("fault", faults.HOPPER)
 def test_a_fault_planted_in_hopper_is_seen(fault, faulty, monkeypatch):
-    kernels = faulty(f"hopper_{fault}", "hopper.h", *HOPPER_FAULTS[fault])
+    kernels = faulty(f"hopper_{fault}", "hopper.h", *faults.HOPPER[fault])
     assert hopper_deviates(kernels, monkeypatch, infinite=fault == "beyond_the_ranks")
 
 

@@ -151,12 +151,12 @@ Product product(const Operand& a, const Operand& b, const Tensor& c, int64_t M, 
 }
 
 // p = x @ down
-Tensor form_p(const Tensor& x,    // [M, K]
-              const View& down,   // [K, R]
+Tensor form_p(const Tensor& x,   // [M, K]
+              const View& down,  // [K, R]
               int64_t R, void* stream) {
   Tensor p = empty({x.size(0), R}, x);
   Product g = product(by_rows(view(x)), either(transposed(down)), p, x.size(0), R, x.size(1), 1);
-  launched(products(dtype_of(x), &g, 1, nullptr, stream));
+  launched(products(dtype_of(x), &g, 1, stream));
   return p;
 }
 
@@ -290,11 +290,11 @@ void complete(const std::vector<Sum>& sums, void* stream) {
 
 // p = x @ down        y = x @ weight.T + bias + p @ up
 std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [M, K]
-                                             const Tensor& weight,               // [N, K]
-                                             const std::optional<Tensor>& bias,  // [N]
-                                             const Tensor& down,                 // [K, R]
-                                             const Tensor& up,                   // [R, N]
-                                             bool single_pass, bool hopper, int64_t tile) {
+                                          const Tensor& weight,               // [N, K]
+                                          const std::optional<Tensor>& bias,  // [N]
+                                          const Tensor& down,                 // [K, R]
+                                          const Tensor& up,                   // [R, N]
+                                          bool single_pass, bool hopper, int64_t tile) {
   check_dim("x", x, 2);
   check_dim("up", up, 2);
   const int64_t M = x.size(0), K = x.size(1), R = up.size(0), N = up.size(1);
@@ -399,7 +399,7 @@ Tensor group_update(const Tensor& sigma,  // [S, P, Q]
   check("v", v, sigma, {Q, N});
   Tensor up = empty({P, S, N}, v);
   Product g = product(by_rows(rows_by_p(sigma)), either(transposed(view(v))), up, P * S, N, Q, scale);
-  launched(products(dtype_of(v), &g, 1, nullptr, Stream(v)));
+  launched(products(dtype_of(v), &g, 1, Stream(v)));
   return up;
 }
 
@@ -425,7 +425,7 @@ std::vector<Tensor> group_update_backward(const Tensor& dup,    // [S, P, N]
     grads.push_back(empty({Q, N}, v));
     list.push_back(product(by_terms(rows_by_s(sigma)), by_terms(rows_by_s(dup)), grads.back(), Q, N, S * P, scale));
   }
-  launched(products(dtype_of(v), list.data(), int32_t(list.size()), nullptr, Stream(v)));
+  launched(products(dtype_of(v), list.data(), int32_t(list.size()), Stream(v)));
   return grads;
 }
 
@@ -450,9 +450,8 @@ void merge_(const std::vector<Tensor>& weights,  // each [N, K]
     list.back().c_row = int32_t(weight.stride(0)), list.back().c_col = int32_t(weight.stride(1));
     list.back().adds = true;
   }
-  const Tensor table = empty({int64_t(list.size() * sizeof(Product))}, weights[0], ScalarType::Byte);
   const Stream stream(weights[0]);
-  launched(products(dtype_of(weights[0]), list.data(), int32_t(list.size()), table.mutable_data_ptr(), stream));
+  launched(products(dtype_of(weights[0]), list.data(), int32_t(list.size()), stream));
 }
 
 }  // namespace
@@ -460,7 +459,8 @@ void merge_(const std::vector<Tensor>& weights,  // each [N, K]
 
 STABLE_TORCH_LIBRARY(EFFT_LIBRARY, m) {
   m.def(
-      "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, bool single_pass, bool hopper, int tile)"
+      "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, bool single_pass, bool hopper, "
+      "int tile)"
       " -> (Tensor, Tensor)");
   m.def(
       "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor down, Tensor up, Tensor? p, "

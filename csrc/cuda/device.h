@@ -90,13 +90,6 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// host memory -> device memory, before what follows on the stream. the host memory may change at once
-inline const char* upload(void* to, const void* from, size_t bytes, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, on);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace efft::cuda
 
 #endif

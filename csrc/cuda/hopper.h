@@ -16,13 +16,11 @@ namespace efft::cuda {
 
 constexpr int HOPPER_SHARED = 227 << 10;  // bytes that a block may have at compute capability 9.0
 constexpr int WARPGROUP = 128, CONSUMERS = 2, HOPPER_THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int LINE = 128;             // bytes of a row of a tile, and of the widest swizzle
-constexpr int CELLS = LINE / 2;       // numbers of it
-constexpr int ALIGNMENT = 1024;       // of tiles: the swizzle goes by bits 4 to 9 of an address
+constexpr int LINE = 128;        // bytes of a row of a tile, and of the widest swizzle
+constexpr int CELLS = LINE / 2;  // numbers of it
+constexpr int ALIGNMENT = 1024;  // of tiles: the swizzle goes by bits 4 to 9 of an address
 constexpr int PART_COLS = 32, PART_LINE = 2 * PART_COLS, PART = 64 * PART_LINE;  // of y on its way: 64 rows
 static_assert(CELLS == BK, "a row of a tile has the terms of a step");
-
-constexpr int cmin(int a, int b) { return a < b ? a : b; }
 
 struct HopperLinear {
   TensorMap x, w, down, up, p, y;
@@ -43,7 +41,7 @@ struct HopperTile {
   static constexpr int SLOT = RANKS && CLUSTER > 1 ? 64 * RANKS * 4 : 0;  // the other block's half of p, a warpgroup's
   // what is left of two parts of y on their way for each warpgroup goes to stages, the rest to more such parts
   static constexpr int LEAST = CONSUMERS * (2 * PART + SLOT) + ALIGNMENT + 256;
-  static constexpr int STAGES = cmin((HOPPER_SHARED - LEAST) / STAGE, 6);
+  static constexpr int STAGES = least((HOPPER_SHARED - LEAST) / STAGE, 6);
   static constexpr int MOST_PARTS = 2 + (HOPPER_SHARED - LEAST - STAGES * STAGE) / (CONSUMERS * PART);
   // a divisor of the parts of a tile: a tile starts with the place that has been waiting the longest
   static constexpr int PARTS = MOST_PARTS >= 4 && BN % 128 == 0 ? 4 : MOST_PARTS >= 3 && BN % 96 == 0 ? 3 : 2;
@@ -99,8 +97,7 @@ __device__ __forceinline__ void bias_pair(float (&add)[2], const HopperLinear& g
 }
 
 template <class T, class Tile, bool W_K_MAJOR, bool LOW_K_MAJOR>
-__global__ void __launch_bounds__(HOPPER_THREADS, 1)
-    hopper_linear_kernel(const __grid_constant__ HopperLinear g) {
+__global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const __grid_constant__ HopperLinear g) {
 #if defined(EFFT_HOPPER)
   constexpr int BM = Tile::BM, BN = Tile::BN, RANKS = Tile::RANKS, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES;
   constexpr int UP_TERMS = RANKS ? RANKS : BK;  // rows of a tile of up that is not k-major
@@ -319,7 +316,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1)
           for (int half = 0; half < 2; ++half) {
             const float* const d = acc + (i * PART_COLS / 8 + j) * 4 + half * 2;
             const int line = row % 64 + half * 8;
-            store_shared(part + line * PART_LINE + (j ^ line / 2 % 4) * 16 + col * 2, T::pack(d[0] + add[0], d[1] + add[1]));
+            store_shared(part + line * PART_LINE + (j ^ line / 2 % 4) * 16 + col * 2,
+                         T::pack(d[0] + add[0], d[1] + add[1]));
           }
         }
         fence_async();
@@ -362,8 +360,8 @@ const char* launch_hopper(const Linear& g, void* stream) {
   const int sets = cdiv(g.M, Tile::BM) * cdiv(cdiv(g.N, BN), Tile::CLUSTER), there = multiprocessors() / Tile::CLUSTER;
   if (!there) return "this kernel is for compute capability 9.0";
   const auto kernel = hopper_linear_kernel<T, Tile, W_K_MAJOR, LOW_K_MAJOR>;
-  return launch_clusters(kernel, (sets < there ? sets : there) * Tile::CLUSTER, Tile::CLUSTER, HOPPER_THREADS, Tile::SHARED,
-                         stream, h);
+  return launch_clusters(kernel, (sets < there ? sets : there) * Tile::CLUSTER, Tile::CLUSTER, HOPPER_THREADS,
+                         Tile::SHARED, stream, h);
 }
 
 template <class T, int BN, int CLUSTER>
@@ -371,12 +369,15 @@ const char* hopper_by_operands(const Linear& g, void* stream) {
   if (!g.down.data) {
     using Tile = HopperTile<BN, CLUSTER, 0>;
     if (g.w.k_major)
-      return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream) : launch_hopper<T, Tile, true, false>(g, stream);
-    return g.up.k_major ? launch_hopper<T, Tile, false, true>(g, stream) : launch_hopper<T, Tile, false, false>(g, stream);
+      return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream)
+                          : launch_hopper<T, Tile, true, false>(g, stream);
+    return g.up.k_major ? launch_hopper<T, Tile, false, true>(g, stream)
+                        : launch_hopper<T, Tile, false, false>(g, stream);
   }
   if (g.R <= 16) {
     using Tile = HopperTile<BN, CLUSTER, 16>;
-    return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream) : launch_hopper<T, Tile, true, false>(g, stream);
+    return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream)
+                        : launch_hopper<T, Tile, true, false>(g, stream);
   }
   using Tile = HopperTile<BN, CLUSTER, HOPPER_RANK_BESIDE>;
   return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream) : launch_hopper<T, Tile, true, false>(g, stream);

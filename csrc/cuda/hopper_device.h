@@ -28,7 +28,9 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
 }
 
 // the copy engine and the other blocks see barriers that were made before this
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // arrives, and lets the phase wait for so many bytes more
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
@@ -86,9 +88,10 @@ __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
 
 // 16 bytes to another block, whose barrier counts them; both addresses mapped
 __device__ __forceinline__ void store_async(uint32_t to, const float* v, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-               "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
 }
 
 // registers per thread, from now on, for all threads of a warpgroup
@@ -110,7 +113,8 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 // a box of the matrix from (row, col) on, zeros beyond its ends; the barrier counts its bytes
 __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
@@ -119,16 +123,16 @@ __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int 
 __device__ __forceinline__ void tma_load_all(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier,
                                              int mask) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
-      "[%4], %5;" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(mask))
       : "memory");
 }
 
 // a box back to the matrix, but for what is beyond its ends. the caller commits
 __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t from, int col, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col), "r"(row),
-               "r"(from)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col),
+               "r"(row), "r"(from)
                : "memory");
 }
 
@@ -144,7 +148,8 @@ __device__ __forceinline__ void tma_store_wait_read() {
 __device__ __forceinline__ void store_shared(void* to, uint32_t v) { *static_cast<uint32_t*>(to) = v; }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// -- the tensor cores: a warpgroup's products, of tiles that stay in shared memory --------------------------------------
+// -- the tensor cores: a warpgroup's products, of tiles that stay in shared memory
+// --------------------------------------
 
 // registers and shared memory as they are now, before the products that follow
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -167,7 +172,9 @@ __device__ __forceinline__ void hold(float (&d)[COUNT]) {
 template <class T, int N>
 struct Wgmma;
 
-#define EFFT_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define EFFT_8(i)                                                                                             \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define EFFT_F8 EFFT_8(0)
 #define EFFT_F16 EFFT_F8, EFFT_8(8)
 #define EFFT_F64 EFFT_F16, EFFT_8(16), EFFT_8(24), EFFT_8(32), EFFT_8(40), EFFT_8(48), EFFT_8(56)
@@ -175,45 +182,48 @@ struct Wgmma;
 #define EFFT_F128 EFFT_F96, EFFT_8(96), EFFT_8(104), EFFT_8(112), EFFT_8(120)
 #define EFFT_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define EFFT_D16 EFFT_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define EFFT_D64                                                                                                       \
-  EFFT_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41," \
-           "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define EFFT_D96                                                                                                       \
-  EFFT_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
-           "%90,%91,%92,%93,%94,%95"
-#define EFFT_D128                                                                                                      \
-  EFFT_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,"    \
-           "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define EFFT_D64                                                                                              \
+  EFFT_D16                                                                                                    \
+  ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41," \
+  "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define EFFT_D96                                                                                              \
+  EFFT_D64                                                                                                    \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
+  "%90,%91,%92,%93,%94,%95"
+#define EFFT_D128                                                                                          \
+  EFFT_D96                                                                                                 \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
+  "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // d [64, N] (+)= a [64, 16] @ b [16, N], of the registers REGS = N / 2 and the operands after them
 //   shared     a and b by descriptors, a k-major; d is overwritten unless `add`
 //   registers  a in registers
-#define EFFT_WGMMA(T, TYPE, N, REGS, O0, O1, O2, O3, O4, O5)                                                           \
-  template <>                                                                                                          \
-  struct Wgmma<T, N> {                                                                                                 \
-    template <bool B_K_MAJOR>                                                                                          \
-    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b, int add) {                 \
-      asm volatile(                                                                                                    \
-          "{\n.reg .pred add;\nsetp.ne.b32 add, %" O2 ", 0;\n"                                                         \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS "}, %" O0 ", %" O1         \
-          ", add, 1, 1, 0, %" O3 ";\n}"                                                                                \
-          : EFFT_F##REGS                                                                                               \
-          : "l"(a), "l"(b), "r"(add), "n"(int(!B_K_MAJOR)));                                                           \
-    }                                                                                                                  \
-    template <bool B_K_MAJOR>                                                                                          \
-    static __device__ __forceinline__ void registers(float (&d)[REGS], const uint32_t (&a)[4], uint64_t b) {           \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS "}, {%" O0 ", %"  \
-                   O1 ", %" O2 ", %" O3 "}, %" O4 ", 1, 1, 1, %" O5 ";"                                                \
-                   : EFFT_F##REGS                                                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(!B_K_MAJOR)));                        \
-    }                                                                                                                  \
+#define EFFT_WGMMA(T, TYPE, N, REGS, O0, O1, O2, O3, O4, O5)                                                 \
+  template <>                                                                                                \
+  struct Wgmma<T, N> {                                                                                       \
+    template <bool B_K_MAJOR>                                                                                \
+    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b, int add) {       \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" O2                                               \
+                   ", 0;\n"                                                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS         \
+                   "}, %" O0 ", %" O1 ", add, 1, 1, 0, %" O3 ";\n}"                                          \
+                   : EFFT_F##REGS                                                                            \
+                   : "l"(a), "l"(b), "r"(add), "n"(int(!B_K_MAJOR)));                                        \
+    }                                                                                                        \
+    template <bool B_K_MAJOR>                                                                                \
+    static __device__ __forceinline__ void registers(float (&d)[REGS], const uint32_t (&a)[4], uint64_t b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS         \
+                   "}, {%" O0 ", %" O1 ", %" O2 ", %" O3 "}, %" O4 ", 1, 1, 1, %" O5 ";"                     \
+                   : EFFT_F##REGS                                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(!B_K_MAJOR)));              \
+    }                                                                                                        \
   };
 
-#define EFFT_WGMMAS(T, TYPE)                                              \
-  EFFT_WGMMA(T, TYPE, 16, 8, "8", "9", "10", "11", "12", "13")            \
-  EFFT_WGMMA(T, TYPE, 32, 16, "16", "17", "18", "19", "20", "21")         \
-  EFFT_WGMMA(T, TYPE, 128, 64, "64", "65", "66", "67", "68", "69")        \
-  EFFT_WGMMA(T, TYPE, 192, 96, "96", "97", "98", "99", "100", "101")      \
+#define EFFT_WGMMAS(T, TYPE)                                         \
+  EFFT_WGMMA(T, TYPE, 16, 8, "8", "9", "10", "11", "12", "13")       \
+  EFFT_WGMMA(T, TYPE, 32, 16, "16", "17", "18", "19", "20", "21")    \
+  EFFT_WGMMA(T, TYPE, 128, 64, "64", "65", "66", "67", "68", "69")   \
+  EFFT_WGMMA(T, TYPE, 192, 96, "96", "97", "98", "99", "100", "101") \
   EFFT_WGMMA(T, TYPE, 256, 128, "128", "129", "130", "131", "132", "133")
 
 EFFT_WGMMAS(Bf16, "bf16")
@@ -225,8 +235,8 @@ EFFT_WGMMAS(F16, "f16")
 // -- the host's part --------------------------------------------------------------------------------------------------
 
 // how boxes of a matrix of 16-bit numbers are copied; null, or why not
-inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride, int box_rows,
-                            int box_cols, int swizzle_bytes) {
+inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
+                            int box_rows, int box_cols, int swizzle_bytes) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     // the driver's, found at run time: the library is loaded, and built, where there is none
@@ -243,9 +253,9 @@ inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int6
                                      : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
   // of 16-bit numbers only the bits are copied: bfloat16 serves for both
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "a tensor map was refused";
 }
 

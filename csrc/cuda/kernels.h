@@ -65,10 +65,8 @@ struct Product {
   int32_t first_tile = 0;  // set by products()
 };
 
-constexpr int PRODUCTS_INLINE = 2;
-
-// all of them in one launch. more than PRODUCTS_INLINE need `table`, device memory for `count` of them
-const char* products(Dtype, Product*, int32_t count, void* table, void* stream);
+// all of them, up to 256 in one launch
+const char* products(Dtype, Product*, int32_t count, void* stream);
 
 // over runs of `rows` rows of dy, and chunks of `columns()` columns:
 //

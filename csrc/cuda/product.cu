@@ -7,24 +7,27 @@ namespace {
 constexpr int BM = SMALL_TILE, BN = SMALL_TILE, WARPS = 4, THREADS = WARPS * WARP, STAGES = 3;
 constexpr int STAGE = (BM + BN) * BK;
 
+// what one launch takes. few are the common case, and arguments are copied at every launch
+constexpr int FEW = 2, MANY = 256;
+
+template <int MOST>
 struct Products {
-  Product few[PRODUCTS_INLINE];
-  const Product* table;  // in device memory, or null: few
+  Product of[MOST];
   int32_t count;
 };
+static_assert(sizeof(Products<MANY>) <= 32764, "arguments of a kernel, since CUDA 12.1");
 
-template <class T>
-__global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_constant__ Products all) {
+template <class T, int MOST>
+__global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_constant__ Products<MOST> all) {
   EFFT_SHARED(shared);
   uint16_t* const tiles = reinterpret_cast<uint16_t*>(shared);
   // the last product whose first tile is not beyond this block's
-  const Product* const list = all.table ? all.table : all.few;
   int low = 0, high = all.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (list[middle].first_tile <= int(blockIdx.x) ? low : high) = middle;
+    (all.of[middle].first_tile <= int(blockIdx.x) ? low : high) = middle;
   }
-  const Product g = list[low];
+  const Product g = all.of[low];
   int tm, tn;
   tile_of(blockIdx.x - g.first_tile, cdiv(g.M, BM), cdiv(g.N, BN), tm, tn);
   const int m0 = tm * BM, n0 = tn * BN;
@@ -57,25 +60,30 @@ __global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_const
       }
 }
 
+template <class T, int MOST>
+const char* launch_products(Product* list, int32_t count, void* stream) {
+  Products<MOST> g{};
+  int32_t tiles = 0;
+  for (g.count = 0; g.count < count; ++g.count) {
+    list[g.count].first_tile = tiles;
+    tiles += cdiv(list[g.count].M, BM) * cdiv(list[g.count].N, BN);
+    g.of[g.count] = list[g.count];
+  }
+  return tiles ? launch(products_kernel<T, MOST>, dim3(tiles), THREADS, STAGES * STAGE * 2, stream, g) : nullptr;
+}
+
+template <class T>
+const char* launch_all(Product* list, int32_t count, void* stream) {
+  if (count <= FEW) return launch_products<T, FEW>(list, count, stream);
+  for (int32_t i = 0; i < count; i += MANY)
+    if (const char* error = launch_products<T, MANY>(list + i, least(count - i, MANY), stream)) return error;
+  return nullptr;
+}
+
 }  // namespace
 
-const char* products(Dtype dtype, Product* list, int32_t count, void* table, void* stream) {
-  int32_t tiles = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    list[i].first_tile = tiles;
-    tiles += cdiv(list[i].M, BM) * cdiv(list[i].N, BN);
-  }
-  if (!tiles) return nullptr;
-  Products g{};
-  g.count = count;
-  if (count <= PRODUCTS_INLINE) {
-    for (int32_t i = 0; i < count; ++i) g.few[i] = list[i];
-  } else {
-    if (const char* error = upload(table, list, count * sizeof(Product), stream)) return error;
-    g.table = static_cast<const Product*>(table);
-  }
-  const auto kernel = dtype == Dtype::bf16 ? products_kernel<Bf16> : products_kernel<F16>;
-  return launch(kernel, dim3(tiles), THREADS, STAGES * STAGE * 2, stream, g);
+const char* products(Dtype dtype, Product* list, int32_t count, void* stream) {
+  return dtype == Dtype::bf16 ? launch_all<Bf16>(list, count, stream) : launch_all<F16>(list, count, stream);
 }
 
 }  // namespace efft::cuda

@@ -22,7 +22,7 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 }
 
 __host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
-__device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 
 template <bool GROUPED>
 __device__ __forceinline__ int64_t row_offset(const Operand& g, int row) {

@@ -66,11 +66,11 @@ struct Thread {
   int number = 0;  // in its block
   dim3 index;
   // what a lane brings to an instruction of its warp
-  const void *in[2] = {};
+  const void* in[2] = {};
   void* out = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
-  std::function<bool()> waits_for;  // At::wait: until this holds
+  std::function<bool()> waits_for;                   // At::wait: until this holds
   std::vector<std::pair<void*, uint32_t>> unfenced;  // stores that the copy engine does not see yet
 };
 
@@ -130,7 +130,8 @@ inline void step(Thread& t) {
 // ends the launch, as far as it came
 [[noreturn]] inline void fail(const char* what) {
   const dim3 at = cluster->current ? block().index : dim3();
-  cluster->failure = "block (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + "): ";
+  cluster->failure =
+      "block (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + "): ";
   cluster->failure += what;
   _longjmp(cluster->given_up, 1);
 }
@@ -281,8 +282,7 @@ struct Numbers {
         for (int k = 0; k < 16; ++k)
           for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
       for (int l = 0; l < 32; ++l)
-        for (int i = 0; i < 4; ++i)
-          static_cast<float*>(lanes[l]->out)[i] += sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+        for (int i = 0; i < 4; ++i) static_cast<float*>(lanes[l]->out)[i] += sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
     });
   }
 
@@ -366,11 +366,6 @@ template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void*, const Arguments& g) {
   sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
   return sim::run(grid, threads, shared, [&] { kernel(g); });
-}
-
-inline const char* upload(void* to, const void* from, size_t bytes, void*) {
-  memcpy(to, from, bytes);
-  return nullptr;
 }
 
 }  // namespace efft::cuda

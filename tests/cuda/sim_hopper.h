@@ -288,7 +288,9 @@ inline void fence_async() {
   sim::self().unfenced.clear();
 }
 
-inline void wgmma_fence() { sim::meet(sim::my_group(), sim::GROUP_SIZE, [](sim::Thread**) {}); }
+inline void wgmma_fence() {
+  sim::meet(sim::my_group(), sim::GROUP_SIZE, [](sim::Thread**) {});
+}
 
 inline void wgmma_commit() {
   sim::Meeting& group = sim::my_group();
@@ -327,8 +329,8 @@ struct Wgmma {
 };
 
 // null, or why not: what the driver would refuse
-inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride, int box_rows,
-                            int box_cols, int swizzle_bytes) {
+inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
+                            int box_rows, int box_cols, int swizzle_bytes) {
   *map = {data, rows, cols, row_stride, box_rows, box_cols, swizzle_bytes};
   if (reinterpret_cast<uintptr_t>(data) % 16 || row_stride * 2 % 16) return "a matrix that is not on 16 bytes";
   if (box_rows > 256 || box_cols > 256 || box_cols * 2 > swizzle_bytes) return "a box that is too large";
