@@ -13,7 +13,8 @@ import torch
 from accuracy import assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear
 
 import efft_kernels
-from efft_kernels.kernels import cuda, reference
+from efft_kernels.kernels import cuda, measured, reference, tune_cuda
+from efft_kernels.kernels.tune import tune
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import simulator  # noqa: E402
@@ -261,6 +262,89 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
     assert max(most.values()) <= 163 * 1024  # what a block may have at compute capability 8.0
 
 
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tunable(simulated, monkeypatch, tmp_path):
+    """tune() measures the simulator, and keeps what it finds in the test's folder"""
+    monkeypatch.setenv("EFFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "_unsupported_device", lambda device: None)
+    monkeypatch.setattr(tune_cuda, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tune_cuda, "gpu", lambda: ("simulator", "simulator"))
+    cuda.TABLE.forget()
+    yield tmp_path / "cuda_configs.json"
+    monkeypatch.undo()
+    cuda.TABLE.forget()
+
+
+def test_tuning_finds_the_fastest_plan_and_uses_it(tunable, monkeypatch):
+    M, K, N, R = 70, 48, 64, 5
+    x, weight, bias, down, up, dy = make(M, K, N, R, torch.bfloat16)
+    before = cuda._plan(x, N, R, False, weight, down, up)
+    run, timed = [], iter([4.0, 3.0, 1.0, 2.0, 1.5, 9.0, 2.0, 4.0, 3.0, 1.0, 8.0, 7.0])
+    ops = cuda._ops()
+
+    class Spied:
+        lowrank_linear = staticmethod(lambda *a: run.append(("forward", *a[-3:])) or ops.lowrank_linear(*a))
+        lowrank_linear_backward = staticmethod(
+            lambda *a: run.append(("backward", *a[-3:])) or ops.lowrank_linear_backward(*a)
+        )
+
+    monkeypatch.setattr(cuda, "_ops", lambda: Spied)
+    found = tune([(M, K, N, R)], backend="cuda", bench=lambda call: next(timed))
+    able = [cuda.Plan(single, False, tile) for single in (True, False) for tile in (64, 128)]
+    # each was run, to be checked, on its way into the table
+    assert run == [("forward", *plan) for plan in able] + [("backward", *plan) for plan in able]
+    forward, backward = (measured.key(op, "half", M, *sizes, R) for op, sizes in (
+        ("lowrank_linear", (N, K)), ("lowrank_linear_backward", (K, N))))  # fmt: skip
+    assert found == {
+        forward: {"use": able[2]._asdict(), "ms": 1.5, "torch_ms": 9.0},
+        backward: {"use": able[3]._asdict(), "ms": 8.0, "torch_ms": 7.0},
+    }
+    assert json.loads(tunable.read_text()) == {"format": 1, "gpus": {"simulator": {"tuned": found}}}
+    assert before != cuda._plan(x, N, R, False, weight, down, up) == able[2]
+    run.clear()
+    check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
+    assert ("forward", *able[2]) in run and ("backward", *able[3]) in run
+    assert cuda.slower("lowrank_linear", x, weight, bias, down, up) is None
+    slow = cuda.slower("lowrank_linear_backward", dy, x, weight, down, up, x[:, :R])
+    assert slow == "measured here: 8.0 ms, torch 7.0 ms"
+
+
+@pytest.mark.parametrize("op", ["lowrank_linear", "lowrank_linear_backward"])
+def test_tuning_refuses_a_wrong_kernel_and_keeps_the_shapes_before_it(op, tunable, monkeypatch):
+    """a kernel that is wrong in one column of tiles, with one plan, at sizes with more than one"""
+    ops = cuda._ops()
+
+    class Wrong:
+        def __getattr__(self, name):
+            def call(*arguments):
+                result = getattr(ops, name)(*arguments)
+                if name == op and arguments[-1] == 128:
+                    result[0][:, 64:] *= 1.2
+                return result
+
+            return call
+
+    monkeypatch.setattr(cuda, "_ops", Wrong)
+    good, bad = (24, 40, 40, 3), (24, 80, 80, 3)
+    with pytest.raises(RuntimeError, match=f"{op} half .* with .*'tile': 128.* is wrong: relative error"):
+        tune([good, bad], backend="cuda", bench=lambda call: 1.0)
+    kept = json.loads(tunable.read_text())["gpus"]["simulator"]["tuned"]
+    assert {name.partition(" M")[2] for name in kept} == {"32 N40 K40 R16"} and len(kept) == 2
+    assert cuda.TABLE.read()[1]["simulator"]["tuned"] == kept  # nothing that was only tried
+
+
+def test_tuning_refuses_what_the_kernels_do_not_take(tunable):
+    with pytest.raises(RuntimeError, match="bfloat16 and float16 tensors, not torch.float32"):
+        tune([(8, 8, 8, 2)], torch.float32, backend="cuda")
+    with pytest.raises(RuntimeError, match="it goes to rank 256, not 257"):
+        tune([(8, 300, 300, 257)], backend="cuda")
+    assert not tunable.exists()
+
+
 # -- planted faults ---------------------------------------------------------------------------------------------------
 
 FAULTS = {
@@ -353,10 +437,10 @@ def test_refusals():
         assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
 
 
-def test_never_chosen_by_itself():
-    assert "not yet run on a GPU" in cuda.unproven() and cuda.slower("lowrank_linear")
+def test_chosen_by_itself_only_on_record():
+    on_record = any(found.get("proven") for found in cuda.TABLE.read()[0]["gpus"].values())
     (cuda_line,) = [b for b in efft_kernels.backends() if b.name == "cuda"]
-    assert not cuda_line.automatic and "not yet run on a GPU" in cuda_line.note
+    assert on_record or not cuda_line.automatic and "not yet run on a GPU" in cuda_line.note
 
 
 def test_the_build_refuses_what_it_does_not_know():

@@ -1,8 +1,9 @@
 """CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that goes on over R.
 
 Built by setup.py where nvcc is found; for GPUs with 163 KiB of shared memory for a block or more, compute capability
-8.0, 9.0 and 10. Not yet run on a GPU: correct in a simulator of the instructions used (tests/test_cuda.py), compiled
-for all three (tests/cuda/check.py), they only run when named.
+8.0, 9.0 and 10. Correct in a simulator of the instructions used (tests/test_cuda.py), compiled for all three
+(tests/cuda/check.py). ``cuda_configs.json`` has what they were measured to do on GPUs, see tune.py: they are chosen
+automatically where it shows them right and faster than plain torch, and run elsewhere when named.
 """
 
 import functools
@@ -12,11 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .measured import Table, gpu, key
+
+TABLE = Table("cuda_configs.json")
 _PACKAGE = Path(__file__).resolve().parents[1]
 MAX_RANK = 256
 MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
 # of csrc/cuda/kernels.h
 LARGE_TILE, SMALL_TILE, MAX_RANK_BESIDE = 128, 64, 64
+HOPPER_TILES = (128, 192, 256)
 # FLOP per byte at which memory and tensor cores take equally long, by the major compute capability
 RIDGE = {8: 180, 9: 184, 10: 230}
 
@@ -48,7 +53,7 @@ def unavailable() -> str | None:
     reason = _load()[1]
     if not reason and not torch.cuda.is_available():
         reason = "it needs a CUDA GPU, and torch sees none"
-    return f"{reason} (not yet run on a GPU)" if reason else None
+    return f"{reason} (not yet run on a GPU)" if reason and not _has_run() else reason
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
@@ -91,12 +96,32 @@ def _rank(op: str, tensors: tuple) -> int:
     return tensors[2 if op.startswith("lowrank_add") else 3].shape[-1]
 
 
+def _has_run() -> bool:
+    """whether a run of the tests is on record for any GPU"""
+    return any(found.get("proven", {}).get("tests") for found in TABLE.read()[0]["gpus"].values())
+
+
 def unproven() -> str | None:
-    return "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
+    if not _has_run():
+        return "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
+    return TABLE.unproven(gpu(torch.cuda.current_device())[0], "cuda")
 
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
-    return "it has not been measured"
+    """None only where this op was measured at these sizes on this GPU, and was faster than plain torch"""
+    if op == "lowrank_linear":
+        x, weight, _, down, up = tensors
+        record = _record(op, x, len(weight), len(up), weight, down, up)
+    elif op == "lowrank_linear_backward" and all(t is not None for t in tensors):  # all that was measured
+        dy, _, weight, down, up, _ = tensors
+        record = _record(op, dy, weight.shape[1], len(up), weight, down, up)
+    else:
+        record = None
+    if record is None:
+        return "it has not been measured"
+    if record.ms >= record.torch_ms:
+        return f"measured here: {record.ms} ms, torch {record.torch_ms} ms"
+    return None
 
 
 # -- which kernel -----------------------------------------------------------------------------------------------------
@@ -132,8 +157,68 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
 
 
-def _plan(x: Tensor, N: int, R: int, dup: bool = False) -> Plan:
-    """for x [M, K] and y [M, N]"""
+class Record(NamedTuple):
+    """What is on record for y [M, N] = x [M, K] @ w and R ranks"""
+
+    plan: Plan
+    ms: float  # the whole op with this plan
+    torch_ms: float  # plain torch, reference.py
+
+
+def plans(arch: str, R: int, aligned: bool) -> list[Plan]:
+    """all that a GPU of this class can run; aligned: operands are on_16_bytes()"""
+    tiles = [(False, tile) for tile in (SMALL_TILE, LARGE_TILE)]
+    if arch == "sm_90" and aligned:
+        tiles += [(True, tile) for tile in HOPPER_TILES]
+    return [Plan(single, *found) for single in (True, False) for found in tiles if not single or R <= MAX_RANK_BESIDE]
+
+
+def on_16_bytes(*matrices: Tensor) -> bool:
+    """whether the rows, or the columns, of each are contiguous and start on 16 bytes, as a hopper plan needs them"""
+    return all(
+        t.data_ptr() % 16 == 0 and min(t.stride()) == 1 and max(t.stride()) * t.element_size() % 16 == 0
+        for t in matrices
+    )
+
+
+@TABLE.remembered
+def _on_record(op: str, name: str, arch: str, M: int, N: int, K: int, R: int) -> Record | None:
+    """ValueError for a plan that this GPU cannot run: a table that was made by hand, or by another version"""
+    entry = key(op, "half", M, N, K, R)
+    found = TABLE.tuned(name, entry)
+    if found is None:
+        return None
+    able = plans(arch, R, aligned=True)
+    if isinstance(found, dict) and all(isinstance(found.get(time), int | float) for time in ("ms", "torch_ms")):
+        for plan in able:
+            if found.get("use") == plan._asdict():
+                return Record(plan, found["ms"], found["torch_ms"])
+    raise ValueError(
+        f"{TABLE.source(name, entry)}: {entry!r} of {name} must have ms, torch_ms and as use one of "
+        f"{[plan._asdict() for plan in able]}, got {found}; tune again, or delete the entry"
+    )
+
+
+def _record(op: str, x: Tensor, N: int, R: int, *others: Tensor) -> Record | None:
+    """others: the operands beside x, which a hopper plan needs on 16 bytes"""
+    found = _on_record(op, *_gpu(x.device), len(x), N, x.shape[1], R)
+    return None if found and found.plan.hopper and not on_16_bytes(x, *others) else found
+
+
+def _gpu(device: torch.device) -> tuple[str, str]:
+    """(name, architecture class)"""
+    return gpu(device.index) if device.type == "cuda" else ("simulator", "simulator")
+
+
+def _plan(x: Tensor, N: int, R: int, dup: bool, *others: Tensor) -> Plan:
+    """for x [M, K] and y [M, N]: as measured at these sizes on this GPU if on record, else by the formula
+
+    others: the operands beside x
+    """
+    # a product without dup is that of the forward, with whichever operands
+    op = "lowrank_linear_backward" if dup else "lowrank_linear"
+    if record := _record(op, x, N, R, *others):
+        return record.plan
     return Plan(single_pass(len(x), N, R, _ridge(x.device), dup), False, tile(len(x), N))
 
 
@@ -177,7 +262,8 @@ def lowrank_linear(
     up: Tensor,  # [R, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
-    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(x, up.shape[1], up.shape[0]))
+    plan = _plan(x, up.shape[1], up.shape[0], False, weight, down, up)
+    return _ops().lowrank_linear(x, weight, bias, down, up, *plan)
 
 
 def lowrank_linear_backward(
@@ -191,7 +277,7 @@ def lowrank_linear_backward(
 ) -> list[Tensor]:
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
-    plan = _plan(dy, weight.shape[1], up.shape[0], need_up)
+    plan = _plan(dy, weight.shape[1], up.shape[0], need_up, weight, down, up)
     low = [x if need_down else None, weight if need_x else None, down, up, p if need_up else None]
     fused = iter(_ops().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
     grads = [next(fused)] if need_x else []
