@@ -133,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     report.prepare(out)
     record = {"benchmark": "gpu", "format": report.FORMAT, "machine": machine, "versions": report.versions()}
     record |= {"commit": report.commit(), "steps": []}
-    done = {} if args.only is None else earlier(out / "gpu.json", record)
+    try:
+        done = earlier(out / "gpu.json", record) if args.only else {}
+    except ValueError as error:
+        parser.error(str(error))
     for step in steps(out):
         if args.only and step.name not in args.only:
             continue

@@ -219,7 +219,11 @@ def test_slower_unless_on_record_as_faster(table):
 def test_never_by_itself_without_a_record(table, monkeypatch):
     not_run = "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
     ship(table, {FORWARD: entry()})  # times prove nothing
-    table.keep(GPU, {FORWARD: entry()})
+    # and what a user's own table says of itself neither
+    own = {"proven": {"tests": "a", "benchmark": "b"}, "tuned": {FORWARD: entry()}}
+    table.user().parent.mkdir()
+    table.user().write_text(json.dumps({"format": 1, "gpus": {GPU: own}}))
+    table.forget()
     assert cuda.unproven() == not_run
     monkeypatch.setattr(cuda, "_load", lambda: (None, "it is not built"))
     assert cuda.unavailable() == "it is not built (not yet run on a GPU)"
