@@ -7,12 +7,10 @@ methods.py has what is compared, measure.py how it is measured, results/README.m
 """
 
 import copy
-import gc
 import itertools
 import sys
 import tempfile
 import textwrap
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,8 @@ from pathlib import Path
 import torch
 
 from bench_train_step import (
-    BATCHES, _forget_packed, check, count_ops, machine_line, make_batches, make_record, parser, save, show_meanings,
-    timings,
+    _forget_packed, by_dtype, check, count_ops, machine_line, make_batches, make_record, parser, save,
+    show_meanings, timings,
 )  # fmt: skip  # isort: skip
 
 from torch import Tensor, nn
@@ -31,7 +29,7 @@ import efft_kernels
 import methods
 import report
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
-from measure import Stages, interleave, memory, run, timer
+from measure import Stages, memory, run
 from methods import Method, Options, share
 from report import digits
 
@@ -167,38 +165,21 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
 
 
 def measure(args, record: dict, folder: Path) -> None:
-    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
-    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
-    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
-        for n, dtype in enumerate(args.dtype):
-            bar.set_description(f"{args.model} {dtype}")
-            setup -= time.perf_counter()
-            base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
-            calls, facts = build(args, base, dtype, record["left_out"], bar)
-            image = make_batches(args, getattr(torch, dtype))[0][0]
-            options = Options(args.rank, args.lora_rank, args.backend)
-            for name, stages in operations(base, options, image, folder).items():
-                run(stages)
-                calls[name] = [stages]
-            # packed once more: what the last method dropped for its own count, no round has to make
-            for forwards in calls.values():
-                run(forwards[0])
-            record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
-            now, samples = time.perf_counter(), []
-            setup += now
-            bar.set_postfix_str("")
-            later = len(args.dtype) - n - 1
-            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
-            try:
-                for laps in interleave(calls, lap, args.repeats, deadline):
-                    samples.append(laps)
-                    bar.update()
-            finally:
-                if samples:
-                    record["results"] += results(args, dtype, samples, facts)
-            bar.update(args.repeats - len(samples))
-            del calls, base
-            gc.collect()  # a model and its hooks refer to each other
+    def prepare(dtype: str, bar: tqdm):
+        base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+        calls, facts = build(args, base, dtype, record["left_out"], bar)
+        image = make_batches(args, getattr(torch, dtype))[0][0]
+        options = Options(args.rank, args.lora_rank, args.backend)
+        for name, stages in operations(base, options, image, folder).items():
+            run(stages)
+            calls[name] = [stages]
+        # packed once more: what the last method dropped for its own count, no round has to make
+        for forwards in calls.values():
+            run(forwards[0])
+        record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
+        return calls, lambda samples: results(args, dtype, samples, facts)
+
+    by_dtype(args, record, prepare)
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------

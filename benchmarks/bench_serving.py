@@ -9,20 +9,18 @@ come by. measure.py has how it is measured, results/README.md what the files hol
 
 import argparse
 import copy
-import gc
 import itertools
 import sys
 import textwrap
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bench_train_step import (
-    _forget_packed, check, machine_line, make_batches, make_record, parser, positive, save, show_meanings, timings,
+    _forget_packed, by_dtype, check, machine_line, make_batches, make_record, parser, positive, save, show_meanings,
+    timings,
 )  # fmt: skip  # isort: skip
 
 from torch import Tensor, nn
@@ -33,7 +31,7 @@ import methods
 import report
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
-from measure import Stages, interleave, memory, run, timer
+from measure import Stages, memory, run
 from methods import Options, share
 from report import digits
 
@@ -231,32 +229,15 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
 
 
 def measure(args, record: dict) -> None:
-    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
-    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
-    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
-        for n, dtype in enumerate(args.dtype):
-            bar.set_description(f"{args.model} {dtype}")
-            setup -= time.perf_counter()
-            base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
-            calls, facts = build(args, base, dtype, record["left_out"], bar)
-            # packed once more: what the last method dropped for its own count, no round has to make
-            for stages in calls.values():
-                run(stages[0])
-            now, samples = time.perf_counter(), []
-            setup += now
-            bar.set_postfix_str("")
-            later = len(args.dtype) - n - 1
-            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
-            try:
-                for laps in interleave(calls, lap, args.repeats, deadline):
-                    samples.append(laps)
-                    bar.update()
-            finally:
-                if samples:
-                    record["results"] += results(args, dtype, samples, facts)
-            bar.update(args.repeats - len(samples))
-            del calls, base
-            gc.collect()
+    def prepare(dtype: str, bar: tqdm):
+        base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+        calls, facts = build(args, base, dtype, record["left_out"], bar)
+        # packed once more: what the last method dropped for its own count, no round has to make
+        for stages in calls.values():
+            run(stages[0])
+        return calls, lambda samples: results(args, dtype, samples, facts)
+
+    by_dtype(args, record, prepare)
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -249,30 +250,42 @@ def timings(samples: list[dict], name: str, which: slice, references: list[str],
 
 
 def measure(args, record: dict, found: list[Method]) -> None:
-    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted."""
     found = [m for m in found if args.methods is None or m.name in args.methods]
+
+    def prepare(dtype: str, bar: tqdm):
+        built = build(args, dtype, found, record["left_out"], bar)
+        calls = {name: [step.stages(batch) for batch in range(BATCHES)] for name, (step, _) in built.items()}
+        return calls, lambda samples: results(args, dtype, samples, built)
+
+    by_dtype(args, record, prepare)
+
+
+def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, list[Stages]], Callable]]) -> None:
+    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted.
+
+    prepare(dtype, bar) returns the calls, warm, and what makes the dtype's rows of their complete rounds.
+    """
     lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
     with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
         for n, dtype in enumerate(args.dtype):
             bar.set_description(f"{args.model} {dtype}")
             setup -= time.perf_counter()
-            built = build(args, dtype, found, record["left_out"], bar)
+            calls, rows = prepare(dtype, bar)
             now, samples = time.perf_counter(), []
             setup += now
             bar.set_postfix_str("")
             # what the set-up of later dtypes will leave, in equal parts
             later = len(args.dtype) - n - 1
             deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
-            calls = {name: [step.stages(batch) for batch in range(BATCHES)] for name, (step, _) in built.items()}
             try:
                 for laps in interleave(calls, lap, args.repeats, deadline):
                     samples.append(laps)
                     bar.update()
             finally:
                 if samples:
-                    record["results"] += results(args, dtype, samples, built)
+                    record["results"] += rows(samples)
             bar.update(args.repeats - len(samples))
-            del built, calls
+            del calls, rows
             gc.collect()  # a model and its hooks refer to each other
 
 

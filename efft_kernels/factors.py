@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -106,6 +107,10 @@ class _Config:
             value = getattr(self, field.name)
             if isinstance(value, list | range):
                 object.__setattr__(self, field.name, tuple(value))
+        for name in ("scale", "factor_dropout", "activation_dropout"):
+            value = getattr(self, name, None)
+            if isinstance(value, Real) and type(value) not in (bool, int, float):  # numpy's, for which JSON has no word
+                object.__setattr__(self, name, float(value))
         for name in ("rank", "ffn_rank"):
             rank = getattr(self, name, None)
             pair = rank if isinstance(rank, tuple) else (rank, rank)

@@ -1,6 +1,6 @@
 """EFFTLinear: one Linear with a tensor-train adapter of its own, in place of nn.Linear."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -52,14 +52,15 @@ class EFFTLinear(nn.Linear):
         device=None,
         dtype=None,
     ):
-        r1, r2 = _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init)
+        r1, r2 = _check(in_features, out_features, rank, slices, factor_dropout, zero_init)
+        scale = check_scale(scale)
         check_backend(backend)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.scale, self.factor_dropout, self.zero_init, self.backend = scale, factor_dropout, zero_init, backend
+        self.scale, self.factor_dropout, self.zero_init, self.backend = scale, float(factor_dropout), zero_init, backend
         self.u = nn.Parameter(torch.empty(in_features, r1, **like))
         self.sigma = nn.Parameter(torch.empty(slices, r1, r2, **like))
         self.v = nn.Parameter(torch.empty(r2, out_features // slices, **like))
@@ -145,7 +146,7 @@ class EFFTLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={rank}, scale={self.scale}, slices={slices}"
 
 
-def _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_init) -> tuple[int, int]:
+def _check(in_features, out_features, rank, slices, factor_dropout, zero_init) -> tuple[int, int]:
     """(r1, r2), or a ValueError that names the argument"""
     for name, features in (("in_features", in_features), ("out_features", out_features)):
         if not isinstance(features, Integral) or features < 1:
@@ -156,8 +157,7 @@ def _check(in_features, out_features, rank, scale, slices, factor_dropout, zero_
     largest = min(in_features, out_features // slices)
     if len(ranks) != 2 or not all(type(r) is int and 1 <= r <= largest for r in ranks):
         raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
-    check_scale(scale)
-    if not (isinstance(factor_dropout, int | float) and 0 <= factor_dropout < 1):
+    if not (isinstance(factor_dropout, Real) and 0 <= factor_dropout < 1):
         raise ValueError(f"factor_dropout must be a number in [0, 1), got {factor_dropout!r}")
     if zero_init not in ("v", "u"):
         raise ValueError(f"zero_init must be 'v' or 'u', got {zero_init!r}")

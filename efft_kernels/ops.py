@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import numbers
 import os
 import sys
 from typing import NamedTuple
@@ -195,12 +196,16 @@ def _check_group(sigma: Tensor, v: Tensor, scale: float) -> None:
     check_scale(scale)
 
 
-def check_scale(scale) -> None:
-    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
-        hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}{hint}")
+def check_scale(scale):
+    """scale; a scalar of numpy, which torch.compile would take for a tensor, as a float"""
+    if type(scale) not in (int, float, torch.SymInt, torch.SymFloat):
+        if not isinstance(scale, numbers.Real):
+            hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
+            raise TypeError(f"scale must be a number, got {type(scale).__name__}{hint}")
+        scale = float(scale)
     if not abs(scale) <= sys.float_info.max:  # an int may be beyond it
         raise ValueError(f"scale must be finite, got {scale}")
+    return scale
 
 
 def _check_needs(needs: list[bool], *readers: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
@@ -641,8 +646,7 @@ def group_update(
         RuntimeError: the named backend cannot run this; the message says why.
     """
     _check_tensors(sigma=sigma, v=v)
-    check_scale(scale)
-    return _call_group_update(sigma, v, scale, backend or "")
+    return _call_group_update(sigma, v, check_scale(scale), backend or "")
 
 
 def lowrank_linear(

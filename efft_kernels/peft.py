@@ -106,7 +106,8 @@ class EFFTPeftConfig(PeftConfig):
                 setattr(self, name, set(value))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
-        self.method()
+        method = self.method()
+        self.scale, self.factor_dropout = method.scale, method.factor_dropout  # numbers that JSON has words for
 
     def method(self) -> EFFTConfig:
         """The config of this library that these options stand for."""

@@ -28,7 +28,7 @@ def test_known_subspaces():
     a = (
         axes[:, :4]
         @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
-        @ torch.randn(4, 4).double().qr()[0]
+        @ torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     )
     turned = axes[:, [1, 0, 6, 7]] @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
     assert subspace_similarity(a, a, 3, 3) == pytest.approx(1)

@@ -259,7 +259,7 @@ def test_interrupted(script, tmp_path, capsys, monkeypatch):
         yield from measure.interleave(calls, lap, 2, deadline)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_train_step if script is bench_lora else script, "interleave", interleave)
+    monkeypatch.setattr(bench_train_step, "interleave", interleave)
     chosen = "accelerated" if script is bench_lora else "efft2"
     assert script.main([*SIZES, "--lora-rank", "2", "--methods", chosen, "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import METHODS, adapted, shake, timm, vit
@@ -111,6 +112,15 @@ def test_configs_survive_json_and_are_frozen(method):
 def test_ranges_and_lists_are_taken():
     config = ek.EFFTConfig(rank=[4, 6], blocks=range(2), targets=["attn"])
     assert (config.rank, config.blocks, config.targets) == ((4, 6), (0, 1), ("attn",))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numpy_scalars_are_taken(kind):
+    two, zero = kind(2), kind(0)
+    for config in (ek.EFFTConfig(scale=two, factor_dropout=zero), ek.FacTConfig(scale=two, activation_dropout=zero)):
+        assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        numbers = (config.scale, getattr(config, "factor_dropout", 0.0), getattr(config, "activation_dropout", 0.0))
+        assert numbers == (2, 0, 0) and {type(x) for x in numbers} == {float}
 
 
 @pytest.mark.parametrize("zero, attn, ffn", [("v", "v", "v"), ("u", "u", "u"), ("vu", "v", "u"), ("uv", "u", "v")])

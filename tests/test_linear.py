@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -213,6 +214,20 @@ def test_compile(backend, mode):
         torch.testing.assert_close(g, w)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numpy_scalars_compile(kind):
+    torch._dynamo.reset()
+    layer, x = make(scale=kind(2), factor_dropout=kind(0.5)), torch.randn(5, 24)
+    assert layer.eval().extra_repr().endswith("scale=2.0, slices=3")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    layer.train()
+    torch.manual_seed(0)
+    want = layer(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(x), want)
 
 
 def test_export():

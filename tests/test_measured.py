@@ -45,10 +45,10 @@ def make(M, N, K, R):
     return [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
 
 
-def plan(M=200, dup=False, x=None):
+def plan(M=200, dup=False):
     _, N, K, R = SIZES
-    found = make(M, N, K, R)
-    return cuda._plan(found[0] if x is None else x, N, R, dup, found[1], found[3], found[4])
+    x, weight, *_ = make(M, N, K, R)
+    return cuda._plan(x, weight.t(), R, dup)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -127,26 +127,42 @@ def test_a_plan_on_record_goes_before_the_formula(table):
 
 
 def test_what_a_gpu_can_run():
-    assert cuda.plans("sm_80", 16, True) == [cuda.Plan(p, False, t) for p in (True, False) for t in (64, 128)]
-    assert cuda.plans("sm_100", 65, True) == [cuda.Plan(False, False, t) for t in (64, 128)]
+    assert cuda.plans("sm_80", 16) == [cuda.Plan(p, False, t) for p in (True, False) for t in (64, 128)]
+    assert cuda.plans("sm_100", 65) == [cuda.Plan(False, False, t) for t in (64, 128)]
     hopper = [cuda.Plan(p, True, t) for p in (True, False) for t in (128, 192, 256)]
-    assert set(cuda.plans("sm_90", 64, True)) == {*cuda.plans("sm_90", 64, False), *hopper}
-    assert cuda.plans("sm_90", 64, False) == cuda.plans("sm_80", 64, True)
+    assert set(cuda.plans("sm_90", 32)) == {*cuda.plans("sm_80", 32), *hopper}
+    # the kernel for 9.0 has fewer registers to spare
+    assert set(cuda.plans("sm_90", 33)) == {*cuda.plans("sm_80", 33), *hopper[3:]}
 
 
-def test_a_hopper_plan_needs_operands_on_16_bytes(table):
-    ship(table, {FORWARD: entry(PLAN | {"hopper": True, "tile": 192})})
+@pytest.mark.parametrize("single", [True, False])
+def test_a_hopper_plan_goes_by_the_operands(single, table):
+    ship(table, {FORWARD: entry({"single_pass": single, "hopper": True, "tile": 192})})
     _, N, K, R = SIZES
-    x, weight, bias, down, up, _, _ = make(200, N, K, R)
-    assert plan() == cuda.Plan(True, True, 192)
+    x, weight, bias, down, up, _, _ = make(*SIZES)
+    assert plan() == cuda.Plan(single, True, 192)
     assert cuda.slower("lowrank_linear", x, weight, bias, down, up) is None
     off = torch.zeros(200 * K + 1, dtype=x.dtype)[1:].view(200, K)
     apart = torch.zeros(200, K + 4, dtype=x.dtype)[:, :K]
     for other in (off, apart, torch.zeros(200, 2 * K, dtype=x.dtype)[:, ::2], x[:1].expand(200, K)):
-        assert not plan(x=other).hopper
-        assert cuda.slower("lowrank_linear", other, weight, bias, down, up) == "it has not been measured"
-    assert not cuda._plan(x, N, R, False, off[:N], down, up).hopper
-    assert cuda._plan(x, N, R, False, weight, down.t().contiguous().t(), up).hopper
+        for given, w in ((other, weight), (x, other[:N])):
+            assert not cuda._plan(given, w.t(), R).hopper
+            assert "not been measured" in cuda.slower("lowrank_linear", given, w, bias, down, up)
+    # a weight the other way round: p is not formed beside y then
+    assert cuda._plan(x, weight.t().contiguous(), R).hopper is not single
+
+
+def test_other_layouts_than_the_tuned_are_not_measured(table):
+    """one number at a time where the record is of eight"""
+    x, weight, bias, down, up, _, _ = make(*SIZES)
+    ship(table, {FORWARD: entry(), measured.key("lowrank_linear", "half", 200, 96, 60, 8): entry()})
+    ask = lambda x, weight: cuda.slower("lowrank_linear", x, weight, bias, down, up)
+    assert ask(x, weight) is None
+    wider = torch.zeros(200, 72, dtype=x.dtype)
+    assert ask(wider[:, :64], weight) is None and "16 bytes" in ask(wider[:, 1:65], weight)
+    assert "16 bytes" in ask(x, wider[:96, 1:65]) and "16 bytes" in ask(x, weight.t().contiguous().t())
+    short = x[:, :60].contiguous(), weight[:, :60].contiguous()
+    assert ask(*short) is None and "16 bytes" in ask(x[:, :60], short[1])
 
 
 @pytest.mark.parametrize(
@@ -180,9 +196,9 @@ def test_a_plan_of_another_chip_is_refused(table, monkeypatch):
         plan()
     wide = measured.key("lowrank_linear", "half", 200, 96, 100, 65)
     ship(table, {wide: entry()})
-    x = torch.zeros(200, 100, dtype=torch.bfloat16)
+    x, w = (torch.zeros(size, dtype=torch.bfloat16) for size in ((200, 100), (100, 96)))
     with pytest.raises(ValueError, match="must have"):  # no registers for 65 ranks beside y
-        cuda._plan(x, 96, 65, False)
+        cuda._plan(x, w, 65)
 
 
 def test_every_plan_that_is_shipped_can_run():
@@ -190,7 +206,7 @@ def test_every_plan_that_is_shipped_can_run():
     for gpu, found in json.loads(table.shipped.read_text())["gpus"].items():
         for name, tuned in found["tuned"].items():
             rank = int(name.rpartition(" R")[2])
-            assert cuda.Plan(**tuned["use"]) in cuda.plans("sm_90", rank, True), (gpu, name)
+            assert cuda.Plan(**tuned["use"]) in cuda.plans("sm_90", rank), (gpu, name)
             assert tuned["ms"] > 0 and tuned["torch_ms"] > 0
 
 
@@ -198,7 +214,7 @@ def test_slower_unless_on_record_as_faster(table):
     x, weight, bias, down, up, dy, p = make(*SIZES)
     forward = x, weight, bias, down, up
     # dx [M, K] = dy [M, N] @ weight: sizes as in SIZES for a weight [K, N]
-    turned = x.new_zeros(SIZES[1], SIZES[2]).t()
+    turned = x.new_zeros(SIZES[2], SIZES[1])
     backward = x, dy, turned, up.t(), down.t(), p
     ask = cuda.slower
     assert ask("lowrank_linear", *forward) == ask("lowrank_linear_backward", *backward) == "it has not been measured"

@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -499,6 +500,8 @@ def test_backward_operators_refuse(backend):
         (dict(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor; for a trained scale multiply"),
         (dict(scale="1"), TypeError, "scale must be a number, got str"),
         (dict(scale=10**400), ValueError, "scale must be finite, got 1000"),
+        (dict(scale=np.array(2.0)), TypeError, "scale must be a number, got ndarray"),
+        (dict(scale=np.float16("inf")), ValueError, "scale must be finite, got inf"),
     ],
     ids=str,
 )
@@ -506,6 +509,16 @@ def test_group_update_refuses(backend, change, error, message):
     inputs = dict(sigma=torch.randn(2, 3, 4), v=torch.randn(4, 6), scale=1.0) | change
     with pytest.raises(error, match=message):
         group_update(**inputs, backend=backend)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
+def test_a_numpy_scalar_is_a_scale(backend, kind):
+    scale = kind(2.5)
+    sigma, v = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 6)
+    up, want = (group_update(sigma, v, s, backend=backend) for s in (scale, float(scale)))
+    assert torch.equal(up, want)
+    dup = torch.randn_like(up)
+    assert torch.equal(*(torch.autograd.grad(y, sigma, dup)[0] for y in (up, want)))
 
 
 def test_efft_linear_refuses(backend):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -459,6 +460,12 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
 def test_a_config_is_checked(options, says):
     with pytest.raises(ValueError, match=says):
         EFFTPeftConfig(**options)
+
+
+def test_a_config_of_numpy_scalars_is_saved(tmp_path):
+    EFFTPeftConfig(scale=np.float32(2), factor_dropout=np.float32(0)).save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (config.scale, config.factor_dropout) == (2.0, 0.0)
 
 
 def test_mixed_batches_and_injection_without_a_tuner_are_refused():

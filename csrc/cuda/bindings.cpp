@@ -160,23 +160,72 @@ Tensor form_p(const Tensor& x,    // [M, K]
   return p;
 }
 
+// whether the copy engine can address a matrix of so many columns
+bool describable(const View& v, int64_t columns) { return v.row >= columns && rows(v).vector; }
+
+// t [rows, columns], or a copy of it whose rows are on 16 bytes
+Tensor on_16_bytes(const Tensor& t) {
+  if (describable(view(t), t.size(1))) return t;
+  Tensor wider = empty({t.size(0), (t.size(1) + 7) / 8 * 8}, t);
+  Tensor copy = torch::stable::narrow(wider, 1, 0, t.size(1));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// how y is computed, as kernels/cuda.py plans it
+struct Plan {
+  bool single_pass, hopper;
+  int64_t tile;
+};
+
+void check_plan(const Plan& plan, int64_t R) {
+  const bool known = plan.hopper ? plan.tile == 128 || plan.tile == 192 || plan.tile == 256
+                                 : plan.tile == SMALL_TILE || plan.tile == LARGE_TILE;
+  STD_TORCH_CHECK(known, "there are no tiles of ", plan.tile, " columns", plan.hopper ? " for hopper" : "");
+  const int64_t most = plan.hopper ? HOPPER_RANK_BESIDE : MAX_RANK_BESIDE;
+  STD_TORCH_CHECK(!plan.single_pass || R <= most, "p beside y must have at most ", most, " ranks, got ", R);
+}
+
 // y = [x | p] @ [w ; up] + bias, with p = x @ down
 Tensor linear(const Tensor& x,  // [M, K]
-              const View& w,    // [K, N]
+              const Tensor& w,  // [K, N]
               const std::optional<Tensor>& bias,
-              const View* down,  // [K, R], or null: p is given
-              const View& up,    // [R, N]
-              const Tensor& p,  // [M, R]
-              int64_t N, int64_t tile, void* stream) {
-  Tensor y = empty({x.size(0), N}, x);
+              const std::optional<Tensor>& down,  // [K, R], or none: p is given
+              const Tensor& up,                   // [R, N]
+              const Tensor& p,                    // [M, R]
+              const Plan& plan, void* stream) {
+  const int64_t M = x.size(0), K = x.size(1), R = up.size(0), N = up.size(1);
+  Tensor y = empty({M, N}, x);
   Linear g;
-  g.M = int32_t(x.size(0)), g.N = int32_t(N), g.K = int32_t(x.size(1)), g.R = int32_t(p.size(1));
-  g.x = by_rows(view(x)), g.w = either(transposed(w)), g.up = either(transposed(up));
-  if (down) g.down = either(transposed(*down));
+  g.M = int32_t(M), g.N = int32_t(N), g.K = int32_t(K), g.R = int32_t(R);
   if (bias) g.bias = bias->const_data_ptr(), g.bias_stride = int32_t(bias->stride(0));
-  g.p = p.mutable_data_ptr(), g.y = y.mutable_data_ptr();
-  const auto launch = dtype_of(x) == Dtype::bf16 ? lowrank_linear_bf16 : lowrank_linear_f16;
-  launched(launch(g, int32_t(tile), stream));
+  g.p = p.mutable_data_ptr(), g.p_row = int32_t(p.stride(0)), g.y = y.mutable_data_ptr();
+  const bool bf16 = dtype_of(x) == Dtype::bf16;
+  g.x = by_rows(view(x)), g.w = either(transposed(view(w)));
+  if (!plan.hopper) {
+    g.up = either(transposed(view(up)));
+    if (down) g.down = either(transposed(view(*down)));
+    launched((bf16 ? lowrank_linear_bf16 : lowrank_linear_f16)(g, int32_t(plan.tile), stream));
+    return y;
+  }
+  // x and w are large, and not copied for it
+  const bool fits = describable(view(x), K) && N % 8 == 0 &&
+                    (g.w.k_major ? describable(transposed(view(w)), K) : describable(view(w), N));
+  STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
+  STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
+  // the others are, if need be: so that both are the same way round
+  const bool turned = describable(transposed(view(up)), R) && !describable(view(up), N);
+  const Tensor there = turned ? up : on_16_bytes(up);
+  g.up = turned ? by_rows(transposed(view(there))) : by_terms(view(there));
+  if (down) {
+    const Tensor beside = on_16_bytes(turned ? torch::stable::transpose(*down, 0, 1) : *down);
+    g.down = turned ? by_rows(view(beside)) : by_terms(view(beside));
+    launched((bf16 ? hopper_linear_bf16 : hopper_linear_f16)(g, int32_t(plan.tile), stream));
+  } else {
+    Tensor copy = on_16_bytes(p);
+    g.p = copy.mutable_data_ptr(), g.p_row = int32_t(copy.stride(0));
+    launched((bf16 ? hopper_linear_bf16 : hopper_linear_f16)(g, int32_t(plan.tile), stream));
+  }
   return y;
 }
 
@@ -256,14 +305,13 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   check("down", down, x, {K, R});
   check("up", up, x, {R, N});
   dtype_of(x);
-  const bool fits = !single_pass || R <= MAX_RANK_BESIDE;
-  STD_TORCH_CHECK(fits, "p beside y must have at most ", MAX_RANK_BESIDE, " ranks, got ", R);
+  const Plan plan{single_pass, hopper, tile};
+  check_plan(plan, R);
   if (!M) return {empty({0, N}, x), empty({0, R}, x)};
   const Stream stream(x);
   const Tensor p = single_pass ? empty({M, R}, x) : form_p(x, view(down), R, stream);
-  const View beside = view(down);
-  const View* const formed = single_pass ? &beside : nullptr;
-  return {linear(x, transposed(view(weight)), bias, formed, view(up), p, N, tile, stream), p};
+  const std::optional<Tensor> beside = single_pass ? std::optional<Tensor>(down) : std::nullopt;
+  return {linear(x, torch::stable::transpose(weight, 0, 1), bias, beside, up, p, plan, stream), p};
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
@@ -286,7 +334,8 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   check("up", up, dy, {R, N});
   if (p) check("p", *p, dy, {M, R});
   dtype_of(dy);
-  STD_TORCH_CHECK(!single_pass || R <= MAX_RANK_BESIDE, "dp beside dx must have at most ", MAX_RANK_BESIDE, " ranks");
+  const Plan plan{single_pass, hopper, tile};
+  check_plan(plan, R);
   std::vector<Tensor> grads;
   if (!M) {
     if (weight) grads.push_back(empty({0, K}, dy));
@@ -299,13 +348,13 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   std::optional<Tensor> dp, dx;
   std::vector<Sum> sums;
   // the forward's product with other operands
-  const View up_turned = transposed(view(up));
-  const auto form_dx = [&](const View* beside) {
-    dx = linear(dy, view(*weight), std::nullopt, beside, transposed(view(down)), *dp, K, tile, stream);
+  const Tensor up_turned = torch::stable::transpose(up, 0, 1), down_turned = torch::stable::transpose(down, 0, 1);
+  const auto form_dx = [&](const std::optional<Tensor>& beside) {
+    dx = linear(dy, *weight, std::nullopt, beside, down_turned, *dp, plan, stream);
   };
   if (weight && single_pass) {
     dp = empty({M, R}, dy);
-    form_dx(&up_turned);
+    form_dx(up_turned);
   }
   if (p) {
     // dup, and dp from the same read of dy
@@ -316,9 +365,9 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
       dp = partial->out;
     }
   } else if (need_dp && !dp) {
-    dp = form_p(dy, up_turned, R, stream);
+    dp = form_p(dy, view(up_turned), R, stream);
   }
-  if (weight && !dx) form_dx(nullptr);
+  if (weight && !dx) form_dx(std::nullopt);
   if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, stream)));  // (dp.T @ x).T
   complete(sums, stream);
   if (dx) grads.push_back(*dx);

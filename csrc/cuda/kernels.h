@@ -34,7 +34,8 @@ struct Linear {
   Operand up;                // [R, N]
   const void* bias = nullptr;  // [N], or null
   int32_t bias_stride = 0;
-  void* p = nullptr;  // [M, R]  contiguous
+  void* p = nullptr;  // [M, R]
+  int32_t p_row = 0;
   void* y = nullptr;  // [M, N]  contiguous
 };
 
@@ -43,6 +44,14 @@ constexpr int LARGE_TILE = 128, SMALL_TILE = 64, MAX_RANK_BESIDE = 64;
 // the most work for the compiler: a source file for each dtype
 const char* lowrank_linear_bf16(const Linear&, int32_t tile, void* stream);
 const char* lowrank_linear_f16(const Linear&, int32_t tile, void* stream);
+
+// the same for compute capability 9.0, with tiles of 128 rows and 128, 192 or 256 columns. rows of every operand, of p
+// if it is read, and of y are on 16 bytes (Operand::vector); down and up are both k-major, or neither. p is formed
+// beside y only with a k-major w
+constexpr int HOPPER_RANK_BESIDE = 32;
+
+const char* hopper_linear_bf16(const Linear&, int32_t tile, void* stream);
+const char* hopper_linear_f16(const Linear&, int32_t tile, void* stream);
 
 // c = scale * a @ b, or with `adds` c += scale * a @ b
 struct Product {

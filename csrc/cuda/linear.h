@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     } else {
       const int r0 = (step - k_steps) * BK;
       if constexpr (RANKS == 0) {
-        const Operand p{g.p, g.R, 1, UNGROUPED, 0, g.R % 8 == 0, true};
+        const Operand p{g.p, g.p_row, 1, UNGROUPED, 0, g.p_row % 8 == 0, true};
         load_operand<BM, Tile::THREADS>(x_tile(stage), p, true, m0, r0, g.M, g.R);
       }
       load_operand<BN, Tile::THREADS>(w_tile(stage), g.up, g.up.k_major, n0, r0, g.N, g.R);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
           const uint16_t value = T::round(acc_p[0][j][e]);
           // beyond R it is nan where x is infinite, times the zeros of down
           to[swizzled<BK>(row, r / 8) + r % 8] = r < g.R ? value : uint16_t(0);
-          if (tn == 0 && m0 + row < g.M && r < g.R) p[int64_t(m0 + row) * g.R + r] = value;
+          if (tn == 0 && m0 + row < g.M && r < g.R) p[int64_t(m0 + row) * g.p_row + r] = value;
         }
       __syncthreads();
     }

@@ -21,7 +21,7 @@ MAX_RANK = 256
 MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
 # of csrc/cuda/kernels.h
 LARGE_TILE, SMALL_TILE, MAX_RANK_BESIDE = 128, 64, 64
-HOPPER_TILES = (128, 192, 256)
+HOPPER_TILES, HOPPER_RANK_BESIDE = (128, 192, 256), 32
 # FLOP per byte at which memory and tensor cores take equally long, by the major compute capability
 RIDGE = {8: 180, 9: 184, 10: 230}
 
@@ -109,19 +109,25 @@ def unproven() -> str | None:
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
     """None only where this op was measured at these sizes on this GPU, and was faster than plain torch"""
+    record = None
     if op == "lowrank_linear":
-        x, weight, _, down, up = tensors
-        record = _record(op, x, len(weight), len(up), weight, down, up)
+        x, weight, _, _, up = tensors
+        record = _record(op, x, weight.t(), len(up))
     elif op == "lowrank_linear_backward" and all(t is not None for t in tensors):  # all that was measured
-        dy, _, weight, down, up, _ = tensors
-        record = _record(op, dy, weight.shape[1], len(up), weight, down, up)
-    else:
-        record = None
+        x, _, weight, _, up, _ = tensors
+        record = _record(op, x, weight, len(up))
     if record is None:
         return "it has not been measured"
+    if not _as_tuned(x) or not _as_tuned(weight):
+        return "it has not been measured with rows apart or not on 16 bytes"
     if record.ms >= record.torch_ms:
         return f"measured here: {record.ms} ms, torch {record.torch_ms} ms"
     return None
+
+
+def _as_tuned(matrix: Tensor) -> bool:
+    """whether it is read as the contiguous ones are that tune.py makes: eight numbers at a time, if they can be"""
+    return _describable(matrix) if matrix.shape[1] % 8 == 0 else matrix.is_contiguous()
 
 
 # -- which kernel -----------------------------------------------------------------------------------------------------
@@ -157,6 +163,53 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
 
 
+def hopper_tile(M: int, N: int, single_pass: bool) -> int:
+    """The columns of a tile with which y [M, N] takes the least time, by rounds of tiles on 132 multiprocessors.
+
+    128 columns are for a block alone, the others for two blocks side by side. Beside y, p costs what 32 columns would,
+    shared by these two: the tensor cores' least product takes as long.
+    """
+
+    def cost(BN: int) -> int:
+        pair = 1 if BN == 128 else 2
+        rounds = _cdiv(_cdiv(M, 128) * _cdiv(_cdiv(N, BN), pair), 132 // pair)
+        return rounds * (BN + single_pass * 32 // pair)
+
+    return min(reversed(HOPPER_TILES), key=cost)
+
+
+def hopper_plan(M: int, N: int, R: int, w_k_major: bool, ridge: int) -> Plan:
+    """A pass of its own over x costs ridge / N of the product and a launch, taken as much again"""
+    single = w_k_major and R <= HOPPER_RANK_BESIDE
+    BN = hopper_tile(M, N, single)
+    single = single and (BN == 128 >= N or (32 if BN == 128 else 16) * N < 2 * ridge * BN)
+    return Plan(single, True, hopper_tile(M, N, single))
+
+
+def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> Plan:
+    M, N = len(x), w.shape[1]
+    if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and _hopper_takes(x, w):
+        return hopper_plan(M, N, R, w.stride(0) == 1, RIDGE[9])
+    return Plan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
+
+
+def _hopper_takes(x: Tensor, w: Tensor) -> bool:
+    """whether x, w and y have rows, of w either way round, on 16 bytes"""
+    rows = w.t() if w.stride(0) == 1 else w
+    return w.shape[1] % 8 == 0 and _describable(x) and _describable(rows)
+
+
+def _describable(matrix: Tensor) -> bool:
+    """whether the copy engine can address it: rows contiguous and apart, everything on 16 bytes"""
+    rows, columns = matrix.stride()
+    return columns == 1 and rows >= matrix.shape[1] and rows % 8 == 0 and matrix.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 class Record(NamedTuple):
     """What is on record for y [M, N] = x [M, K] @ w and R ranks"""
 
@@ -165,20 +218,17 @@ class Record(NamedTuple):
     torch_ms: float  # plain torch, reference.py
 
 
-def plans(arch: str, R: int, aligned: bool) -> list[Plan]:
-    """all that a GPU of this class can run; aligned: operands are on_16_bytes()"""
-    tiles = [(False, tile) for tile in (SMALL_TILE, LARGE_TILE)]
-    if arch == "sm_90" and aligned:
-        tiles += [(True, tile) for tile in HOPPER_TILES]
-    return [Plan(single, *found) for single in (True, False) for found in tiles if not single or R <= MAX_RANK_BESIDE]
+def plans(arch: str, R: int) -> list[Plan]:
+    """all that a GPU of this class can run, as far as the operands allow"""
+    tiles = [(False, tile, MAX_RANK_BESIDE) for tile in (SMALL_TILE, LARGE_TILE)]
+    if arch == "sm_90":
+        tiles += [(True, tile, HOPPER_RANK_BESIDE) for tile in HOPPER_TILES]
+    return [Plan(single, *found) for single in (True, False) for *found, beside in tiles if not single or R <= beside]
 
 
-def on_16_bytes(*matrices: Tensor) -> bool:
-    """whether the rows, or the columns, of each are contiguous and start on 16 bytes, as a hopper plan needs them"""
-    return all(
-        t.data_ptr() % 16 == 0 and min(t.stride()) == 1 and max(t.stride()) * t.element_size() % 16 == 0
-        for t in matrices
-    )
+def allows(x: Tensor, w: Tensor, plan: Plan) -> bool:
+    """whether the operands of y [M, N] = x [M, K] @ w are as this plan needs them"""
+    return not plan.hopper or _hopper_takes(x, w) and (w.stride(0) == 1 or not plan.single_pass)
 
 
 @TABLE.remembered
@@ -188,7 +238,7 @@ def _on_record(op: str, name: str, arch: str, M: int, N: int, K: int, R: int) ->
     found = TABLE.tuned(name, entry)
     if found is None:
         return None
-    able = plans(arch, R, aligned=True)
+    able = plans(arch, R)
     if isinstance(found, dict) and all(isinstance(found.get(time), int | float) for time in ("ms", "torch_ms")):
         for plan in able:
             if found.get("use") == plan._asdict():
@@ -199,10 +249,9 @@ def _on_record(op: str, name: str, arch: str, M: int, N: int, K: int, R: int) ->
     )
 
 
-def _record(op: str, x: Tensor, N: int, R: int, *others: Tensor) -> Record | None:
-    """others: the operands beside x, which a hopper plan needs on 16 bytes"""
-    found = _on_record(op, *_gpu(x.device), len(x), N, x.shape[1], R)
-    return None if found and found.plan.hopper and not on_16_bytes(x, *others) else found
+def _record(op: str, x: Tensor, w: Tensor, R: int) -> Record | None:
+    found = _on_record(op, *_gpu(x.device), len(x), w.shape[1], x.shape[1], R)
+    return found if found and allows(x, w, found.plan) else None
 
 
 def _gpu(device: torch.device) -> tuple[str, str]:
@@ -210,16 +259,11 @@ def _gpu(device: torch.device) -> tuple[str, str]:
     return gpu(device.index) if device.type == "cuda" else ("simulator", "simulator")
 
 
-def _plan(x: Tensor, N: int, R: int, dup: bool, *others: Tensor) -> Plan:
-    """for x [M, K] and y [M, N]: as measured at these sizes on this GPU if on record, else by the formula
-
-    others: the operands beside x
-    """
-    # a product without dup is that of the forward, with whichever operands
-    op = "lowrank_linear_backward" if dup else "lowrank_linear"
-    if record := _record(op, x, N, R, *others):
-        return record.plan
-    return Plan(single_pass(len(x), N, R, _ridge(x.device), dup), False, tile(len(x), N))
+def _plan(x: Tensor, w: Tensor, R: int, dup: bool = False) -> Plan:
+    """for x [M, K] and y [M, N] = x @ w: as measured for these sizes on this GPU if on record, else by the formula"""
+    # a product without dup is that of the forward, whatever the operands are
+    record = _record("lowrank_linear_backward" if dup else "lowrank_linear", x, w, R)
+    return record.plan if record else _formula(x, w, R, dup)
 
 
 @functools.cache
@@ -262,8 +306,7 @@ def lowrank_linear(
     up: Tensor,  # [R, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
-    plan = _plan(x, up.shape[1], up.shape[0], False, weight, down, up)
-    return _ops().lowrank_linear(x, weight, bias, down, up, *plan)
+    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(x, weight.t(), up.shape[0]))
 
 
 def lowrank_linear_backward(
@@ -277,7 +320,7 @@ def lowrank_linear_backward(
 ) -> list[Tensor]:
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
-    plan = _plan(dy, weight.shape[1], up.shape[0], need_up, weight, down, up)
+    plan = _plan(dy, weight, up.shape[0], need_up)
     low = [x if need_down else None, weight if need_x else None, down, up, p if need_up else None]
     fused = iter(_ops().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
     grads = [next(fused)] if need_x else []

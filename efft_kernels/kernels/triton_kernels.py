@@ -263,7 +263,9 @@ def mixed_p(
 def adapter_of(ids, sample, samples, A):
     """(the adapter of a sample, whether it has one); a sample beyond the last has none"""
     adapter = tl.load(ids + sample, mask=sample < samples, other=-1)
-    known = (adapter >= 0) & (adapter < A)
+    # True: to Triton's interpreter a comparison is of its left operand's type, which a block made of it has. From 3.9 on
+    # an int32 block is no mask. The compiler drops it.
+    known = True & (adapter >= 0) & (adapter < A)
     return tl.where(known, adapter, 0), known
 
 

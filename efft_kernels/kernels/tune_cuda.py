@@ -17,20 +17,24 @@ def gpu() -> tuple[str, str]:
 
 def tune_shape(tuner, inputs) -> dict[str, dict]:
     """entries for one low-rank linear, forward and backward: the plan, its time and plain torch's"""
-    x, weight, _, down, up = inputs.forward
-    (M, K), (R, N) = x.shape, up.shape
-    plans = kernels.plans(tuner.arch, R, kernels.on_16_bytes(x, weight, down, up))
-    # the backward goes by the sizes of its product, dx [M, K] = dy [M, N] @ weight
-    jobs = {
-        "lowrank_linear": ((M, N, K, R), lambda: kernels.lowrank_linear(*inputs.forward), inputs.y),
-        "lowrank_linear_backward": (
-            (M, K, N, R), lambda: kernels.lowrank_linear_backward(*inputs.backward), inputs.grads,
+    (x, weight, _, _, up), dy = inputs.forward, inputs.backward[0]
+    # (op, its product y = x @ w, a call of it, what it must give); the backward's product is dx = dy @ weight
+    jobs = [
+        ("lowrank_linear", (x, weight.t()), lambda: kernels.lowrank_linear(*inputs.forward), inputs.y),
+        (
+            "lowrank_linear_backward",
+            (dy, weight),
+            lambda: kernels.lowrank_linear_backward(*inputs.backward),
+            inputs.grads,
         ),
-    }  # fmt: skip
+    ]
     found = {}
-    for op, (sizes, call, right) in jobs.items():
-        entry = measured.key(op, "half", *sizes)
-        best = tuner.fastest(entry, tuner.candidates.get(op) or [plan._asdict() for plan in plans], call, right)
-        # once more and side by side: the best of many times is a lucky one
-        found[entry] = {"use": best["use"], "ms": tuner.bench(call), "torch_ms": tuner.bench(inputs.plain(op))}
+    for op, (x, w), call, right in jobs:
+        entry = measured.key(op, "half", len(x), w.shape[1], w.shape[0], len(up))
+        tried = tuner.candidates.get(op) or [plan._asdict() for plan in kernels.plans(tuner.arch, len(up))]
+        # of the others the formula's would be run
+        tried = [candidate for candidate in tried if kernels.allows(x, w, kernels.Plan(**candidate))]
+        if best := tuner.fastest(entry, tried, call, right):
+            # once more and side by side: the best of many times is a lucky one
+            found[entry] = {"use": best["use"], "ms": tuner.bench(call), "torch_ms": tuner.bench(inputs.plain(op))}
     return found

@@ -1,22 +1,25 @@
 // csrc/cuda/device.h for the host: the same kernels, compiled by a C++ compiler and run on the CPU. for tests only.
 //
-// every thread of a block is a fiber, blocks run one after the other. what real hardware may do at any time is done at
-// the worst time, one of two for each (efft_sim_mode):
+// every thread of a block is a fiber, clusters of blocks run one after the other. what real hardware may do at any time
+// is done at the worst time, one of two for each (efft_sim_mode):
 //   order  which warp runs as far as it can, up to a barrier, before the next: the first, or the last
-//   eager  whether a cp.async copies at once, over what others may still read, or not before its thread waits for it
-// shared memory is nan before a block writes it. a barrier that not all threads reach ends the program.
+//   eager  whether a copy is done at once, over what others may still read, or as late as can be: a cp.async when its
+//          thread waits for it, one of the copy engine when no thread can go on without it
+// shared memory is nan before a block writes it. a barrier that not all threads reach ends the launch with an error.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -47,141 +50,209 @@ struct Copy {
   }
 };
 
-enum class At { ready, warp, block, end };
+enum class At { ready, meeting, block, cluster, wait, end };
+
+constexpr size_t STACK = 128 << 10, WARP_SIZE = 32, GROUP_SIZE = 128;
+constexpr size_t BASE = 128;  // where dynamic shared memory starts, of 1024 bytes: no more is promised
+
+struct Block;
 
 struct Thread {
   ucontext_t context;
   jmp_buf resume;
   bool started = false;
   At at = At::ready;
+  Block* block = nullptr;
+  int number = 0;  // in its block
   dim3 index;
   // what a lane brings to an instruction of its warp
   const void *in[2] = {};
   void* out = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  std::function<bool()> waits_for;  // At::wait: until this holds
+  std::vector<std::pair<void*, uint32_t>> unfenced;  // stores that the copy engine does not see yet
 };
 
-constexpr size_t STACK = 128 << 10, WARP_SIZE = 32;
+// threads that an instruction, or a barrier of some of them, brings together
+struct Meeting {
+  std::vector<Thread*> there;
+};
 
 struct Block {
-  dim3 index, size, grid;
-  std::vector<Thread> threads;
-  std::vector<int> arrived;  // of each warp, at its instruction
-  std::vector<unsigned char> shared;
-  std::function<void()> kernel;
-  jmp_buf scheduler;
-  int current = 0;
+  dim3 index;
+  int rank = 0;  // in the cluster
+  std::vector<unsigned char> memory;
+  unsigned char* shared = nullptr;
+  std::vector<Meeting> warps, groups, named;
 };
 
-inline Block* block;
+// blocks that run together; without clusters there is one at a time
+struct Cluster {
+  dim3 size, grid;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
+  std::function<void()> kernel;
+  jmp_buf scheduler, given_up;
+  std::string failure;
+  Thread* current = nullptr;
+  // what the copy engine has not done yet
+  std::deque<std::function<void()>> engine;
+};
+
+inline Cluster* cluster;
 inline int mode_order = 0, mode_eager = 0;
 inline long launches = 0;
 inline int most_shared = 0;  // bytes, of all launches
 
-inline Thread& self() { return block->threads[block->current]; }
+inline Thread& self() { return *cluster->current; }
+inline Block& block() { return *self().block; }
 
 inline void stop(At at) {
   Thread& t = self();
   t.at = at;
-  if (!_setjmp(t.resume)) _longjmp(block->scheduler, 1);
+  if (!_setjmp(t.resume)) _longjmp(cluster->scheduler, 1);
 }
 
 inline void entry() {
-  block->kernel();
+  cluster->kernel();
   stop(At::end);
 }
 
-inline void step(int number) {
-  block->current = number;
-  Thread& t = self();
-  if (_setjmp(block->scheduler)) return;
+inline void step(Thread& t) {
+  cluster->current = &t;
+  if (_setjmp(cluster->scheduler)) return;
   if (t.started) _longjmp(t.resume, 1);
   t.started = true;
   setcontext(&t.context);
 }
 
+// ends the launch, as far as it came
 [[noreturn]] inline void fail(const char* what) {
-  fprintf(stderr, "simulated kernel, block (%u, %u, %u): %s\n", block->index.x, block->index.y, block->index.z, what);
-  abort();
+  const dim3 at = cluster->current ? block().index : dim3();
+  cluster->failure = "block (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + "): ";
+  cluster->failure += what;
+  _longjmp(cluster->given_up, 1);
 }
 
-// runs a warp until all of its threads are at a barrier of the block, or at the end
-inline bool run_warp(int warp) {
+// runs a warp until none of its threads can go on
+inline bool run_warp(size_t warp) {
   bool moved = false;
   for (bool ready = true; ready;) {
     ready = false;
     for (size_t i = warp * WARP_SIZE; i < (warp + 1) * WARP_SIZE; ++i)
-      if (block->threads[i].at == At::ready) step(int(i)), ready = moved = true;
+      if (cluster->threads[i].at == At::ready) step(cluster->threads[i]), ready = moved = true;
   }
   return moved;
 }
 
-inline void run_block() {
-  const int warps = int(block->threads.size() / WARP_SIZE);
-  for (;;) {
-    bool moved = false;
-    for (int w = 0; w < warps; ++w) moved |= run_warp(mode_order ? warps - 1 - w : w);
-    size_t ended = 0, waiting = 0;
-    for (Thread& t : block->threads) ended += t.at == At::end, waiting += t.at == At::block;
-    if (ended == block->threads.size()) return;
-    if (waiting == block->threads.size())
-      for (Thread& t : block->threads) t.at = At::ready;
-    else if (!moved)
-      fail("a barrier that not all threads reach");
-  }
+// lets all of these go on if all are at the same barrier
+template <class Threads>
+inline bool pass(Threads begin, Threads end, At at) {
+  for (auto t = begin; t != end; ++t)
+    if (t->at != at) return false;
+  for (auto t = begin; t != end; ++t) t->at = At::ready;
+  return true;
 }
 
-inline void run(dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
+inline void run_cluster() {
+  auto& threads = cluster->threads;
+  const size_t warps = threads.size() / WARP_SIZE, each = threads.size() / cluster->blocks.size();
+  for (;;) {
+    bool moved = false;
+    for (size_t w = 0; w < warps; ++w) moved |= run_warp(mode_order ? warps - 1 - w : w);
+    size_t ended = 0;
+    for (Thread& t : threads) {
+      ended += t.at == At::end;
+      if (t.at == At::wait && t.waits_for()) t.at = At::ready, moved = true;
+    }
+    if (ended == threads.size()) break;
+    for (size_t b = 0; b < cluster->blocks.size(); ++b)
+      moved |= pass(threads.begin() + b * each, threads.begin() + (b + 1) * each, At::block);
+    moved |= pass(threads.begin(), threads.end(), At::cluster);
+    if (moved) continue;
+    // only now, when nobody can do anything without it
+    if (cluster->engine.empty()) fail("threads wait for what never comes");
+    if (mode_order) {
+      cluster->engine.back()();
+      cluster->engine.pop_back();
+    } else {
+      cluster->engine.front()();
+      cluster->engine.pop_front();
+    }
+  }
+  if (!cluster->engine.empty()) fail("the kernel ends before the copy engine does");
+}
+
+// null, or what went wrong
+inline const char* run(dim3 grid, int threads, size_t shared, std::function<void()> kernel, int blocks = 1) {
+  static std::string failure;
   static std::vector<std::unique_ptr<char[]>> stacks;
-  while (stacks.size() < size_t(threads)) stacks.emplace_back(new char[STACK]);
-  Block b;
-  block = &b;
-  b.grid = grid, b.size = dim3(threads), b.kernel = std::move(kernel);
-  b.shared.resize(shared + 128);
+  while (stacks.size() < size_t(threads * blocks)) stacks.emplace_back(new char[STACK]);
+  Cluster c;
+  cluster = &c;
+  c.grid = grid, c.size = dim3(threads), c.kernel = std::move(kernel);
   ++launches;
-  for (b.index.z = 0; b.index.z < grid.z; ++b.index.z)
-    for (b.index.y = 0; b.index.y < grid.y; ++b.index.y)
-      for (b.index.x = 0; b.index.x < grid.x; ++b.index.x) {
-        memset(b.shared.data(), 0xff, b.shared.size());
-        b.threads.assign(threads, Thread());
-        b.arrived.assign(threads / WARP_SIZE, 0);
-        for (int i = 0; i < threads; ++i) {
-          Thread& t = b.threads[i];
-          t.index = dim3(i, 0, 0);
+  if (_setjmp(c.given_up)) {
+    failure = c.failure;
+    return failure.c_str();
+  }
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; x += blocks) {
+        c.current = nullptr;
+        c.blocks.assign(blocks, Block());
+        c.threads.assign(threads * blocks, Thread());
+        for (int i = 0; i < blocks; ++i) {
+          Block& b = c.blocks[i];
+          b.index = dim3(x + i, y, z), b.rank = i;
+          b.memory.assign(shared + BASE + 1024, 0xff);
+          const auto start = (reinterpret_cast<uintptr_t>(b.memory.data()) + 1023) & ~uintptr_t(1023);
+          b.shared = reinterpret_cast<unsigned char*>(start);
+          b.warps.resize(threads / WARP_SIZE), b.groups.resize(threads / GROUP_SIZE), b.named.resize(16);
+        }
+        for (int i = 0; i < threads * blocks; ++i) {
+          Thread& t = c.threads[i];
+          t.block = &c.blocks[i / threads];
+          t.number = i % threads;
+          t.index = dim3(t.number, 0, 0);
           getcontext(&t.context);
           t.context.uc_stack.ss_sp = stacks[i].get();
           t.context.uc_stack.ss_size = STACK;
           t.context.uc_link = nullptr;
           makecontext(&t.context, entry, 0);
         }
-        run_block();
+        run_cluster();
       }
+  return nullptr;
 }
 
-// an instruction that the lanes of a warp run together: the last to arrive does it for all
+// what `count` threads do together: the last to arrive does it for all, who are given in their order
+template <class Instruction>
+inline void meet(Meeting& meeting, size_t count, Instruction instruction) {
+  meeting.there.push_back(&self());
+  if (meeting.there.size() < count) return stop(At::meeting);
+  std::vector<Thread*> there;
+  there.swap(meeting.there);
+  std::sort(there.begin(), there.end(), [](Thread* a, Thread* b) { return a->number < b->number; });
+  instruction(there.data());
+  for (Thread* t : there) t->at = At::ready;
+}
+
+// the lanes of a warp
 template <class Instruction>
 inline void together(Instruction instruction) {
-  const int warp = block->current / int(WARP_SIZE);
-  if (++block->arrived[warp] < int(WARP_SIZE)) return stop(At::warp);
-  block->arrived[warp] = 0;
-  Thread* const lanes = &block->threads[warp * WARP_SIZE];
-  instruction(lanes);
-  for (size_t i = 0; i < WARP_SIZE; ++i) lanes[i].at = At::ready;
-}
-
-inline void* shared_memory() {
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 127) & ~uintptr_t(127));
+  meet(block().warps[self().number / WARP_SIZE], WARP_SIZE, instruction);
 }
 
 }  // namespace efft::sim
 
 #define threadIdx (efft::sim::self().index)
-#define blockIdx (efft::sim::block->index)
-#define blockDim (efft::sim::block->size)
-#define gridDim (efft::sim::block->grid)
+#define blockIdx (efft::sim::block().index)
+#define blockDim (efft::sim::cluster->size)
+#define gridDim (efft::sim::cluster->grid)
 #define __syncthreads() efft::sim::stop(efft::sim::At::block)
-#define EFFT_SHARED(name) unsigned char* name = static_cast<unsigned char*>(efft::sim::shared_memory())
+#define EFFT_SHARED(name) unsigned char* name = efft::sim::block().shared + efft::sim::BASE
 
 namespace efft::cuda {
 
@@ -194,16 +265,16 @@ struct Numbers {
   static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
     auto& t = sim::self();
     t.in[0] = a, t.in[1] = b, t.out = d;
-    sim::together([](sim::Thread* lanes) {
+    sim::together([](sim::Thread** lanes) {
       float left[16][16], right[16][8];
       for (int l = 0; l < 32; ++l)
         for (int h = 0; h < 2; ++h) {
           for (int i = 0; i < 4; ++i)
             left[l / 4 + i % 2 * 8][l % 4 * 2 + h + i / 2 * 8] =
-                T::widen(uint16_t(static_cast<const uint32_t*>(lanes[l].in[0])[i] >> 16 * h));
+                T::widen(uint16_t(static_cast<const uint32_t*>(lanes[l]->in[0])[i] >> 16 * h));
           for (int i = 0; i < 2; ++i)
             right[l % 4 * 2 + h + i * 8][l / 4] =
-                T::widen(uint16_t(static_cast<const uint32_t*>(lanes[l].in[1])[i] >> 16 * h));
+                T::widen(uint16_t(static_cast<const uint32_t*>(lanes[l]->in[1])[i] >> 16 * h));
         }
       float sum[16][8] = {};
       for (int m = 0; m < 16; ++m)
@@ -211,9 +282,11 @@ struct Numbers {
           for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
       for (int l = 0; l < 32; ++l)
         for (int i = 0; i < 4; ++i)
-          static_cast<float*>(lanes[l].out)[i] += sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+          static_cast<float*>(lanes[l]->out)[i] += sum[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
     });
   }
+
+  static uint32_t pack(float low, float high) { return T::round(low) | uint32_t(T::round(high)) << 16; }
 };
 
 struct Bf16 : Numbers<Bf16> {
@@ -244,6 +317,10 @@ struct F16 : Numbers<F16> {
   }
 };
 
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - sim::block().shared);
+}
+
 inline void cp_async16(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     sim::fail("a cp.async that is not on 16 bytes");
@@ -272,15 +349,15 @@ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) sim::fail("an ldmatrix that is not on 16 bytes");
   auto& t = sim::self();
   t.in[0] = row, t.out = f;
-  sim::together([](sim::Thread* lanes) {
+  sim::together([](sim::Thread** lanes) {
     for (int l = 0; l < 32; ++l)
       for (int i = 0; i < 4; ++i) {
         uint32_t both = 0;
         for (int h = 0; h < 2; ++h) {
           const int r = TRANSPOSED ? l % 4 * 2 + h : l / 4, c = TRANSPOSED ? l / 4 : l % 4 * 2 + h;
-          both |= uint32_t(static_cast<const uint16_t*>(lanes[i * 8 + r].in[0])[c]) << 16 * h;
+          both |= uint32_t(static_cast<const uint16_t*>(lanes[i * 8 + r]->in[0])[c]) << 16 * h;
         }
-        static_cast<uint32_t*>(lanes[l].out)[i] = both;
+        static_cast<uint32_t*>(lanes[l]->out)[i] = both;
       }
   });
 }
@@ -288,8 +365,7 @@ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void*, const Arguments& g) {
   sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
-  sim::run(grid, threads, shared, [&] { kernel(g); });
-  return nullptr;
+  return sim::run(grid, threads, shared, [&] { kernel(g); });
 }
 
 inline const char* upload(void* to, const void* from, size_t bytes, void*) {

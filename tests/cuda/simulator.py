@@ -58,14 +58,17 @@ def build(folder: Path) -> Path:
 def build_faulty(folder: Path, name: str, file: str, sound: str, faulty: str, objects: Path) -> Path:
     """csrc/cuda with the one occurrence of `sound` in `file` replaced, as torch.ops.NAME
 
-    Of the linear kernel in bfloat16 it has what one_linear.cu has, the rest is from the objects of a sound build.
+    Of the kernel in question it has what one_linear.cu or one_hopper.cu has, in bfloat16; the rest is from the objects
+    of a sound build.
     """
     csrc = folder / name
     shutil.copytree(CSRC, csrc)
     text = (csrc / file).read_text()
     assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
     (csrc / file).write_text(text.replace(sound, faulty))
-    jobs = [(HERE / "one_linear.cu", csrc / "one_linear.o", [f"-I{csrc}"]), bindings(folder, name, csrc)]
+    kernel = "hopper" if file.startswith("hopper") else "linear"
+    jobs = [(HERE / f"one_{kernel}.cu", csrc / f"one_{kernel}.o", [f"-I{csrc}"]), bindings(folder, name, csrc)]
     compile_all(jobs)
-    rest = [objects / f"{stem}.o" for stem in ("sim", "product", "dy_pass", "linear_f16")]
+    stems = {"sim", *(source.stem for source in CSRC.glob("*.cu"))} - {f"{kernel}_bf16"}
+    rest = [objects / f"{stem}.o" for stem in sorted(stems)]
     return link([target for _, target, _ in jobs] + rest, folder / f"{name}.so")

@@ -1,0 +1,279 @@
+// the instructions of compute capability 9.0 that hopper.h is made of, a function each. tests/cuda/sim_hopper.h defines
+// the same names on the host.
+//
+// addresses of shared memory are 32 bits here; with map_shared() also those of another block of the cluster.
+#pragma once
+
+#include "device.h"
+
+#ifdef EFFT_SIM
+#include "sim_hopper.h"
+#else
+
+#include <cuda.h>
+
+// code of these instructions is compiled for sm_90a only; elsewhere the kernels are empty, and never launched
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define EFFT_HOPPER
+#endif
+
+namespace efft::cuda {
+
+using TensorMap = CUtensorMap;
+
+// -- barriers: count arrivals and bytes, and flip a phase when all have come ------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// the copy engine and the other blocks see barriers that were made before this
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// arrives, and lets the phase wait for so many bytes more
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// arrives at the barrier that block `rank` of the cluster has at the same place
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// until the phase of this parity is over. what others wrote before they arrived is seen then
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// `threads` threads of the block, of whole warps; id 1 to 15
+__device__ __forceinline__ void group_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// -- the cluster ------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// all threads of all blocks of the cluster
+__device__ __forceinline__ void cluster_sync() {
+  __syncwarp();  // a warp arrives as one
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// 16 bytes to another block, whose barrier counts them; both addresses mapped
+__device__ __forceinline__ void store_async(uint32_t to, const float* v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+               : "memory");
+}
+
+// registers per thread, from now on, for all threads of a warpgroup
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// -- the copy engine --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// a box of the matrix from (row, col) on, zeros beyond its ends; the barrier counts its bytes
+__device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// the same to one place in all blocks of `mask`, and to the barrier of each
+__device__ __forceinline__ void tma_load_all(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier,
+                                             int mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(to),
+      "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"(uint16_t(mask))
+      : "memory");
+}
+
+// a box back to the matrix, but for what is beyond its ends. the caller commits
+__device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t from, int col, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col), "r"(row),
+               "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// until all but the last N groups of stores of this thread have read shared memory
+template <int N>
+__device__ __forceinline__ void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+// for the copy engine: what this thread stored is there once it has fenced
+__device__ __forceinline__ void store_shared(void* to, uint32_t v) { *static_cast<uint32_t*>(to) = v; }
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// -- the tensor cores: a warpgroup's products, of tiles that stay in shared memory --------------------------------------
+
+// registers and shared memory as they are now, before the products that follow
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// until all but the last N groups are done
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// keeps the compiler from moving what is done with these registers across this line: it does not see that a product
+// goes on changing them
+template <int COUNT>
+__device__ __forceinline__ void hold(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <class T, int N>
+struct Wgmma;
+
+#define EFFT_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define EFFT_F8 EFFT_8(0)
+#define EFFT_F16 EFFT_F8, EFFT_8(8)
+#define EFFT_F64 EFFT_F16, EFFT_8(16), EFFT_8(24), EFFT_8(32), EFFT_8(40), EFFT_8(48), EFFT_8(56)
+#define EFFT_F96 EFFT_F64, EFFT_8(64), EFFT_8(72), EFFT_8(80), EFFT_8(88)
+#define EFFT_F128 EFFT_F96, EFFT_8(96), EFFT_8(104), EFFT_8(112), EFFT_8(120)
+#define EFFT_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define EFFT_D16 EFFT_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define EFFT_D64                                                                                                       \
+  EFFT_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41," \
+           "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define EFFT_D96                                                                                                       \
+  EFFT_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
+           "%90,%91,%92,%93,%94,%95"
+#define EFFT_D128                                                                                                      \
+  EFFT_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,"    \
+           "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// d [64, N] (+)= a [64, 16] @ b [16, N], of the registers REGS = N / 2 and the operands after them
+//   shared     a and b by descriptors, a k-major; d is overwritten unless `add`
+//   registers  a in registers
+#define EFFT_WGMMA(T, TYPE, N, REGS, O0, O1, O2, O3, O4, O5)                                                           \
+  template <>                                                                                                          \
+  struct Wgmma<T, N> {                                                                                                 \
+    template <bool B_K_MAJOR>                                                                                          \
+    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b, int add) {                 \
+      asm volatile(                                                                                                    \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %" O2 ", 0;\n"                                                         \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS "}, %" O0 ", %" O1         \
+          ", add, 1, 1, 0, %" O3 ";\n}"                                                                                \
+          : EFFT_F##REGS                                                                                               \
+          : "l"(a), "l"(b), "r"(add), "n"(int(!B_K_MAJOR)));                                                           \
+    }                                                                                                                  \
+    template <bool B_K_MAJOR>                                                                                          \
+    static __device__ __forceinline__ void registers(float (&d)[REGS], const uint32_t (&a)[4], uint64_t b) {           \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS "}, {%" O0 ", %"  \
+                   O1 ", %" O2 ", %" O3 "}, %" O4 ", 1, 1, 1, %" O5 ";"                                                \
+                   : EFFT_F##REGS                                                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(!B_K_MAJOR)));                        \
+    }                                                                                                                  \
+  };
+
+#define EFFT_WGMMAS(T, TYPE)                                              \
+  EFFT_WGMMA(T, TYPE, 16, 8, "8", "9", "10", "11", "12", "13")            \
+  EFFT_WGMMA(T, TYPE, 32, 16, "16", "17", "18", "19", "20", "21")         \
+  EFFT_WGMMA(T, TYPE, 128, 64, "64", "65", "66", "67", "68", "69")        \
+  EFFT_WGMMA(T, TYPE, 192, 96, "96", "97", "98", "99", "100", "101")      \
+  EFFT_WGMMA(T, TYPE, 256, 128, "128", "129", "130", "131", "132", "133")
+
+EFFT_WGMMAS(Bf16, "bf16")
+EFFT_WGMMAS(F16, "f16")
+
+#undef EFFT_WGMMAS
+#undef EFFT_WGMMA
+
+// -- the host's part --------------------------------------------------------------------------------------------------
+
+// how boxes of a matrix of 16-bit numbers are copied; null, or why not
+inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride, int box_rows,
+                            int box_cols, int swizzle_bytes) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    // the driver's, found at run time: the library is loaded, and built, where there is none
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  }();
+  if (!encode) return "this driver has no tensor maps";
+  const cuuint64_t sizes[] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[] = {cuuint64_t(row_stride) * 2};
+  const cuuint32_t box[] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, steps[] = {1, 1};
+  const CUtensorMapSwizzle swizzle = swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
+  // of 16-bit numbers only the bits are copied: bfloat16 serves for both
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "a tensor map was refused";
+}
+
+// multiprocessors of the current device, or 0
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
+
+// as launch(), in clusters of `cluster` blocks side by side
+template <class Arguments>
+const char* launch_clusters(void (*kernel)(Arguments), int blocks, int cluster, int threads, int shared, void* stream,
+                            const Arguments& g) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared), config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute, config.numAttrs = 1;
+    error = cudaLaunchKernelEx(&config, kernel, g);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace efft::cuda
+
+#endif
