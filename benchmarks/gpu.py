@@ -5,13 +5,13 @@
     python benchmarks/ship_tables.py benchmarks/results/<gpu>
 
 What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time.
-A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed. Steps that are not
-run again keep their outcome in gpu.json, if it is of the same commit, machine and versions.
+A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed. Steps that are
+not run again keep their outcome in gpu.json, if it is of the same commit, machine and versions.
 
-What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last command
-puts it into efft_kernels/kernels/triton_configs.json and cuda_configs.json, with `proven` as far as the records show it.
-Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves, which
-`--only forward_vit_b train_step_auto` into another folder shows.
+What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last
+command puts it into efft_kernels/kernels/triton_configs.json and cuda_configs.json, with `proven` as far as the records
+show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves, which
+`--only build forward_vit_b train_step_auto --out DIR` shows.
 """
 
 import argparse

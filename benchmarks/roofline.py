@@ -4,8 +4,8 @@
     python benchmarks/roofline.py --format svg FOLDER/forward.json OTHER/forward.json
 
 A point is a Linear of the model in one way of computing it. Its intensity and its FLOP/s count what the adapted Linear
-cannot do without (shapes.py, work), whatever the way does beside that: points above each other are one Linear, and their
-heights compare as their times do. The roof is the record's `limits`; where those are a data sheet's, what a dense
+cannot do without (shapes.py, work), whatever the way does beside that: points above each other are one Linear, and
+their heights compare as their times do. The roof is the record's `limits`; where those are a data sheet's, what a dense
 product and a copy reached on the machine is drawn too.
 """
 
@@ -117,14 +117,11 @@ def draw(record: dict, path: Path) -> None:
         panel(axis, found.get((dtype, part), []), roofs(record, dtype), f"{part}, {dtype}")
     shown = {point.row["variant"] for points in found.values() for point in points}
     kinds = {point.row["layer"].rpartition(".")[2] for points in found.values() for point in points}
+    kind_of = lambda marker: {"marker": marker, "color": "#777777", "markerfacecolor": "none", "linestyle": ""}
     handles = [
-        plt.Line2D([], [], color=way.colour, marker="D", linestyle="", markerfacecolor=way.colour if way.filled else "none",
-                   label=way.label) for name, way in WAYS.items() if name in shown
-    ]  # fmt: skip
-    handles += [
-        plt.Line2D([], [], color="#777777", marker=marker, linestyle="", markerfacecolor="none", label=kind)
-        for kind, marker in MARKERS.items() if kind in kinds
-    ]  # fmt: skip
+        *(plt.Line2D([], [], label=way.label, **mark(way, "D")) for name, way in WAYS.items() if name in shown),
+        *(plt.Line2D([], [], label=kind, **kind_of(marker)) for kind, marker in MARKERS.items() if kind in kinds),
+    ]
     height, words = figure.get_figheight(), textwrap.wrap(note(record), int(18 * figure.get_figwidth()))
     foot = 0.1 + 0.14 * len(words)  # inches
     figure.tight_layout(rect=(0, (foot + 0.6) / height, 1, 1))
@@ -135,6 +132,12 @@ def draw(record: dict, path: Path) -> None:
     metadata = {"Date": None} if path.suffix == ".svg" else None
     report.write(path, lambda temporary: figure.savefig(temporary, metadata=metadata))
     plt.close(figure)
+
+
+def mark(way: Way, marker: str) -> dict:
+    """how matplotlib draws it"""
+    face = way.colour if way.filled else "none"
+    return {"marker": marker, "color": way.colour, "markerfacecolor": face, "markersize": 6, "linestyle": ""}
 
 
 def panel(axis, points: list[Point], roofs: list[Roof], title: str) -> None:
@@ -154,8 +157,9 @@ def panel(axis, points: list[Point], roofs: list[Roof], title: str) -> None:
         return
     for point in points:
         way = WAYS[point.row["variant"]]
-        axis.plot(point.intensity, point.gflops, MARKERS[point.row["layer"].rpartition(".")[2]], color=way.colour,
-                  markerfacecolor=way.colour if way.filled else "none", markersize=6, linestyle="", zorder=2.1 if way.filled else 2.2)  # fmt: skip
+        marker = MARKERS[point.row["layer"].rpartition(".")[2]]
+        # those that are not filled in front, so that they hide nothing
+        axis.plot(point.intensity, point.gflops, zorder=2.1 if way.filled else 2.2, **mark(way, marker))
     ridges = [roof.gflops / roof.gbytes for roof in roofs]
     ends = [min(*ridges, *(p.intensity for p in points)) / 1.5, max(*ridges, *(p.intensity for p in points)) * 1.5]
     for roof, ridge in zip(roofs, ridges):
@@ -198,7 +202,8 @@ def note(record: dict) -> str:
     gpu = machine.get("gpu") if given.get("device") == "cuda" else None
     name = gpu["name"] if gpu else f"{machine.get('cpu')}, {machine.get('threads')} threads"
     sizes = list(dict.fromkeys(row["size"] for row in record["results"]))
-    parts = [f"{given.get('model')}, {', '.join(sizes[:3])}{' ...' if len(sizes) > 3 else ''}, rank {given.get('rank')}"]
+    more = " ..." if len(sizes) > 3 else ""
+    parts = [f"{given.get('model')}, {', '.join(sizes[:3])}{more}, rank {given.get('rank')}"]
     parts += [name, f"torch {record.get('versions', {}).get('torch')}", f"limits: {record['limits'].get('source')}"]
     return "; ".join(parts + [] if record.get("complete", True) else [*parts, "interrupted, partial"])
 
@@ -206,7 +211,7 @@ def note(record: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("records", nargs="+", type=Path, metavar="FILE", help="forward.json of bench_forward.py")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="of the chart, beside each file (default: png)")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="of the charts (default: png)")
     args = parser.parse_args(argv)
     failed = False
     for path in args.records:

@@ -116,7 +116,7 @@ class Tuner(NamedTuple):
         right: Tensor | tuple[Tensor, ...] | list[Tensor],  # what it must give
         cannot_run: tuple[type[Exception], ...] = (),
     ) -> dict | None:
-        """the candidate with which the call is fastest, {use, ms}, among those that the chip can run; it stays in use"""
+        """the candidate with which the call is fastest, {use, ms}, of those that the chip can run; it stays in use"""
         best = None
         for candidate in candidates:
             # a time stands beside every entry of a table; it is not known yet
