@@ -360,7 +360,7 @@ const char* launch_hopper(const Linear& g, void* stream) {
   if (!error) error = make_map(&h.y, g.y, g.M, g.N, g.N, 64, PART_COLS, PART_LINE);
   if (error) return error;
   const int sets = cdiv(g.M, Tile::BM) * cdiv(cdiv(g.N, BN), Tile::CLUSTER), there = multiprocessors() / Tile::CLUSTER;
-  if (!there) return "no multiprocessors were found";
+  if (!there) return "this kernel is for compute capability 9.0";
   const auto kernel = hopper_linear_kernel<T, Tile, W_K_MAJOR, LOW_K_MAJOR>;
   return launch_clusters(kernel, (sets < there ? sets : there) * Tile::CLUSTER, Tile::CLUSTER, HOPPER_THREADS, Tile::SHARED,
                          stream, h);

@@ -249,11 +249,14 @@ inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int6
   return result == CUDA_SUCCESS ? nullptr : "a tensor map was refused";
 }
 
-// multiprocessors of the current device, or 0
+// multiprocessors of the current device, or 0 if it is not of compute capability 9.0
 inline int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+  int device = 0, major = 0, minor = 0, count = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known && major == 9 && minor == 0 ? count : 0;
 }
 
 // as launch(), in clusters of `cluster` blocks side by side

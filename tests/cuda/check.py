@@ -47,6 +47,8 @@ def build() -> Path:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    if "C7510" in done.stdout + done.stderr:
+        sys.exit(f"products of the tensor cores wait for one another:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return next(folder.glob("efft_kernels/_cuda*.so"))
 
 
@@ -68,7 +70,8 @@ def kernels(library: Path) -> dict[str, dict[str, dict]]:
             name = label(match[1])
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
             numbers = [int(number) for number in match.groups()]
-            found.setdefault(arch, {})[name] = {"registers": numbers[0], "stack": numbers[1] + numbers[2]}
+            if not name.startswith("hopper") or arch == "sm_90a":  # elsewhere it is empty, and never launched
+                found.setdefault(arch, {})[name] = {"registers": numbers[0], "stack": numbers[1] + numbers[2]}
     return found
 
 
@@ -102,6 +105,7 @@ def main() -> int:
     for arch, of_arch in found.items():
         for name, numbers in sorted(of_arch.items()):
             wrong = faults(numbers, budget["kernels"].get(arch, {}).get(name, {}) if same else None)
+            wrong += ["empty"] * (name.startswith("hopper") and numbers["registers"] < 100)
             bad += bool(wrong)
             print(f"{arch:8}{name:72}{numbers['registers']:4} registers{'  FAULT: ' * bool(wrong)}{'; '.join(wrong)}")
     if missing := {"sm_80", "sm_90a", "sm_100"} - set(found):
