@@ -10,8 +10,8 @@ not run again keep their outcome in gpu.json, if it is of the same commit, machi
 
 What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last
 command puts it into efft_kernels/kernels/triton_configs.json and cuda_configs.json, with `proven` as far as the records
-show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves, which
-`--only build forward_vit_b train_step_auto --out DIR` shows.
+show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves. What
+that makes of whole steps is seen by `--only build forward_vit_b train_step_auto --out DIR`.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Of each backend the tuned entries, and `proven`, which lets it be chosen automatically on that GPU, as far as the
 records show it: clean and complete runs in which it was there, the tests and both sanitizers passed, and it was faster
-than plain torch. triton is then chosen for sizes that were not measured too, and must be faster in every sum over a model's
-Linears; cuda only where its table says so, and must be in one Linear.
+than plain torch. triton is then chosen for sizes that were not measured too, and must be faster in every sum over a
+model's Linears; cuda only where its table says so, and must be in one Linear.
 """
 
 import argparse

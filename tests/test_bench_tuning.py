@@ -1,4 +1,4 @@
-"""benchmarks/tune_shapes.py and ship_tables.py: from the sizes of models to entries, from records to what is shipped."""
+"""benchmarks/tune_shapes.py and ship_tables.py: from sizes of models to entries, from records to what is shipped."""
 
 import json
 import re
