@@ -61,7 +61,7 @@ def test_time_is_up(monkeypatch, capsys):
 GPU, ENTRY = "Some GPU", {"lowrank_linear half M1 N2 K3 R16": {"use": {}, "ms": 1.0, "torch_ms": 2.0}}
 
 
-class Session:
+class Recorded:
     """what gpu.py leaves in a folder, all of it good"""
 
     def __init__(self, root: Path):
@@ -89,7 +89,7 @@ class Session:
 
 
 @pytest.fixture
-def session(tmp_path, monkeypatch) -> Session:
+def recorded(tmp_path, monkeypatch) -> Recorded:
     monkeypatch.setattr(ship_tables, "ROOT", tmp_path)
     for table in ship_tables.TABLES.values():
         copy = tmp_path / table.shipped.name
@@ -97,7 +97,7 @@ def session(tmp_path, monkeypatch) -> Session:
         copy.write_text(json.dumps(content))
         monkeypatch.setattr(table, "shipped", copy)
         table.forget()
-    yield Session(tmp_path)
+    yield Recorded(tmp_path)
     monkeypatch.undo()
     for table in ship_tables.TABLES.values():
         table.forget()
@@ -107,8 +107,8 @@ def shipped() -> dict[str, dict]:
     return {backend: json.loads(t.shipped.read_text())["gpus"] for backend, t in ship_tables.TABLES.items()}
 
 
-def test_what_is_proven_is_shipped_with_its_records(session, capsys):
-    assert session.ship() == 0
+def test_what_is_proven_is_shipped_with_its_records(recorded, capsys):
+    assert recorded.ship() == 0
     record = "benchmarks/results/some_gpu"
     proven = {"tests": f"{record}/gpu.json", "benchmark": f"{record}/vit_b/forward.json"}
     for backend, gpus in shipped().items():
@@ -116,11 +116,11 @@ def test_what_is_proven_is_shipped_with_its_records(session, capsys):
         assert ship_tables.TABLES[backend].unproven(GPU, backend) is None
     assert "cuda: 1 tuned entries of an Some GPU\n" in capsys.readouterr().out
     before = shipped()
-    assert session.ship() == 0 and shipped() == before
+    assert recorded.ship() == 0 and shipped() == before
 
 
-def forward(session):
-    return session.files["vit_b/forward.json"]
+def forward(recorded):
+    return recorded.files["vit_b/forward.json"]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def forward(session):
         (lambda s: s.files.pop("vit_b/forward.json"), "cuda", "benchmark", "no .*forward.json shows"),
     ],
 )  # fmt: skip
-def test_what_is_not_on_record_is_not_proven(spoil, backend, missing, said, session, capsys):
-    spoil(session)
-    assert session.ship() == 0
+def test_what_is_not_on_record_is_not_proven(spoil, backend, missing, said, recorded, capsys):
+    spoil(recorded)
+    assert recorded.ship() == 0
     found = shipped()[backend][GPU]
     assert found["tuned"] == ENTRY and set(found["proven"]) == {"tests", "benchmark"} - {missing}
     assert ship_tables.TABLES[backend].unproven(GPU, backend)
@@ -159,25 +159,25 @@ def test_what_is_not_on_record_is_not_proven(spoil, backend, missing, said, sess
         ("vit_b/forward.json", {"complete": True}, None),
     ],
 )
-def test_a_file_that_does_not_fit_ships_nothing(name, content, said, session, capsys):
-    session.files[name] = content
+def test_a_file_that_does_not_fit_ships_nothing(name, content, said, recorded, capsys):
+    recorded.files[name] = content
     before = shipped()
     if said is None:  # no proof, but no harm to what was tuned
-        assert session.ship() == 0 and "benchmark not on record" in capsys.readouterr().out
+        assert recorded.ship() == 0 and "benchmark not on record" in capsys.readouterr().out
         return
-    assert session.ship() == 1 and shipped() == before
-    assert re.search(f"{session.folder / name}: .*{said}", capsys.readouterr().err)
+    assert recorded.ship() == 1 and shipped() == before
+    assert re.search(f"{recorded.folder / name}: .*{said}", capsys.readouterr().err)
 
 
-def test_one_backend_alone(session, capsys):
-    del session.files["tables/cuda_configs.json"]
-    assert session.ship() == 0
+def test_one_backend_alone(recorded, capsys):
+    del recorded.files["tables/cuda_configs.json"]
+    assert recorded.ship() == 0
     found = shipped()
     assert GPU in found["triton"] and GPU not in found["cuda"]
     assert "cuda: nothing tuned" in capsys.readouterr().out
 
 
-def test_a_folder_elsewhere(tmp_path_factory, session, capsys):
+def test_a_folder_elsewhere(tmp_path_factory, recorded, capsys):
     assert ship_tables.main([str(tmp_path_factory.mktemp("elsewhere"))]) == 1
     assert "expected a folder of" in capsys.readouterr().err
 
