@@ -1,10 +1,17 @@
-"""All that a machine with a GPU is needed for, in one go: build, tests, sanitizers, benchmarks, a table of what came.
+"""All that a machine with a GPU is needed for, in one go: build, tests, sanitizers, tuning, benchmarks, a table of it.
 
-    python benchmarks/gpu.py                            # an hour or so; benchmarks/results/<gpu>/
+    python benchmarks/gpu.py                            # hours; benchmarks/results/<gpu>/
     python benchmarks/gpu.py --only build tests         # some of the steps
+    python benchmarks/ship_tables.py benchmarks/results/<gpu>
 
 What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time.
-A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed.
+A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed. Steps that are
+not run again keep their outcome in gpu.json, if it is of the same commit, machine and versions.
+
+What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last
+command puts it into efft_kernels/kernels/triton_configs.json and cuda_configs.json, with `proven` as far as the records
+show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves. What
+that makes of whole steps is seen by `--only build forward_vit_b train_step_auto --out DIR`.
 """
 
 import argparse
@@ -27,6 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("vit_b", "vit_l", "swin_t")
 LAST_LINES = 15  # of what a step prints, that are kept
 
 
@@ -45,6 +53,9 @@ def steps(out: Path) -> list[Step]:
     sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
     forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]
     train = [python, f"{here}/bench_train_step.py", *sizes, "--seconds", "300"]
+    tuning = [python, f"{here}/tune_shapes.py", "--model", *MODELS, "--batch", "64", "--rank", "16"]
+    # what is tuned here, and nothing that stands in the tables of the person who runs this
+    tables = {"EFFT_CACHE": str(out / "tables")}
     # without torch's cache every tensor is an allocation of its own, whose ends are watched
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
@@ -52,12 +63,16 @@ def steps(out: Path) -> list[Step]:
         Step("tests", [python, "-m", "pytest", "-q"]),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
+        Step("tune_cuda", [*tuning, "--backend", "cuda"], tables),
+        # hundreds of tiles for each size, each of them compiled once
+        Step("tune_triton", [*tuning, "--backend", "triton", "--seconds", "2400"], tables),
         *(
-            Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)])
-            for model in ("vit_b", "vit_l", "swin_t")
+            Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)], tables)
+            for model in MODELS
         ),
+        Step("roofline", [python, f"{here}/roofline.py", *(str(out / model / "forward.json") for model in MODELS)]),
         *(
-            Step(f"train_step_{name}", [*train, *backend, "--out", str(out / f"train_{name}")])
+            Step(f"train_step_{name}", [*train, *backend, "--out", str(out / f"train_{name}")], tables)
             for name, backend in (("auto", []), ("triton", ["--backend", "triton"]), ("cuda", ["--backend", "cuda"]))
         ),
     ]
@@ -79,12 +94,24 @@ def run(step: Step) -> dict:
     return record | {"outcome": outcome, "seconds": round(time.perf_counter() - start, 1), "end": "\n".join(lines)}
 
 
+def earlier(path: Path, record: dict) -> dict[str, dict]:
+    """{step: its record} of a run of other steps under the same conditions"""
+    try:
+        found = json.loads(path.read_text())
+        same = all(found[key] == record[key] for key in ("format", "machine", "versions", "commit"))
+        return {step["step"]: step for step in found["steps"]} if same else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a file that this script wrote, or none: {error!r}") from error
+
+
 def ratios(folder: Path) -> list[list[str]]:
     """[file, size and pass, ours over each reference] of every summary below the folder"""
     rows = []
     for path in sorted(folder.glob("*/*.json")):
         record = json.loads(path.read_text())
-        for summary in record["summary"]:
+        for summary in record.get("summary", []):  # a table has none
             found = summary.get("efft_ratio") or summary.get("efft2_ratio") or {}
             what = " ".join(str(summary[key]) for key in ("size", "dtype", "pass") if key in summary)
             against = ", ".join(f"{value:.2f} x {name}" for name, value in found.items())
@@ -106,12 +133,17 @@ def main(argv: list[str] | None = None) -> int:
     report.prepare(out)
     record = {"benchmark": "gpu", "format": report.FORMAT, "machine": machine, "versions": report.versions()}
     record |= {"commit": report.commit(), "steps": []}
+    try:
+        done = earlier(out / "gpu.json", record) if args.only else {}
+    except ValueError as error:
+        parser.error(str(error))
     for step in steps(out):
         if args.only and step.name not in args.only:
             continue
-        record["steps"].append(run(step))
+        done[step.name] = run(step)
+        record["steps"] = [done[name] for name in names if name in done]
         report.write_json(out / "gpu.json", record)
-        if step.name == "build" and record["steps"][-1]["outcome"] == "failed":
+        if step.name == "build" and done["build"]["outcome"] == "failed":
             break
     rows = [[s["step"], s["outcome"], f"{s['seconds']:.0f} s", s["end"].rpartition("\n")[2]] for s in record["steps"]]
     print("\n" + report.table(["step", "outcome", "time", "last line"], rows))

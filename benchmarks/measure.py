@@ -192,6 +192,7 @@ class Limits(NamedTuple):
     gemm: dict[str, float]  # the best dense product seen in that dtype; on a CPU flops may come from a wider dtype
     bandwidth: float  # bytes per second
     source: str
+    copy: float | None = None  # bytes per second of a copy in memory, where bandwidth is not from one
 
 
 # data sheets, dense: bfloat16 and float16 TFLOP/s (tensor cores), float32 TFLOP/s (TF32 off), TB/s; longer names first
@@ -211,13 +212,17 @@ _GPUS = {
 
 
 def limits(device: str, dtypes: list[str]) -> Limits:
-    """What the machine can do: from a data sheet for a GPU that is listed, measured otherwise (a second or two)."""
+    """What the machine can do: from a data sheet for a GPU that is listed, measured otherwise (a second or two).
+
+    gemm is measured in any case, and so is copy beside a data sheet.
+    """
     if device == "cuda":
         model = torch.cuda.get_device_name()
         for name, (half, single, bandwidth) in _GPUS.items():
             if name in model:
                 flops = {d: (single if d == "float32" else half) * 1e12 for d in dtypes}
-                return Limits(flops, flops, bandwidth * 1e12, f"data sheet of the {name}")
+                gemm = {d: _best_gemm(device, getattr(torch, d)) for d in dtypes}
+                return Limits(flops, gemm, bandwidth * 1e12, f"data sheet of the {name}", _best_copy(device))
     gemm = {dtype: _best_gemm(device, getattr(torch, dtype)) for dtype in {*dtypes, "float32"}}
     # a CPU without instructions for a narrow dtype can still widen it: its limit is the faster of the two
     flops = {dtype: max(gemm[dtype], gemm["float32"]) for dtype in dtypes}

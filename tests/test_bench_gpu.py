@@ -15,13 +15,21 @@ sys.path.append(str(BENCHMARKS))
 import bench_forward  # noqa: E402
 import bench_train_step  # noqa: E402
 import gpu  # noqa: E402
+import tune_shapes  # noqa: E402
 
 
 def test_every_step_names_what_is_there(tmp_path, monkeypatch):
     # as on a machine with a GPU: the benchmarks' own command lines take what they are given
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     steps = gpu.steps(tmp_path)
-    assert [s.name for s in steps[:4]] == ["build", "tests", "memcheck", "racecheck"]
+    checks = ["build", "tests", "memcheck", "racecheck"]
+    models = [f"forward_{model}" for model in gpu.MODELS]
+    assert [s.name for s in steps[:10]] == [*checks, "tune_cuda", "tune_triton", *models, "roofline"]
+    for step in steps[4:]:
+        # the benchmarks go by what was tuned, and nothing else does
+        assert step.name == "roofline" or step.environment == {"EFFT_CACHE": str(tmp_path / "tables")}
+    tuned = []
+    monkeypatch.setattr(tune_shapes, "tune", lambda shapes, dtype, backend: tuned.append((*shapes, backend)) or {})
     for step in steps:
         files = [part for part in step.command if part.endswith(".py")]
         assert all((gpu.ROOT / file).exists() for file in files), files
@@ -32,6 +40,16 @@ def test_every_step_names_what_is_there(tmp_path, monkeypatch):
         elif step.name.startswith("train_step"):
             known = ["merged", "efft2"]
             assert bench_train_step.parser("", known, "").parse_args(arguments).device == "cuda"
+        elif step.name.startswith("tune"):
+            assert tune_shapes.main(arguments) == 0
+    written = [part for step in steps if step.name in models for part in step.command if part.startswith(str(tmp_path))]
+    assert steps[9].command[-3:] == [f"{folder}/forward.json" for folder in written]
+    # every Linear that the benchmarks time, for both backends
+    assert len(tuned) == len(set(tuned))
+    for backend in ("cuda", "triton"):
+        assert {(12608, 768, 2304, 16), (12608, 1024, 1024, 16), (200704, 96, 288, 16)} <= {
+            shape for shape, tuned_for in tuned if tuned_for == backend
+        }
 
 
 def test_outcomes(tmp_path):
@@ -44,10 +62,40 @@ def test_outcomes(tmp_path):
     assert missing["outcome"] == "not run" and "no-such-program is not on PATH" in missing["end"]
 
 
+def test_steps_that_are_not_run_again_keep_their_outcome(tmp_path, monkeypatch, capsys):
+    machine = {"gpu": {"name": "Some GPU"}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.report, "machine", lambda: machine)
+    monkeypatch.setattr(gpu, "run", lambda step: {"step": step.name, "outcome": outcome, "seconds": 0.0, "end": ""})
+    commit = {"id": "a", "dirty": False}
+    monkeypatch.setattr(gpu.report, "commit", lambda: commit)
+
+    def outcomes(*only):
+        code = gpu.main(["--out", str(tmp_path), *(("--only", *only) if only else ())])
+        steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+        return code, {step["step"]: step["outcome"] for step in steps}
+
+    outcome = "passed"
+    assert outcomes("roofline", "tests") == (0, {"tests": "passed", "roofline": "passed"})
+    outcome = "failed"
+    assert outcomes("memcheck") == (1, {"tests": "passed", "memcheck": "failed", "roofline": "passed"})
+    commit["id"] = "b"
+    outcome = "passed"
+    assert outcomes("memcheck") == (0, {"memcheck": "passed"})
+    code, found = outcomes()
+    assert code == 0 and list(found) == [step.name for step in gpu.steps(tmp_path)]
+    (tmp_path / "gpu.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--only", "tests"])
+    assert "gpu.json: expected a file that this script wrote" in capsys.readouterr().err
+
+
 def test_table_of_the_ratios(tmp_path):
     rows = [{"size": "batch 64", "dtype": "bfloat16", "pass": "forward", "efft_ratio": {"merged": 1.25, "peft": 0.5}}]
     (tmp_path / "vit_b").mkdir()
     (tmp_path / "vit_b" / "forward.json").write_text(json.dumps({"summary": rows}))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "cuda_configs.json").write_text(json.dumps({"format": 1, "gpus": {}}))
     assert gpu.ratios(tmp_path) == [["vit_b/forward.json", "batch 64 bfloat16 forward", "1.25 x merged, 0.50 x peft"]]
 
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from efft_kernels.kernels import triton_kernels as kernels  # noqa: E402
-from efft_kernels.kernels.tune import forget, tune  # noqa: E402
+from efft_kernels.kernels.tune import tune  # noqa: E402
 
 if kernels.INTERPRETED:
     from interpreter import repair_bf16
@@ -39,9 +39,9 @@ def own_table(monkeypatch, tmp_path):
     """no test reads or writes the table of the person who runs it"""
     with monkeypatch.context() as patch:
         patch.setenv("EFFT_CACHE", str(tmp_path))
-        forget()
+        kernels.TABLE.forget()
         yield tmp_path / "triton_configs.json"
-    forget()
+    kernels.TABLE.forget()
 
 
 def force(monkeypatch, single: bool) -> None:
@@ -264,7 +264,7 @@ def test_which_way_p_is_formed(M, N, K, R, dup, expected):
 @pytest.mark.parametrize("way", [True, False])
 def test_the_tuned_way_is_that_of_a_product_without_dup(way, monkeypatch):
     """tuning compares the two ways of the forward; a pass over dy that dup needs anyway gives p for nothing"""
-    monkeypatch.setattr(kernels, "tuned", lambda name, key: {"single_pass": way, "use": {"BN": 128}})
+    monkeypatch.setattr(kernels.TABLE, "tuned", lambda name, key: {"single_pass": way, "use": {"BN": 128}})
     monkeypatch.setattr(kernels, "single_pass", lambda *sizes: not way)
     ask = lambda dup: kernels.strategy.__wrapped__("A tuned GPU", "sm_90", "half", 12608, 768, 768, 16, dup)
     assert ask(False) is way and ask(True) is not way
@@ -303,7 +303,7 @@ def test_refusals(device):
 
 
 def test_every_default_is_complete():
-    shipped = json.loads(kernels.SHIPPED.read_text())
+    shipped = json.loads(kernels.TABLE.shipped.read_text())
     sizes = itertools.product([1, 197, 12608, 200704], [7, 96, 768, 3072], [1, 17, 64, 256], ["half", "tf32", "fp32"])
     for arch, (M, N, R, kind) in itertools.product(shipped["defaults"], sizes):
         for kernel in shipped["defaults"][arch]:
@@ -317,7 +317,7 @@ def test_every_default_is_complete():
 def test_a_gpu_is_chosen_by_itself_only_on_record(monkeypatch):
     if kernels.INTERPRETED:
         assert "interpreter" in kernels.unproven()
-    shipped, user = kernels.tables()
+    shipped, user = kernels.TABLE.read()
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "INTERPRETED", False)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -328,7 +328,7 @@ def test_a_gpu_is_chosen_by_itself_only_on_record(monkeypatch):
             ({"tests": "passed", "benchmark": "benchmarks/results/some.json"}, None),
         ):
             table = shipped | {"gpus": {"Some GPU": {"proven": proven}}}
-            patch.setattr(kernels, "tables", lambda: (table, user))
+            patch.setattr(kernels.TABLE, "read", lambda: (table, user))
             reason = kernels.unproven()
             assert reason is None if missing is None else missing in reason and "Some GPU" in reason
 
@@ -358,7 +358,7 @@ def test_tuning_keeps_the_fastest_for_later(device, own_table):
     assert json.loads(own_table.read_text())["gpus"][name]["tuned"] == found
     # another shape leaves the first one's entries in place
     tune([(16, 48, 80, 5)], torch.float16, candidates=candidates, bench=lambda call: next(times))
-    assert found.items() <= kernels.tables()[1][name]["tuned"].items()
+    assert found.items() <= kernels.TABLE.read()[1][name]["tuned"].items()
     x, weight, bias, down, up, dy = make(40, 48, 64, 5, torch.float16, device)
     for kernel, sizes in (("single_pass", (40, 64, 48, 5)), ("dy_pass", (40, 64, 0, 5))):
         use = kernels.config(kernel, x, *sizes)
@@ -381,4 +381,4 @@ def test_tuning_refuses_a_wrong_result(device, own_table, monkeypatch):
 def test_a_table_that_does_not_fit_is_ignored_with_a_warning(text, own_table):
     own_table.write_text(text)
     with pytest.warns(UserWarning, match="triton_configs.json"):
-        assert kernels.tables()[1] == {}
+        assert kernels.TABLE.read()[1] == {}

@@ -1,8 +1,9 @@
 """CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that goes on over R.
 
 Built by setup.py where nvcc is found; for GPUs with 163 KiB of shared memory for a block or more, compute capability
-8.0, 9.0 and 10. Not yet run on a GPU: correct in a simulator of the instructions used (tests/test_cuda.py), compiled
-for all three (tests/cuda/check.py), they only run when named.
+8.0, 9.0 and 10. Correct in a simulator of the instructions used (tests/test_cuda.py), compiled for all three
+(tests/cuda/check.py). ``cuda_configs.json`` has what they were measured to do on GPUs, see tune.py: they are chosen
+automatically where it shows them right and faster than plain torch, and run elsewhere when named.
 """
 
 import functools
@@ -12,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .measured import Table, gpu, key
+
+TABLE = Table("cuda_configs.json")
 _PACKAGE = Path(__file__).resolve().parents[1]
 MAX_RANK = 256
 MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
@@ -49,7 +53,7 @@ def unavailable() -> str | None:
     reason = _load()[1]
     if not reason and not torch.cuda.is_available():
         reason = "it needs a CUDA GPU, and torch sees none"
-    return f"{reason} (not yet run on a GPU)" if reason else None
+    return f"{reason} (not yet run on a GPU)" if reason and not _has_run() else reason
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
@@ -92,12 +96,38 @@ def _rank(op: str, tensors: tuple) -> int:
     return tensors[2 if op.startswith("lowrank_add") else 3].shape[-1]
 
 
+def _has_run() -> bool:
+    """whether a run of the tests is on record for any GPU"""
+    return any(found.get("proven", {}).get("tests") for found in TABLE.read()[0]["gpus"].values())
+
+
 def unproven() -> str | None:
-    return "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
+    if not _has_run():
+        return "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
+    return TABLE.unproven(gpu(torch.cuda.current_device())[0], "cuda")
 
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
-    return "it has not been measured"
+    """None only where this op was measured at these sizes on this GPU, and was faster than plain torch"""
+    record = None
+    if op == "lowrank_linear":
+        x, weight, _, _, up = tensors
+        record = _record(op, x, weight.t(), len(up))
+    elif op == "lowrank_linear_backward" and all(t is not None for t in tensors):  # all that was measured
+        x, _, weight, _, up, _ = tensors
+        record = _record(op, x, weight, len(up))
+    if record is None:
+        return "it has not been measured"
+    if not _as_tuned(x) or not _as_tuned(weight):
+        return "it has not been measured with rows apart or not on 16 bytes"
+    if record.ms >= record.torch_ms:
+        return f"measured here: {record.ms} ms, torch {record.torch_ms} ms"
+    return None
+
+
+def _as_tuned(matrix: Tensor) -> bool:
+    """whether it is read as the contiguous ones are that tune.py makes: eight numbers at a time, if they can be"""
+    return _describable(matrix) if matrix.shape[1] % 8 == 0 else matrix.is_contiguous()
 
 
 # -- which kernel -----------------------------------------------------------------------------------------------------
@@ -156,13 +186,17 @@ def hopper_plan(M: int, N: int, R: int, w_k_major: bool, ridge: int) -> Plan:
     return Plan(single, True, hopper_tile(M, N, single))
 
 
-def _plan(x: Tensor, w: Tensor, R: int, dup: bool = False) -> Plan:
-    """for x [M, K] and y [M, N] = x @ w"""
+def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> Plan:
     M, N = len(x), w.shape[1]
-    rows = w.t() if w.stride(0) == 1 else w
-    if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and N % 8 == 0 and _describable(x) and _describable(rows):
-        return hopper_plan(M, N, R, rows is not w, RIDGE[9])
+    if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and _hopper_takes(x, w):
+        return hopper_plan(M, N, R, w.stride(0) == 1, RIDGE[9])
     return Plan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
+
+
+def _hopper_takes(x: Tensor, w: Tensor) -> bool:
+    """whether x, w and y have rows, of w either way round, on 16 bytes"""
+    rows = w.t() if w.stride(0) == 1 else w
+    return w.shape[1] % 8 == 0 and _describable(x) and _describable(rows)
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -174,6 +208,62 @@ def _describable(matrix: Tensor) -> bool:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+class Record(NamedTuple):
+    """What is on record for y [M, N] = x [M, K] @ w and R ranks"""
+
+    plan: Plan
+    ms: float  # the whole op with this plan
+    torch_ms: float  # plain torch, reference.py
+
+
+def plans(arch: str, R: int) -> list[Plan]:
+    """all that a GPU of this class can run, as far as the operands allow"""
+    tiles = [(False, tile, MAX_RANK_BESIDE) for tile in (SMALL_TILE, LARGE_TILE)]
+    if arch == "sm_90":
+        tiles += [(True, tile, HOPPER_RANK_BESIDE) for tile in HOPPER_TILES]
+    return [Plan(single, *found) for single in (True, False) for *found, beside in tiles if not single or R <= beside]
+
+
+def allows(x: Tensor, w: Tensor, plan: Plan) -> bool:
+    """whether the operands of y [M, N] = x [M, K] @ w are as this plan needs them"""
+    return not plan.hopper or _hopper_takes(x, w) and (w.stride(0) == 1 or not plan.single_pass)
+
+
+@TABLE.remembered
+def _on_record(op: str, name: str, arch: str, M: int, N: int, K: int, R: int) -> Record | None:
+    """ValueError for a plan that this GPU cannot run: a table that was made by hand, or by another version"""
+    entry = key(op, "half", M, N, K, R)
+    found = TABLE.tuned(name, entry)
+    if found is None:
+        return None
+    able = plans(arch, R)
+    if isinstance(found, dict) and all(isinstance(found.get(time), int | float) for time in ("ms", "torch_ms")):
+        for plan in able:
+            if found.get("use") == plan._asdict():
+                return Record(plan, found["ms"], found["torch_ms"])
+    raise ValueError(
+        f"{TABLE.source(name, entry)}: {entry!r} of {name} must have ms, torch_ms and as use one of "
+        f"{[plan._asdict() for plan in able]}, got {found}; tune again, or delete the entry"
+    )
+
+
+def _record(op: str, x: Tensor, w: Tensor, R: int) -> Record | None:
+    found = _on_record(op, *_gpu(x.device), len(x), w.shape[1], x.shape[1], R)
+    return found if found and allows(x, w, found.plan) else None
+
+
+def _gpu(device: torch.device) -> tuple[str, str]:
+    """(name, architecture class)"""
+    return gpu(device.index) if device.type == "cuda" else ("simulator", "simulator")
+
+
+def _plan(x: Tensor, w: Tensor, R: int, dup: bool = False) -> Plan:
+    """for x [M, K] and y [M, N] = x @ w: as measured for these sizes on this GPU if on record, else by the formula"""
+    # a product without dup is that of the forward, whatever the operands are
+    record = _record("lowrank_linear_backward" if dup else "lowrank_linear", x, w, R)
+    return record.plan if record else _formula(x, w, R, dup)
 
 
 @functools.cache

@@ -6,16 +6,14 @@ call. Under TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
 """
 
 import functools
-import json
-import os
-import warnings
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .measured import Table, gpu, key
 
 MAX_RANK = 256
 # offsets inside a tile, of 512 rows or columns at most, are 32-bit; the offset of the tile itself is 64-bit
@@ -903,41 +901,7 @@ def describable(matrix: Tensor) -> bool:
 
 # whether kernels run in triton's interpreter, which decorators decided when this file was imported
 INTERPRETED = not isinstance(p_kernel, triton.runtime.JITFunction)
-SHIPPED = Path(__file__).with_name("triton_configs.json")
-
-
-def user_table() -> Path:
-    """where tune.py keeps what it measured: $EFFT_CACHE, or efft_kernels in the user's cache folder"""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EFFT_CACHE") or Path(cache) / "efft_kernels") / "triton_configs.json"
-
-
-@functools.lru_cache(maxsize=None)
-def tables() -> tuple[dict, dict]:
-    """(the shipped table, the user's GPUs), read once; tune.forget() makes the next call read again"""
-    shipped = json.loads(SHIPPED.read_text())
-    try:
-        user = json.loads(user_table().read_text())
-        if user["format"] == shipped["format"]:
-            return shipped, user["gpus"]
-        reason = f"is of format {user['format']}, not {shipped['format']}"
-    except FileNotFoundError:
-        return shipped, {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"cannot be read: {error!r}"
-    warnings.warn(f"{user_table()} {reason}; it is ignored, tune again or delete it", stacklevel=2)
-    return shipped, {}
-
-
-@functools.lru_cache(maxsize=None)
-def gpu(index: int | None) -> tuple[str, str]:
-    """(name, architecture class) of a CUDA device; of the interpreter for None"""
-    if index is None:
-        return "interpreter", "interpreter"
-    major, minor = torch.cuda.get_device_capability(index)
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a program, the others 163 KiB or more
-    arch = "sm_86" if major in (8, 12) and (major, minor) != (8, 0) else f"sm_{min(major, 10) * 10}"
-    return torch.cuda.get_device_name(index), arch
+TABLE = Table("triton_configs.json")
 
 
 def kind_of(tensor: Tensor) -> str:
@@ -947,27 +911,13 @@ def kind_of(tensor: Tensor) -> str:
     return "tf32" if precision(tensor) == "tf32" else "fp32"
 
 
-def key(kernel: str, kind: str, M: int, N: int, K: int, R: int) -> str:
-    """how a tuned entry is found: M, which varies with the batch, by its power of two"""
-    return f"{kernel} {kind} M{triton.next_power_of_2(M)} N{N} K{K} R{block(R)}"
-
-
-def tuned(name: str, entry: str) -> dict | None:
-    """what was measured for this entry on a GPU of this name: the user's own, else the shipped"""
-    shipped, user = tables()
-    for gpus in (user, shipped["gpus"]):
-        if found := gpus.get(name, {}).get("tuned", {}).get(entry):
-            return found
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
+@TABLE.remembered
 def lookup(kernel: str, name: str, arch: str, kind: str, M: int, N: int, K: int, R: int) -> dict | None:
     """what to launch a kernel with: as tuned for this GPU if on record, else the first default row that matches"""
-    if found := tuned(name, key(kernel, kind, M, N, K, R)):
+    if found := TABLE.tuned(name, key(kernel, kind, M, N, K, R)):
         return found["use"]
     sizes = {"M": M, "N": N, "K": K, "R": block(R), "tiles": cdiv(M, 128) * cdiv(N, 128)}
-    for row in tables()[0]["defaults"][arch][kernel]:
+    for row in TABLE.read()[0]["defaults"][arch][kernel]:
         where = row["where"]
         if kind in where["kind"] and all(
             where.get(f"min_{size}", value) <= value <= where.get(f"max_{size}", value) for size, value in sizes.items()
@@ -981,7 +931,8 @@ def config(kernel: str, tensor: Tensor, M: int, N: int, K: int, R: int) -> dict:
     name, arch = gpu(tensor.device.index if tensor.is_cuda else None)
     found = lookup(kernel, name, arch, kind_of(tensor), M, N, K, R)
     if found is None:
-        raise LookupError(f"no configuration of {kernel} for {arch} {kind_of(tensor)} M{M} N{N} K{K} R{R} in {SHIPPED}")
+        entry = f"{kernel} for {arch} {kind_of(tensor)} M{M} N{N} K{K} R{R}"
+        raise LookupError(f"no configuration of {entry} in {TABLE.shipped}")
     return dict(found)
 
 
@@ -990,14 +941,14 @@ def prefers_single_pass(x: Tensor, N: int, R: int, dup: bool = False) -> bool:
     return strategy(*gpu(x.device.index if x.is_cuda else None), kind_of(x), *x.shape, N, R, dup)
 
 
-@functools.lru_cache(maxsize=4096)
+@TABLE.remembered
 def strategy(name: str, arch: str, kind: str, M: int, K: int, N: int, R: int, dup: bool) -> bool:
     use = lookup("single_pass", name, arch, kind, M, N, K, R)
     if use is None:  # the accumulator of p would not fit the registers beside that of y
         return False
-    if not dup and (found := tuned(name, key("lowrank_linear", kind, M, N, K, R))):
+    if not dup and (found := TABLE.tuned(name, key("lowrank_linear", kind, M, N, K, R))):
         return found["single_pass"]
-    return single_pass(M, N, K, R, use["BN"], tables()[0]["ridge"][arch], dup)
+    return single_pass(M, N, K, R, use["BN"], TABLE.read()[0]["ridge"][arch], dup)
 
 
 def unavailable() -> str | None:
@@ -1020,7 +971,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
             return "triton's interpreter multiplies bfloat16 wrongly"
     elif device.type != "cuda":
         return f"triton needs CUDA tensors, these are on {device}"
-    elif gpu(device.index)[1] not in tables()[0]["defaults"]:
+    elif gpu(device.index)[1] not in TABLE.read()[0]["defaults"]:
         return f"triton kernels need compute capability 8.0, {gpu(device.index)[0]} is older"
     R = rank(op, tensors)
     if R > MAX_RANK:
@@ -1046,12 +997,7 @@ def rank(op: str, tensors: tuple) -> int:
 def unproven() -> str | None:
     if INTERPRETED:
         return "the interpreter is for tests"
-    name, _ = gpu(torch.cuda.current_device())
-    record = tables()[0]["gpus"].get(name, {}).get("proven", {})
-    for what, sentence in (("tests", "run of the tests"), ("benchmark", "benchmark that shows it faster")):
-        if not record.get(what):
-            return f"no {sentence} of the triton kernels on an {name} is on record"
-    return None
+    return TABLE.unproven(gpu(torch.cuda.current_device())[0], "triton")
 
 
 def slower(op: str, *tensors: Tensor | None) -> str | None:
@@ -1070,7 +1016,7 @@ def slower(op: str, *tensors: Tensor | None) -> str | None:
         return "without TF32 the products run on plain float32 units, for which torch has better kernels"
     if cdiv(M, 64) * cdiv(N, 64) < 32:
         return f"{M} rows make too few tiles to fill a GPU, and torch can split the sum over {K}"
-    found = tuned(gpu(x.device.index if x.is_cuda else None)[0], key(op, kind_of(x), M, N, K, R))
+    found = TABLE.tuned(gpu(x.device.index if x.is_cuda else None)[0], key(op, kind_of(x), M, N, K, R))
     if found and found["ms"] >= found["torch_ms"]:
         return f"measured here: {found['ms']} ms, torch {found['torch_ms']} ms"
     return None

@@ -1,201 +1,153 @@
-"""Tunes the Triton kernels on the GPU at hand. Only an explicit call does this, never a first use.
+"""Tunes the kernels of a GPU backend on the GPU at hand. Only an explicit call does this, never a first use.
 
     from efft_kernels.kernels.tune import tune
-    tune([(64 * 197, 768, 2304, 16)])    # (M, K, N, R): ViT-B's qkv at batch 64, rank 16
+    tune([(64 * 197, 768, 2304, 16)])                    # (M, K, N, R): ViT-B's qkv at batch 64, rank 16
+    tune([(64 * 197, 768, 2304, 16)], backend="cuda")
 
-What it measured goes to the user's own table, ``triton_kernels.user_table()``, which is used from then on.
+What it measured goes to the user's own table of that backend (measured.py), which is used from then on.
+tune_triton.py and tune_cuda.py have what is tried.
 """
 
-import json
-import os
-import tempfile
+import importlib
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
-import triton
-from triton.runtime.errors import OutOfResources, PTXASError
+from torch import Tensor
 
 from . import reference
-from . import triton_kernels as kernels
+from .measured import Table
 
-
-def products(BR: int) -> list[dict]:
-    """tiles of y [M, N]; BR ranks beside them"""
-    tiles = [(128, 256, 64, 8), (256, 128, 64, 8), (128, 128, 64, 8), (128, 128, 64, 4), (128, 128, 32, 4)]
-    tiles += [(128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4), (128, 256, 32, 8), (64, 256, 32, 4)]
-    return [
-        {"BM": BM, "BN": BN, "BK": BK, "GM": 8, "num_warps": warps, "num_stages": stages, "TMA": tma}
-        for BM, BN, BK, warps in tiles
-        for stages in (3, 4)
-        for tma in (False, True)
-        if BM * (BN + BR) <= 256 * 160 * (warps // 4)
-    ]
-
-
-def row_passes(BR: int) -> list[dict]:
-    """tiles of dy [M, N] in a pass over it"""
-    return [
-        {"BM": BM, "BN": BN, "BR": min(BR, 64), "num_warps": warps, "num_stages": stages}
-        for BM in (32, 64, 128)
-        for BN in (64, 128, 256, 512)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-        if BM * BN <= 128 * 256
-    ]
-
-
-def p_tiles(BR: int) -> list[dict]:
-    """tiles of x [M, K] in p = x @ down"""
-    return [
-        {"BM": BM, "BK": BK, "BR": min(BR, 128), "num_warps": 4, "num_stages": stages}
-        for BM in (16, 32, 64, 128)
-        for BK in (64, 128, 256)
-        for stages in (3, 4)
-    ]
-
-
-# how a tile that the chip has no room for fails
-TOO_LARGE = (OutOfResources, PTXASError, triton.compiler.CompilationError)
-CANDIDATES = {"single_pass": products, "extended_k": products, "dy_pass": row_passes, "p": p_tiles}
+BACKENDS = ("triton", "cuda")
+ALL = [True, False, False, True, True]  # the gradients of a frozen weight's training step: x, down, up
 
 
 def tune(
     shapes: Iterable[tuple[int, int, int, int]],  # (M, K, N, R) of each low-rank linear
     dtype: torch.dtype = torch.bfloat16,
     *,
+    backend: str = "triton",
     candidates: dict[str, list[dict]] | None = None,
     bench: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, dict]:
-    """The fastest tile sizes for these shapes on the current GPU, and how forward and backward compare with torch's.
+    """The fastest choices for these shapes on the current GPU, and how forward and backward compare with torch's.
 
-    candidates: configurations to try instead of this file's, by kernel. bench: call -> milliseconds, instead of
+    backend: "triton" (tile sizes of each kernel) or "cuda" (a Plan of kernels/cuda.py for each op). candidates: what to
+    try instead of all that the chip can run, by kernel or op. bench: call -> milliseconds, instead of
     triton.testing.do_bench. Every candidate's result is compared with plain torch's before it is timed.
-    Returns the entries, as written to the user's table. Raises RuntimeError where the kernels cannot run.
+
+    Returns the entries, as written to the user's table, shape by shape: what an error or an interruption ends keeps the
+    shapes before it. Raises RuntimeError where the kernels cannot run or give a wrong result, ValueError for a bad
+    argument.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    shapes = [tuple(shape) for shape in shapes]
+    for shape in shapes:
+        if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"shapes must be of (M, K, N, R), positive integers, got {shape}")
+    module = importlib.import_module(f".tune_{backend}", __package__)
+    kernels, device = module.kernels, module.device
     if reason := kernels.unavailable():
         raise RuntimeError(f"nothing to tune: {reason}")
-    device = "cpu" if kernels.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
-    bench = bench or (lambda call: triton.testing.do_bench(call, return_mode="median"))
-    name = kernels.gpu(None if kernels.INTERPRETED else device.index)[0]
+    at, (name, arch) = device(), module.gpu()
+    tuner = Tuner(kernels.TABLE, name, arch, candidates or {}, bench or do_bench)
     found: dict[str, dict] = {}
-    try:
-        for M, K, N, R in shapes:
-            found |= tune_shape(M, K, N, R, dtype, device, name, candidates or {}, bench)
-    finally:
-        # what was only tried out is forgotten
-        forget()
-    keep(name, found)
-    return found
-
-
-def tune_shape(M, K, N, R, dtype, device, name, candidates, bench) -> dict[str, dict]:
-    """entries for one low-rank linear, forward and backward"""
-    x, weight, bias, down, up, dy = (
-        torch.randn(shape, device=device, dtype=torch.float32).mul_(shape[-1] ** -0.5).to(dtype)
-        for shape in ((M, K), (N, K), (N,), (K, R), (R, N), (M, N))
-    )
-    forward, every = (x, weight, bias, down, up), [True, False, False, True, True]
-    y, p = reference.lowrank_linear(*forward)
-    dx, ddown, dup = reference.lowrank_linear_backward(dy, x, weight, down, up, p, every)
-    dp = reference.lowrank_linear(dy, weight.t(), None, up.t(), down.t())[1]
-
-    def dup_alone():
-        _, pair = kernels.dy_pass(dy, up, p)
-        kernels.reduce_slots(pair)
-        return pair[1]
-
-    def ddown_alone():
-        _, pair = kernels.dy_pass(x, None, dp, transposed=True)
-        kernels.reduce_slots(pair)
-        return pair[1]
-
-    # (kernel, the sizes that config() is asked with, a call of it, what it must give)
-    jobs = [
-        ("p", (M, R, K, R), lambda: kernels.lowrank_p(x, down), p),
-        ("p", (M, R, N, R), lambda: kernels.lowrank_p(dy, up.t()), dp),
-        ("extended_k", (M, N, K, R), lambda: kernels.lowrank_product(x, weight.t(), bias, None, up, p)[0], y),
-        ("extended_k", (M, K, N, R), lambda: kernels.lowrank_product(dy, weight, None, None, down.t(), dp)[0], dx),
-        ("dy_pass", (M, N, 0, R), dup_alone, dup),
-        ("dy_pass", (M, K, 0, R), ddown_alone, ddown),
-    ]
-    if kernels.block(R) <= 64:
-        jobs += [
-            ("single_pass", (M, N, K, R), lambda: kernels.lowrank_linear_single_pass(*forward)[0], y),
-            (
-                "single_pass",
-                (M, K, N, R),
-                lambda: kernels.lowrank_product(dy, weight, None, up.t(), down.t(), None)[0],
-                dx,
-            ),
-        ]
-    kind = kernels.kind_of(x)
-    found = {}
-    for kernel, sizes, call, right in jobs:
-        entry = kernels.key(kernel, kind, *sizes)
-        tried = candidates.get(kernel) or CANDIDATES[kernel](kernels.block(R))
-        if entry not in found and (best := fastest(name, entry, tried, call, right, bench)):
-            found[entry] = best
-
-    torch_ms = bench(lambda: reference.lowrank_linear(*forward))
-    ways = {False: bench(lambda: kernels.lowrank_linear_extended_k(*forward))}
-    if kernels.block(R) <= 64:
-        ways[True] = bench(lambda: kernels.lowrank_linear_single_pass(*forward))
-    single = min(ways, key=ways.get)
-    found[kernels.key("lowrank_linear", kind, M, N, K, R)] = {
-        "single_pass": single, "ms": ways[single], "torch_ms": torch_ms,
-    }  # fmt: skip
-    # the backward goes by the sizes of its product, dx [M, K] = dy [M, N] @ weight
-    backward = dy, x, weight, down, up, p, every
-    found[kernels.key("lowrank_linear_backward", kind, M, K, N, R)] = {
-        "ms": bench(lambda: kernels.lowrank_linear_backward(*backward)),
-        "torch_ms": bench(lambda: reference.lowrank_linear_backward(*backward)),
-    }
-    return found
-
-
-def fastest(name, entry, candidates, call, right, bench) -> dict | None:
-    """the candidate with which the call is fastest, among those that the chip can run"""
-    best = None
-    for candidate in candidates:
-        use(name, entry, {"use": candidate})
+    for shape in shapes:
+        inputs = Inputs.make(*shape, dtype, at)
+        if reason := kernels.unsupported("lowrank_linear", *inputs.forward):
+            raise RuntimeError(f"nothing to tune for {shape}: {reason}")
         try:
-            got = call()
-        except TOO_LARGE:
-            continue
-        error = torch.linalg.vector_norm((got - right).float()) / torch.linalg.vector_norm(right.float())
+            entries = module.tune_shape(tuner, inputs)
+        finally:
+            # what was only tried out is forgotten
+            kernels.TABLE.forget()
+        kernels.TABLE.keep(name, entries)
+        found |= entries
+    return found
+
+
+def do_bench(call: Callable[[], object]) -> float:
+    """median milliseconds; every call finds the GPU's cache empty"""
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median")
+
+
+class Inputs(NamedTuple):
+    """Of one low-rank linear, and what plain torch makes of them"""
+
+    forward: tuple[Tensor, ...]  # x [M, K], weight [N, K], bias [N], down [K, R], up [R, N]
+    backward: tuple  # dy [M, N], x, weight, down, up, p [M, R], needs
+    y: tuple[Tensor, Tensor]  # y [M, N], p
+    grads: list[Tensor]  # dx [M, K], ddown [K, R], dup [R, N]
+
+    @classmethod
+    def make(cls, M: int, K: int, N: int, R: int, dtype: torch.dtype, device: torch.device) -> "Inputs":
+        x, weight, bias, down, up, dy = (
+            torch.randn(shape, device=device, dtype=torch.float32).mul_(shape[-1] ** -0.5).to(dtype)
+            for shape in ((M, K), (N, K), (N,), (K, R), (R, N), (M, N))
+        )
+        forward = x, weight, bias, down, up
+        y = reference.lowrank_linear(*forward)
+        backward = dy, x, weight, down, up, y[1], ALL
+        return cls(forward, backward, y, reference.lowrank_linear_backward(*backward))
+
+    def plain(self, op: str) -> Callable[[], object]:
+        """a call of plain torch's"""
+        given = self.forward if op == "lowrank_linear" else self.backward
+        return lambda: getattr(reference, op)(*given)
+
+
+class Tuner(NamedTuple):
+    """Tries candidates for the entries of a table."""
+
+    table: Table
+    gpu: str
+    arch: str
+    candidates: dict[str, list[dict]]  # to try instead of a backend's own
+    bench: Callable[[Callable[[], object]], float]
+
+    def fastest(
+        self,
+        entry: str,
+        candidates: list[dict],
+        call: Callable[[], Tensor | tuple[Tensor, ...] | list[Tensor]],
+        right: Tensor | tuple[Tensor, ...] | list[Tensor],  # what it must give
+        cannot_run: tuple[type[Exception], ...] = (),
+    ) -> dict | None:
+        """the candidate with which the call is fastest, {use, ms}, of those that the chip can run; it stays in use"""
+        best = None
+        for candidate in candidates:
+            # a time stands beside every entry of a table; it is not known yet
+            self.table.use(self.gpu, entry, {"use": candidate, "ms": 0.0, "torch_ms": 0.0})
+            try:
+                got = call()
+            except cannot_run:
+                continue
+            if reason := difference(got, right):
+                raise RuntimeError(f"{entry} with {candidate} is wrong: {reason}")
+            ms = self.bench(call)
+            if best is None or ms < best["ms"]:
+                best = {"use": candidate, "ms": ms}
+        self.table.use(self.gpu, entry, best and best | {"torch_ms": 0.0})
+        return best
+
+
+def difference(got, right) -> str | None:
+    """how a result differs from plain torch's by more than rounding, or None"""
+    pairs = [(got, right)] if isinstance(right, Tensor) else list(zip(got, right, strict=True))
+    for got, right in pairs:
+        if got.shape != right.shape:
+            return f"{list(got.shape)} for {list(right.shape)}"
         # both are rounded in this dtype, p among them
-        if not error <= 4 * torch.finfo(right.dtype).eps + 1e-5:
-            raise RuntimeError(f"{entry} with {candidate} is wrong: relative error {error:.2g}")
-        ms = bench(call)
-        if best is None or ms < best["ms"]:
-            best = {"use": candidate, "ms": ms}
-    use(name, entry, best)
-    return best
-
-
-def use(name: str, entry: str, value: dict | None) -> None:
-    """let an entry count in this process, unwritten; None: go back to the default"""
-    table = kernels.tables()[1].setdefault(name, {}).setdefault("tuned", {})
-    table.pop(entry, None)
-    if value:
-        table[entry] = value
-    kernels.lookup.cache_clear()
-    kernels.strategy.cache_clear()
-
-
-def forget() -> None:
-    """read the tables anew at their next use"""
-    for cached in (kernels.tables, kernels.lookup, kernels.strategy):
-        cached.cache_clear()
-
-
-def keep(name: str, entries: dict[str, dict]) -> None:
-    """write these entries to the user's table, beside what it holds; a reader sees the old file or the new one"""
-    shipped, gpus = kernels.tables()
-    gpus.setdefault(name, {}).setdefault("tuned", {}).update(entries)
-    path = kernels.user_table()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump({"format": shipped["format"], "gpus": gpus}, file, indent=1)
-    os.replace(file.name, path)
-    forget()
+        limit = 4 * torch.finfo(right.dtype).eps + 1e-5
+        off, right = (got - right).float(), right.float()
+        error = torch.linalg.vector_norm(off) / torch.linalg.vector_norm(right)
+        if not error <= limit:
+            return f"relative error {error:.2g}"
+        # a wrong tile among thousands hardly shows in the norm
+        largest = off.abs().max() / right.abs().max()
+        if not largest <= limit:
+            return f"largest error {largest:.2g} of the largest value"
+    return None

@@ -1,0 +1,118 @@
+"""benchmarks/roofline.py: a chart of a record that bench_forward.py made, and what it says of one that is none."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for module in ("matplotlib", "tabulate", "tqdm"):
+    pytest.importorskip(module)
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import bench_forward  # noqa: E402
+import measure  # noqa: E402
+import roofline  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory) -> Path:
+    """a run of moments: two Linears, both passes"""
+    folder = tmp_path_factory.mktemp("forward")
+    options = "--model swin_t --layer stage1.qkv stage2.proj --rows 5 --rank 3 --backward --no-compile --repeats 3"
+    options += " --variants unfused efft einsum --seconds 600"
+    with pytest.MonkeyPatch.context() as patch:
+        limits = measure.Limits({"float32": 1e11}, {"float32": 9e10}, 2e10, "a test", 1e10)
+        patch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
+        patch.setattr(bench_forward, "copies", lambda moved, device: 2)
+        patch.delenv("EFFT_BACKEND", raising=False)
+        with torch.random.fork_rng():
+            assert bench_forward.main([*options.split(), "--out", str(folder)]) == 0
+    return folder / "forward.json"
+
+
+def test_points_are_those_of_the_record(record):
+    found = json.loads(record.read_text())
+    panels = roofline.panels(found)
+    assert set(panels) == {("float32", part) for part in ("forward", "backward", "forward+backward")}
+    roof, reached = roofline.roofs(found, "float32")
+    assert (reached.gflops, reached.gbytes) == (90, 10)
+    for (_, part), points in panels.items():
+        assert {p.row["variant"] for p in points} == {"merged", "unfused", "efft"} and len(points) == 6
+        for point in points:
+            assert point.row["pass"] == part
+            assert point.gflops == pytest.approx(point.row["gflops"])
+            assert point.gflops / point.intensity == pytest.approx(point.row["gbytes"])
+            assert point.gflops <= min(roof.gflops, roof.gbytes * point.intensity) * 1.0001
+
+
+def test_the_chart_shows_every_point_under_the_roof(record, monkeypatch):
+    drawn = []
+    panel = roofline.panel
+    monkeypatch.setattr(roofline, "panel", lambda axis, *rest: (panel(axis, *rest), drawn.append(axis)))
+    before = record.read_bytes()
+    assert roofline.main([str(record)]) == 0
+    assert record.read_bytes() == before
+    image = record.with_name("roofline.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000
+    points = roofline.panels(json.loads(before))
+    for axis, expected in zip(drawn, points.values(), strict=True):
+        marks = [line.get_xydata()[0] for line in axis.lines if line.get_marker() not in ("None", None)]
+        assert [tuple(mark) for mark in marks] == [(p.intensity, p.gflops) for p in expected]
+        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+        assert all(left < x < right and low < y < high for x, y in marks)
+        assert len(axis.lines) == len(marks) + 2  # the limits, and what was reached
+        words = " ".join(text.get_text() for text in axis.texts)
+        assert "stage1" in words and "stage2" in words and "limits: 100 GFLOP/s, 20.0 GB/s" in words
+
+
+def test_svg_twice_the_same(record):
+    images = []
+    for _ in range(2):
+        assert roofline.main(["--format", "svg", str(record)]) == 0
+        images.append(record.with_name("roofline.svg").read_text())
+    assert images[0] == images[1] and images[0].rstrip().endswith("</svg>")
+    assert not list(record.parent.glob(".*"))
+
+
+def test_old_records_draw(tmp_path):
+    """as they were written: without `copy`"""
+    for path in BENCHMARKS.glob("results/*/*/forward.json"):
+        record = roofline.read(path)
+        assert all(len(roofline.roofs(record, dtype)) == 1 for dtype, _ in roofline.panels(record))
+    assert roofline.note(record)
+
+
+def without(key, record):
+    return {name: value for name, value in record.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda r: None, "expected a record of bench_forward.py, No such file"),
+        (lambda r: "{", "it is not JSON"),
+        (lambda r: [r], "expected benchmark 'forward' of format 1, got list"),
+        (lambda r: r | {"benchmark": "serving"}, r"expected benchmark 'forward' of format 1, got \('serving', 1\)"),
+        (lambda r: r | {"results": []}, "expected results of one of merged, .*efft"),
+        (lambda r: r | {"results": [without("bytes", row) for row in r["results"]]}, "expected bytes in every row"),
+        (lambda r: without("limits", r), "expected limits with flops of float32 and bandwidth, got {}"),
+    ],
+)  # fmt: skip
+def test_what_is_no_record(spoil, said, record, tmp_path):
+    path = tmp_path / "forward.json"
+    spoiled = spoil(json.loads(record.read_text()))
+    if spoiled is not None:
+        path.write_text(spoiled if isinstance(spoiled, str) else json.dumps(spoiled))
+    with pytest.raises(ValueError, match=f"{path}: .*{said}"):
+        roofline.read(path)
+
+
+def test_a_bad_record_keeps_no_good_one_from_its_chart(record, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(roofline, "draw", lambda record, path: drawn.append(path))
+    assert roofline.main([str(tmp_path / "none.json"), str(record)]) == 1
+    assert drawn == [record.with_name("roofline.png")]
+    assert f"{tmp_path / 'none.json'}: expected a record of bench_forward.py" in capsys.readouterr().err
