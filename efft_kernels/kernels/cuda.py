@@ -234,7 +234,7 @@ def allows(x: Tensor, w: Tensor, plan: Plan) -> bool:
 @TABLE.remembered
 def _on_record(op: str, name: str, arch: str, M: int, N: int, K: int, R: int) -> Record | None:
     """ValueError for a plan that this GPU cannot run: a table that was made by hand, or by another version"""
-    entry = key(op, "half", M, N, K, R)
+    entry = key(op, "half", M, N, K, R, exact=True)
     found = TABLE.tuned(name, entry)
     if found is None:
         return None

@@ -31,12 +31,13 @@ def gpu(index: int | None) -> tuple[str, str]:
     return torch.cuda.get_device_name(index), arch
 
 
-def key(kernel: str, kind: str, M: int, N: int, K: int, R: int) -> str:
-    """how a tuned entry is found: M, which varies with the batch, and R by their powers of two, R from 16 on
+def key(kernel: str, kind: str, M: int, N: int, K: int, R: int, exact: bool = False) -> str:
+    """how a tuned entry is found: R by its power of two, from 16 on, and so is M, which varies with the batch
 
-    kind: "half", "tf32" or "fp32"
+    kind: "half", "tf32" or "fp32". exact: only for this M; what is faster than plain torch at one is not at every
+    other, as tiles fill a GPU in rounds.
     """
-    return f"{kernel} {kind} M{_power_of_two(M)} N{N} K{K} R{max(16, _power_of_two(R))}"
+    return f"{kernel} {kind} M{M if exact else _power_of_two(M)} N{N} K{K} R{max(16, _power_of_two(R))}"
 
 
 def _power_of_two(n: int) -> int:

@@ -30,7 +30,7 @@ def tune_shape(tuner, inputs) -> dict[str, dict]:
     ]
     found = {}
     for op, (x, w), call, right in jobs:
-        entry = measured.key(op, "half", len(x), w.shape[1], w.shape[0], len(up))
+        entry = measured.key(op, "half", len(x), w.shape[1], w.shape[0], len(up), exact=True)
         tried = tuner.candidates.get(op) or [plan._asdict() for plan in kernels.plans(tuner.arch, len(up))]
         # of the others the formula's would be run
         tried = [candidate for candidate in tried if kernels.allows(x, w, kernels.Plan(**candidate))]
