@@ -202,27 +202,34 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
       float acc[BN / 2], acc_p[RANKS ? RANKS / 2 : 1];
       uint32_t p[RANKS ? RANKS / 16 : 1][4];
 
+      // the last stage that is still read
       int last = 0;
-#pragma unroll 1
-      for (int step = 0; step < k_steps; ++step, ring.next()) {
-        barrier_wait(full + ring.stage, ring.parity);
-        hold(acc), hold(acc_p);
-        wgmma_fence();
+      const auto multiply = [&](bool add) {
         const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
 #pragma unroll
         for (int k16 = 0; k16 < BK / 16; ++k16)
           Wgmma<T, BN>::template shared<W_K_MAJOR>(acc, operand<true>(a, k16, 0), operand<W_K_MAJOR>(b, k16, BK),
-                                                   step > 0 || k16 > 0);
+                                                   add || k16 > 0);
+      };
+      const auto form_p = [&](bool add) {
         if constexpr (RANKS > 0) {
           constexpr int SHARE = BK / 16 / CLUSTER;
+          const uint32_t a = x_tile(ring.stage) + a_offset, b = down_tile(ring.stage);
 #pragma unroll
           for (int i = 0; i < SHARE; ++i) {
             const int k16 = rank * SHARE + i;
             Wgmma<T, RANKS>::template shared<LOW_K_MAJOR>(acc_p, operand<true>(a, k16, 0),
-                                                          down_operand<RANKS, LOW_K_MAJOR>(down_tile(ring.stage), k16),
-                                                          step > 0 || i > 0);
+                                                          down_operand<RANKS, LOW_K_MAJOR>(b, k16), add || i > 0);
           }
         }
+      };
+#pragma unroll 1
+      for (int step = 0; step < k_steps - (RANKS > 0); ++step, ring.next()) {
+        barrier_wait(full + ring.stage, ring.parity);
+        hold(acc), hold(acc_p);
+        wgmma_fence();
+        form_p(step > 0);
+        multiply(step > 0);
         wgmma_commit();
         // one step stays under way; the one before it is read
         wgmma_wait<1>();
@@ -231,9 +238,19 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
       }
 
       if constexpr (RANKS > 0) {
-        wgmma_wait<0>();
+        // the last step in two: the halves of p are exchanged while the tensor cores are at y
+        barrier_wait(full + ring.stage, ring.parity);
         hold(acc), hold(acc_p);
-        release(last);
+        wgmma_fence();
+        form_p(k_steps > 1);
+        wgmma_commit();
+        multiply(k_steps > 1);
+        wgmma_commit();
+        wgmma_wait<1>();
+        hold(acc_p);
+        if (k_steps > 1) release(last);
+        last = ring.stage;
+        ring.next();
         if constexpr (CLUSTER > 1) {
           // thread i of the other block has the same elements of the other half
           constexpr int VECTORS = RANKS / 8;
@@ -272,7 +289,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
         // so many in a row without a branch between them, which would make the tensor cores wait
         const auto products = [&](auto count) {
-          hold(acc);
+          hold(acc), hold(p);
           wgmma_fence();
 #pragma unroll
           for (int k16 = 0; k16 < decltype(count)::value; ++k16) {
@@ -292,10 +309,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
           products(Count<2>());
         else
           products(Count<4>());
-        if constexpr (RANKS == 0) {
-          wgmma_wait<1>();
-          release(last);
-        }
+        wgmma_wait<1>();
+        release(last);
         last = ring.stage;
       }
       wgmma_wait<0>();

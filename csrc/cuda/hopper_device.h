@@ -168,6 +168,11 @@ __device__ __forceinline__ void hold(float (&d)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int COUNT>
+__device__ __forceinline__ void hold(uint32_t (&a)[COUNT][4]) {
+#pragma unroll
+  for (int i = 0; i < COUNT * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
 
 template <class T, int N>
 struct Wgmma;

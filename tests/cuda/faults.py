@@ -24,9 +24,12 @@ LINEAR = {
 # name: (what stands in hopper.h once, what is planted in its place)
 HOPPER = {
     "no_wait_for_copies": (
-        "      for (int step = 0; step < k_steps; ++step, ring.next()) {\n"
-        "        barrier_wait(full + ring.stage, ring.parity);\n",
-        "      for (int step = 0; step < k_steps; ++step, ring.next()) {\n",
+        "        barrier_wait(full + ring.stage, ring.parity);\n"
+        "        hold(acc), hold(acc_p);\n"
+        "        wgmma_fence();\n"
+        "        form_p(step > 0);\n",
+        "        wgmma_fence();\n"
+        "        form_p(step > 0);\n",
     ),
     "no_wait_for_up": (
         "        barrier_wait(full + ring.stage, ring.parity);\n"
@@ -60,11 +63,9 @@ HOPPER = {
         "      release(last);",
     ),
     "p_before_its_sum": (
-        "        wgmma_wait<0>();\n"
-        "        hold(acc), hold(acc_p);\n"
-        "        release(last);",
-        "        hold(acc), hold(acc_p);\n"
-        "        release(last);",
+        "        wgmma_wait<1>();\n"
+        "        hold(acc_p);\n",
+        "        hold(acc_p);\n",
     ),
     "half_of_p": ("          barrier_wait(p_full + consumer, p_parity);\n", ""),
     "the_other_half_again": ("const int k16 = rank * SHARE + i;", "const int k16 = i;"),

@@ -316,6 +316,11 @@ void hold(float (&d)[COUNT]) {
   asm volatile("" : : "r"(d) : "memory");  // its elements are written by others
 }
 
+template <int COUNT>
+void hold(uint32_t (&a)[COUNT][4]) {
+  asm volatile("" : : "r"(a) : "memory");
+}
+
 template <class T, int N>
 struct Wgmma {
   template <bool B_K_MAJOR>
