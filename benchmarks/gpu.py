@@ -15,13 +15,16 @@ that makes of whole steps is seen by `--only build forward_vit_b train_step_auto
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +46,7 @@ class Step(NamedTuple):
     command: list[str]
     environment: dict[str, str] = {}
     needs: str | None = None  # a program that may be missing
+    limit: float = 3600  # seconds: a kernel that waits for ever would never end
 
 
 def steps(out: Path) -> list[Step]:
@@ -60,6 +64,8 @@ def steps(out: Path) -> list[Step]:
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], {"EFFT_CUDA": "1"}),
+        # first what a GPU has never run: a kernel that hangs is known within minutes
+        Step("kernels", [python, "-m", "pytest", "-q", "-x", "tests/test_cuda.py", "-k", "gpu"], limit=600),
         Step("tests", [python, "-m", "pytest", "-q"]),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
@@ -79,18 +85,32 @@ def steps(out: Path) -> list[Step]:
 
 
 def run(step: Step) -> dict:
-    """{step, command, outcome: "passed", "failed" or "not run", seconds, the end of what it printed}"""
+    """{step, command, outcome: "passed", "failed", "stopped" or "not run", seconds, the end of what it printed}"""
     record = {"step": step.name, "command": shlex.join(step.command), "outcome": "not run", "seconds": 0.0, "end": ""}
     if step.needs and shutil.which(step.needs) is None:
         return record | {"end": f"{step.needs} is not on PATH: it comes with the CUDA toolkit"}
     print(f"\n== {step.name}: {record['command']}", flush=True)
-    start, lines = time.perf_counter(), []
-    pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    start, lines, late = time.perf_counter(), [], threading.Event()
+    pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     with subprocess.Popen(step.command, cwd=ROOT, env=os.environ | step.environment, **pipe) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines = [*lines[1 - LAST_LINES :], line.rstrip()]
-    outcome = "failed" if process.returncode else "passed"
+
+        def stop():
+            with contextlib.suppress(ProcessLookupError):  # with all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(step.limit, lambda: (late.set(), stop()))
+        timer.start()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines = [*lines[1 - LAST_LINES :], line.rstrip()]
+            process.wait()
+        finally:
+            timer.cancel()
+            stop()
+    outcome = "stopped" if late.is_set() else "failed" if process.returncode else "passed"
+    if late.is_set():
+        lines.append(f"stopped after {step.limit:.0f} s")
     return record | {"outcome": outcome, "seconds": round(time.perf_counter() - start, 1), "end": "\n".join(lines)}
 
 
@@ -150,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if measured := ratios(out):
         print("\n" + report.table(["file", "case", "ours over"], measured))
     print(f"\nwritten: {out}")
-    return int(any(s["outcome"] == "failed" for s in record["steps"]))
+    return int(any(s["outcome"] in ("failed", "stopped") for s in record["steps"]))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ def test_every_step_names_what_is_there(tmp_path, monkeypatch):
     # as on a machine with a GPU: the benchmarks' own command lines take what they are given
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     steps = gpu.steps(tmp_path)
-    checks = ["build", "tests", "memcheck", "racecheck"]
+    checks = ["build", "kernels", "tests", "memcheck", "racecheck"]
     models = [f"forward_{model}" for model in gpu.MODELS]
-    assert [s.name for s in steps[:10]] == [*checks, "tune_cuda", "tune_triton", *models, "roofline"]
-    for step in steps[4:]:
+    assert [s.name for s in steps[:11]] == [*checks, "tune_cuda", "tune_triton", *models, "roofline"]
+    for step in steps[5:]:
         # the benchmarks go by what was tuned, and nothing else does
         assert step.name == "roofline" or step.environment == {"EFFT_CACHE": str(tmp_path / "tables")}
     tuned = []
@@ -43,7 +43,7 @@ def test_every_step_names_what_is_there(tmp_path, monkeypatch):
         elif step.name.startswith("tune"):
             assert tune_shapes.main(arguments) == 0
     written = [part for step in steps if step.name in models for part in step.command if part.startswith(str(tmp_path))]
-    assert steps[9].command[-3:] == [f"{folder}/forward.json" for folder in written]
+    assert steps[10].command[-3:] == [f"{folder}/forward.json" for folder in written]
     # every Linear that the benchmarks time, for both backends
     assert len(tuned) == len(set(tuned))
     for backend in ("cuda", "triton"):
@@ -58,6 +58,10 @@ def test_outcomes(tmp_path):
     assert (passed["outcome"], passed["end"]) == ("passed", "a\nso")
     assert run("print(*range(99), sep='\\n'); raise SystemExit(3)")["outcome"] == "failed"
     assert run("print(*range(99), sep='\\n')")["end"].splitlines() == [str(i) for i in range(99 - gpu.LAST_LINES, 99)]
+    # a step that never ends, nor does what it started
+    never = "import subprocess, sys; print('a', flush=True); subprocess.run(['sleep', '600'])"
+    stopped = run(never, limit=2)
+    assert stopped["outcome"] == "stopped" and stopped["end"] == "a\nstopped after 2 s" and stopped["seconds"] < 60
     missing = run("", needs="no-such-program")
     assert missing["outcome"] == "not run" and "no-such-program is not on PATH" in missing["end"]
 
