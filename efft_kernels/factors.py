@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -103,14 +103,8 @@ class _Config:
     group: ClassVar[type["Group"]]
 
     def __post_init__(self):
-        for field in fields(self):  # JSON and callers may bring lists
-            value = getattr(self, field.name)
-            if isinstance(value, list | range):
-                object.__setattr__(self, field.name, tuple(value))
-        for name in ("scale", "factor_dropout", "activation_dropout"):
-            value = getattr(self, name, None)
-            if isinstance(value, Real) and type(value) not in (bool, int, float):  # numpy's, for which JSON has no word
-                object.__setattr__(self, name, float(value))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for name in ("rank", "ffn_rank"):
             rank = getattr(self, name, None)
             pair = rank if isinstance(rank, tuple) else (rank, rank)
@@ -362,6 +356,15 @@ class LoRAXSConfig(_PerMatrix):
     scale: float = 1.0
     targets: tuple[str, ...] = ("attn", "mlp")
     blocks: tuple[int, ...] | None = None
+
+
+def _plain(value):
+    """lists as tuples, and numpy's numbers, for which JSON has no word, as Python's"""
+    if isinstance(value, list | range | tuple):
+        return tuple(map(_plain, value))
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_number(value) -> bool:

@@ -120,7 +120,17 @@ def test_numpy_scalars_are_taken(kind):
     for config in (ek.EFFTConfig(scale=two, factor_dropout=zero), ek.FacTConfig(scale=two, activation_dropout=zero)):
         assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         numbers = (config.scale, getattr(config, "factor_dropout", 0.0), getattr(config, "activation_dropout", 0.0))
-        assert numbers == (2, 0, 0) and {type(x) for x in numbers} == {float}
+        assert numbers == (2, 0, 0) and {type(x) for x in numbers} <= {float, int}
+
+
+def test_numpy_ranks_and_blocks_are_taken():
+    config = ek.EFFTConfig(rank=np.int64(8), blocks=np.arange(2).tolist() + [np.int32(3)])
+    assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert (config.rank, config.blocks) == (8, (0, 1, 3)) and {type(b) for b in (config.rank, *config.blocks)} == {int}
+    assert ek.EFFTConfig(rank=(np.int64(4), 2)).rank == (4, 2)
+    for wrong in (np.float64(8), np.bool_(True), np.int64(0), "8"):
+        with pytest.raises(ValueError, match="rank must be an int of at least 1"):
+            ek.EFFTConfig(rank=wrong)
 
 
 @pytest.mark.parametrize("zero, attn, ffn", [("v", "v", "v"), ("u", "u", "u"), ("vu", "v", "u"), ("uv", "u", "v")])
