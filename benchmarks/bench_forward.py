@@ -64,16 +64,20 @@ class Case(NamedTuple):
 # -- one case ---------------------------------------------------------------------------------------------------------
 
 
+FORWARD, BACKWARD = 1, 3  # among the stages with a backward; the others are not timed
+
+
 def stages(call: Call, i: Inputs, backward: bool, between: Callable[[], None] = lambda: None) -> Stages:
-    """(forward,), or (forward, what is not timed, backward)"""
+    """(forward,), or (what was before, forward, what is between, backward)"""
     if not backward:
         return (lambda _: call.forward(),)
     wanted = (i.x, *call.trained)
-    return (lambda _: call.forward()), (lambda y: between() or y), (lambda y: torch.autograd.grad(y, wanted, i.dy))
+    other = lambda y: between() or y
+    return other, (lambda _: call.forward()), other, (lambda y: torch.autograd.grad(y, wanted, i.dy))
 
 
 def other_layers(variant: Variant, args, dtype: torch.dtype) -> Callable[[], None]:
-    """What a model does between the forward of a layer and its backward: the weight leaves the cache, the code stays."""
+    """What a model does before the forward of a layer, and its backward: the weight leaves the cache, the code stays."""
     if variant.compiled:  # once more for other shapes would take its time
         return lambda: evict(args.device)
     width = max(96, 3 * args.rank)
@@ -123,9 +127,10 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
             between = other_layers(variant, args, dtype) if args.backward else lambda: None
             first, *others = (stages(call, i, args.backward, between) for call, i in zip(built, data))
             start = time.perf_counter()
-            y = value = first[0](None)
-            for stage in first[1:]:
+            y = value = None
+            for number, stage in enumerate(first):
                 value = stage(value)
+                y = value if number == FORWARD * args.backward else y
             seconds = time.perf_counter() - start
             fact = errors(variant, y, data[0], true, added, rows)
             fact["peak_bytes"], _ = memory(stages(built[0], data[0], args.backward), args.device)
@@ -155,7 +160,7 @@ def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[st
     needed = work(case.M, layer.K, layer.N, args.rank, itemsize)
     parts = {"forward": (0,)}
     if args.backward:
-        parts |= {"backward": (2,), "forward+backward": (0, 2)}
+        parts = {"forward": (FORWARD,), "backward": (BACKWARD,), "forward+backward": (FORWARD, BACKWARD)}
     rows = []
     for (part, laps), name in itertools.product(parts.items(), facts):
         flops, moved = needed[part]
