@@ -214,6 +214,12 @@ Tensor linear(const Tensor& x,  // [M, K]
   STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
   STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
   // the others are, if need be: so that both are the same way round
+  std::optional<Tensor> side_by_side;
+  if (bias && (g.bias_stride != 1 || reinterpret_cast<uintptr_t>(g.bias) % 4)) {
+    side_by_side = empty({N}, x);
+    torch::stable::copy_(*side_by_side, *bias);
+    g.bias = side_by_side->const_data_ptr();
+  }
   const bool turned = describable(transposed(view(up)), R) && !describable(view(up), N);
   const Tensor there = turned ? up : on_16_bytes(up);
   g.up = turned ? by_rows(transposed(view(there))) : by_terms(view(there));

@@ -7,6 +7,7 @@
 // of the tensor cores costs at half of the steps, whatever the number of tiles beside one another.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "hopper_device.h"
@@ -16,6 +17,9 @@ namespace efft::cuda {
 
 constexpr int HOPPER_SHARED = 227 << 10;  // bytes that a block may have at compute capability 9.0
 constexpr int WARPGROUP = 128, CONSUMERS = 2, HOPPER_THREADS = (1 + CONSUMERS) * WARPGROUP;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232, REGISTERS = 168;  // of a thread; at the start
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * REGISTERS,
+              "else they never come");
 constexpr int LINE = 128;        // bytes of a row of a tile, and of the widest swizzle
 constexpr int CELLS = LINE / 2;  // numbers of it
 constexpr int ALIGNMENT = 1024;  // of tiles: the swizzle goes by bits 4 to 9 of an address
@@ -25,10 +29,8 @@ static_assert(CELLS == BK, "a row of a tile has the terms of a step");
 struct HopperLinear {
   TensorMap x, w, down, up, p, y;
   int32_t M, N, K, R;
-  const uint16_t* bias;
-  int32_t bias_stride;
-  bool bias_in_pairs;  // side by side, on 4 bytes
-  uint16_t* p_out;     // [M, R]
+  const uint32_t* bias;  // [N / 2], two numbers each
+  uint16_t* p_out;       // [M, R]
   int32_t p_row;
 };
 
@@ -40,7 +42,7 @@ struct HopperTile {
   static constexpr int X = BM * LINE, W = BN * LINE, DOWN = RANKS * LINE, STAGE = X + W + DOWN;  // bytes
   static constexpr int SLOT = RANKS && CLUSTER > 1 ? 64 * RANKS * 4 : 0;  // the other block's half of p, a warpgroup's
   // what is left of two parts of y on their way for each warpgroup goes to stages, the rest to more such parts
-  static constexpr int LEAST = CONSUMERS * (2 * PART + SLOT) + ALIGNMENT + 256;
+  static constexpr int BIAS = BN * 2, LEAST = CONSUMERS * (2 * PART + SLOT + BIAS) + ALIGNMENT + 256;
   static constexpr int STAGES = least((HOPPER_SHARED - LEAST) / STAGE, 6);
   static constexpr int MOST_PARTS = 2 + (HOPPER_SHARED - LEAST - STAGES * STAGE) / (CONSUMERS * PART);
   // a divisor of the parts of a tile: a tile starts with the place that has been waiting the longest
@@ -84,15 +86,20 @@ __device__ __forceinline__ uint64_t down_operand(uint32_t tile, int k16) {
   return K_MAJOR ? operand<true>(tile, k16, 0) : descriptor(tile + k16 * 32 * RANKS, 16, 16 * RANKS, 2 * RANKS);
 }
 
-// two neighbours of the bias, n even
-template <class T>
-__device__ __forceinline__ void bias_pair(float (&add)[2], const HopperLinear& g, int n) {
-  if (n >= g.N) return;  // and N is even
-  if (g.bias_in_pairs) {
-    const uint32_t both = *reinterpret_cast<const uint32_t*>(g.bias + n);
-    add[0] = T::widen(uint16_t(both)), add[1] = T::widen(uint16_t(both >> 16));
-  } else {
-    for (int e = 0; e < 2; ++e) add[e] = T::widen(g.bias[int64_t(n + e) * g.bias_stride]);
+// rows m and m + 8 of p, columns col, col + 1, col + 8, ...: a thread's part of it
+template <int RANKS>
+__device__ __forceinline__ void store_p(const HopperLinear& g, const uint32_t (&p)[RANKS / 16][4], int m, int col) {
+#pragma unroll
+  for (int i = 0; i < RANKS / 4; ++i) {
+    const int r = i / 2 * 8 + col;
+    if (m + i % 2 * 8 >= g.M || r >= g.R) continue;
+    uint16_t* const to = g.p_out + int64_t(m + i % 2 * 8) * g.p_row + r;
+    if (g.R % 2 == 0 && g.p_row % 2 == 0) {
+      *reinterpret_cast<uint32_t*>(to) = p[i / 4][i % 4];
+    } else {
+      to[0] = uint16_t(p[i / 4][i % 4]);
+      if (r + 1 < g.R) to[1] = uint16_t(p[i / 4][i % 4] >> 16);
+    }
   }
 }
 
@@ -111,7 +118,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
   const auto down_tile = [&](int stage) { return w_tile(stage) + Tile::W; };
   unsigned char* const y_tiles = shared + STAGES * Tile::STAGE;
   unsigned char* const slots = y_tiles + CONSUMERS * Tile::PARTS * PART;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(slots + CONSUMERS * Tile::SLOT);
+  uint32_t* const biases = reinterpret_cast<uint32_t*>(slots + CONSUMERS * Tile::SLOT);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(biases + CONSUMERS * BN / 2);
   uint64_t *const empty = full + STAGES, *const p_full = empty + STAGES, *const p_free = p_full + CONSUMERS;
 
   const int rank = CLUSTER > 1 ? cluster_rank() : 0, group = threadIdx.x / WARPGROUP;
@@ -133,7 +141,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
   const int first = blockIdx.x / CLUSTER, step_of_sets = gridDim.x / CLUSTER;
 
   if (group == 0) {
-    leave_registers<40>();
+    leave_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       prefetch_map(&g.x), prefetch_map(&g.w), prefetch_map(&g.up), prefetch_map(&g.y);
       prefetch_map(RANKS ? &g.down : &g.p);
@@ -183,10 +191,11 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
     // no block goes while another still arrives at its barriers
     cluster_sync();
   } else {
-    take_registers<232>();
+    take_registers<CONSUMER_REGISTERS>();
     const int consumer = group - 1, thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % WARP;
     const int row = consumer * 64 + thread / WARP * 16 + lane / 4, col = lane % 4 * 2;  // of d[0], in the tile
     const uint32_t a_offset = consumer * 64 * LINE;
+    uint32_t* const bias = biases + consumer * BN / 2;
     Ring<STAGES> ring;
     int p_parity = 0;
     // to both blocks: each fills half of the other's x
@@ -202,6 +211,9 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
       float acc[BN / 2], acc_p[RANKS ? RANKS / 2 : 1];
       uint32_t p[RANKS ? RANKS / 16 : 1][4];
 
+      // read now, and needed after all products
+      const int pair = n0 / 2 + thread;
+      const uint32_t bias_pair = g.bias && thread < BN / 2 && 2 * pair < g.N ? g.bias[pair] : 0;
       // the last stage that is still read
       int last = 0;
       const auto multiply = [&](bool add) {
@@ -258,29 +270,23 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
           const uint32_t there = map_shared(shared_address(slot), rank ^ 1);
           const uint32_t barrier = map_shared(shared_address(p_full + consumer), rank ^ 1);
           if (thread == 0) barrier_expect(p_full + consumer, Tile::SLOT);
-          barrier_wait(p_free + consumer, p_parity ^ 1);
+          barrier_wait_cluster(p_free + consumer, p_parity ^ 1);
 #pragma unroll
           for (int i = 0; i < VECTORS; ++i) store_async(there + (i * WARPGROUP + thread) * 16, acc_p + i * 4, barrier);
-          barrier_wait(p_full + consumer, p_parity);
+          barrier_wait_cluster(p_full + consumer, p_parity);
 #pragma unroll
           for (int i = 0; i < VECTORS; ++i)
 #pragma unroll
             for (int j = 0; j < 4; ++j) acc_p[i * 4 + j] += slot[(i * WARPGROUP + thread) * 4 + j];
-          barrier_arrive(p_free + consumer, rank ^ 1);
+          barrier_arrive_cluster(p_free + consumer, rank ^ 1);
           p_parity ^= 1;
         }
         // y uses p as rounded for storage, so that it is the y of the p that backward sees. beyond R it is nan where x
         // is infinite, times the zeros of down
 #pragma unroll
         for (int i = 0; i < RANKS / 4; ++i) {
-          const int r = i / 2 * 8 + col, m = m0 + row + i % 2 * 8;
-          const uint16_t low = r < g.R ? T::round(acc_p[i * 2]) : uint16_t(0);
-          const uint16_t high = r + 1 < g.R ? T::round(acc_p[i * 2 + 1]) : uint16_t(0);
-          p[i / 4][i % 4] = low | uint32_t(high) << 16;
-          if (n0 == 0 && m < g.M) {
-            if (r < g.R) g.p_out[int64_t(m) * g.p_row + r] = low;
-            if (r + 1 < g.R) g.p_out[int64_t(m) * g.p_row + r + 1] = high;
-          }
+          const int r = i / 2 * 8 + col;
+          p[i / 4][i % 4] = T::pack(r < g.R ? acc_p[i * 2] : 0, r + 1 < g.R ? acc_p[i * 2 + 1] : 0);
         }
       }
 #pragma unroll 1
@@ -289,7 +295,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
         // so many in a row without a branch between them, which would make the tensor cores wait
         const auto products = [&](auto count) {
-          hold(acc), hold(p);
+          hold(acc);
           wgmma_fence();
 #pragma unroll
           for (int k16 = 0; k16 < decltype(count)::value; ++k16) {
@@ -301,9 +307,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
           }
           wgmma_commit();
         };
-        if constexpr (RANKS > 0)
+        if constexpr (RANKS > 0) {
+          // p is stored while they are under way, from other registers than they read
+          uint32_t stored[RANKS / 16][4];
+          memcpy(stored, p, sizeof p);
+          hold(p);
           products(Count<UP_TERMS / 16>());
-        else if (g.R - step * BK <= 16)
+          if (n0 == 0) store_p<RANKS>(g, stored, m0 + row, col);
+        } else if (g.R - step * BK <= 16)
           products(Count<1>());
         else if (g.R - step * BK <= 32)
           products(Count<2>());
@@ -318,6 +329,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
       release(last);
 
       // y in parts of 32 columns, by way of shared memory and the copy engine
+      if (thread < BN / 2) bias[thread] = bias_pair;
 #pragma unroll
       for (int i = 0; i < BN / PART_COLS; ++i) {
         unsigned char* const part = y_tiles + (consumer * Tile::PARTS + i % Tile::PARTS) * PART;
@@ -325,8 +337,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         group_sync(1 + consumer, WARPGROUP);
 #pragma unroll
         for (int j = 0; j < PART_COLS / 8; ++j) {
-          float add[2] = {0, 0};
-          if (g.bias) bias_pair<T>(add, g, n0 + i * PART_COLS + j * 8 + col);
+          const uint32_t both = bias[(i * PART_COLS + j * 8 + col) / 2];
+          const float add[] = {T::widen(uint16_t(both)), T::widen(uint16_t(both >> 16))};
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float* const d = acc + (i * PART_COLS / 8 + j) * 4 + half * 2;
@@ -360,10 +372,13 @@ inline const char* map_operand(TensorMap* map, const Operand& g, int rows, int t
 template <class T, class Tile, bool W_K_MAJOR, bool LOW_K_MAJOR>
 const char* launch_hopper(const Linear& g, void* stream) {
   constexpr int BN = Tile::BN, RANKS = Tile::RANKS, ROWS = Tile::BM / Tile::CLUSTER;
+  // it would wait for other bytes than come
+  const bool as_compiled = g.w.k_major == W_K_MAJOR && g.up.k_major == LOW_K_MAJOR && (RANKS == 0) == !g.down.data &&
+                           (RANKS == 0 || g.down.k_major == LOW_K_MAJOR);
+  if (!as_compiled) return "operands lie otherwise than the kernel takes them";
   HopperLinear h{};
   h.M = g.M, h.N = g.N, h.K = g.K, h.R = g.R;
-  h.bias = static_cast<const uint16_t*>(g.bias), h.bias_stride = g.bias_stride;
-  h.bias_in_pairs = g.bias_stride == 1 && reinterpret_cast<uintptr_t>(g.bias) % 4 == 0;
+  h.bias = static_cast<const uint32_t*>(g.bias);
   h.p_out = static_cast<uint16_t*>(g.p), h.p_row = g.p_row;
   const char* error = map_operand(&h.x, g.x, g.M, g.K, ROWS);
   if (!error) error = map_operand(&h.w, g.w, g.N, g.K, BN);

@@ -38,8 +38,31 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// arrives at the barrier that block `rank` of the cluster has at the same place
+// arrives at the barrier that block `rank` of the cluster has at the same place, and waits until the phase of this
+// parity is over: for what the copy engine and the tensor cores do, which has an order of its own
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// the same between plain reads here and writes of another block: they cost a fence of the whole GPU
+__device__ __forceinline__ void barrier_arrive_cluster(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 at;\n"
       "mapa.shared::cluster.u32 at, %0, %1;\n"
@@ -48,8 +71,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
       : "memory");
 }
 
-// until the phase of this parity is over. what others wrote before they arrived is seen then
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred over;\n"
       "again:\n"

@@ -46,8 +46,8 @@ const char* lowrank_linear_bf16(const Linear&, int32_t tile, void* stream);
 const char* lowrank_linear_f16(const Linear&, int32_t tile, void* stream);
 
 // the same for compute capability 9.0, with tiles of 128 rows and 128, 192 or 256 columns. rows of every operand, of p
-// if it is read, and of y are on 16 bytes (Operand::vector); down and up are both k-major, or neither. p is formed
-// beside y only with a k-major w
+// if it is read, and of y are on 16 bytes (Operand::vector); down and up are both k-major, or neither; the bias has its
+// numbers side by side, on 4 bytes. p is formed beside y only with a k-major w
 constexpr int HOPPER_RANK_BESIDE = 32;
 
 const char* hopper_linear_bf16(const Linear&, int32_t tile, void* stream);

@@ -67,9 +67,9 @@ HOPPER = {
         "        hold(acc_p);\n",
         "        hold(acc_p);\n",
     ),
-    "half_of_p": ("          barrier_wait(p_full + consumer, p_parity);\n", ""),
+    "half_of_p": ("          barrier_wait_cluster(p_full + consumer, p_parity);\n", ""),
     "the_other_half_again": ("const int k16 = rank * SHARE + i;", "const int k16 = i;"),
-    "p_over_what_is_read": ("          barrier_wait(p_free + consumer, p_parity ^ 1);\n", ""),
+    "p_over_what_is_read": ("          barrier_wait_cluster(p_free + consumer, p_parity ^ 1);\n", ""),
     "wrong_bytes": (
         "barrier_expect(p_full + consumer, Tile::SLOT)",
         "barrier_expect(p_full + consumer, 2 * Tile::SLOT)",
@@ -94,8 +94,20 @@ HOPPER = {
         "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)",
     ),
     "wrong_swizzle_of_down": ("16, 16 * RANKS, 2 * RANKS);", "16, 16 * RANKS, LINE);"),
-    "beyond_the_ranks": (
-        "const uint16_t low = r < g.R ? T::round(acc_p[i * 2]) : uint16_t(0);",
-        "const uint16_t low = T::round(acc_p[i * 2]);",
+    "beyond_the_ranks": ("T::pack(r < g.R ? acc_p[i * 2] : 0,", "T::pack(acc_p[i * 2],"),
+    "free_when_one_has_read": (
+        "          barrier_arrive_cluster(p_free + consumer, rank ^ 1);\n",
+        "          for (int i = 0; i < WARPGROUP && thread == 0; ++i)\n"
+        "            barrier_arrive_cluster(p_free + consumer, rank ^ 1);\n",
+    ),
+    "a_bias_for_all_tiles": ("const int pair = n0 / 2 + thread;", "const int pair = thread;"),
+    "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
+    "barriers_before_all_know": (
+        "    barrier_init_fence();\n  }\n  cluster_sync();\n",
+        "    barrier_init_fence();\n  }\n",
+    ),
+    "gone_while_others_arrive": (
+        "    if (thread == 0) tma_store_wait_read<0>();\n    cluster_sync();\n",
+        "    if (thread == 0) tma_store_wait_read<0>();\n",
     ),
 }

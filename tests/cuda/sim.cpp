@@ -2,8 +2,8 @@
 #include "sim.h"
 
 extern "C" {
-void efft_sim_mode(int last_warp_first, int eager) {
-  efft::sim::mode_order = last_warp_first;
+void efft_sim_mode(int order, int eager) {
+  efft::sim::mode_order = order;
   efft::sim::mode_eager = eager;
 }
 

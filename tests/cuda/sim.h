@@ -1,8 +1,9 @@
 // csrc/cuda/device.h for the host: the same kernels, compiled by a C++ compiler and run on the CPU. for tests only.
 //
 // every thread of a block is a fiber, clusters of blocks run one after the other. what real hardware may do at any time
-// is done at the worst time, one of two for each (efft_sim_mode):
-//   order  which warp runs as far as it can, up to a barrier, before the next: the first, or the last
+// is done at the worst time (efft_sim_mode):
+//   order  which warp runs as far as it can, up to a barrier, before the next: the first, or the last. or one of many
+//          orders by chance, in which some warps are slow and the copy engine does any of its work at any time
 //   eager  whether a copy is done at once, over what others may still read, or as late as can be: a cp.async when its
 //          thread waits for it, one of the copy engine when no thread can go on without it
 // shared memory is nan before a block writes it. a barrier that not all threads reach ends the launch with an error.
@@ -101,7 +102,7 @@ struct Cluster {
 };
 
 inline Cluster* cluster;
-inline int mode_order = 0, mode_eager = 0;
+inline int mode_order = 0, mode_eager = 0;  // order: 0, 1, or what chance starts from
 inline long launches = 0;
 inline int most_shared = 0;  // bytes, of all launches
 
@@ -156,16 +157,41 @@ inline bool pass(Threads begin, Threads end, At at) {
   return true;
 }
 
+inline uint32_t chance(uint32_t below) {
+  static uint64_t state;
+  if (!below) state = uint64_t(mode_order) * 0x9e3779b97f4a7c15;  // at the start of a launch
+  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+  return below ? uint32_t(state >> 20) % below : 0;
+}
+
+// what the copy engine does next: what came first, or last, or any
+inline void run_engine() {
+  auto& todo = cluster->engine;
+  const size_t i = mode_order > 1 ? chance(uint32_t(todo.size())) : mode_order ? todo.size() - 1 : 0;
+  const auto work = std::move(todo[i]);
+  todo.erase(todo.begin() + i);
+  work();
+}
+
 inline void run_cluster() {
   auto& threads = cluster->threads;
   const size_t warps = threads.size() / WARP_SIZE, each = threads.size() / cluster->blocks.size();
+  const bool by_chance = mode_order > 1;
+  std::vector<bool> slow(warps);  // these go on when nothing else does
+  for (size_t w = 0; w < warps; ++w) slow[w] = by_chance && !chance(4);
   for (;;) {
     bool moved = false;
-    for (size_t w = 0; w < warps; ++w) moved |= run_warp(mode_order ? warps - 1 - w : w);
+    if (by_chance)  // some of the others, in any order
+      for (uint32_t i = 1 + chance(uint32_t(warps)); i; --i) {
+        if (const uint32_t w = chance(uint32_t(warps)); !slow[w]) moved |= run_warp(w);
+        if (!cluster->engine.empty() && !chance(3)) run_engine(), moved = true;
+      }
+    for (size_t w = 0; w < warps && !(by_chance && moved); ++w)
+      if (!slow[w]) moved |= run_warp(mode_order == 1 ? warps - 1 - w : w);
     size_t ended = 0;
     for (Thread& t : threads) {
       ended += t.at == At::end;
-      if (t.at == At::wait && t.waits_for()) t.at = At::ready, moved = true;
+      if (t.at == At::wait && t.waits_for()) t.at = At::ready, moved |= !slow[&t - threads.data() >> 5];
     }
     if (ended == threads.size()) break;
     for (size_t b = 0; b < cluster->blocks.size(); ++b)
@@ -173,14 +199,12 @@ inline void run_cluster() {
     moved |= pass(threads.begin(), threads.end(), At::cluster);
     if (moved) continue;
     // only now, when nobody can do anything without it
-    if (cluster->engine.empty()) fail("threads wait for what never comes");
-    if (mode_order) {
-      cluster->engine.back()();
-      cluster->engine.pop_back();
-    } else {
-      cluster->engine.front()();
-      cluster->engine.pop_front();
+    if (!cluster->engine.empty()) {
+      run_engine();
+      continue;
     }
+    for (size_t w = 0; w < warps && !moved; ++w) moved |= slow[w] && run_warp(w);
+    if (!moved) fail("threads wait for what never comes");
   }
   if (!cluster->engine.empty()) fail("the kernel ends before the copy engine does");
 }
@@ -192,6 +216,7 @@ inline const char* run(dim3 grid, int threads, size_t shared, std::function<void
   while (stacks.size() < size_t(threads * blocks)) stacks.emplace_back(new char[STACK]);
   Cluster c;
   cluster = &c;
+  chance(0);
   c.grid = grid, c.size = dim3(threads), c.kernel = std::move(kernel);
   ++launches;
   if (_setjmp(c.given_up)) {

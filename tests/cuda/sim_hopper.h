@@ -2,7 +2,7 @@
 //
 // products are done when their group waits for them, not before, so that what is overwritten too early is seen. shared
 // memory is addressed as the hardware does it, by descriptors and with the swizzles in the address bits, and what a
-// thread stores is there when it has fenced. not covered: wgmma_fence(), which the compiler adds where it is missing.
+// thread stores is there when it has fenced. not covered: wgmma_fence() and hold(), which the compiler is for.
 #pragma once
 
 #include <map>
@@ -21,9 +21,15 @@ struct Bits {
 };
 static_assert(sizeof(Bits) == 8, "as large as the hardware's");
 
+// barriers that not all threads of the cluster can count on yet: those made, and those made and fenced
+inline std::map<unsigned char*, bool> fresh;
+
 // from an address, of this block or mapped
 inline unsigned char* at(uint32_t address) {
   Block& b = address >> 24 ? cluster->blocks[(address >> 24) - 1] : block();
+  bool ended = true;
+  for (const Thread& t : cluster->threads) ended &= t.block != &b || t.at == At::end;
+  if (ended) fail("shared memory of a block that has ended");
   address &= 0xffffff;
   if (address >= b.memory.size()) fail("an address beyond shared memory");
   return b.shared + address;
@@ -32,6 +38,7 @@ inline unsigned char* at(uint32_t address) {
 inline Bits& bits(unsigned char* p) {
   Bits& b = *reinterpret_cast<Bits*>(p);
   if (reinterpret_cast<uintptr_t>(p) % 8 || b.count == 0xffff) fail("a barrier that was not initialized");
+  if (fresh.count(p)) fail("a barrier before all of the cluster know of it");
   return b;
 }
 
@@ -201,8 +208,12 @@ using TensorMap = sim::Map;
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   *reinterpret_cast<sim::Bits*>(barrier) = {uint16_t(arrivals), uint16_t(arrivals), 0, 0};
+  sim::fresh[reinterpret_cast<unsigned char*>(barrier)] = false;
 }
-inline void barrier_init_fence() {}
+
+inline void barrier_init_fence() {
+  for (auto& [barrier, fenced] : sim::fresh) fenced = true;
+}
 
 inline void barrier_expect(uint64_t* barrier, int bytes) {
   sim::Bits& b = sim::bits(reinterpret_cast<unsigned char*>(barrier));
@@ -221,12 +232,20 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   sim::stop(sim::At::wait);
 }
 
+inline void barrier_arrive_cluster(uint64_t* barrier, int rank) { barrier_arrive(barrier, rank); }
+inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
+
 inline void group_sync(int id, int threads) {
   sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread**) {});
 }
 
 inline int cluster_rank() { return sim::block().rank; }
-inline void cluster_sync() { sim::stop(sim::At::cluster); }
+
+inline void cluster_sync() {
+  sim::stop(sim::At::cluster);
+  for (auto it = sim::fresh.begin(); it != sim::fresh.end();) it = it->second ? sim::fresh.erase(it) : std::next(it);
+}
+
 inline uint32_t map_shared(uint32_t address, int rank) { return address | uint32_t(rank + 1) << 24; }
 
 inline void store_async(uint32_t to, const float* v, uint32_t barrier) {
@@ -348,7 +367,7 @@ template <class Arguments>
 const char* launch_clusters(void (*kernel)(Arguments), int blocks, int cluster, int threads, int shared, void*,
                             const Arguments& g) {
   sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
-  sim::stores.clear(), sim::products.clear();
+  sim::stores.clear(), sim::products.clear(), sim::fresh.clear();
   return sim::run(dim3(blocks), threads, shared, [&] { kernel(g); }, cluster);
 }
 
