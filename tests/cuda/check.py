@@ -47,8 +47,9 @@ def build() -> Path:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    if "(C75" in done.stdout + done.stderr:  # remarks on what ptxas had to add for wgmma
-        sys.exit(f"products of the tensor cores wait for one another:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    # what ptxas had to add for products that are under way
+    if remarks := [line for line in (done.stdout + done.stderr).splitlines() if "(C75" in line]:
+        sys.exit("products of the tensor cores wait for one another:\n" + "\n".join(remarks[:3]))
     return next(folder.glob("efft_kernels/_cuda*.so"))
 
 
