@@ -186,6 +186,31 @@ void check_plan(const Plan& plan, int64_t R) {
   STD_TORCH_CHECK(!plan.single_pass || R <= most, "p beside y must have at most ", most, " ranks, got ", R);
 }
 
+// gives g the operands as the kernel for compute capability 9.0 takes them: down and up with rows on 16 bytes and both
+// the same way round, p with rows on 16 bytes, the bias side by side. the copies that takes are kept in `copies`; x and
+// w are large, and refused instead
+void fit_hopper(Linear& g, const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& down, const Tensor& up, const Tensor& p, std::vector<Tensor>& copies) {
+  const auto fitted = [&](const Tensor& t) { return copies.emplace_back(on_16_bytes(t)); };
+  const bool fits = describable(view(x), g.K) && g.N % 8 == 0 &&
+                    (g.w.k_major ? describable(transposed(view(w)), g.K) : describable(view(w), g.N));
+  STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
+  STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
+  const bool turned = describable(transposed(view(up)), g.R) && !describable(view(up), g.N);
+  g.up = turned ? by_rows(transposed(view(up))) : by_terms(view(fitted(up)));
+  if (down)
+    g.down = turned ? by_rows(view(fitted(torch::stable::transpose(*down, 0, 1)))) : by_terms(view(fitted(*down)));
+  if (!down) {
+    const Tensor rows = fitted(p);
+    g.p = rows.mutable_data_ptr(), g.p_row = int32_t(rows.stride(0));
+  }
+  if (bias && (g.bias_stride != 1 || reinterpret_cast<uintptr_t>(g.bias) % 4)) {
+    Tensor copy = copies.emplace_back(empty({g.N}, x));
+    torch::stable::copy_(copy, *bias);
+    g.bias = copy.const_data_ptr(), g.bias_stride = 1;
+  }
+}
+
 // y = [x | p] @ [w ; up] + bias, with p = x @ down
 Tensor linear(const Tensor& x,  // [M, K]
               const Tensor& w,  // [K, N]
@@ -194,44 +219,23 @@ Tensor linear(const Tensor& x,  // [M, K]
               const Tensor& up,                   // [R, N]
               const Tensor& p,                    // [M, R]
               const Plan& plan, void* stream) {
-  const int64_t M = x.size(0), K = x.size(1), R = up.size(0), N = up.size(1);
-  Tensor y = empty({M, N}, x);
+  Tensor y = empty({x.size(0), up.size(1)}, x);
   Linear g;
-  g.M = int32_t(M), g.N = int32_t(N), g.K = int32_t(K), g.R = int32_t(R);
+  g.M = int32_t(x.size(0)), g.N = int32_t(up.size(1)), g.K = int32_t(x.size(1)), g.R = int32_t(up.size(0));
+  g.x = by_rows(view(x)), g.w = either(transposed(view(w)));
   if (bias) g.bias = bias->const_data_ptr(), g.bias_stride = int32_t(bias->stride(0));
   g.p = p.mutable_data_ptr(), g.p_row = int32_t(p.stride(0)), g.y = y.mutable_data_ptr();
   const bool bf16 = dtype_of(x) == Dtype::bf16;
-  g.x = by_rows(view(x)), g.w = either(transposed(view(w)));
-  if (!plan.hopper) {
+  auto launch = bf16 ? lowrank_linear_bf16 : lowrank_linear_f16;
+  std::vector<Tensor> copies;
+  if (plan.hopper) {
+    fit_hopper(g, x, w, bias, down, up, p, copies);
+    launch = bf16 ? hopper_linear_bf16 : hopper_linear_f16;
+  } else {
     g.up = either(transposed(view(up)));
     if (down) g.down = either(transposed(view(*down)));
-    launched((bf16 ? lowrank_linear_bf16 : lowrank_linear_f16)(g, int32_t(plan.tile), stream));
-    return y;
   }
-  // x and w are large, and not copied for it
-  const bool fits = describable(view(x), K) && N % 8 == 0 &&
-                    (g.w.k_major ? describable(transposed(view(w)), K) : describable(view(w), N));
-  STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
-  STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
-  // the others are, if need be: so that both are the same way round
-  std::optional<Tensor> side_by_side;
-  if (bias && (g.bias_stride != 1 || reinterpret_cast<uintptr_t>(g.bias) % 4)) {
-    side_by_side = empty({N}, x);
-    torch::stable::copy_(*side_by_side, *bias);
-    g.bias = side_by_side->const_data_ptr();
-  }
-  const bool turned = describable(transposed(view(up)), R) && !describable(view(up), N);
-  const Tensor there = turned ? up : on_16_bytes(up);
-  g.up = turned ? by_rows(transposed(view(there))) : by_terms(view(there));
-  if (down) {
-    const Tensor beside = on_16_bytes(turned ? torch::stable::transpose(*down, 0, 1) : *down);
-    g.down = turned ? by_rows(view(beside)) : by_terms(view(beside));
-    launched((bf16 ? hopper_linear_bf16 : hopper_linear_f16)(g, int32_t(plan.tile), stream));
-  } else {
-    Tensor copy = on_16_bytes(p);
-    g.p = copy.mutable_data_ptr(), g.p_row = int32_t(copy.stride(0));
-    launched((bf16 ? hopper_linear_bf16 : hopper_linear_f16)(g, int32_t(plan.tile), stream));
-  }
+  launched(launch(g, int32_t(plan.tile), stream));
   return y;
 }
 
