@@ -520,6 +520,9 @@ def test_a_deployment_on_loopback(served, tmp_path):
 
             crowd = await asyncio.gather(*[ask_once() for _ in range(120)])
 
+        # on connections of their own: one that is kept after an answer may be closed just when it is used again
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+
             async def one(i):
                 query = {"adapter": "adapter-1", "top": "100"}
                 headers = {"content-type": "image/png"}
@@ -527,7 +530,7 @@ def test_a_deployment_on_loopback(served, tmp_path):
                     return load_test.is_right(await answer.json(), "adapter-1", want[i % len(files), "adapter-1"])
 
             under_way = [asyncio.create_task(one(i)) for i in range(40)]
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
             server.process.send_signal(signal.SIGTERM)
             return load, described, crowd, await asyncio.gather(*under_way, return_exceptions=True)
 
