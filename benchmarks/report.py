@@ -68,14 +68,17 @@ def versions() -> dict:
 
 
 def commit() -> dict | None:
-    """{id, dirty: whether tracked files differ from it}, or None outside a repository"""
+    """{id, dirty: whether tracked files differ from it, but for what benchmarks wrote}, or None outside a repository"""
 
     def git(*args):
         command = ["git", "-C", str(Path(__file__).parent), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    # a record that is written over must not make the next one dirty
+    code = ":/", ":(top,exclude)benchmarks/results"
     try:
-        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None
 

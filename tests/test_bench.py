@@ -16,6 +16,7 @@ sys.path.append(str(BENCHMARKS))
 import baselines  # noqa: E402
 import bench_forward  # noqa: E402
 import measure  # noqa: E402
+import report  # noqa: E402
 import shapes  # noqa: E402
 
 TINY = ["--model", "swin_t", "--layer", "stage1.qkv", "--rows", "5", "--rank", "3"]
@@ -225,3 +226,19 @@ def test_limits_are_raised_to_what_a_variant_reached():
         "flops": {"float32": 8.0}, "bandwidth": 1.0, "source": "measured; more where a variant showed more",
     }  # fmt: skip
     assert [row["floor_share"] for row in rows] == [1.0, 0.25]
+
+
+def test_a_record_is_dirty_by_the_code_and_not_by_other_records(tmp_path, monkeypatch):
+    files = {name: tmp_path / "benchmarks" / name for name in ("report.py", "results/a.json")}
+    for file in files.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(report, "__file__", str(files["report.py"]))
+    assert report.commit()["dirty"] is False
+    files["results/a.json"].write_text("2")
+    assert report.commit()["dirty"] is False
+    files["report.py"].write_text("2")
+    assert report.commit()["dirty"] is True
