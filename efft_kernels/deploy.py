@@ -463,19 +463,24 @@ def main(
         ray.shutdown()
 
 
+# so long nothing must happen. Ray tries a request that found all replicas full again after up to half a second
+IDLE_S = 2.0
+
+
 def _wait_until_idle(handle, polls: int, seconds: float) -> None:
-    """Until that many answers in a row, of replicas chosen by Ray, say that there is nothing to do.
+    """Until that many answers in a row, of replicas chosen by Ray and over IDLE_S, say that there is nothing to do.
 
     Deleting the application would drop the requests that still wait for a replica; as long as there are any, all
-    replicas are busy.
+    replicas are busy, or were just now.
     """
-    end, quiet = time.monotonic() + seconds, 0
-    while quiet < polls and time.monotonic() < end:
+    end, quiet, since = time.monotonic() + seconds, 0, time.monotonic()
+    while (quiet < polls or time.monotonic() < since + IDLE_S) and time.monotonic() < end:
         try:
-            quiet = 0 if handle.busy.remote().result(timeout_s=max(0.1, end - time.monotonic())) else quiet + 1
+            busy = handle.busy.remote().result(timeout_s=max(0.1, end - time.monotonic()))
         except Exception as error:  # a replica that has just died, or a queue that is full
             log.info("while waiting for the last answers: %s", error)
-            quiet = 0
+            busy = True
+        quiet, since = (0, time.monotonic()) if busy else (quiet + 1, since)
         time.sleep(0.1)
 
 
