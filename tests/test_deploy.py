@@ -479,6 +479,29 @@ def test_what_a_thread_made_for_somebody_who_left_is_undone(caplog):
     assert undone == ["one"] and not caplog.records
 
 
+@pytest.mark.parametrize("busy, least, most", [([], 0.5, 2), ([(0.2, 0.4)], 0.75, 2), ([(0, 99)], 2, 4)], ids=str)
+def test_a_stop_waits_for_what_comes_late(busy, least, most, monkeypatch):
+    """idle, or so it seems while a request is about to be tried again; and not for ever"""
+    from efft_kernels import deploy
+
+    monkeypatch.setattr(deploy, "IDLE_S", 0.5)
+    start = time.monotonic()
+
+    class Handle:
+        @property
+        def busy(self):
+            return self
+
+        def remote(self):
+            return self
+
+        def result(self, timeout_s):
+            return int(any(begin <= time.monotonic() - start < end for begin, end in busy))
+
+    deploy._wait_until_idle(Handle(), 3, 2.0)
+    assert least <= time.monotonic() - start < most
+
+
 def test_a_deployment_on_loopback(served, tmp_path):
     """answers, refusals, a replica killed, and an orderly stop that answers what is under way"""
     pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")
@@ -524,9 +547,9 @@ def test_a_deployment_on_loopback(served, tmp_path):
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
 
             async def one(i):
-                query = {"adapter": "adapter-1", "top": "100"}
+                query, image = {"adapter": "adapter-1", "top": "100"}, files[i % len(files)]
                 headers = {"content-type": "image/png"}
-                async with session.post(server.url, params=query, headers=headers, data=files[i % len(files)]) as answer:
+                async with session.post(server.url, params=query, headers=headers, data=image) as answer:
                     return load_test.is_right(await answer.json(), "adapter-1", want[i % len(files), "adapter-1"])
 
             under_way = [asyncio.create_task(one(i)) for i in range(40)]

@@ -38,50 +38,36 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// arrives at the barrier that block `rank` of the cluster has at the same place, and waits until the phase of this
-// parity is over: for what the copy engine and the tensor cores do, which has an order of its own
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 at;\n"
-      "mapa.shared::cluster.u32 at, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
+// barrier_arrive: at the barrier that block `rank` of the cluster has at the same place. barrier_wait: until the phase
+// of this parity is over
+#define EFFT_BARRIER(NAME, RELEASE, ACQUIRE)                                                         \
+  __device__ __forceinline__ void barrier_arrive##NAME(uint64_t* barrier, int rank) {                \
+    asm volatile(                                                                                    \
+        "{\n.reg .b32 at;\n"                                                                         \
+        "mapa.shared::cluster.u32 at, %0, %1;\n"                                                     \
+        "mbarrier.arrive" RELEASE ".shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)), \
+        "r"(rank)                                                                                    \
+        : "memory");                                                                                 \
+  }                                                                                                  \
+  __device__ __forceinline__ void barrier_wait##NAME(uint64_t* barrier, int parity) {                \
+    asm volatile(                                                                                    \
+        "{\n.reg .pred over;\n"                                                                      \
+        "again:\n"                                                                                   \
+        "mbarrier.try_wait.parity" ACQUIRE                                                           \
+        ".shared::cta.b64 over, [%0], %1;\n"                                                         \
+        "@over bra done;\n"                                                                          \
+        "bra again;\n"                                                                               \
+        "done:\n}" ::"r"(shared_address(barrier)),                                                   \
+        "r"(parity)                                                                                  \
+        : "memory");                                                                                 \
+  }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred over;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-      "@over bra done;\n"
-      "bra again;\n"
-      "done:\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
+// for what the copy engine and the tensor cores do, which has an order of its own
+EFFT_BARRIER(, "", "")
+// between plain reads here and writes of another block, which costs a fence of the whole GPU
+EFFT_BARRIER(_cluster, ".release.cluster", ".acquire.cluster")
 
-// the same between plain reads here and writes of another block: they cost a fence of the whole GPU
-__device__ __forceinline__ void barrier_arrive_cluster(uint64_t* barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 at;\n"
-      "mapa.shared::cluster.u32 at, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred over;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
-      "@over bra done;\n"
-      "bra again;\n"
-      "done:\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
+#undef EFFT_BARRIER
 
 // `threads` threads of the block, of whole warps; id 1 to 15
 __device__ __forceinline__ void group_sync(int id, int threads) {
