@@ -1,0 +1,66 @@
+"""examples/: each script runs as its first lines say, on its default small model."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import timm
+from safetensors.torch import load_file
+
+timm()
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# PyPI's torchvision cannot be imported with a CPU build of torch; the timm() of models.py declares what it misses
+HELPED = "import runpy, sys; sys.path.insert(0, {tests!r}); from models import timm; timm(); del sys.argv[0]; "
+HELPED += "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@functools.cache
+def needs_help() -> bool:
+    return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode != 0
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    starter = ["-c", HELPED.format(tests=str(TESTS))] if needs_help() else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, *starter, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_finetune_timm(tmp_path):
+    printed = run("finetune_timm.py", tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert float(printed.split()[-1]) < 1e-4
+    head = {name: t for name, t in load_file(tmp_path / "stripes.safetensors").items() if name.startswith("head/")}
+    assert head["head/head.weight"].shape[0] == 2
+
+
+def test_peft_trainer(tmp_path):
+    pytest.importorskip("peft")
+    printed = run("peft_trainer.py", tmp_path)
+    assert "trainable params" in printed
+    assert float(printed.split()[-1]) >= 0.9
+    assert (tmp_path / "peft_example" / "adapter_model.safetensors").is_file()
+
+
+def test_many_adapters(tmp_path):
+    printed = run("many_adapters.py", tmp_path)
+    assert "refused: " in printed
+    assert "[200, 10, 196, 200]" in printed
+
+
+def test_all_examples_are_tested_and_short():
+    assert [path.stem for path in EXAMPLES] == ["finetune_timm", "many_adapters", "peft_trainer"]
+    for path in EXAMPLES:
+        assert len(path.read_text().splitlines()) < 60
+        assert f"python examples/{path.name}" in path.read_text()
