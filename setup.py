@@ -1,7 +1,7 @@
 """Builds the compiled libraries of csrc/ against the torch that is installed. Everything else is in pyproject.toml.
 
 pip's build isolation hides the environment's packages from sys.path but not from sysconfig, so the torch that will run
-the library is found there. Without one nothing is compiled now; efft_kernels/kernels/native.py compiles at first use.
+the library is found there. Without one nothing is compiled now; efft_kernels/kernels/cpu.py compiles at first use.
 
 csrc/cuda becomes a library of its own, where torch is a CUDA build and nvcc is found; no GPU is needed. The environment
 variable EFFT_CUDA says otherwise: 0 leaves it out, 1 builds it whatever torch is installed (it is the same library).
@@ -83,15 +83,15 @@ def extensions(torch) -> dict:
     # torch's own guess is none beside a CPU build, and wrong where nvcc on PATH is a wrapper script
     cpp_extension.CUDA_HOME = home
 
-    native = CppExtension(
-        "efft_kernels._native",
-        ["csrc/bindings.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+    cpu = CppExtension(
+        "efft_kernels._cpu",
+        [*map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
         define_macros=MACROS,
         extra_compile_args={"cxx": CXX_FLAGS},
-        depends=[*map(str, Path("csrc").glob("*.h")), *map(str, Path("csrc/cpu").glob("*.h"))],
+        depends=[*map(str, Path("csrc/cpu").glob("*.h")), *map(str, Path("csrc/cpu").glob("*.inl"))],
         py_limited_api=True,
     )
-    libraries = [native]
+    libraries = [cpu]
     if home:
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures(home)]
         headers = sorted(Path("csrc/cuda").glob("*.h"))

@@ -3,7 +3,7 @@
     python benchmarks/bench_forward.py                                        # ViT-B on this machine, about a minute
     python benchmarks/bench_forward.py --model swin_t --backward --out DIR    # saved as results/README.md states
 
-baselines.py has what is compared, measure.py how it is measured, shapes.py the models.
+baselines.py has what is compared, timing.py how it is measured, shapes.py the models.
 """
 
 import argparse
@@ -26,13 +26,13 @@ try:
     from tqdm import tqdm
 
     import efft_kernels
-    import report
+    import record as report
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
-from measure import MEMORY, Limits, Spread, Stages, copies, evict, interleave, limits, memory, run, spread, timer
-from report import digits
+from timing import MEMORY, Limits, Spread, Stages, copies, evict, interleave, limits, memory, run, spread, timer
+from record import digits
 from shapes import KINDS, MODELS, Layer, layers, work
 
 # what every other time is divided by, round by round

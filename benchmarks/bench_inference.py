@@ -3,7 +3,7 @@
     python benchmarks/bench_inference.py                                # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_inference.py --batch 1 --dtype bfloat16 --out DIR
 
-methods.py has what is compared, measure.py how it is measured, results/README.md what the files hold.
+harness.py has what is compared, timing.py how it is measured, results/README.md what the files hold.
 """
 
 import copy
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import efft_kernels
-import methods
-import report
+import harness
+import record as report
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
-from measure import Stages, memory, run
-from methods import Method, Options, share
-from report import digits
+from timing import Stages, memory, run
+from harness import Method, Options, share
+from record import digits
 
 REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
 # what one call of a variant is made of, its stages; None is not reported
@@ -79,7 +79,7 @@ def _quiet_merge(model: nn.Module, **options) -> nn.Module:
 
 def variants(device: str) -> tuple[list[Method], dict[str, str]]:
     """All ways to run a model, and {name: why} for those that cannot run on a device."""
-    found, left_out = methods.methods(device)
+    found, left_out = harness.methods(device)
     known = {method.name: method for method in found}
     chosen = [Method("base", "the model without adapters", known.pop("merged").build)]
     if "merged_onednn" in known:
@@ -166,7 +166,7 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
 
 def measure(args, record: dict, folder: Path) -> None:
     def prepare(dtype: str, bar: tqdm):
-        base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+        base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
         calls, facts = build(args, base, dtype, record["left_out"], bar)
         image = make_batches(args, getattr(torch, dtype))[0][0]
         options = Options(args.rank, args.lora_rank, args.backend)

@@ -3,7 +3,7 @@
     python benchmarks/bench_lora.py                                     # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_lora.py --lora-rank 16 --seconds 600 --out DIR
 
-methods.py has what is compared, measure.py how it is measured, results/README.md what the files hold.
+harness.py has what is compared, timing.py how it is measured, results/README.md what the files hold.
 """
 
 import sys
@@ -17,17 +17,17 @@ from bench_train_step import (
 
 from torch import nn
 
-import methods
-import report
-from measure import MEMORY
-from methods import Method, Options
-from report import digits
+import harness
+import record as report
+from timing import MEMORY
+from harness import Method, Options
+from record import digits
 
 COLOURS.setdefault("accelerated", "#2166ac")
 
 
 def accelerated(base: nn.Module, o: Options) -> nn.Module:
-    model = methods.peft_lora(base, o)
+    model = harness.peft_lora(base, o)
     from efft_kernels.peft import accelerate_lora
 
     return accelerate_lora(model, backend=o.backend)
@@ -35,7 +35,7 @@ def accelerated(base: nn.Module, o: Options) -> nn.Module:
 
 def variants(device: str) -> tuple[list[Method], dict[str, str]]:
     """What is compared here, and {name: why} for what cannot run on a device."""
-    known = {method.name: method for method in methods.methods(device)[0]}
+    known = {method.name: method for method in harness.methods(device)[0]}
     meaning = "peft_lora after efft_kernels.peft.accelerate_lora: the same layers, parameters and optimizer"
     fast = Method("accelerated", meaning, accelerated, True)
     return [known["merged"], known["peft_lora"], fast, known["efft2_p0"]], {}

@@ -4,7 +4,7 @@
     python benchmarks/bench_serving.py --batch 8 --adapters 1 4 --out DIR
 
 One call serves ``batch`` images, each with the next of K adapters: more adapters than images take several batches to
-come by. measure.py has how it is measured, results/README.md what the files hold.
+come by. timing.py has how it is measured, results/README.md what the files hold.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import efft_kernels
-import methods
-import report
+import harness
+import record as report
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
-from measure import Stages, memory, run
-from methods import Options, share
-from report import digits
+from timing import Stages, memory, run
+from harness import Options, share
+from record import digits
 
 COLOURS = {
     "merged": "#9e9e9e",
@@ -153,7 +153,7 @@ def switched(base: nn.Module, o: Options, K: int) -> Serving:
 
 
 def peft_mixed(base: nn.Module, o: Options, K: int) -> Serving:
-    methods.timm()  # transformers, which peft imports, meets the same torchvision
+    harness.timm()  # transformers, which peft imports, meets the same torchvision
     import peft
 
     model = share(base)
@@ -230,7 +230,7 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
 
 def measure(args, record: dict) -> None:
     def prepare(dtype: str, bar: tqdm):
-        base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+        base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
         calls, facts = build(args, base, dtype, record["left_out"], bar)
         # packed once more: what the last method dropped for its own count, no round has to make
         for stages in calls.values():

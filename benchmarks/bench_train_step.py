@@ -3,7 +3,7 @@
     python benchmarks/bench_train_step.py                                     # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_train_step.py --dtype float32 bfloat16 --seconds 1500 --out DIR
 
-methods.py has what is compared, measure.py how it is measured, results/README.md what the files hold.
+harness.py has what is compared, timing.py how it is measured, results/README.md what the files hold.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from bench_forward import positive, seconds  # isort: skip
 from tqdm import tqdm
 
 import efft_kernels
-import methods
-import report
-from measure import MEMORY, Stages, interleave, memory, spread, timer
-from methods import MODELS, Method, Options
-from report import digits
+import harness
+import record as report
+from timing import MEMORY, Stages, interleave, memory, spread, timer
+from harness import MODELS, Method, Options
+from record import digits
 from shapes import layers
 
 # what every other time is divided by, round by round
@@ -65,7 +65,7 @@ BATCHES = 2  # of images and labels, used in turn
 
 
 class Step:
-    """Training steps of one model, as stages for measure.py."""
+    """Training steps of one model, as stages for timing.py."""
 
     def __init__(self, model: nn.Module, batches: list[tuple[Tensor, Tensor]]):
         self.model, self.batches = model, batches
@@ -102,7 +102,7 @@ def make_batches(args, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return [
         (
             torch.randn(shape, generator=g, device=args.device).to(dtype),
-            torch.randint(methods.CLASSES, (args.batch,), generator=g, device=args.device),
+            torch.randint(harness.CLASSES, (args.batch,), generator=g, device=args.device),
         )
         for _ in range(BATCHES)
     ]
@@ -155,7 +155,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm) -> dict[str, tuple[Step, dict]]:
     """{method: (its step, warm; what is known of it beside its time)}; left_out gets why a method refuses."""
-    base = methods.backbone(args.model, args.image, getattr(torch, dtype), args.device)
+    base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
     batches = make_batches(args, getattr(torch, dtype))
     options = Options(args.rank, args.lora_rank, args.backend)
     built = {}
@@ -191,9 +191,9 @@ def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm) -> d
 def _forget_packed() -> None:
     # weights that the CPU backend packed for the method before, so that each of ours shows what it keeps itself
     if next(b for b in efft_kernels.backends() if b.name == "cpu").available:
-        from efft_kernels.kernels import native
+        from efft_kernels.kernels import cpu
 
-        native.clear_packed()
+        cpu.clear_packed()
 
 
 def results(args, dtype: str, samples: list[dict], built: dict[str, tuple[Step, dict]]) -> list[dict]:
@@ -358,7 +358,7 @@ def show(record: dict) -> None:
         "ops": "of forward and backward that are no views: launches at least, on a GPU",
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters; over merged's",
         "peak MiB": f"{record['memory']}; +: kept between steps beside the optimizer's state",
-        "trained": f"numbers, the head of {methods.CLASSES} classes among them",
+        "trained": f"numbers, the head of {harness.CLASSES} classes among them",
     }
     print()
     for name, note in notes.items():
@@ -488,7 +488,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, lef
         except OSError as error:
             p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
     try:
-        methods.timm()
+        harness.timm()
     except ImportError as error:
         p.error(f'benchmarks of whole models need timm: pip install -e ".[bench]" ({error})')
 
@@ -502,7 +502,7 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "machine": report.machine(),
-        "versions": {**report.versions(), **methods.versions()},
+        "versions": {**report.versions(), **harness.versions()},
         "commit": report.commit(),
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "allocator": environment,
@@ -514,7 +514,7 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
 
 
 def main(argv: list[str] | None = None) -> int:
-    known = list(dict.fromkeys(m.name for device in ("cpu", "cuda") for m in methods.methods(device)[0]))
+    known = list(dict.fromkeys(m.name for device in ("cpu", "cuda") for m in harness.methods(device)[0]))
     p = parser(
         "Time a training step of a vision transformer adapted in every way it is done today, with its memory and its "
         "operations. Without arguments: ViT-B, batch 4, float32.",
@@ -522,7 +522,7 @@ def main(argv: list[str] | None = None) -> int:
         "train_step.json and train_step.png",
     )
     args = p.parse_args(argv)
-    found, left_out = methods.methods(args.device)
+    found, left_out = harness.methods(args.device)
     check(p, args, "merged", left_out)
     if args.threads:
         torch.set_num_threads(args.threads)

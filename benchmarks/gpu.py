@@ -9,7 +9,7 @@ A step runs whatever became of those before it, but for the build. The exit stat
 not run again keep their outcome in gpu.json, if it is of the same commit, machine and versions.
 
 What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last
-command puts it into efft_kernels/kernels/triton_configs.json and cuda_configs.json, with `proven` as far as the records
+command puts it into efft_kernels/kernels/tuning/triton_configs.json and cuda_configs.json, with `proven` as far as the records
 show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves. What
 that makes of whole steps is seen by `--only build forward_vit_b train_step_auto --out DIR`.
 """
@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 
 try:
-    import report
+    import record as report
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 

@@ -2,14 +2,14 @@
 
     python benchmarks/load_test.py                     # 5 minutes, two replicas of a tiny ViT
 
-Starts ``python -m efft_kernels.deploy`` with a random backbone and adapters of its own making, and asks at a fixed rate
+Starts ``python -m efft_kernels.serving`` with a random backbone and adapters of its own making, and asks at a fixed rate
 for pictures under adapters chosen at random, as raw bodies and as forms. The rate is half of what this machine answers
 when 8 clients ask as fast as they can for 5 s, and at most 20 a second; or --rate, which may be more than it can do:
 what waits for 30 s then is lost. The adapters do not all fit the budget, so they come and go. In the middle one replica
 is killed (SIGKILL), just after 16 requests were sent at once. Beside that, malformed requests are spread over the run.
 
     lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent
-              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/deploy.py calls
+              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/serving/app.py calls
               repeatable
     wrong     an answer with another class first, other classes or a score more than 1e-4 off what the model with this
               adapter, loaded here by load_adapter, computes for the picture alone. Where two classes are as close as
@@ -38,11 +38,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from report import FORMAT, commit, machine, prepare, table, versions, write_json
+from record import FORMAT, commit, machine, prepare, table, versions, write_json
 
 import efft_kernels as ek
-from efft_kernels.deploy import Settings, base_model
-from efft_kernels.deploy_uploads import decode
+from efft_kernels.serving.app import Settings, base_model
+from efft_kernels.serving.uploads import decode
 
 REPEATABLE = 408, 500, 502, 503, 504
 TOLERANCE = 1e-4
@@ -195,7 +195,7 @@ class Server:
             "num_classes": settings.num_classes, "replicas": settings.replicas, "adapter_bytes": settings.adapter_bytes,
             "max_ongoing": settings.max_ongoing, "max_queued": settings.max_queued, "port": port,
         }  # fmt: skip
-        command = [sys.executable, "-m", "efft_kernels.deploy", *(f"--{name}={value}" for name, value in options.items())]
+        command = [sys.executable, "-m", "efft_kernels.serving", *(f"--{name}={value}" for name, value in options.items())]
         self.url, self.log = f"http://127.0.0.1:{port}/", log
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)

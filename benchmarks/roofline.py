@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import report
+    import record as report
     from bench_forward import COLOURS
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')

@@ -1,4 +1,4 @@
-"""Puts what gpu.py tuned and recorded into the shipped tables, efft_kernels/kernels/*_configs.json.
+"""Puts what gpu.py tuned and recorded into the shipped tables, efft_kernels/kernels/tuning/*_configs.json.
 
     python benchmarks/ship_tables.py benchmarks/results/<gpu>
 
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from efft_kernels.kernels.measured import Table
+from efft_kernels.kernels.tuning.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {"triton": Table("triton_configs.json"), "cuda": Table("cuda_configs.json")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from baselines import make_inputs, variants
 from bench_forward import stages
-from measure import copies, run
+from timing import copies, run
 from shapes import layers, work
 
 R = 16

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_train_step import Step, make_batches
-from measure import run
-from methods import Options, backbone, methods
+from timing import run
+from harness import Options, backbone, methods
 
 SIZE = SimpleNamespace(batch=1, image=224, device="cpu")
 

@@ -1,4 +1,4 @@
-"""Tunes a GPU backend for the Linears of whole models: kernels/tune.py with the sizes of shapes.py.
+"""Tunes a GPU backend for the Linears of whole models: kernels/tuning/tune.py with the sizes of shapes.py.
 
     python benchmarks/tune_shapes.py --backend cuda --model vit_b --batch 64 --rank 16
 
@@ -15,9 +15,9 @@ import torch
 try:
     from tqdm import tqdm
 
-    import report
+    import record as report
     from bench_forward import positive, seconds
-    from efft_kernels.kernels.tune import BACKENDS, tune
+    from efft_kernels.kernels.tuning.tune import BACKENDS, tune
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .adapter import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
+from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
 from .factors import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
 from .inject import Plan, adapter_parameters, inject, merge, plan, unmerge

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .factors import Pair
 from .ops import lowrank_add, lowrank_linear
-from .quantized import hold, keeps_product, let_go
+from .base_linears import hold, keeps_product, let_go
 
 
 class _Pass:
@@ -170,7 +170,7 @@ class AdaptedLinear(nn.Linear):
     """A Linear of an injected model: y = x @ weight.T + bias + (x @ down) @ up, where its model's Adapters say.
 
     Made by changing the class of a Linear: its parameters, names, hooks and whoever refers to it stay as they are. One
-    that keeps its own product (quantized.py) is called as before, and gets a class that is both.
+    that keeps its own product (base_linears.py) is called as before, and gets a class that is both.
     """
 
     base: type = nn.Linear  # the class that it had

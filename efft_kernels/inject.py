@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLinear, Adapters
 from .factors import GroupSpec, Site, _Config
 from .ops import check_backend, merge_
-from .quantized import DenseWeights, dense, keeps_product, kept_in, kind, refusal, tensors
+from .base_linears import DenseWeights, dense, keeps_product, kept_in, kind, refusal, tensors
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
 # name inside a block -> the matrices it holds side by side

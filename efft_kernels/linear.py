@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import check_backend, check_scale, efft_linear, group_update, lowrank_add, merge_
-from .quantized import keeps_product, kind
+from .base_linears import keeps_product, kind
 
 
 class EFFTLinear(nn.Linear):

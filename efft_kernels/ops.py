@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .kernels import reference
 
-_MODULES = {"cuda": "cuda", "triton": "triton_kernels", "cpu": "native", "reference": "reference"}
+_MODULES = {"cuda": "cuda", "triton": "triton", "cpu": "cpu", "reference": "reference"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), str, float, int, list}  # no subclass that wants to see the op
 

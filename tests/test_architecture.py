@@ -10,44 +10,45 @@ import pytest
 import efft_kernels
 
 PACKAGE = Path(efft_kernels.__file__).parent
-KERNELS = {f"kernels.{p.stem}" for p in (PACKAGE / "kernels").glob("*.py")} | {"kernels"}
+KERNELS = {"kernels", "kernels.reference", "kernels.cpu", "kernels.triton", "kernels.cuda"}
 FINETUNE = {f"finetune.{p.stem}" for p in (PACKAGE / "finetune").glob("*.py")} | {"finetune"}
+SERVING = {f"serving.{p.stem}" for p in (PACKAGE / "serving").glob("*.py")} | {"serving"}
 ALLOWED = {
     "kernels.__init__": set(),
     "kernels.reference": set(),
-    "kernels.measured": set(),
-    "kernels.native": {"kernels.reference"},
-    "kernels.triton_kernels": {"kernels.measured"},
-    "kernels.cuda": {"kernels.measured"},
-    "kernels.tune": {"kernels.reference", "kernels.measured", "kernels.tune_triton", "kernels.tune_cuda"},
-    "kernels.tune_triton": {"kernels.triton_kernels", "kernels.reference", "kernels.measured"},
-    "kernels.tune_cuda": {"kernels.cuda", "kernels.measured"},
+    "kernels.cpu": {"kernels.reference"},
+    "kernels.triton": {"kernels.tuning.table"},
+    "kernels.cuda": {"kernels.tuning.table"},
+    "kernels.tuning.table": set(),
+    "kernels.tuning.tune": {"kernels.reference", "kernels.tuning.table", "kernels.tuning.triton", "kernels.tuning.cuda"},
+    "kernels.tuning.triton": {"kernels.triton", "kernels.reference", "kernels.tuning.table"},
+    "kernels.tuning.cuda": {"kernels.cuda", "kernels.tuning.table"},
     "ops": KERNELS,
     "factors": {"ops"},
-    "quantized": set(),
-    "linear": {"ops", "quantized"},
-    "adapted": {"ops", "factors", "quantized"},
-    "inject": {"adapted", "factors", "ops", "quantized"},
-    "adapter": {"inject", "adapted", "factors", "ops"},
+    "base_linears": set(),
+    "linear": {"ops", "base_linears"},
+    "adapted": {"ops", "factors", "base_linears"},
+    "inject": {"adapted", "factors", "ops", "base_linears"},
+    "files": {"inject", "adapted", "factors", "ops"},
     "analysis": {"inject", "factors"},
-    "finetune": {"inject", "adapter", "factors"} | FINETUNE,
-    "peft": {"inject", "adapter", "adapted", "factors", "linear", "ops"},
-    "serving": {"inject", "adapter", "adapted", "factors", "linear", "ops", "quantized"},
-    "deploy_uploads": set(),
-    "deploy_folder": set(),
-    "deploy": {"serving", "inject", "adapter", "deploy_folder", "deploy_uploads"},
-    "__init__": {"ops", "factors", "linear", "inject", "adapter", "analysis"},
+    "finetune": {"inject", "files", "factors"} | FINETUNE,
+    "peft": {"inject", "files", "adapted", "factors", "linear", "ops"},
+    "serving": {"inject", "files", "adapted", "factors", "linear", "ops", "base_linears"} | SERVING,
+    "deploy": {"serving.app"},
+    "__init__": {"ops", "factors", "linear", "inject", "files", "analysis"},
 }
 HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    """kernels.cpu for kernels/cpu.py; of a folder's __init__.py, the folder's, but for the two outermost"""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name if name in ("__init__", "kernels.__init__") else name.removesuffix(".__init__")
 
 
 def imported(path: Path) -> set[str]:
     """names of this package's modules that a file imports, anywhere in it, relative to the package"""
-    inside = module_name(path).split(".")[:-1]
+    inside = list(path.relative_to(PACKAGE).parent.parts)
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -55,12 +56,17 @@ def imported(path: Path) -> set[str]:
             candidates = [base] if base else [[alias.name] for alias in node.names]
             for parts in candidates:
                 deeper = [".".join([*parts, alias.name]) for alias in node.names]
-                files = [d for d in deeper if (PACKAGE / (d.replace(".", "/") + ".py")).exists()]
+                files = [d for d in deeper if _is_module(d)]
                 names.update(files or [".".join(parts)])
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             full = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             names.update(n.removeprefix("efft_kernels.") for n in full if n.split(".")[0] == "efft_kernels")
     return names
+
+
+def _is_module(name: str) -> bool:
+    path = PACKAGE / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)

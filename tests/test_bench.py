@@ -15,8 +15,8 @@ sys.path.append(str(BENCHMARKS))
 
 import baselines  # noqa: E402
 import bench_forward  # noqa: E402
-import measure  # noqa: E402
-import report  # noqa: E402
+import timing as measure  # noqa: E402
+import record as report  # noqa: E402
 import shapes  # noqa: E402
 
 TINY = ["--model", "swin_t", "--layer", "stage1.qkv", "--rows", "5", "--rank", "3"]

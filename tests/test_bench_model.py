@@ -20,21 +20,21 @@ sys.path.append(str(BENCHMARKS))
 import bench_inference  # noqa: E402
 import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
-import measure  # noqa: E402
-import methods  # noqa: E402
+import timing as measure  # noqa: E402
+import harness  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402
 
 VIT = ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48}, 16)
 SWIN = ("swin_tiny_patch4_window7_224", dict(window_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4)), 32)
 SIZES = ["--image", "32", "--batch", "2", "--rank", "4", "--repeats", "3", "--seconds", "600"]
-OPTIONS = methods.Options(rank=4, lora_rank=2)
+OPTIONS = harness.Options(rank=4, lora_rank=2)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(methods.MODELS, "vit_b", VIT)
-    monkeypatch.setitem(methods.MODELS, "swin_t", SWIN)
+    monkeypatch.setitem(harness.MODELS, "vit_b", VIT)
+    monkeypatch.setitem(harness.MODELS, "swin_t", SWIN)
     monkeypatch.delenv("EFFT_BACKEND", raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small for more
@@ -43,16 +43,16 @@ def small(monkeypatch):
 
 
 def backbone(model, dtype=torch.float64):
-    return methods.backbone(model, 32, dtype, "cpu")
+    return harness.backbone(model, 32, dtype, "cpu")
 
 
 def build(name, base):
-    return next(m for m in methods.methods("cpu")[0] if m.name == name).build(base, OPTIONS)
+    return next(m for m in harness.methods("cpu")[0] if m.name == name).build(base, OPTIONS)
 
 
 # -- what is compared -------------------------------------------------------------------------------------------------
 
-NAMES = [m.name for m in methods.methods("cpu")[0]]
+NAMES = [m.name for m in harness.methods("cpu")[0]]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "merged_onednn"])  # oneDNN has no float64
@@ -107,7 +107,7 @@ def same(theirs, ours, pairs):
 def test_released_efft_computes_what_ours_computes(model):
     base = backbone(model)
     theirs = build("released_efft", base)
-    ours = ek.inject(methods.share(base), ek.EFFTConfig("efft2", rank=4, cores="shared", factor_dropout=0.0))
+    ours = ek.inject(harness.share(base), ek.EFFTConfig("efft2", rank=4, cores="shared", factor_dropout=0.0))
     groups = list(zip(theirs.updates, ours.efft["default"].values(), strict=True))
     with torch.no_grad():
         for group, own in groups:
@@ -122,9 +122,9 @@ def test_released_efft_computes_what_ours_computes(model):
 def test_fact_computes_what_ours_computes(model):
     base = backbone(model)
     theirs = build("fact_tt", base)
-    ours = ek.inject(methods.share(base), ek.FacTConfig("tt", rank=4, activation_dropout=0.0))
+    ours = ek.inject(harness.share(base), ek.FacTConfig("tt", rank=4, activation_dropout=0.0))
     groups = list(zip(theirs.updates, ours.efft["default"].values(), strict=True))
-    linears = {m.slot.site.path: m for m in theirs.modules() if isinstance(m, methods.FacTLinear)}
+    linears = {m.slot.site.path: m for m in theirs.modules() if isinstance(m, harness.FacTLinear)}
     pairs = []
     with torch.no_grad():
         for shared, own in groups:
@@ -145,8 +145,8 @@ def test_fact_computes_what_ours_computes(model):
 
 def test_released_efft_draws_once_per_call(monkeypatch):
     made, drawn = build("released_efft", backbone("vit_b")), []
-    form = methods.DenseUpdates._form
-    monkeypatch.setattr(methods.DenseUpdates, "_form", lambda self, slots: drawn.append(len(slots)) or form(self, slots))
+    form = harness.DenseUpdates._form
+    monkeypatch.setattr(harness.DenseUpdates, "_form", lambda self, slots: drawn.append(len(slots)) or form(self, slots))
     made(torch.randn(2, 3, 32, 32, dtype=torch.float64))
     assert drawn == [2, 1, 1] * 2  # qkv with proj, fc1, fc2; two blocks
     assert not any(group.formed for group in made.updates)
@@ -272,9 +272,9 @@ def test_a_method_that_cannot_run_is_left_out(tmp_path, capsys, monkeypatch):
     def missing(base, o):
         raise ImportError("no package of this name")
 
-    found, left_out = methods.methods("cpu")
+    found, left_out = harness.methods("cpu")
     found = [m._replace(build=missing) if m.name == "peft_lora" else m for m in found]
-    monkeypatch.setattr(methods, "methods", lambda device: (found, left_out))
+    monkeypatch.setattr(harness, "methods", lambda device: (found, left_out))
     assert bench_train_step.main([*SIZES, "--methods", "peft_lora", "--out", str(tmp_path)]) == 0
     assert "peft_lora        left out of float32: no package of this name" in capsys.readouterr().out
     assert json.loads((tmp_path / "train_step.json").read_text())["left_out"] == {

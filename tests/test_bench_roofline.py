@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_forward  # noqa: E402
-import measure  # noqa: E402
+import timing as measure  # noqa: E402
 import roofline  # noqa: E402
 
 

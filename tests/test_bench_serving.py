@@ -6,13 +6,13 @@ from test_bench_model import RECORD, SIZES, check_files, small  # noqa: F401, wh
 
 import bench_serving  # found because test_bench_model put benchmarks/ on the path
 import bench_train_step
-import methods
+import harness
 
-OPTIONS = methods.Options(rank=4, lora_rank=2)
+OPTIONS = harness.Options(rank=4, lora_rank=2)
 
 
 def test_all_ways_compute_the_same():
-    base = methods.backbone("vit_b", 32, torch.float32, "cpu").eval()
+    base = harness.backbone("vit_b", 32, torch.float32, "cpu").eval()
     images, ids = torch.randn(5, 3, 32, 32), [0, 1, 2, 0, 1]
     with torch.no_grad():
         bank, fused, singly = (

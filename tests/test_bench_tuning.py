@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import ship_tables  # noqa: E402
 import tune_shapes  # noqa: E402
 
-from efft_kernels.kernels import measured  # noqa: E402
+from efft_kernels.kernels.tuning import table as measured  # noqa: E402
 
 # -- tune_shapes ------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ import torch
 from accuracy import assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear
 
 import efft_kernels
-from efft_kernels.kernels import cuda, measured, reference, tune_cuda
-from efft_kernels.kernels.tune import tune
+from efft_kernels.kernels import cuda, reference
+from efft_kernels.kernels.tuning import cuda as tune_cuda
+from efft_kernels.kernels.tuning import table as measured
+from efft_kernels.kernels.tuning.tune import tune
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import faults  # noqa: E402

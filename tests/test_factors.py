@@ -13,7 +13,7 @@ from models import METHODS, adapted, shake, timm, vit
 import efft_kernels as ek
 from efft_kernels.factors import _Config, stack
 
-COUNTS = Path(__file__).parents[1] / "benchmarks" / "parameter_counts.py"
+COUNTS = Path(__file__).parents[1] / "benchmarks" / "paper" / "parameter_counts.py"
 
 
 def counts():

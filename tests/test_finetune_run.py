@@ -27,7 +27,7 @@ for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
 from safetensors.torch import load_file  # noqa: E402
 from test_finetune_data import folder, lists  # noqa: E402
 
-from efft_kernels.finetune import cli, loop, state  # noqa: E402
+from efft_kernels.finetune import checkpoints, cli, loop  # noqa: E402
 from efft_kernels.finetune.loop import Interrupted, train  # noqa: E402
 from efft_kernels.finetune.models import make_model  # noqa: E402
 from efft_kernels.finetune.settings import Settings  # noqa: E402
@@ -52,7 +52,7 @@ def end(out) -> dict:
     """everything that must be the same, however the run came to its end"""
     record = json.loads((Path(out) / "metrics.json").read_text())
     weights = load_file(Path(out) / "adapter.safetensors")
-    assert not state.states(Path(out)) and not list(Path(out).glob(".partial*"))
+    assert not checkpoints.states(Path(out)) and not list(Path(out).glob(".partial*"))
     return {
         "metrics": record["result"]["metrics"],
         "epoch": record["result"]["epoch"],
@@ -79,7 +79,7 @@ def _child(settings, prepare, number):
     prepare(number)
     try:
         train(settings, progress=False)
-    except state.StorageError as error:
+    except checkpoints.StorageError as error:
         print(error, file=sys.stderr)
         os._exit(cli.STORAGE)
     except Interrupted:
@@ -99,9 +99,9 @@ def killed_and_resumed(settings, kills: int, seed: int, seconds: float) -> int:
     """
     draw, met = random.Random(seed), 0
     for _ in range(kills):
-        known = state.states(Path(settings.out))
+        known = checkpoints.states(Path(settings.out))
         process = start(settings)
-        while draw.random() > 0.01 and state.states(Path(settings.out)) == known and process.is_alive():
+        while draw.random() > 0.01 and checkpoints.states(Path(settings.out)) == known and process.is_alive():
             time.sleep(0.01)
         time.sleep(draw.uniform(0, seconds))
         met += process.is_alive()
@@ -151,7 +151,7 @@ def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
 
 def test_a_damaged_state_is_skipped(photos, whole, tmp_path, caplog):
     start(tiny(photos, tmp_path), _die_in(os, "replace"), 4).join()
-    newest = state.states(tmp_path)[-1]
+    newest = checkpoints.states(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     train(tiny(photos, tmp_path), progress=False)
     assert newest.name in caplog.text and end(tmp_path) == whole
@@ -173,7 +173,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     """the command itself, with worker processes: stopped, then run again"""
     flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
     process = command(*flags, "--memory", "0")
-    while not state.states(tmp_path) and process.poll() is None:
+    while not checkpoints.states(tmp_path) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -182,7 +182,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
         last = err.strip().splitlines()[-1]
         assert "stopped after step" in last and "the same command" in last
         step = int(last.split("step ")[1].split()[0])
-        assert state.states(tmp_path)[-1].name == f"state-{step:09d}.pt"
+        assert checkpoints.states(tmp_path)[-1].name == f"state-{step:09d}.pt"
         assert cli.main(flags) == cli.DONE
         out = capsys.readouterr().out
     assert end(tmp_path) == whole, err
@@ -227,7 +227,7 @@ def disk(tmp_path):
 
 def test_full_disk(disk, photos, whole, capfd):
     def fill(number):
-        original, saves = state.save, []
+        original, saves = checkpoints.save, []
 
         def save(folder, *args):
             saves.append(1)
@@ -237,7 +237,7 @@ def test_full_disk(disk, photos, whole, capfd):
                         file.write(b"x" * 4096)
             return original(folder, *args)
 
-        state.save = save
+        checkpoints.save = save
 
     process = start(tiny(photos, disk / "out"), fill, 3)
     process.join()
@@ -250,7 +250,7 @@ def test_full_disk(disk, photos, whole, capfd):
         "same command",
     ):
         assert words in said
-    assert len(state.states(disk / "out")) == 2 and not list((disk / "out").glob(".partial*"))
+    assert len(checkpoints.states(disk / "out")) == 2 and not list((disk / "out").glob(".partial*"))
     (disk / "filler").unlink()
     train(tiny(photos, disk / "out"), progress=False)
     assert end(disk / "out") == whole
@@ -269,11 +269,11 @@ def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(os, name, failing)
-    with pytest.raises(state.StorageError, match="no space left in .* could not be written; .* same command") as error:
+    with pytest.raises(checkpoints.StorageError, match="no space left in .* could not be written; .* same command") as error:
         train(tiny(photos, tmp_path), progress=False)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
-    assert state.states(tmp_path) and not list(tmp_path.glob(".partial*"))
+    assert checkpoints.states(tmp_path) and not list(tmp_path.glob(".partial*"))
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
 
@@ -281,7 +281,7 @@ def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
 def test_a_disk_that_is_too_small_is_seen_before_the_first_step(photos, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10 * 2**20})
     monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(state.StorageError, match="has 10 MiB free, but .* take up to 6. MiB"):
+    with pytest.raises(checkpoints.StorageError, match="has 10 MiB free, but .* take up to 6. MiB"):
         train(tiny(photos, tmp_path), progress=False)
 
 
@@ -437,7 +437,7 @@ def test_wrong_settings_end_with_2_and_a_sentence(flags, words, photos, tmp_path
         code = ended.code
     said = capsys.readouterr().err
     assert code == cli.WRONG and words in said and "Traceback" not in said, said
-    assert not state.states(tmp_path) and not (tmp_path / "logs").exists()
+    assert not checkpoints.states(tmp_path) and not (tmp_path / "logs").exists()
 
 
 def test_another_run_is_not_overwritten(photos, tmp_path):
@@ -453,7 +453,7 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
         train(replace(settings, lr=0.1, resume=False), progress=False).metrics["test"]["loss"]
         != first.metrics["test"]["loss"]
     )
-    with state.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
+    with checkpoints.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
         train(settings, progress=False)
 
 
@@ -493,7 +493,7 @@ def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, c
     assert code == 0
     plain = timm().create_model("test_vit", num_classes=3, img_size=32)
     plain.load_state_dict(load_file(target))
-    from efft_kernels.finetune.use import restore
+    from efft_kernels.finetune.finished import restore
 
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
@@ -542,7 +542,7 @@ def test_accuracy_over_classes_is_of_those_that_have_images(tmp_path):
     root = folder(tmp_path / "photos", ("train",), ("a", "b", "c"), n=8)
     folder(root, ("test",), ("a", "b"), n=9)
     result = train(tiny(root, tmp_path / "out", epochs=1), progress=False)
-    from efft_kernels.finetune.use import predict
+    from efft_kernels.finetune.finished import predict
 
     files = sorted(str(path) for path in (root / "test").rglob("*.png"))
     right = [Path(file).parent.name == label for file, label, _ in predict(result.out, files)]
@@ -571,7 +571,7 @@ def test_a_state_that_diverged_replaces_none(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(loop._Run, "_one_step", step)
     with pytest.raises(ValueError, match="the loss of step 5 is nan; a smaller lr"):
         train(tiny(photos, tmp_path, save_every=1), progress=False)
-    assert [path.name for path in state.states(tmp_path)] == ["state-000000003.pt", "state-000000004.pt"]
+    assert [path.name for path in checkpoints.states(tmp_path)] == ["state-000000003.pt", "state-000000004.pt"]
 
 
 def test_what_is_printed_at_the_end_can_be_pasted(photos, tmp_path, capsys, monkeypatch):
@@ -601,7 +601,7 @@ def test_what_happens_before_the_first_step_is_a_sentence(error, code, words, ph
 
 
 def test_weights_that_have_moved(photos, tmp_path):
-    from efft_kernels.finetune.use import restore
+    from efft_kernels.finetune.finished import restore
 
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "a.pth")
     out = train(tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1), progress=False).out
@@ -636,15 +636,12 @@ def test_merging_to_where_nothing_can_be_written(photos, tmp_path, capsys):
 
 
 def test_help_names_what_there_is(capsys):
-    from efft_kernels.finetune import sources  # noqa: F401
-    from efft_kernels.finetune.data import SOURCES
     from efft_kernels.finetune.methods import METHODS
 
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    registered = [name for name in SOURCES if "," not in name]  # runs of a benchmark register theirs
-    for word in (*METHODS, *registered, "torchrun", "predict OUT", "merge OUT", "--batch_size", "factor_dropout 0.1"):
+    for word in (*METHODS, "torchrun", "predict OUT", "merge OUT", "--batch_size", "factor_dropout 0.1"):
         assert word in said, word
 
 
@@ -659,7 +656,7 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     result = train(settings, progress=False)
     train(replace(settings, out=str(tmp_path / "again")), progress=False)
     assert end(result.out) == end(tmp_path / "again")
-    from efft_kernels.finetune.use import merged, restore
+    from efft_kernels.finetune.finished import merged, restore
 
     model, _ = restore(result.out)
     merged(result.out, tmp_path / "base/model.safetensors")
@@ -671,7 +668,7 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
 
 def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
     from efft_kernels.finetune.data import seed_all
-    from efft_kernels.finetune.use import restore
+    from efft_kernels.finetune.finished import restore
     from efft_kernels.serving import AdapterBank
 
     outs = [tmp_path / str(rank) for rank in (2, 4)]
@@ -692,7 +689,7 @@ def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
 
 
 def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
-    from efft_kernels.finetune import use
+    from efft_kernels.finetune import finished as use
 
     def make(*args):
         model = make_model(*args)

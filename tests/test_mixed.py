@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import efft_kernels
 from efft_kernels import lowrank_linear, mixed_linear, ops
-from efft_kernels.kernels import native, reference
+from efft_kernels.kernels import cpu, reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

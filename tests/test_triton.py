@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from efft_kernels.kernels import triton_kernels as kernels  # noqa: E402
-from efft_kernels.kernels.tune import tune  # noqa: E402
+from efft_kernels.kernels import triton as kernels  # noqa: E402
+from efft_kernels.kernels.tuning.tune import tune  # noqa: E402
 
 if kernels.INTERPRETED:
     from interpreter import repair_bf16

@@ -1,5 +1,5 @@
 // which instruction sets this processor has.
-#include "../efft.h"
+#include "kernels.h"
 
 namespace efft {
 

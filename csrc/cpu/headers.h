@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "../efft.h"
+#include "kernels.h"
 
 #define EFFT_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

@@ -9,13 +9,13 @@
 namespace efft {
 namespace {
 
-#include "vec.h"
+#include "vec.inl"
 
-#include "tile.h"
+#include "tile.inl"
 
-#include "pack.h"
+#include "pack.inl"
 
-#include "lowrank.h"
+#include "lowrank.inl"
 
 template <class F>
 auto with_type(Dtype dtype, F f) {

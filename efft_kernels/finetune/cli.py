@@ -120,7 +120,7 @@ def _use(argv: list[str]) -> int:
         made.add_argument("file", metavar="FILE.safetensors")
     made.add_argument("--checkpoint", help="where the pre-trained weights are now, if they have moved")
     given = made.parse_args(argv[1:])
-    from .use import merged, predict
+    from .finished import merged, predict
 
     if argv[0] == "predict":
         for file, label, p in predict(given.out, given.images, given.checkpoint):
@@ -133,7 +133,7 @@ def _use(argv: list[str]) -> int:
 def _explained(error: Exception) -> int:
     """One sentence for what a user can mend; a traceback for what is a fault of ours."""
     from .loop import Interrupted
-    from .state import StorageError
+    from .checkpoints import StorageError
 
     kinds = {
         Interrupted: INTERRUPTED,

@@ -1,4 +1,4 @@
-"""Labelled images from a folder, from VTAB-1K's lists, or from a built-in source, checked before they are used."""
+"""Labelled images from a folder, from VTAB-1K's lists, or from a registered source, checked before they are used."""
 
 import contextlib
 import logging
@@ -181,12 +181,12 @@ class Source:
     protocol: bool = False
 
 
-# name -> what makes the Source; sources.py has the built-in ones
+# name -> what makes the Source
 SOURCES: dict[str, Callable[[], Source]] = {}
 
 
 def source(name: str):
-    """Decorator: registers a function without arguments that gives a Source."""
+    """Decorator: registers a function without arguments that gives a Source, under a name that ``data`` then may be."""
 
     def register(function: Callable[[], Source]) -> Callable[[], Source]:
         SOURCES[name] = function
@@ -234,21 +234,20 @@ def open_data(
     """Find the images and labels; reads lists and folders, no images. Arguments as in Settings.
 
     Args:
-        spec: the name of a built-in source, or a folder (``./digits`` for a folder with such a name).
+        spec: a folder, or a name that was registered with :func:`source` (``./digits`` for a folder of such a name).
         hold_out: whether a validation part is needed to choose by.
 
     Raises:
         DataError: nothing there, or a line, label or folder that makes no sense, with its name.
     """
-    from . import sources  # noqa: F401, registers the built-in ones
-
     name = os.fspath(spec)
     if name in SOURCES:
         found = SOURCES[name]()
     else:
         root = Path(name)
         if not root.is_dir():
-            raise DataError(f"data must be a folder or one of {', '.join(sorted(SOURCES))}, got {name!r}")
+            known = f" or one of {', '.join(sorted(SOURCES))}" if SOURCES else ""
+            raise DataError(f"data must be a folder{known}, got {name!r}")
         try:
             if any((root / f"{part}.txt").exists() for part in _LISTS):
                 found = _lists(root, hold_out, classes)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import methods, state
+from . import checkpoints, methods
 from .data import Data, DataError, Pictures, open_data, seed_all
 from .models import logits, make_model, need, normalisation, timm
 from .report import curves
@@ -61,7 +61,7 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
 
     Raises:
         ValueError, FileNotFoundError: settings, data or weights that cannot be used, before the first step.
-        state.StorageError: a full or failing disk. What was written before is whole.
+        checkpoints.StorageError: a full or failing disk. What was written before is whole.
         Interrupted: after SIGTERM or SIGINT, with a state to resume from.
     """
     settings.check()
@@ -73,13 +73,13 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
     main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         stack.callback(_release)
-        with state.storing(out if out.is_dir() else Path.cwd(), f"the folder {out}"):
+        with checkpoints.storing(out if out.is_dir() else Path.cwd(), f"the folder {out}"):
             out.mkdir(parents=True, exist_ok=True)
             if main:
-                stack.enter_context(state.alone(out))
-                state.tidy(out)
+                stack.enter_context(checkpoints.alone(out))
+                checkpoints.tidy(out)
                 if not settings.resume:
-                    state.clear(out)
+                    checkpoints.clear(out)
                     (out / "metrics.json").unlink(missing_ok=True)
                     shutil.rmtree(out / "logs", ignore_errors=True)  # curves of two runs would mix
         accelerator.wait_for_everyone()
@@ -186,7 +186,7 @@ class _Run:
         methods.apply(s.method, model.to(getattr(torch, s.dtype)), s.options)
         self.weights = methods.fingerprint(model)
         self.data_print = data.fingerprint()
-        saved = state.load(self.out, log.warning) if s.resume else None
+        saved = checkpoints.load(self.out, log.warning) if s.resume else None
         if saved:
             self._check_same(saved["identity"])
         self._look_at(data, model, skip=bool(saved))
@@ -233,7 +233,7 @@ class _Run:
         self.data_print = data.fingerprint()
         self._check_same(identity)
         if self.main:
-            state.clear(self.out)  # if it was interrupted at the very last
+            checkpoints.clear(self.out)  # if it was interrupted at the very last
             log.info(f"{self.out} holds this run, finished; resume=false would repeat it")
         return Result(**{**result, "adapter": self.out / result["adapter"]}, history=found["history"], out=self.out)
 
@@ -276,9 +276,9 @@ class _Run:
         # two states stay while a third is written; each has the weights and two moments, and perhaps the best weights
         needed = trained * (3 * (3 + (self.settings.select == "val")) + 1) + _REST
         free = shutil.disk_usage(self.out).free
-        held = sum(path.stat().st_size for path in state.states(self.out))
+        held = sum(path.stat().st_size for path in checkpoints.states(self.out))
         if self.main and free + held < needed:
-            raise state.StorageError(
+            raise checkpoints.StorageError(
                 f"{self.out} has {free / 2**20:.0f} MiB free, but states, adapter and logs of this run take up to "
                 f"{needed / 2**20:.0f} MiB"
             )
@@ -390,7 +390,7 @@ class _Run:
         if self.main:
             held = f", val {entry['val']['top1']:.2f} %" if "val" in entry else ""
             log.info(f"epoch {entry['epoch']}: loss {loss / n:.4f}, top-1 {100 * right / n:.2f} %{held}")
-            with state.storing(self.out, "the logs"):
+            with checkpoints.storing(self.out, "the logs"):
                 for part in ("train", "val"):
                     for name, value in entry.get(part, {}).items():
                         writer.add_scalar(f"{part}/{name}", value, entry["epoch"])
@@ -473,7 +473,7 @@ class _Run:
             "seconds": self.seconds,
             "seen": self.seen,
         }
-        self._alone(lambda: state.save(self.out, self.step, made))
+        self._alone(lambda: checkpoints.save(self.out, self.step, made))
 
     def _restore(self, saved: dict) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -498,12 +498,12 @@ class _Run:
         if self.main:
             try:
                 write()
-            except state.StorageError as error:
+            except checkpoints.StorageError as error:
                 failure = error
         if self.world > 1:
             said = [None if failure is None else (failure.errno, failure.strerror)]
             torch.distributed.broadcast_object_list(said, 0)
-            failure = said[0] and state.StorageError(*said[0])
+            failure = said[0] and checkpoints.StorageError(*said[0])
         if failure:
             raise failure
 
@@ -570,7 +570,7 @@ class _Run:
     def _leave(self, record: dict, weights: dict[str, Tensor], writer) -> None:
         """The files of a finished run; metrics.json last, because it says that the run is finished"""
         s = self.settings
-        with state.storing(self.out, "the results"):
+        with checkpoints.storing(self.out, "the results"):
             model = self.accelerator.unwrap_model(self.model)
             if s.fsdp:  # its weights are shards: a model of its own takes the whole ones
                 seed_all(f"model {s.seed}")
@@ -580,11 +580,11 @@ class _Run:
             for p in self.unused:
                 p.requires_grad_(True)
             methods.save(s.method, s.options, model, self.out / record["result"]["adapter"], s.model)
-            state.write(self.out / "curves.png", lambda file: curves(file, record))
+            checkpoints.write(self.out / "curves.png", lambda file: curves(file, record))
             writer.close()
             text = json.dumps(record, indent=1)
-            state.write(self.out / "metrics.json", lambda file: file.write(text.encode()))
-            state.clear(self.out)
+            checkpoints.write(self.out / "metrics.json", lambda file: file.write(text.encode()))
+            checkpoints.clear(self.out)
 
     def _writer(self, steps: int):
         if not self.main:
@@ -592,7 +592,7 @@ class _Run:
         need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        with state.storing(self.out, "the logs"):
+        with checkpoints.storing(self.out, "the logs"):
             # epochs that were logged but not saved before an interruption are drawn once
             return SummaryWriter(self.out / "logs", purge_step=self.step // steps + 1 if self.step else None)
 

@@ -1,7 +1,7 @@
 """The methods to compare, behind one interface: each prepares a model in place and leaves the right parameters trained.
 
 EFFT, FacT and LoRA are this library's. The others are modules that hooks put beside the Linears and norms of a
-backbone, so that the names in its state_dict stay; layers.py has them.
+backbone, so that the names in its state_dict stay; baselines.py has them.
 """
 
 import json
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter import load_adapter, save_adapter
+from ..files import load_adapter, save_adapter
 from ..factors import EFFTConfig, FacTConfig, LoRAConfig
 from ..inject import head_state, heads_of, inject
-from . import layers
+from . import baselines
 
 _FORMAT = "efft_kernels finetune 1"
 
@@ -86,28 +86,28 @@ METHODS: dict[str, Method] = {
             "vpt-shallow",
             "prompts before the first block (VPT, arXiv 2203.12119)",
             {"tokens": 50},
-            _added(partial(layers.add_prompts, deep=False)),
+            _added(partial(baselines.add_prompts, deep=False)),
         ),
         Method(
             "vpt-deep",
             "prompts before every block (VPT, arXiv 2203.12119)",
             {"tokens": 50},
-            _added(partial(layers.add_prompts, deep=True)),
+            _added(partial(baselines.add_prompts, deep=True)),
         ),
         Method(
             "adapter",
             "a bottleneck after each FFN (Pfeiffer, arXiv 2005.00247), or attention too (Houlsby, arXiv 1902.00751)",
             {"bottleneck": 8, "placement": "pfeiffer"},
-            _added(layers.add_adapters),
+            _added(baselines.add_adapters),
         ),
         Method(
             "adaptformer",
             "a bottleneck beside each FFN (AdaptFormer, arXiv 2205.13535)",
             {"bottleneck": 8, "scale": 0.1},
-            _added(layers.add_adaptformers),
+            _added(baselines.add_adaptformers),
         ),
         _injected("lora", "LoRA on q and v (arXiv 2106.09685)", LoRAConfig),
-        Method("ssf", "a scale and a shift after every operation (SSF, arXiv 2210.08823)", {}, _added(layers.add_ssf)),
+        Method("ssf", "a scale and a shift after every operation (SSF, arXiv 2210.08823)", {}, _added(baselines.add_ssf)),
         _injected("fact-tt", "FacT, tensor train (arXiv 2212.03145)", FacTConfig, variant="tt"),
         _injected("fact-tk", "FacT, Tucker (arXiv 2212.03145)", FacTConfig, variant="tk"),
         _injected("efft1", "EFFT, one group (arXiv 2311.06749)", EFFTConfig, variant="efft1"),
@@ -116,7 +116,7 @@ METHODS: dict[str, Method] = {
             "noah",
             "Adapter, LoRA and VPT together, sized block by block (NOAH, arXiv 2206.04673, without its search)",
             {"bottleneck": 8, "lora_rank": 8, "tokens": 8},
-            _added(layers.add_noah),
+            _added(baselines.add_noah),
         ),
     )
 }
@@ -194,7 +194,7 @@ def save(name: str, options: Mapping[str, object], model: nn.Module, path: Path,
         return save_adapter(model, path, base_model=base_model, head=True)
     from safetensors.torch import save as to_bytes
 
-    from .state import write
+    from .checkpoints import write
 
     tensors = {key: t.detach().clone().contiguous() for key, t in _state(model).items()}
     made = {"format": _FORMAT, "method": name, "options": json.dumps(dict(options)), "base_model": base_model}

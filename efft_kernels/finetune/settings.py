@@ -23,8 +23,8 @@ class Settings:
 
     Args:
         data: a folder of images with a folder for each class (inside train/, val/ and test/ if there are such), a
-            folder with VTAB-1K's lists (train800.txt, val200.txt, train800val200.txt, test.txt), or a built-in source:
-            cifar10, digits, dsprites_loc, dsprites_ori, elpv, pneumonia.
+            folder with VTAB-1K's lists (train800.txt, val200.txt, train800val200.txt, test.txt), or the name of a
+            source that was registered with efft_kernels.finetune.data.source.
         out: the folder that the run writes: states while it lasts, then adapter, metrics, curves and logs.
         model: a model of timm, or "hf:" and a model of transformers (a folder, or a name on its hub).
         checkpoint: the pre-trained weights: a file, "download" to let timm or transformers fetch their own, or "random"

@@ -2,7 +2,7 @@
 
 Built by setup.py where nvcc is found; for GPUs with 163 KiB of shared memory for a block or more, compute capability
 8.0, 9.0 and 10. Correct in a simulator of the instructions used (tests/test_cuda.py), compiled for all three
-(tests/cuda/check.py). ``cuda_configs.json`` has what they were measured to do on GPUs, see tune.py: they are chosen
+(tests/cuda/check.py). ``tuning/cuda_configs.json`` has what they were measured to do on GPUs, see tuning/tune.py: they are chosen
 automatically where it shows them right and faster than plain torch, and run elsewhere when named.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .measured import Table, gpu, key
+from .tuning.table import Table, gpu, key
 
 TABLE = Table("cuda_configs.json")
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
-from efft_kernels.kernels import triton_kernels as tk
+from efft_kernels.kernels import triton as tk
 
 BUDGET = Path(__file__).with_name("budget.json")
 # bytes of shared memory that a program may have

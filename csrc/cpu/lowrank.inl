@@ -1,4 +1,4 @@
-// LowRank (efft.h) over blocks of rows: a block is brought into the L2 cache once, and everything is made from it there.
+// LowRank (kernels.h) over blocks of rows: a block is brought into the L2 cache once, and everything is made from it there.
 
 // K cells in chunks of equal length, the chunks in blocks: one block of chunks of one block of rows is in the cache at a
 // time

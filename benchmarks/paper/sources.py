@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import dsprites
-from .data import Arrays, Source, source
-from .models import need
-from .packages import Package, unpacked
+import dsprites
+from efft_kernels.finetune.data import Arrays, Source, source
+from efft_kernels.finetune.models import need
+from packages import Package, unpacked
 
 TRAIN, VAL = 800, 200
 

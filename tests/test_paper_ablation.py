@@ -12,12 +12,12 @@ from models import timm, vit
 timm()
 for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
     pytest.importorskip(module)
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 
 import ablation  # noqa: E402
 import subspace  # noqa: E402
 from runs import Run  # noqa: E402
-from test_vtab1k import few_images  # noqa: E402
+from test_paper_vtab1k import few_images  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402
 

@@ -37,14 +37,14 @@ def _compile() -> Path:
 
     No lock: two processes at once both compile and the last one's file stays, so nobody waits for a killed one.
     """
-    csrc = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (d / "efft.h").exists()), None)
+    csrc = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (d / "cpu").is_dir()), None)
     if csrc is None:
         raise RuntimeError(f"no compiled library in {_PACKAGE} and no csrc/ to compile one from")
-    sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
+    sources = sorted((csrc / "cpu").glob("*.cpp"))
     text = b"".join(f.read_bytes() for f in sources + _headers(csrc))
     key = hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "efft_kernels")
-    library = cache / f"native-{key}.so"
+    library = cache / f"cpu-{key}.so"
     if library.exists():
         return library
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
@@ -63,22 +63,22 @@ def _compile() -> Path:
         flags = "-std=c++17", "-O3", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}"
         objects = [Path(folder, source.stem + ".o") for source in sources]
         list(pool.map(lambda pair: run(*flags, "-c", pair[0], "-o", pair[1]), zip(sources, objects)))
-        run("-shared", *objects, "-o", Path(folder, "native.so"), f"-L{lib}", "-ltorch_cpu")
-        os.replace(Path(folder, "native.so"), library)
+        run("-shared", *objects, "-o", Path(folder, "cpu.so"), f"-L{lib}", "-ltorch_cpu")
+        os.replace(Path(folder, "cpu.so"), library)
     return library
 
 
 def _built() -> Path | None:
     """What setup.py built, unless this is a checkout whose csrc/ has changed since"""
-    library = next(_PACKAGE.glob("_native*.so"), None)
+    library = next(_PACKAGE.glob("_cpu*.so"), None)
     csrc = _PACKAGE.parent / "csrc"
-    sources = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp"), *_headers(csrc)] if library else ()
+    sources = [*csrc.glob("cpu/*.cpp"), *_headers(csrc)] if library else ()
     return None if any(f.stat().st_mtime > library.stat().st_mtime for f in sources) else library
 
 
 def _headers(csrc: Path) -> list[Path]:
     """of this library: csrc/cuda is another's"""
-    return sorted([*csrc.glob("*.h"), *csrc.glob("cpu/*.h")])
+    return sorted([*csrc.glob("cpu/*.h"), *csrc.glob("cpu/*.inl")])
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def _load():
         torch.ops.load_library(str(_built() or _compile()))
     except Exception as error:
         return None, f"the C++ kernels could not be loaded: {error}"
-    return torch.ops.efft_native, None
+    return torch.ops.efft_cpu, None
 
 
 # -- what can run, what should ----------------------------------------------------------------------------------------

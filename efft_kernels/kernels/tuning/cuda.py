@@ -2,8 +2,8 @@
 
 import torch
 
-from . import cuda as kernels
-from . import measured
+from .. import cuda as kernels
+from . import table
 
 
 def device() -> torch.device:
@@ -12,7 +12,7 @@ def device() -> torch.device:
 
 def gpu() -> tuple[str, str]:
     """(name, architecture class)"""
-    return measured.gpu(torch.cuda.current_device())
+    return table.gpu(torch.cuda.current_device())
 
 
 def tune_shape(tuner, inputs) -> dict[str, dict]:
@@ -30,7 +30,7 @@ def tune_shape(tuner, inputs) -> dict[str, dict]:
     ]
     found = {}
     for op, (x, w), call, right in jobs:
-        entry = measured.key(op, "half", len(x), w.shape[1], w.shape[0], len(up), exact=True)
+        entry = table.key(op, "half", len(x), w.shape[1], w.shape[0], len(up), exact=True)
         tried = tuner.candidates.get(op) or [plan._asdict() for plan in kernels.plans(tuner.arch, len(up))]
         # of the others the formula's would be run
         tried = [candidate for candidate in tried if kernels.allows(x, w, kernels.Plan(**candidate))]

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-import report
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
+import record as report  # noqa: E402
 
 FORMAT = 1  # of a record
 
@@ -102,9 +104,9 @@ def measure(run: Run, places: Places) -> dict:
         settings["checkpoint"] = places.checkpoint
     began, spent = time.perf_counter(), time.process_time()
     if probe := settings.pop("probe", None):
-        import probing
+        import linear_probe
 
-        found = probing.measure(data, settings, run.seed, places.device, **probe)
+        found = linear_probe.measure(data, settings, run.seed, places.device, **probe)
     else:
         with tempfile.TemporaryDirectory(prefix="efft_run_") as out:
             # a run is repeated as a whole, so it needs no states on the way
@@ -139,7 +141,8 @@ def measure(run: Run, places: Places) -> dict:
 
 def opened(run: Run, places: Places, test_images: int | None) -> str:
     """The name under which the images of a run are registered: those to train on, and those to measure on as test"""
-    from efft_kernels.finetune import sources  # noqa: F401, registers the built-in ones
+    import sources  # noqa: F401, registers its data
+
     from efft_kernels.finetune.data import SOURCES, Source, Subset, joined, open_data
 
     if places.data is None:

@@ -1,7 +1,7 @@
 """The contract in Triton, for NVIDIA GPUs from compute capability 8.0 on. Importing this file needs triton.
 
 Every kernel gives each output element to one program and sums in an order that the shapes alone decide: no atomics,
-so two runs are bit-equal. Tile sizes are data, see ``triton_configs.json`` and tune.py; nothing is tuned on a first
+so two runs are bit-equal. Tile sizes are data, see ``tuning/triton_configs.json`` and tuning/tune.py; nothing is tuned on a first
 call. Under TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .measured import Table, gpu, key
+from ..tuning.table import Table, gpu, key
 
 MAX_RANK = 256
 # offsets inside a tile, of 512 rows or columns at most, are 32-bit; the offset of the tile itself is 64-bit

@@ -4,8 +4,9 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from . import measured, reference
-from . import triton_kernels as kernels
+from .. import reference
+from .. import triton as kernels
+from . import table
 
 
 def device() -> torch.device:
@@ -14,7 +15,7 @@ def device() -> torch.device:
 
 def gpu() -> tuple[str, str]:
     """(name, architecture class)"""
-    return measured.gpu(None if kernels.INTERPRETED else torch.cuda.current_device())
+    return table.gpu(None if kernels.INTERPRETED else torch.cuda.current_device())
 
 
 def products(BR: int) -> list[dict]:
@@ -96,7 +97,7 @@ def tune_shape(tuner, inputs) -> dict[str, dict]:
     kind = kernels.kind_of(x)
     found = {}
     for kernel, sizes, call, right in jobs:
-        entry = measured.key(kernel, kind, *sizes)
+        entry = table.key(kernel, kind, *sizes)
         tried = tuner.candidates.get(kernel) or CANDIDATES[kernel](kernels.block(R))
         if entry not in found and (best := tuner.fastest(entry, tried, call, right, TOO_LARGE)):
             found[entry] = best
@@ -105,11 +106,11 @@ def tune_shape(tuner, inputs) -> dict[str, dict]:
     if kernels.block(R) <= 64:
         ways[True] = tuner.bench(lambda: kernels.lowrank_linear_single_pass(*inputs.forward))
     single = min(ways, key=ways.get)
-    found[measured.key("lowrank_linear", kind, M, N, K, R)] = {
+    found[table.key("lowrank_linear", kind, M, N, K, R)] = {
         "single_pass": single, "ms": ways[single], "torch_ms": tuner.bench(inputs.plain("lowrank_linear")),
     }  # fmt: skip
     # the backward goes by the sizes of its product, dx [M, K] = dy [M, N] @ weight
-    found[measured.key("lowrank_linear_backward", kind, M, K, N, R)] = {
+    found[table.key("lowrank_linear_backward", kind, M, K, N, R)] = {
         "ms": tuner.bench(lambda: kernels.lowrank_linear_backward(*inputs.backward)),
         "torch_ms": tuner.bench(inputs.plain("lowrank_linear_backward")),
     }

@@ -1,6 +1,6 @@
 """Trained parameters of every method on every model, counted from plans and set beside the formulas of the papers.
 
-    python benchmarks/parameter_counts.py
+    python benchmarks/paper/parameter_counts.py
 
 Models are built on the meta device by timm: no weights, no memory. Exits with 1 if a count differs from its formula.
 """

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from efft_kernels.kernels import cuda, measured
-from efft_kernels.kernels.tune import difference, tune
+from efft_kernels.kernels import cuda
+from efft_kernels.kernels.tuning import table as tables
+from efft_kernels.kernels.tuning.tune import difference, tune
 
 GPU, SM_90 = "Some GPU", ("Some GPU", "sm_90")
 SIZES = 200, 96, 64, 8  # M, N, K, R
 PLAN = {"single_pass": True, "hopper": False, "tile": 128}
-FORWARD = measured.key("lowrank_linear", "half", *SIZES, exact=True)
-BACKWARD = measured.key("lowrank_linear_backward", "half", *SIZES, exact=True)
+FORWARD = tables.key("lowrank_linear", "half", *SIZES, exact=True)
+BACKWARD = tables.key("lowrank_linear_backward", "half", *SIZES, exact=True)
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +56,9 @@ def plan(M=200, dup=False):
 
 
 def test_key_rounds_what_varies():
-    assert measured.key("p", "half", 12608, 768, 96, 5) == "p half M16384 N768 K96 R16"
-    assert measured.key("p", "half", 1024, 768, 96, 17) == "p half M1024 N768 K96 R32"
-    assert measured.key("p", "half", 12608, 768, 96, 5, exact=True) == "p half M12608 N768 K96 R16"
+    assert tables.key("p", "half", 12608, 768, 96, 5) == "p half M16384 N768 K96 R16"
+    assert tables.key("p", "half", 1024, 768, 96, 17) == "p half M1024 N768 K96 R32"
+    assert tables.key("p", "half", 12608, 768, 96, 5, exact=True) == "p half M12608 N768 K96 R16"
 
 
 def test_the_users_own_goes_first(table):
@@ -83,7 +84,7 @@ def test_a_write_that_fails_leaves_the_old_file(table, monkeypatch):
     table.keep(GPU, {"a": {"ms": 1}})
     before = table.user().read_text()
     with pytest.raises(TypeError), monkeypatch.context() as patch:
-        patch.setattr(measured.os, "replace", lambda *paths: 1 + "")
+        patch.setattr(tables.os, "replace", lambda *paths: 1 + "")
         table.keep(GPU, {"b": {"ms": 2}})
     assert table.user().read_text() == before and [p.name for p in table.user().parent.iterdir()] == [table.user().name]
 
@@ -100,8 +101,8 @@ def test_shipping_adds_to_what_is_there(table):
 @pytest.mark.parametrize("name", ["triton_configs.json", "cuda_configs.json"])
 def test_a_shipped_file_is_written_as_it_stands(name):
     """what a merge adds is the difference that a commit shows"""
-    text = measured.Table(name).shipped.read_text()
-    assert measured.lines(json.loads(text)) + "\n" == text
+    text = tables.Table(name).shipped.read_text()
+    assert tables.lines(json.loads(text)) + "\n" == text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 0, "gpus": {}}', '{"format": 1, "gpus": [1]}'])
@@ -156,7 +157,7 @@ def test_a_hopper_plan_goes_by_the_operands(single, table):
 def test_other_layouts_than_the_tuned_are_not_measured(table):
     """one number at a time where the record is of eight"""
     x, weight, bias, down, up, _, _ = make(*SIZES)
-    ship(table, {FORWARD: entry(), measured.key("lowrank_linear", "half", 200, 96, 60, 8, exact=True): entry()})
+    ship(table, {FORWARD: entry(), tables.key("lowrank_linear", "half", 200, 96, 60, 8, exact=True): entry()})
     ask = lambda x, weight: cuda.slower("lowrank_linear", x, weight, bias, down, up)
     assert ask(x, weight) is None
     wider = torch.zeros(200, 72, dtype=x.dtype)
@@ -195,7 +196,7 @@ def test_a_plan_of_another_chip_is_refused(table, monkeypatch):
     monkeypatch.setattr(cuda, "_gpu", lambda device: (GPU, "sm_80"))
     with pytest.raises(ValueError, match="must have"):
         plan()
-    wide = measured.key("lowrank_linear", "half", 200, 96, 100, 65, exact=True)
+    wide = tables.key("lowrank_linear", "half", 200, 96, 100, 65, exact=True)
     ship(table, {wide: entry()})
     x, w = (torch.zeros(size, dtype=torch.bfloat16) for size in ((200, 100), (100, 96)))
     with pytest.raises(ValueError, match="must have"):  # no registers for 65 ranks beside y
@@ -203,7 +204,7 @@ def test_a_plan_of_another_chip_is_refused(table, monkeypatch):
 
 
 def test_every_plan_that_is_shipped_can_run():
-    table = measured.Table("cuda_configs.json")
+    table = tables.Table("cuda_configs.json")
     for gpu, found in json.loads(table.shipped.read_text())["gpus"].items():
         for name, tuned in found["tuned"].items():
             rank = int(name.rpartition(" R")[2])

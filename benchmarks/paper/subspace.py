@@ -1,8 +1,8 @@
 """Which directions EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training, and seeds.
 
-    python benchmarks/subspace.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
-    python benchmarks/subspace.py --quick                 # under a minute, to see that everything works
-    python benchmarks/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
+    python benchmarks/paper/subspace.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/paper/subspace.py --quick                 # under a minute, to see that everything works
+    python benchmarks/paper/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
 
 Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
 single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of the paper), with two random Gaussian
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import report
-from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
-from vtab1k import FACTS
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
+import record as report  # noqa: E402
+from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates  # noqa: E402
+from vtab1k import FACTS  # noqa: E402
 
 HERE = Path(__file__).parent
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": ("attn", "mlp")}
@@ -56,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--scale", type=float, help="default 0.1, with --checkpoint 10")
     add("--lr", type=float, help="default 1e-2, with --checkpoint 1e-3")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--out", type=Path, default=HERE / "results" / "subspace")
+    add("--out", type=Path, default=HERE.parent / "results" / "subspace")
     add("--quick", action="store_true")
     args = parser.parse_args(arguments)
     if args.rank < 1:
@@ -80,7 +81,7 @@ def settings(args: argparse.Namespace) -> dict:
             "lr": args.lr or 1e-3,
         }
     else:
-        from efft_kernels.finetune.sources import weights
+        from sources import weights
 
         offline = FACTS["offline"]
         found = weights(offline["weights"])

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "efft.h"
+#include "kernels.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -365,7 +365,7 @@ void merge_(const std::vector<Tensor>& weights,  // each [N, K]
 }  // namespace
 }  // namespace efft
 
-STABLE_TORCH_LIBRARY(efft_native, m) {
+STABLE_TORCH_LIBRARY(efft_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str name) -> ()");
@@ -385,13 +385,13 @@ STABLE_TORCH_LIBRARY(efft_native, m) {
   m.def("merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(efft_native, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(efft_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&efft::isa));
   m.impl("isas", TORCH_BOX(&efft::isas));
   m.impl("set_isa", TORCH_BOX(&efft::set_isa));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(efft_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(efft_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&efft::pack));
   m.impl("fingerprint", TORCH_BOX(&efft::fingerprint));
   m.impl("lowrank_linear", TORCH_BOX(&efft::lowrank_linear));

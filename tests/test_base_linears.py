@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import efft_kernels as ek
 import efft_kernels.serving
-from efft_kernels.quantized import dense
+from efft_kernels.base_linears import dense
 
 LORA_XS = ek.LoRAXSConfig(rank=4, scale=2.0, targets=("attn", "mlp"))
 

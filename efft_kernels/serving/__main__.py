@@ -1,0 +1,4 @@
+from .app import command
+
+if __name__ == "__main__":
+    command()
