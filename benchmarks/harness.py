@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import efft_kernels
 from baselines import _Dense, onednn
 from efft_kernels import EFFTConfig, FacTConfig, LoRAConfig
-from efft_kernels.finetune.models import timm
+from efft_kernels.extras import timm
 
 # name in timm, options of its constructor, what the side of an image must be a multiple of
 MODELS = {

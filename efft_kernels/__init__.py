@@ -2,11 +2,12 @@
 
 import sys
 
-from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
-from .factors import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
-from .inject import Plan, adapter_parameters, inject, merge, plan, unmerge
+from .configs import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
+from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
+from .inject import Plan, adapter_parameters, inject, plan
 from .linear import EFFTLinear
+from .merge import merge, unmerge
 from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .factors import EFFTGroup
+from .groups import EFFTGroup, make_group
 from .inject import Plan, adapters
 
 Matrix = Tensor | tuple[Tensor, Tensor]  # a matrix, or (left, right) for left @ right
@@ -71,7 +71,7 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     for group in adapters(model).groups():
         training = group.training
         try:
-            pairs = group.eval().hand_out(group.slots.values(), "reference")
+            pairs = group.eval().low_rank_pairs(group.slots.values(), "reference")
         finally:
             group.train(training)
         for path, slot in group.slots.items():
@@ -145,13 +145,13 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
     frozen = added = update = 0
     for spec in plan.groups:
         empty = {slot.site.path: torch.empty(0) for slot in spec.slots}
-        group = plan.config.group(spec, plan.config, empty).requires_grad_(False)
+        group = make_group(spec, plan.config, empty).requires_grad_(False)
         if isinstance(group, EFFTGroup):
             update += 2 * spec.cores * math.prod(spec.rank) * spec.N
         for slot in spec.slots:
             K, N = slot.site.in_features, slot.site.out_features
             frozen += K * N
-            added += group.hand_out([slot], "reference")[slot.site.path].down.shape[1] * (K + N)
+            added += group.low_rank_pairs([slot], "reference")[slot.site.path].down.shape[1] * (K + N)
     size = dtype.itemsize
     return Cost(
         plan.parameters, frozen, 2 * rows * frozen, 2 * rows * added, update,

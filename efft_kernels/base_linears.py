@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
-def keeps_product(linear: nn.Linear, base: type = nn.Linear) -> bool:
+def has_own_forward(linear: nn.Linear, base: type = nn.Linear) -> bool:
     """Whether the product of a Linear whose class is, or was before it was adapted, ``base`` must be left to itself."""
     weight = linear._parameters.get("weight")
     return base is not nn.Linear or weight is None or _wraps(weight)
@@ -101,7 +101,7 @@ def _unpack(linear: nn.Linear) -> None:
         linear.state_dict()  # does so as it saves
 
 
-def hold(linear: nn.Linear) -> None:
+def pin_layout(linear: nn.Linear) -> None:
     """Before a Linear is adapted: keep a Linear4bit in the layout that has a gradient.
 
     On processors with AVX-512 BF16 its first forward without a gradient lays the weight out anew, for good, and from
@@ -112,8 +112,8 @@ def hold(linear: nn.Linear) -> None:
         linear.support_avx512bf16_for_cpu = False
 
 
-def let_go(linear: nn.Linear) -> None:
-    """After it was adapted: as before :func:`hold`."""
+def unpin_layout(linear: nn.Linear) -> None:
+    """After it was adapted: as before :func:`pin_layout`."""
     if hasattr(linear, "support_avx512bf16_for_cpu"):
         from bitsandbytes.functional import has_avx512bf16
 

@@ -15,22 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapted import Adapters
-from .factors import _Config
-from .inject import (
-    adapters,
-    build,
-    check_bare,
-    check_name,
-    classes_of,
-    eject,
-    head_state,
-    heads_of,
-    install,
-    mount,
-    plan,
-)
+from .configs import MethodConfig
+from .inject import adapters, build, check_bare, check_name, eject, install, mount, plan
+from .layouts import classes_of, head_state, heads_of
 from .ops import check_backend
+from .passes import Adapters
 
 _FORMAT = "efft_kernels adapter 2"
 _HEADLESS = "efft_kernels adapter 1"  # an older file: the same without a head
@@ -169,7 +158,7 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
         )
 
 
-def filled(model: nn.Module, config: _Config, metadata: dict, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
+def filled(model: nn.Module, config: MethodConfig, metadata: dict, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
     """Groups for this model that hold the factors of a file, in the model's dtype and on its device."""
     made = plan(model, config)
     if made.fingerprint != metadata["fingerprint"]:
@@ -188,7 +177,7 @@ def filled(model: nn.Module, config: _Config, metadata: dict, tensors: dict[str,
     return groups
 
 
-def read(path: str | os.PathLike) -> tuple[_Config, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+def read(path: str | os.PathLike) -> tuple[MethodConfig, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
     """config, metadata, factors, and the state of the head, empty in a file without one"""
     from safetensors import SafetensorError, safe_open
 
@@ -206,7 +195,7 @@ def read(path: str | os.PathLike) -> tuple[_Config, dict[str, str], dict[str, Te
     in_head = [key for key in tensors if key.startswith(_HEAD) and metadata["format"] != _HEADLESS]
     state = {key.removeprefix(_HEAD): tensors.pop(key) for key in in_head}
     try:
-        config = _Config.from_dict(json.loads(metadata["config"]))
+        config = MethodConfig.from_dict(json.loads(metadata["config"]))
         return config, {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}, tensors, state
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged metadata, or is of another version of efft_kernels: {error}") from error
@@ -240,7 +229,7 @@ def _name_of(model: nn.Module) -> str:
 # -- several adapters -------------------------------------------------------------------------------------------------
 
 
-def add_adapter(model: nn.Module, config: _Config, name: str) -> nn.Module:
+def add_adapter(model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
     """Put a further adapter on an injected model, with new factors, and make it the active one.
 
     Args:

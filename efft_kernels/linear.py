@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base_linears import has_own_forward, kind
 from .ops import check_backend, check_scale, efft_linear, group_update, lowrank_add, merge_
-from .base_linears import keeps_product, kind
 
 
 class EFFTLinear(nn.Linear):
@@ -115,7 +115,7 @@ class EFFTLinear(nn.Linear):
         u, sigma, v = self.u, self.sigma, self.v
         if self.training and self.factor_dropout:
             u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
-        if keeps_product(self):
+        if has_own_forward(self):
             up = group_update(sigma, v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
             return lowrank_add(super().forward(x), x, u, up, backend=self.backend)
         return efft_linear(x, self.weight, self.bias, u, sigma, v, self.scale, backend=self.backend)
@@ -130,7 +130,7 @@ class EFFTLinear(nn.Linear):
         Raises:
             ValueError: the weight is quantized, and rounding the sum to its few bits would lose most of the update.
         """
-        if keeps_product(self):
+        if has_own_forward(self):
             raise ValueError(f"the weight must be plain to be merged into, got {kind(self)}; dequantize it first")
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.weight.dtype)
         linear.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)

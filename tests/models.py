@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import efft_kernels as ek
-from efft_kernels.finetune import models as finetune_models
+from efft_kernels import extras
 
 
 def timm():
     """timm, or skip"""
     try:
-        return finetune_models.timm()
+        return extras.timm()
     except ImportError as error:
         pytest.skip(str(error), allow_module_level=True)
 

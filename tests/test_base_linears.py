@@ -150,7 +150,7 @@ def test_a_linear_is_its_own_product_and_the_update(base, dtype):
     down, up, _ = model.efft.pair("blocks.0.mlp.fc1")
     down, up = down.detach().to(dtype), up.detach().to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.efft, "pair", lambda path: ek.factors.Pair(*held_pair))
+        patch.setattr(model.efft, "pair", lambda path: ek.groups.Pair(*held_pair))
 
         def ours(x, down, up):
             nonlocal held_pair

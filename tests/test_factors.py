@@ -11,7 +11,8 @@ import torch
 from models import METHODS, adapted, shake, timm, vit
 
 import efft_kernels as ek
-from efft_kernels.factors import _Config, stack
+from efft_kernels.configs import MethodConfig
+from efft_kernels.groups import stack
 
 COUNTS = Path(__file__).parents[1] / "benchmarks" / "paper" / "parameter_counts.py"
 
@@ -104,7 +105,7 @@ def test_a_bad_option_is_named(make, says):
 @pytest.mark.parametrize("method", METHODS)
 def test_configs_survive_json_and_are_frozen(method):
     config = METHODS[method]
-    assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert MethodConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rank = 5
 
@@ -118,14 +119,14 @@ def test_ranges_and_lists_are_taken():
 def test_numpy_scalars_are_taken(kind):
     two, zero = kind(2), kind(0)
     for config in (ek.EFFTConfig(scale=two, factor_dropout=zero), ek.FacTConfig(scale=two, activation_dropout=zero)):
-        assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert MethodConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         numbers = (config.scale, getattr(config, "factor_dropout", 0.0), getattr(config, "activation_dropout", 0.0))
         assert numbers == (2, 0, 0) and {type(x) for x in numbers} <= {float, int}
 
 
 def test_numpy_ranks_and_blocks_are_taken():
     config = ek.EFFTConfig(rank=np.int64(8), blocks=np.arange(2).tolist() + [np.int32(3)])
-    assert _Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert MethodConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert (config.rank, config.blocks) == (8, (0, 1, 3)) and {type(b) for b in (config.rank, *config.blocks)} == {int}
     assert ek.EFFTConfig(rank=(np.int64(4), 2)).rank == (4, 2)
     for wrong in (np.float64(8), np.bool_(True), np.int64(0), "8"):
@@ -195,8 +196,8 @@ def test_a_stack_hands_out_what_its_groups_do(method):
         groups = [model.efft["default"][key] for model in models]
         parameters = [p for group in groups for p in group.parameters()]
         slots = list(groups[0].slots.values())
-        together = stack(groups).hand_out(slots, None)
-        alone = [group.hand_out(group.slots.values(), None) for group in groups]
+        together = stack(groups).low_rank_pairs(slots, None)
+        alone = [group.low_rank_pairs(group.slots.values(), None) for group in groups]
         probes = {}
         for path, (down, up, _) in together.items():
             (N, K) = models[0].get_submodule(path).weight.shape
@@ -218,7 +219,7 @@ def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
     models = [shake(ek.inject(vit().train(), config)) for _ in range(2)]
     models[1].efft["default"].load_state_dict(models[0].efft["default"].state_dict())
     for key in models[0].efft["default"]:
-        pairs = stack([model.efft["default"][key] for model in models]).hand_out(
+        pairs = stack([model.efft["default"][key] for model in models]).low_rank_pairs(
             models[0].efft["default"][key].slots.values(), None
         )
         for down, up, _ in pairs.values():

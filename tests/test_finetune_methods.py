@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models import assert_bits, images, swin, timm, vit
 
 from efft_kernels.finetune import methods
-from efft_kernels.inject import heads_of
+from efft_kernels.layouts import heads_of
 
 SMALL = {
     "vpt-shallow": {"tokens": 3},

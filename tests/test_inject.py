@@ -327,7 +327,7 @@ def test_a_merge_that_fails_midway_changes_nothing(keep, monkeypatch):
         merge_(weights, downs, ups, **options)
         assert not torch.equal(weights[0], before["blocks.0.attn.qkv.weight"])
 
-    monkeypatch.setattr(sys.modules["efft_kernels.inject"], "merge_", fails)
+    monkeypatch.setattr(sys.modules["efft_kernels.merge"], "merge_", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         ek.merge(model, keep_weights=keep)
     assert dtypes == [torch.float32, torch.float64]

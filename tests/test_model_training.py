@@ -12,7 +12,7 @@ from models import DROPPED, PLAIN, adapted, assert_bits, assert_same, gradients,
 from torch.utils.checkpoint import checkpoint
 
 import efft_kernels as ek
-from efft_kernels import adapted as adapted_linears
+from efft_kernels import passes
 
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
@@ -80,12 +80,12 @@ def test_dropout_keeps_the_mean_and_masks_factors():
     model = adapted(ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.2))
     slot = model.efft["default"]["attn"].slots["blocks.0.attn.qkv"]
     group = model.efft["default"]["attn"]
-    exact = torch.matmul(*group.eval().hand_out([slot], None)[slot.site.path][:2])
+    exact = torch.matmul(*group.eval().low_rank_pairs([slot], None)[slot.site.path][:2])
     group.train()
-    draws = torch.stack([torch.matmul(*group.hand_out([slot], None)[slot.site.path][:2]) for _ in range(100)])
+    draws = torch.stack([torch.matmul(*group.low_rank_pairs([slot], None)[slot.site.path][:2]) for _ in range(100)])
     spread = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() <= 6 * spread + 1e-6).all()
-    down = group.hand_out([slot], None)[slot.site.path].down
+    down = group.low_rank_pairs([slot], None)[slot.site.path].down
     dropped = down == 0
     assert 0.1 < dropped.float().mean() < 0.3
     torch.testing.assert_close(down[~dropped], (group.u / 0.8)[~dropped])
@@ -131,7 +131,7 @@ def test_a_forward_without_gradients_elsewhere_costs_none():
 def test_nothing_outlives_a_backward_or_a_broken_forward():
     model = adapted()
     loss_of(model, images()).backward()
-    assert model.efft._replay == (-1, None) and not adapted_linears._replays
+    assert model.efft._replay == (-1, None) and not passes._replays
     model.efft.begin()  # and no end: a forward that KeyboardInterrupt broke off
     with ek.disable_adapter(model):
         plain = model(images())
@@ -146,7 +146,7 @@ def test_nothing_outlives_a_backward_that_failed():
     with pytest.raises(ZeroDivisionError):
         loss.backward()
     del loss
-    assert not adapted_linears._replays
+    assert not passes._replays
 
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
@@ -173,7 +173,7 @@ def test_two_threads_train_one_model(config):
     assert len(found) == 2
     for got in found:
         assert_bits(got, want[1])
-    assert not adapted_linears._replays
+    assert not passes._replays
 
 
 def _sgd(model, x):

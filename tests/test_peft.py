@@ -19,9 +19,8 @@ timm()  # what PEFT imports meets torchvision, which may need its help
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from efft_kernels import factors, ops  # noqa: E402
-from efft_kernels import peft as ours  # noqa: E402
-from efft_kernels.peft import EFFTPeftConfig, EFFTPeftLinear, accelerate_lora, restore_lora  # noqa: E402
+from efft_kernels import groups, ops  # noqa: E402
+from efft_kernels.peft import EFFTPeftConfig, EFFTPeftLinear, FastLoraLinear, accelerate_lora, fused, restore_lora  # noqa: E402
 
 SMALL = {"rank": 4, "scale": 2.0, "factor_dropout": 0.0}
 FACTORS = [f"{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")]
@@ -104,8 +103,8 @@ def test_nothing_changes_at_the_start_and_only_factors_train():
 
 def test_one_group_update_per_group_and_forward(monkeypatch):
     calls = []
-    update = factors.group_update
-    monkeypatch.setattr(factors, "group_update", lambda *a, **k: calls.append(1) or update(*a, **k))
+    update = groups.group_update
+    monkeypatch.setattr(groups, "group_update", lambda *a, **k: calls.append(1) or update(*a, **k))
     model, x = adapt(vit()), images()
     y = model(x)
     assert len(calls) == 2
@@ -506,7 +505,7 @@ def lora(model=None, name="default", **options):
 def passes(monkeypatch):
     """how often the kernel was called"""
     calls = []
-    monkeypatch.setattr(ours, "lowrank_linear", lambda *a, **k: calls.append(1) or ops.lowrank_linear(*a, **k))
+    monkeypatch.setattr(fused, "lowrank_linear", lambda *a, **k: calls.append(1) or ops.lowrank_linear(*a, **k))
     return calls
 
 
@@ -656,12 +655,12 @@ def test_lora_layers_that_gain_nothing_are_refused_by_name(passes):
         ]:
             with pytest.raises(ValueError, match=says):
                 accelerate_lora(model)
-            assert not any(isinstance(module, ours.FastLoraLinear) for module in model.modules())
+            assert not any(isinstance(module, FastLoraLinear) for module in model.modules())
         both = lora(target_modules=["patch_embed.proj", "fc1"])
         y = both(images(2))
         accelerate_lora(both, strict=False)
     torch.manual_seed(0)
-    assert sum(isinstance(module, ours.FastLoraLinear) for module in both.modules()) == 2
+    assert sum(isinstance(module, FastLoraLinear) for module in both.modules()) == 2
     x = images()
     torch.testing.assert_close(both(x), restore_lora(copy.deepcopy(both))(x), rtol=1e-4, atol=1e-4)
     assert len(passes) == 2 and y.shape == (2, 10)

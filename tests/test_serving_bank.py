@@ -12,7 +12,7 @@ from models import METHODS, PLAIN, images, shake, swin, timm, vit
 from torch import nn
 
 import efft_kernels as ek
-from efft_kernels.inject import classifiers_of
+from efft_kernels.layouts import classifiers_of
 from efft_kernels.serving import AdapterBank
 
 BATCH = ["a", None, "b", "a", "c", None]

@@ -105,7 +105,7 @@ def depth(model: str) -> int:
     import torch
 
     from efft_kernels import EFFTConfig, plan
-    from efft_kernels.finetune.models import timm
+    from efft_kernels.extras import timm
 
     with torch.device("meta"):
         made = timm().create_model(model)

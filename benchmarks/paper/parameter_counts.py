@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from efft_kernels import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig, plan
-from efft_kernels.finetune.models import timm
+from efft_kernels.extras import timm
 
 # name -> (width, blocks) of each stage
 MODELS = {

@@ -18,7 +18,7 @@ from PIL import Image
 
 import dsprites
 from efft_kernels.finetune.data import Arrays, Source, source
-from efft_kernels.finetune.models import need
+from efft_kernels.extras import need
 from packages import Package, unpacked
 
 TRAIN, VAL = 800, 200

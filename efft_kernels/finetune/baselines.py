@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..factors import EFFTConfig, Site
-from ..inject import heads_of, plan
+from ..configs import EFFTConfig, Site
+from ..inject import plan
+from ..layouts import heads_of
 
 _BLOCK = re.compile(r"(.*(?:blocks|layers|layer)\.\d+)\.")
 

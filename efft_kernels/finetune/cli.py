@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 
+from ..extras import need
 from .methods import METHODS
-from .models import need
 from .settings import Settings
 
 DONE, FAILED, WRONG, STORAGE, INTERRUPTED = 0, 1, 2, 74, 75
@@ -132,8 +132,8 @@ def _use(argv: list[str]) -> int:
 
 def _explained(error: Exception) -> int:
     """One sentence for what a user can mend; a traceback for what is a fault of ours."""
-    from .loop import Interrupted
     from .checkpoints import StorageError
+    from .loop import Interrupted
 
     kinds = {
         Interrupted: INTERRUPTED,

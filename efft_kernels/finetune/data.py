@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .models import need, timm
+from ..extras import need, timm
 
 log = logging.getLogger("efft_kernels.finetune")
 

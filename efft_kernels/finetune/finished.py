@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..inject import merge
+from ..merge import merge
 from . import checkpoints, methods
 from .data import Files, seed_all, transform
 from .models import logits, make_model, normalisation

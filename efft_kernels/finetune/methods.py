@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..configs import EFFTConfig, FacTConfig, LoRAConfig
 from ..files import load_adapter, save_adapter
-from ..factors import EFFTConfig, FacTConfig, LoRAConfig
-from ..inject import head_state, heads_of, inject
+from ..inject import inject
+from ..layouts import head_state, heads_of
 from . import baselines
 
 _FORMAT = "efft_kernels finetune 1"

@@ -1,45 +1,16 @@
 """Models by name, with weights that are named: a file, what timm or transformers fetch, or random ones."""
 
 import difflib
-import importlib
 import logging
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from ..inject import heads_of
+from ..extras import need, timm
+from ..layouts import heads_of
 
 log = logging.getLogger("efft_kernels.finetune")
-_declared = []  # a torch.library.Library lives as long as someone refers to it
-
-
-def need(package: str):
-    """Import a package of the extra, or say which extra it is of."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise
-        raise ImportError(f"{package} is missing: pip install 'efft_kernels[finetune]'", name=package) from error
-
-
-def timm():
-    """The timm package. Beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for op in ("nms", "qnms"):
-            _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        pass  # timm says what it needs
-    return need("timm")
 
 
 def make_model(

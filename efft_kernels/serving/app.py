@@ -46,7 +46,6 @@ import asyncio
 import importlib.util
 import logging
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -54,12 +53,12 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 
+from ..extras import timm
 from .folder import AdapterFolder, DoesNotFit
 from .uploads import Refused, Upload, decode, read_upload
 
 log = logging.getLogger("efft_kernels.serving")
 RETRY_S = 1  # after which to ask again what was answered with 503
-_declared = []  # a torch.library.Library lives as long as someone refers to it
 
 
 @dataclass(frozen=True)
@@ -122,23 +121,6 @@ class Settings:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
-
-
-def timm():
-    """The timm package. Beside a CPU torch, PyPI's torchvision imports only once two of its operators are declared."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for op in ("nms", "qnms"):
-            _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -217,7 +199,7 @@ class Classifier:
 
 def base_model(settings: Settings):
     """(the model, in eval mode, without adapters; what makes its input of a PIL image)"""
-    library = timm()
+    library = timm("serve")
     classes = {"num_classes": settings.num_classes} if settings.num_classes else {}
     torch.manual_seed(0)  # random weights, where no file is given, are those of all replicas
     model = library.create_model(settings.model, checkpoint_path=settings.weights, **classes)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLinear, Passes
+from ..adapted_linear import AdaptedLinear
+from ..base_linears import has_own_forward, kind
 from ..files import filled, read, trained_head, write
-from ..factors import Pair, stack
-from ..inject import adapters, check_bare, classes_of, classifiers_of, head_state
+from ..groups import Pair, stack
+from ..inject import adapters, check_bare
+from ..layouts import classes_of, classifiers_of, head_state
 from ..ops import check_backend, lowrank_linear, mixed_linear
-from ..base_linears import keeps_product, kind
+from ..passes import Passes
 
 # uses under way in this thread or asyncio task, the one entered last at the end
 _uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())
@@ -263,7 +265,7 @@ class AdapterBank:
         for path in [*(path for group in adapter.groups.values() for path in group.slots), *adapter.heads]:
             linear = self.model.get_submodule(path)
             own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
-            if keeps_product(linear, own):
+            if has_own_forward(linear, own):
                 raise ValueError(
                     f"{name!r} adapts {path}, whose weight must be plain in a bank, got "
                     f"{kind(linear) or 'one that is computed anew'}; inject takes such a model, for one adapter at a time"
@@ -369,7 +371,7 @@ class _Use(Passes):
     def _alone(self, path: str) -> Pair | None:
         for key, group in self.held[0].groups.items() if self.held else ():
             if path in group.slots:
-                return self._stack(key).hand_out([group.slots[path]], self.backend)[path]
+                return self._stack(key).low_rank_pairs([group.slots[path]], self.backend)[path]
         return None
 
     def _recording(self) -> bool:

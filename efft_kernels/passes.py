@@ -1,17 +1,14 @@
-"""The Linears of an injected model, and how each gets its (down, up) from the groups that the model owns."""
+"""One forward of an injected model: how its Linears get their (down, up) from the groups that the model owns."""
 
 import threading
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .factors import Pair
-from .ops import lowrank_add, lowrank_linear
-from .base_linears import hold, keeps_product, let_go
+from .groups import Pair
 
 
 class _Pass:
@@ -104,7 +101,7 @@ class Passes:
     def _alone(self, path: str) -> Pair | None:
         for group in self.groups():
             if path in group.slots:
-                return group.hand_out([group.slots[path]], self.backend)[path]
+                return group.low_rank_pairs([group.slots[path]], self.backend)[path]
         return None
 
     def _recording(self) -> bool:
@@ -115,7 +112,7 @@ class Passes:
         self._enter(None)
         if self.active is not None:
             pairs = {
-                path: pair for g in self.groups() for path, pair in g.hand_out(g.slots.values(), self.backend).items()
+                path: pair for g in self.groups() for path, pair in g.low_rank_pairs(g.slots.values(), self.backend).items()
             }
             self._enter(_Pass(pairs, self._recording()))
 
@@ -164,78 +161,6 @@ class Adapters(Passes, nn.ModuleDict):
     def groups(self) -> list[nn.Module]:
         """of the active adapter"""
         return [] if self.active is None else list(self[self.active].values())
-
-
-class AdaptedLinear(nn.Linear):
-    """A Linear of an injected model: y = x @ weight.T + bias + (x @ down) @ up, where its model's Adapters say.
-
-    Made by changing the class of a Linear: its parameters, names, hooks and whoever refers to it stay as they are. One
-    that keeps its own product (base_linears.py) is called as before, and gets a class that is both.
-    """
-
-    base: type = nn.Linear  # the class that it had
-
-    @staticmethod
-    def adopt(linear: nn.Linear, path: str, adapters: Adapters) -> None:
-        hold(linear)
-        linear.__class__ = _adapted(type(linear))
-        linear.efft = (adapters, path)  # a tuple, which registers nothing
-
-    def release(self) -> None:
-        """Back to the Linear it was."""
-        del self.efft
-        self.__class__ = self.base
-        let_go(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        adapters, path = self.efft
-        pair = adapters.pair(path)
-        if pair is None:
-            return super().forward(x)
-        down, up, dropout = pair
-        if keeps_product(self, self.base):
-            return self._beside(x, down, up, dropout, adapters.backend)
-        if down.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            down, up = down.to(self.weight.dtype), up.to(self.weight.dtype)
-        if dropout and self.training:
-            return F.linear(x, self.weight, self.bias) + F.dropout(x @ down, dropout) @ up
-        return lowrank_linear(x, self.weight, self.bias, down, up, backend=adapters.backend)
-
-    def _beside(self, x: Tensor, down: Tensor, up: Tensor, dropout: float, backend: str | None) -> Tensor:
-        y = super().forward(x)
-        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
-            # quantized activations, mostly: the layers before would be trained with a part of their gradient
-            raise RuntimeError(
-                f"{self.efft[1]} passes no gradient to its input, as {type(self.weight).__name__} computes it; train on "
-                "a base whose weights alone are quantized, and run this one under torch.no_grad()"
-            )
-        x, down, up = x.to(y.dtype), down.to(y.dtype), up.to(y.dtype)
-        if dropout and self.training:
-            return y + F.dropout(x @ down, dropout) @ up
-        return lowrank_add(y, x, down, up, backend=backend)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, adapted={self.efft[0].active!r}"
-
-
-@cache
-def _adapted(base: type) -> type[AdaptedLinear]:
-    """The class of an adapted Linear that was a ``base``."""
-    if base is nn.Linear:
-        return AdaptedLinear
-
-    def __reduce_ex__(self, protocol):
-        # such a class has no name to be found under: a copy or a pickle makes it again from the base
-        _, _, *state = super(cls, self).__reduce_ex__(protocol)
-        return _bare, (base,), *state
-
-    cls = type(f"Adapted{base.__name__}", (AdaptedLinear, base), {"base": base, "__reduce_ex__": __reduce_ex__})
-    return cls
-
-
-def _bare(base: type) -> AdaptedLinear:
-    cls = _adapted(base)
-    return cls.__new__(cls)
 
 
 def _tensors(tree):

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT: EFFT as one of its methods, and its LoRA adapters on the kernels of this library.
+"""EFFT as a method of Hugging Face PEFT.
 
 Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and everything behind
 it (saving, loading, several adapters, merging, Trainer) work as for PEFT's own. The factors belong to the tuner, once,
@@ -14,36 +14,29 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _find_minimal_target_modules,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
+from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from .adapted import Adapters
-from .factors import _ATTENTION, EFFTConfig, EFFTGroup, GroupSpec, Part, Site, Slot, _fitting, _scaled
-from .inject import check_called, find_sites
-from .ops import check_backend, lowrank_linear, merge_
+from ..configs import ATTENTION, EFFTConfig, GroupSpec, Part, Site, Slot, fitting_rank, scaled_rank
+from ..groups import EFFTGroup
+from ..layouts import check_called, find_sites
+from ..ops import merge_
+from ..passes import Adapters
+from .fused import FLOATS, add_update
 
-try:
-    from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners import lora
-    from peft.tuners.tuners_utils import (
-        BaseTuner,
-        BaseTunerLayer,
-        _find_minimal_target_modules,
-        _get_in_out_features,
-        _maybe_include_all_linear_layers,
-        check_adapters_to_merge,
-    )
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
-    from peft.utils.integrations import init_empty_weights
-    from transformers.pytorch_utils import Conv1D
-except ImportError as error:
-    raise ImportError(f'efft_kernels.peft needs PEFT: pip install "efft_kernels[peft]" ({error})') from error
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOW = (torch.bfloat16, torch.float16)
-
-
-# -- EFFT: config -----------------------------------------------------------------------------------------------------
 
 
 def _register_type(name: str) -> None:
@@ -115,8 +108,6 @@ class EFFTPeftConfig(PeftConfig):
         return EFFTConfig(**{name: getattr(self, name) for name in names})
 
 
-# -- EFFT: groups -----------------------------------------------------------------------------------------------------
-
 _FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
 
 
@@ -145,7 +136,7 @@ def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSp
         K, N = _get_in_out_features(linear)
         attention = re.search("attn|attention", path.lower()) is not None
         fused = N == 3 * K and path.endswith(_FUSED)
-        parts, N = (_ATTENTION[:3], K) if fused else ((path.rpartition(".")[2],), N)
+        parts, N = (ATTENTION[:3], K) if fused else ((path.rpartition(".")[2],), N)
         transposed = K > N
         shape = (N, K) if transposed else (K, N)
         role = "attn" if attention else "ffn"
@@ -163,10 +154,10 @@ def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSp
     for key, (cores, _, slots) in groups.items():
         *role, K, N = key
         ffn = role == ["ffn"]
-        rank = _scaled(method.ffn_rank if ffn and method.ffn_rank is not None else method.rank, 1)
+        rank = scaled_rank(method.ffn_rank if ffn and method.ffn_rank is not None else method.rank, 1)
         name = "_".join([*role, f"{K}x{N}"])
         zero = method.zero_init[-1 if ffn else 0]
-        specs.append(GroupSpec(name, K, N, _fitting(rank, (K, N), name), len(cores), tuple(slots), zero))
+        specs.append(GroupSpec(name, K, N, fitting_rank(rank, (K, N), name), len(cores), tuple(slots), zero))
     return specs
 
 
@@ -190,7 +181,7 @@ class _Factors(Adapters):
         group = self.of(path)
         training = group.training
         try:
-            pair = group.eval().hand_out([group.slots[path]], None)[path]
+            pair = group.eval().low_rank_pairs([group.slots[path]], None)[path]
         finally:
             group.train(training)
         return pair.down, pair.up
@@ -200,38 +191,12 @@ def _build(config: EFFTPeftConfig, specs: list[GroupSpec], linears: dict[str, nn
     groups, method = {}, config.method()
     for spec in specs:
         weight = linears[spec.slots[0].site.path].weight
-        if weight.dtype not in _FLOATS:  # quantized
+        if weight.dtype not in FLOATS:  # quantized
             weight = torch.empty(0, device=weight.device)
         groups[spec.name] = group = EFFTGroup(spec, method, {spec.slots[0].site.path: weight})
         if not config.init_weights:
             nn.init.xavier_uniform_(getattr(group, spec.zero))
     return groups
-
-
-# -- EFFT: layer ------------------------------------------------------------------------------------------------------
-
-
-def _add(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, backend: str | None = None, **kwargs) -> Tensor:
-    """base(x) + (x @ down) @ up: one pass over x where base is an nn.Linear and nothing else is called with it."""
-    weight = base.weight
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if _is_plain(base) and not args and not kwargs and (autocast or x.dtype == weight.dtype):
-        like = {"device": weight.device} if autocast else {"device": weight.device, "dtype": weight.dtype}
-        return lowrank_linear(x, weight, base.bias, down.to(**like), up.to(**like), backend=backend)
-    y = base(x, *args, **kwargs)
-    p = x.to(down.dtype) @ down.to(x.device)
-    return y + (p @ up.to(p)).to(y)
-
-
-def _is_plain(base: nn.Module) -> bool:
-    """Whether base(x) is F.linear of its weight and bias: no subclass, no hook, no forward put in its place."""
-    return (
-        type(base) is nn.Linear
-        and type(base.weight) in (nn.Parameter, Tensor)
-        and base.weight.dtype in _FLOATS
-        and "forward" not in base.__dict__
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-    )
 
 
 def _stamp(weight: Tensor) -> tuple:
@@ -270,9 +235,9 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         if not pairs:
             return self.base_layer(x, *args, **kwargs)
         if len(pairs) == 1:
-            return _add(self.base_layer, x, pairs[0].down, pairs[0].up, *args, **kwargs)
+            return add_update(self.base_layer, x, pairs[0].down, pairs[0].up, *args, **kwargs)
         down, up = torch.cat([pair.down for pair in pairs], 1), torch.cat([pair.up for pair in pairs], 0)
-        return _add(self.base_layer, x, down, up, *args, **kwargs)
+        return add_update(self.base_layer, x, down, up, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the base layer's weight, in its layout: [N, K], or [K, N] for a Conv1D."""
@@ -284,7 +249,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         """a view of the base layer's weight, to be written"""
         base = self.get_base_layer()
         weight = base._parameters.get("weight")
-        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+        if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
             raise TypeError(
                 f"{self.path} must have a plain floating-point weight to merge into, got a {type(base).__name__} "
                 f"with a {type(base.weight).__name__} of {base.weight.dtype}"
@@ -351,9 +316,6 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"efft.{super().__repr__()}"
-
-
-# -- EFFT: tuner ------------------------------------------------------------------------------------------------------
 
 
 class EFFTPeftModel(BaseTuner):
@@ -519,109 +481,3 @@ def _end(tuner: EFFTPeftModel, model: nn.Module, args, output) -> None:
 
 if PeftType.EFFT not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="efft", config_cls=EFFTPeftConfig, model_cls=EFFTPeftModel, prefix="efft_")
-
-
-# -- LoRA of PEFT on these kernels ------------------------------------------------------------------------------------
-
-
-class FastLoraLinear(lora.Linear):
-    """A LoRA layer of PEFT whose forward is one pass over x, for all active adapters together.
-
-    Made by changing the class of a layer: its parameters, names, configs and methods stay PEFT's. What the kernel does
-    not compute takes PEFT's own forward, call by call: dropout while training, mixed batches, merged or disabled
-    adapters, variants such as DoRA, a bias in lora_B, hooks on the parts.
-    """
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if (
-            not names
-            or args
-            or kwargs
-            or self.disable_adapters
-            or self.merged
-            or not _is_plain(self.base_layer)
-            or any(_beyond(self, name) or _drops(self, name) for name in names)
-            or not (x.dtype == self.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        ):
-            return super().forward(x, *args, **kwargs)
-        downs = [self.lora_A[name].weight for name in names]  # each [R, K]
-        ups = [_scaled_b(self, name) for name in names]  # each [N, R]
-        down, up = (downs[0], ups[0]) if len(names) == 1 else (torch.cat(downs, 0), torch.cat(ups, 1))
-        return _add(self.base_layer, x, down.mT, up.mT, backend=self.efft_backend)
-
-
-def _scaled_b(layer: lora.Linear, name: str) -> Tensor:
-    b, scale = layer.lora_B[name].weight, layer.scaling[name]
-    return b if scale == 1 else b * scale
-
-
-def _drops(layer: lora.Linear, name: str) -> bool:
-    dropout = layer.lora_dropout[name]
-    return dropout.training and not isinstance(dropout, nn.Identity)
-
-
-def _beyond(layer: lora.Linear, name: str) -> str | None:
-    """what an adapter of a layer does beyond (x @ A.T) @ B.T * scaling, dropout aside"""
-    if (variant := layer.lora_variant.get(name)) is not None:
-        return type(variant).__name__
-    if layer.lora_B[name].bias is not None:
-        return "lora_bias=True"
-    if not (_is_plain(layer.lora_A[name]) and _is_plain(layer.lora_B[name])):
-        return f"hooks or a {type(layer.lora_A[name]).__name__} in its lora_A or lora_B"
-    return None
-
-
-def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: bool = True) -> nn.Module:
-    """Run the LoRA layers of a PEFT model on the kernels of this library, in place: same outputs and gradients.
-
-    Nothing is copied: optimizers, checkpoints, load_state_dict, merging, further adapters and switching between them go
-    on as before. Calls that the kernel cannot take, such as those with dropout while training, run PEFT's own code.
-    Factors in float32 beside a bfloat16 or float16 base, PEFT's default, enter the product in the dtype of the base, as
-    under autocast; they and their gradients stay float32.
-
-    Args:
-        model: of get_peft_model, or any model with LoRA layers of PEFT in it.
-        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
-        strict: refuse a model of which a LoRA layer or adapter would gain nothing. False leaves those as they are.
-
-    Returns:
-        The model; :func:`restore_lora` undoes this.
-
-    Raises:
-        ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA
-            (embeddings, convolutions, quantized weights), DoRA and other variants, or lora_bias, by name. Nothing has
-            been changed then.
-    """
-    check_backend(backend)
-    found, refused = [], []
-    for path, layer in model.named_modules():
-        if not isinstance(layer, lora.LoraLayer) or isinstance(layer, FastLoraLinear):
-            continue
-        if type(layer) is not lora.Linear or not _is_plain(layer.base_layer):
-            refused.append(f"{path}: a {type(layer).__name__} around {type(layer.get_base_layer()).__name__}")
-            continue
-        reasons = [f"{path}: adapter {name!r} has {why}" for name in layer.lora_A if (why := _beyond(layer, name))]
-        refused += reasons
-        if len(reasons) < len(layer.lora_A):
-            found.append(layer)
-    if strict and refused:
-        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        raise ValueError(
-            f"accelerate_lora takes LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves these "
-            "to PEFT"
-        )
-    if not found and not any(isinstance(layer, FastLoraLinear) for layer in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora could take")
-    for layer in found:
-        layer.__class__, layer.efft_backend = FastLoraLinear, backend
-    return model
-
-
-def restore_lora(model: nn.Module) -> nn.Module:
-    """Undo :func:`accelerate_lora`: PEFT's own forwards again, with whatever was trained or loaded meanwhile."""
-    for layer in model.modules():
-        if type(layer) is FastLoraLinear:
-            layer.__class__ = lora.Linear
-            del layer.efft_backend
-    return model

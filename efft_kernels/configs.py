@@ -1,0 +1,367 @@
+"""Configs: the options of each method, and how it arranges the Linears of a model into groups. No torch."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
+from typing import Literal, NamedTuple
+
+TARGETS = {
+    "attn": ("q", "k", "v", "proj"),
+    "mlp": ("gate", "fc1", "fc2"),
+    "qkv": ("q", "k", "v"),
+    **{part: (part,) for part in ("q", "k", "v", "proj", "gate", "fc1", "fc2")},
+}
+ATTENTION = TARGETS["attn"]
+
+Rank = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One Linear of a model that an adapter takes: the matrices it holds side by side, and which of them are adapted."""
+
+    path: str
+    parts: tuple[str, ...]  # values of TARGETS: ("q", "k", "v") for a fused projection, ("fc2",) for a plain one
+    chosen: tuple[str, ...]  # the parts that the config targets
+    block: int  # counted over the whole model
+    stage: int  # blocks of one stage have one width
+    in_features: int
+    out_features: int
+
+    @property
+    def width(self) -> int:
+        """columns of one part"""
+        return self.out_features // len(self.parts)
+
+
+class Part(NamedTuple):
+    """Where the columns of one matrix come from: ``width`` columns of a core's update, or zeros if not adapted."""
+
+    core: int | None
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Linear as its group sees it."""
+
+    site: Site
+    parts: tuple[Part, ...]
+    transposed: bool = False  # the update is the transposed product: fc2
+    call: int = 0  # slots with the same number share one draw of the dropout masks of u and v
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(part.core for part in self.parts if part.core is not None))
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Everything a group needs to be built: plain data, printed by a plan and hashed into an adapter's fingerprint."""
+
+    name: str
+    K: int  # rows of u
+    N: int  # columns of v
+    rank: tuple[int, int]  # (P, Q)
+    cores: int
+    slots: tuple[Slot, ...]
+    zero: str = "v"
+
+
+class MethodConfig:
+    """Checks that all configs share, and their way to and from JSON."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        for name in ("rank", "ffn_rank"):
+            rank = getattr(self, name, None)
+            pair = rank if isinstance(rank, tuple) else (rank, rank)
+            if rank is None and name == "ffn_rank":
+                continue
+            if len(pair) != 2 or not all(type(r) is int and r >= 1 for r in pair):
+                raise ValueError(f"{name} must be an int of at least 1 or a pair of them, got {rank!r}")
+        if not _is_number(self.scale) or not abs(self.scale) <= sys.float_info.max:
+            raise ValueError(f"scale must be a finite number, got {self.scale!r}")
+        for name in ("factor_dropout", "activation_dropout"):
+            rate = getattr(self, name, 0.0)
+            if not (_is_number(rate) and 0 <= rate < 1):
+                raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}")
+        if not isinstance(getattr(self, "trainable_scale", False), bool):
+            raise ValueError(f"trainable_scale must be True or False, got {self.trainable_scale!r}")
+        targets, blocks = self.targets, self.blocks
+        if not isinstance(targets, tuple) or not targets or not all(t in list(TARGETS) for t in targets):
+            raise ValueError(f"targets must be a non-empty tuple out of {sorted(TARGETS)}, got {targets!r}")
+        good = isinstance(blocks, tuple) and blocks and all(type(b) is int and b >= 0 for b in blocks)
+        if not (blocks is None or good):
+            raise ValueError(f"blocks must be None or a non-empty tuple of block numbers, got {blocks!r}")
+
+    def _choice(self, name: str, *allowed) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+
+    def chosen(self, parts: Iterable[str]) -> tuple[str, ...]:
+        """Those of the parts that the targets name."""
+        wanted = {part for target in self.targets for part in TARGETS[target]}
+        return tuple(part for part in parts if part in wanted)
+
+    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+        """The groups that these Linears form. Raises ValueError with the path of a Linear that does not fit."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict:
+        return {"method": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping) -> "MethodConfig":
+        """The inverse of to_dict; raises ValueError for what no config of this version could have written."""
+        data = dict(data)
+        method = data.pop("method", None)
+        if method not in CONFIGS:
+            raise ValueError(f"method must be one of {sorted(CONFIGS)}, got {method!r}")
+        cls = CONFIGS[method]
+        if unknown := set(data) - {field.name for field in fields(cls)}:
+            raise ValueError(f"{method} has no option {', '.join(sorted(unknown))} in this version of efft_kernels")
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class EFFTConfig(MethodConfig):
+    """EFFT (arXiv 2311.06749): dW_s = scale * U @ Sigma_s @ V, with U and V shared by a group and a core per matrix.
+
+    Args:
+        variant: "efft1", one group of slices d x 4d: a block's attention matrices side by side, fc1, fc2 transposed.
+            "efft2", two groups: the attention matrices (d x d each), and fc1 with fc2 transposed (d x 4d each).
+        rank: r or (r1, r2). In a model whose stages differ in width (Swin) it is the rank of the widest stage; the
+            others get it in proportion to their width, as the released Swin does (rank=32 on Swin-B: 4, 8, 16, 32).
+        scale: factor of the update; with trainable_scale its start.
+        cores: "per_block" as in the paper, or "shared", as in the released ViT code: all blocks use one set of cores.
+        factor_dropout: probability with which an entry of U, Sigma and V is dropped while training. U and V are drawn
+            once per attention call (for q, k, v and the output projection together) and once for each FFN Linear.
+        zero_init: the factor that starts at zero, "v" or "u"; for "efft2" also one letter for each group: "vv", "vu".
+        targets: what is adapted: "attn", "mlp", "qkv", or single matrices "q", "k", "v", "proj", "gate", "fc1", "fc2".
+        blocks: numbers of the adapted blocks, counted over the whole model, or None for all.
+        trainable_scale: train one scale per group (section 4 of the paper suggests it).
+        ffn_rank: rank of the FFN group of "efft2"; None for ``rank``, its r1 halved where stages differ in width.
+    """
+
+    variant: Literal["efft1", "efft2"] = "efft2"
+    rank: Rank = 16
+    scale: float = 10.0
+    cores: Literal["per_block", "shared"] = "per_block"
+    factor_dropout: float = 0.1
+    zero_init: str = "v"
+    targets: tuple[str, ...] = ("attn", "mlp")
+    blocks: tuple[int, ...] | None = None
+    trainable_scale: bool = False
+    ffn_rank: Rank | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._choice("variant", "efft1", "efft2")
+        self._choice("cores", "per_block", "shared")
+        self._choice("zero_init", *(("v", "u") if self.variant == "efft1" else ("v", "u", "vv", "vu", "uv", "uu")))
+        if self.ffn_rank is not None and self.variant == "efft1":
+            raise ValueError("ffn_rank must be None for efft1, whose one group holds attention and FFN together")
+
+    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+        stages = _stages(sites)
+        specs = []
+        for stage, (portion, members) in stages.items():
+            attention = [site for site in members if site.parts[0] in ATTENTION]
+            ffn = [site for site in members if site.parts[0] not in ATTENTION]
+            prefix = f"stage{stage}_" if len(stages) > 1 else ""
+            rank = scaled_rank(self.rank, portion)
+            if self.variant == "efft1":
+                specs.append(self._group(f"{prefix}all", members, rank, self.zero_init))
+                continue
+            if attention:
+                specs.append(self._group(f"{prefix}attn", attention, rank, self.zero_init[0]))
+            if ffn:
+                if self.ffn_rank is not None:
+                    rank = scaled_rank(self.ffn_rank, portion)
+                elif any(portion != 1 for portion, _ in stages.values()):
+                    rank = (max(1, rank[0] // 2), rank[1])
+                specs.append(self._group(f"{prefix}ffn", ffn, rank, self.zero_init[-1]))
+        return specs
+
+    def _group(self, name: str, sites: list[Site], rank: tuple[int, int], zero: str) -> GroupSpec:
+        cores, calls, slots, shape = {}, {}, [], None
+        for site in sites:
+            attention, transposed = site.parts[0] in ATTENTION, site.parts == ("fc2",)
+            K, N = site.in_features, site.width
+            if transposed:
+                K, N = N, K
+            side_by_side = attention and self.variant == "efft1"
+            if side_by_side:
+                N *= len(ATTENTION)
+            shape = shape or (K, N)
+            if shape != (K, N) or (side_by_side and site.width != K):
+                raise ValueError(
+                    f"the slices of group {name!r} ({self.variant}) must all be {shape[0]} x {shape[1]}, got {K} x {N} "
+                    f"from {site.path}; choose other targets" + " or efft2" * (self.variant == "efft1")
+                )
+            parts = []
+            for part in site.parts:
+                start = ATTENTION.index(part) * site.width if side_by_side else 0
+                key = "attn" if side_by_side else part
+                key = key if self.cores == "shared" else (site.block, key)
+                core = cores.setdefault(key, len(cores)) if part in site.chosen else None
+                parts.append(Part(core, start, site.width if not transposed else N))
+            call = calls.setdefault((site.block, "attn" if attention else site.path), len(calls))
+            slots.append(Slot(site, tuple(parts), transposed, call))
+        return GroupSpec(name, *shape, fitting_rank(rank, shape, name), len(cores), tuple(slots), zero)
+
+
+@dataclass(frozen=True)
+class FacTConfig(MethodConfig):
+    """FacT (arXiv 2212.03145): one U and V for the whole model, and a core for each of its d x d matrices.
+
+    fc1 counts as d x d matrices side by side, fc2 as d x d matrices on top of each other (four of each in a ViT).
+
+    Args:
+        variant: "tt", a free core per matrix; or "tk" (Tucker), Sigma_s = sum_k P[s, k] C[k], which takes an int rank.
+        rank, scale, targets, blocks: as :class:`EFFTConfig`.
+        activation_dropout: probability with which an entry of x @ down is dropped while training. The original drops
+            x U Sigma; here q, k and v share one x U, which is what is dropped. Nonzero takes the unfused path.
+    """
+
+    variant: Literal["tt", "tk"] = "tt"
+    rank: Rank = 16
+    scale: float = 1.0
+    activation_dropout: float = 0.1
+    targets: tuple[str, ...] = ("attn", "mlp")
+    blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._choice("variant", "tt", "tk")
+        if self.variant == "tk" and not isinstance(self.rank, int):
+            raise ValueError(f"rank must be an int for tk, got {self.rank!r}")
+
+    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+        stages = _stages(sites)
+        specs = []
+        for stage, (portion, members) in stages.items():
+            name = f"stage{stage}_all" if len(stages) > 1 else "all"
+            d = min(min(site.in_features, site.width) for site in members)
+            cores, slots = 0, []
+            # fc2 last, so that the cores of both kinds are ranges
+            for site in sorted(members, key=lambda site: site.parts == ("fc2",)):
+                transposed = site.parts == ("fc2",)
+                one, many = (site.width, site.in_features) if transposed else (site.in_features, site.width)
+                if one != d or many % d:
+                    raise ValueError(f"FacT cuts matrices into {d} x {d} slices; {site.path} is {one} x {many}")
+                parts = []
+                for part in site.parts:
+                    for _ in range(many // d):
+                        parts.append(Part(cores if part in site.chosen else None, 0, d))
+                        cores += part in site.chosen
+                slots.append(Slot(site, tuple(parts), transposed))
+            rank = fitting_rank(scaled_rank(self.rank, portion), (d, d), name)
+            specs.append(GroupSpec(name, d, d, rank, cores, tuple(slots)))
+        return specs
+
+
+class _PerMatrix(MethodConfig):
+    """Methods without a tensor across layers: one group for each kind of Linear, one core for each matrix."""
+
+    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+        stages = _stages(sites)
+        specs = []
+        for stage, (portion, members) in stages.items():
+            kinds = {}
+            for site in members:
+                kinds.setdefault((site.parts, site.chosen, site.in_features, site.width), []).append(site)
+            for (parts, chosen, K, N), same in kinds.items():
+                name = "_".join([f"stage{stage}"] * (len(stages) > 1) + ["".join(parts)])
+                cores, slots = iter(range(len(same) * len(chosen))), []
+                for site in same:
+                    slots.append(Slot(site, tuple(Part(next(cores) if p in chosen else None, 0, N) for p in parts)))
+                rank = fitting_rank(scaled_rank(self.rank, portion), (K, N), name)
+                specs.append(GroupSpec(name, K, N, rank, len(same) * len(chosen), tuple(slots)))
+        if repeated := [name for name, n in Counter(spec.name for spec in specs).items() if n > 1]:
+            raise ValueError(f"the Linears {repeated} differ in shape from block to block; name the blocks to adapt")
+        return specs
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.rank, int):
+            raise ValueError(f"rank must be an int for {type(self).__name__}, got {self.rank!r}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig(_PerMatrix):
+    """LoRA (arXiv 2106.09685): down = A, up = scale * B, both trained, for each matrix. Arguments as EFFTConfig's."""
+
+    rank: int = 8
+    scale: float = 1.0
+    targets: tuple[str, ...] = ("q", "v")
+    blocks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class VeRAConfig(_PerMatrix):
+    """VeRA (arXiv 2310.11454): scale * U diag(d) V diag(b), U and V frozen, random and shared by all blocks.
+
+    Arguments as EFFTConfig's.
+    """
+
+    rank: int = 256
+    scale: float = 1.0
+    targets: tuple[str, ...] = ("q", "v")
+    blocks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LoRAXSConfig(_PerMatrix):
+    """LoRA-XS (arXiv 2405.17604): scale * U Sigma V with U and V frozen, from the SVD of the weight, and Sigma trained.
+
+    Sigma starts at exactly zero (the paper: 1e-5 times normal), so that nothing changes at the start. Arguments as
+    EFFTConfig's.
+    """
+
+    rank: int = 16
+    scale: float = 1.0
+    targets: tuple[str, ...] = ("attn", "mlp")
+    blocks: tuple[int, ...] | None = None
+
+
+def _plain(value):
+    """lists as tuples, and numpy's numbers, for which JSON has no word, as Python's"""
+    if isinstance(value, list | range | tuple):
+        return tuple(map(_plain, value))
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _stages(sites: list[Site]) -> dict[int, tuple[float, list[Site]]]:
+    """stage -> (its width as a portion of the widest, its sites)"""
+    stages = {}
+    for site in sites:
+        stages.setdefault(site.stage, []).append(site)
+    width = {stage: min(min(s.in_features, s.width) for s in members) for stage, members in stages.items()}
+    return {stage: (width[stage] / max(width.values()), members) for stage, members in stages.items()}
+
+
+def scaled_rank(rank: Rank, portion: float) -> tuple[int, int]:
+    return tuple(max(1, round(r * portion)) for r in (rank if isinstance(rank, tuple) else (rank, rank)))
+
+
+def fitting_rank(rank: tuple[int, int], shape: tuple[int, int], name: str) -> tuple[int, int]:
+    if max(rank) > min(shape):
+        raise ValueError(
+            f"rank must be at most {min(shape)} in group {name!r} of {shape[0]} x {shape[1]} slices, got {rank}"
+        )
+    return rank
+
+
+CONFIGS = {cls.__name__: cls for cls in (EFFTConfig, FacTConfig, LoRAConfig, VeRAConfig, LoRAXSConfig)}

@@ -1,0 +1,43 @@
+"""Optional packages, imported where they are used: an error names the extra that brings a missing one."""
+
+import importlib
+import sys
+
+import torch
+
+_declared = []  # a torch.library.Library is undone when it is collected
+
+
+def need(package: str, extra: str = "finetune"):
+    """Import a package of an extra.
+
+    Raises:
+        ImportError: the package is not installed; the message has the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise ImportError(f"{package} is missing: pip install 'efft_kernels[{extra}]'", name=package) from error
+
+
+def timm(extra: str = "finetune"):
+    """Import timm.
+
+    torchvision from PyPI fails to import next to a CPU build of torch unless two of its operators are declared first,
+    which this does.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for op in ("nms", "qnms"):
+            _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        pass  # timm says what it needs
+    return need("timm", extra)

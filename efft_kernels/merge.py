@@ -1,0 +1,166 @@
+"""merge and unmerge: the updates of an injected model into its weights, and out again."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapted_linear import AdaptedLinear
+from .base_linears import dense, has_own_forward, kind
+from .inject import adapters, attach, detach
+from .ops import merge_
+from .passes import Adapters
+
+
+@dataclass
+class _Merged:
+    """What unmerge needs: kept on the model, but in no state_dict."""
+
+    adapters: Adapters
+    names: list[str]  # paths of the Linears that were adapted
+    weights: dict[str, Tensor] | None  # before the merge
+    modules: dict[str, nn.Linear]  # those that a plain Linear has taken the place of
+
+
+def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = False) -> nn.Module:
+    """Add the active adapter's updates to the weights and put plain nn.Linears back, in place: no cost at inference.
+
+    Args:
+        model: an injected model.
+        keep_weights: pin_layout a copy of the weights that change, for :func:`unmerge`. False saves that memory for good.
+        dequantize: put a plain Linear, with the dense weight, where an adapted one is quantized, parametrized or
+            weight-normed. Such ones are refused otherwise.
+
+    Returns:
+        The model. Its state_dict has the names of the model before :func:`inject`.
+
+    Warns:
+        UserWarning: weights are bfloat16 or float16; says which part of the update their rounding lost.
+
+    Raises:
+        ValueError: a model that has no adapters, is merged already, or whose adapter is disabled; a weight that is
+            quantized or computed anew at every forward, or that a part of the model uses which is not adapted.
+    """
+    owner = adapters(model)
+    if owner.active is None:
+        raise ValueError("merge needs an active adapter, but all are disabled")
+    linears = {path: model.get_submodule(path) for group in owner.groups() for path in group.slots}
+    own = {path: linear for path, linear in linears.items() if has_own_forward(linear, linear.base)}
+    if own and not dequantize:
+        path, linear = next(iter(own.items()))
+        raise ValueError(f"{path} {_unmergeable(linear)}; merge(model, dequantize=True) puts a plain nn.Linear there")
+    _check_unshared(model, {path: linear for path, linear in linears.items() if path not in own})
+    with torch.no_grad():
+        pairs = {path: pair for g in owner.groups() for path, pair in _eval_pairs(g, owner.backend).items()}
+        plain = {path: _plain(linear, pairs[path].down.dtype) for path, linear in own.items()}
+        weights = {path: plain.get(path, linear).weight for path, linear in linears.items()}
+        if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
+            raise ValueError("the weights were made under inference_mode, which forbids to merge into them outside it")
+        low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
+        launches = {}
+        for path, weight in weights.items():
+            launches.setdefault((weight.dtype, weight.device), []).append(path)
+        # of several launches one may fail after another has written
+        keep = {path for path in weights if keep_weights and path not in own or path in low or len(launches) > 1}
+        kept = {path: weights[path].clone() for path in weights if path in keep}
+        try:
+            for (dtype, _), paths in launches.items():
+                downs, ups = ([pair.to(dtype) for pair in side] for side in zip(*(pairs[path][:2] for path in paths)))
+                merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
+        except BaseException:
+            for path, weight in kept.items():
+                weights[path].copy_(weight)
+            raise
+        loss = _loss([(kept[path], weights[path], pairs[path]) for path in low]) if low else 0.0
+    names = detach(model)
+    for path, linear in plain.items():
+        model.set_submodule(path, linear)
+    before = {path: weight for path, weight in kept.items() if path not in own} if keep_weights else None
+    record = _Merged(owner, names, before, own if keep_weights else {})
+    model._efft_merged = (record,)  # a tuple, which registers nothing
+    if low:  # at the very end: a warning may be an error
+        warnings.warn(
+            f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
+            "model.float() before merge avoids it",
+            stacklevel=2,
+        )
+    return model
+
+
+def _unmergeable(linear: AdaptedLinear) -> str:
+    """why an update cannot be added to the weight of this Linear, after its path"""
+    if what := kind(linear):
+        return f"is quantized ({what}), and rounding the sum to its few bits would lose most of the update"
+    return "computes its weight anew at every forward (a parametrization, norm or pruning), which would undo the merge"
+
+
+def _plain(linear: AdaptedLinear, dtype: torch.dtype) -> nn.Linear:
+    """A Linear with the dense weight, in this dtype, and the bias of one that keeps its own product."""
+    new = nn.Linear(linear.in_features, linear.out_features, False, device="meta", dtype=dtype)
+    new.weight = nn.Parameter(dense(linear).to(dtype, copy=True).contiguous(), requires_grad=False)
+    if linear.bias is not None:
+        new.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+    return new.train(linear.training)
+
+
+def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    merged = {id(linear.weight): path for path, linear in linears.items()}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if id(p) in merged and module is not linears[merged[id(p)]]:
+                raise ValueError(
+                    f"{merged[id(p)]} shares its weight with {name or type(model).__name__}.{key}, which the merge "
+                    "would change, too; untie them first, or leave the adapter beside the weight"
+                )
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo :func:`merge`: the weights as they were before it, bit for bit, and the adapters back on.
+
+    What was loaded or written into those weights after the merge is lost.
+
+    Raises:
+        ValueError: a model that is not merged, was merged with keep_weights=False, or whose Linears were replaced since.
+    """
+    if not hasattr(model, "_efft_merged"):
+        raise ValueError(f"the model must be merged to be unmerged, but this {type(model).__name__} is not")
+    (merged,) = model._efft_merged
+    if merged.weights is None:
+        raise ValueError("the model was merged with keep_weights=False: its former weights are gone")
+    shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
+    shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
+    for path, shape in shapes.items():
+        found = model.get_submodule(path)
+        if type(found) is not nn.Linear or found.weight.shape != shape:
+            raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
+    device = model.get_submodule(merged.names[0]).weight.device
+    with torch.no_grad():
+        for path, weight in merged.weights.items():
+            model.get_submodule(path).weight.copy_(weight)
+    for path, linear in merged.modules.items():
+        model.set_submodule(path, linear.to(device).train(model.get_submodule(path).training))
+    del model._efft_merged
+    attach(model, merged.adapters.to(device))
+    for path in merged.names:
+        AdaptedLinear.adopt(model.get_submodule(path), path, model.efft)
+    return model
+
+
+def _eval_pairs(group, backend):
+    """pairs without dropout, whatever mode the group is in"""
+    training = group.training
+    try:
+        return group.eval().low_rank_pairs(group.slots.values(), backend)
+    finally:
+        group.train(training)
+
+
+def _loss(merged: list[tuple[Tensor, Tensor, tuple]]) -> float:
+    """||what was added - what should have been|| / ||what should have been||, over all weights"""
+    missing = total = 0.0
+    for before, after, (down, up, _) in merged:
+        wanted = (down.float() @ up.float()).T
+        missing += (after.float() - before.float() - wanted).square().sum().item()
+        total += wanted.square().sum().item()
+    return (missing / total) ** 0.5 if total else 0.0

@@ -1,0 +1,12 @@
+"""Hugging Face PEFT: EFFT as one of its methods, and its LoRA adapters on the kernels of this library."""
+
+try:
+    import peft  # noqa: F401
+    import transformers.pytorch_utils  # noqa: F401
+except ImportError as error:
+    raise ImportError(f'efft_kernels.peft needs PEFT: pip install "efft_kernels[peft]" ({error})') from error
+
+from .efft import EFFTPeftConfig, EFFTPeftLinear, EFFTPeftModel
+from .lora import FastLoraLinear, accelerate_lora, restore_lora
+
+__all__ = ["EFFTPeftConfig", "EFFTPeftLinear", "EFFTPeftModel", "FastLoraLinear", "accelerate_lora", "restore_lora"]
