@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import timm
+from models import images, timm, vit
 from torch import nn
 
 import efft_kernels as ek
@@ -142,6 +142,16 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     images = randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(fresh.eval()(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_code_of_the_fine_tuning_page_runs(tmp_path, monkeypatch):
+    """The blocks on whole models, several adapters and one layer, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    names = {"model": vit(depth=3), "images": images()}
+    for code in code_of(ROOT / "docs" / "finetuning.md")[:3]:
+        exec(code, names)
+    assert type(names["block"].attn.qkv) is nn.Linear
+    assert list(names["model"].efft) == ["default"]
 
 
 def test_public_names_are_documented():
