@@ -26,13 +26,25 @@ try:
     from tqdm import tqdm
 
     import efft_kernels
-    import record as report
+    from record import (
+        FORMAT,
+        add_rows,
+        chart,
+        commit,
+        conclude,
+        cpu_ratio,
+        digits,
+        machine,
+        prepare_folder,
+        spread_of,
+        text_table,
+        versions,
+    )
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
-from record import cpu_ratio, digits, spread_of
 from shapes import KINDS, MODELS, Layer, layers, work
 
 # what every other time is divided by, round by round
@@ -215,7 +227,7 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
                     bar.update()
             finally:
                 if samples:
-                    report.add(record, results(case, args, samples, facts), args.out)
+                    add_rows(record, results(case, args, samples, facts), args.out)
             bar.update(args.repeats - len(samples))
 
 
@@ -319,7 +331,7 @@ def show(record: dict) -> None:
     rows, args, m, v = (record[key] for key in ("results", "arguments", "machine", "versions"))
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows, record['limits']))}\n")
+    print(f"\n{text_table(HEAD, lines(rows, record['limits']))}\n")
     shown = {row["variant"] for row in rows}
     for name, meaning in record["variants"].items():
         if name in shown:
@@ -385,7 +397,7 @@ def draw(record: dict, folder: Path) -> None:
     note = f"{args['model']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}; whiskers: quartiles"
     if not record["complete"]:
         note += "; interrupted, partial"
-    report.chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
+    chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
     print(f"written: {folder}/forward.csv, forward.json, forward.png")
 
 
@@ -454,7 +466,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         args.variants = ["merged", *args.variants]
     if args.out is not None:
         try:
-            report.prepare(args.out)
+            prepare_folder(args.out)
         except OSError as error:
             p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
 
@@ -481,13 +493,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
     record = {
         "benchmark": "forward",
-        "format": report.FORMAT,
+        "format": FORMAT,
         "complete": False,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "arguments": arguments,
-        "machine": report.machine(),
-        "versions": report.versions(),
-        "commit": report.commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "limits": limit._asdict() | {"flops": dict(limit.flops)},
         "memory": MEMORY[args.device],
@@ -508,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             raise_limits(record)
 
-    return report.conclude(record, args.out, run, summary, show, lambda: draw(record, args.out))
+    return conclude(record, args.out, run, summary, show, lambda: draw(record, args.out))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,10 @@ from tqdm import tqdm
 
 import efft_kernels
 import harness
-import record as report
+from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
 from harness import Method, Options, share
-from record import cpu_ratio, digits, ratios, spread_of
 
 REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
 # what one call of a variant is made of, its stages; None is not reported
@@ -207,8 +206,8 @@ def show(record: dict) -> None:
             changes.append(
                 [dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))]
             )
-    print(f"\n{report.table(HEAD, table)}\n")
-    print(f"{report.table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
+    print(f"\n{text_table(HEAD, table)}\n")
+    print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
     show_meanings(record, {row["method"] for row in rows})
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
             measure(args, record, Path(folder))
 
     drawn = lambda: draw(record, args.out, panels(record["results"]), "ratio")
-    return report.conclude(record, args.out, run, summary, show, drawn)
+    return conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

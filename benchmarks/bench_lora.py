@@ -18,10 +18,9 @@ from bench_train_step import (
 from torch import nn
 
 import harness
-import record as report
+from record import conclude, cpu_ratio, digits, ratios, text_table
 from timing import MEMORY
 from harness import Method, Options
-from record import cpu_ratio, digits, ratios
 
 COLOURS.setdefault("accelerated", "#2166ac")
 
@@ -78,7 +77,7 @@ def show(record: dict) -> None:
     rows = record["results"]
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows))}\n")
     show_meanings(record, {row["method"] for row in rows})
     notes = {
         "ms": "median of the rounds; /: median of the ratios within each round; (cpu): ratio of CPU times",
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     record = make_record("lora", args, {m.name: m.meaning for m in found}, left_out)
     drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
-    return report.conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
+    return conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
 
 
 if __name__ == "__main__":

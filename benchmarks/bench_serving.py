@@ -28,12 +28,11 @@ from tqdm import tqdm
 
 import efft_kernels
 import harness
-import record as report
+from record import conclude, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, memory, run
 from harness import Options, share
-from record import digits, ratios, spread_of
 
 COLOURS = {
     "merged": "#9e9e9e",
@@ -278,7 +277,7 @@ def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows))}\n")
     show_meanings(record, {row["method"] for row in rows})
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
@@ -341,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     record = make_record("serving", args, {m.name: m.meaning for m in METHODS}, {})
     run = torch.no_grad()(lambda: measure(args, record))
     drawn = lambda: draw(record, args.out, panels(record["results"]), "/ fused", COLOURS)
-    return report.conclude(record, args.out, run, summary, show, drawn)
+    return conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

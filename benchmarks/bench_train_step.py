@@ -30,10 +30,24 @@ from tqdm import tqdm
 
 import efft_kernels
 import harness
-import record as report
+from record import (
+    FORMAT,
+    add_rows,
+    chart,
+    commit,
+    conclude,
+    cpu_ratio,
+    digits,
+    machine,
+    prepare_folder,
+    ratios,
+    spread_of,
+    text_table,
+    versions,
+    write_run,
+)
 from timing import MEMORY, Stages, columns, interleave, memory, timer
 from harness import MODELS, Method, Options
-from record import cpu_ratio, digits, ratios, spread_of
 from shapes import layers
 
 # what every other time is divided by, round by round
@@ -272,11 +286,11 @@ def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, 
                     bar.update()
                     if args.out and len(samples) >= 3 and time.perf_counter() > kept + KEEP_EVERY:
                         partial = {**record, "results": [*record["results"], *rows(samples)]}
-                        report.write_run(args.out, partial)
+                        write_run(args.out, partial)
                         kept = time.perf_counter()
             finally:
                 if samples:
-                    report.add(record, rows(samples), args.out)
+                    add_rows(record, rows(samples), args.out)
             bar.update(args.repeats - len(samples))
             del calls, rows
             gc.collect()  # a model and its hooks refer to each other
@@ -341,7 +355,7 @@ def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows))}\n")
     show_meanings(record, {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
@@ -409,7 +423,7 @@ def draw(
     # the divisor itself is not drawn, so a run without other methods has no chart
     drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
     if drawn:
-        report.chart(folder / f"{name}.png", drawn, colours, label, chart_note(record), limit=8.0)
+        chart(folder / f"{name}.png", drawn, colours, label, chart_note(record), limit=8.0)
         written.append("png")
     print(f"written: {', '.join(str(folder / f'{name}.{ending}') for ending in written)}")
 
@@ -474,7 +488,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, lef
                 p.error(f"argument --methods: expected methods that can run here, got {name!r}: {reason}")
     if args.out is not None:
         try:
-            report.prepare(args.out)
+            prepare_folder(args.out)
         except OSError as error:
             p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
     try:
@@ -487,13 +501,13 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
     environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
     return {
         "benchmark": benchmark,
-        "format": report.FORMAT,
+        "format": FORMAT,
         "complete": False,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "machine": report.machine(),
-        "versions": {**report.versions(), **harness.versions()},
-        "commit": report.commit(),
+        "machine": machine(),
+        "versions": {**versions(), **harness.versions()},
+        "commit": commit(),
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "allocator": environment,
         "memory": MEMORY[args.device],
@@ -518,7 +532,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
     drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
-    return report.conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
+    return conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def commit() -> dict | None:
         return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")} if given else None
 
 
-def prepare(folder: Path) -> None:
+def prepare_folder(folder: Path) -> None:
     """Create the folder and write to it once, so that a folder that cannot be written fails before the run."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -194,7 +194,7 @@ def cpu_ratio(row: dict, reference: dict | None) -> float | None:
     return row["cpu_ms"] / reference["cpu_ms"] if reference and reference["cpu_ms"] else None
 
 
-def add(run: dict, rows: list[dict], folder: Path | None) -> None:
+def add_rows(run: dict, rows: list[dict], folder: Path | None) -> None:
     """Append rows to the results and rewrite the files, so that a run that is killed keeps every row it added."""
     run["results"] += rows
     if folder and run["results"]:
@@ -204,7 +204,7 @@ def add(run: dict, rows: list[dict], folder: Path | None) -> None:
 def conclude(
     run: dict,
     out: Path | None,
-    measure: Callable[[], None],  # calls add(run, rows, out) as rows become known
+    measure: Callable[[], None],  # calls add_rows(run, rows, out) as rows become known
     summary: Callable[[list[dict]], list[dict]],
     show: Callable[[dict], None],
     draw: Callable[[], None],  # the chart, if there is an --out
@@ -231,7 +231,7 @@ def conclude(
     return 0 if run["complete"] else 130
 
 
-def table(head: list[str], rows: list[list]) -> str:
+def text_table(head: list[str], rows: list[list]) -> str:
     """A table in plain text: two columns of words, then numbers as they are formatted. An empty row draws a line."""
     tabulate.MIN_PADDING = 0  # its two spaces per column add up to thirty characters a line
     lines = [row or tabulate.SEPARATING_LINE for row in rows]
