@@ -14,6 +14,7 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -61,8 +62,10 @@ class Table(NamedTuple):
         """The table, its note and links to its records, relative to the folder of a page."""
         rule = ["---"] * self.words + ["---:"] * (len(self.head) - self.words)
         lines = ["| " + " | ".join(line) + " |" for line in [self.head, rule, *self.rows]]
-        links = [f"[{name}]({os.path.relpath(RESULTS / name, page.parent)})" for name in self.records]
-        return "\n".join(lines) + f"\n\n{self.note} Records: {', '.join(links)}.\n"
+        links = [f"[{n}]({os.path.relpath(RESULTS / name, page.parent)})" for n, name in enumerate(self.records, 1)]
+        note = f"{self.note} Record{'s' * (len(links) > 1)}: {', '.join(links)}."
+        wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
+        return "\n".join(lines) + f"\n\n{wrapped}\n"
 
 
 # Every table is a function without arguments, its docstring what --list says of it.
@@ -83,8 +86,7 @@ def train_step() -> Table:
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
         f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, plus "
-        "the optimizer's state and the weights that a backend keeps packed. The run on Zen 3 is of an earlier commit; on "
-        "the H200 the backend `cuda` was selected by name."
+        "optimizer state and packed weights. Zen 3: an earlier commit. H200: `backend=\"cuda\"`."
     )
     return Table(head, rows, note, records)
 

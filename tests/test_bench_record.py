@@ -78,7 +78,7 @@ def test_a_table_is_refreshed_between_its_markers(tmp_path, monkeypatch, capsys)
     assert summary.main(["--write"]) == 0
     assert page.read_text() == (
         "before\n\n<!-- table: some -->\n\n| method | ms |\n| --- | ---: |\n| one | 1.5 |\n\n"
-        "Medians. Records: [zen5/x](benchmarks/results/zen5/x).\n\n<!-- end -->\n\nafter\n"
+        "Medians. Record: [1](benchmarks/results/zen5/x).\n\n<!-- end -->\n\nafter\n"
     )
     assert summary.main(["--check"]) == 0
     page.write_text(text.replace("some", "other"))
