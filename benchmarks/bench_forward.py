@@ -26,13 +26,25 @@ try:
     from tqdm import tqdm
 
     import efft_kernels
-    import record as report
+    from record import (
+        FORMAT,
+        add_rows,
+        chart,
+        commit,
+        conclude,
+        cpu_ratio,
+        digits,
+        machine,
+        prepare_folder,
+        spread_of,
+        text_table,
+        versions,
+    )
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
-from timing import MEMORY, Limits, Spread, Stages, copies, evict, interleave, limits, memory, run, spread, timer
-from record import digits
+from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
 from shapes import KINDS, MODELS, Layer, layers, work
 
 # what every other time is divided by, round by round
@@ -154,31 +166,16 @@ def _sentence(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
-def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
+def results(case: Case, args, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
     """One row per pass and variant, from complete rounds."""
-    layer, itemsize = case.layer, getattr(torch, case.dtype).itemsize
-    needed = work(case.M, layer.K, layer.N, args.rank, itemsize)
+    layer = case.layer
     parts = {"forward": (0,)}
     if args.backward:
         parts = {"forward": (FORWARD,), "backward": (BACKWARD,), "forward+backward": (FORWARD, BACKWARD)}
     rows = []
     for (part, laps), name in itertools.product(parts.items(), facts):
-        flops, moved = needed[part]
-        floor = max(flops / limit.flops[case.dtype], moved / limit.bandwidth)
-
-        def seconds(clock: str, name: str) -> list[float]:
-            return [sum(getattr(round[name][lap], clock) for lap in laps) for round in samples]
-
-        def ratios(clock: str) -> dict[str, Spread]:
-            own = seconds(clock, name)
-            # a CPU time can be zero: its clock may tick more slowly than a short call
-            return {
-                other: spread([a / max(b, 1e-9) for a, b in zip(own, seconds(clock, other))])._asdict()
-                for other in REFERENCES
-                if other in facts
-            }
-
-        taken = spread(seconds("time", name))
+        of = lambda name, laps=laps: [[round[name][lap] for lap in laps] for round in samples]
+        references = {other: of(other) for other in REFERENCES if other in facts}
         rows.append(
             {
                 "layer": layer.name,
@@ -192,18 +189,7 @@ def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[st
                 "count": layer.count,
                 "pass": part,
                 "variant": name,
-                "rounds": len(samples),
-                "ms": (taken * 1e3)._asdict(),
-                "wall_ms": (spread(seconds("wall", name)) * 1e3)._asdict(),
-                "cpu_ms": (spread(seconds("cpu", name)) * 1e3)._asdict(),
-                "ratio": ratios("time"),
-                "cpu_ratio": ratios("cpu"),
-                "flops": flops,
-                "bytes": moved,
-                "gflops": flops / taken.median * 1e-9,
-                "gbytes": moved / taken.median * 1e-9,
-                "floor_ms": floor * 1e3,
-                "floor_share": floor / taken.median,
+                **columns(of(name), references, ("merged", "unfused")),
                 **facts[name],
             }
         )
@@ -211,7 +197,7 @@ def results(case: Case, args, limit: Limits, samples: list[dict], facts: dict[st
 
 
 def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
-    """Adds to record["results"], case by case, so that what is complete stands there if the run is interrupted."""
+    """Add the rows of one case after the other, so that an interrupted or killed run keeps the complete ones."""
     lap = timer(args.device)
     needed = [work(c.M, c.layer.K, c.layer.N, args.rank, getattr(torch, c.dtype).itemsize)["forward"] for c in cases]
     cost = [max(flops / limit.gemm[c.dtype], b / limit.bandwidth) for c, (flops, b) in zip(cases, needed)]
@@ -241,40 +227,45 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
                     bar.update()
             finally:
                 if samples:
-                    record["results"] += results(case, args, limit, samples, facts)
+                    add_rows(record, results(case, args, samples, facts), args.out)
             bar.update(args.repeats - len(samples))
 
 
 def raise_limits(record: dict) -> None:
-    """Where a variant was faster than what the machine showed at the start, that is what the machine can do."""
-    rows, limits = record["results"], record["limits"]
-    for row in rows:
-        seconds = row["ms"]["median"] * 1e-3
-        compute, traffic = row["flops"] / limits["flops"][row["dtype"]], row["bytes"] / limits["bandwidth"]
+    """Raise the machine's limits to what a variant reached, where it was faster than they allow."""
+    limits = record["limits"]
+    for row in record["results"]:
+        seconds, (flops, moved) = row["ms"] * 1e-3, row_work(row)
+        compute, traffic = flops / limits["flops"][row["dtype"]], moved / limits["bandwidth"]
         if max(compute, traffic) <= seconds:
             continue
         if compute >= traffic:
-            limits["flops"][row["dtype"]] = row["flops"] / seconds
+            limits["flops"][row["dtype"]] = flops / seconds
         else:
-            limits["bandwidth"] = row["bytes"] / seconds
+            limits["bandwidth"] = moved / seconds
         limits["source"] = f"{limits['source'].partition(';')[0]}; more where a variant showed more"
-    for row in rows:
-        floor = max(row["flops"] / limits["flops"][row["dtype"]], row["bytes"] / limits["bandwidth"])
-        row["floor_ms"], row["floor_share"] = floor * 1e3, floor * 1e3 / row["ms"]["median"]
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+def row_work(row: dict) -> tuple[int, int]:
+    """(FLOPs, bytes) that the fused layer needs for the case and pass of a row, whatever its variant does."""
+    return work(row["M"], row["K"], row["N"], row["R"], getattr(torch, row["dtype"]).itemsize)[row["pass"]]
+
+
+def floor_share(row: dict, limits: dict) -> float:
+    """The share of a row's time that the fused layer would take at the machine's limits."""
+    flops, moved = row_work(row)
+    return max(flops / limits["flops"][row["dtype"]], moved / limits["bandwidth"]) * 1e3 / row["ms"]
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Per size, dtype and pass: the sum over the layers, each as often as the model has it, of every variant."""
+    """Per size, dtype and pass: ms by variant, summed over all Linears of the model, and ours over each variant."""
     sums = []
     for (size, dtype, part), group in _groups(rows, "size", "dtype", "pass"):
         names = list(dict.fromkeys(row["layer"] for row in group))
         ms = {}
         for variant, own in _groups(group, "variant"):
             if len(own) == len(names):
-                ms[variant[0]] = sum(row["count"] * row["ms"]["median"] for row in own)
+                ms[variant[0]] = sum(row["count"] * row["ms"] for row in own)
         efft = ms.get("efft")
         ratio = {name: efft / value for name, value in ms.items() if name != "efft"} if efft else {}
         sums.append({"size": size, "dtype": dtype, "pass": part, "layers": names, "ms": ms, "efft_ratio": ratio})
@@ -289,12 +280,12 @@ def _groups(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
 
 
 def slower(rows: list[dict]) -> list[str]:
-    """Where the automatic choice takes more than 2 % longer than unfused torch, and does so in three rounds of four."""
+    """The cases in which the automatic choice is more than 2 % slower than plain torch, and slower in 3 of 4 rounds."""
     found = []
     for row in rows:
-        ratio = row["ratio"].get("unfused") if row["variant"] == "efft" else None
-        if ratio and ratio["median"] > 1.02 and ratio["q1"] > 1:
-            found.append(f"{row['layer']} {row['dtype']} M={row['M']} {row['pass']} ({ratio['median']:.2f})")
+        ratio = row.get("ratio_unfused") if row["variant"] == "efft" else None
+        if ratio and ratio > 1.02 and row["ratio_unfused_q1"] > 1:
+            found.append(f"{row['layer']} {row['dtype']} M={row['M']} {row['pass']} ({ratio:.2f})")
     return found
 
 
@@ -304,36 +295,31 @@ HEAD = [
 ]  # fmt: skip
 
 
-def lines(rows: list[dict]) -> list[list[str]]:
+def lines(rows: list[dict], limits: dict) -> list[list[str]]:
     table = []
     for _, group in _groups(rows, "layer", "dtype", "size", "pass"):
         r = group[0]
         label = [f"{r['layer']} {r['K']}->{r['N']}", f"{r['dtype']}, M={r['M']}", r["pass"], f"{r['rounds']} rounds"]
         table += [[]] if table else []
+        merged = next((row for row in group if row["variant"] == "merged"), None)
         for words, row in itertools.zip_longest(label, group, fillvalue=None):
             if row is None:
                 table.append([words, *[""] * (len(HEAD) - 1)])
                 continue
+            flops, moved = row_work(row)
             kept = f"+{row['kept_bytes'] / 2**20:.1f} " if row["kept_bytes"] >= 2**16 else ""
             table.append(
                 [
                     words or "",
                     row["variant"],
-                    digits(row["ms"]["median"]),
-                    f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
-                    *(
-                        digits(row[ratio].get(other, {}).get("median"))
-                        for ratio, other in (
-                            ("ratio", "merged"),
-                            ("cpu_ratio", "merged"),
-                            ("ratio", "onednn"),
-                            ("ratio", "einsum_dw"),
-                            ("ratio", "unfused"),
-                        )
-                    ),
-                    digits(row["gflops"]),
-                    digits(row["gbytes"]),
-                    f"{row['floor_share']:.0%}",
+                    digits(row["ms"]),
+                    f"{digits(row['q1'])}-{digits(row['q3'])}",
+                    digits(row.get("ratio_merged")),
+                    digits(cpu_ratio(row, merged)),
+                    *(digits(row.get(f"ratio_{other}")) for other in ("onednn", "einsum_dw", "unfused")),
+                    digits(flops / row["ms"] * 1e-6),
+                    digits(moved / row["ms"] * 1e-6),
+                    f"{floor_share(row, limits):.0%}",
                     f"{kept}{row['peak_bytes'] / 2**20:.1f}",
                     *("not finite" if e is None else f"{e:.0e}" for e in (row["error_y"], row["error_update"])),
                 ]
@@ -345,7 +331,7 @@ def show(record: dict) -> None:
     rows, args, m, v = (record[key] for key in ("results", "arguments", "machine", "versions"))
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows, record['limits']))}\n")
     shown = {row["variant"] for row in rows}
     for name, meaning in record["variants"].items():
         if name in shown:
@@ -360,7 +346,7 @@ def show(record: dict) -> None:
     flops = ", ".join(f"{digits(value * 1e-9)} GFLOP/s {dtype}" for dtype, value in limit["flops"].items())
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"median of the rounds, {where}; /: median of the ratios within each round, (cpu) of process CPU time",
+        "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
         "GFLOP/s": "and GB/s: what the fused layer has to compute and to move, over the time of the variant",
         "floor": f"share of the time that this takes at {flops}, {digits(limit['bandwidth'] * 1e-9)} GB/s",
         "": limit["source"],
@@ -379,12 +365,12 @@ def show(record: dict) -> None:
             which = "all Linears" if len(s["layers"]) == len(layers(args["model"])) else f"all {', '.join(s['layers'])}"
             print(f"{args['model']}, {s['size']}, {s['dtype']}, {s['pass']}, sum of {which} of the blocks:")
             print(f"    efft {digits(s['ms']['efft'])} ms = {', '.join(against)}")
-    if any(row["variant"] == "efft" and "unfused" in row["ratio"] for row in rows):
+    if any(row["variant"] == "efft" and row.get("ratio_unfused") for row in rows):
         print(textwrap.fill(f"slower than unfused torch: {'; '.join(slower(rows)) or 'nowhere'}", 120))
 
 
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:
-    """All cases of a pass side by side if they are few, else a panel per dtype and size, in fours: a block, a stage."""
+    """One panel with all cases of a pass if they are few, otherwise one per dtype and size for every four Linears."""
     found = []
     for (part,), group in _groups(rows, "pass"):
         cases = _groups(group, "layer", "dtype", "M")
@@ -397,7 +383,7 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
         for chunk in chunks:
             bars = {
                 f"{layer} {own[0]['K']}→{own[0]['N']}\n{dtype}, M = {M}": {
-                    row["variant"]: tuple(row["ratio"]["merged"].values()) for row in own
+                    row["variant"]: spread_of(row, "merged") for row in own
                 }
                 for (layer, dtype, M), own in chunk
             }
@@ -405,18 +391,14 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     return found
 
 
-def save(record: dict, folder: Path) -> None:
-    report.write_json(folder / "forward.json", record)
+def draw(record: dict, folder: Path) -> None:
     args, m = record["arguments"], record["machine"]
     name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
     note = f"{args['model']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}; whiskers: quartiles"
     if not record["complete"]:
         note += "; interrupted, partial"
-    report.chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
-    print(f"written: {folder / 'forward.json'}, {folder / 'forward.png'}")
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
+    chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
+    print(f"written: {folder}/forward.csv, forward.json, forward.png")
 
 
 def positive(text: str) -> int:
@@ -466,7 +448,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
     p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
                    help="for all cases, set-up included; a case gets three rounds at least (default: 60)")  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="DIR", help="write forward.json and forward.png there")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write forward.csv, forward.json and forward.png there")
     args = p.parse_args(argv)
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -484,7 +466,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         args.variants = ["merged", *args.variants]
     if args.out is not None:
         try:
-            report.prepare(args.out)
+            prepare_folder(args.out)
         except OSError as error:
             p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
 
@@ -511,13 +493,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
     record = {
         "benchmark": "forward",
-        "format": report.FORMAT,
-        "complete": True,
+        "format": FORMAT,
+        "complete": False,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "arguments": arguments,
-        "machine": report.machine(),
-        "versions": report.versions(),
-        "commit": report.commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "limits": limit._asdict() | {"flops": dict(limit.flops)},
         "memory": MEMORY[args.device],
@@ -538,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             raise_limits(record)
 
-    return report.conclude(record, args.out, run, summary, show, lambda: save(record, args.out))
+    return conclude(record, args.out, run, summary, show, lambda: draw(record, args.out))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench_train_step import (
-    _forget_packed, by_dtype, check, count_ops, machine_line, make_batches, make_record, parser, save,
+    _forget_packed, by_dtype, check, count_ops, draw, machine_line, make_batches, make_record, parser,
     show_meanings, timings,
 )  # fmt: skip  # isort: skip
 
@@ -27,11 +27,10 @@ from tqdm import tqdm
 
 import efft_kernels
 import harness
-import record as report
+from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
 from harness import Method, Options, share
-from record import digits
 
 REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
 # what one call of a variant is made of, its stages; None is not reported
@@ -152,14 +151,14 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
     common = {"model": args.model, "batch": args.batch, "image": args.image, "dtype": dtype}
     rows = []
     for name, known in facts.items():
-        timed = timings(samples, name, slice(0, 1), [other for other in REFERENCES if other in facts])
-        speed = args.batch / timed["ms"]["median"] * 1e3
+        timed = timings(samples, name, slice(0, 1), {other: other for other in REFERENCES if other in facts}, "base")
+        speed = args.batch / timed["ms"] * 1e3
         rows.append({**common, "method": name, "operation": None, **timed, "images_per_s": speed, **known})
     for variant, names in OPERATIONS.items():
         for at, name in enumerate(names):
             if name:
-                references = ["efft2"] if "efft2" in facts else []
-                timed = timings(samples, variant, slice(at, at + 1), references, whole=True)
+                references = {"efft2": "efft2"} if "efft2" in facts else {}
+                timed = timings(samples, variant, slice(at, at + 1), references, "efft2", whole=True)
                 rows.append({**common, "method": "efft2", "operation": name, **timed})
     return rows
 
@@ -200,20 +199,21 @@ def show(record: dict) -> None:
         label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
         table += [[]] if table else []
         for words, row in itertools.zip_longest(label, forwards, fillvalue=None):
-            table.append([words or "", *(_forward_line(row) if row else [""] * (len(HEAD) - 1))])
+            table.append([words or "", *(_forward_line(row, forwards[0]) if row else [""] * (len(HEAD) - 1))])
         changes += [[]] if changes else []
         for row in own[len(forwards) :]:
-            ms, ratio = row["ms"], row["ratio"].get("efft2", {})
-            quartiles = f"{digits(ms['q1'])}-{digits(ms['q3'])}"
-            changes.append([dtype, row["operation"], digits(ms["median"]), quartiles, digits(ratio.get("median"))])
-    print(f"\n{report.table(HEAD, table)}\n")
-    print(f"{report.table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
+            quartiles = f"{digits(row['q1'])}-{digits(row['q3'])}"
+            changes.append(
+                [dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))]
+            )
+    print(f"\n{text_table(HEAD, table)}\n")
+    print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
     show_meanings(record, {row["method"] for row in rows})
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round, (cpu) of "
-        "process CPU time",
+        "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round; (cpu): "
+        "ratio of CPU times",
         "ops": "of the forward that are no views: launches at least, on a GPU",
         "peak MiB": f"{record['memory']}; +: kept between forwards",
         **record["operations"],
@@ -223,20 +223,20 @@ def show(record: dict) -> None:
         print(textwrap.fill(note, 120, initial_indent=f"{name:<26} ", subsequent_indent=" " * 27))
     print(machine_line(record))
     for s in record["summary"]:
-        for name, ratios in s["ratio"].items():
-            against = ", ".join(f"{value:.2f} x {other}" for other, value in ratios.items() if other != name)
+        for name, found in s["ratio"].items():
+            against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
             print(f"{args['model']}, batch {args['batch']}, {s['dtype']}: {name} {digits(s['ms'][name])} ms = {against}")
 
 
-def _forward_line(row: dict) -> list[str]:
+def _forward_line(row: dict, base: dict) -> list[str]:
     kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
     return [
         row["method"],
-        digits(row["ms"]["median"]),
-        f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
-        digits(row["ratio"]["base"]["median"]),
-        digits(row["cpu_ratio"]["base"]["median"]),
-        *(digits(row["ratio"].get(name, {}).get("median")) for name in ("merged", "peft_lora", "released_efft")),
+        digits(row["ms"]),
+        f"{digits(row['q1'])}-{digits(row['q3'])}",
+        digits(row["ratio_base"]),
+        digits(cpu_ratio(row, base)),
+        *(digits(row.get(f"ratio_{name}")) for name in ("merged", "peft_lora", "released_efft")),
         digits(row["images_per_s"]),
         f"{row['ops']}",
         f"{kept}{row['peak_bytes'] / 2**20:.0f}",
@@ -248,12 +248,8 @@ def summary(rows: list[dict]) -> list[dict]:
     found = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = {row["operation"] or row["method"]: row for row in rows if row["dtype"] == dtype}
-        ratio = {
-            name: {other: value["median"] for other, value in own[name]["ratio"].items()}
-            for name in ("merged", "efft2")
-            if name in own
-        }
-        found.append({"dtype": dtype, "ms": {name: row["ms"]["median"] for name, row in own.items()}, "ratio": ratio})
+        ratio = {name: ratios(own[name]) for name in ("merged", "efft2") if name in own}
+        found.append({"dtype": dtype, "ms": {name: row["ms"] for name, row in own.items()}, "ratio": ratio})
     return found
 
 
@@ -262,10 +258,10 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     for row in rows:
         if row["operation"] is None:
             name = {"base_onednn": "merged_onednn"}.get(row["method"], row["method"])  # one colour in both benchmarks
-            forwards.setdefault(row["dtype"], {})[name] = tuple(row["ratio"]["base"].values())
-        elif "efft2" in row["ratio"]:
+            forwards.setdefault(row["dtype"], {})[name] = spread_of(row, "base")
+        elif row.get("ratio_efft2"):
             label = f"{row['operation'].replace(' after ', chr(10) + 'after ')}\n{row['dtype']}"
-            changes[label] = {"efft2": tuple(row["ratio"]["efft2"].values())}
+            changes[label] = {"efft2": spread_of(row, "efft2")}
     found = [("forward: time / base", forwards)]
     return [*found, ("changing adapters: time / forward of efft2", changes)] if changes else found
 
@@ -279,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         "Time a vision transformer at inference: without adapters, merged, with its adapter on; and switching, loading, "
         "merging and unmerging adapters. Without arguments: ViT-B, batch 4, float32.",
         known,
-        "inference.json and inference.png",
+        "inference.csv, inference.json and inference.png",
     )
     args = p.parse_args(argv)
     found, left_out = variants(args.device)
@@ -293,8 +289,8 @@ def main(argv: list[str] | None = None) -> int:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             measure(args, record, Path(folder))
 
-    drawn = lambda: save(record, args.out, panels(record["results"]), "ratio")
-    return report.conclude(record, args.out, run, summary, show, drawn)
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "ratio")
+    return conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

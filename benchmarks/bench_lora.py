@@ -12,16 +12,15 @@ import textwrap
 import torch
 
 from bench_train_step import (
-    COLOURS, check, machine_line, make_record, measure, panels, parser, save, show_meanings,
+    COLOURS, check, draw, machine_line, make_record, measure, panels, parser, show_meanings,
 )  # fmt: skip  # isort: skip
 
 from torch import nn
 
 import harness
-import record as report
+from record import conclude, cpu_ratio, digits, ratios, text_table
 from timing import MEMORY
 from harness import Method, Options
-from record import digits
 
 COLOURS.setdefault("accelerated", "#2166ac")
 
@@ -51,20 +50,20 @@ HEAD = [
 def lines(rows: list[dict]) -> list[list[str]]:
     table = []
     bare = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "forward+backward"}
-    for row in (row for row in rows if row["pass"] == "step"):
-        other = bare[row["dtype"], row["method"]]
+    steps = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "step"}
+    for (dtype, method), row in steps.items():
+        other = bare[dtype, method]
         kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
-        ratio = lambda row, name, clock="ratio": digits(row[clock].get(name, {}).get("median"))
         table.append(
             [
-                f"{row['model']} batch {row['batch']} {row['dtype']}",
-                row["method"],
-                digits(row["ms"]["median"]),
-                f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
-                ratio(row, "peft_lora"),
-                ratio(row, "peft_lora", "cpu_ratio"),
-                ratio(other, "peft_lora"),
-                ratio(row, "merged"),
+                f"{row['model']} batch {row['batch']} {dtype}",
+                method,
+                digits(row["ms"]),
+                f"{digits(row['q1'])}-{digits(row['q3'])}",
+                digits(row.get("ratio_peft_lora")),
+                digits(cpu_ratio(row, steps.get((dtype, "peft_lora")))),
+                digits(other.get("ratio_peft_lora")),
+                digits(row.get("ratio_merged")),
                 f"{other['ops']}",
                 f"{row['saved_bytes'] / 2**20:.0f}",
                 f"{kept}{row['peak_bytes'] / 2**20:.0f}",
@@ -78,10 +77,10 @@ def show(record: dict) -> None:
     rows = record["results"]
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows))}\n")
     show_meanings(record, {row["method"] for row in rows})
     notes = {
-        "ms": "median of the rounds; /: median of the ratios within each round, (cpu) of process CPU time",
+        "ms": "median of the rounds; /: median of the ratios within each round; (cpu): ratio of CPU times",
         "no opt.": "forward and backward without AdamW, over the same of peft_lora",
         "ops": "of forward and backward that are no views: launches at least, on a GPU",
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters",
@@ -99,9 +98,8 @@ def summary(rows: list[dict]) -> list[dict]:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for part in ("step", "forward+backward"):
             own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
-            ratio = {name: value["median"] for name, value in own.get("accelerated", {}).get("ratio", {}).items()}
-            ms = {name: row["ms"]["median"] for name, row in own.items()}
-            found.append({"dtype": dtype, "pass": part, "ms": ms, "accelerated_ratio": ratio})
+            ms = {name: row["ms"] for name, row in own.items()}
+            found.append({"dtype": dtype, "pass": part, "ms": ms, "accelerated_ratio": ratios(own.get("accelerated", {}))})
     return found
 
 
@@ -113,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         "Time a training step of a vision transformer with LoRA on all Linears by PEFT, before and after "
         "efft_kernels.peft.accelerate_lora. Without arguments: ViT-B, batch 4, float32.",
         [method.name for method in variants("cpu")[0]],
-        "lora.json and lora.png",
+        "lora.csv, lora.json and lora.png",
     )
     args = p.parse_args(argv)
     found, left_out = variants(args.device)
@@ -121,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("lora", args, {m.name: m.meaning for m in found}, left_out)
-    drawn = lambda: save(record, args.out, panels(record["results"]), "/ merged")
-    return report.conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
+    return conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
 
 
 if __name__ == "__main__":

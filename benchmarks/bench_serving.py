@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from bench_train_step import (
-    _forget_packed, by_dtype, check, machine_line, make_batches, make_record, parser, positive, save, show_meanings,
+    _forget_packed, by_dtype, check, draw, machine_line, make_batches, make_record, parser, positive, show_meanings,
     timings,
 )  # fmt: skip  # isort: skip
 
@@ -28,12 +28,11 @@ from tqdm import tqdm
 
 import efft_kernels
 import harness
-import record as report
+from record import conclude, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, memory, run
 from harness import Options, share
-from record import digits
 
 COLOURS = {
     "merged": "#9e9e9e",
@@ -177,7 +176,6 @@ METHODS = [
     Method("bank", "efft_kernels, EFFT2: AdapterBank, one pass", bank(_efft)),
     Method("bank_lora", "efft_kernels, LoRA on all matrices: AdapterBank, one pass", bank(_lora)),
 ]
-REFERENCES = ("merged", "fused", "bank at 1")  # and peft_mixed with as many adapters
 
 
 # -- one case: one dtype, all numbers of adapters -----------------------------------------------------------------------
@@ -218,13 +216,14 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
 def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
     rows = []
     for name, known in facts.items():
-        references = [other for other in (*REFERENCES, f"peft_mixed at {known['adapters']}") if other in facts]
-        timed = timings(samples, name, slice(0, 1), references)
+        references = {"merged": "merged", "fused": "fused", "bank_1": "bank at 1"}
+        references["peft_mixed"] = f"peft_mixed at {known['adapters']}"
+        references = {column: other for column, other in references.items() if other in facts}
+        timed = timings(samples, name, slice(0, 1), references, "fused")
         walls = torch.tensor([lap.wall * 1e3 for laps in samples for lap in laps[name]], dtype=torch.float64)
-        latency = {f"p{p}": torch.quantile(walls, p / 100).item() for p in PERCENTILES}
+        latency = {f"p{p}_ms": torch.quantile(walls, p / 100).item() for p in PERCENTILES}
         common = {"model": args.model, "batch": args.batch, "image": args.image, "dtype": dtype, "label": name}
-        speed = args.batch / timed["ms"]["median"] * 1e3
-        rows.append({**common, **timed, "latency_ms": latency, "images_per_s": speed, **known})
+        rows.append({**common, **timed, **latency, "images_per_s": args.batch / timed["ms"] * 1e3, **known})
     return rows
 
 
@@ -261,18 +260,14 @@ def lines(rows: list[dict]) -> list[list[str]]:
 
 
 def _line(row: dict) -> list[str]:
-    ms, latency = row["ms"], row["latency_ms"]
-    names = "merged", "fused", "bank at 1", f"peft_mixed at {row['adapters']}"
     kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
     return [
         row["method"],
         f"{row['adapters']}",
-        digits(ms["median"]),
-        f"{digits(ms['q1'])}-{digits(ms['q3'])}",
-        digits(latency["p90"]),
-        digits(latency["p99"]),
-        digits(row["images_per_s"]),
-        *(digits(row["ratio"].get(name, {}).get("median")) for name in names),
+        digits(row["ms"]),
+        f"{digits(row['q1'])}-{digits(row['q3'])}",
+        *(digits(row[name]) for name in ("p90_ms", "p99_ms", "images_per_s")),
+        *(digits(row.get(f"ratio_{name}")) for name in ("merged", "fused", "bank_1", "peft_mixed")),
         f"{kept}{row['peak_bytes'] / 2**20:.0f}",
         f"{row['held_bytes'] / 2**20:.1f}",
     ]
@@ -282,7 +277,7 @@ def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows))}\n")
     show_meanings(record, {row["method"] for row in rows})
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
@@ -298,8 +293,8 @@ def show(record: dict) -> None:
         print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
     print(machine_line(record))
     for s in record["summary"]:
-        for name, ratios in s["ratio"].items():
-            against = ", ".join(f"{value:.2f} x {other}" for other, value in ratios.items() if other != name)
+        for name, found in s["ratio"].items():
+            against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
             print(f"{args['model']}, batch {args['batch']}, {s['dtype']}: {name} {digits(s['ms'][name])} ms = {against}")
 
 
@@ -308,21 +303,17 @@ def summary(rows: list[dict]) -> list[dict]:
     found = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = {row["label"]: row for row in rows if row["dtype"] == dtype}
-        ratio = {
-            name: {other: value["median"] for other, value in row["ratio"].items()}
-            for name, row in own.items()
-            if row["method"].startswith("bank")
-        }
-        found.append({"dtype": dtype, "ms": {name: row["ms"]["median"] for name, row in own.items()}, "ratio": ratio})
+        ratio = {name: ratios(row) for name, row in own.items() if row["method"].startswith("bank")}
+        found.append({"dtype": dtype, "ms": {name: row["ms"] for name, row in own.items()}, "ratio": ratio})
     return found
 
 
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     bars = {}
     for row in rows:
-        if "fused" in row["ratio"] and row["method"] in COLOURS:
+        if row.get("ratio_fused") and row["method"] in COLOURS:
             group = f"{row['adapters']} in a batch\n{row['dtype']}"
-            bars.setdefault(group, {})[row["method"]] = tuple(row["ratio"]["fused"].values())
+            bars.setdefault(group, {})[row["method"]] = spread_of(row, "fused")
     return [("a batch: time / one adapter for all of it", bars)]
 
 
@@ -334,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         "Time a vision transformer that serves many adapters, mixed in every batch. Without arguments: ViT-B, batch 32, "
         "1, 8 and 64 adapters, float32.",
         [m.name for m in METHODS],
-        "serving.json and serving.png",
+        "serving.csv, serving.json and serving.png",
     )
     p.add_argument("--adapters", nargs="+", type=positive, default=[1, 8, 64], metavar="K",
                    help="how many are mixed in a batch (default: 1 8 64)")  # fmt: skip
@@ -348,8 +339,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     record = make_record("serving", args, {m.name: m.meaning for m in METHODS}, {})
     run = torch.no_grad()(lambda: measure(args, record))
-    drawn = lambda: save(record, args.out, panels(record["results"]), "/ fused", COLOURS)
-    return report.conclude(record, args.out, run, summary, show, drawn)
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ fused", COLOURS)
+    return conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,24 @@ from tqdm import tqdm
 
 import efft_kernels
 import harness
-import record as report
-from timing import MEMORY, Stages, interleave, memory, spread, timer
+from record import (
+    FORMAT,
+    add_rows,
+    chart,
+    commit,
+    conclude,
+    cpu_ratio,
+    digits,
+    machine,
+    prepare_folder,
+    ratios,
+    spread_of,
+    text_table,
+    versions,
+    write_run,
+)
+from timing import MEMORY, Stages, columns, interleave, memory, timer
 from harness import MODELS, Method, Options
-from record import digits
 from shapes import layers
 
 # what every other time is divided by, round by round
@@ -59,6 +73,7 @@ PASSES = {
     "step": slice(0, 3),
 }
 BATCHES = 2  # of images and labels, used in turn
+KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
@@ -200,7 +215,7 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, tuple[Step, 
     """One row per pass and method, from complete rounds."""
     rows = []
     for (part, which), (name, (step, facts)) in itertools.product(PASSES.items(), built.items()):
-        timed = timings(samples, name, which, [other for other in REFERENCES if other in built])
+        timed = timings(samples, name, which, {other: other for other in REFERENCES if other in built}, "merged")
         loss = step.loss.item()
         rows.append(
             {
@@ -219,34 +234,19 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, tuple[Step, 
     return rows
 
 
-def timings(samples: list[dict], name: str, which: slice, references: list[str], whole: bool = False) -> dict:
-    """Spreads of the times of some stages, and of their ratios to each reference, taken round by round.
+def timings(
+    samples: list[dict], name: str, which: slice, references: dict[str, str], quartiles: str, whole: bool = False
+) -> dict:
+    """The columns of the times of some stages of a method.
 
-    A reference's time is that of the same stages, or of all of them where ``whole`` says so.
+    Args:
+        references: {name in the columns: method}.
+        quartiles: the reference whose ratio gets quartiles.
+        whole: whether to divide by the time of all stages of a reference instead of the same stages.
     """
-
-    def of(clock: str, name: str, which: slice = which) -> list[float]:
-        return [sum(getattr(lap, clock) for lap in round[name][which]) for round in samples]
-
-    def ratio(clock: str, other: str) -> dict:
-        others = of(clock, other, slice(None) if whole else which)
-        # a CPU time can be zero: its clock may tick more slowly than a short call
-        return spread([a / max(b, 1e-9) for a, b in zip(of(clock, name), others)])._asdict()
-
-    def ratios(clock: str) -> dict[str, dict]:
-        return {other: ratio(clock, other) for other in references}
-
-    def ms(clock: str) -> dict:
-        return (spread(of(clock, name)) * 1e3)._asdict()
-
-    return {
-        "rounds": len(samples),
-        "ms": ms("time"),
-        "wall_ms": ms("wall"),
-        "cpu_ms": ms("cpu"),
-        "ratio": ratios("time"),
-        "cpu_ratio": ratios("cpu"),
-    }
+    of = lambda name, which: [round[name][which] for round in samples]
+    others = {column: of(other, slice(None) if whole else which) for column, other in references.items()}
+    return columns(of(name, which), others, (quartiles,))
 
 
 def measure(args, record: dict, found: list[Method]) -> None:
@@ -261,9 +261,12 @@ def measure(args, record: dict, found: list[Method]) -> None:
 
 
 def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, list[Stages]], Callable]]) -> None:
-    """Adds to record["results"], dtype by dtype, so that what is complete stands there if the run is interrupted.
+    """Add the rows of one dtype after the other, so that an interrupted run keeps what is complete.
 
-    prepare(dtype, bar) returns the calls, warm, and what makes the dtype's rows of their complete rounds.
+    A killed one keeps it too: files are also rewritten during a dtype, at most every KEEP_EVERY seconds.
+
+    Args:
+        prepare: (dtype, bar) -> (the calls, warm; a function from the complete rounds to the dtype's rows).
     """
     lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
     with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
@@ -272,7 +275,7 @@ def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, 
             setup -= time.perf_counter()
             calls, rows = prepare(dtype, bar)
             now, samples = time.perf_counter(), []
-            setup += now
+            setup, kept = setup + now, now
             bar.set_postfix_str("")
             # what the set-up of later dtypes will leave, in equal parts
             later = len(args.dtype) - n - 1
@@ -281,9 +284,13 @@ def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, 
                 for laps in interleave(calls, lap, args.repeats, deadline):
                     samples.append(laps)
                     bar.update()
+                    if args.out and len(samples) >= 3 and time.perf_counter() > kept + KEEP_EVERY:
+                        partial = {**record, "results": [*record["results"], *rows(samples)]}
+                        write_run(args.out, partial)
+                        kept = time.perf_counter()
             finally:
                 if samples:
-                    record["results"] += rows(samples)
+                    add_rows(record, rows(samples), args.out)
             bar.update(args.repeats - len(samples))
             del calls, rows
             gc.collect()  # a model and its hooks refer to each other
@@ -293,14 +300,13 @@ def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, 
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Per dtype, for the step with and without the optimizer: ms by method, and ours over each of the references."""
+    """Per dtype, for the step with and without the optimizer: ms by method, and ours over each reference."""
     found = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for part in ("step", "forward+backward"):
             own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
-            ratio = {name: value["median"] for name, value in own.get("efft2", {}).get("ratio", {}).items()}
-            ms = {name: row["ms"]["median"] for name, row in own.items()}
-            found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratio})
+            ms = {name: row["ms"] for name, row in own.items()}
+            found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratios(own.get("efft2", {}))})
     return found
 
 
@@ -329,12 +335,12 @@ def lines(rows: list[dict]) -> list[list[str]]:
                 [
                     words or "",
                     row["method"],
-                    digits(row["ms"]["median"]),
-                    f"{digits(row['ms']['q1'])}-{digits(row['ms']['q3'])}",
-                    digits(row["ratio"].get("merged", {}).get("median")),
-                    digits(row["cpu_ratio"].get("merged", {}).get("median")),
-                    digits(other["ratio"].get("merged", {}).get("median")),
-                    *(digits(row["ratio"].get(n, {}).get("median")) for n in ("full", "peft_lora", "released_efft")),
+                    digits(row["ms"]),
+                    f"{digits(row['q1'])}-{digits(row['q3'])}",
+                    digits(row.get("ratio_merged")),
+                    digits(cpu_ratio(row, steps.get("merged"))),
+                    digits(other.get("ratio_merged")),
+                    *(digits(row.get(f"ratio_{name}")) for name in ("full", "peft_lora", "released_efft")),
                     f"{other['ops']}",
                     f"{row['saved_bytes'] / 2**20:.0f}",
                     digits(row["saved_bytes"] / floor["saved_bytes"]) if floor else "-",
@@ -349,11 +355,11 @@ def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{report.table(HEAD, lines(rows))}\n")
+    print(f"\n{text_table(HEAD, lines(rows))}\n")
     show_meanings(record, {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"median of the rounds, {where}; /: median of the ratios within each round, (cpu) of process CPU time",
+        "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
         "no opt.": "forward and backward without AdamW, over the same of merged",
         "ops": "of forward and backward that are no views: launches at least, on a GPU",
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters; over merged's",
@@ -394,8 +400,8 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     for title, part in (("training step", "step"), ("without the optimizer", "forward+backward")):
         bars = {}
         for row in rows:
-            if row["pass"] == part and "merged" in row["ratio"]:
-                bars.setdefault(row["dtype"], {})[row["method"]] = tuple(row["ratio"]["merged"].values())
+            if row["pass"] == part and row.get("ratio_merged"):
+                bars.setdefault(row["dtype"], {})[row["method"]] = spread_of(row, "merged")
         found.append((f"{title}: time", bars))
     steps = {row["dtype"]: {} for row in rows}
     for row in rows:
@@ -410,18 +416,16 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     return [*found, ("forward and backward: memory and operations", exact)]
 
 
-def save(
+def draw(
     record: dict, folder: Path, panels: list[tuple[str, dict]], label: str, colours: dict[str, str] = COLOURS
 ) -> None:
-    name = record["benchmark"]
-    report.write_json(folder / f"{name}.json", record)
-    written = [folder / f"{name}.json"]
-    # the divisor itself is not drawn, so a run of nothing else has no chart
+    name, written = record["benchmark"], ["csv", "json"]
+    # the divisor itself is not drawn, so a run without other methods has no chart
     drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
     if drawn:
-        report.chart(folder / f"{name}.png", drawn, colours, label, chart_note(record), limit=8.0)
-        written.append(folder / f"{name}.png")
-    print(f"written: {', '.join(map(str, written))}")
+        chart(folder / f"{name}.png", drawn, colours, label, chart_note(record), limit=8.0)
+        written.append("png")
+    print(f"written: {', '.join(str(folder / f'{name}.{ending}') for ending in written)}")
 
 
 def chart_note(record: dict) -> str:
@@ -484,7 +488,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, lef
                 p.error(f"argument --methods: expected methods that can run here, got {name!r}: {reason}")
     if args.out is not None:
         try:
-            report.prepare(args.out)
+            prepare_folder(args.out)
         except OSError as error:
             p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
     try:
@@ -497,13 +501,13 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
     environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
     return {
         "benchmark": benchmark,
-        "format": report.FORMAT,
-        "complete": True,
+        "format": FORMAT,
+        "complete": False,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "machine": report.machine(),
-        "versions": {**report.versions(), **harness.versions()},
-        "commit": report.commit(),
+        "machine": machine(),
+        "versions": {**versions(), **harness.versions()},
+        "commit": commit(),
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "allocator": environment,
         "memory": MEMORY[args.device],
@@ -519,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
         "Time a training step of a vision transformer adapted in every way it is done today, with its memory and its "
         "operations. Without arguments: ViT-B, batch 4, float32.",
         known,
-        "train_step.json and train_step.png",
+        "train_step.csv, train_step.json and train_step.png",
     )
     args = p.parse_args(argv)
     found, left_out = harness.methods(args.device)
@@ -527,8 +531,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
-    drawn = lambda: save(record, args.out, panels(record["results"]), "/ merged")
-    return report.conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
+    return conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
 
 
 if __name__ == "__main__":

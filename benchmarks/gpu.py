@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 
 try:
-    import record as report
+    from record import FORMAT, commit, machine, prepare_folder, read_run, text_table, versions, write_json
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
@@ -127,11 +127,15 @@ def earlier(path: Path, record: dict) -> dict[str, dict]:
 
 
 def ratios(folder: Path) -> list[list[str]]:
-    """[file, size and pass, ours over each reference] of every summary below the folder"""
-    rows = []
+    """[file, size and pass, ours over each reference] of every forward and training step recorded in the folder"""
+    import bench_forward
+    import bench_train_step
+
+    rows, summaries = [], {"forward": bench_forward.summary, "train_step": bench_train_step.summary}
     for path in sorted(folder.glob("*/*.json")):
-        record = json.loads(path.read_text())
-        for summary in record.get("summary", []):  # a table has none
+        if path.stem not in summaries:
+            continue
+        for summary in summaries[path.stem](read_run(path)["results"]):
             found = summary.get("efft_ratio") or summary.get("efft2_ratio") or {}
             what = " ".join(str(summary[key]) for key in ("size", "dtype", "pass") if key in summary)
             against = ", ".join(f"{value:.2f} x {name}" for name, value in found.items())
@@ -147,12 +151,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("expected a GPU and a CUDA build of torch, and torch sees none")
-    machine = report.machine()
-    slug = re.sub(r"\W+", "_", machine["gpu"]["name"]).strip("_").lower()
+    here = machine()
+    slug = re.sub(r"\W+", "_", here["gpu"]["name"]).strip("_").lower()
     out = (args.out or ROOT / "benchmarks" / "results" / slug).resolve()
-    report.prepare(out)
-    record = {"benchmark": "gpu", "format": report.FORMAT, "machine": machine, "versions": report.versions()}
-    record |= {"commit": report.commit(), "steps": []}
+    prepare_folder(out)
+    record = {"benchmark": "gpu", "format": FORMAT, "machine": here, "versions": versions()}
+    record |= {"commit": commit(), "steps": []}
     try:
         done = earlier(out / "gpu.json", record) if args.only else {}
     except ValueError as error:
@@ -162,13 +166,13 @@ def main(argv: list[str] | None = None) -> int:
             continue
         done[step.name] = run(step)
         record["steps"] = [done[name] for name in names if name in done]
-        report.write_json(out / "gpu.json", record)
+        write_json(out / "gpu.json", record)
         if step.name == "build" and done["build"]["outcome"] == "failed":
             break
     rows = [[s["step"], s["outcome"], f"{s['seconds']:.0f} s", s["end"].rpartition("\n")[2]] for s in record["steps"]]
-    print("\n" + report.table(["step", "outcome", "time", "last line"], rows))
+    print("\n" + text_table(["step", "outcome", "time", "last line"], rows))
     if measured := ratios(out):
-        print("\n" + report.table(["file", "case", "ours over"], measured))
+        print("\n" + text_table(["file", "case", "ours over"], measured))
     print(f"\nwritten: {out}")
     return int(any(s["outcome"] in ("failed", "stopped") for s in record["steps"]))
 

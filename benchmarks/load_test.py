@@ -38,7 +38,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from record import FORMAT, commit, machine, prepare, table, versions, write_json
+from record import FORMAT, commit, machine, prepare_folder, text_table, versions, write_run
 
 import efft_kernels as ek
 from efft_kernels.serving.app import Settings, base_model
@@ -409,13 +409,16 @@ def summary(load: Load, args, stopped: int) -> dict:
         "accepted": load.counts["accepted"],
         "replicas_killed": load.counts["killed"],
         "sent_again": dict(load.again),
-        "statuses": dict(load.statuses),
         "seconds": {"median": at(0.5), "p90": at(0.9), "p99": at(0.99), "largest": ordered[-1]},
-        "refusals": {what: dict(counts) for what, counts in load.refusals.items()},
         "memory": memory,
         "memory_flat": all(m["growth"] is None or m["growth"] < 0.05 for m in memory),
         "exit_status_after_sigterm": stopped,
         "problems": load.problems[:50],
+        "results": [
+            {"request": what, "status": status, "count": count}
+            for what, counts in {"image": load.statuses, **load.refusals}.items()
+            for status, count in counts.items()
+        ],
     }
 
 
@@ -429,7 +432,7 @@ def show(found: dict) -> None:
         first, largest = (m[name] / 2**20 for name in ("first_bytes", "largest_bytes"))
         rows.append([f"replica {m['pid']}, MiB", f"{first:.0f} to {largest:.0f}, {grown}"])
     rows += [["memory flat", found["memory_flat"]], ["exit status", found["exit_status_after_sigterm"]]]
-    print(table(["", "found"], rows))
+    print(text_table(["", "found"], rows))
     for problem in found["problems"][:10]:
         print(problem[:300])
 
@@ -442,13 +445,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--replicas", type=int, default=2, help="one of which is killed, if there are several")
     p.add_argument("--adapters", type=int, default=12, help="two thirds of which fit the budget")
     p.add_argument("--port", type=int, default=8142)
-    p.add_argument("--out", type=Path, help="folder for load_test.json")
+    p.add_argument("--out", type=Path, help="folder for load_test.csv and load_test.json")
     args = p.parse_args(argv)
     rate = 1 if args.rate is None else args.rate
     if min(args.minutes, rate, args.replicas, args.adapters) <= 0 or args.malformed < 0:
         p.error("minutes, rate, replicas and adapters must be positive, malformed not negative")
     if args.out:
-        prepare(args.out)
+        prepare_folder(args.out)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = make_adapters(Path(folder), [3 + i for i in range(args.adapters)])
@@ -470,7 +473,7 @@ def main(argv: list[str] | None = None) -> int:
         record = {"benchmark": "load_test", "format": FORMAT, "date": today, "complete": True, "arguments": arguments}
         record |= {"machine": machine(), "commit": commit()}
         record["versions"] = {**versions(), **{name: metadata.version(name) for name in ("ray", "timm", "pillow")}}
-        write_json(args.out / "load_test.json", {**record, **found})
+        write_run(args.out, {**record, **found})
     good = not (found["lost"] or found["wrong"] or found["accepted"] or stopped) and found["memory_flat"]
     return 0 if good else 1
 

@@ -1,10 +1,15 @@
-"""Where a measurement goes: the machine it belongs to, a JSON file, a table, a chart. Shared by all benchmarks here."""
+"""A recorded run: the machine that it ran on, its NAME.csv and NAME.json, its table and chart.
 
+All benchmarks here write this form, and everything that uses their results reads it; results/README.md has the columns.
+"""
+
+import csv
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -15,10 +20,7 @@ import torch
 
 import efft_kernels
 
-FORMAT = 1  # of the JSON file; results/README.md states it
-
-
-# -- what was measured, and on what -----------------------------------------------------------------------------------
+FORMAT = 2  # of the files; results/README.md describes it
 
 _ISA = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
@@ -30,7 +32,7 @@ def machine() -> dict:
             key, _, value = line.partition(":")
             cpuinfo.setdefault(key.strip(), value.strip())
     except OSError:
-        pass  # not Linux: the platform's word for the processor has to do
+        pass  # not Linux: the name that platform gives the processor is used
     flags = cpuinfo.get("flags", cpuinfo.get("Features", "")).split()
     gpu = None
     if torch.cuda.is_available():
@@ -68,33 +70,35 @@ def versions() -> dict:
 
 
 def commit() -> dict | None:
-    """{id, dirty: whether tracked files differ from it, but for what benchmarks wrote}, or None outside a repository"""
+    """{id, dirty: whether tracked files other than records differ from it}, or None if it is not known.
+
+    Outside a repository, such as on a machine that got a copy of the sources, EFFT_COMMIT names the commit; a "-dirty"
+    at its end says that the sources differ from it.
+    """
 
     def git(*args):
         command = ["git", "-C", str(Path(__file__).parent), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    # a record that is written over must not make the next one dirty
+    # rewriting a record must not make the next one dirty
     code = ":/", ":(top,exclude)benchmarks/results"
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return None
+        given = os.environ.get("EFFT_COMMIT")
+        return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")} if given else None
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def prepare(folder: Path) -> None:
-    """Creates the folder and writes to it once, so that what cannot be saved fails before the run and not after it."""
+def prepare_folder(folder: Path) -> None:
+    """Create the folder and write to it once, so that a folder that cannot be written fails before the run."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
-    """save(temporary path), then put it in place: a reader finds the old file or the whole new one."""
+    """Call save(temporary path) and rename the result, so that readers find the old file or the complete new one."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         save(temporary)
@@ -103,46 +107,133 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, record: dict) -> None:
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write(path, lambda temporary: temporary.write_text(text))
 
 
-def conclude(
-    record: dict,
-    out: Path | None,
-    measure: Callable[[], None],  # fills record["results"], round by round
-    summary: Callable[[list[dict]], list[dict]],
-    show: Callable[[dict], None],
-    save: Callable[[], None],
-) -> int:
-    """The rest of a benchmark once its record is begun: measures, shows, saves. An interrupted run keeps what it has.
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A line per row, a column per key. Floats get four significant digits; None and what is not finite is empty."""
+    columns = dict.fromkeys(key for row in rows for key in row)
 
-    Returns the exit status: 0, or 130 after an interruption.
+    def save(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(columns)
+            lines.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+
+    write(path, save)
+
+
+def _cell(value: str | int | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else ""
+    return "" if value is None else str(value)
+
+
+_NUMBER = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?")
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of write_csv: numbers as int or float, empty cells as None, everything else as str."""
+
+    def value(text: str) -> str | int | float | None:
+        if not _NUMBER.fullmatch(text):
+            return text or None
+        return int(text) if text.removeprefix("-").isdecimal() else float(text)
+
+    with path.open(newline="") as file:
+        return [{column: value(text) for column, text in row.items()} for row in csv.DictReader(file, strict=True)]
+
+
+# What write_run does not store: the rows, which are in the CSV file, and what is computed from them.
+_FROM_ROWS = ("results", "summary")
+
+
+def write_run(folder: Path, run: dict) -> None:
+    """Write a run as NAME.csv, its results, and NAME.json, everything else; NAME is run["benchmark"]."""
+    path = folder / f"{run['benchmark']}.json"
+    write_json(path, {key: value for key, value in run.items() if key not in _FROM_ROWS})
+    write_csv(path.with_suffix(".csv"), run["results"])
+
+
+def read_run(path: Path, *keys: str) -> dict:
+    """The run that write_run wrote to path, a NAME.json, with NAME.csv beside it as its results.
+
+    Raises:
+        ValueError: a file is missing or malformed, or one of the keys is missing from it.
     """
     try:
+        run = json.loads(path.read_text())
+        if not isinstance(run, dict):
+            raise ValueError(f"expected an object, got {type(run).__name__}")
+        if run.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {run.get('format')!r}")
+        if missing := [key for key in keys if key not in run]:
+            raise ValueError(f"expected {', '.join(missing)}, got {sorted(run)}")
+        return run | {"results": read_csv(path.with_suffix(".csv"))}
+    except OSError as error:
+        raise ValueError(f"{error.filename}: expected a file of a recorded run: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:  # json.JSONDecodeError is a ValueError
+        raise ValueError(f"{path}: expected a recorded run: {error}") from error
+
+
+def ratios(row: dict) -> dict[str, float]:
+    """{reference: the row's time over that of the reference, the median of the rounds}"""
+    parts = ((name.removeprefix("ratio_"), value) for name, value in row.items() if name.startswith("ratio_"))
+    return {name: value for name, value in parts if value is not None and not name.endswith(("_q1", "_q3"))}
+
+
+def spread_of(row: dict, reference: str) -> tuple[float, float, float]:
+    """The row's time over that of a reference: (median, first quartile, third quartile) of the rounds"""
+    return tuple(row[f"ratio_{reference}{end}"] for end in ("", "_q1", "_q3"))
+
+
+def cpu_ratio(row: dict, reference: dict | None) -> float | None:
+    """Process CPU time over that of the reference's row; None without one, or if its clock did not tick."""
+    return row["cpu_ms"] / reference["cpu_ms"] if reference and reference["cpu_ms"] else None
+
+
+def add_rows(run: dict, rows: list[dict], folder: Path | None) -> None:
+    """Append rows to the results and rewrite the files, so that a run that is killed keeps every row it added."""
+    run["results"] += rows
+    if folder and run["results"]:
+        write_run(folder, run)
+
+
+def conclude(
+    run: dict,
+    out: Path | None,
+    measure: Callable[[], None],  # calls add_rows(run, rows, out) as rows become known
+    summary: Callable[[list[dict]], list[dict]],
+    show: Callable[[dict], None],
+    draw: Callable[[], None],  # the chart, if there is an --out
+) -> int:
+    """Measure, show and save a run. Until all of it is measured, and after an interruption, complete is false.
+
+    Returns:
+        The exit status: 0, or 130 after an interruption.
+    """
+    run["complete"] = False
+    try:
         measure()
+        run["complete"] = True
     except KeyboardInterrupt:
-        record["complete"] = False
-    if not record["results"]:
+        pass
+    if not run["results"]:
         print("interrupted before the first round: nothing to show")
         return 130
-    record["summary"] = summary(record["results"])
-    show(record)
+    run["summary"] = summary(run["results"])
+    show(run)
     if out:
-        save()
-    return 0 if record["complete"] else 130
+        write_run(out, run)
+        draw()
+    return 0 if run["complete"] else 130
 
 
-# -- table and chart --------------------------------------------------------------------------------------------------
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    """Plain text, two columns of words and then numbers, which keep the digits they were formatted with.
-
-    An empty row becomes a line.
-    """
-    tabulate.MIN_PADDING = 0  # its two spaces per column would take thirty of a line
+def text_table(head: list[str], rows: list[list]) -> str:
+    """A table in plain text: two columns of words, then numbers as they are formatted. An empty row draws a line."""
+    tabulate.MIN_PADDING = 0  # its two spaces per column add up to thirty characters a line
     lines = [row or tabulate.SEPARATING_LINE for row in rows]
     align = ["left", "left", *["right"] * (len(head) - 2)]
     return tabulate.tabulate(lines, head, tablefmt="simple", disable_numparse=True, colalign=align)
@@ -165,7 +256,7 @@ def chart(
     note: str,
     limit: float = 5.0,
 ) -> None:
-    """Bars of medians with whiskers from quartile to quartile, panels below each other; a line marks 1."""
+    """Draw bars of medians with whiskers from quartile to quartile, one panel below the other; a line marks 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +265,7 @@ def chart(
     figure, axes = plt.subplots(len(panels), 1, figsize=(10, 1.3 + 3.0 * len(panels)), dpi=110, squeeze=False)
     width = 0.9 / max(len(colours.keys() & bars.keys()) for _, groups in panels for bars in groups.values())
     for axis, (title, groups) in zip(axes[:, 0], panels):
-        # an outlier is cut off and keeps its number: the others have to stay readable
+        # clip outliers, which keep their number, so that the other bars stay readable
         top = min(limit, 1.15 * max(q3 for bars in groups.values() for _, _, q3 in bars.values()))
         for g, bars in enumerate(groups.values()):
             names = [name for name in colours if name in bars]

@@ -11,7 +11,6 @@ product and a copy reached on the machine is drawn too.
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import textwrap
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import record as report
-    from bench_forward import COLOURS
+    from bench_forward import COLOURS, row_work
+    from record import digits, read_run, write
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
@@ -44,7 +43,7 @@ WAYS = {
     "efft_cuda": Way("efft_kernels, cuda", "#e08214", True),
 }
 MARKERS = {"qkv": "o", "proj": "s", "fc1": "^", "fc2": "v"}
-ROW = ("layer", "M", "dtype", "size", "pass", "variant", "ms", "flops", "bytes")
+ROW = ("layer", "M", "K", "N", "R", "dtype", "size", "pass", "variant", "ms")
 
 
 class Point(NamedTuple):
@@ -61,22 +60,20 @@ class Roof(NamedTuple):
 
 
 def read(path: Path) -> dict:
-    """the record; ValueError that names the file and what was expected of it"""
-    try:
-        record = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: expected a record of bench_forward.py, {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a record of bench_forward.py, it is not JSON: {error}") from error
-    kind = (record.get("benchmark"), record.get("format")) if isinstance(record, dict) else type(record).__name__
-    if kind != ("forward", report.FORMAT):
-        raise ValueError(f"{path}: expected benchmark 'forward' of format {report.FORMAT}, got {kind}")
-    if not any(row.get("variant") in WAYS for row in record.get("results", [])):
+    """The record of bench_forward.py at path, a forward.json with its forward.csv.
+
+    Raises:
+        ValueError: it is missing or not such a record; the message names the file.
+    """
+    record = read_run(path, "arguments", "machine", "versions", "limits")
+    if record["benchmark"] != "forward":
+        raise ValueError(f"{path}: expected benchmark 'forward', got {record['benchmark']!r}")
+    if not any(row.get("variant") in WAYS for row in record["results"]):
         raise ValueError(f"{path}: expected results of one of {', '.join(WAYS)}, and there are none")
-    limits = record.get("limits", {})
+    limits = record["limits"]
     for row in record["results"]:
-        if missing := [key for key in ROW if key not in row]:
-            raise ValueError(f"{path}: expected {', '.join(missing)} in every row of results, got {sorted(row)}")
+        if missing := [key for key in ROW if row.get(key) is None]:
+            raise ValueError(f"{path}: expected {', '.join(missing)} in every row of results, got {row}")
         if row["dtype"] not in limits.get("flops", {}) or not limits.get("bandwidth"):
             raise ValueError(f"{path}: expected limits with flops of {row['dtype']} and bandwidth, got {limits}")
     return record
@@ -87,7 +84,8 @@ def panels(record: dict) -> dict[tuple[str, str], list[Point]]:
     found = {}
     for row in record["results"]:
         if row["variant"] in WAYS:
-            point = Point(row, row["flops"] / row["bytes"], row["flops"] / row["ms"]["median"] * 1e-6)
+            flops, moved = row_work(row)
+            point = Point(row, flops / moved, flops / row["ms"] * 1e-6)
             found.setdefault((row["dtype"], row["pass"]), []).append(point)
     return found
 
@@ -130,7 +128,7 @@ def draw(record: dict, path: Path) -> None:
     figure.text(0.5, 0.06 / height, "\n".join(words), ha="center", va="bottom", fontsize=7, color="#555555")
     # the date of drawing would be a difference between two runs
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    report.write(path, lambda temporary: figure.savefig(temporary, metadata=metadata))
+    write(path, lambda temporary: figure.savefig(temporary, metadata=metadata))
     plt.close(figure)
 
 
@@ -165,7 +163,7 @@ def panel(axis, points: list[Point], roofs: list[Roof], title: str) -> None:
     for roof, ridge in zip(roofs, ridges):
         at = [ends[0], ridge, ends[1]]
         axis.plot(at, [min(x * roof.gbytes, roof.gflops) for x in at], roof.style, color="#555555", linewidth=1.2)
-        text = f"{roof.label}: {report.digits(roof.gflops)} GFLOP/s, {report.digits(roof.gbytes)} GB/s"
+        text = f"{roof.label}: {digits(roof.gflops)} GFLOP/s, {digits(roof.gbytes)} GB/s"
         axis.annotate(text, (ends[1], roof.gflops), (0, 3), textcoords="offset points", ha="right", fontsize=7)
     axis.set_xlim(*ends)
     axis.set_ylim(top=1.5 * max(roof.gflops for roof in roofs))
@@ -198,13 +196,13 @@ def names(axis, points: list[Point]) -> None:
 
 def note(record: dict) -> str:
     """what was measured, and on what"""
-    given, machine = record.get("arguments", {}), record.get("machine", {})
+    given, machine = record["arguments"], record["machine"]
     gpu = machine.get("gpu") if given.get("device") == "cuda" else None
     name = gpu["name"] if gpu else f"{machine.get('cpu')}, {machine.get('threads')} threads"
     sizes = list(dict.fromkeys(row["size"] for row in record["results"]))
     more = " ..." if len(sizes) > 3 else ""
     parts = [f"{given.get('model')}, {', '.join(sizes[:3])}{more}, rank {given.get('rank')}"]
-    parts += [name, f"torch {record.get('versions', {}).get('torch')}", f"limits: {record['limits'].get('source')}"]
+    parts += [name, f"torch {record['versions'].get('torch')}", f"limits: {record['limits'].get('source')}"]
     return "; ".join(parts + [] if record.get("complete", True) else [*parts, "interrupted, partial"])
 
 

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bench_forward import summary
 from efft_kernels.kernels.tuning.table import Table
+from record import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {"triton": Table("triton_configs.json"), "cuda": Table("cuda_configs.json")}
@@ -53,7 +55,7 @@ def benchmark(folder: Path, gpu: str, backend: str) -> str:
     """the records that show it faster; ValueError where they do not"""
     paths, faster, variant = sorted(folder.glob("*/forward.json")), [], f"efft_{backend}"
     for path in paths:
-        record = read(path, "complete", "commit", "machine", "backends", "summary", "results")
+        record = read_run(path, "complete", "commit", "machine", "backends")
         if not record["complete"] or not record["commit"] or record["commit"]["dirty"]:
             raise ValueError(f"{path} is not a complete run of a clean commit")
         if (record["machine"]["gpu"] or {}).get("name") != gpu:
@@ -62,9 +64,9 @@ def benchmark(folder: Path, gpu: str, backend: str) -> str:
             raise ValueError(f"{path}: {backend} was not there")
         if backend == "cuda":
             won = [row for row in record["results"] if row["variant"] == variant]
-            faster += [path] if any(row["ratio"]["unfused"]["median"] < 1 for row in won) else []
+            faster += [path] if any(row["ratio_unfused"] < 1 for row in won if row.get("ratio_unfused")) else []
             continue
-        for case in record["summary"]:
+        for case in summary(record["results"]):
             ms, torch_ms = case["ms"].get(variant), case["ms"].get("unfused")
             if ms is None or torch_ms is None or ms >= torch_ms:
                 what = f"{case['size']} {case['dtype']} {case['pass']}"

@@ -42,6 +42,36 @@ def spread(values: list[float]) -> Spread:
     return Spread(*torch.quantile(t, torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)).tolist())
 
 
+def columns(own: list[list[Lap]], references: dict[str, list[list[Lap]]], quartiles: tuple[str, ...]) -> dict:
+    """The columns of a record's row that hold times.
+
+    Args:
+        own: per round, the laps of the stages that count.
+        references: {name: the same of what the time is divided by}.
+        quartiles: the references whose ratio gets quartiles, in addition to its median.
+
+    Returns:
+        rounds; ms with its quartiles q1 and q3; wall_ms where it is measured apart from ms, as on a GPU; cpu_ms; and for
+        every reference ratio_NAME, the median of the ratios within each round, perhaps with ratio_NAME_q1 and _q3.
+    """
+
+    def of(clock: str, rounds: list[list[Lap]]) -> list[float]:
+        return [sum(getattr(lap, clock) for lap in laps) for laps in rounds]
+
+    times = of("time", own)
+    ms = spread(times) * 1e3
+    found = {"rounds": len(own), "ms": ms.median, "q1": ms.q1, "q3": ms.q3}
+    if (walls := of("wall", own)) != times:
+        found["wall_ms"] = spread(walls).median * 1e3
+    found["cpu_ms"] = spread(of("cpu", own)).median * 1e3
+    for name, rounds in references.items():
+        ratio = spread([a / b for a, b in zip(times, of("time", rounds))])
+        found[f"ratio_{name}"] = ratio.median
+        if name in quartiles:
+            found |= {f"ratio_{name}_q1": ratio.q1, f"ratio_{name}_q3": ratio.q3}
+    return found
+
+
 # -- one call ---------------------------------------------------------------------------------------------------------
 
 

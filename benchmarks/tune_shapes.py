@@ -15,7 +15,7 @@ import torch
 try:
     from tqdm import tqdm
 
-    import record as report
+    from record import digits, text_table
     from bench_forward import positive, seconds
     from efft_kernels.kernels.tuning.tune import BACKENDS, tune
 except ModuleNotFoundError as error:
@@ -35,7 +35,7 @@ def sizes(models: list[str], batches: list[int], ranks: list[int]) -> list[tuple
 def lines(found: dict[str, dict]) -> list[list[str]]:
     """[op, sizes, ms, torch ms, ratio] of the whole ops"""
     return [
-        [*name.split(" ", 1), report.digits(e["ms"]), report.digits(e["torch_ms"]), f"{e['ms'] / e['torch_ms']:.2f}"]
+        [*name.split(" ", 1), digits(e["ms"]), digits(e["torch_ms"]), f"{e['ms'] / e['torch_ms']:.2f}"]
         for name, e in found.items() if "torch_ms" in e
     ]  # fmt: skip
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         if found:
-            print(report.table(["op", "sizes", "ms", "torch ms", "ratio"], lines(found)))
+            print(text_table(["op", "sizes", "ms", "torch ms", "ratio"], lines(found)))
     return 0
 
 

@@ -1,6 +1,5 @@
 """benchmarks/: the shapes, every baseline against float64, and the command line from arguments to files."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ sys.path.append(str(BENCHMARKS))
 import baselines  # noqa: E402
 import bench_forward  # noqa: E402
 import timing as measure  # noqa: E402
-import record as report  # noqa: E402
+import record  # noqa: E402
 import shapes  # noqa: E402
 
 TINY = ["--model", "swin_t", "--layer", "stage1.qkv", "--rows", "5", "--rank", "3"]
@@ -148,21 +147,22 @@ def test_command_line(tmp_path, capsys):
     for text in ("stage1.qkv 96->288", "einsum_dw", "forward+backward", "left out", "slower than unfused torch"):
         assert text in shown
 
-    record = json.loads((folder / "forward.json").read_text())
-    assert record["format"] == 1 and record["complete"] is True
-    assert {"machine", "versions", "commit", "arguments", "backends", "limits", "left_out", "summary"} <= record.keys()
-    rows = record["results"]
+    run = record.read_run(folder / "forward.json")
+    assert run["format"] == 2 and run["complete"] is True
+    assert {"machine", "versions", "commit", "arguments", "backends", "limits", "left_out"} <= run.keys()
+    rows = run["results"]
     assert len({(row["dtype"], row["pass"]) for row in rows}) == 2 * 3
     for row in rows:
         assert row["M"] == 5 and row["R"] == 3 and row["rounds"] == 4
-        assert 0 < row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["q3"]
+        assert 0 < row["q1"] <= row["ms"] <= row["q3"]
         assert row["error_y"] < (1e-5 if row["dtype"] == "float32" else 2e-2)
-        assert row["variant"] != "merged" or row["ratio"]["merged"] == {"median": 1, "q1": 1, "q3": 1}
-    assert {s["pass"] for s in record["summary"]} == {"forward", "backward", "forward+backward"}
-    assert "unfused" in record["summary"][0]["efft_ratio"]
+        assert row["variant"] != "merged" or record.spread_of(row, "merged") == (1, 1, 1)
+    summary = bench_forward.summary(rows)
+    assert {s["pass"] for s in summary} == {"forward", "backward", "forward+backward"}
+    assert "unfused" in summary[0]["efft_ratio"]
     assert (folder / "forward.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir()) == ["forward.json", "forward.png"]
-    text = (folder / "forward.json").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["forward.csv", "forward.json", "forward.png"]
+    text = (folder / "forward.json").read_text() + (folder / "forward.csv").read_text()
     assert str(tmp_path) not in text and str(BENCHMARKS.parent) not in text
 
 
@@ -174,9 +174,9 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_forward, "interleave", interleave)
     assert bench_forward.main([*TINY, "--variants", "efft", "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
-    record = json.loads((tmp_path / "forward.json").read_text())
-    assert record["complete"] is False
-    assert [(row["layer"], row["variant"], row["rounds"]) for row in record["results"]] == [
+    run = record.read_run(tmp_path / "forward.json")
+    assert run["complete"] is False
+    assert [(row["layer"], row["variant"], row["rounds"]) for row in run["results"]] == [
         ("stage1.qkv", "merged", 2),
         ("stage1.qkv", "efft", 2),
     ]
@@ -218,27 +218,39 @@ def test_runs_from_anywhere(tmp_path):
 
 
 def test_limits_are_raised_to_what_a_variant_reached():
-    row = {"dtype": "float32", "flops": 8.0, "bytes": 1.0}
-    rows = [row | {"ms": {"median": 1e3 * t}} for t in (1.0, 4.0)]
-    record = {"results": rows, "limits": {"flops": {"float32": 2.0}, "bandwidth": 1.0, "source": "measured"}}
-    bench_forward.raise_limits(record)
-    assert record["limits"] == {
-        "flops": {"float32": 8.0}, "bandwidth": 1.0, "source": "measured; more where a variant showed more",
+    row = {"dtype": "float32", "M": 64, "K": 64, "N": 64, "R": 1, "pass": "forward"}
+    flops, moved = bench_forward.row_work(row)
+    rows = [row | {"ms": 1e3 * seconds} for seconds in (1.0, 4.0)]
+    run = {"results": rows, "limits": {"flops": {"float32": flops / 4}, "bandwidth": moved, "source": "measured"}}
+    bench_forward.raise_limits(run)
+    assert run["limits"] == {
+        "flops": {"float32": flops}, "bandwidth": moved, "source": "measured; more where a variant showed more",
     }  # fmt: skip
-    assert [row["floor_share"] for row in rows] == [1.0, 0.25]
+    assert [bench_forward.floor_share(row, run["limits"]) for row in rows] == [1.0, 0.25]
 
 
 def test_a_record_is_dirty_by_the_code_and_not_by_other_records(tmp_path, monkeypatch):
-    files = {name: tmp_path / "benchmarks" / name for name in ("report.py", "results/a.json")}
+    files = {name: tmp_path / "benchmarks" / name for name in ("record.py", "results/a.json")}
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1")
     who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    monkeypatch.setattr(report, "__file__", str(files["report.py"]))
-    assert report.commit()["dirty"] is False
+    monkeypatch.setattr(record, "__file__", str(files["record.py"]))
+    monkeypatch.setenv("EFFT_COMMIT", "not asked for in a repository")
+    assert record.commit()["dirty"] is False
     files["results/a.json"].write_text("2")
-    assert report.commit()["dirty"] is False
-    files["report.py"].write_text("2")
-    assert report.commit()["dirty"] is True
+    assert record.commit()["dirty"] is False
+    files["record.py"].write_text("2")
+    assert record.commit()["dirty"] is True
+
+
+def test_without_a_repository_the_environment_names_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    monkeypatch.delenv("EFFT_COMMIT", raising=False)
+    assert record.commit() is None
+    monkeypatch.setenv("EFFT_COMMIT", "12ab")
+    assert record.commit() == {"id": "12ab", "dirty": False}
+    monkeypatch.setenv("EFFT_COMMIT", "12ab-dirty")
+    assert record.commit() == {"id": "12ab", "dirty": True}

@@ -16,6 +16,7 @@ import bench_forward  # noqa: E402
 import bench_train_step  # noqa: E402
 import gpu  # noqa: E402
 import tune_shapes  # noqa: E402
+from record import FORMAT, write_run  # noqa: E402
 
 
 def test_every_step_names_what_is_there(tmp_path, monkeypatch):
@@ -69,10 +70,10 @@ def test_outcomes(tmp_path):
 def test_steps_that_are_not_run_again_keep_their_outcome(tmp_path, monkeypatch, capsys):
     machine = {"gpu": {"name": "Some GPU"}}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu.report, "machine", lambda: machine)
+    monkeypatch.setattr(gpu, "machine", lambda: machine)
     monkeypatch.setattr(gpu, "run", lambda step: {"step": step.name, "outcome": outcome, "seconds": 0.0, "end": ""})
     commit = {"id": "a", "dirty": False}
-    monkeypatch.setattr(gpu.report, "commit", lambda: commit)
+    monkeypatch.setattr(gpu, "commit", lambda: commit)
 
     def outcomes(*only):
         code = gpu.main(["--out", str(tmp_path), *(("--only", *only) if only else ())])
@@ -95,9 +96,10 @@ def test_steps_that_are_not_run_again_keep_their_outcome(tmp_path, monkeypatch, 
 
 
 def test_table_of_the_ratios(tmp_path):
-    rows = [{"size": "batch 64", "dtype": "bfloat16", "pass": "forward", "efft_ratio": {"merged": 1.25, "peft": 0.5}}]
+    row = {"layer": "qkv", "count": 12, "size": "batch 64", "dtype": "bfloat16", "pass": "forward"}
+    rows = [row | {"variant": name, "ms": ms} for name, ms in (("merged", 0.8), ("peft", 2.0), ("efft", 1.0))]
     (tmp_path / "vit_b").mkdir()
-    (tmp_path / "vit_b" / "forward.json").write_text(json.dumps({"summary": rows}))
+    write_run(tmp_path / "vit_b", {"benchmark": "forward", "format": FORMAT, "results": rows})
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "cuda_configs.json").write_text(json.dumps({"format": 1, "gpus": {}}))
     assert gpu.ratios(tmp_path) == [["vit_b/forward.json", "batch 64 bfloat16 forward", "1.25 x merged, 0.50 x peft"]]

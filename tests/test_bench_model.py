@@ -1,6 +1,5 @@
 """benchmarks/ of whole models: what is compared computes the same, and both scripts run from arguments to files."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ import bench_inference  # noqa: E402
 import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
 import timing as measure  # noqa: E402
+from record import read_run, spread_of  # noqa: E402
 import harness  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402
@@ -166,19 +166,24 @@ def test_ops_and_saved_bytes():
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
-COMMON = {"model", "batch", "image", "dtype", "method", "rounds", "ms", "wall_ms", "cpu_ms", "ratio", "cpu_ratio"}
+COMMON = {"model", "batch", "image", "dtype", "method", "rounds", "ms", "q1", "q3", "cpu_ms"}
 RECORD = {"benchmark", "format", "complete", "date", "arguments", "machine", "versions", "commit", "backends"}
-RECORD |= {"allocator", "memory", "methods", "left_out", "results", "summary"}
+RECORD |= {"allocator", "memory", "methods", "left_out", "results"}
+
+
+def facts(row):
+    """the columns of a row that are no ratios"""
+    return {key for key in row if not key.startswith("ratio_")}
 
 
 def check_files(folder, name, tmp_path):
-    text = (folder / f"{name}.json").read_text()
+    text = (folder / f"{name}.json").read_text() + (folder / f"{name}.csv").read_text()
     assert str(tmp_path) not in text and str(BENCHMARKS.parent) not in text
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
-    record = json.loads(text)
-    assert (record["benchmark"], record["format"], record["complete"]) == (name, 1, True)
-    return record
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.csv", f"{name}.json", f"{name}.png"]
+    run = read_run(folder / f"{name}.json")
+    assert (run["benchmark"], run["format"], run["complete"]) == (name, 2, True)
+    return run
 
 
 @pytest.mark.parametrize("model", ["vit_b", "swin_t"])
@@ -197,12 +202,12 @@ def test_train_step(model, tmp_path, capsys):
     rows, passes = record["results"], {"forward", "backward", "optimizer", "forward+backward", "step"}
     assert len(rows) == len(dtypes) * len(passes) * (1 + len(chosen))
     for row in rows:
-        assert row.keys() == COMMON | {"pass", "trained", "trained_without_head", "ops", "saved_bytes", "peak_bytes"} | {
+        assert facts(row) == COMMON | {"pass", "trained", "trained_without_head", "ops", "saved_bytes", "peak_bytes"} | {
             "optimizer_bytes", "kept_bytes", "loss",
         }  # fmt: skip
         assert row["rounds"] == 3 and row["loss"] > 0
-        assert 0 < row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["q3"]
-        assert row["method"] != "merged" or row["ratio"]["merged"] == {"median": 1, "q1": 1, "q3": 1}
+        assert 0 < row["q1"] <= row["ms"] <= row["q3"]
+        assert row["method"] != "merged" or spread_of(row, "merged") == (1, 1, 1)
     steps = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "step"}
     bare = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "forward+backward"}
     for dtype in dtypes:
@@ -213,10 +218,11 @@ def test_train_step(model, tmp_path, capsys):
         assert steps[dtype, "efft2"]["ops"] > get("efft2")["ops"]
         # AdamW: two moments per number, and a step count per tensor
         assert 0 <= get("full")["optimizer_bytes"] - 2 * get("full")["trained"] * getattr(torch, dtype).itemsize < 4096
-    assert [(s["dtype"], s["pass"]) for s in record["summary"]] == [
+    summary = bench_train_step.summary(rows)
+    assert [(s["dtype"], s["pass"]) for s in summary] == [
         (dtype, part) for dtype in dtypes for part in ("step", "forward+backward")
     ]
-    assert record["summary"][0]["efft2_ratio"].keys() == {"merged", *chosen} - {"efft2", "efft2_p0"}
+    assert summary[0]["efft2_ratio"].keys() == {"merged", *chosen} - {"efft2", "efft2_p0"}
 
 
 def test_inference(tmp_path, capsys):
@@ -228,16 +234,16 @@ def test_inference(tmp_path, capsys):
     assert record.keys() == RECORD | {"operations", "adapter_bytes"}
     rows = record["results"]
     for row in rows:
-        assert row.keys() == COMMON | {"operation"} | (
-            set() if row["operation"] else {"images_per_s", "ops", "peak_bytes", "kept_bytes"}
-        )
+        # operations have no memory of their own
+        assert facts(row) == COMMON | {"operation", "images_per_s", "ops", "peak_bytes", "kept_bytes"}
+        assert (row["images_per_s"] is None) == (row["peak_bytes"] is None) == bool(row["operation"])
     assert {row["operation"] for row in rows} == {None, *record["operations"]}
     forwards = {row["method"]: row for row in rows if row["operation"] is None and row["dtype"] == "float32"}
     assert list(forwards) == ["base", *chosen]
     assert forwards["merged"]["ops"] == forwards["base"]["ops"] <= forwards["efft2"]["ops"]
     merge = next(row for row in rows if row["operation"] == "merge")
-    assert merge["ratio"]["efft2"]["median"] < 1e3
-    assert record["summary"][0]["ratio"].keys() == {"merged", "efft2"}
+    assert merge["ratio_efft2"] < 1e3
+    assert bench_inference.summary(rows)[0]["ratio"].keys() == {"merged", "efft2"}
     assert record["adapter_bytes"]["bfloat16"] < record["adapter_bytes"]["float32"]
 
 
@@ -250,7 +256,7 @@ def test_lora(tmp_path, capsys):
     assert list(bare) == ["merged", "peft_lora", "accelerated", "efft2_p0"]
     assert bare["accelerated"]["ops"] < bare["peft_lora"]["ops"]
     assert bare["accelerated"]["trained"] == bare["peft_lora"]["trained"]
-    assert record["summary"][0]["accelerated_ratio"].keys() == {"merged", "peft_lora"}
+    assert bench_lora.summary(record["results"])[0]["accelerated_ratio"].keys() == {"merged", "peft_lora"}
 
 
 @pytest.mark.parametrize("script", [bench_train_step, bench_inference, bench_lora])
@@ -263,9 +269,26 @@ def test_interrupted(script, tmp_path, capsys, monkeypatch):
     chosen = "accelerated" if script is bench_lora else "efft2"
     assert script.main([*SIZES, "--lora-rank", "2", "--methods", chosen, "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
-    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    record = read_run(next(tmp_path.glob("*.json")))
     assert record["complete"] is False
     assert {row["rounds"] for row in record["results"]} == {2}
+
+
+def test_a_killed_run_keeps_its_rounds(tmp_path, monkeypatch):
+    kept = []
+
+    def interleave(calls, lap, rounds, deadline):
+        for laps in measure.interleave(calls, lap, 5, deadline):
+            yield laps
+            files = tmp_path / "train_step.json"
+            kept.append(read_run(files) if files.exists() else None)  # what a kill at this moment leaves
+
+    monkeypatch.setattr(bench_train_step, "interleave", interleave)
+    monkeypatch.setattr(bench_train_step, "KEEP_EVERY", 0.0)
+    assert bench_train_step.main([*SIZES, "--methods", "merged", "--out", str(tmp_path)]) == 0
+    assert kept[:2] == [None, None]
+    for rounds, run in enumerate(kept[2:], 3):
+        assert run["complete"] is False and {row["rounds"] for row in run["results"]} == {rounds}
 
 
 def test_a_method_that_cannot_run_is_left_out(tmp_path, capsys, monkeypatch):
@@ -277,7 +300,7 @@ def test_a_method_that_cannot_run_is_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness, "methods", lambda device: (found, left_out))
     assert bench_train_step.main([*SIZES, "--methods", "peft_lora", "--out", str(tmp_path)]) == 0
     assert "peft_lora        left out of float32: no package of this name" in capsys.readouterr().out
-    assert json.loads((tmp_path / "train_step.json").read_text())["left_out"] == {
+    assert read_run(tmp_path / "train_step.json")["left_out"] == {
         "peft_lora": {"float32": "no package of this name"}
     }
 

@@ -1,6 +1,5 @@
 """Ablation and subspaces: variants that a model takes, changes seed by seed, maps of what was trained."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 import ablation  # noqa: E402
 import subspace  # noqa: E402
 from runs import Run  # noqa: E402
+from record import read_csv, read_run  # noqa: E402, found because runs put benchmarks/ on the path
 from test_paper_vtab1k import few_images  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402
@@ -72,7 +72,7 @@ def test_ablation_quick(tmp_path, capsys, monkeypatch):
     assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    counts = {json.loads(p.read_text())["parameters"] for p in (tmp_path / "runs").glob("*.json")}
+    counts = {row["parameters"] for row in read_csv(tmp_path / "runs.csv")}
     full = 7 * 192 * 4 + 6 * 12 * 16
     assert counts == {full, full + 2, 7 * 192 * 4 + 6 * 16}  # base, a scale per group, one set of cores
 
@@ -80,13 +80,16 @@ def test_ablation_quick(tmp_path, capsys, monkeypatch):
 def test_subspace_quick(tmp_path):
     pytest.importorskip("sklearn")
     assert subspace.main(["--quick", "--blocks", "3", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "subspace.json").read_text())["maps"]
+    found = {}
+    for row in read_run(tmp_path / "subspace.json")["results"]:
+        assert row["block"] == 3
+        found.setdefault(row["compared"], {})[row["i"], row["j"]] = row["phi"]
     assert len(found) == len(subspace.COMPARISONS) + 1
-    for of in found.values():
-        phi = torch.tensor(of["3"], dtype=torch.float64)
-        assert phi.shape == (4, 4) and (phi >= 0).all() and (phi <= 1.0001).all()
+    for phi in found.values():
+        assert phi.keys() == {(i, j) for i in range(1, 5) for j in range(1, 5)}
+        assert all(0 <= value <= 1.0001 for value in phi.values())
     # attention alone and both start from the same factors with one seed, from others with another
-    assert found["q: MHSA-only and joint, one seed"]["3"][0][0] > 0.8 > found["q: MHSA-only and joint"]["3"][0][0]
+    assert found["q: MHSA-only and joint, one seed"][1, 1] > 0.8 > found["q: MHSA-only and joint"][1, 1]
     assert (tmp_path / "subspace.png").stat().st_size > 5000
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
     assert len(before) == 6

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-import record as report  # noqa: E402
+from record import prepare_folder, write  # noqa: E402
 import tables  # noqa: E402
 from runs import Places, Run, Store, complete  # noqa: E402
 from vtab1k import FACTS  # noqa: E402
@@ -152,7 +152,7 @@ def table(results: dict[tuple[str, str], list[dict]], methods: list[str]) -> str
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        report.prepare(args.out)
+        prepare_folder(args.out)
         settings, places, blocks = base(args)
         data, seeds = args.datasets or ["cifar10"], range(args.seeds or 3)
         families = variants(blocks)
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name, more in todo.items()
             if fits(method, more)
         }
-        store = Store(args.out / "runs")
+        store = Store(args.out)
         _, failures = complete((r for found in runs.values() for r in found), store, places, args.workers, "ablation")
         results = {key: [r for run in found if (r := store.get(run))] for key, found in runs.items()}
         text = table(results, args.methods)
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"\nTop-1 of test images in % (base) and its change in points, mean ± standard deviation over {len(seeds)} "
             f"seed{'s' * (len(seeds) > 1)}, on {', '.join(data)}; base: {json.dumps(settings)}\n"
         )
-        report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+        write(args.out / "table.md", lambda temporary: temporary.write_text(text))
         print(text)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ablation: {error}", file=sys.stderr)

@@ -1,13 +1,16 @@
 """Many fine-tuning runs: what each is, where its result is kept, and how those that are missing get done.
 
-A run is plain data and its result one JSON file, put in place whole, named after the run: whatever interrupts a series,
-the next call does what is missing, and machines that share a folder share results. Nothing else is state.
+A run is plain data and its result a line of runs.csv: whatever interrupts a series, the next call does what is missing,
+and machines that share a folder share results. There is no other state.
 """
 
 import concurrent.futures
+import csv
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -23,9 +26,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-import record as report  # noqa: E402
-
-FORMAT = 1  # of a record
+from record import FORMAT, commit, machine, versions, write_csv, write_json  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,33 +62,96 @@ class Places:
 
 
 class Store:
-    """The folder of the records."""
+    """The results of runs: a line each in FOLDER/runs.csv; runs.json has the environments that they were made in.
+
+    Processes and machines may share the folder. A result is added under a lock, by a file that replaces the old one, so
+    readers need none and a process that is killed leaves no torn line.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "runs.csv"
+        self._read: tuple[object, dict[str, dict]] = None, {}  # (which file, {name of a run: its record})
 
     def get(self, run: Run) -> dict | None:
-        path = self.folder / f"{run.name}.json"
-        return self._read(path) if path.exists() else None
+        return self._records().get(run.name)
 
     def put(self, run: Run, record: dict) -> dict:
-        report.write_json(self.folder / f"{run.name}.json", record)
+        """Add the result of a run, or replace it."""
+        with self.path.with_name(".runs.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            records = self._records() | {run.name: record}
+            environments: list[dict] = []
+            rows = [_row(record, environments) for record in records.values()]
+            # first what the lines refer to; an environment keeps its number, as records keep their order
+            head = {"benchmark": "runs", "format": FORMAT, "environments": environments}
+            write_json(self.path.with_suffix(".json"), head)
+            write_csv(self.path, rows)
         return record
 
     def all(self) -> list[dict]:
-        return [self._read(path) for path in sorted(self.folder.glob("*.json"))]
+        return list(self._records().values())
 
-    def _read(self, path: Path) -> dict:
+    def _records(self) -> dict[str, dict]:
         try:
-            record = json.loads(path.read_text())
-            if record["format"] != FORMAT:
-                raise ValueError(f"format {record['format']}, this version reads {FORMAT}")
-            return record
-        except (ValueError, KeyError, TypeError) as error:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        version = found.st_ino, found.st_mtime_ns, found.st_size
+        if self._read[0] != version:
+            self._read = version, {Run(**record["run"]).name: record for record in self._load()}
+        return self._read[1]
+
+    def _load(self) -> list[dict]:
+        try:
+            head = json.loads(self.path.with_suffix(".json").read_text())
+            if head["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {head['format']!r}")
+            text = self.path.read_text()
+            if not text.endswith("\n"):
+                raise ValueError("the last line is cut off")
+            lines = csv.DictReader(io.StringIO(text), strict=True)
+            return [_record(line, head["environments"]) for line in lines]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, csv.Error) as error:
             raise ValueError(
-                f"{path} must be the record of a run: {error}; delete it to have the run repeated"
+                f"{self.path}: expected the results of runs: {error!r}; delete the damaged lines to have those runs repeated"
             ) from error
+
+
+RUN, ENVIRONMENT, SETTING = ("data", "method", "part", "seed"), ("machine", "versions", "commit"), "settings."
+
+
+def _row(record: dict, environments: list[dict]) -> dict[str, str]:
+    """The line of a record. Its environment is appended to those that are known, if it is a new one."""
+    environment = {key: record.get(key) for key in ENVIRONMENT}
+    if environment not in environments:
+        environments.append(environment)
+    run, found = record["run"], {key: value for key, value in record.items() if key not in ("run", *ENVIRONMENT)}
+    cells = {key: run[key] for key in RUN} | found | {"environment": environments.index(environment)}
+    row = {key: "" if value is None else _cell(value) for key, value in cells.items()}
+    return row | {SETTING + key: _cell(value) for key, value in run["settings"].items()}
+
+
+def _record(line: dict[str, str], environments: list[dict]) -> dict:
+    """The record of a line; an empty cell is a key that the record does not have, or a top1 of None."""
+    cells = {key: _value(text) for key, text in line.items() if text != ""}
+    settings = {key.removeprefix(SETTING): value for key, value in cells.items() if key.startswith(SETTING)}
+    run = {key: cells.pop(key) for key in RUN} | {"settings": settings}
+    environment = environments[cells.pop("environment")]
+    found = {key: value for key, value in cells.items() if not key.startswith(SETTING)}
+    return {"run": run, "top1": None, **found, **environment}
+
+
+def _cell(value) -> str:
+    """A value as JSON; a string without quotation marks, unless it would be read as something else."""
+    return value if isinstance(value, str) and _value(value) == value else json.dumps(value)
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -125,17 +189,17 @@ def measure(run: Run, places: Places) -> dict:
     for name in ("top1", "mean_class"):
         if found.get(name) is not None:
             found[name] = round(found[name], 4)  # the metrics are float32
+    if found.get("loss") is not None:
+        found["loss"] = float(f"{found['loss']:.6g}")
     return {
-        "format": FORMAT,
         "run": asdict(run),
         **found,
         "seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - spent, 2),
-        "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": report.machine(),
-        "versions": report.versions() | _versions(),
-        "commit": report.commit(),
+        "machine": machine(),
+        "versions": versions() | _versions(),
+        "commit": commit(),
     }
 
 

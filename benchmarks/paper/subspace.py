@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-import record as report  # noqa: E402
+from record import FORMAT, commit, machine, prepare_folder, versions, write, write_run  # noqa: E402
 from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates  # noqa: E402
 from vtab1k import FACTS  # noqa: E402
 
@@ -166,7 +166,7 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
     figure.tight_layout(rect=(0, 0, 0.95, 1))
     figure.colorbar(picture, cax=figure.add_axes((0.96, 0.15, 0.01, 0.7))).ax.tick_params(labelsize=6)
     try:
-        report.write(path, lambda temporary: figure.savefig(temporary))
+        write(path, lambda temporary: figure.savefig(temporary))
     finally:
         plt.close(figure)
 
@@ -186,7 +186,7 @@ def table(made: dict[str, dict[int, Tensor]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        report.prepare(args.out)
+        prepare_folder(args.out)
         common = settings(args)
         found = trained(common, args.out / "runs")
         depth = 1 + max(block for block, _ in found["joint", 0])
@@ -194,17 +194,21 @@ def main(arguments: list[str] | None = None) -> int:
         if not all(0 <= block < depth for block in blocks):
             raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
         made = maps(found, blocks)
-        record = {
+        run = {
+            "benchmark": "subspace",
+            "format": FORMAT,
             "settings": {k: v for k, v in common.items() if k not in ("data", "checkpoint", "device")},
             "data": os.path.basename(os.path.normpath(common["data"])),
-            "machine": report.machine(), "versions": report.versions(), "commit": report.commit(),
-            "maps": {title: {str(b): [[round(x, 5) for x in row] for row in phi.tolist()] for b, phi in of.items()}
-                     for title, of in made.items()},
+            "machine": machine(), "versions": versions(), "commit": commit(),
+            "results": [
+                {"compared": title, "block": block, "i": i + 1, "j": j + 1, "phi": phi[i, j].item()}
+                for title, of in made.items() for block, phi in of.items() for i, j in np.ndindex(*phi.shape)
+            ],
         }  # fmt: skip
-        report.write_json(args.out / "subspace.json", record)
+        write_run(args.out, run)
         heat_maps(args.out / "subspace.png", made)
         text = table(made) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
-        report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+        write(args.out / "table.md", lambda temporary: temporary.write_text(text))
         print(text)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"subspace: {error}", file=sys.stderr)

@@ -1,13 +1,12 @@
 """Tables and charts of many runs: means and deviations over seeds, group means, published numbers beside them."""
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import record as report
+from record import write
 
 COLOURS = ["#3b6fb6", "#c8553d", "#5a9367", "#8d6ab8", "#d19c2f", "#4aa3a2", "#b0588e", "#7a7a7a", "#2f4858", "#9a6324",
            "#1f9e89", "#e15759", "#59a14f", "#b07aa1"]  # fmt: skip
@@ -118,21 +117,6 @@ def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_csv(path: Path, rows: list[Row], groups: dict[str, list[str]]) -> None:
-    """One line per row and column of the table, in full precision."""
-
-    def save(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["method", "parameters", "column", "mean", "deviation", "seeds"])
-            for r in rows:
-                columns = {**r.cells, **r.groups, "mean": r.mean, "mean of groups": r.group_mean}
-                for name, found in columns.items():
-                    writer.writerow([r.name, r.parameters, name, found.mean, found.deviation, found.n])
-
-    report.write(path, save)
-
-
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +140,7 @@ def _save(figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     try:
-        report.write(path, lambda temporary: figure.savefig(temporary))
+        write(path, lambda temporary: figure.savefig(temporary))
     finally:
         plt.close(figure)
 

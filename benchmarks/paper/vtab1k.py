@@ -35,7 +35,7 @@ if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_D
     os.environ["CUDA_VISIBLE_DEVICES"] = local
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-import record as report  # noqa: E402
+from record import prepare_folder, write  # noqa: E402
 import tables  # noqa: E402
 from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: E402
 
@@ -166,7 +166,7 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
     if not groups:
         raise ValueError(f"--data must hold at least one data set, {args.data} has none")
     names = [name for members in groups.values() for name in members]
-    store, runs = Store(args.out / "runs"), {}
+    store, runs = Store(args.out), {}
     swept = [record for record in store.all() if record["run"]["part"] == "val"]
     for method in args.methods or (SWEPT if args.tuned else FACTS["methods"]):
         for name in names:
@@ -199,7 +199,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     methods = args.methods or SWEPT
     space = {name: FACTS["sweep"][name] for name in args.sweep}
     url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
-    store, failures = Store(args.out / "runs"), {}
+    store, failures = Store(args.out), {}
     for name in (name for members in groups.values() for name in members):
         places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
         for method in methods:
@@ -243,7 +243,7 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
     """Of all validation runs that are kept: each setting at the best of the others"""
     for setting in ("scale", "rank"):
         panels = {}
-        for record in Store(args.out / "runs").all():
+        for record in Store(args.out).all():
             run = record["run"]
             if run["part"] == "val" and setting in run["settings"] and record["top1"] is not None:
                 line = FACTS["methods"].get(run["method"], {}).get("title", run["method"])
@@ -279,7 +279,7 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
     if args.epochs:
         recipe["epochs"] = args.epochs
     short = min(plan["select_epochs"], recipe["epochs"])
-    places, store = Places(None, str(found.path), args.device), Store(args.out / "runs")
+    places, store = Places(None, str(found.path), args.device), Store(args.out)
     grids = {}
     for method, how in plan["methods"].items():
         if args.methods and method not in args.methods:
@@ -323,7 +323,7 @@ def title(method: str) -> str:
 
 
 def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]], groups: dict[str, list[str]]) -> str:
-    """table.md, table.csv and the charts; returns the table"""
+    """Write table.md and the charts; return the text of the table."""
     rows = [tables.row(title(method), found, groups) for method, found in records if found]
     shown = list(rows)
     if not args.offline:
@@ -345,8 +345,7 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
         most = max(record["run"]["settings"].get("test_images", 0) for record in some)
         note += f"At most {most} test images of a data set, drawn once.\n"
     text += note
-    report.write(args.out / "table.md", lambda temporary: temporary.write_text(text))
-    tables.write_csv(args.out / "table.csv", shown, groups)
+    write(args.out / "table.md", lambda temporary: temporary.write_text(text))
     tables.accuracy_against_parameters(args.out / "accuracy_parameters.png", rows, "mean over data sets")
     charts_of_sweep(args)
     return text
@@ -376,7 +375,7 @@ def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
 
 def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict]:
     """The test records that are in the folder"""
-    found = [record for record in Store(args.out / "runs").all() if record["run"]["part"] == "test"]
+    found = [record for record in Store(args.out).all() if record["run"]["part"] == "test"]
     if not found:
         raise ValueError(f"{args.out} holds no results")
     all_groups = FACTS["offline"]["groups"] if args.offline else FACTS["groups"]
@@ -394,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     failures = {}
     try:
-        report.prepare(args.out)
+        prepare_folder(args.out)
         if args.report:
             records, groups = reported(args)
         elif args.sweep:

@@ -1,0 +1,464 @@
+"""The tables of README.md and docs/, made from the records in results/.
+
+    python benchmarks/summary.py --list                # the names of the tables
+    python benchmarks/summary.py train_step serving    # print some of them
+    python benchmarks/summary.py --write               # refresh every page
+    python benchmarks/summary.py --check               # exit status 1 if a page differs from its records
+
+In a page a table stands between `<!-- table: NAME -->` and `<!-- end -->`, each alone on its line.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bench_forward import summary
+from record import digits, read_csv, read_run, write
+
+HERE = Path(__file__).resolve().parent
+ROOT, RESULTS = HERE.parent, HERE / "results"
+MARKERS = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+PROCESSORS = {"zen5": "AMD Zen 5 (AVX-512)", "zen3": "AMD Zen 3 (AVX2)", "nvidia_h200": "NVIDIA H200"}
+VARIANTS = {
+    "efft": "EFFT (this library)",
+    "merged": "merged weight",
+    "onednn": "merged, oneDNN",
+    "unfused": "plain torch",
+    "peft": "LoRA as PEFT",
+    "einsum": "einsum, no dW",
+    "einsum_dw": "dense dW",
+}
+METHODS = {
+    "efft2": "EFFT2 (this library)",
+    "efft2_p0": "EFFT2 without dropout",
+    "efft1": "EFFT1",
+    "efft_lora": "LoRA on these kernels",
+    "efft_fact": "FacT on these kernels",
+    "accelerated": "PEFT's LoRA after accelerate_lora",
+    "peft_lora": "LoRA by PEFT",
+    "full": "full fine-tuning",
+    "released_efft": "EFFT as released (dense dW)",
+    "fact_tt": "FacT in plain torch",
+    "merged": "frozen, no adapter",
+    "merged_onednn": "frozen, no adapter, oneDNN",
+}
+
+
+class Table(NamedTuple):
+    head: list[str]
+    rows: list[list[str]]
+    note: str
+    records: list[str]  # folders or files of results/ that the numbers come from
+    words: int = 1  # leading columns of text, aligned left; the others hold numbers
+
+    def markdown(self, page: Path) -> str:
+        """The table, its note and links to its records, relative to the folder of a page."""
+        rule = ["---"] * self.words + ["---:"] * (len(self.head) - self.words)
+        lines = ["| " + " | ".join(line) + " |" for line in [self.head, rule, *self.rows]]
+        links = [f"[{n}]({os.path.relpath(RESULTS / name, page.parent)})" for n, name in enumerate(self.records, 1)]
+        note = f"{self.note} Record{'s' * (len(links) > 1)}: {', '.join(links)}."
+        wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
+        return "\n".join(lines) + f"\n\n{wrapped}\n"
+
+
+# Every table is a function without arguments, its docstring what --list says of it.
+
+
+def train_step() -> Table:
+    """training step of ViT-B, time and memory, per processor"""
+    records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
+    records += ["nvidia_h200/train_cuda"]
+    head, columns, rounds = ["training step of ViT-B"], [], set()
+    for name in records:
+        run, steps = _steps(name)
+        arguments = run["arguments"]
+        head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}")
+        rounds |= {row["rounds"] for row in steps.values()}
+        columns.append({method: f"{digits(r['ms'])} ms, {_mib(_memory(r))} MiB" for method, r in steps.items()})
+    methods = ["efft2", "peft_lora", "full", "released_efft"]
+    rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
+    note = (
+        f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, plus "
+        "optimizer state and packed weights. Zen 3: an earlier commit. H200: `backend=\"cuda\"`."
+    )
+    return Table(head, rows, note, records)
+
+
+def train_step_methods() -> Table:
+    """training step of ViT-B, every recorded method, per processor"""
+    records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
+    records += ["zen3/train_vit_b_bfloat16"]
+    rows = []
+    for name in records:
+        run, steps = _steps(name)
+        arguments = run["arguments"]
+        where = f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}, {arguments['image']} px"
+        for method in (method for method in METHODS if method in steps):
+            rows.append([where, METHODS[method], *_step(steps[method])])
+    return Table(_STEP_HEAD, rows, _STEP_NOTE, records, 2)
+
+
+def gpu_train_step() -> Table:
+    """training step of ViT-B on the H200, backends cuda and triton"""
+    records, rows = ["nvidia_h200/train_cuda", "nvidia_h200/train_triton"], []
+    for name in records:
+        run, steps = _steps(name)
+        arguments = run["arguments"]
+        for method in (method for method in METHODS if method in steps):
+            where = f"backend {arguments['backend']}, {arguments['dtype'][0]}, batch {arguments['batch']}"
+            rows.append([where, METHODS[method], *_step(steps[method])])
+    return Table(["NVIDIA H200", *_STEP_HEAD[1:]], rows, _STEP_NOTE, records, 2)
+
+
+def lora() -> Table:
+    """PEFT's LoRA before and after accelerate_lora"""
+    run, steps = _steps(name := "zen5/lora_vit_b_float32", "lora")
+    where = f"{_where(name, run)}, float32, batch {run['arguments']['batch']}"
+    rows = [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
+    return Table(_STEP_HEAD, rows, _STEP_NOTE, [name], 2)
+
+
+_STEP_HEAD = ["training step", "method", "ms", "/ frozen", "peak MiB", "kept MiB", "optimizer MiB", "trained"]
+_STEP_NOTE = (
+    "ms: median of the rounds. / frozen: median of the ratios, within each round, to the same step with the adapter "
+    "left out. Peak: of one step, beside weights and what is kept. Kept: between steps, such as packed weights."
+)
+
+
+def forward() -> Table:
+    """ViT-B's Linears, forward: EFFT's ms and its ratio to each alternative, per processor, dtype and batch"""
+    return _sums("forward", ["vit_b_float32", "vit_b_batch16_float32", "vit_b_bfloat16", "vit_b_batch16_bfloat16"],
+                 ["vit_b_float32"])  # fmt: skip
+
+
+def forward_backward() -> Table:
+    """the same, forward and backward together"""
+    return _sums("forward+backward",
+                 ["vit_b_float32", "vit_b_batch16_float32", "vit_b_bfloat16", "vit_b_batch16_bfloat16"],
+                 ["vit_b_float32_backward", "vit_b_bfloat16_backward"])  # fmt: skip
+
+
+def _sums(part: str, zen5: list[str], zen3: list[str]) -> Table:
+    rows, others = [], [name for name in VARIANTS if name != "efft"]
+    records = [f"zen5/{name}" for name in zen5] + [f"zen3/{name}" for name in zen3]
+    for name in records:
+        run = read_run(RESULTS / name / "forward.json")
+        for (size, dtype), ms in _model_ms(run["results"], part).items():
+            rows.append([f"{_where(name, run)}, {dtype}, {size}", digits(ms["efft"]), *_over(ms, others)])
+    head = [f"Linears of ViT-B, {part}", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
+    note = (
+        "EFFT's time over that of each alternative, of sums over all Linears of the blocks. The runs on Zen 3 are of an "
+        "earlier commit."
+    )
+    return Table(head, rows, note, records)
+
+
+def forward_rows() -> Table:
+    """ViT-B's Linears at 1 to 197 rows, against the merged weight and plain torch"""
+    records, rows = ["zen5/vit_b_rows_float32", "zen5/vit_b_rows_bfloat16"], {}
+    head = ["rows"]
+    for name in records:
+        run = read_run(RESULTS / name / "forward.json")
+        dtype = run["arguments"]["dtype"][0]
+        for part in ("forward", "forward+backward"):
+            head += [f"{dtype} {part}, / merged weight", "/ plain torch"]
+            for (size, _), ms in _model_ms(run["results"], part).items():
+                rows.setdefault(size.removeprefix("M="), []).extend(_over(ms, ["merged", "unfused"]))
+    note = "EFFT's time over that of the alternative, of sums over all Linears of ViT-B's blocks, AMD Zen 5, 2 threads."
+    return Table(head, [[M, *cells] for M, cells in rows.items()], note, records)
+
+
+def swin() -> Table:
+    """Swin-T's Linears, against each alternative"""
+    records, rows, others = ["zen5/swin_t_float32", "zen5/swin_t_bfloat16"], [], [n for n in VARIANTS if n != "efft"]
+    for name in records:
+        run = read_run(RESULTS / name / "forward.json")
+        for part in ("forward", "forward+backward"):
+            for (size, dtype), ms in _model_ms(run["results"], part).items():
+                rows.append([f"{dtype}, {size}, {part}", digits(ms["efft"]), *_over(ms, others)])
+    head = ["Linears of Swin-T, AMD Zen 5", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
+    return Table(head, rows, "EFFT's time over that of each alternative, of sums over all Linears of the blocks.", records)
+
+
+def accuracy() -> Table:
+    """error of y and of the adapter's update against float64"""
+    records, errors = ["zen5/vit_b_float32", "zen5/vit_b_bfloat16"], {}
+    for at, name in enumerate(records):
+        for row in read_run(RESULTS / name / "forward.json")["results"]:
+            if row["variant"] in VARIANTS and row["pass"] == "forward":
+                for which, error in enumerate((row["error_y"], row["error_update"])):
+                    found = errors.setdefault(row["variant"], [0.0] * 4)
+                    found[2 * at + which] = max(found[2 * at + which], error)
+    head = ["ViT-B's Linears", "float32: y", "update", "bfloat16: y", "update"]
+    rows = [[VARIANTS[name], *(f"{error:.1e}" for error in errors[name])] for name in VARIANTS if name in errors]
+    note = (
+        "Largest relative error (Frobenius norm) against float64 among the four Linears; update: of what the adapter "
+        "adds. A merged weight in bfloat16 rounds the update away."
+    )
+    return Table(head, rows, note, records)
+
+
+def inference() -> Table:
+    """whole ViT-B without gradients"""
+    run = read_run(RESULTS / (name := "zen5/inference_vit_b") / "inference.json")
+    names = METHODS | {"base": "no adapter", "base_onednn": "no adapter, oneDNN", "merged": "EFFT2, merged"}
+    rows = []
+    for dtype in run["arguments"]["dtype"]:
+        own = {r["method"]: r for r in run["results"] if r["dtype"] == dtype and r["operation"] is None}
+        for method in (method for method in names if method in own):
+            r = own[method]
+            cells = [digits(r["ms"]), digits(r["images_per_s"]), digits(r["ratio_merged"])]
+            rows.append([f"{dtype}, batch {r['batch']}", names[method], *cells, _mib(r["peak_bytes"]), _mib(r["kept_bytes"])])
+    head = [f"ViT-B, {_where(name, run)}", "", "ms", "images/s", "/ merged", "peak MiB", "kept MiB"]
+    note = "Median of the rounds, without gradients. Kept: between calls, such as packed weights."
+    return Table(head, rows, note, [name], 2)
+
+
+def inference_operations() -> Table:
+    """what it takes to load, switch, merge and unmerge an adapter of ViT-B"""
+    run = read_run(RESULTS / (name := "zen5/inference_vit_b") / "inference.json")
+    dtypes = run["arguments"]["dtype"]
+    ms = {(r["operation"], r["dtype"]): r["ms"] for r in run["results"] if r["operation"]}
+    rows = [[what, meaning, *(digits(ms[what, d]) for d in dtypes)] for what, meaning in run["operations"].items()]
+    note = f"ViT-B with EFFT2, {_where(name, run)}; medians."
+    return Table(["operation", "", *(f"{d}, ms" for d in dtypes)], rows, note, [name], 2)
+
+
+def serving() -> Table:
+    """one batch with 1, 8 and 64 adapters, AdapterBank against PEFT"""
+    run = read_run(RESULTS / (name := "zen5/serving") / "serving.json")
+    names = {"merged": "no adapter, or one merged", "fused": "one adapter for the batch",
+             "bank": "AdapterBank", "peft_mixed": "PEFT, mixed batch"}  # fmt: skip
+    rows = []
+    for r in sorted(run["results"], key=lambda r: (list(names).index(r["method"]), r["adapters"])):
+        cells = [digits(r[key]) for key in ("ms", "images_per_s", "p99_ms", "ratio_bank_1")]
+        rows.append([names[r["method"]], f"{r['adapters']}", *cells, _mib(r["peak_bytes"]), _mib(r["held_bytes"])])
+    head = ["one batch", "adapters", "ms", "images/s", "p99, ms", "/ bank of 1", "peak MiB", "adapters, MiB"]
+    arguments = run["arguments"]
+    note = (
+        f"ViT-B, batch {arguments['batch']}, {arguments['dtype'][0]}, {_where(name, run)}; medians of "
+        f"{run['results'][0]['rounds']} rounds."
+    )
+    return Table(head, rows, note, [name])
+
+
+def load_test() -> Table:
+    """minutes of load on the service"""
+    run = read_run(RESULTS / (name := "zen5/load_test") / "load_test.json")
+    seconds, arguments = run["seconds"], run["arguments"]
+    refused = sum(r["count"] for r in run["results"] if r["request"] != "image" and r["status"] >= 400)
+    growth = max(replica["growth"] for replica in run["memory"])
+    rows = [
+        ["requests", f"{run['sent']}, {run['rate']:g} a second for {arguments['minutes']:g} minutes"],
+        ["lost", f"{run['lost']}"],
+        ["wrong", f"{run['wrong']}"],
+        ["malformed requests refused", f"{refused} of {run['malformed']}"],
+        ["replicas, killed on the way", f"{arguments['replicas']}, {run['replicas_killed']}"],
+        ["latency: median, p99, largest", ", ".join(f"{1e3 * seconds[k]:.0f}" for k in ("median", "p99", "largest")) + " ms"],
+        ["growth of a replica's memory", f"at most {growth:.1%}"],
+    ]  # fmt: skip
+    note = f"A tiny ViT, {arguments['adapters']} adapters, {_where(name, run)}."
+    return Table(["load test of the service", ""], rows, note, [name], 2)
+
+
+GPU = "nvidia_h200/first_run"
+
+
+def gpu_forward() -> Table:
+    """H200, forward of one Linear: microseconds and ratio to the merged weight"""
+    return _gpu("forward")
+
+
+def gpu_backward() -> Table:
+    """the same, backward"""
+    return _gpu("backward")
+
+
+def _gpu(part: str) -> Table:
+    rows, plans = [], {"C++": ("h", "mma"), "Triton": ("triton",)}
+    for layer, us in _gpu_us(part).items():
+        cells = [digits(us["merged"]), digits(us["unfused"]), digits(us["peft"]) if "peft" in us else "–"]
+        for prefixes in plans.values():
+            best = min((name for name in us if name.startswith(prefixes)), key=us.get)
+            cells += [f"{digits(us[best])} ({best})", digits(us[best] / us["merged"])]
+        rows.append([layer, *cells])
+    head = [f"{part}, bfloat16, R = 16", "merged weight", "plain torch", "LoRA as PEFT"]
+    head += [text for kind in plans for text in (f"{kind} (best plan)", "/ merged")]
+    note = (
+        "Microseconds per call, median of 8 rounds of CUDA graphs; backward: dx and the gradients of both factors, for "
+        "the merged weight dx alone. Batch 64 of ViT-B; stages of Swin-T."
+    )
+    return Table(head, rows, note, [f"{GPU}/timings.csv"])
+
+
+def gpu_plans() -> Table:
+    """every CUDA and Triton plan on the H200, forward and backward"""
+    rows = []
+    meanings = json.loads((RESULTS / GPU / "first_run.json").read_text())["variants"]
+    layers = list(_gpu_us("forward"))
+    for part in ("forward", "backward"):
+        found = _gpu_us(part)
+        for name in dict.fromkeys(name for us in found.values() for name in us):
+            rows.append([part, f"`{name}`", meanings[name], *(digits(found[layer].get(name)) for layer in layers)])
+    return Table(["pass", "plan", "", *layers], rows, "Microseconds per call.", [f"{GPU}/timings.csv"], 3)
+
+
+def _gpu_us(part: str) -> dict[str, dict[str, float]]:
+    """{layer with its sizes: {variant: microseconds}}"""
+    found = {}
+    for row in read_csv(RESULTS / GPU / "timings.csv"):
+        if row["pass"] == part:
+            layer = f"{row['layer']} {row['K']} → {row['N']}, M = {row['M']}"
+            found.setdefault(layer, {})[row["variant"]] = 1e3 * row["ms"]
+    return found
+
+
+def gpu_profile() -> Table:
+    """Nsight Compute on two kernels of the H200"""
+    profiles = read_csv(RESULTS / GPU / "profile.csv")
+    figures = {
+        "duration, µs": lambda p: digits(1e3 * p["ms"]),
+        "multiprocessors busy": lambda p: f"{p['sm_busy_percent']:.0f} %",
+        "tensor pipe": lambda p: f"{p['tensor_pipe_percent']:.0f} %",
+        "L2 throughput": lambda p: f"{p['l2_percent']:.0f} %",
+        "L2 hits": lambda p: f"{p['l2_hit_percent']:.0f} %",
+        "DRAM": lambda p: f"{p['dram_percent']:.0f} %, {p['dram_gbytes']:.0f} GB/s",
+        "registers per thread": lambda p: f"{p['registers']}",
+        "shared memory per block": lambda p: f"{p['shared_bytes'] / 1024:.0f} KiB",
+    }
+    rows = [[name, *(figure(p) for p in profiles)] for name, figure in figures.items()]
+    note = "Nsight Compute, one launch, clocks not fixed; percentages of the peak."
+    head = ["forward of ViT-B's qkv, bfloat16", *(f"`{p['variant']}`" for p in profiles)]
+    return Table(head, rows, note, [f"{GPU}/profile.csv"])
+
+
+def vtab1k() -> Table:
+    """offline VTAB experiment: parameters and top-1 per data set"""
+    name = "vtab1k_offline/runs.csv"
+    runs = [row for row in read_csv(RESULTS / name) if row["part"] == "test"]
+    titles = {"full": "full fine-tuning", "linear": "linear probe", "lora": "LoRA", "fact-tt": "FacT-TT",
+              "efft1": "EFFT1", "efft2": "EFFT2", "efft2, random weights": "EFFT2 on random weights (one seed)"}  # fmt: skip
+    data = {"cifar10": "CIFAR-10", "dsprites_loc": "dSprites, location"}
+    rows = []
+    for method, title in titles.items():
+        own = [row for row in runs if row["method"] == method]
+        millions = statistics.fmean(row["parameters"] for row in own) / 1e6
+        cells = [_spread([row["top1"] for row in own if row["data"] == which]) for which in data]
+        rows.append([title, f"{millions:.3f}" if millions else "0", *cells])
+    note = "Top-1 of test images in %, mean ± standard deviation of three seeds; parameters without the head."
+    return Table(["method", "parameters (M)", *data.values()], rows, note, [name])
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    table.__name__: table
+    for table in (
+        train_step, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
+        inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_plans, gpu_train_step, gpu_profile,
+        vtab1k,
+    )
+}  # fmt: skip
+
+
+def _steps(name: str, benchmark: str = "train_step") -> tuple[dict, dict[str, dict]]:
+    """(a record of training steps, {method: its row of the whole step})"""
+    run = read_run(RESULTS / name / f"{benchmark}.json")
+    return run, {row["method"]: row for row in run["results"] if row["pass"] == "step"}
+
+
+def _step(row: dict) -> list[str]:
+    sizes = [_mib(row[key]) for key in ("peak_bytes", "kept_bytes", "optimizer_bytes")]
+    return [digits(row["ms"]), digits(row["ratio_merged"]), *sizes, f"{row['trained']:,}"]
+
+
+def _memory(row: dict) -> int:
+    return row["peak_bytes"] + row["optimizer_bytes"] + row["kept_bytes"]
+
+
+def _model_ms(rows: list[dict], part: str) -> dict[tuple[str, str], dict[str, float]]:
+    """{(size, dtype): {variant: ms of all Linears of the model}}"""
+    return {(case["size"], case["dtype"]): case["ms"] for case in summary(rows) if case["pass"] == part}
+
+
+def _over(ms: dict[str, float], others: list[str]) -> list[str]:
+    ratios = [ms["efft"] / ms[name] if name in ms else None for name in others]
+    return ["–" if ratio is None else f"{ratio:.{2 if ratio >= 0.1 else 3}f}" for ratio in ratios]
+
+
+def _where(name: str, run: dict) -> str:
+    """the processor that a record comes from"""
+    processor = PROCESSORS[name.partition("/")[0]]
+    on_gpu = run["arguments"].get("device") == "cuda"
+    threads = run["machine"]["threads"]
+    return processor if on_gpu else f"{processor}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f}" if size >= 10 * 2**20 or size < 2**10 else f"{size / 2**20:.1f}"
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+def refreshed(page: Path) -> str:
+    """The text of a page with every table as the records have it.
+
+    Raises:
+        ValueError: a marker names a table that does not exist, or is not closed.
+    """
+    text = page.read_text()
+
+    def table(match: re.Match) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"{page}: expected a table out of {', '.join(TABLES)}, got {name!r}")
+        return f"<!-- table: {name} -->\n\n{TABLES[name]().markdown(page)}\n<!-- end -->"
+
+    found = MARKERS.sub(table, text)
+    if text.count("<!-- table:") != len(MARKERS.findall(text)):
+        raise ValueError(f"{page}: expected an <!-- end --> on a line of its own after every <!-- table: NAME -->")
+    return found
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tables", nargs="*", metavar="NAME", help="tables to print; default: all")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--list", action="store_true", help="print the names of the tables")
+    action.add_argument("--write", action="store_true", help="refresh the tables of README.md and docs/")
+    action.add_argument("--check", action="store_true", help="exit status 1 if a table differs from its records")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.tables if name not in TABLES]:
+        parser.error(f"expected tables out of {', '.join(TABLES)}, got {unknown[0]!r}")
+    if args.list:
+        print(*(f"{name:<22} {table.__doc__}" for name, table in TABLES.items()), sep="\n")
+        return 0
+    if not (args.write or args.check):
+        print(*(f"{name}\n\n{TABLES[name]().markdown(ROOT / 'README.md')}" for name in args.tables or TABLES), sep="\n")
+        return 0
+    try:
+        changed = {page: text for page in pages() if (text := refreshed(page)) != page.read_text()}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for page, text in changed.items():
+        if args.write:
+            write(page, lambda temporary, text=text: temporary.write_text(text))
+        print(f"{page.relative_to(ROOT)}: {'refreshed' if args.write else 'differs from its records, use --write'}")
+    return int(args.check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

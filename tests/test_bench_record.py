@@ -1,0 +1,109 @@
+"""benchmarks/record.py and summary.py: files of a run, and pages whose tables agree with the records."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in ("matplotlib", "tabulate", "tqdm"):
+    pytest.importorskip(module)
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import record  # noqa: E402
+import summary  # noqa: E402
+
+
+def test_a_run_is_two_files(tmp_path):
+    rows = [
+        {"layer": "qkv", "M": 197, "ms": 0.0123456, "q1": 12345.678, "size": "batch 4", "loss": None},
+        {"layer": "a, b", "M": -1, "ms": 1e-30, "ratio_merged": 1.0, "loss": float("nan")},
+    ]
+    run = {"benchmark": "forward", "format": record.FORMAT, "complete": True, "results": rows, "summary": ["derived"]}
+    record.write_run(tmp_path, run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forward.csv", "forward.json"]
+    found = record.read_run(tmp_path / "forward.json", "complete")
+    assert found.keys() == {"benchmark", "format", "complete", "results"}
+    empty = dict.fromkeys(("layer", "M", "ms", "q1", "size", "loss", "ratio_merged"))
+    assert found["results"] == [
+        empty | {"layer": "qkv", "M": 197, "ms": 0.01235, "q1": 12350, "size": "batch 4"},
+        empty | {"layer": "a, b", "M": -1, "ms": 1e-30, "ratio_merged": 1},
+    ]
+    with pytest.raises(ValueError, match=r"forward.json: expected a recorded run: expected commit, got"):
+        record.read_run(tmp_path / "forward.json", "complete", "commit")
+
+
+def test_rows_are_kept_as_they_come(tmp_path):
+    run = {"benchmark": "forward", "format": record.FORMAT, "complete": True, "results": []}
+    kept = []
+
+    def measure():
+        for n in range(2):
+            record.add_rows(run, [{"layer": n}], tmp_path)
+            kept.append(record.read_run(tmp_path / "forward.json"))
+        raise RuntimeError("as if killed")
+
+    with pytest.raises(RuntimeError, match="as if killed"):
+        record.conclude(run, tmp_path, measure, list, print, print)
+    assert [len(run["results"]) for run in kept] == [1, 2] and not any(run["complete"] for run in kept)
+    assert record.read_run(tmp_path / "forward.json") == kept[1]
+
+
+def test_every_page_agrees_with_the_records(capsys):
+    assert summary.main(["--check"]) == 0, f"python benchmarks/summary.py --write, of: {capsys.readouterr().out}"
+
+
+def test_every_table_is_made_and_every_record_in_it_is_there():
+    page = ROOT / "docs" / "page.md"
+    for name, table in summary.TABLES.items():
+        made = table()
+        assert table.__doc__ and made.rows and all(len(row) == len(made.head) for row in made.rows), name
+        links = re.findall(r"\]\(([^)]*)\)", made.markdown(page))
+        assert links and all((page.parent / link).exists() for link in links), name
+
+
+def test_a_table_is_refreshed_between_its_markers(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(summary, "ROOT", tmp_path)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path / "benchmarks" / "results")
+    made = summary.Table(["method", "ms"], [["one", "1.5"]], "Medians.", ["zen5/x"])
+    monkeypatch.setattr(summary, "TABLES", {"some": lambda: made})
+    text = "before\n\n<!-- table: some -->\nold\n<!-- end -->\n\nafter\n"
+    page.write_text(text)
+    assert summary.main(["--check"]) == 1 and page.read_text() == text
+    assert "README.md: differs from its records" in capsys.readouterr().out
+    assert summary.main(["--write"]) == 0
+    assert page.read_text() == (
+        "before\n\n<!-- table: some -->\n\n| method | ms |\n| --- | ---: |\n| one | 1.5 |\n\n"
+        "Medians. Record: [1](benchmarks/results/zen5/x).\n\n<!-- end -->\n\nafter\n"
+    )
+    assert summary.main(["--check"]) == 0
+    page.write_text(text.replace("some", "other"))
+    assert summary.main(["--check"]) == 2 and "expected a table out of some, got 'other'" in capsys.readouterr().err
+    page.write_text(text.replace("<!-- end -->", ""))
+    assert summary.main(["--write"]) == 2 and "expected an <!-- end -->" in capsys.readouterr().err
+
+
+def test_records_are_small_and_in_their_form():
+    """no run without its table or its conditions, no file over 500 kB, four significant digits"""
+    try:
+        listed = subprocess.run(["git", "-C", ROOT, "ls-files", "benchmarks/results"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if listed.returncode or not listed.stdout:
+        pytest.skip("not a repository")
+    paths = [ROOT / name for name in listed.stdout.splitlines()]
+    assert {path.suffix for path in paths} <= {".csv", ".json", ".md", ".png"}
+    assert all(path.stat().st_size < 500_000 for path in paths if path.exists())
+    several = {"first_run.json": ("timings.csv", "checks.csv", "profile.csv")}
+    for path in (path for path in paths if path.suffix == ".json" and path.stem != "gpu" and path.parent.name != "tables"):
+        run = record.read_run(path) if path.name not in several and path.stem != "runs" else None
+        for name in several.get(path.name, (f"{path.stem}.csv",)):
+            assert record.read_csv(path.with_name(name)), name
+        if run:
+            assert {"benchmark", "complete", "machine", "versions", "commit", "arguments"} <= run.keys(), path
+    with (summary.RESULTS / "zen5/vit_b_float32/forward.csv").open(newline="") as file:
+        assert all(len(re.sub(r"e.*|^0\.0*|\.", "", row["ms"])) <= 4 for row in csv.DictReader(file))
