@@ -1,6 +1,6 @@
 """What a run leaves for people: curves."""
 
-from .models import need
+from ..extras import need
 
 
 def curves(file, record: dict) -> None:

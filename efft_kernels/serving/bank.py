@@ -328,10 +328,10 @@ class AdapterBank:
         return heads
 
 
-def _kind(adapter: _Adapter) -> tuple:
+def _kind(adapter: _Adapter) -> tuple[list, list]:
     """what the adapters of a bank have in common"""
-    plan = adapter.groups.plan
-    return plan.config.group, tuple(replace(spec, rank=(0, 0), zero="") for spec in plan.groups)
+    specs = adapter.groups.plan.groups
+    return [type(group) for group in adapter.groups.values()], [replace(spec, rank=(0, 0), zero="") for spec in specs]
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
