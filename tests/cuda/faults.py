@@ -62,10 +62,6 @@ HOPPER = {
     "y_over_what_is_stored": ("tma_store_wait_read<Tile::PARTS - 1>();", "tma_store_wait_read<Tile::PARTS>();"),
     "no_fence_before_the_store": ("        fence_async();\n", ""),
     "no_barrier_before_the_store": ("        fence_async();\n        warp_sync();\n", "        fence_async();\n"),
-    "no_barrier_before_y": (
-        "tma_store_wait_read<Tile::PARTS - 1>();\n        warp_sync();\n",
-        "tma_store_wait_read<Tile::PARTS - 1>();\n",
-    ),
     "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
     "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
     "rows_of_another_warp": ("shared_address(part), n, m0 + warp_row)", "shared_address(part), n, m0 + consumer * 64)"),
