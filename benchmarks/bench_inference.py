@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench_train_step import (
-    _forget_packed, by_dtype, check, count_ops, draw, machine_line, make_batches, make_record, parser,
+    _forget_packed, by_dtype, check, draw, machine_line, make_record, parser,
     show_meanings, timings,
 )  # fmt: skip  # isort: skip
 
@@ -31,6 +31,7 @@ from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
 from harness import Method, Options, share
+from steps import count_ops, make_batches
 
 REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
 # what one call of a variant is made of, its stages; None is not reported

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from bench_train_step import (
-    _forget_packed, by_dtype, check, draw, machine_line, make_batches, make_record, parser, positive, show_meanings,
+    _forget_packed, by_dtype, check, draw, machine_line, make_record, parser, positive, show_meanings,
     timings,
 )  # fmt: skip  # isort: skip
 
@@ -33,6 +33,7 @@ from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, memory, run
 from harness import Options, share
+from steps import make_batches
 
 COLOURS = {
     "merged": "#9e9e9e",

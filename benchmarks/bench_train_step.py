@@ -2,8 +2,9 @@
 
     python benchmarks/bench_train_step.py                                     # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_train_step.py --dtype float32 bfloat16 --seconds 1500 --out DIR
+    python benchmarks/bench_train_step.py --device cuda --batch 64 --graph    # the device's time without the host's
 
-harness.py has what is compared, timing.py how it is measured, results/README.md what the files hold.
+harness.py has what is compared, steps.py the step, timing.py how it is measured, results/README.md the columns.
 """
 
 import argparse
@@ -17,11 +18,9 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # the first that needs more than torch, and says what is missing
 from bench_forward import positive, seconds  # isort: skip
@@ -46,9 +45,10 @@ from record import (
     versions,
     write_run,
 )
-from timing import MEMORY, Stages, columns, interleave, memory, timer
+from timing import MEMORY, Stages, columns, interleave, memory, run, timer
 from harness import MODELS, Method, Options
 from shapes import layers
+from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 
 # what every other time is divided by, round by round
 REFERENCES = ("merged", "merged_onednn", "full", "peft_lora", "released_efft", "fact_tt")
@@ -72,135 +72,65 @@ PASSES = {
     "forward+backward": slice(0, 2),
     "step": slice(0, 3),
 }
-BATCHES = 2  # of images and labels, used in turn
 KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
-
-
-# -- one step ---------------------------------------------------------------------------------------------------------
-
-
-class Step:
-    """Training steps of one model, as stages for timing.py."""
-
-    def __init__(self, model: nn.Module, batches: list[tuple[Tensor, Tensor]]):
-        self.model, self.batches = model, batches
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        # so small a rate that random labels cannot lead full fine-tuning astray within a run
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=1e-4)
-        self.loss = None  # of the last step
-
-    def stages(self, batch: int = 0) -> Stages:
-        images, labels = self.batches[batch]
-
-        def forward(_) -> Tensor:
-            return F.cross_entropy(self.model(images), labels)
-
-        def backward(loss: Tensor) -> None:
-            loss.backward()
-            self.loss = loss.detach()
-
-        def update(_) -> None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
-        return forward, backward, update
-
-    def state_bytes(self) -> int:
-        """what the optimizer keeps"""
-        states = self.optimizer.state.values()
-        return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
-
-
-def make_batches(args, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    g = torch.Generator(args.device).manual_seed(0)
-    shape = args.batch, 3, args.image, args.image
-    return [
-        (
-            torch.randn(shape, generator=g, device=args.device).to(dtype),
-            torch.randint(harness.CLASSES, (args.batch,), generator=g, device=args.device),
-        )
-        for _ in range(BATCHES)
-    ]
-
-
-class Ops(TorchDispatchMode):
-    """Counts what torch runs beside views: on a GPU, every such op is a launch at least."""
-
-    FREE = {"aten::_unsafe_view", "aten::empty_like"}  # copy nothing, but are not marked as views
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += not (op.is_view or op._schema.name in self.FREE)
-        return op(*args, **(kwargs or {}))
-
-
-def count_ops(stages: Stages) -> list[int]:
-    """of each stage"""
-    counts, value = [], None
-    for stage in stages:
-        with Ops() as ops:
-            value = stage(value)
-        counts.append(ops.count)
-    return counts
-
-
-class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what forwards save for the backward: each storage once, without the model's parameters and buffers."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__(self._pack, lambda t: t)
-        self.own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
-        self.sizes = {}  # address -> bytes; what is saved is alive until the backward, so no address comes twice
-
-    def _pack(self, t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        self.sizes[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for address, size in self.sizes.items() if address not in self.own)
 
 
 # -- one case: all methods in one dtype -------------------------------------------------------------------------------
 
 
-def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm) -> dict[str, tuple[Step, dict]]:
-    """{method: (its step, warm; what is known of it beside its time)}; left_out gets why a method refuses."""
+class Built(NamedTuple):
+    """One method, ready to be timed."""
+
+    step: Step
+    calls: list[Stages]  # a step with each batch, warm
+    facts: dict  # what is known of the step besides its time
+
+
+def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm, graph: bool, compile: bool) -> dict[str, Built]:
+    """Build every method in one dtype; left_out gets the reason of each that fails."""
     base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
     batches = make_batches(args, getattr(torch, dtype))
     options = Options(args.rank, args.lora_rank, args.backend)
+    pool, stream = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if graph else (None, None)
     built = {}
     for method in found:
         bar.set_postfix_str(f"set-up of {method.name}")
         try:
             torch.manual_seed(0)
-            step = Step(method.build(base, options), batches)
+            step = Step(method.build(base, options), batches, compile=compile, capturable=graph)
             if method.ours:
                 _forget_packed()
+            if compile:
+                run(step.stages())  # compiles, which is not what the memory of a step is about
             _, kept = memory(step.stages(), args.device)
             peak, _ = memory(step.stages(), args.device)
-            saved = Saved(step.model)
-            with saved:
-                counts = count_ops(step.stages())
+            # the modes that count switch the compiler off
+            counts, saved = (None, None) if compile else (count_ops(step.stages()), _saved_bytes(step))
+            calls = step.capture(pool, stream) if graph else [step.stages(batch) for batch in range(BATCHES)]
         except (ImportError, RuntimeError) as error:
-            left_out.setdefault(method.name, {})[dtype] = str(error).strip().partition("\n")[0]
+            left_out.setdefault(method.name, {})[dtype] = reason(error)
+            pool = torch.cuda.graph_pool_handle() if graph else None
             continue
         head = sum(p.numel() for p in step.model.head.parameters())
         trained = sum(p.numel() for p in step.trained)
-        built[method.name] = step, {
+        facts = {
             "trained": trained,
             "trained_without_head": trained - head,
-            "ops": {part: sum(counts[which]) for part, which in PASSES.items()},
-            "saved_bytes": saved.bytes,
+            "ops": {part: counts and sum(counts[which]) for part, which in PASSES.items()},
+            "saved_bytes": saved,
             "peak_bytes": peak,
             "optimizer_bytes": step.state_bytes(),
             "kept_bytes": max(0, kept - step.state_bytes()),
         }
+        built[method.name] = Built(step, calls, facts)
     return built
+
+
+def _saved_bytes(step: Step) -> int:
+    saved = Saved(step.model)
+    with saved:
+        run(step.stages())
+    return saved.bytes
 
 
 def _forget_packed() -> None:
@@ -211,10 +141,10 @@ def _forget_packed() -> None:
         cpu.clear_packed()
 
 
-def results(args, dtype: str, samples: list[dict], built: dict[str, tuple[Step, dict]]) -> list[dict]:
-    """One row per pass and method, from complete rounds."""
-    rows = []
-    for (part, which), (name, (step, facts)) in itertools.product(PASSES.items(), built.items()):
+def results(args, dtype: str, samples: list[dict], built: dict[str, Built], graph: bool) -> list[dict]:
+    """One row per pass and method, from complete rounds. A captured step is one pass, which cannot be divided."""
+    rows, passes = [], {"step": slice(0, 1)} if graph else PASSES
+    for (part, which), (name, (step, _, facts)) in itertools.product(passes.items(), built.items()):
         timed = timings(samples, name, which, {other: other for other in REFERENCES if other in built}, "merged")
         loss = step.loss.item()
         rows.append(
@@ -249,13 +179,16 @@ def timings(
     return columns(of(name, which), others, (quartiles,))
 
 
-def measure(args, record: dict, found: list[Method]) -> None:
+def measure(args, record: dict, found: list[Method], graph: bool = False, compile: bool = False) -> None:
     found = [m for m in found if args.methods is None or m.name in args.methods]
 
     def prepare(dtype: str, bar: tqdm):
-        built = build(args, dtype, found, record["left_out"], bar)
-        calls = {name: [step.stages(batch) for batch in range(BATCHES)] for name, (step, _) in built.items()}
-        return calls, lambda samples: results(args, dtype, samples, built)
+        built = build(args, dtype, found, record["left_out"], bar, graph, compile)
+        if not built:
+            why = "; ".join(f"{name}: {reasons[dtype]}" for name, reasons in record["left_out"].items() if dtype in reasons)
+            raise RuntimeError(f"no method can run in {dtype}: {why}")
+        calls = {name: method.calls for name, method in built.items()}
+        return calls, lambda samples: results(args, dtype, samples, built, graph)
 
     by_dtype(args, record, prepare)
 
@@ -305,6 +238,8 @@ def summary(rows: list[dict]) -> list[dict]:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for part in ("step", "forward+backward"):
             own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
+            if not own:
+                continue  # a captured step is not divided
             ms = {name: row["ms"] for name, row in own.items()}
             found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratios(own.get("efft2", {}))})
     return found
@@ -329,7 +264,7 @@ def lines(rows: list[dict]) -> list[list[str]]:
             if row is None:
                 table.append([words, *[""] * (len(HEAD) - 1)])
                 continue
-            other, floor = bare[row["method"]], bare.get("merged")
+            other, floor = bare.get(row["method"], {}), steps.get("merged", {}).get("saved_bytes")
             kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
             table.append(
                 [
@@ -341,14 +276,18 @@ def lines(rows: list[dict]) -> list[list[str]]:
                     digits(cpu_ratio(row, steps.get("merged"))),
                     digits(other.get("ratio_merged")),
                     *(digits(row.get(f"ratio_{name}")) for name in ("full", "peft_lora", "released_efft")),
-                    f"{other['ops']}",
-                    f"{row['saved_bytes'] / 2**20:.0f}",
-                    digits(row["saved_bytes"] / floor["saved_bytes"]) if floor else "-",
+                    count(other.get("ops")),
+                    count(row["saved_bytes"] and round(row["saved_bytes"] / 2**20)),
+                    digits(row["saved_bytes"] / floor if floor else None),
                     f"{kept}{row['peak_bytes'] / 2**20:.0f}",
                     f"{row['trained']:,}",
                 ]
             )
     return table
+
+
+def count(value: int | None) -> str:
+    return "-" if value is None else f"{value}"
 
 
 def show(record: dict) -> None:
@@ -410,7 +349,7 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     exact = {}
     for dtype, own in steps.items():
         for label, key in (("saved bytes", "saved_bytes"), ("operations", "ops")):
-            if "merged" in own:
+            if own.get("merged", {}).get(key):
                 ratios = {name: row[key] / own["merged"][key] for name, row in own.items()}
                 exact[f"{label}, {dtype}"] = {name: (ratio,) * 3 for name, ratio in ratios.items()}
     return [*found, ("forward and backward: memory and operations", exact)]
@@ -525,14 +464,20 @@ def main(argv: list[str] | None = None) -> int:
         known,
         "train_step.csv, train_step.json and train_step.png",
     )
+    p.add_argument("--graph", action="store_true",
+                   help="replay every step from a CUDA graph, as one pass, with gradients zeroed in place (GPU only)")  # fmt: skip
+    p.add_argument("--compile", action="store_true",
+                   help="run every model through torch.compile; operations and saved bytes are not counted")  # fmt: skip
     args = p.parse_args(argv)
     found, left_out = harness.methods(args.device)
     check(p, args, "merged", left_out)
+    if args.graph and args.device != "cuda":
+        p.error(f"argument --graph: expected --device cuda, got --device {args.device}")
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
     drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
-    return conclude(record, args.out, lambda: measure(args, record, found), summary, show, drawn)
+    return conclude(record, args.out, lambda: measure(args, record, found, args.graph, args.compile), summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -310,6 +310,19 @@ def gpu_plans() -> Table:
     return Table(["pass", "plan", "", *layers], rows, "Microseconds per call.", [f"{GPU}/timings.csv"], 3)
 
 
+def gpu_predictions() -> Table:
+    """H200: predicted and measured ratio of the forward to the merged weight"""
+    predicted = {"qkv": ("h192p", 1.10), "proj": ("h192p", 1.10), "fc1": ("h256p", 1.08), "fc2": ("h192p", 1.09)}
+    rows = []
+    for layer, us in _gpu_us("forward").items():
+        if (name := layer.partition(" ")[0]) in predicted:
+            plan, ratio = predicted[name]
+            measured = [digits(us[variant] / us["merged"]) for variant in (plan, "v192p")]
+            rows.append([f"ViT-B {layer}", f"`{plan}`", f"{ratio:.2f}", *measured])
+    head = ["layer", "plan", "predicted / merged weight", "measured", "`v192p`, p inside the product"]
+    return Table(head, rows, "Batch 64, bfloat16, rank 16.", [f"{GPU}/timings.csv"], 2)
+
+
 def _gpu_us(part: str) -> dict[str, dict[str, float]]:
     """{layer with its sizes: {variant: microseconds}}"""
     found = {}
@@ -360,8 +373,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
         train_step, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
-        inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_plans, gpu_train_step, gpu_profile,
-        vtab1k,
+        inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_plans, gpu_predictions, gpu_train_step,
+        gpu_profile, vtab1k,
     )
 }  # fmt: skip
 
@@ -429,7 +442,8 @@ def refreshed(page: Path) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """Every page that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(RESULTS.glob("*.md"))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -437,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("tables", nargs="*", metavar="NAME", help="tables to print; default: all")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="print the names of the tables")
-    action.add_argument("--write", action="store_true", help="refresh the tables of README.md and docs/")
+    action.add_argument("--write", action="store_true", help="refresh the tables of README.md, docs/ and results/")
     action.add_argument("--check", action="store_true", help="exit status 1 if a table differs from its records")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.tables if name not in TABLES]:

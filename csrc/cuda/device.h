@@ -79,15 +79,51 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) 
                  : "memory");
 }
 
-// null, or why the launch failed
+// all lanes of a warp, and what they wrote to shared memory
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
+// The kernel after this one in the stream may start as soon as all blocks of this one have come here (griddepcontrol,
+// compute capability 9.0). Every kernel waits for its prerequisites before it touches what another may read or write.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// null, or why the launch failed. cluster: blocks side by side that share memory, compute capability 9.0
+template <class Arguments>
+const char* launch_clusters(void (*kernel)(Arguments), dim3 grid, int cluster, int threads, int shared, void* stream,
+                            const Arguments& g) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = size_t(shared);
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes;
+  if (major >= 9) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    auto& size = attributes[config.numAttrs++].val.clusterDim;
+    size.x = unsigned(cluster), size.y = 1, size.z = 1;
+  }
+  error = cudaLaunchKernelEx(&config, kernel, g);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, void* stream, const Arguments& g) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) {
-    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(g);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_clusters(kernel, grid, 1, threads, shared, stream, g);
 }
 
 }  // namespace efft::cuda

@@ -18,6 +18,8 @@ using WidePass = PassTile<128, 64>;
 
 template <class T, class Tile, bool DP>
 __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_constant__ DyPass g) {
+  launch_dependents();
+  wait_for_prerequisites();
   constexpr int BM = Tile::BM, BN = Tile::BN, BR = Tile::BR, NJ = Tile::WN / 8;
   EFFT_SHARED(shared);
   uint16_t* const up_tile = reinterpret_cast<uint16_t*>(shared);  // [BR, BN], for as long as the block lives
@@ -124,6 +126,8 @@ constexpr int SUMMED = 256;  // sums of a block
 
 template <class T>
 __global__ void __launch_bounds__(SUMMED) reduce_kernel(const __grid_constant__ Reductions all) {
+  launch_dependents();
+  wait_for_prerequisites();
   const int first_blocks = int((all.of[0].size + SUMMED - 1) / SUMMED);
   const bool second = int(blockIdx.x) >= first_blocks;
   const Reduction& g = all.of[second];

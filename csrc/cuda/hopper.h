@@ -20,10 +20,12 @@ constexpr int WARPGROUP = 128, CONSUMERS = 2, HOPPER_THREADS = (1 + CONSUMERS) *
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232, REGISTERS = 168;  // of a thread; at the start
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * REGISTERS,
               "else they never come");
-constexpr int LINE = 128;        // bytes of a row of a tile, and of the widest swizzle
-constexpr int CELLS = LINE / 2;  // numbers of it
-constexpr int ALIGNMENT = 1024;  // of tiles: the swizzle goes by bits 4 to 9 of an address
-constexpr int PART_COLS = 32, PART_LINE = 2 * PART_COLS, PART = 64 * PART_LINE;  // of y on its way: 64 rows
+constexpr int LINE = 128;         // bytes of a row of a tile, and of the widest swizzle
+constexpr int CELLS = LINE / 2;   // 16-bit numbers in it
+constexpr int ALIGNMENT = 1024;   // of tiles: the swizzle goes by bits 4 to 9 of an address
+constexpr int WARP_ROWS = 16;     // of y, which a warp of a consumer holds and stores
+constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
+constexpr int LAG = 2;            // steps by which the second consumer starts behind the first
 static_assert(CELLS == BK, "a row of a tile has the terms of a step");
 
 struct HopperLinear {
@@ -34,23 +36,31 @@ struct HopperLinear {
   int32_t p_row;
 };
 
-// BN columns of y by 128 rows. RANKS as in linear.h: p is formed for up to so many, or read
+// A tile of y: 128 rows by BN columns. RANKS as in linear.h: p is formed for up to that many ranks, or read (0).
 template <int BN_, int CLUSTER_, int RANKS_>
 struct HopperTile {
   static constexpr int BM = 128, BN = BN_, CLUSTER = CLUSTER_, RANKS = RANKS_;
-  static_assert(CLUSTER == 1 || CLUSTER == 2, "a sum of two halves has one order");
-  static constexpr int X = BM * LINE, W = BN * LINE, DOWN = RANKS * LINE, STAGE = X + W + DOWN;  // bytes
-  static constexpr int SLOT = RANKS && CLUSTER > 1 ? 64 * RANKS * 4 : 0;  // the other block's half of p, a warpgroup's
-  // what is left of two parts of y on their way for each warpgroup goes to stages, the rest to more such parts
-  static constexpr int BIAS = BN * 2, LEAST = CONSUMERS * (2 * PART + SLOT + BIAS) + ALIGNMENT + 256;
-  static constexpr int STAGES = least((HOPPER_SHARED - LEAST) / STAGE, 6);
-  static constexpr int MOST_PARTS = 2 + (HOPPER_SHARED - LEAST - STAGES * STAGE) / (CONSUMERS * PART);
-  // a divisor of the parts of a tile: a tile starts with the place that has been waiting the longest
-  static constexpr int PARTS = MOST_PARTS >= 4 && BN % 128 == 0 ? 4 : MOST_PARTS >= 3 && BN % 96 == 0 ? 3 : 2;
-  static constexpr int SHARED = STAGES * STAGE + LEAST + (PARTS - 2) * CONSUMERS * PART;
-  static_assert(BN / PART_COLS % PARTS == 0, "the order of places is the same in every tile");
-  static constexpr int BARRIERS = 2 * STAGES + 2 * CONSUMERS;
-  static_assert(STAGES >= 3 && BARRIERS * 8 <= 256 && W % ALIGNMENT == 0 && DOWN % ALIGNMENT == 0, "tiles fit");
+  // w and down, one below the other, are one operand: p is formed by more columns of the same instruction
+  static constexpr int COLUMNS = BN + RANKS;
+  static constexpr int X = BM * LINE, W = COLUMNS * LINE, STAGE = X + W;  // bytes
+  // a warp stores its rows of y in parts, as wide as a swizzle allows
+  static constexpr int PART_COLS = BN % 64 == 0 ? 64 : 32, PART_LINE = 2 * PART_COLS, PART = WARP_ROWS * PART_LINE;
+  static constexpr int ALL_PARTS = BN / PART_COLS, EXTRA = 2 * 8 * 8 + ALIGNMENT;
+  static constexpr int STAGES = least((HOPPER_SHARED - EXTRA - 2 * CONSUMER_WARPS * PART) / STAGE, 6);
+  // places for parts of y: the more, the fewer waits for an earlier store; a tile starts where the last one did
+  static constexpr int FITTING = (HOPPER_SHARED - EXTRA - STAGES * STAGE) / (CONSUMER_WARPS * PART);
+  static constexpr int PARTS = FITTING >= ALL_PARTS ? ALL_PARTS : ALL_PARTS % 2 == 0 && FITTING >= 2 ? 2 : 1;
+  static_assert(COLUMNS <= 256 && STAGES >= 3 && STAGE % ALIGNMENT == 0 && X % ALIGNMENT == 0 && PART % ALIGNMENT == 0,
+                "tiles fit");
+};
+
+template <class Tile>
+struct HopperShared {
+  struct {
+    unsigned char x[Tile::X], w[Tile::W];
+  } stages[Tile::STAGES];
+  unsigned char y[CONSUMER_WARPS][Tile::PARTS][Tile::PART];
+  uint64_t full[Tile::STAGES], empty[Tile::STAGES];
 };
 
 template <int N>
@@ -80,12 +90,6 @@ __device__ __forceinline__ uint64_t operand(uint32_t tile, int k16, int terms) {
                  : descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE);
 }
 
-// the same of down: not k-major its rows are as short as the ranks
-template <int RANKS, bool K_MAJOR>
-__device__ __forceinline__ uint64_t down_operand(uint32_t tile, int k16) {
-  return K_MAJOR ? operand<true>(tile, k16, 0) : descriptor(tile + k16 * 32 * RANKS, 16, 16 * RANKS, 2 * RANKS);
-}
-
 // rows m and m + 8 of p, columns col, col + 1, col + 8, ...: a thread's part of it
 template <int RANKS>
 __device__ __forceinline__ void store_p(const HopperLinear& g, const uint32_t (&p)[RANKS / 16][4], int m, int col) {
@@ -108,33 +112,27 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
 #if defined(EFFT_HOPPER)
   constexpr int BM = Tile::BM, BN = Tile::BN, RANKS = Tile::RANKS, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES;
   constexpr int UP_TERMS = RANKS ? RANKS : BK;  // rows of a tile of up that is not k-major
+  static_assert(RANKS == 0 || (W_K_MAJOR && !LOW_K_MAJOR), "w and down are one operand, up has its columns side by side");
   EFFT_SHARED(raw);
-  // the same in every block of the cluster: a copy to all, and an exchange, go to one place
+  // the same offset in every block of the cluster, because a multicast copy goes to one offset in all of them
   const uint32_t skip = (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
-  unsigned char* const shared = raw + skip;
-  const uint32_t tiles = shared_address(shared);
-  const auto x_tile = [&](int stage) { return tiles + stage * Tile::STAGE; };
+  auto& shared = *reinterpret_cast<HopperShared<Tile>*>(raw + skip);
+  const uint32_t stages = shared_address(shared.stages);
+  const auto x_tile = [&](int stage) { return stages + stage * Tile::STAGE; };
   const auto w_tile = [&](int stage) { return x_tile(stage) + Tile::X; };
-  const auto down_tile = [&](int stage) { return w_tile(stage) + Tile::W; };
-  unsigned char* const y_tiles = shared + STAGES * Tile::STAGE;
-  unsigned char* const slots = y_tiles + CONSUMERS * Tile::PARTS * PART;
-  uint32_t* const biases = reinterpret_cast<uint32_t*>(slots + CONSUMERS * Tile::SLOT);
-  uint64_t* const full = reinterpret_cast<uint64_t*>(biases + CONSUMERS * BN / 2);
-  uint64_t *const empty = full + STAGES, *const p_full = empty + STAGES, *const p_free = p_full + CONSUMERS;
 
   const int rank = CLUSTER > 1 ? cluster_rank() : 0, group = threadIdx.x / WARPGROUP;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, CONSUMERS * CLUSTER);
-    }
-    for (int i = 0; i < CONSUMERS; ++i) {
-      barrier_init(p_full + i, 1);
-      barrier_init(p_free + i, WARPGROUP);
+      barrier_init(shared.full + i, 1);
+      barrier_init(shared.empty + i, CONSUMERS * CLUSTER);
     }
     barrier_init_fence();
   }
   cluster_sync();
+  // what is above may run beside the kernel before this one, what is below reads what that kernel wrote
+  launch_dependents();
+  wait_for_prerequisites();
 
   const int tiles_m = cdiv(g.M, BM), sets_n = cdiv(cdiv(g.N, BN), CLUSTER);  // sets of tiles, one for each block
   const int k_steps = cdiv(g.K, BK), r_steps = RANKS ? 1 : cdiv(g.R, BK);
@@ -150,18 +148,18 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         constexpr int ROWS = BM / CLUSTER;
         const uint32_t to = x_tile(ring.stage) + rank * ROWS * LINE;
         if constexpr (CLUSTER > 1)
-          tma_load_all(to, map, col, m0 + rank * ROWS, full + ring.stage, (1 << CLUSTER) - 1);
+          tma_load_all(to, map, col, m0 + rank * ROWS, shared.full + ring.stage, (1 << CLUSTER) - 1);
         else
-          tma_load(to, map, col, m0, full + ring.stage);
+          tma_load(to, map, col, m0, shared.full + ring.stage);
       };
       // a tile of w or up, in one box or in one for every 64 columns
       const auto load_columns = [&](const TensorMap* map, bool k_major, int n0, int k0, int terms) {
         if (k_major) {
-          tma_load(w_tile(ring.stage), map, k0, n0, full + ring.stage);
+          tma_load(w_tile(ring.stage), map, k0, n0, shared.full + ring.stage);
         } else {
 #pragma unroll
-          for (int i = 0; i < BN / CELLS; ++i)
-            tma_load(w_tile(ring.stage) + i * terms * LINE, map, n0 + i * CELLS, k0, full + ring.stage);
+          for (int i = 0; i < cdiv(BN, CELLS); ++i)
+            tma_load(w_tile(ring.stage) + i * terms * LINE, map, n0 + i * CELLS, k0, shared.full + ring.stage);
         }
       };
 #pragma unroll 1
@@ -171,192 +169,168 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         const int m0 = tm * BM, n0 = (tn * CLUSTER + rank) * BN;
 #pragma unroll 1
         for (int step = 0; step < k_steps; ++step, ring.next()) {
-          barrier_wait(empty + ring.stage, ring.parity ^ 1);
-          barrier_expect(full + ring.stage, Tile::STAGE);
+          barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+          barrier_expect(shared.full + ring.stage, Tile::STAGE);
           load_rows(&g.x, step * BK, m0);
           load_columns(&g.w, W_K_MAJOR, n0, step * BK, BK);
           if constexpr (RANKS > 0)
-            tma_load(down_tile(ring.stage), &g.down, LOW_K_MAJOR ? step * BK : 0, LOW_K_MAJOR ? 0 : step * BK,
-                     full + ring.stage);
+            tma_load(w_tile(ring.stage) + BN * LINE, &g.down, step * BK, 0, shared.full + ring.stage);
         }
 #pragma unroll 1
         for (int step = 0; step < r_steps; ++step, ring.next()) {
-          barrier_wait(empty + ring.stage, ring.parity ^ 1);
-          barrier_expect(full + ring.stage, (RANKS ? 0 : Tile::X) + BN * (LOW_K_MAJOR ? LINE : UP_TERMS * 2));
+          barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+          barrier_expect(shared.full + ring.stage,
+                         (RANKS ? 0 : Tile::X) + (LOW_K_MAJOR ? BN * LINE : cdiv(BN, CELLS) * UP_TERMS * LINE));
           if constexpr (RANKS == 0) load_rows(&g.p, step * BK, m0);
           load_columns(&g.up, LOW_K_MAJOR, n0, step * BK, UP_TERMS);
         }
       }
     }
-    // no block goes while another still arrives at its barriers
+    // a block stays until no other block of the cluster can still arrive at its barriers
     cluster_sync();
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    const int consumer = group - 1, thread = threadIdx.x % WARPGROUP, lane = threadIdx.x % WARP;
-    const int row = consumer * 64 + thread / WARP * 16 + lane / 4, col = lane % 4 * 2;  // of d[0], in the tile
+    const int consumer = group - 1, thread = threadIdx.x % WARPGROUP, warp = thread / WARP, lane = threadIdx.x % WARP;
+    const int warp_row = consumer * 64 + warp * WARP_ROWS;                   // of the tile
+    const int row = warp_row + lane / 4, col = lane % 4 * 2;  // of d[0], in the tile
     const uint32_t a_offset = consumer * 64 * LINE;
-    uint32_t* const bias = biases + consumer * BN / 2;
+    unsigned char* const y_parts = shared.y[consumer * WARPGROUP / WARP + warp][0];
     Ring<STAGES> ring;
-    int p_parity = 0;
-    // to both blocks: each fills half of the other's x
+    // in both blocks, because each fills half of the other's x
     const auto release = [&](int stage) {
-      if (thread < CLUSTER) barrier_arrive(empty + stage, thread);
+      if (thread < CLUSTER) barrier_arrive(shared.empty + stage, thread);
     };
+    // Two consumers in step would both leave the tensor cores idle while they store y. One starts behind the other and
+    // stays behind, because they share the tensor cores' time.
+    if (consumer == 1 && first < tiles_m * sets_n) group_sync(1, CONSUMERS * WARPGROUP);
 
 #pragma unroll 1
     for (int set = first; set < tiles_m * sets_n; set += step_of_sets) {
       int tm, tn;
       tile_of(set, tiles_m, sets_n, tm, tn);
       const int m0 = tm * BM, n0 = (tn * CLUSTER + rank) * BN;
-      float acc[BN / 2], acc_p[RANKS ? RANKS / 2 : 1];
-      uint32_t p[RANKS ? RANKS / 16 : 1][4];
+      const int lagged = consumer == 0 && set == first ? least(LAG, k_steps) - 1 : -1;
+      float acc[Tile::COLUMNS / 2];  // y, then p
 
-      // read now, and needed after all products
-      const int pair = n0 / 2 + thread;
-      const uint32_t bias_pair = g.bias && thread < BN / 2 && 2 * pair < g.N ? g.bias[pair] : 0;
-      // the last stage that is still read
-      int last = 0;
-      const auto multiply = [&](bool add) {
+      int last = 0;  // the stage that is still being read
+#pragma unroll 1
+      for (int step = 0; step < k_steps; ++step, ring.next()) {
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        hold(acc);
+        wgmma_fence();
         const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
 #pragma unroll
         for (int k16 = 0; k16 < BK / 16; ++k16)
-          Wgmma<T, BN>::template shared<W_K_MAJOR>(acc, operand<true>(a, k16, 0), operand<W_K_MAJOR>(b, k16, BK),
-                                                   add || k16 > 0);
-      };
-      const auto form_p = [&](bool add) {
-        if constexpr (RANKS > 0) {
-          constexpr int SHARE = BK / 16 / CLUSTER;
-          const uint32_t a = x_tile(ring.stage) + a_offset, b = down_tile(ring.stage);
-#pragma unroll
-          for (int i = 0; i < SHARE; ++i) {
-            const int k16 = rank * SHARE + i;
-            Wgmma<T, RANKS>::template shared<LOW_K_MAJOR>(acc_p, operand<true>(a, k16, 0),
-                                                          down_operand<RANKS, LOW_K_MAJOR>(b, k16), add || i > 0);
-          }
-        }
-      };
-#pragma unroll 1
-      for (int step = 0; step < k_steps - (RANKS > 0); ++step, ring.next()) {
-        barrier_wait(full + ring.stage, ring.parity);
-        hold(acc), hold(acc_p);
-        wgmma_fence();
-        form_p(step > 0);
-        multiply(step > 0);
+          Wgmma<T, Tile::COLUMNS>::template shared<W_K_MAJOR>(acc, operand<true>(a, k16, 0),
+                                                              operand<W_K_MAJOR>(b, k16, BK), step > 0 || k16 > 0);
         wgmma_commit();
-        // one step stays under way; the one before it is read
+        // one step stays under way, the one before it has been read
         wgmma_wait<1>();
         if (step > 0) release(last);
         last = ring.stage;
+        if (step == lagged) group_arrive(1, CONSUMERS * WARPGROUP);
       }
 
-      if constexpr (RANKS > 0) {
-        // the last step in two: the halves of p are exchanged while the tensor cores are at y
-        barrier_wait(full + ring.stage, ring.parity);
-        hold(acc), hold(acc_p);
-        wgmma_fence();
-        form_p(k_steps > 1);
-        wgmma_commit();
-        multiply(k_steps > 1);
-        wgmma_commit();
-        wgmma_wait<1>();
-        hold(acc_p);
-        if (k_steps > 1) release(last);
-        last = ring.stage;
-        ring.next();
-        if constexpr (CLUSTER > 1) {
-          // thread i of the other block has the same elements of the other half
-          constexpr int VECTORS = RANKS / 8;
-          float* const slot = reinterpret_cast<float*>(slots + consumer * Tile::SLOT);
-          const uint32_t there = map_shared(shared_address(slot), rank ^ 1);
-          const uint32_t barrier = map_shared(shared_address(p_full + consumer), rank ^ 1);
-          if (thread == 0) barrier_expect(p_full + consumer, Tile::SLOT);
-          barrier_wait_cluster(p_free + consumer, p_parity ^ 1);
+      // a thread's columns of the bias, read while the last products are under way
+      uint32_t bias[BN / 8];
+      const auto read_bias = [&] {
 #pragma unroll
-          for (int i = 0; i < VECTORS; ++i) store_async(there + (i * WARPGROUP + thread) * 16, acc_p + i * 4, barrier);
-          barrier_wait_cluster(p_full + consumer, p_parity);
-#pragma unroll
-          for (int i = 0; i < VECTORS; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) acc_p[i * 4 + j] += slot[(i * WARPGROUP + thread) * 4 + j];
-          barrier_arrive_cluster(p_free + consumer, rank ^ 1);
-          p_parity ^= 1;
+        for (int j = 0; j < BN / 8; ++j) {
+          const int n = n0 + j * 8 + col;
+          bias[j] = g.bias && n < g.N ? g.bias[n / 2] : 0;
         }
-        // y uses p as rounded for storage, so that it is the y of the p that backward sees. beyond R it is nan where x
-        // is infinite, times the zeros of down
+      };
+      if constexpr (RANKS > 0) {
+        wgmma_wait<0>();
+        hold(acc);
+        release(last);
+        // y uses p as rounded for storage, so that it is the y of the p that the backward sees. Beyond R it would be
+        // nan where x is infinite, because the copies fill down with zeros there
+        uint32_t p[RANKS / 16][4], stored[RANKS / 16][4];
 #pragma unroll
         for (int i = 0; i < RANKS / 4; ++i) {
           const int r = i / 2 * 8 + col;
-          p[i / 4][i % 4] = T::pack(r < g.R ? acc_p[i * 2] : 0, r + 1 < g.R ? acc_p[i * 2 + 1] : 0);
+          p[i / 4][i % 4] = T::pack(r < g.R ? acc[BN / 2 + i * 2] : 0, r + 1 < g.R ? acc[BN / 2 + i * 2 + 1] : 0);
         }
-      }
-#pragma unroll 1
-      for (int step = 0; step < r_steps; ++step, ring.next()) {
-        barrier_wait(full + ring.stage, ring.parity);
-        const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
-        // so many in a row without a branch between them, which would make the tensor cores wait
-        const auto products = [&](auto count) {
-          hold(acc);
-          wgmma_fence();
+        // p is stored while the products are under way, from other registers than these read
+        memcpy(stored, p, sizeof p);
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        hold(p);
+        float(&y)[BN / 2] = reinterpret_cast<float(&)[BN / 2]>(acc);
+        hold(y);
+        wgmma_fence();
 #pragma unroll
-          for (int k16 = 0; k16 < decltype(count)::value; ++k16) {
-            const uint64_t up = operand<LOW_K_MAJOR>(b, k16, UP_TERMS);
-            if constexpr (RANKS > 0)
-              Wgmma<T, BN>::template registers<LOW_K_MAJOR>(acc, p[k16], up);
-            else
-              Wgmma<T, BN>::template shared<LOW_K_MAJOR>(acc, operand<true>(a, k16, 0), up, 1);
-          }
-          wgmma_commit();
-        };
-        if constexpr (RANKS > 0) {
-          // p is stored while they are under way, from other registers than they read
-          uint32_t stored[RANKS / 16][4];
-          memcpy(stored, p, sizeof p);
-          hold(p);
-          products(Count<UP_TERMS / 16>());
-          if (n0 == 0) store_p<RANKS>(g, stored, m0 + row, col);
-        } else if (g.R - step * BK <= 16)
-          products(Count<1>());
-        else if (g.R - step * BK <= 32)
-          products(Count<2>());
-        else
-          products(Count<4>());
-        wgmma_wait<1>();
-        release(last);
+        for (int k16 = 0; k16 < RANKS / 16; ++k16)
+          Wgmma<T, BN>::template registers<LOW_K_MAJOR>(y, p[k16],
+                                                        operand<LOW_K_MAJOR>(w_tile(ring.stage), k16, UP_TERMS));
+        wgmma_commit();
+        if (n0 == 0) store_p<RANKS>(g, stored, m0 + row, col);
         last = ring.stage;
+        ring.next();
+        read_bias();
+      } else {
+#pragma unroll 1
+        for (int step = 0; step < r_steps; ++step, ring.next()) {
+          barrier_wait(shared.full + ring.stage, ring.parity);
+          const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
+          // that many in a row without a branch between them, which would make the tensor cores wait
+          const auto products = [&](auto count) {
+            hold(acc);
+            wgmma_fence();
+#pragma unroll
+            for (int k16 = 0; k16 < decltype(count)::value; ++k16)
+              Wgmma<T, BN>::template shared<LOW_K_MAJOR>(acc, operand<true>(a, k16, 0),
+                                                         operand<LOW_K_MAJOR>(b, k16, UP_TERMS), 1);
+            wgmma_commit();
+          };
+          if (g.R - step * BK <= 16)
+            products(Count<1>());
+          else if (g.R - step * BK <= 32)
+            products(Count<2>());
+          else
+            products(Count<4>());
+          wgmma_wait<1>();
+          release(last);
+          last = ring.stage;
+        }
+        read_bias();
       }
       wgmma_wait<0>();
       hold(acc);
       release(last);
 
-      // y in parts of 32 columns, by way of shared memory and the copy engine
-      if (thread < BN / 2) bias[thread] = bias_pair;
+      // y in parts, by way of shared memory and TMA; every warp stores its own rows, so that warps never wait here for
+      // one another
 #pragma unroll
-      for (int i = 0; i < BN / PART_COLS; ++i) {
-        unsigned char* const part = y_tiles + (consumer * Tile::PARTS + i % Tile::PARTS) * PART;
-        if (thread == 0) tma_store_wait_read<Tile::PARTS - 1>();
-        group_sync(1 + consumer, WARPGROUP);
+      for (int i = 0; i < Tile::ALL_PARTS; ++i) {
+        unsigned char* const part = y_parts + i % Tile::PARTS * Tile::PART;
+        if (lane == 0) tma_store_wait_read<Tile::PARTS - 1>();
+        warp_sync();
 #pragma unroll
-        for (int j = 0; j < PART_COLS / 8; ++j) {
-          const uint32_t both = bias[(i * PART_COLS + j * 8 + col) / 2];
-          const float add[] = {T::widen(uint16_t(both)), T::widen(uint16_t(both >> 16))};
+        for (int j = 0; j < Tile::PART_COLS / 16; ++j) {
+          // four blocks of 8 x 8: columns 16 j and 16 j + 8, rows 0 and 8 of the warp
+          uint32_t packed[4];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float* const d = acc + (i * PART_COLS / 8 + j) * 4 + half * 2;
-            const int line = row % 64 + half * 8;
-            store_shared(part + line * PART_LINE + (j ^ line / 2 % 4) * 16 + col * 2,
-                         T::pack(d[0] + add[0], d[1] + add[1]));
+          for (int e = 0; e < 4; ++e) {
+            const int block = i * Tile::PART_COLS / 8 + 2 * j + e / 2;
+            const float* const d = acc + block * 4 + e % 2 * 2;
+            packed[e] = T::pack(d[0] + T::widen(uint16_t(bias[block])), d[1] + T::widen(uint16_t(bias[block] >> 16)));
           }
+          const int line = lane % 16, chunk = 2 * j + lane / 16;
+          constexpr int CHUNKS = Tile::PART_LINE / 16;
+          const int swizzled_chunk = chunk ^ (line * Tile::PART_LINE / LINE & (CHUNKS - 1));
+          store_matrices(part + line * Tile::PART_LINE + swizzled_chunk * 16, packed);
         }
         fence_async();
-        group_sync(1 + consumer, WARPGROUP);
-        if (thread == 0) {
-          const int n = n0 + i * PART_COLS;
-          if (n < g.N) tma_store(&g.y, shared_address(part), n, m0 + consumer * 64);
+        warp_sync();
+        if (lane == 0) {
+          const int n = n0 + i * Tile::PART_COLS;
+          if (n < g.N) tma_store(&g.y, shared_address(part), n, m0 + warp_row);
           tma_store_commit();
         }
       }
     }
-    if (thread == 0) tma_store_wait_read<0>();
+    if (lane == 0) tma_store_wait_read<0>();
     cluster_sync();
   }
 #endif
@@ -374,7 +348,7 @@ const char* launch_hopper(const Linear& g, void* stream) {
   constexpr int BN = Tile::BN, RANKS = Tile::RANKS, ROWS = Tile::BM / Tile::CLUSTER;
   // it would wait for other bytes than come
   const bool as_compiled = g.w.k_major == W_K_MAJOR && g.up.k_major == LOW_K_MAJOR && (RANKS == 0) == !g.down.data &&
-                           (RANKS == 0 || g.down.k_major == LOW_K_MAJOR);
+                           (RANKS == 0 || g.down.k_major);
   if (!as_compiled) return "operands lie otherwise than the kernel takes them";
   HopperLinear h{};
   h.M = g.M, h.N = g.N, h.K = g.K, h.R = g.R;
@@ -383,38 +357,38 @@ const char* launch_hopper(const Linear& g, void* stream) {
   const char* error = map_operand(&h.x, g.x, g.M, g.K, ROWS);
   if (!error) error = map_operand(&h.w, g.w, g.N, g.K, BN);
   if (!error) error = map_operand(&h.up, g.up, g.N, g.R, BN, RANKS ? RANKS : BK);
-  if (RANKS && !error) error = map_operand(&h.down, g.down, g.R, g.K, RANKS, BK, 2 * RANKS);
+  if (RANKS && !error) error = map_operand(&h.down, g.down, g.R, g.K, RANKS);
   if (!RANKS && !error) error = make_map(&h.p, g.p, g.M, g.R, g.p_row, ROWS, BK, LINE);
-  if (!error) error = make_map(&h.y, g.y, g.M, g.N, g.N, 64, PART_COLS, PART_LINE);
+  if (!error) error = make_map(&h.y, g.y, g.M, g.N, g.N, WARP_ROWS, Tile::PART_COLS, Tile::PART_LINE);
   if (error) return error;
   const int sets = cdiv(g.M, Tile::BM) * cdiv(cdiv(g.N, BN), Tile::CLUSTER), there = multiprocessors() / Tile::CLUSTER;
   if (!there) return "this kernel is for compute capability 9.0";
   const auto kernel = hopper_linear_kernel<T, Tile, W_K_MAJOR, LOW_K_MAJOR>;
   return launch_clusters(kernel, (sets < there ? sets : there) * Tile::CLUSTER, Tile::CLUSTER, HOPPER_THREADS,
-                         Tile::SHARED, stream, h);
+                         int(sizeof(HopperShared<Tile>)) + ALIGNMENT, stream, h);
 }
 
 template <class T, int BN, int CLUSTER>
 const char* hopper_by_operands(const Linear& g, void* stream) {
-  if (!g.down.data) {
-    using Tile = HopperTile<BN, CLUSTER, 0>;
-    if (g.w.k_major)
-      return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream)
-                          : launch_hopper<T, Tile, true, false>(g, stream);
-    return g.up.k_major ? launch_hopper<T, Tile, false, true>(g, stream)
-                        : launch_hopper<T, Tile, false, false>(g, stream);
-  }
-  if (g.R <= 16) {
-    using Tile = HopperTile<BN, CLUSTER, 16>;
-    return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream)
-                        : launch_hopper<T, Tile, true, false>(g, stream);
-  }
-  using Tile = HopperTile<BN, CLUSTER, HOPPER_RANK_BESIDE>;
-  return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream) : launch_hopper<T, Tile, true, false>(g, stream);
+  using Tile = HopperTile<BN, CLUSTER, 0>;
+  if (g.w.k_major)
+    return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream) : launch_hopper<T, Tile, true, false>(g, stream);
+  return g.up.k_major ? launch_hopper<T, Tile, false, true>(g, stream) : launch_hopper<T, Tile, false, false>(g, stream);
+}
+
+template <class T, int BN, int CLUSTER>
+const char* hopper_by_ranks(const Linear& g, void* stream) {
+  if (g.R <= 16) return launch_hopper<T, HopperTile<BN, CLUSTER, 16>, true, false>(g, stream);
+  return launch_hopper<T, HopperTile<BN, CLUSTER, HOPPER_RANK_BESIDE>, true, false>(g, stream);
 }
 
 template <class T>
 const char* hopper_linear(const Linear& g, int32_t tile, void* stream) {
+  if (g.down.data) {
+    if (tile == 96) return hopper_by_ranks<T, 96, 1>(g, stream);
+    if (tile == 128) return hopper_by_ranks<T, 128, 1>(g, stream);
+    return hopper_by_ranks<T, 192, 2>(g, stream);
+  }
   if (tile == 128) return hopper_by_operands<T, 128, 1>(g, stream);
   if (tile == 192) return hopper_by_operands<T, 192, 2>(g, stream);
   return hopper_by_operands<T, 256, 2>(g, stream);

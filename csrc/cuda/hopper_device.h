@@ -38,40 +38,38 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// barrier_arrive: at the barrier that block `rank` of the cluster has at the same place. barrier_wait: until the phase
-// of this parity is over
-#define EFFT_BARRIER(NAME, RELEASE, ACQUIRE)                                                         \
-  __device__ __forceinline__ void barrier_arrive##NAME(uint64_t* barrier, int rank) {                \
-    asm volatile(                                                                                    \
-        "{\n.reg .b32 at;\n"                                                                         \
-        "mapa.shared::cluster.u32 at, %0, %1;\n"                                                     \
-        "mbarrier.arrive" RELEASE ".shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)), \
-        "r"(rank)                                                                                    \
-        : "memory");                                                                                 \
-  }                                                                                                  \
-  __device__ __forceinline__ void barrier_wait##NAME(uint64_t* barrier, int parity) {                \
-    asm volatile(                                                                                    \
-        "{\n.reg .pred over;\n"                                                                      \
-        "again:\n"                                                                                   \
-        "mbarrier.try_wait.parity" ACQUIRE                                                           \
-        ".shared::cta.b64 over, [%0], %1;\n"                                                         \
-        "@over bra done;\n"                                                                          \
-        "bra again;\n"                                                                               \
-        "done:\n}" ::"r"(shared_address(barrier)),                                                   \
-        "r"(parity)                                                                                  \
-        : "memory");                                                                                 \
-  }
+// arrives at the barrier that block `rank` of the cluster has at the same place (mapa, mbarrier.arrive). Its default
+// semantics order what TMA and the tensor cores do; plain stores to another block would need .release.cluster, a fence
+// of the whole GPU
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 
-// for what the copy engine and the tensor cores do, which has an order of its own
-EFFT_BARRIER(, "", "")
-// between plain reads here and writes of another block, which costs a fence of the whole GPU
-EFFT_BARRIER(_cluster, ".release.cluster", ".acquire.cluster")
-
-#undef EFFT_BARRIER
+// until the phase of this parity is over (mbarrier.try_wait.parity)
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 
 // `threads` threads of the block, of whole warps; id 1 to 15
 __device__ __forceinline__ void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// the same, without waiting for the others (bar.arrive)
+__device__ __forceinline__ void group_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // -- the cluster ------------------------------------------------------------------------------------------------------
@@ -86,20 +84,6 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   __syncwarp();  // a warp arrives as one
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
-  uint32_t mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-}
-
-// 16 bytes to another block, whose barrier counts them; both addresses mapped
-__device__ __forceinline__ void store_async(uint32_t to, const float* v, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
-      : "memory");
 }
 
 // registers per thread, from now on, for all threads of a warpgroup
@@ -152,8 +136,14 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-// for the copy engine: what this thread stored is there once it has fenced
-__device__ __forceinline__ void store_shared(void* to, uint32_t v) { *static_cast<uint32_t*>(to) = v; }
+// four blocks of 8 x 8 16-bit numbers (stmatrix): the row addresses of block i from lanes 8 i to 8 i + 7; lane l has of
+// each block the elements (l / 4, 2 (l % 4) + {0, 1})
+__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// what this thread stored to shared memory is seen by TMA once it has fenced (fence.proxy.async)
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // -- the tensor cores: a warpgroup's products, of tiles that stay in shared memory
@@ -190,23 +180,36 @@ struct Wgmma;
       "+f"(d[i + 7])
 #define EFFT_F8 EFFT_8(0)
 #define EFFT_F16 EFFT_F8, EFFT_8(8)
-#define EFFT_F64 EFFT_F16, EFFT_8(16), EFFT_8(24), EFFT_8(32), EFFT_8(40), EFFT_8(48), EFFT_8(56)
-#define EFFT_F96 EFFT_F64, EFFT_8(64), EFFT_8(72), EFFT_8(80), EFFT_8(88)
-#define EFFT_F128 EFFT_F96, EFFT_8(96), EFFT_8(104), EFFT_8(112), EFFT_8(120)
+#define EFFT_F24 EFFT_F16, EFFT_8(16)
+#define EFFT_F32 EFFT_F24, EFFT_8(24)
+#define EFFT_F40 EFFT_F32, EFFT_8(32)
+#define EFFT_F48 EFFT_F40, EFFT_8(40)
+#define EFFT_F56 EFFT_F48, EFFT_8(48)
+#define EFFT_F64 EFFT_F56, EFFT_8(56)
+#define EFFT_F72 EFFT_F64, EFFT_8(64)
+#define EFFT_F80 EFFT_F72, EFFT_8(72)
+#define EFFT_F88 EFFT_F80, EFFT_8(80)
+#define EFFT_F96 EFFT_F88, EFFT_8(88)
+#define EFFT_F104 EFFT_F96, EFFT_8(96)
+#define EFFT_F112 EFFT_F104, EFFT_8(104)
+#define EFFT_F120 EFFT_F112, EFFT_8(112)
+#define EFFT_F128 EFFT_F120, EFFT_8(120)
 #define EFFT_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define EFFT_D16 EFFT_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define EFFT_D64                                                                                              \
-  EFFT_D16                                                                                                    \
-  ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41," \
-  "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define EFFT_D96                                                                                              \
-  EFFT_D64                                                                                                    \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
-  "%90,%91,%92,%93,%94,%95"
-#define EFFT_D128                                                                                          \
-  EFFT_D96                                                                                                 \
-  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116," \
-  "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define EFFT_D24 EFFT_D16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define EFFT_D32 EFFT_D24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define EFFT_D40 EFFT_D32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define EFFT_D48 EFFT_D40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define EFFT_D56 EFFT_D48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define EFFT_D64 EFFT_D56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define EFFT_D72 EFFT_D64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define EFFT_D80 EFFT_D72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define EFFT_D88 EFFT_D80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define EFFT_D96 EFFT_D88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define EFFT_D104 EFFT_D96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define EFFT_D112 EFFT_D104 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define EFFT_D120 EFFT_D112 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define EFFT_D128 EFFT_D120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
 // d [64, N] (+)= a [64, 16] @ b [16, N], of the registers REGS = N / 2 and the operands after them
 //   shared     a and b by descriptors, a k-major; d is overwritten unless `add`
@@ -232,11 +235,15 @@ struct Wgmma;
     }                                                                                                        \
   };
 
-#define EFFT_WGMMAS(T, TYPE)                                         \
-  EFFT_WGMMA(T, TYPE, 16, 8, "8", "9", "10", "11", "12", "13")       \
-  EFFT_WGMMA(T, TYPE, 32, 16, "16", "17", "18", "19", "20", "21")    \
-  EFFT_WGMMA(T, TYPE, 128, 64, "64", "65", "66", "67", "68", "69")   \
-  EFFT_WGMMA(T, TYPE, 192, 96, "96", "97", "98", "99", "100", "101") \
+#define EFFT_WGMMAS(T, TYPE)                                              \
+  EFFT_WGMMA(T, TYPE, 96, 48, "48", "49", "50", "51", "52", "53")         \
+  EFFT_WGMMA(T, TYPE, 112, 56, "56", "57", "58", "59", "60", "61")        \
+  EFFT_WGMMA(T, TYPE, 128, 64, "64", "65", "66", "67", "68", "69")        \
+  EFFT_WGMMA(T, TYPE, 144, 72, "72", "73", "74", "75", "76", "77")        \
+  EFFT_WGMMA(T, TYPE, 160, 80, "80", "81", "82", "83", "84", "85")        \
+  EFFT_WGMMA(T, TYPE, 192, 96, "96", "97", "98", "99", "100", "101")      \
+  EFFT_WGMMA(T, TYPE, 208, 104, "104", "105", "106", "107", "108", "109") \
+  EFFT_WGMMA(T, TYPE, 224, 112, "112", "113", "114", "115", "116", "117") \
   EFFT_WGMMA(T, TYPE, 256, 128, "128", "129", "130", "131", "132", "133")
 
 EFFT_WGMMAS(Bf16, "bf16")
@@ -280,24 +287,6 @@ inline int multiprocessors() {
                      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
   return known && major == 9 && minor == 0 ? count : 0;
-}
-
-// as launch(), in clusters of `cluster` blocks side by side
-template <class Arguments>
-const char* launch_clusters(void (*kernel)(Arguments), int blocks, int cluster, int threads, int shared, void* stream,
-                            const Arguments& g) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
-    config.dynamicSmemBytes = size_t(shared), config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute, config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, kernel, g);
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace efft::cuda

@@ -29,6 +29,8 @@ __host__ __device__ constexpr int stage_size() {
 template <class T, class Tile, int RANKS, bool W_K_MAJOR>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     lowrank_linear_kernel(const __grid_constant__ Linear g) {
+  launch_dependents();
+  wait_for_prerequisites();
   constexpr int BM = Tile::BM, BN = Tile::BN, MI = Tile::WM / 16, NJ = Tile::WN / 8, PJ = RANKS ? RANKS / 8 : 2;
   EFFT_SHARED(shared);
   uint16_t* const tiles = reinterpret_cast<uint16_t*>(shared);

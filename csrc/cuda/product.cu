@@ -19,6 +19,8 @@ static_assert(sizeof(Products<MANY>) <= 32764, "arguments of a kernel, since CUD
 
 template <class T, int MOST>
 __global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_constant__ Products<MOST> all) {
+  launch_dependents();
+  wait_for_prerequisites();
   EFFT_SHARED(shared);
   uint16_t* const tiles = reinterpret_cast<uint16_t*>(shared);
   // the last product whose first tile is not beyond this block's

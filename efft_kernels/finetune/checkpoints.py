@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -10,71 +9,18 @@ from pathlib import Path
 
 import torch
 
+from ..storage import PARTIAL, write
+
 _NAME = "state-{:09d}.pt"
-_PARTIAL = ".partial-"  # a file that is being written; what a kill leaves of it is removed at the next start
 
 
 class StorageError(OSError):
     """A disk that does not take what has to be written; the message says what is safe."""
 
 
-class _Watched:
-    """A file that remembers why a write failed: torch.save would only say that it did."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, data) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write(path: Path, fill: Callable) -> None:
-    """All of a file or nothing: filled beside it, brought to the disk, renamed over it.
-
-    Raises:
-        OSError: no space, or another trouble; the file is as it was before.
-    """
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    try:
-        with open(partial, "wb") as file:
-            watched = _Watched(file)
-            try:
-                fill(watched)
-            except Exception as error:
-                raise watched.error or error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    """The rename itself, where folders can be brought to the disk."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(handle)
-
-
 def tidy(folder: Path) -> None:
     """Remove what interrupted writes left."""
-    for path in folder.glob(f"{_PARTIAL}*"):
+    for path in folder.glob(f"{PARTIAL}*"):
         path.unlink(missing_ok=True)
 
 

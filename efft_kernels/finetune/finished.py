@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..merge import merge
+from ..storage import write_bytes
 from . import checkpoints, methods
 from .data import Files, seed_all, transform
 from .models import logits, make_model, normalisation
@@ -84,7 +85,7 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
     tensors = {key: t.detach().clone().contiguous() for key, t in model.state_dict().items()}
     path = Path(path)
     with checkpoints.storing(path.parent, str(path)):
-        checkpoints.write(path, lambda file: file.write(save(tensors, {"format": "pt"})))
+        write_bytes(path, save(tensors, {"format": "pt"}))
     return path
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import storage
 from . import checkpoints, methods
 from .data import Data, DataError, Pictures, open_data, seed_all
 from .models import logits, make_model, need, normalisation, timm
@@ -580,10 +581,10 @@ class _Run:
             for p in self.unused:
                 p.requires_grad_(True)
             methods.save(s.method, s.options, model, self.out / record["result"]["adapter"], s.model)
-            checkpoints.write(self.out / "curves.png", lambda file: curves(file, record))
+            storage.write(self.out / "curves.png", lambda file: curves(file, record))
             writer.close()
             text = json.dumps(record, indent=1)
-            checkpoints.write(self.out / "metrics.json", lambda file: file.write(text.encode()))
+            storage.write_bytes(self.out / "metrics.json", text.encode())
             checkpoints.clear(self.out)
 
     def _writer(self, steps: int):

@@ -18,6 +18,7 @@ from ..configs import EFFTConfig, FacTConfig, LoRAConfig
 from ..files import load_adapter, save_adapter
 from ..inject import inject
 from ..layouts import head_state, heads_of
+from ..storage import write_bytes
 from . import baselines
 
 _FORMAT = "efft_kernels finetune 1"
@@ -195,12 +196,10 @@ def save(name: str, options: Mapping[str, object], model: nn.Module, path: Path,
         return save_adapter(model, path, base_model=base_model, head=True)
     from safetensors.torch import save as to_bytes
 
-    from .checkpoints import write
-
     tensors = {key: t.detach().clone().contiguous() for key, t in _state(model).items()}
     made = {"format": _FORMAT, "method": name, "options": json.dumps(dict(options)), "base_model": base_model}
     data = to_bytes(tensors, {**made, "model": type(model).__name__})
-    write(Path(path), lambda file: file.write(data))
+    write_bytes(Path(path), data)
 
 
 def load(model: nn.Module, path: Path) -> nn.Module:

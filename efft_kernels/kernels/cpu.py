@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..storage import cache_folder
 from .reference import amd_processor
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ def _compile() -> Path:
     sources = sorted((csrc / "cpu").glob("*.cpp"))
     text = b"".join(f.read_bytes() for f in sources + _headers(csrc))
     key = hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "efft_kernels")
+    cache = cache_folder()
     library = cache / f"cpu-{key}.so"
     if library.exists():
         return library

@@ -21,7 +21,8 @@ MAX_RANK = 256
 MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
 # of csrc/cuda/kernels.h
 LARGE_TILE, SMALL_TILE, MAX_RANK_BESIDE = 128, 64, 64
-HOPPER_TILES, HOPPER_RANK_BESIDE = (128, 192, 256), 32
+# columns of a tile of y, of which p takes some where it is formed beside y
+HOPPER_TILES, HOPPER_TILES_BESIDE, HOPPER_RANK_BESIDE = (128, 192, 256), (96, 128, 192), 32
 # FLOP per byte at which memory and tensor cores take equally long, by the major compute capability
 RIDGE = {8: 180, 9: 184, 10: 230}
 
@@ -163,33 +164,31 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
 
 
-def hopper_tile(M: int, N: int, single_pass: bool) -> int:
+def hopper_tile(M: int, N: int, R: int, single_pass: bool) -> int:
     """The columns of a tile with which y [M, N] takes the least time, by rounds of tiles on 132 multiprocessors.
 
-    128 columns are for a block alone, the others for two blocks side by side. Beside y, p costs what 32 columns would,
-    shared by these two: the tensor cores' least product takes as long. All this is computed, not measured.
+    Tiles of 192 and 256 columns go to two blocks that share the rows of x, the others to one block each. Beside y, p
+    costs as much as that many more columns of y. Storing y costs a tile about 32 columns.
     """
 
     def cost(BN: int) -> int:
-        pair = 1 if BN == 128 else 2
+        pair = 2 if BN >= 192 else 1
         rounds = _cdiv(_cdiv(M, 128) * _cdiv(_cdiv(N, BN), pair), 132 // pair)
-        return rounds * (BN + single_pass * 32 // pair)
+        return rounds * (BN + 32 + single_pass * _cdiv(R, 16) * 16)
 
-    return min(reversed(HOPPER_TILES), key=cost)
+    return min(reversed(HOPPER_TILES_BESIDE if single_pass else HOPPER_TILES), key=cost)
 
 
-def hopper_plan(M: int, N: int, R: int, w_k_major: bool, ridge: int) -> Plan:
-    """A pass of its own over x costs ridge / N of the product and a launch, taken as much again"""
+def hopper_plan(M: int, N: int, R: int, w_k_major: bool) -> Plan:
+    """p beside y where the kernel can form it there: it was faster at every size that was measured"""
     single = w_k_major and R <= HOPPER_RANK_BESIDE
-    BN = hopper_tile(M, N, single)
-    single = single and (BN == 128 >= N or (32 if BN == 128 else 16) * N < 2 * ridge * BN)
-    return Plan(single, True, hopper_tile(M, N, single))
+    return Plan(single, True, hopper_tile(M, N, R, single))
 
 
 def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> Plan:
     M, N = len(x), w.shape[1]
     if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and _hopper_takes(x, w):
-        return hopper_plan(M, N, R, w.stride(0) == 1, RIDGE[9])
+        return hopper_plan(M, N, R, w.stride(0) == 1)
     return Plan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
 
 
@@ -220,10 +219,12 @@ class Record(NamedTuple):
 
 def plans(arch: str, R: int) -> list[Plan]:
     """all that a GPU of this class can run, as far as the operands allow"""
-    tiles = [(False, tile, MAX_RANK_BESIDE) for tile in (SMALL_TILE, LARGE_TILE)]
+    found = [Plan(False, False, tile) for tile in (SMALL_TILE, LARGE_TILE)]
+    found += [Plan(True, False, tile) for tile in (SMALL_TILE, LARGE_TILE) if R <= MAX_RANK_BESIDE]
     if arch == "sm_90":
-        tiles += [(True, tile, HOPPER_RANK_BESIDE) for tile in HOPPER_TILES]
-    return [Plan(single, *found) for single in (True, False) for *found, beside in tiles if not single or R <= beside]
+        found += [Plan(False, True, tile) for tile in HOPPER_TILES]
+        found += [Plan(True, True, tile) for tile in HOPPER_TILES_BESIDE if R <= HOPPER_RANK_BESIDE]
+    return found
 
 
 def allows(x: Tensor, w: Tensor, plan: Plan) -> bool:

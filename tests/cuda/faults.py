@@ -24,90 +24,62 @@ LINEAR = {
 # name: (what stands in hopper.h once, what is planted in its place)
 HOPPER = {
     "no_wait_for_copies": (
-        "        barrier_wait(full + ring.stage, ring.parity);\n"
-        "        hold(acc), hold(acc_p);\n"
-        "        wgmma_fence();\n"
-        "        form_p(step > 0);\n",
-        "        wgmma_fence();\n"
-        "        form_p(step > 0);\n",
+        "        barrier_wait(shared.full + ring.stage, ring.parity);\n        hold(acc);\n        wgmma_fence();\n",
+        "        wgmma_fence();\n",
     ),
-    "no_wait_for_up": (
-        "        barrier_wait(full + ring.stage, ring.parity);\n"
-        "        const uint32_t a",
-        "        const uint32_t a",
+    "no_wait_for_up": ("        barrier_wait(shared.full + ring.stage, ring.parity);\n        hold(p);\n", "        hold(p);\n"),
+    "no_wait_for_p": (
+        "          barrier_wait(shared.full + ring.stage, ring.parity);\n"
+        "          const uint32_t a",
+        "          const uint32_t a",
     ),
     "no_wait_for_readers": (
-        "          barrier_wait(empty + ring.stage, ring.parity ^ 1);\n"
-        "          barrier_expect(full + ring.stage, Tile::STAGE);",
-        "          barrier_expect(full + ring.stage, Tile::STAGE);",
+        "          barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);\n"
+        "          barrier_expect(shared.full + ring.stage, Tile::STAGE);",
+        "          barrier_expect(shared.full + ring.stage, Tile::STAGE);",
     ),
     "released_while_read": (
-        "        wgmma_wait<1>();\n"
-        "        if (step > 0) release(last);\n"
-        "        last = ring.stage;\n",
-        "        release(ring.stage);\n"
-        "        last = ring.stage;\n",
+        "        wgmma_wait<1>();\n        if (step > 0) release(last);\n        last = ring.stage;\n",
+        "        release(ring.stage);\n        last = ring.stage;\n",
     ),
     "released_too_early": (
-        "        wgmma_wait<1>();\n"
-        "        if (step > 0) release(last);",
-        "        wgmma_wait<2>();\n"
-        "        if (step > 0) release(last);",
+        "        wgmma_wait<1>();\n        if (step > 0) release(last);",
+        "        wgmma_wait<2>();\n        if (step > 0) release(last);",
     ),
     "released_for_one": ("if (thread < CLUSTER) barrier_arrive", "if (thread < 1) barrier_arrive"),
-    "y_before_its_sum": (
-        "      wgmma_wait<0>();\n"
-        "      hold(acc);\n"
-        "      release(last);",
-        "      hold(acc);\n"
-        "      release(last);",
-    ),
+    "y_before_its_sum": ("      wgmma_wait<0>();\n      hold(acc);\n      release(last);\n\n", "      release(last);\n\n"),
     "p_before_its_sum": (
-        "        wgmma_wait<1>();\n"
-        "        hold(acc_p);\n",
-        "        hold(acc_p);\n",
+        "        wgmma_wait<0>();\n        hold(acc);\n        release(last);\n",
+        "        release(last);\n",
     ),
-    "half_of_p": ("          barrier_wait_cluster(p_full + consumer, p_parity);\n", ""),
-    "the_other_half_again": ("const int k16 = rank * SHARE + i;", "const int k16 = i;"),
-    "p_over_what_is_read": ("          barrier_wait_cluster(p_free + consumer, p_parity ^ 1);\n", ""),
-    "wrong_bytes": (
-        "barrier_expect(p_full + consumer, Tile::SLOT)",
-        "barrier_expect(p_full + consumer, 2 * Tile::SLOT)",
+    "the_last_step_never_released": (
+        "        wgmma_wait<0>();\n        hold(acc);\n        release(last);\n",
+        "        wgmma_wait<0>();\n        hold(acc);\n",
     ),
+    "down_over_w": ("tma_load(w_tile(ring.stage) + BN * LINE, &g.down", "tma_load(w_tile(ring.stage), &g.down"),
+    "p_of_other_columns": ("T::pack(r < g.R ? acc[BN / 2 + i * 2]", "T::pack(r < g.R ? acc[i * 2]"),
     "half_of_x": ("(1 << CLUSTER) - 1);", "1 << rank);"),
     "y_over_what_is_stored": ("tma_store_wait_read<Tile::PARTS - 1>();", "tma_store_wait_read<Tile::PARTS>();"),
     "no_fence_before_the_store": ("        fence_async();\n", ""),
-    "no_barrier_before_the_store": (
-        "        fence_async();\n"
-        "        group_sync(1 + consumer, WARPGROUP);\n",
-        "        fence_async();\n",
-    ),
-    "no_barrier_before_y": (
-        "tma_store_wait_read<Tile::PARTS - 1>();\n"
-        "        group_sync(1 + consumer, WARPGROUP);\n",
-        "tma_store_wait_read<Tile::PARTS - 1>();\n",
-    ),
-    "gone_while_stored": ("    if (thread == 0) tma_store_wait_read<0>();\n", ""),
-    "wrong_swizzle_of_y": ("(j ^ line / 2 % 4) * 16", "(j ^ line % 4) * 16"),
+    "no_barrier_before_the_store": ("        fence_async();\n        warp_sync();\n", "        fence_async();\n"),
+    "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
+    "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
+    "rows_of_another_warp": ("shared_address(part), n, m0 + warp_row)", "shared_address(part), n, m0 + consumer * 64)"),
+    "blocks_of_y_turned": ("lane % 16, chunk = 2 * j + lane / 16;", "lane / 16 * 8 + lane % 8, chunk = 2 * j + lane / 8 % 2;"),
     "wrong_stride": (
         "descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE)",
         "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)",
     ),
-    "wrong_swizzle_of_down": ("16, 16 * RANKS, 2 * RANKS);", "16, 16 * RANKS, LINE);"),
-    "beyond_the_ranks": ("T::pack(r < g.R ? acc_p[i * 2] : 0,", "T::pack(acc_p[i * 2],"),
-    "free_when_one_has_read": (
-        "          barrier_arrive_cluster(p_free + consumer, rank ^ 1);\n",
-        "          for (int i = 0; i < WARPGROUP && thread == 0; ++i)\n"
-        "            barrier_arrive_cluster(p_free + consumer, rank ^ 1);\n",
-    ),
-    "a_bias_for_all_tiles": ("const int pair = n0 / 2 + thread;", "const int pair = thread;"),
+    "beyond_the_ranks": ("T::pack(r < g.R ? acc[BN / 2 + i * 2] : 0,", "T::pack(acc[BN / 2 + i * 2],"),
+    "a_bias_for_all_tiles": ("const int n = n0 + j * 8 + col;", "const int n = j * 8 + col;"),
+    "the_lag_never_ends": ("if (step == lagged) group_arrive", "if (step == lagged + 1 && k_steps == 1) group_arrive"),
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": (
         "    barrier_init_fence();\n  }\n  cluster_sync();\n",
         "    barrier_init_fence();\n  }\n",
     ),
     "gone_while_others_arrive": (
-        "    if (thread == 0) tma_store_wait_read<0>();\n    cluster_sync();\n",
-        "    if (thread == 0) tma_store_wait_read<0>();\n",
+        "    if (lane == 0) tma_store_wait_read<0>();\n    cluster_sync();\n",
+        "    if (lane == 0) tma_store_wait_read<0>();\n",
     ),
 }

@@ -78,6 +78,7 @@ struct Thread {
 // threads that an instruction, or a barrier of some of them, brings together
 struct Meeting {
   std::vector<Thread*> there;
+  std::vector<Thread*> passing;  // arrived, and went on
 };
 
 struct Block {
@@ -257,12 +258,22 @@ inline const char* run(dim3 grid, int threads, size_t shared, std::function<void
 template <class Instruction>
 inline void meet(Meeting& meeting, size_t count, Instruction instruction) {
   meeting.there.push_back(&self());
-  if (meeting.there.size() < count) return stop(At::meeting);
+  if (meeting.there.size() + meeting.passing.size() < count) return stop(At::meeting);
+  meeting.passing.clear();
   std::vector<Thread*> there;
   there.swap(meeting.there);
   std::sort(there.begin(), there.end(), [](Thread* a, Thread* b) { return a->number < b->number; });
   instruction(there.data());
   for (Thread* t : there) t->at = At::ready;
+}
+
+// the same of a thread that does not wait for the others
+inline void arrive_at(Meeting& meeting, size_t count) {
+  Thread& me = self();
+  meeting.passing.push_back(&me);
+  if (meeting.there.size() + meeting.passing.size() < count) return;
+  for (Thread* t : meeting.there) t->at = At::ready;
+  meeting.there.clear(), meeting.passing.clear();
 }
 
 // the lanes of a warp
@@ -341,6 +352,12 @@ struct F16 : Numbers<F16> {
     return bits;
   }
 };
+
+inline void warp_sync() {
+  sim::together([](sim::Thread**) {});
+}
+inline void launch_dependents() {}
+inline void wait_for_prerequisites() {}
 
 inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const unsigned char*>(p) - sim::block().shared);

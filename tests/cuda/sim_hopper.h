@@ -232,11 +232,12 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   sim::stop(sim::At::wait);
 }
 
-inline void barrier_arrive_cluster(uint64_t* barrier, int rank) { barrier_arrive(barrier, rank); }
-inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
-
 inline void group_sync(int id, int threads) {
   sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread**) {});
+}
+
+inline void group_arrive(int id, int threads) {
+  sim::arrive_at(sim::block().named[id], size_t(threads));
 }
 
 inline int cluster_rank() { return sim::block().rank; }
@@ -244,19 +245,6 @@ inline int cluster_rank() { return sim::block().rank; }
 inline void cluster_sync() {
   sim::stop(sim::At::cluster);
   for (auto it = sim::fresh.begin(); it != sim::fresh.end();) it = it->second ? sim::fresh.erase(it) : std::next(it);
-}
-
-inline uint32_t map_shared(uint32_t address, int rank) { return address | uint32_t(rank + 1) << 24; }
-
-inline void store_async(uint32_t to, const float* v, uint32_t barrier) {
-  if (to % 16) sim::fail("an asynchronous store that is not on 16 bytes");
-  unsigned char *const place = sim::at(to), *const counts = sim::at(barrier);
-  const float a = v[0], b = v[1], c = v[2], d = v[3];
-  sim::engine([=] {
-    const float values[] = {a, b, c, d};
-    memcpy(place, values, 16);
-    sim::complete(counts, 16);
-  });
 }
 
 template <int COUNT>
@@ -300,7 +288,19 @@ void tma_store_wait_read() {
     if (!groups.front()->done) groups.front()->run();
 }
 
-inline void store_shared(void* to, uint32_t v) { sim::self().unfenced.emplace_back(to, v); }
+inline void store_matrices(void* row, const uint32_t (&v)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) sim::fail("an stmatrix that is not on 16 bytes");
+  auto& t = sim::self();
+  t.in[0] = row, t.in[1] = v;
+  sim::together([](sim::Thread** lanes) {
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) {
+        const auto start = static_cast<const unsigned char*>(lanes[i * 8 + l / 4]->in[0]);
+        lanes[l]->unfenced.emplace_back(const_cast<unsigned char*>(start) + l % 4 * 4,
+                                        static_cast<const uint32_t*>(lanes[l]->in[1])[i]);
+      }
+  });
+}
 
 inline void fence_async() {
   for (const auto& [to, v] : sim::self().unfenced) memcpy(to, &v, 4);
@@ -364,11 +364,11 @@ inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int6
 inline int multiprocessors() { return 4; }  // few, so that blocks take one tile after the other
 
 template <class Arguments>
-const char* launch_clusters(void (*kernel)(Arguments), int blocks, int cluster, int threads, int shared, void*,
+const char* launch_clusters(void (*kernel)(Arguments), dim3 grid, int cluster, int threads, int shared, void*,
                             const Arguments& g) {
   sim::most_shared = shared > sim::most_shared ? shared : sim::most_shared;
   sim::stores.clear(), sim::products.clear(), sim::fresh.clear();
-  return sim::run(dim3(blocks), threads, shared, [&] { kernel(g); }, cluster);
+  return sim::run(grid, threads, shared, [&] { kernel(g); }, cluster);
 }
 
 }  // namespace efft::cuda
