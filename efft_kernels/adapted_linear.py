@@ -6,28 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_linears import has_own_forward, pin_layout, unpin_layout
-from .ops import lowrank_add, lowrank_linear
+from .base_linears import add_low_rank, has_own_forward, pin_layout, unpin_layout
+from .groups import Pair
+from .ops import lowrank_linear
 from .passes import Adapters
 
 
 class AdaptedLinear(nn.Linear):
-    """A Linear of an injected model: y = x @ weight.T + bias + (x @ down) @ up, where its model's Adapters say.
+    """A Linear of an injected model: y = x @ weight.T + bias + (x @ down) @ up, with the pair that its model gives it.
 
-    Made by changing the class of a Linear: its parameters, names, hooks and whoever refers to it stay as they are. One
-    that keeps its own product (base_linears.py) is called as before, and gets a class that is both.
+    Made by changing the class of a Linear: its parameters, names, hooks and references to it stay as they are. A Linear
+    with its own forward (base_linears.py) gets a class derived from both, which calls that forward and adds the update.
     """
 
     base: type = nn.Linear  # the class that it had
 
     @staticmethod
     def adopt(linear: nn.Linear, path: str, adapters: Adapters) -> None:
+        """Turn a Linear into an adapted one, in place."""
         pin_layout(linear)
         linear.__class__ = _adapted(type(linear))
         linear.efft = (adapters, path)  # a tuple, which registers nothing
 
     def release(self) -> None:
-        """Back to the Linear it was."""
+        """Turn it back into the Linear it was, in place."""
         del self.efft
         self.__class__ = self.base
         unpin_layout(self)
@@ -37,27 +39,31 @@ class AdaptedLinear(nn.Linear):
         pair = adapters.pair(path)
         if pair is None:
             return super().forward(x)
+        parameters = self._parameters  # nn.Module.__getattr__ would find them a microsecond later
+        weight = parameters.get("weight")
+        # a plain Parameter in a plain Linear needs no further question
+        if (type(weight) is not nn.Parameter or self.base is not nn.Linear) and has_own_forward(self, self.base):
+            return self._add_to_own(x, pair)
         down, up, dropout = pair
-        if has_own_forward(self, self.base):
-            return self._beside(x, down, up, dropout, adapters.backend)
-        if down.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            down, up = down.to(self.weight.dtype), up.to(self.weight.dtype)
+        if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            down, up = down.to(weight.dtype), up.to(weight.dtype)
         if dropout and self.training:
-            return F.linear(x, self.weight, self.bias) + F.dropout(x @ down, dropout) @ up
-        return lowrank_linear(x, self.weight, self.bias, down, up, backend=adapters.backend)
+            return F.linear(x, weight, parameters["bias"]) + F.dropout(x @ down, dropout) @ up
+        return lowrank_linear(x, weight, parameters["bias"], down, up, backend=adapters.backend)
 
-    def _beside(self, x: Tensor, down: Tensor, up: Tensor, dropout: float, backend: str | None) -> Tensor:
+    def _add_to_own(self, x: Tensor, pair: Pair) -> Tensor:
+        """the update added to what the base's own forward returns"""
         y = super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
-            # quantized activations, mostly: the layers before would be trained with a part of their gradient
+            # mostly quantized activations: the layers before would be trained with a part of their gradient
             raise RuntimeError(
                 f"{self.efft[1]} passes no gradient to its input, as {type(self.weight).__name__} computes it; train on "
                 "a base whose weights alone are quantized, and run this one under torch.no_grad()"
             )
-        x, down, up = x.to(y.dtype), down.to(y.dtype), up.to(y.dtype)
-        if dropout and self.training:
-            return y + F.dropout(x @ down, dropout) @ up
-        return lowrank_add(y, x, down, up, backend=backend)
+        x, down, up = x.to(y.dtype), pair.down.to(y.dtype), pair.up.to(y.dtype)
+        if pair.dropout and self.training:
+            return y + F.dropout(x @ down, pair.dropout) @ up
+        return add_low_rank(y, x, down, up)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, adapted={self.efft[0].active!r}"
@@ -70,7 +76,7 @@ def _adapted(base: type) -> type[AdaptedLinear]:
         return AdaptedLinear
 
     def __reduce_ex__(self, protocol):
-        # such a class has no name to be found under: a copy or a pickle makes it again from the base
+        # pickle cannot find such a class by name, so a copy or a pickle makes it again from the base
         _, _, *state = super(cls, self).__reduce_ex__(protocol)
         return _bare, (base,), *state
 

@@ -69,11 +69,7 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     """
     found = {}
     for group in adapters(model).groups():
-        training = group.training
-        try:
-            pairs = group.eval().low_rank_pairs(group.slots.values(), "reference")
-        finally:
-            group.train(training)
+        pairs = group.pairs_without_dropout("reference")
         for path, slot in group.slots.items():
             down, up, _ = pairs[path]
             for part, columns in zip(slot.site.parts, up.split(slot.site.width, 1)):
@@ -151,7 +147,7 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
         for slot in spec.slots:
             K, N = slot.site.in_features, slot.site.out_features
             frozen += K * N
-            added += group.low_rank_pairs([slot], "reference")[slot.site.path].down.shape[1] * (K + N)
+            added += group.low_rank_pairs("reference", slot.site.path)[slot.site.path].down.shape[1] * (K + N)
     size = dtype.itemsize
     return Cost(
         plan.parameters, frozen, 2 * rows * frozen, 2 * rows * added, update,

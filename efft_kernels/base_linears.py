@@ -1,8 +1,9 @@
-"""Linears that keep their own product: quantized, parametrized or weight-normed ones. What is known of each kind.
+"""Linears whose own forward must run: quantized, parametrized or weight-normed ones, and what is known of each kind.
 
-Their forward runs as it is and the update is added beside it (ops.lowrank_add); the gradient of x is theirs plus ours.
-Known are, by name and never imported before one is met: torchao's weights (tensor subclasses inside a plain nn.Linear),
-bitsandbytes' Linear4bit and Linear8bitLt, and torch's own parametrizations, weight norm, spectral norm and pruning.
+Their forward runs unchanged and the update is added to its result; the gradient of x is the sum of both. They are
+recognised by name, and their packages are never imported before one is met: torchao's weights (tensor subclasses in a
+plain nn.Linear), bitsandbytes' Linear4bit and Linear8bitLt, and torch's own parametrizations, weight norm, spectral
+norm and pruning.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,24 +16,34 @@ _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 def has_own_forward(linear: nn.Linear, base: type = nn.Linear) -> bool:
-    """Whether the product of a Linear whose class is, or was before it was adapted, ``base`` must be left to itself."""
+    """Whether a Linear must compute x W itself, because no kernel here can read its weight.
+
+    Args:
+        linear: any Linear.
+        base: its class, or, for an adapted Linear, the class it had before.
+    """
     weight = linear._parameters.get("weight")
     return base is not nn.Linear or weight is None or _wraps(weight)
 
 
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:  # [..., N], [..., K], [K, R], [R, N]
+    """y + (x @ down) @ up, where y comes from a Linear's own forward."""
+    return torch.addmm(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ down, up).view(y.shape)
+
+
 def _wraps(weight: Tensor) -> bool:
-    """whether it is a tensor made of others; torch's own question for that is answered wrongly under torch.compile"""
+    """whether it is a tensor made of others; torch's own check for that gives the wrong answer under torch.compile"""
     return hasattr(type(weight), "__tensor_flatten__")
 
 
 def _bitsandbytes(cls: type) -> str | None:
-    """which of its Linears a class is"""
+    """the name of the bitsandbytes Linear that a class is, or None"""
     known = (c.__name__ for c in cls.__mro__ if c.__module__.startswith("bitsandbytes."))
     return next((name for name in known if name in _BITSANDBYTES), None)
 
 
 def kind(linear: nn.Linear) -> str | None:
-    """What quantizes this Linear, for a sentence; None if nothing does."""
+    """What quantizes this Linear, for an error message; None if nothing does."""
     if name := _bitsandbytes(type(linear)):
         return f"bitsandbytes' {name}"
     weight = linear._parameters.get("weight")
@@ -42,13 +53,13 @@ def kind(linear: nn.Linear) -> str | None:
 
 
 def refusal(linear: nn.Linear, base: type) -> str | None:
-    """Why an update beside this Linear, of class ``base``, would be wrong or cannot be had, and what to do; or None."""
+    """Why this Linear of class ``base`` cannot be adapted, and what to do about it; None if it can be."""
     if base is nn.Linear:
         weight = linear.weight
         if not weight.dtype.is_floating_point:
             return f"must have a floating-point weight, got {weight.dtype}"
         return None
-    if _bitsandbytes(base) or parametrize.is_parametrized(linear) and base.__bases__ == (nn.Linear,):
+    if _bitsandbytes(base) or (parametrize.is_parametrized(linear) and base.__bases__ == (nn.Linear,)):
         return None
     if base is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "is read past its forward by nn.MultiheadAttention; leave it out with targets= or blocks="
@@ -59,13 +70,13 @@ def refusal(linear: nn.Linear, base: type) -> str | None:
 
 
 def tensors(linear: nn.Linear) -> Iterator[nn.Parameter]:
-    """What the weight is made of: its one parameter, or those that a parametrization or a norm computes it from."""
-    # a bias that is parametrized is parametrizations.bias.original
+    """The parameters that make up the weight: one, or those that a parametrization or a norm computes it from."""
+    # a parametrized bias is named parametrizations.bias.original
     return (p for name, p in linear.named_parameters() if "bias" not in name.split("."))
 
 
 def kept_in(linear: nn.Linear) -> tuple[torch.dtype | None, torch.device]:
-    """(dtype, device) that factors beside this Linear have; the dtype None where only its inputs will tell."""
+    """The dtype and device for factors of this Linear; the dtype is None where only its inputs will tell."""
     device = next(tensors(linear)).device
     if not _bitsandbytes(type(linear)):
         return linear.weight.dtype, device
@@ -77,7 +88,7 @@ def kept_in(linear: nn.Linear) -> tuple[torch.dtype | None, torch.device]:
 
 @torch.no_grad()
 def dense(linear: nn.Linear) -> Tensor:
-    """The weight [N, K] that the Linear multiplies with, as a plain tensor, new unless the Linear keeps it so."""
+    """The weight [N, K] that the Linear multiplies with, as a plain tensor: a copy unless it is stored that way."""
     weight, name = linear.weight, _bitsandbytes(type(linear))
     if name == "Linear4bit" and getattr(weight, "quant_state", None) is not None:
         _unpack(linear)
@@ -96,16 +107,16 @@ def dense(linear: nn.Linear) -> Tensor:
 
 
 def _unpack(linear: nn.Linear) -> None:
-    """a Linear4bit whose weight is laid out for inference back to the layout that can be dequantized"""
+    """Bring a Linear4bit whose weight is packed for inference back to the layout that can be dequantized."""
     if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
-        linear.state_dict()  # does so as it saves
+        linear.state_dict()  # unpacks as a side effect
 
 
 def pin_layout(linear: nn.Linear) -> None:
-    """Before a Linear is adapted: keep a Linear4bit in the layout that has a gradient.
+    """Keep a Linear4bit in the layout that has a gradient, before it is adapted.
 
-    On processors with AVX-512 BF16 its first forward without a gradient lays the weight out anew, for good, and from
-    then on no gradient passes.
+    On processors with AVX-512 BF16 its first forward without a gradient repacks the weight for good, and no gradient
+    passes through it afterwards.
     """
     if getattr(linear, "support_avx512bf16_for_cpu", False):
         _unpack(linear)
@@ -113,7 +124,7 @@ def pin_layout(linear: nn.Linear) -> None:
 
 
 def unpin_layout(linear: nn.Linear) -> None:
-    """After it was adapted: as before :func:`pin_layout`."""
+    """Undo :func:`pin_layout`, after the Linear is plain again."""
     if hasattr(linear, "support_avx512bf16_for_cpu"):
         from bitsandbytes.functional import has_avx512bf16
 
@@ -121,7 +132,7 @@ def unpin_layout(linear: nn.Linear) -> None:
 
 
 class DenseWeights(Mapping):
-    """path -> dense weight of these Linears in one dtype, made when it is asked for and held by nobody."""
+    """path -> dense weight of these Linears in one dtype; made when asked for, and not kept."""
 
     def __init__(self, linears: Mapping[str, nn.Linear], dtype: torch.dtype):
         self.linears, self.dtype = linears, dtype

@@ -1,14 +1,18 @@
-"""Groups: the trained factors of a set of Linears, and the (down, up) that each Linear gets from them."""
+"""Groups: the trained factors of a set of Linears, and the (down, up) that each Linear gets from them.
+
+Every method computes y = x W + b + (x @ down) @ up for each Linear and differs only in where down and up come from. A
+config (configs.py) says which matrices form a group; the classes here hold the factors of one group.
+"""
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .columns import ColumnPlan, plan_columns
 from .configs import EFFTConfig, FacTConfig, GroupSpec, LoRAConfig, LoRAXSConfig, MethodConfig, Slot, VeRAConfig
 from .ops import group_update
 
@@ -16,19 +20,19 @@ from .ops import group_update
 class Pair(NamedTuple):
     """What one Linear adds: (x @ down) @ up, with ``dropout`` on x @ down while training."""
 
-    down: Tensor  # [K, R]
+    down: Tensor  # [K, R]; on a GPU with K contiguous, as its kernels read it
     up: Tensor  # [R, N]
     dropout: float = 0.0
 
 
 class Group(nn.Module):
-    """The trained factors of one group, or of that group in several adapters: see :func:`stack`.
+    """The trained factors of one group of Linears, or of that group in several adapters: see :func:`stack`.
 
     Args:
         spec: shapes and slots.
         config: the options of the method.
-        weights: path -> frozen weight [N, K] of each slot, for device, dtype and the SVD of LoRA-XS. Empty tensors will
-            do for a group whose factors are about to be loaded.
+        weights: path -> frozen weight [N, K] of each slot, for device, dtype and the SVD of LoRA-XS. Empty tensors
+            suffice for a group whose factors are about to be loaded.
     """
 
     def __init__(self, spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]):
@@ -43,32 +47,44 @@ class Group(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """whether the next hand-out draws dropout masks"""
+        """Whether the next call of low_rank_pairs draws dropout masks."""
         return False
 
-    def low_rank_pairs(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
-        """path -> (down, up) of each slot, in one go; differentiable in the factors.
+    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+        """The (down, up) of all Linears of the group at once, by path, or of one alone; differentiable in the factors.
 
-        Of a stack of A adapters: down [A, K, R], up [A, R, N]. Dimensions are counted from the last for that.
+        A stack of A adapters gives down [A, K, R] and up [A, R, N]; dimensions are counted from the last for that.
+
+        Args:
+            backend: of the group update, as for :func:`efft_kernels.group_update`.
+            path: of the one Linear; None for all.
         """
         raise NotImplementedError
 
+    def pairs_without_dropout(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+        """As :meth:`low_rank_pairs` in eval mode, whatever mode the group is in."""
+        training = self.training
+        try:
+            return self.eval().low_rank_pairs(backend, path)
+        finally:
+            self.train(training)
+
 
 def stack(groups: list[Group]) -> Group:
-    """One group that hands out the pairs of several adapters at once: each factor with a leading dimension of adapters.
+    """One group that gives the pairs of several adapters at once: each factor gets a leading dimension of adapters.
 
-    The stack is differentiable in the factors it was made of. Adapters of lower rank than the others get zeros beyond
-    it, which changes no update. Not a module to keep: a look at the factors as they are now.
+    The stack is differentiable in the factors it was made of. Adapters of lower rank than the others are padded with
+    zeros, which changes no update. The stack is a snapshot of the current factors; do not keep it.
 
     Args:
-        groups: of one kind and one set of slots; their ranks and scales may differ, options of dropout may not.
+        groups: of one class and one set of slots; ranks and scales may differ, dropout may not.
     """
     first = groups[0]
     made = copy.copy(first)
     made.__dict__ = {**first.__dict__, "_parameters": {}, "_buffers": {}}
     names = {name: None for group in groups for name in (*group._parameters, *group._buffers) if name != "scale"}
     for name in names:
-        made.__dict__[name] = _stack([getattr(group, name) for group in groups])
+        made.__dict__[name] = _padded_stack([getattr(group, name) for group in groups])
     scales = [group.scale for group in groups]
     if len({scale if isinstance(scale, float) else id(scale) for scale in scales}) > 1 or isinstance(scales[0], Tensor):
         # float32: a scale is not rounded to the dtype of the factors
@@ -79,7 +95,7 @@ def stack(groups: list[Group]) -> Group:
     return made
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
+def _padded_stack(tensors: list[Tensor]) -> Tensor:
     sizes = [max(dims) for dims in zip(*(t.shape for t in tensors))]
     missing = lambda t: [n for size, own in zip(reversed(sizes), reversed(t.shape)) for n in (0, size - own)]
     return torch.stack([t if list(t.shape) == sizes else F.pad(t, missing(t)) for t in tensors])
@@ -93,6 +109,7 @@ class EFFTGroup(Group):
         P, Q = spec.rank
         self.factor_dropout = getattr(config, "factor_dropout", 0.0)
         self.activation_dropout = getattr(config, "activation_dropout", 0.0)
+        self._plans: dict[tuple[str | None, bool], tuple[ColumnPlan, ...]] = {}
         self.u = self._parameter(spec.K, P)
         self._make_cores(spec.cores, P, Q)
         self.v = self._parameter(Q, spec.N)
@@ -116,45 +133,63 @@ class EFFTGroup(Group):
     def drops(self) -> bool:
         return self.training and self.factor_dropout > 0
 
-    def low_rank_pairs(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
-        dropout = self.factor_dropout if self.training else 0.0
-        return self._fold(list(slots), self.u, self.cores(), self.v, dropout, backend)
+    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+        (plan,) = self._column_plans(path)
+        return self._fold(plan, self.u, self.cores(), self.v, backend)
 
-    def _fold(self, slots, u, sigma, v, dropout, backend) -> dict[str, Pair]:
-        """(u, sigma v) for each slot; (sigma v).T and u.T where it is transposed, which needs no second launch"""
+    def _column_plans(self, path: str | None) -> tuple[ColumnPlan, ...]:
+        key = path, self.drops
+        plans = self._plans.get(key)
+        if plans is None:
+            plans = self._make_plans(list(self.slots.values()) if path is None else [self.slots[path]])
+            if not torch.compiler.is_compiling():
+                self._plans[key] = plans
+        return plans
+
+    def _make_plans(self, slots: list[Slot]) -> tuple[ColumnPlan, ...]:
+        return (plan_columns(slots, self.spec.N, masked=self.drops),)
+
+    def _fold(self, plan: ColumnPlan, u: Tensor, sigma: Tensor, v: Tensor, backend: str | None) -> dict[str, Pair]:
+        """(u, sigma v) for each slot; (sigma v).T and u.T for a transposed one, which needs no second launch."""
         scale = self.scale
         if isinstance(scale, Tensor):
             sigma, scale = (sigma * scale).to(sigma.dtype), 1.0
-        device = u.device.type
-        if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
-            u = u.to(torch.get_autocast_dtype(device))  # once, not in every Linear
-        if dropout:
-            downs, ups = _drawn(slots, u, sigma, v, scale, dropout)
+        if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+            u = u.to(torch.get_autocast_dtype(u.device.type))  # once, not in every Linear
+        if self.drops:
+            u, pieces = _masked(plan, u, sigma, v, scale, self.factor_dropout)
         else:
-            downs, ups = _undrawn(slots, u, sigma, v, scale, backend)
+            u, pieces = u.unsqueeze(-3), _cut(plan, _updates(_select(sigma, plan.cores), v, scale, backend))
+        downs = _downs(plan, u)
         pairs = {}
-        for slot in slots:
-            down, up = next(downs[slot.call]), _side_by_side([next(run) for run in ups[slot.site.path]])
-            down, up = (up.mT, down.mT) if slot.transposed else (down, up)
+        for slot, number, takes in zip(plan.slots, plan.downs, plan.takes):
+            down = downs[number]
+            up = pieces[takes[0]] if len(takes) == 1 else torch.cat([pieces[i] for i in takes], -1)
+            if slot.transposed:
+                down, up = up.mT, down.mT
             pairs[slot.site.path] = Pair(down, up, self.activation_dropout)
         return pairs
 
 
 class FacTGroup(EFFTGroup):
-    """As EFFT with d x d slices, except fc2: slices on top of each other, so that U is the factor that meets Sigma.
+    """As EFFT with d x d slices, except fc2: its slices stand on top of each other, so U is the factor next to Sigma.
 
     With x = [x_0 ... x_3], sum_i x_i U Sigma_i V has down = [U Sigma_0; ...; U Sigma_3] and up = V: a transposed slot
     of the group (V.T, Sigma.T, U.T).
     """
 
-    def low_rank_pairs(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
-        slots, sigma = list(slots), self.cores()
-        plain = [slot for slot in slots if not slot.transposed]
-        stacked = [slot for slot in slots if slot.transposed]
-        pairs = self._fold(plain, self.u, sigma, self.v, 0.0, backend) if plain else {}
-        if stacked:
-            pairs |= self._fold(stacked, self.v.mT, sigma.mT, self.u.mT, 0.0, backend)
+    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+        sigma, pairs = self.cores(), {}
+        for plan in self._column_plans(path):
+            if plan.slots[0].transposed:
+                pairs |= self._fold(plan, self.v.mT, sigma.mT, self.u.mT, backend)
+            else:
+                pairs |= self._fold(plan, self.u, sigma, self.v, backend)
         return pairs
+
+    def _make_plans(self, slots: list[Slot]) -> tuple[ColumnPlan, ...]:
+        sides = [slot for slot in slots if not slot.transposed], [slot for slot in slots if slot.transposed]
+        return tuple(plan_columns(side, self.spec.N, masked=False) for side in sides if side)
 
 
 class FacTTuckerGroup(FacTGroup):
@@ -196,15 +231,23 @@ class LoRAGroup(Group):
         """a and b of some of the Linears"""
         return _rows(self.a, rows), _rows(self.b, rows)
 
-    def low_rank_pairs(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
-        slots = list(slots)
-        first = self.index[slots[0].site.path]
-        rows = slice(first, first + 1) if len(slots) == 1 else slice(None)
+    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+        rows, slots = self._rows_of(path)
         a, b = self.factors(rows)
-        down = a.transpose(-3, -2).flatten(-2)  # [l, K, m R]
+        if a.device.type == "cpu":
+            down = a.transpose(-3, -2).flatten(-2)  # [l, K, m R]
+        else:
+            down = a.mT.contiguous().flatten(-3, -2).mT
         up = (b.unsqueeze(-2) * self._placed(b)).flatten(-2).flatten(-3, -2)  # [l, m R, parts N]
         pairs = zip(down.unbind(-3), up.unbind(-3))
-        return {slot.site.path: Pair(*pair) for slot, pair in zip(self.spec.slots[rows], pairs)}
+        return {slot.site.path: Pair(*pair) for slot, pair in zip(slots, pairs)}
+
+    def _rows_of(self, path: str | None) -> tuple[slice, tuple[Slot, ...]]:
+        """rows of the factors, and slots, of all Linears or of one"""
+        if path is None:
+            return slice(None), self.spec.slots
+        first = self.index[path]
+        return slice(first, first + 1), self.spec.slots[first : first + 1]
 
     def _placed(self, b: Tensor) -> Tensor:
         """place, with a dimension for the Linears if there is one for the adapters"""
@@ -244,19 +287,18 @@ class VeRAGroup(LoRAGroup):
         nn.init.constant_(self.d, 0.1)
         nn.init.zeros_(self.b)
 
-    def low_rank_pairs(self, slots: Iterable[Slot], backend: str | None) -> dict[str, Pair]:
-        slots = list(slots)
-        first = self.index[slots[0].site.path]
-        rows = slice(first, first + 1) if len(slots) == 1 else slice(None)
+    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+        rows, slots = self._rows_of(path)
         d, b = (t[..., rows, :, :].unsqueeze(dim) for t, dim in ((self.d, -1), (self.b, -2)))
         v = self.v if self.v.dim() == 2 else self.v[:, None, None]
         up = d * v * b  # [l, m, R, N]
         # all matrices of a Linear read the same x u, so their rows add up instead of standing below each other
         up = (up.unsqueeze(-2) * self._placed(up)).sum(-4).flatten(-2)
-        return {slot.site.path: Pair(self.u, row) for slot, row in zip(self.spec.slots[rows], up.unbind(-3))}
+        down = self.u if self.u.device.type == "cpu" else self.u.mT.contiguous().mT
+        return {slot.site.path: Pair(down, row) for slot, row in zip(slots, up.unbind(-3))}
 
 
-def _fact_group(spec, config, weights):
+def _fact_group(spec: GroupSpec, config: FacTConfig, weights: Mapping[str, Tensor]) -> FacTGroup:
     return (FacTGroup if config.variant == "tt" else FacTTuckerGroup)(spec, config, weights)
 
 
@@ -270,7 +312,7 @@ GROUPS: dict[type[MethodConfig], Callable[[GroupSpec, MethodConfig, Mapping[str,
 
 
 def make_group(spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]) -> Group:
-    """The group of this config's method. Arguments as :class:`Group`."""
+    """The group of this config's method, with new factors. Arguments as :class:`Group`."""
     method = next(cls for cls in type(config).__mro__ if cls in GROUPS)
     return GROUPS[method](spec, config, weights)
 
@@ -289,97 +331,76 @@ def _updates(sigma: Tensor, v: Tensor, scale: float, backend: str | None) -> Ten
     return torch.bmm(sigma.transpose(1, 2).flatten(1, 2) * scale, v).unflatten(1, (P, S)).flatten(2)
 
 
-def _undrawn(slots, u, sigma, v, scale, backend) -> tuple[dict[int, Iterator], dict[str, list[Iterator]]]:
-    """(call -> u's, path -> its runs of columns) with one group update for all slots"""
-    order = sorted({core for slot in slots for core in slot.cores})
-    ups = _updates(_select(sigma, order), v, scale, backend)
-    us = iter(_fan(u, len(slots)))
-    position = {core: i for i, core in enumerate(order)}
-    return {slot.call: us for slot in slots}, _columns([ups], slots, [position] * len(slots), v.shape[-1], len(order))
+def _masked(
+    plan: ColumnPlan, u: Tensor, sigma: Tensor, v: Tensor, scale: float, dropout: float
+) -> tuple[Tensor, list[Tensor]]:
+    """u [calls, K, P] and the pieces of the updates, each call with dropout masks of its own on u and v.
+
+    v then differs from call to call, so the update is a batch of products instead of one group update.
+    """
+    n, S = plan.cores_per_draw, sigma.shape[-3]
+    draws, repeats = len(plan.cores) // n, len(plan.cores) // S
+    if scale != 1.0:
+        sigma = sigma * scale
+    if plan.cores == tuple(range(S)) * repeats:
+        sigma = _drop(_times(sigma, repeats, -4), dropout).flatten(-4, -3)
+    else:
+        sigma = _drop(_select(sigma, plan.cores), dropout)
+    v = _drop(_times(v, draws), dropout)
+    ups = torch.matmul(sigma.unflatten(-3, (draws, n)).flatten(-3, -2), v)  # [draws, n P, N]
+    u = _drop(_times(u, plan.calls), dropout)
+    if plan.piece_per_core and n == 1:
+        return u, _repeated(plan, ups.unbind(-3))
+    return u, _cut(plan, ups.unflatten(-2, (n, -1)).movedim(-2, -4).flatten(-3))  # a copy, [P, draws n N]
 
 
-def _drawn(slots, u, sigma, v, scale, dropout) -> tuple[dict[int, Iterator], dict[str, list[Iterator]]]:
-    """as _undrawn, with masks for every call: v then differs from call to call, so the update is batched"""
-    calls = {}
-    for slot in slots:
-        calls.setdefault(slot.call, []).append(slot)
-    cores = {call: list(dict.fromkeys(core for slot in s for core in slot.cores)) for call, s in calls.items()}
-    sizes = {len(found) for found in cores.values()}
-    n = sizes.pop() if len(sizes) == 1 else 1
-    order, positions = [], {}
-    for call, found in cores.items():
-        positions[call] = {core: len(order) + i for i, core in enumerate(found)}
-        order += found
-    sigma = F.dropout(_select(sigma, order), dropout) * scale
-    sigma = sigma.unflatten(-3, (-1, n)).transpose(-3, -2).flatten(-3, -2)  # [C, P n, Q]
-    v = F.dropout(_times(v, sigma.shape[-3]), dropout)
-    ups = torch.matmul(sigma, v).unflatten(-2, (-1, n)).flatten(-2).unbind(-3)  # C matrices [P, n N]
-    us = F.dropout(_times(u, len(calls)), dropout).unbind(-3)
-    downs = {call: iter(_fan(drawn, len(s))) for drawn, (call, s) in zip(us, calls.items())}
-    return downs, _columns(ups, slots, [positions[slot.call] for slot in slots], v.shape[-1], n)
+def _drop(t: Tensor, dropout: float) -> Tensor:
+    # F.dropout is several operations on a CPU; this is one on every device
+    return torch.native_dropout(t, dropout, True)[0]
 
 
-def _select(sigma: Tensor, order: list[int]) -> Tensor:
-    """sigma[order] whose gradient needs no scatter: a range, whole repetitions, or single slices"""
-    S, n = sigma.shape[-3], len(order)
-    if order == list(range(order[0], order[0] + n)):
-        return sigma if n == S else sigma[..., order[0] : order[0] + n, :, :]
-    if order == list(range(S)) * (n // S):
-        return _times(sigma, n // S, -4).flatten(-4, -3)
-    return torch.stack([sigma[..., core, :, :] for core in order], -3)
+def _cut(plan: ColumnPlan, matrix: Tensor) -> list[Tensor]:
+    """the pieces that ``plan.takes`` counts, out of the updates side by side"""
+    return _repeated(plan, matrix.split_with_sizes(plan.widths, -1) if len(plan.widths) > 1 else (matrix,))
 
 
-def _fan(t: Tensor, n: int) -> tuple[Tensor, ...]:
-    """t, n times; the gradients come back as one stack and one sum instead of n - 1 additions"""
-    return (t,) if n == 1 else _times(t, n).unbind(-3)
+def _repeated(plan: ColumnPlan, cut: Sequence[Tensor]) -> list[Tensor]:
+    """each piece as often as it is used, then the blocks of zeros"""
+    pieces = []
+    for piece, times in zip(cut, plan.uses):
+        if times == 1:
+            pieces.append(piece)
+        elif times > 1:
+            pieces += _times(piece, times).unbind(-3)  # its gradients come back as one stack and one sum
+    for width in plan.zeros:
+        pieces.append(cut[0].new_zeros(*cut[0].shape[:-1], width))
+    return pieces
+
+
+def _downs(plan: ColumnPlan, u: Tensor) -> list[Tensor]:
+    """each value of u [calls, K, P], as many times as slots share it, in the order that ``plan.downs`` counts in"""
+    gpu = u.device.type != "cpu"
+    parts = u.split_with_sizes([count for count, _ in plan.shares], -3) if len(plan.shares) > 1 else (u,)
+    downs = []
+    for part, (count, size) in zip(parts, plan.shares):
+        if gpu:
+            part = part.mT
+            if count == 1 or size == 1:  # otherwise flatten copies
+                part = part.contiguous()
+        part = _times(part, size).flatten(-4, -3)
+        downs += (part.mT if gpu else part).unbind(-3)
+    return downs
+
+
+def _select(sigma: Tensor, cores: tuple[int, ...]) -> Tensor:
+    """sigma[cores]; a range is a view, and no case has a scatter for its gradient"""
+    S, n = sigma.shape[-3], len(cores)
+    if cores == tuple(range(cores[0], cores[0] + n)):
+        return sigma if n == S else sigma[..., cores[0] : cores[0] + n, :, :]
+    return torch.stack([sigma[..., core, :, :] for core in cores], -3)
 
 
 def _times(t: Tensor, n: int, dim: int = -3) -> Tensor:
     """t, n times along a new dimension"""
     t = t.unsqueeze(dim)
     return t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :])
-
-
-def _columns(matrices, slots, positions, N: int, n: int) -> dict[str, list[Iterator]]:
-    """path -> for each run of neighbouring columns that it needs, where to take them from
-
-    matrices: each [P, n N], together the updates of all cores side by side. positions: for each slot, core -> number.
-    Every matrix is split once, so that its gradient is one concatenation.
-    """
-    zeros = len(matrices)  # stands for a matrix of zeros
-    needs = []
-    for slot, position in zip(slots, positions):
-        runs = []  # (matrix, start, width)
-        for core, start, width in slot.parts:
-            matrix, place = (zeros, 0) if core is None else divmod(position[core], n)
-            start += place * N
-            if runs and runs[-1][0] == matrix and (matrix == zeros or sum(runs[-1][1:]) == start):
-                runs[-1] = (matrix, runs[-1][1], runs[-1][2] + width)
-            else:
-                runs.append((matrix, start, width))
-        needs.append(runs)
-    uses = Counter(run for runs in needs for run in runs)
-    found, ends = {}, [[] for _ in matrices]
-    for run in sorted(uses):
-        if run[0] == zeros:
-            found[run] = iter((matrices[0].new_zeros(*matrices[0].shape[:-1], run[2]),) * uses[run])
-        else:
-            ends[run[0]].append(run)
-    for matrix, runs in zip(matrices, ends):
-        widths, kept, at = [], [], 0
-        for run in runs:
-            if run[1] > at:
-                widths.append(run[1] - at)
-            kept.append(len(widths))
-            widths.append(run[2])
-            at = run[1] + run[2]
-        if at < matrix.shape[-1]:
-            widths.append(matrix.shape[-1] - at)
-        pieces = (matrix,) if len(widths) == 1 else matrix.split(widths, -1)
-        for run, i in zip(runs, kept):
-            found[run] = iter(_fan(pieces[i], uses[run]))
-    return {slot.site.path: [found[run] for run in runs] for slot, runs in zip(slots, needs)}
-
-
-def _side_by_side(runs: list[Tensor]) -> Tensor:
-    return runs[0] if len(runs) == 1 else torch.cat(runs, -1)

@@ -160,7 +160,7 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     replacements = _replacements(model, heads, head)
     if head != "keep":
         _check_trainable(model, heads, [getattr(owner, key) for owner, key, _ in replacements])
-    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    before = {key: p.requires_grad for key, p in model.named_parameters()}
 
     for owner, key, module in replacements:
         setattr(owner, key, module)
@@ -172,8 +172,8 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     if head != "keep":
         for key in heads:
             getattr(model, key).requires_grad_(True)
-    attach(model, Adapters(backend, tuple(norms_outside(model, heads))))
-    model.efft.flags = flags
+    attach(model, Adapters(backend, frozen_norms=tuple(norms_outside(model, heads))))
+    model.efft.requires_grad_before = before
     mount(model, name, groups)
     model.efft.active = name
     return model
@@ -210,11 +210,11 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
 
 def eject(model: nn.Module) -> None:
     """Take all adapters off: the plain model with the parameters frozen and trained that were so before inject."""
-    flags = model.efft.flags
+    before = model.efft.requires_grad_before
     detach(model)
     parameters = dict(model.named_parameters())
-    for key in flags.keys() & parameters.keys():  # a head that was replaced may have other names
-        parameters[key].requires_grad_(flags[key])
+    for key in before.keys() & parameters.keys():  # a head that was replaced may have other names
+        parameters[key].requires_grad_(before[key])
 
 
 def adapters(model: nn.Module) -> Adapters:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_linears import has_own_forward, kind
-from .ops import check_backend, check_scale, efft_linear, group_update, lowrank_add, merge_
+from .base_linears import add_low_rank, has_own_forward, kind
+from .ops import check_backend, check_scale, efft_linear, group_update, merge_
 
 
 class EFFTLinear(nn.Linear):
@@ -117,7 +117,7 @@ class EFFTLinear(nn.Linear):
             u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
         if has_own_forward(self):
             up = group_update(sigma, v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
-            return lowrank_add(super().forward(x), x, u, up, backend=self.backend)
+            return add_low_rank(super().forward(x), x, u, up)
         return efft_linear(x, self.weight, self.bias, u, sigma, v, self.scale, backend=self.backend)
 
     @torch.no_grad()

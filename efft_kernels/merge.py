@@ -52,7 +52,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         raise ValueError(f"{path} {_unmergeable(linear)}; merge(model, dequantize=True) puts a plain nn.Linear there")
     _check_unshared(model, {path: linear for path, linear in linears.items() if path not in own})
     with torch.no_grad():
-        pairs = {path: pair for g in owner.groups() for path, pair in _eval_pairs(g, owner.backend).items()}
+        pairs = {path: pair for g in owner.groups() for path, pair in g.pairs_without_dropout(owner.backend).items()}
         plain = {path: _plain(linear, pairs[path].down.dtype) for path, linear in own.items()}
         weights = {path: plain.get(path, linear).weight for path, linear in linears.items()}
         if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
@@ -145,15 +145,6 @@ def unmerge(model: nn.Module) -> nn.Module:
     for path in merged.names:
         AdaptedLinear.adopt(model.get_submodule(path), path, model.efft)
     return model
-
-
-def _eval_pairs(group, backend):
-    """pairs without dropout, whatever mode the group is in"""
-    training = group.training
-    try:
-        return group.eval().low_rank_pairs(group.slots.values(), backend)
-    finally:
-        group.train(training)
 
 
 def _loss(merged: list[tuple[Tensor, Tensor, tuple]]) -> float:

@@ -195,9 +195,8 @@ def test_a_stack_hands_out_what_its_groups_do(method):
     for key in models[0].efft["default"]:
         groups = [model.efft["default"][key] for model in models]
         parameters = [p for group in groups for p in group.parameters()]
-        slots = list(groups[0].slots.values())
-        together = stack(groups).low_rank_pairs(slots, None)
-        alone = [group.low_rank_pairs(group.slots.values(), None) for group in groups]
+        together = stack(groups).low_rank_pairs()
+        alone = [group.low_rank_pairs() for group in groups]
         probes = {}
         for path, (down, up, _) in together.items():
             (N, K) = models[0].get_submodule(path).weight.shape
@@ -219,9 +218,7 @@ def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
     models = [shake(ek.inject(vit().train(), config)) for _ in range(2)]
     models[1].efft["default"].load_state_dict(models[0].efft["default"].state_dict())
     for key in models[0].efft["default"]:
-        pairs = stack([model.efft["default"][key] for model in models]).low_rank_pairs(
-            models[0].efft["default"][key].slots.values(), None
-        )
+        pairs = stack([model.efft["default"][key] for model in models]).low_rank_pairs()
         for down, up, _ in pairs.values():
             dropped = [(t == 0) for t in (down if (down == 0).any() else up)]
             assert 0.1 < dropped[0].double().mean() < 0.9 and not torch.equal(*dropped)

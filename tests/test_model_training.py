@@ -78,14 +78,14 @@ def test_dropout_is_drawn_anew_in_training_and_absent_in_eval():
 def test_dropout_keeps_the_mean_and_masks_factors():
     """over many draws the first block's qkv adds on average what it adds without dropout (masks are independent)"""
     model = adapted(ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.2))
-    slot = model.efft["default"]["attn"].slots["blocks.0.attn.qkv"]
+    path = "blocks.0.attn.qkv"
     group = model.efft["default"]["attn"]
-    exact = torch.matmul(*group.eval().low_rank_pairs([slot], None)[slot.site.path][:2])
+    exact = torch.matmul(*group.eval().low_rank_pairs(path=path)[path][:2])
     group.train()
-    draws = torch.stack([torch.matmul(*group.low_rank_pairs([slot], None)[slot.site.path][:2]) for _ in range(100)])
+    draws = torch.stack([torch.matmul(*group.low_rank_pairs(path=path)[path][:2]) for _ in range(100)])
     spread = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - exact).abs() <= 6 * spread + 1e-6).all()
-    down = group.low_rank_pairs([slot], None)[slot.site.path].down
+    down = group.low_rank_pairs(path=path)[path].down
     dropped = down == 0
     assert 0.1 < dropped.float().mean() < 0.3
     torch.testing.assert_close(down[~dropped], (group.u / 0.8)[~dropped])
@@ -217,7 +217,7 @@ def test_no_stale_update_after(change):
         CHANGES[change](model, x)
         after = model(x)
         fresh = copy.deepcopy(model)
-        fresh.efft._forget()
+        fresh.efft._reset()
         assert not torch.equal(after, before)
         assert torch.equal(after, fresh(x))
 

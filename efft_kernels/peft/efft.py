@@ -178,12 +178,7 @@ class _Factors(Adapters):
     @torch.no_grad()
     def at_rest(self, path: str) -> tuple[Tensor, Tensor]:
         """(down, up) of one Linear without dropout, whatever mode the group is in"""
-        group = self.of(path)
-        training = group.training
-        try:
-            pair = group.eval().low_rank_pairs([group.slots[path]], None)[path]
-        finally:
-            group.train(training)
+        pair = self.of(path).pairs_without_dropout(path=path)[path]
         return pair.down, pair.up
 
 

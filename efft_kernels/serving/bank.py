@@ -354,7 +354,7 @@ class _Use(Passes):
         self.bank, self.backend, self.held, self.index = bank, bank.backend, held, index
         self.single = len(held) == 1 and -1 not in index
         self._ids: dict[torch.device, Tensor] = {}
-        self._forget()
+        self._reset()
         for option in ("factor_dropout", "activation_dropout"):
             found = {getattr(adapter.groups.plan.config, option, 0.0) for adapter in held}
             if bank.model.training and len(found) > 1:
@@ -368,22 +368,22 @@ class _Use(Passes):
         made.training = self.bank.model.training
         return made
 
-    def _alone(self, path: str) -> Pair | None:
+    def _own_pair(self, path: str) -> Pair | None:
         for key, group in self.held[0].groups.items() if self.held else ():
             if path in group.slots:
-                return self._stack(key).low_rank_pairs([group.slots[path]], self.backend)[path]
+                return self._stack(key).low_rank_pairs(self.backend, path)[path]
         return None
 
     def _recording(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for held in self.held for p in held.parameters())
 
-    def _bring_back(self, done, grad: Tensor) -> None:
-        super()._bring_back(done, grad)
+    def _restore(self, done, grad: Tensor) -> None:
+        super()._restore(done, grad)
         self.bank._replays[self._replay[0]] = self
 
-    def _let_go(self) -> None:
+    def _end_of_backward(self) -> None:
         self.bank._replays.pop(self._replay[0], None)
-        super()._let_go()
+        super()._end_of_backward()
 
     def ids(self, device: torch.device) -> Tensor:
         if device not in self._ids:
