@@ -41,7 +41,8 @@ import torch
 from record import FORMAT, commit, machine, prepare_folder, text_table, versions, write_run
 
 import efft_kernels as ek
-from efft_kernels.serving.app import Settings, base_model
+from efft_kernels.serving.classifier import base_model
+from efft_kernels.serving.settings import Settings
 from efft_kernels.serving.uploads import decode
 
 REPEATABLE = 408, 500, 502, 503, 504
@@ -60,11 +61,11 @@ def make_adapters(folder: Path, classes: list[int]) -> Settings:
 
     adapters = folder / "adapters"
     adapters.mkdir()
-    settings = Settings(MODEL, str(adapters), num_classes=10)
+    settings = Settings(model=MODEL, adapters=str(adapters), num_classes=10)
     model, _ = base_model(settings)
     weights = folder / "base.safetensors"
     save_file(model.state_dict(), weights)
-    settings = Settings(MODEL, str(adapters), str(weights), num_classes=10)
+    settings = settings.model_copy(update={"weights": str(weights)})
     for i, count in enumerate(classes):
         model, _ = base_model(settings)
         ek.inject(model, ek.EFFTConfig(rank=4, factor_dropout=0.0), head=count)
@@ -457,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = make_adapters(Path(folder), [3 + i for i in range(args.adapters)])
         sizes = sorted(file.stat().st_size for file in Path(settings.adapters).iterdir())
         budget = max(sizes[-1], sum(sizes) * 2 // 3)
-        settings = Settings(**vars(settings) | {"replicas": args.replicas, "adapter_bytes": budget})
+        settings = settings.model_copy(update={"replicas": args.replicas, "adapter_bytes": budget})
         files = pictures(24)
         want = expected(settings, files)
         server = Server(settings, args.port, Path(folder, "server.log"))
