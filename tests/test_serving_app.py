@@ -1,4 +1,4 @@
-"""The service: uploads, the adapter folder, settings and the command, the classifier, and one real deployment on loopback."""
+"""The service: uploads, the adapter folder, settings, the command, the classifier, and a deployment on loopback."""
 
 import asyncio
 import io
@@ -499,7 +499,8 @@ def test_adapters_of_a_batch_that_exceed_the_budget_are_refused(served):
     first, refused, last = classifier.classify(images, names)
     assert refused.status == 503 and "does not fit" in str(refused)
     for scores in (first, last):
-        assert load_test.is_right(classifier.answer(Upload(files[0], names[0], 100), scores), names[0], want[0, names[0]])
+        answer = classifier.answer(Upload(files[0], names[0], 100), scores)
+        assert load_test.is_right(answer, names[0], want[0, names[0]])
 
 
 def test_scores_that_are_not_finite_are_refused(served):
@@ -614,4 +615,5 @@ def test_the_former_name_deploy():
 
     assert deploy.app is app.app and deploy.Settings is Settings
     command = [sys.executable, "-m", "efft_kernels.deploy", "--help"]
-    assert "python -m efft_kernels.serving" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "python -m efft_kernels.serving" in shown
