@@ -1,22 +1,23 @@
-"""Minutes of mixed load on a deployment, on loopback: no answer lost or wrong, bad requests refused, memory flat.
+"""Load test of the service on loopback: no answer is lost or wrong, bad requests are refused, memory stays flat.
 
     python benchmarks/load_test.py                     # 5 minutes, two replicas of a tiny ViT
 
-Starts ``python -m efft_kernels.serving`` with a random backbone and adapters of its own making, and asks at a fixed rate
-for pictures under adapters chosen at random, as raw bodies and as forms. The rate is half of what this machine answers
-when 8 clients ask as fast as they can for 5 s, and at most 20 a second; or --rate, which may be more than it can do:
-what waits for 30 s then is lost. The adapters do not all fit the budget, so they come and go. In the middle one replica
-is killed (SIGKILL), just after 16 requests were sent at once. Beside that, malformed requests are spread over the run.
+Starts ``python -m efft_kernels.serving`` with a random backbone and adapters that it makes, and sends pictures at a
+fixed rate, each with a randomly chosen adapter, as raw bodies and as forms. The rate is half of what this machine
+answers when 8 clients send as fast as they can for 5 s, and at most 20 per second; or --rate, which may exceed the
+capacity: a request that waits for more than 30 s is then lost. The adapters do not all fit the budget, so some are
+evicted and loaded again. Half-way one replica is killed (SIGKILL), just after 16 requests were sent at once. Malformed
+requests are sent throughout the run.
 
-    lost      a good request that has no answer of status 200 after 30 s of trying again, or one of 4xx. It is sent
-              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/serving/app.py calls
-              repeatable
-    wrong     an answer with another class first, other classes or a score more than 1e-4 off what the model with this
-              adapter, loaded here by load_adapter, computes for the picture alone. Where two classes are as close as
-              that, either may be first
-    accepted  a malformed request that was not answered with 4xx
-    memory    of each replica's process: median of the last fifth over that of the second fifth of its life, flat below
-              5 %; a fifth is for warming up
+    lost      good requests that had no answer of status 200 after 30 s of retries, or got a 4xx. A request is sent
+              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/serving/app.py
+              says may be sent again
+    wrong     answers with another best class, other classes, or a score that differs by more than 1e-4 from what the
+              model with this adapter, loaded here by load_adapter, computes for the picture alone. Of two classes as
+              close as that, either may be the best
+    accepted  malformed requests that were not answered with 4xx
+    memory    resident size of each replica's process: the median of the last fifth of its life over that of the second
+              fifth, flat if it grew by less than 5 %. The first fifth is warm-up
 """
 
 import argparse
@@ -41,13 +42,14 @@ import torch
 from record import FORMAT, commit, machine, prepare_folder, text_table, versions, write_run
 
 import efft_kernels as ek
-from efft_kernels.serving.app import Settings, base_model
+from efft_kernels.serving.classifier import base_model
+from efft_kernels.serving.settings import Settings
 from efft_kernels.serving.uploads import decode
 
 REPEATABLE = 408, 500, 502, 503, 504
 TOLERANCE = 1e-4
-PATIENCE = 30.0
-MOST = 20.0  # good requests a second, unless --rate says more
+PATIENCE = 30.0  # seconds of retries
+MOST = 20.0  # good requests per second, unless --rate is larger
 MODEL = "test_vit"  # timm's smallest: 64 wide, 160 x 160 pixels
 
 
@@ -55,16 +57,16 @@ MODEL = "test_vit"  # timm's smallest: 64 wide, 160 x 160 pixels
 
 
 def make_adapters(folder: Path, classes: list[int]) -> Settings:
-    """A checkpoint and an adapter for each number of classes, in this folder"""
+    """Write a checkpoint and an adapter for each number of classes to a folder; returns the settings to serve them."""
     from safetensors.torch import save_file
 
     adapters = folder / "adapters"
     adapters.mkdir()
-    settings = Settings(MODEL, str(adapters), num_classes=10)
+    settings = Settings(model=MODEL, adapters=str(adapters), num_classes=10)
     model, _ = base_model(settings)
     weights = folder / "base.safetensors"
     save_file(model.state_dict(), weights)
-    settings = Settings(MODEL, str(adapters), str(weights), num_classes=10)
+    settings = settings.model_copy(update={"weights": str(weights)})
     for i, count in enumerate(classes):
         model, _ = base_model(settings)
         ek.inject(model, ek.EFFTConfig(rank=4, factor_dropout=0.0), head=count)
@@ -79,7 +81,7 @@ def make_adapters(folder: Path, classes: list[int]) -> Settings:
 
 
 def pictures(count: int, seed: int = 0) -> list[bytes]:
-    """Files of several formats, modes and sizes"""
+    """Random pictures as files of several formats, modes and sizes."""
     import numpy
     from PIL import Image
 
@@ -99,7 +101,7 @@ def pictures(count: int, seed: int = 0) -> list[bytes]:
 
 
 def expected(settings: Settings, files: list[bytes]) -> dict[tuple[int, str | None], list[float]]:
-    """(picture, adapter) -> probabilities, one picture at a time, with the adapter loaded into a model of its own"""
+    """{(picture, adapter): probabilities}, one picture at a time, each adapter loaded into a new model."""
     found = {}
     names = [None, *sorted(path.stem for path in Path(settings.adapters).glob("*.safetensors"))]
     for name in names:
@@ -115,6 +117,7 @@ def expected(settings: Settings, files: list[bytes]) -> dict[tuple[int, str | No
 
 
 def is_right(answer: dict, name: str | None, want: list[float]) -> bool:
+    """Whether an answer is about this adapter, and has all its classes, the expected scores and best class."""
     scores = {found["index"]: found["score"] for found in answer["scores"]}
     return (
         answer["adapter"] == name
@@ -125,14 +128,14 @@ def is_right(answer: dict, name: str | None, want: list[float]) -> bool:
 
 
 def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """A PNG file of this size in its header, whatever is in it"""
+    """A PNG file whose header has this size, with any image data."""
     chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def malformed() -> dict[str, dict]:
-    """name -> a request that must be refused: method, query, headers and body"""
+    """{name: a request that must be refused, as arguments of Load.ask}"""
     from PIL import Image
 
     def saved(kind, size=(64, 64), **options):
@@ -148,7 +151,7 @@ def malformed() -> dict[str, dict]:
         "empty": b"",
         "noise": random.Random(0).randbytes(5000),
         "text": b"GET / HTTP/1.1",
-        "a header alone": good[:20],
+        "only a header": good[:20],
         "truncated JPEG": jpeg[: len(jpeg) // 2],
         "truncated PNG": good[: len(good) // 2],
         "truncated WebP": saved("WEBP")[:-200],
@@ -156,28 +159,28 @@ def malformed() -> dict[str, dict]:
         "animated PNG": saved("PNG", save_all=True, append_images=frames),
         "animated WebP": saved("WEBP", save_all=True, append_images=frames),
         "bomb in a header": png(60_000, 60_000),
-        "bomb that is there": png(9_000, 9_000, zlib.compress(bytes(3 * 9_000 * 9_000 + 9_000), 9)),
+        "bomb with data": png(9_000, 9_000, zlib.compress(bytes(3 * 9_000 * 9_000 + 9_000), 9)),
         "no pixels": png(0, 0),
-        "a line": png(1, 60_000, zlib.compress(bytes(4 * 60_000))),
-        "a scan ten thousand times": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
+        "one pixel wide": png(1, 60_000, zlib.compress(bytes(4 * 60_000))),
+        "ten thousand scans": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
         "too large": bytes(10 * 2**20 + 5000),
     }
     return {
         **{name: {"body": body} for name, body in bodies.items()},
         "path in the name": {"query": {"adapter": "../../etc/passwd"}, "body": good},
         "absolute name": {"query": {"adapter": "/etc/passwd"}, "body": good},
-        "zero in the name": {"query": {"adapter": "a\0b"}, "body": good},
+        "null byte in the name": {"query": {"adapter": "a\0b"}, "body": good},
         "long name": {"query": {"adapter": "a" * 5000}, "body": good},
         "unknown adapter": {"query": {"adapter": "nobody"}, "body": good},
-        "top no number": {"query": {"top": "many"}, "body": good},
+        "top not a number": {"query": {"top": "many"}, "body": good},
         "top too large": {"query": {"top": "9" * 400}, "body": good},
         "JSON": {"headers": {"content-type": "application/json"}, "body": b"{}"},
         "form without an image": form(b'--x\r\nContent-Disposition: form-data; name="adapter"\r\n\r\na\r\n--x--\r\n'),
-        "form that is none": form(b"nothing of the kind"),
+        "not a form": form(b"nothing of the kind"),
         "form cut off": form(field + good[:30]),
         "form without a boundary": {"headers": {"content-type": "multipart/form-data"}, "body": good},
         "form with many fields": form(b"".join([field.replace(b"image", b"a") + b"a\r\n"] * 500) + b"--x--\r\n"),
-        "form with a bad picture": form(field + good[:100] + b"\r\n--x--\r\n"),
+        "form with a truncated picture": form(field + good[:100] + b"\r\n--x--\r\n"),
         "PUT": {"method": "PUT", "body": good},
         "DELETE": {"method": "DELETE", "body": b""},
     }
@@ -187,7 +190,7 @@ def malformed() -> dict[str, dict]:
 
 
 class Server:
-    """The command, as a process of its own"""
+    """The service, started by its command in another process."""
 
     def __init__(self, settings: Settings, port: int, log: Path):
         options = {
@@ -195,7 +198,8 @@ class Server:
             "num_classes": settings.num_classes, "replicas": settings.replicas, "adapter_bytes": settings.adapter_bytes,
             "max_ongoing": settings.max_ongoing, "max_queued": settings.max_queued, "port": port,
         }  # fmt: skip
-        command = [sys.executable, "-m", "efft_kernels.serving", *(f"--{name}={value}" for name, value in options.items())]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "efft_kernels.serving", *flags]
         self.url, self.log = f"http://127.0.0.1:{port}/", log
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
@@ -227,7 +231,7 @@ class Server:
         return found
 
     def stop(self, seconds: float = 180) -> int:
-        """its exit status after SIGTERM"""
+        """Stop the service by SIGTERM, or SIGKILL after ``seconds``; returns its exit status."""
         left = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -244,6 +248,8 @@ class Server:
 
 
 class Load:
+    """Clients that send good and malformed requests, and what they counted."""
+
     def __init__(self, server: Server, session, files, want):
         self.server, self.session, self.files, self.want = server, session, files, want
         self.seconds, self.counts, self.statuses, self.again = [], Counter(), Counter(), Counter()
@@ -252,7 +258,7 @@ class Load:
         self.memory: dict[int, list[tuple[float, int]]] = {}
 
     async def ask(self, method="POST", query=None, headers=None, body=b"", form=None):
-        """(status, data) of the first answer that is not to be asked for again; (None, reason) if there is none"""
+        """Send a request until its answer is final: (status, data), or (None, reason) if there was none in PATIENCE."""
         import aiohttp
 
         end, reason, wait = time.monotonic() + PATIENCE, "", 0.05
@@ -302,7 +308,7 @@ class Load:
     async def bad(self, what: str, request: dict) -> None:
         try:
             status, data = await self.ask(**{"headers": {"content-type": "application/octet-stream"}, **request})
-        except ValueError as error:  # a client that does not even send it
+        except ValueError as error:  # the client library refuses to send it
             status, data = None, str(error)
         self.refusals.setdefault(what, Counter())[str(status)] += 1
         self.counts["malformed"] += 1
@@ -320,7 +326,7 @@ class Load:
             await asyncio.sleep(1)
 
     async def capacity(self, rng: random.Random, seconds: float = 5.0, clients: int = 8) -> float:
-        """good answers a second to so many clients, each of which asks again as soon as it is answered"""
+        """Good answers per second to this many clients, each of which sends its next request once it is answered."""
         names = sorted({name for _, name in self.want}, key=str)
         start = time.monotonic()
 
@@ -335,7 +341,7 @@ class Load:
         stop, tasks = asyncio.Event(), set()
         watching = asyncio.create_task(self.watch(stop))
         names = sorted({name for _, name in self.want}, key=str)
-        total, wrongly = max(1, int(seconds * rate)), list(malformed().items())
+        total, bad_requests = max(1, int(seconds * rate)), list(malformed().items())
         start, killed = time.monotonic(), not kill
 
         def launch(coroutine):
@@ -348,11 +354,11 @@ class Load:
             await asyncio.sleep(max(0.0, start + n / rate - time.monotonic()))
             launch(self.good(rng.randrange(len(self.files)), rng.choice(names), rng.random() < 0.3))
             while sent_bad < bad * (n + 1) // total:
-                launch(self.bad(*wrongly[sent_bad % len(wrongly)]))
+                launch(self.bad(*bad_requests[sent_bad % len(bad_requests)]))
                 sent_bad += 1
             if not killed and n >= total // 2:
                 killed = True
-                for _ in range(16):  # so that it dies with some of them
+                for _ in range(16):  # so that the replica dies with some of them
                     launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
                 await asyncio.sleep(0.02)
                 victim = rng.choice(sorted(self.server.replicas()))
@@ -365,7 +371,7 @@ class Load:
 
 
 def growth(samples: list[tuple[float, int]]) -> float | None:
-    """median of the last fifth over that of the second fifth, less one; None for too few"""
+    """Growth of the median from the second fifth of the samples to the last; None for too few samples."""
     rss = [bytes_ for _, bytes_ in samples]
     fifth = len(rss) // 5
     if fifth < 3:
@@ -423,7 +429,7 @@ def summary(load: Load, args, stopped: int) -> dict:
 
 
 def show(found: dict) -> None:
-    rows = [["requests a second", f"{found['rate']:.1f}"]]
+    rows = [["requests per second", f"{found['rate']:.1f}"]]
     rows += [[name, found[name]] for name in ("sent", "lost", "wrong", "malformed", "accepted", "replicas_killed")]
     rows.append(["sent again, by reason", ", ".join(f"{k}: {v}" for k, v in found["sent_again"].items()) or "none"])
     rows += [[f"{name}, s", f"{value:.3f}"] for name, value in found["seconds"].items()]
@@ -439,12 +445,12 @@ def show(found: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=5.0)
-    p.add_argument("--rate", type=float, help="good requests a second (default: half of what it can do, at most 20)")
-    p.add_argument("--malformed", type=int, default=1000, help="bad requests, spread over the run")
-    p.add_argument("--replicas", type=int, default=2, help="one of which is killed, if there are several")
-    p.add_argument("--adapters", type=int, default=12, help="two thirds of which fit the budget")
-    p.add_argument("--port", type=int, default=8142)
+    p.add_argument("--minutes", type=float, default=5.0, help="duration of the load (default: 5)")
+    p.add_argument("--rate", type=float, help="good requests per second (default: half the capacity, at most 20)")
+    p.add_argument("--malformed", type=int, default=1000, help="malformed requests (default: 1000)")
+    p.add_argument("--replicas", type=int, default=2, help="if several, one is killed (default: 2)")
+    p.add_argument("--adapters", type=int, default=12, help="of which two thirds fit the budget (default: 12)")
+    p.add_argument("--port", type=int, default=8142, help="port of the service (default: 8142)")
     p.add_argument("--out", type=Path, help="folder for load_test.csv and load_test.json")
     args = p.parse_args(argv)
     rate = 1 if args.rate is None else args.rate
@@ -457,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = make_adapters(Path(folder), [3 + i for i in range(args.adapters)])
         sizes = sorted(file.stat().st_size for file in Path(settings.adapters).iterdir())
         budget = max(sizes[-1], sum(sizes) * 2 // 3)
-        settings = Settings(**vars(settings) | {"replicas": args.replicas, "adapter_bytes": budget})
+        settings = settings.model_copy(update={"replicas": args.replicas, "adapter_bytes": budget})
         files = pictures(24)
         want = expected(settings, files)
         server = Server(settings, args.port, Path(folder, "server.log"))

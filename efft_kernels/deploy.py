@@ -1,10 +1,7 @@
-"""Another name of efft_kernels.serving.app, and of its command."""
+"""The former name of efft_kernels.serving.app, kept for `import_path: efft_kernels.deploy:app` and its command."""
 
-import sys
-
-from .serving import app
+from .serving.app import Settings, app  # noqa: F401
+from .serving.cli import main
 
 if __name__ == "__main__":
-    app.command()
-else:
-    sys.modules[__name__] = app
+    main()

@@ -1,15 +1,15 @@
-"""The deployment: what is refused before it costs anything, adapters on demand, and one start of Ray on loopback."""
+"""The service: uploads, the adapter folder, settings, the command, the classifier, and a deployment on loopback."""
 
 import asyncio
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,16 @@ import torch
 from models import timm
 
 from efft_kernels.serving.folder import AdapterFolder, DoesNotFit
-from efft_kernels.serving.uploads import Refused, check_adapter_name, decode, read_upload
+from efft_kernels.serving.uploads import Refused, Upload, check_adapter_name, decode, read_upload
 
 starlette = pytest.importorskip("starlette.requests", reason="starlette, of the extra serve, is not installed")
+pytest.importorskip("pydantic", reason="pydantic, of the extra serve, is not installed")
 pytest.importorskip("python_multipart", reason="python-multipart, of the extra serve, is not installed")
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+
+from efft_kernels.serving import cli, server
+from efft_kernels.serving.classifier import Classifier, base_model
+from efft_kernels.serving.settings import ServerSettings, Settings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PIXELS = 1_000_000
@@ -33,9 +38,6 @@ def saved(image, kind="PNG", **options):
     return out.getvalue()
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def picture():
     import numpy
@@ -44,7 +46,7 @@ def picture():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA"])
-def test_modes_become_rgb(picture, mode):
+def test_every_mode_becomes_rgb(picture, mode):
     got = decode(saved(picture.convert(mode)), max_pixels=PIXELS)
     assert got.mode == "RGB" and got.size == (40, 30)
     if mode in ("RGB", "RGBA"):
@@ -62,18 +64,18 @@ def test_cmyk_and_16_bit_grey(picture):
 
 def test_exif_orientation_is_applied(picture):
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     got = decode(saved(picture, "PNG", exif=exif), max_pixels=PIXELS)
     assert got.size == (30, 40)
     assert got.tobytes() == picture.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
-def test_the_size_is_checked_before_anything_is_decoded(picture, monkeypatch):
+def test_pixels_are_checked_before_decoding(picture, monkeypatch):
     from PIL import ImageFile
 
     loads = []
-    honest = ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loads.append(1) or honest(self))
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loads.append(1) or load(self))
     with pytest.raises(Refused, match="at most 1199 pixels, got 40 x 30") as refused:
         decode(saved(picture), max_pixels=1199)
     assert refused.value.status == 413 and not loads
@@ -81,7 +83,7 @@ def test_the_size_is_checked_before_anything_is_decoded(picture, monkeypatch):
     assert loads
 
 
-def test_16_bit_colours_and_a_phones_second_picture(picture):
+def test_16_bit_rgb_and_mpo(picture):
     import numpy
 
     deep = numpy.asarray(picture).astype(">u2") * 257
@@ -95,12 +97,12 @@ def test_16_bit_colours_and_a_phones_second_picture(picture):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_metadata_that_is_nonsense_harms_no_picture(picture, kind):
+def test_corrupt_exif_is_ignored(picture, kind):
     for exif in (b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 200, b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"):
         assert decode(saved(picture, kind, exif=exif), max_pixels=PIXELS).size == (40, 30)
 
 
-def test_a_line_would_grow_with_the_models_size():
+def test_extreme_aspect_ratios_are_refused():
     from PIL import ImageFile
 
     for size in ((1, 60_000), (60_000, 1), (3, 301)):
@@ -118,8 +120,8 @@ def malformed():
     return malformed()
 
 
-def test_a_request_that_is_malformed_is_refused_with_4xx(tmp_path):
-    """every one of the load test's, through parsing, decoding and the folder; and it takes no time or memory"""
+def test_malformed_requests_are_refused_with_4xx(tmp_path):
+    """Every malformed request of the load test, through parsing, the folder and decoding."""
     folder = AdapterFolder(FakeBank(), tmp_path, 1000)
     for what, request in malformed().items():
         if "method" in request:
@@ -128,20 +130,17 @@ def test_a_request_that_is_malformed_is_refused_with_4xx(tmp_path):
         with pytest.raises((Refused, FileNotFoundError)) as refused:
             upload = asyncio.run(parse(request["body"], headers, request.get("query"), max_bytes=10 * 2**20))[0]
             if upload.adapter:
-                folder.take(upload.adapter)
+                touch(folder, upload.adapter)
             decode(upload.image, max_pixels=25_000_000)
         assert getattr(refused.value, "status", 404) in (400, 404, 413, 415, 422), what
 
 
-def test_every_prefix_of_a_file_is_refused_or_whole(picture):
+def test_truncated_files_are_refused(picture):
     for kind in ("JPEG", "PNG", "WEBP"):
         data = saved(picture, kind)
         for end in range(0, len(data) - 20, 97):
             with pytest.raises(Refused):
                 decode(data[:end], max_pixels=PIXELS)
-
-
-# -- requests ---------------------------------------------------------------------------------------------------------
 
 
 async def parse(body, headers=None, query=None, max_bytes=1000, chunk=None):
@@ -181,19 +180,19 @@ def form(**fields):
     return b"".join(parts) + b"--x--\r\n", {"content-type": "multipart/form-data; boundary=x"}
 
 
-def test_a_body_and_a_form_say_the_same():
+def test_raw_bodies_and_forms_give_the_same_upload():
     raw = read(b"abc", {"content-type": "image/png"}, {"adapter": "cats", "top": "3"})
     assert (raw.image, raw.adapter, raw.top) == (b"abc", "cats", 3)
     assert read(*form(image=b"abc", adapter="cats", top="3")) == raw
     assert read(b"abc").adapter is None and read(b"abc").top == 5
 
 
-def test_too_much_is_not_read():
+def test_bodies_that_are_too_large():
     assert status_of(b"a" * 1001) == 413
     upload = parse(b"a" * 5000, {"content-length": None}, chunk=100)
     with pytest.raises(Refused, match="at most 1000 bytes"):
         asyncio.run(upload)
-    assert status_of(b"a" * 5000, {"content-length": "10"}) == 413  # a lie
+    assert status_of(b"a" * 5000, {"content-length": "10"}) == 413  # a wrong length
     assert status_of(b"a", {"content-length": "9" * 400}) == 413
     assert status_of(b"a", {"content-length": "-1"}) == 400
     assert len(read(b"a" * 1000).image) == 1000
@@ -227,9 +226,6 @@ def test_names_that_could_be_paths_are_refused(name):
         check_adapter_name(name)
     assert refused.value.status == 400
     assert check_adapter_name("a.b-C_1") == "a.b-C_1" and check_adapter_name("") is None
-
-
-# -- adapters on demand -----------------------------------------------------------------------------------------------
 
 
 class FakeBank:
@@ -267,7 +263,7 @@ def touch(folder, name):
         pass
 
 
-def test_the_least_recently_used_goes_first(folder):
+def test_the_least_recently_used_is_evicted(folder):
     for name in "abab":
         touch(folder, name)
     assert folder.bank.names == ["a", "b"] and folder.loads == 2
@@ -277,10 +273,10 @@ def test_the_least_recently_used_goes_first(folder):
     assert folder.bytes == 200 and folder.bank.most <= 250
 
 
-def test_what_is_in_use_stays(folder):
+def test_held_adapters_are_not_evicted(folder):
     with folder.hold("a"), folder.hold("b"):
-        with pytest.raises(DoesNotFit, match="'c' does not fit the 250 bytes beside 2 in use"):
-            folder.take("c")
+        with pytest.raises(DoesNotFit, match="'c' does not fit the 250 bytes next to 2 in use"):
+            touch(folder, "c")
         assert folder.bank.names == ["a", "b"]
         with folder.hold("a"):
             pass
@@ -288,14 +284,14 @@ def test_what_is_in_use_stays(folder):
     assert folder.bank.names == ["a", "c"]  # a was used last
     with folder.hold("c"), pytest.raises(DoesNotFit):
         folder._make_room("d", 200)
-    assert folder.bank.names == ["a", "c"]  # nothing goes for what does not fit even then
+    assert folder.bank.names == ["a", "c"]  # nothing is evicted for an adapter that would not fit even then
     with folder.hold("a") as oldest:
         touch(folder, "c")
         touch(folder, "d")
         assert folder.bank.names == ["a", "d"] and oldest in folder.bank.held
 
 
-def test_files_that_are_replaced_deleted_or_bad(folder):
+def test_replaced_deleted_and_invalid_files(folder):
     touch(folder, "a")
     (folder.path / "new").write_bytes(b"A" * 120)
     with folder.hold("a") as old:
@@ -306,18 +302,18 @@ def test_files_that_are_replaced_deleted_or_bad(folder):
     assert sorted(folder.bank.held.values()) == [100, 120]
     (folder.path / "a.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no adapter 'a'"):
-        folder.take("a")
+        touch(folder, "a")
     (folder.path / "c.safetensors").write_bytes(b"bad")
     with pytest.raises(ValueError):
-        folder.take("c")
+        touch(folder, "c")
     (folder.path / "d.safetensors").write_bytes(b"d" * 251)
     with pytest.raises(ValueError, match="larger than the budget of 250"):
-        folder.take("d")
+        touch(folder, "d")
     assert folder.names() == ["b", "c", "d"]
     touch(folder, "b")
 
 
-def test_an_adapter_that_grows_in_memory(tmp_path):
+def test_adapters_larger_in_memory_than_on_disk(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.safetensors").write_bytes(b"x" * 100)
     folder = AdapterFolder(FakeBank(factor=2), tmp_path, 250)
@@ -326,11 +322,11 @@ def test_an_adapter_that_grows_in_memory(tmp_path):
     assert folder.bank.names == ["b"]
     tight = AdapterFolder(FakeBank(factor=3), tmp_path, 250)
     with pytest.raises(DoesNotFit):
-        tight.take("a")
+        touch(tight, "a")
     assert not tight.bank.held and not tight.loaded
 
 
-def test_many_threads(folder):
+def test_folder_in_many_threads(folder):
     failures = []
 
     def work(names):
@@ -347,56 +343,85 @@ def test_many_threads(folder):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and not folder._held and folder.bank.most <= 250
+    assert not failures and not folder.in_use and folder.bank.most <= 250
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         AdapterFolder(FakeBank(), tmp_path / "none", 1)
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
-
-
-def test_images_are_prepared_as_efft_finetune_does(tmp_path):
-    from efft_kernels.serving.app import Settings, base_model
+def test_preparation_efft_finetune_equals_its_transform(tmp_path):
     from efft_kernels.finetune.data import transform
     from efft_kernels.finetune.models import normalisation
 
     picture = Image.frombytes("RGB", (170, 90), torch.arange(90 * 170 * 3).remainder(251).byte().numpy().tobytes())
-    model, made = base_model(Settings("test_vit", str(tmp_path), preparation="efft-finetune"))
+    model, made = base_model(Settings(model="test_vit", adapters=str(tmp_path), preparation="efft-finetune"))
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in normalisation(model, "imagenet"))
     want = (torch.as_tensor(transform(160, "none", "bicubic")(picture)) / 255 - mean) / std
     torch.testing.assert_close(made(picture), want)
-    other = base_model(Settings("test_vit", str(tmp_path)))[1](picture)
+    other = base_model(Settings(model="test_vit", adapters=str(tmp_path)))[1](picture)
     assert other.shape == want.shape and (other - want).abs().max() > 0.1
 
 
 def test_settings():
-    from efft_kernels.serving.app import Settings, _settings
-
-    made = _settings({"model": "m", "adapters": "x", "replicas": "3", "batch_wait_ms": "2.5"})
+    made = Settings(model="m", adapters="x", replicas="3", batch_wait_ms="2.5")
     assert (made.replicas, made.batch_wait_ms, made.adapters) == (3, 2.5, os.path.abspath("x"))
+    assert (made.weights, made.labels, Settings(model="m", adapters=2024).adapters) == ("", "", os.path.abspath("2024"))
     for args, says in [
-        ({"model": "m"}, "must have adapters"),
-        ({"model": "m", "adapters": "x", "repliccas": 2}, "got repliccas"),
-        ({"model": "m", "adapters": "x", "replicas": "two"}, "of the types"),
-        ({"model": "m", "adapters": "x", "replicas": 0}, "replicas must be at least 1, got 0"),
-        ({"model": "m", "adapters": "x", "dtype": "int8"}, "dtype must be"),
-        ({"model": "m", "adapters": "x", "preparation": "no"}, "preparation must be"),
+        ({"model": "m"}, "adapters\n  Field required"),
+        ({"model": "m", "adapters": "x", "repliccas": 2}, "repliccas\n  Extra inputs are not permitted"),
+        ({"model": "m", "adapters": "x", "replicas": "two"}, "replicas\n.* valid integer.*'two'"),
+        ({"model": "m", "adapters": "x", "replicas": 0}, "replicas\n.* greater than or equal to 1 .*input_value=0"),
+        ({"model": "m", "adapters": "x", "stop_s": -1}, "stop_s\n.* greater than or equal to 0 .*input_value=-1"),
+        ({"model": "m", "adapters": "x", "dtype": "int8"}, "dtype\n.*'float32', 'bfloat16' or 'float16'.*'int8'"),
+        ({"model": "m", "adapters": "x", "preparation": "no"}, "preparation\n.*'model' or 'efft-finetune'.*'no'"),
+        ({"model": "m", "adapters": "x", "device": "tpu"}, r"device\n.*\(cpu\|cuda\).*'tpu'"),
     ]:
         with pytest.raises(ValueError, match=says):
-            _settings(args)
-    with pytest.raises(ValueError, match="device must be"):
-        Settings("m", "x", device="tpu")
+            Settings(**args)
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+def test_options_become_settings():
+    args = ["--model", "m", "--adapters=x", "--max_batch=4", "--max-queued", "0", "--dtype=float16", "--port", "80"]
+    application, server = cli.settings(args)
+    assert application == Settings(model="m", adapters="x", max_batch=4, max_queued=0, dtype="float16")
+    assert server == ServerSettings(port=80)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ([], "the following arguments are required: --model, --adapters"),
+        (["--model=m", "--adapters=x", "--repliccas=2"], "unrecognized arguments: --repliccas=2"),
+        (["--model=m", "--adapters=x", "--replicas=0"], "--replicas must be greater than or equal to 1, got '0'"),
+        (["--model=m", "--adapters=x", "--replicas=two"], "--replicas must be a valid integer, .* got 'two'"),
+        (["--model=m", "--adapters=x", "--port=99999"], "--port must be less than or equal to 65535, got '99999'"),
+        (["--model=m", "--adapters=x", "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--model=m", "--adapters=x", "--device=tpu"], r"--device must match pattern '\^\(cpu\|cuda\).* got 'tpu'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else "",
+)
+def test_options_that_cannot_be_used(args, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and "python -m efft_kernels.serving --model" in shown
+    for model in (Settings, ServerSettings):
+        assert all(field.description for field in model.model_fields.values())
+        assert all(f"--{name.replace('_', '-')} " in shown for name in model.model_fields)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(settings, pictures, expected answers) of a tiny model with three adapters"""
+    """(load_test, settings, pictures, expected answers) of a tiny model with three adapters."""
     timm()
     sys.path.append(str(BENCHMARKS))
     import load_test
@@ -408,89 +433,99 @@ def served(tmp_path_factory):
     return load_test, settings, files, load_test.expected(settings, files)
 
 
-def test_a_mixed_batch_is_what_each_adapter_says_alone(served):
-    from efft_kernels.serving.app import Classifier, Settings
-    from efft_kernels.serving.uploads import Upload
-
+def test_a_mixed_batch_equals_each_adapter_alone(served):
     load_test, settings, files, want = served
-    classifier = Classifier(Settings(**vars(settings) | {"adapter_bytes": 100_000}))
+    classifier = Classifier(settings.model_copy(update={"adapter_bytes": 100_000}))
     names = [None, "adapter-0", "adapter-2", "adapter-1", None, "adapter-0"]
     uploads = [Upload(files[i % len(files)], name, 100) for i, name in enumerate(names)]
-    images, keys = zip(*[classifier.prepare(upload) for upload in uploads])
-    scores = classifier.classify(list(images), list(keys))
+    scores = classifier.classify([classifier.prepare(upload) for upload in uploads], names)
     for i, (name, upload, found) in enumerate(zip(names, uploads, scores)):
         answer = classifier.answer(upload, found)
         assert load_test.is_right(answer, name, want[i % len(files), name])
         labels = ["ant", "bee", "cat"] if name == "adapter-0" else "0123456789"
         assert answer["label"] == labels[answer["index"]]
-    for key in keys:
-        classifier.release(key)
-    assert not classifier.folder._held
+    assert not classifier.folder.in_use and classifier.folder.loads == 3
 
-    Path(settings.adapters, "broken.safetensors").write_bytes(b"not an adapter")
-    for name, status in (("broken", 422), ("nobody", 404)):
+
+def test_adapters_are_held_while_the_model_runs(served, monkeypatch):
+    _, settings, files, _ = served
+    classifier, held = Classifier(settings), []
+    classifier.model.register_forward_hook(lambda *_: held.append(classifier.folder.in_use))
+    image = classifier.prepare(Upload(files[0], None, 5))
+    classifier.classify([image] * 3, ["adapter-0", None, "adapter-1"])
+    assert held == [2] and not classifier.folder.in_use
+    monkeypatch.setattr(classifier, "model", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        classifier.classify([image], ["adapter-0"])
+    assert not classifier.folder.in_use
+    monkeypatch.setattr(classifier, "transform", lambda x: held.append(classifier.folder.in_use))
+    classifier.prepare(Upload(files[0], "adapter-0", 5))
+    assert held == [2, 1] and not classifier.folder.in_use
+
+
+def test_adapters_that_cannot_be_served_are_refused(served):
+    load_test, settings, files, want = served
+    classifier = Classifier(settings)
+    image = classifier.prepare(Upload(files[0], None, 5))
+    broken = Path(settings.adapters, "broken.safetensors")
+    broken.write_bytes(b"not an adapter")
+    try:
+        for name, status in (("broken", 422), ("nobody", 404)):
+            with pytest.raises(Refused) as refused:
+                classifier.prepare(Upload(files[0], name, 5))
+            assert refused.value.status == status
+            assert settings.adapters not in str(refused.value)  # clients must not see paths
         with pytest.raises(Refused) as refused:
-            classifier.prepare(Upload(files[0], name, 5))
-        assert refused.value.status == status
-        assert settings.adapters not in str(refused.value)  # paths are not for strangers
-    with pytest.raises(Refused) as refused:
-        classifier.prepare(Upload(files[0][:50], "adapter-0", 5))
-    assert refused.value.status in (415, 422) and not classifier.folder._held
-    Path(settings.adapters, "broken.safetensors").unlink()
+            classifier.prepare(Upload(files[0][:50], "adapter-0", 5))
+        assert refused.value.status in (415, 422) and not classifier.folder.in_use
+        # in a batch they do not affect the others
+        names = ["nobody", "adapter-0", "broken", None]
+        *_, right, bad, plain = found = classifier.classify([image] * 4, names)
+        assert (found[0].status, bad.status) == (404, 422)
+        for name, scores in (("adapter-0", right), (None, plain)):
+            answer = classifier.answer(Upload(files[0], name, 100), scores)
+            assert load_test.is_right(answer, name, want[0, name])
+        assert [type(result) for result in classifier.classify([image] * 2, ["nobody", "broken"])] == [Refused] * 2
+    finally:
+        broken.unlink()
 
 
-def test_scores_that_are_no_numbers_are_refused(served):
-    from efft_kernels.serving.app import Classifier
-    from efft_kernels.serving.uploads import Upload
+def test_adapters_of_a_batch_that_exceed_the_budget_are_refused(served):
+    load_test, settings, files, want = served
+    largest = max(path.stat().st_size for path in Path(settings.adapters).glob("*.safetensors"))
+    classifier = Classifier(settings.model_copy(update={"adapter_bytes": largest}))
+    names = ["adapter-0", "adapter-1", "adapter-0"]
+    images = [classifier.prepare(Upload(files[0], name, 5)) for name in names]
+    first, refused, last = classifier.classify(images, names)
+    assert refused.status == 503 and "does not fit" in str(refused)
+    for scores in (first, last):
+        answer = classifier.answer(Upload(files[0], names[0], 100), scores)
+        assert load_test.is_right(answer, names[0], want[0, names[0]])
 
+
+def test_scores_that_are_not_finite_are_refused(served):
     _, settings, files, _ = served
     classifier = Classifier(settings)
-    uploads = [Upload(files[0], name, 5) for name in ("adapter-0", "adapter-1")]
-    images, keys = zip(*map(classifier.prepare, uploads))
-    with torch.no_grad():
-        classifier.bank.parameters(keys[0])[0].fill_(float("nan"))
-    bad, good = classifier.classify(list(images), list(keys))
+    names = ["adapter-0", "adapter-1"]
+    uploads = [Upload(files[0], name, 5) for name in names]
+    images = [classifier.prepare(upload) for upload in uploads]
+    with classifier.folder.hold("adapter-0") as key, torch.no_grad():
+        classifier.bank.parameters(key)[0].fill_(float("nan"))
+    bad, good = classifier.classify(images, names)
     with pytest.raises(Refused, match="'adapter-0' gives scores for this image that are not finite") as refused:
         classifier.answer(uploads[0], bad)
     assert refused.value.status == 422 and classifier.answer(uploads[1], good)["adapter"] == "adapter-1"
 
 
-def test_what_a_thread_made_for_somebody_who_left_is_undone(caplog):
-    from efft_kernels.serving.app import in_thread
-
-    begun, go, undone = threading.Event(), threading.Event(), []
-
-    def work(name):
-        begun.set()
-        go.wait(10)
-        return name
-
-    async def run(pool):
-        tasks = [asyncio.create_task(in_thread(pool, work, name, undo=undone.append)) for name in ("one", "two", "three")]
-        await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
-        tasks[0].cancel()  # under way
-        tasks[1].cancel()  # not begun
-        await asyncio.sleep(0)
-        go.set()
-        return await asyncio.gather(*tasks, return_exceptions=True)
-
-    with ThreadPoolExecutor(1) as pool:
-        one, two, three = asyncio.run(run(pool))
-    assert isinstance(one, asyncio.CancelledError) and isinstance(two, asyncio.CancelledError) and three == "three"
-    assert undone == ["one"] and not caplog.records
-
-
 @pytest.mark.parametrize("busy, least, most", [([], 0.5, 2), ([(0.2, 0.4)], 0.75, 2), ([(0, 99)], 2, 4)], ids=str)
-def test_a_stop_waits_for_what_comes_late(busy, least, most, monkeypatch):
-    """idle, or so it seems while a request is about to be tried again; and not for ever"""
-    from efft_kernels.serving import app
-
-    monkeypatch.setattr(app, "IDLE_S", 0.5)
+def test_a_stop_waits_until_no_request_is_under_way(busy, least, most, monkeypatch):
+    """Also for a request that arrives after an idle poll, and no longer than the limit."""
+    monkeypatch.setattr(server, "IDLE_S", 0.5)
     start = time.monotonic()
 
     class Handle:
         @property
-        def busy(self):
+        def requests_under_way(self):
             return self
 
         def remote(self):
@@ -499,70 +534,69 @@ def test_a_stop_waits_for_what_comes_late(busy, least, most, monkeypatch):
         def result(self, timeout_s):
             return int(any(begin <= time.monotonic() - start < end for begin, end in busy))
 
-    app._wait_until_idle(Handle(), 3, 2.0)
+    server.wait_until_idle(Handle(), 3, 2.0)
     assert least <= time.monotonic() - start < most
 
 
+@pytest.mark.slow
 def test_a_deployment_on_loopback(served, tmp_path):
-    """answers, refusals, a replica killed, and an orderly stop that answers what is under way"""
+    """Answers, refusals, a killed replica, clients that leave, overload, and a stop with requests under way."""
     pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")
     aiohttp = pytest.importorskip("aiohttp")
     load_test, settings, files, want = served
-    from efft_kernels.serving.app import Settings
-
-    settings = Settings(**vars(settings) | {"replicas": 2, "max_ongoing": 8, "max_queued": 40})
-    server = load_test.Server(settings, 8971, tmp_path / "log")
+    settings = settings.model_copy(update={"replicas": 2, "max_ongoing": 8, "max_queued": 40})
+    service = load_test.Server(settings, 8971, tmp_path / "log")
 
     async def ask():
         async with aiohttp.ClientSession() as session:
-            await server.ready(session)
-            load = load_test.Load(server, session, files, want)
+            await service.ready(session)
+            load = load_test.Load(service, session, files, want)
             await load.run(2.0, 15.0, len(load_test.malformed()), True, load_test.random.Random(0))
-            gone = {"data": files[0], "timeout": aiohttp.ClientTimeout(total=0.02)}
+            impatient = {"data": files[0], "timeout": aiohttp.ClientTimeout(total=0.02)}
 
             async def leave(i):
                 try:
-                    async with session.post(server.url, params={"adapter": f"adapter-{i % 3}"}, **gone):
+                    async with session.post(service.url, params={"adapter": f"adapter-{i % 3}"}, **impatient):
                         pass
                 except asyncio.TimeoutError:
                     pass
 
             await asyncio.gather(*[leave(i) for i in range(30)])
-            # what those held is given back: all is idle, and every replica could drop every adapter
+            # their requests end too: all replicas become idle and hold no adapter
             end = time.monotonic() + 30
             described = [{"in_use": None}]
             idle = {"adapters": 0, "requests": 0}
             while any(found["in_use"] != idle for found in described) and time.monotonic() < end:
                 described = []
                 for _ in range(8):
-                    async with session.get(server.url) as answer:
+                    async with session.get(service.url) as answer:
                         described.append(await answer.json())
 
             async def ask_once():
-                async with session.post(server.url, data=files[0], headers={"content-type": "image/png"}) as answer:
+                async with session.post(service.url, data=files[0], headers={"content-type": "image/png"}) as answer:
                     return answer.status, answer.headers.get("retry-after")
 
             crowd = await asyncio.gather(*[ask_once() for _ in range(120)])
 
-        # on connections of their own: one that is kept after an answer may be closed just when it is used again
+        # a connection for each request, because a kept one may be closed just when it is used again
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
 
             async def one(i):
                 query, image = {"adapter": "adapter-1", "top": "100"}, files[i % len(files)]
                 headers = {"content-type": "image/png"}
-                async with session.post(server.url, params=query, headers=headers, data=image) as answer:
+                async with session.post(service.url, params=query, headers=headers, data=image) as answer:
                     return load_test.is_right(await answer.json(), "adapter-1", want[i % len(files), "adapter-1"])
 
             under_way = [asyncio.create_task(one(i)) for i in range(40)]
             await asyncio.sleep(0.5)
-            server.process.send_signal(signal.SIGTERM)
+            service.process.send_signal(signal.SIGTERM)
             return load, described, crowd, await asyncio.gather(*under_way, return_exceptions=True)
 
     try:
         load, described, crowd, last = asyncio.run(ask())
     finally:
-        stopped = server.stop()
-    problems = load.problems[:5], server.log.read_text()[-2000:]
+        stopped = service.stop()
+    problems = load.problems[:5], service.log.read_text()[-2000:]
     assert load.counts["killed"] == 1 and load.counts["malformed"] >= 30
     assert not load.counts["wrong"] and not load.counts["accepted"], problems
     assert described[0]["adapters"] == [f"adapter-{i}" for i in range(3)]
@@ -572,10 +606,14 @@ def test_a_deployment_on_loopback(served, tmp_path):
     assert last == [True] * 40 and stopped == 0, (last, problems)
 
 
-def test_the_name_deploy():
+@pytest.mark.slow
+def test_the_former_name_deploy():
+    """The import path efft_kernels.deploy and its command still work."""
+    pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")
     from efft_kernels import deploy
     from efft_kernels.serving import app
 
-    assert deploy is app
+    assert deploy.app is app.app and deploy.Settings is Settings
     command = [sys.executable, "-m", "efft_kernels.deploy", "--help"]
-    assert "python -m efft_kernels.serving" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "python -m efft_kernels.serving" in shown

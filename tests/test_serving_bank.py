@@ -1,4 +1,4 @@
-"""AdapterBank: mixed batches equal one pass per adapter, adapters come and go, and what does not fit is refused."""
+"""AdapterBank: mixed batches equal one forward per adapter, adapters can be added and removed, bad input is refused."""
 
 import asyncio
 import copy
@@ -24,7 +24,7 @@ def bare(make=vit, **options):
 
 
 def trained(config=PLAIN, make=vit, head="train", seed=1, dtype=torch.float32, **options):
-    """an injected model on the base of ``bare`` with factors and a head of its own"""
+    """A model like ``bare``, injected, with random factors and a head that differs from the base's."""
     model = ek.inject(bare(make, **options), config, head=head)
     torch.manual_seed(seed)
     shake(model, 0.1)
@@ -35,7 +35,7 @@ def trained(config=PLAIN, make=vit, head="train", seed=1, dtype=torch.float32, *
 
 
 def filled(config=PLAIN, make=vit, dtype=torch.float32, classes=(10, 3, 7), **options):
-    """(a bank of three adapters, the three models they were copied from and the base, by name)"""
+    """(a bank of three adapters, {name: the injected model that each was copied from, None: the base})"""
     models = {name: trained(config, make, head, i, dtype) for i, (name, head) in enumerate(zip("abc", classes))}
     bank = AdapterBank(bare(make).to(dtype), **options)
     for name, model in models.items():
@@ -44,18 +44,15 @@ def filled(config=PLAIN, make=vit, dtype=torch.float32, classes=(10, 3, 7), **op
 
 
 def one_by_one(models, ids, x):
-    """each sample through the model of its adapter, padded to the widest"""
+    """Logits of each sample from the model of its adapter, padded with -inf to the largest number of classes."""
     rows = [models[name](x[i : i + 1]) for i, name in enumerate(ids)]
     width = max(row.shape[1] for row in rows)
     return torch.cat([F.pad(row, (0, width - row.shape[1]), value=float("-inf")) for row in rows])
 
 
-# -- one pass equals one pass per adapter -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mixed_batch_equals_one_pass_per_adapter(make, method):
+def test_mixed_batch_equals_one_forward_per_adapter(make, method):
     bank, models = filled(METHODS[method], make, torch.float64)
     x = images(6, torch.float64)
     with bank.use(BATCH), torch.no_grad():
@@ -63,19 +60,19 @@ def test_a_mixed_batch_equals_one_pass_per_adapter(make, method):
     want = one_by_one(models, BATCH, x)
     assert y.shape == (6, 10) and (y.isinf() == want.isinf()).all() and y[2].isinf().sum() == 7
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
-    assert torch.equal(bank.model(x), models[None](x))  # and outside, nothing
+    assert torch.equal(bank.model(x), models[None](x))  # outside of use, the base model
 
 
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("method", ["efft1", "efft2-scale", "fact-tk", "lora-all", "vera"])
-def test_gradients_equal_those_of_one_pass_per_adapter(make, method):
+def test_gradients_equal_those_of_one_forward_per_adapter(make, method):
     bank, models = filled(METHODS[method], make, torch.float64, classes=(3, 7, 3))
     x, target = images(6, torch.float64), torch.tensor([0, 1, 2, 1, 0, 2])
     with bank.use(BATCH):
         got = F.cross_entropy(bank.model(x), target)
     want = F.cross_entropy(one_by_one(models, BATCH, x), target)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-    got.backward()  # outside of use
+    got.backward()  # after use has ended
     want.backward()
     for name in "abc":
         ours, theirs = bank.parameters(name), ek.adapter_parameters(models[name])
@@ -93,7 +90,7 @@ def test_every_backend(backend):
     few = torch.zeros(1, 1), torch.zeros(1, 1), None, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1)
     if reason := module.unsupported("mixed_linear", *few):
         pytest.skip(reason)
-    # the interpreter is slow
+    # small, because Triton's interpreter is slow
     bank, models = filled(make=lambda **options: vit(depth=1, num_heads=2, embed_dim=64, **options), backend=backend)
     x = images(6)
     with bank.use(BATCH):
@@ -117,7 +114,7 @@ def test_ranks_and_scales_may_differ():
 
 def transformer(**options):
     transformers = pytest.importorskip("transformers")
-    timm()  # transformers imports torchvision, which may need its help
+    timm()  # transformers imports torchvision, which timm() makes importable
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=16)
     return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, num_labels=10)).eval()
 
@@ -126,7 +123,7 @@ def test_a_model_of_transformers():
     bank, models = filled(make=transformer, dtype=torch.float64, classes=(3, 7, 3))
     x, target = images(6, torch.float64), torch.tensor([0, 1, 2, 1, 0, 2])
     with bank.use(BATCH):
-        out = bank.model(pixel_values=x, labels=target)  # keyword arguments, and a loss of its own
+        out = bank.model(pixel_values=x, labels=target)  # keyword arguments; the model computes the loss
     want = one_by_one({name: lambda t, m=model: m(t).logits for name, model in models.items()}, BATCH, x)
     torch.testing.assert_close(out.logits, want, rtol=1e-9, atol=1e-10)
     out.loss.backward()
@@ -155,7 +152,7 @@ def test_a_model_in_16_bits(dtype):
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for name in "abc" for p in bank.parameters(name))
 
 
-def test_one_adapter_and_none_at_all():
+def test_batches_with_one_adapter_or_none():
     bank, models = filled()
     x = images(2)
     for ids in (["b", "b"], [None, None], [None, "c"]):
@@ -166,7 +163,7 @@ def test_one_adapter_and_none_at_all():
         assert bank.model(x[:0]).shape == (0, 10)
 
 
-def test_two_runs_are_bit_equal():
+def test_bitwise_reproducible():
     bank, _ = filled()
     x = images(6)
 
@@ -196,7 +193,7 @@ def test_training_several_adapters_at_once():
     assert all(torch.equal(p, q) for p, q in zip(bank.parameters("b"), untouched))
 
 
-def test_a_diverged_adapter_harms_its_own_samples_alone():
+def test_a_diverged_adapter_affects_only_its_samples():
     bank, _ = filled(classes=(10, 10, 10))
     x = images(6)
 
@@ -216,10 +213,7 @@ def test_a_diverged_adapter_harms_its_own_samples_alone():
     assert all(torch.equal(a, b) for a, b in zip(grads, after))
 
 
-# -- what must keep working around it ---------------------------------------------------------------------------------
-
-
-def test_modes_of_torch():
+def test_grad_modes_and_autocast():
     bank, models = filled(make=swin)
     x = images(6)
     want = one_by_one(models, BATCH, x)
@@ -243,7 +237,7 @@ def test_training_after_inference_in_one_use():
     with bank.use(BATCH):
         with torch.inference_mode():
             want = bank.model(x)
-        y = bank.model(x)  # may use nothing that was made under inference_mode
+        y = bank.model(x)  # must not reuse inference tensors
         y.square().sum().backward()
     torch.testing.assert_close(y, want.clone())
     assert all(p.grad.any() for p in bank.parameters("b"))
@@ -262,13 +256,13 @@ def test_gradients_accumulate_over_batches():
     for rows in parts:
         loss(rows).backward()
     accumulated = [p.grad for p in parameters]
-    both = torch.autograd.grad(sum(loss(rows) for rows in parts), parameters)  # two uses, one backward
+    both = torch.autograd.grad(sum(loss(rows) for rows in parts), parameters)  # one backward through two uses
     for got in (accumulated, both):
         for g, w in zip(got, want):
             torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_called_outside_of_the_models_forward():
+def test_layers_called_outside_the_models_forward():
     bank, models = filled(make=vit)
     x = images(6)
     with bank.use(BATCH):
@@ -279,13 +273,13 @@ def test_layers_called_outside_of_the_models_forward():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
     bank, _ = filled(classes=(10, 10, 10))
-    x = images(6).requires_grad_()  # reentrant checkpointing asks for it
+    x = images(6).requires_grad_()  # reentrant checkpointing needs an input that requires grad
     parameters = [p for name in "abc" for p in bank.parameters(name)]
 
     def run():
         with bank.use(BATCH):
             y = bank.model(x)
-        with bank.use(["b"]):  # another use meanwhile
+        with bank.use(["b"]):  # backward runs within another use
             y.square().sum().backward()
         grads = [p.grad for p in parameters]
         for p in parameters:
@@ -301,7 +295,7 @@ def test_checkpointing(reentrant):
     assert not bank._replays
 
 
-def test_checkpointing_of_two_uses_in_one_backward_and_of_one_that_fails():
+def test_checkpointing_with_several_uses_and_a_failing_backward():
     bank, _ = filled(classes=(3, 3, 3))
     x = images(2)
     parameters = [p for name in "abc" for p in bank.parameters(name)]
@@ -329,9 +323,10 @@ def test_checkpointing_of_two_uses_in_one_backward_and_of_one_that_fails():
         failing.backward()
     handle.remove()
     del failing
-    assert not bank._replays  # and with them the graph
+    assert not bank._replays  # otherwise they keep the graph alive
 
 
+@pytest.mark.slow
 def test_compiled_with_graph_breaks():
     bank, _ = filled()
     x = images(6)
@@ -357,7 +352,7 @@ def test_dropout_while_training():
     with fact.use(BATCH):
         y = fact.model(x)
         assert not torch.equal(fact.model(x)[0], y[0])
-    torch.testing.assert_close(y[[1, 5]], models[None](x)[[1, 5]], rtol=1e-4, atol=1e-5)  # without an adapter
+    torch.testing.assert_close(y[[1, 5]], models[None](x)[[1, 5]], rtol=1e-4, atol=1e-5)  # samples without an adapter
     y[[0, 2, 3, 4], :3].sum().backward()
     assert all(p.grad.any() for name in "abc" for p in fact.parameters(name))
     bank.add("d", trained(ek.EFFTConfig(rank=4, factor_dropout=0.0), seed=9))
@@ -366,7 +361,7 @@ def test_dropout_while_training():
         pass
 
 
-def test_copies_and_pickles_are_banks_of_their_own():
+def test_copies_and_pickles_are_independent_banks():
     bank, _ = filled()
     x = images(6)
     with bank.use(BATCH), torch.no_grad():
@@ -380,10 +375,10 @@ def test_copies_and_pickles_are_banks_of_their_own():
     assert len(bank) == 3
 
 
-def test_state_dict_and_release_give_the_model_back():
+def test_release_restores_the_model():
     model = bare()
     model.patch_embed.requires_grad_(False)
-    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
     state = {key: t.clone() for key, t in model.state_dict().items()}
     bank = AdapterBank(model)
     bank.add("a", trained())
@@ -397,13 +392,11 @@ def test_state_dict_and_release_give_the_model_back():
         with pytest.raises(RuntimeError, match="has released its model"):
             released.add("b", trained())
     assert not hasattr(twin.model, "efft")
-    assert {key: p.requires_grad for key, p in model.named_parameters()} == flags and not hasattr(model, "efft")
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == requires_grad
+    assert not hasattr(model, "efft")
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
     assert not model._forward_pre_hooks and not model._forward_hooks
     ek.inject(model, PLAIN)
-
-
-# -- what is in the bank ----------------------------------------------------------------------------------------------
 
 
 def test_names_classes_and_bytes(tmp_path):
@@ -421,7 +414,7 @@ def test_names_classes_and_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("make", [vit, swin])
-def test_files_in_and_out(make, tmp_path):
+def test_add_and_save_files(make, tmp_path):
     model = trained(make=make, head=3)
     ek.save_adapter(model, tmp_path / "file")
     bank = AdapterBank(bare(make))
@@ -435,13 +428,13 @@ def test_files_in_and_out(make, tmp_path):
         with bank.use(["a", "same"]):
             y = bank.model(torch.cat([x[:1]] * 2))
     assert torch.equal(y[0], y[1])
-    # a copy: training the model further changes nothing in the bank
+    # the bank has a copy: training the model further does not change it
     shake(model)
     with bank.use(["a", "same"]), torch.no_grad():
         assert torch.equal(bank.model(torch.cat([x[:1]] * 2)), y)
 
 
-def test_adapters_come_and_go_while_others_compute():
+def test_adapters_added_and_removed_while_others_compute():
     bank, models = filled()
     x = images(3)
     ids = ["a", None, "b"]
@@ -466,7 +459,7 @@ def test_adapters_come_and_go_while_others_compute():
         if i % 2:
             bank.remove(f"extra{i}")
     with bank.use(["c", "extra0", "c"]), torch.no_grad():
-        bank.remove("c")  # under way: still there
+        bank.remove("c")  # this use keeps it
         y = bank.model(x)
         with pytest.raises(ValueError, match="got 'c'"), bank.use(["c"]):
             pass
@@ -478,13 +471,13 @@ def test_adapters_come_and_go_while_others_compute():
     torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-4)
 
 
-def test_asyncio_tasks_have_uses_of_their_own():
+def test_each_asyncio_task_has_its_own_use():
     bank, models = filled()
     x = images(2)
 
     async def one(ids):
         with bank.use(ids):
-            await asyncio.sleep(0)  # the others enter theirs
+            await asyncio.sleep(0)  # the other tasks enter their uses
             here = bank.model(x)
             return here, await asyncio.to_thread(bank.model, x)
 
@@ -499,7 +492,7 @@ def test_asyncio_tasks_have_uses_of_their_own():
                 torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
 
 
-def test_uses_of_generators_end_in_any_order():
+def test_generators_may_leave_their_uses_in_any_order():
     bank, models = filled(classes=(3, 3, 3))
     x = images(1)
 
@@ -510,10 +503,10 @@ def test_uses_of_generators_end_in_any_order():
     with torch.no_grad():
         first, second = under("a"), under("b")
         next(first), next(second)
-        first.close()  # leaves the other's in place
+        first.close()  # the second use stays active
         torch.testing.assert_close(bank.model(x), models["b"](x), rtol=1e-4, atol=1e-5)
         second.close()
-        assert torch.equal(bank.model(x), models[None](x))  # and leaves nothing behind
+        assert torch.equal(bank.model(x), models[None](x))  # no use is left
 
     async def leave(generator):
         await generator.aclose()
@@ -525,12 +518,12 @@ def test_uses_of_generators_end_in_any_order():
 
         generator = under("a")
         await anext(generator)
-        await asyncio.create_task(leave(generator))  # as an event loop does with one that nobody finishes
+        await asyncio.create_task(leave(generator))  # as an event loop closes an unfinished one
 
     asyncio.run(run())
 
 
-def test_an_error_within_a_use_leaves_nothing_behind():
+def test_an_error_within_a_use_ends_it():
     bank, models = filled(classes=(3, 3, 3))
     x = images(1)
 
@@ -555,16 +548,13 @@ def test_two_banks_at_once():
         torch.testing.assert_close(two.model(x), others["c"](x), rtol=1e-4, atol=1e-5)
 
 
-def test_an_inner_use_shadows_the_outer():
+def test_an_inner_use_replaces_the_outer():
     bank, models = filled(classes=(3, 3, 3))
     x = images(1)
     with torch.no_grad(), bank.use(["a"]):
         with bank.use(["b"]):
             torch.testing.assert_close(bank.model(x), models["b"](x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(bank.model(x), models["a"](x), rtol=1e-4, atol=1e-5)
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_ids_are_refused_before_any_compute(monkeypatch):
@@ -579,14 +569,14 @@ def test_bad_ids_are_refused_before_any_compute(monkeypatch):
     ]:
         with pytest.raises(error, match=says), bank.use(ids):
             pytest.fail("entered")
-    monkeypatch.setattr(bank.model, "patch_embed", None)  # not to be reached
+    monkeypatch.setattr(bank.model, "patch_embed", None)  # must not be reached
     for x in (images(3), images(1), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="ids must name an adapter for each of the . samples, got 2"):
             with bank.use(["a", None]):
                 bank.model(x)
 
 
-def test_a_linear_that_does_not_start_with_the_batch_is_refused_by_name():
+def test_a_linear_whose_input_does_not_start_with_the_batch_is_named():
     bank, _ = filled()
     with bank.use(["a", "b"]):
         with pytest.raises(ValueError, match=r"blocks.0.attn.qkv gets x \[5, 4, 192\], whose first dimension must be"):
@@ -631,7 +621,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         AdapterBank(bare()).remove("x")
 
 
-def test_models_that_cannot_hold_a_bank():
+def test_models_that_cannot_have_a_bank():
     for model, says in [
         (ek.inject(bare(), PLAIN), "already injected"),
         (ek.merge(trained()), "is merged"),

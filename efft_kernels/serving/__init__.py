@@ -1,4 +1,4 @@
-"""Serving many adapters of one model: AdapterBank, and a deployment with Ray Serve around it (app.py)."""
+"""Many adapters of one model: AdapterBank for one process, and an HTTP service on Ray Serve built on it (app.py)."""
 
 from .bank import AdapterBank
 

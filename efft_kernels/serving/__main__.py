@@ -1,4 +1,4 @@
-from .app import command
+from .cli import main
 
 if __name__ == "__main__":
-    command()
+    main()

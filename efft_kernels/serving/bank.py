@@ -21,12 +21,14 @@ from ..layouts import classes_of, classifiers_of, head_state
 from ..ops import check_backend, lowrank_linear, mixed_linear
 from ..passes import Passes
 
-# uses under way in this thread or asyncio task, the one entered last at the end
+# the uses that this thread or asyncio task has entered and not left, innermost last
 _uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())
 
 
 @dataclass(frozen=True, eq=False)
 class _Adapter:
+    """An adapter of a bank: its factors and, if it brought a head, its classifiers."""
+
     groups: nn.ModuleDict
     heads: dict[str, nn.Linear]  # path -> classifier; empty for an adapter that uses the model's
 
@@ -39,33 +41,34 @@ class _Adapter:
 
 
 class AdapterBank:
-    """Any number of adapters of one model, and batches in which each sample has its own.
+    """Any number of adapters of one model, for batches in which each sample has its own adapter.
 
     >>> bank = AdapterBank(model)
     >>> bank.add("birds", "birds.safetensors")
     >>> bank.add("cars", "cars.safetensors")
     >>> with torch.no_grad(), bank.use(["birds", None, "cars"]):
-    ...     logits = model(images)  # three images: two adapters, and the model as it was
+    ...     logits = model(images)  # three images: two with an adapter, one without
 
     The Linears of the model compute y = x W + b + (x @ down) @ up with the pair of each sample's adapter
-    (:func:`efft_kernels.mixed_linear`): one pass for the whole batch, however many adapters are in it. Outside of
+    (:func:`efft_kernels.mixed_linear`): one forward for the whole batch, however many adapters are in it. Outside of
     :meth:`use` the model computes what it did before.
 
-    The adapters are of one method and adapt the same Linears; rank, scale and number of classes may differ. Logits of a
-    batch have the largest number of classes among its samples; those that a sample does not have are -inf. A sample
-    whose adapter brought no head has the model's own.
+    All adapters are of one method and adapt the same Linears; rank, scale and number of classes may differ. Logits of a
+    batch have the largest number of classes among its samples; classes that a sample does not have are -inf. A sample
+    whose adapter brought no head gets the model's.
 
-    Adapters come and go while other threads compute: a use that is under way keeps those it started with. Threads and
+    Adapters may be added and removed while other threads compute: a use keeps the adapters it started with. Threads and
     asyncio tasks may each have their own use of the model at the same time.
 
-    Gradients reach the factors and heads of all adapters in a batch; hand :meth:`parameters` to an optimizer. The model
-    itself is frozen. Moving the model to another device or dtype does not move the bank's adapters: add them after it.
-    Under torch.compile the graph breaks at every adapted Linear, which gives the same results; fullgraph=True does not work.
+    Gradients reach the factors and heads of all adapters in a batch; pass :meth:`parameters` to an optimizer. The model
+    itself is frozen. Moving the model to another device or dtype does not move the bank's adapters: add them
+    afterwards. Under torch.compile the graph breaks at every adapted Linear, with the same results; fullgraph=True does
+    not work.
 
     Args:
         model: a plain model, as for :func:`efft_kernels.inject`. It is changed in place: its parameters are frozen, and
-            it computes mixed batches. :meth:`release` takes that back.
-        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+            it computes mixed batches. :meth:`release` undoes both.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest proven one.
 
     Raises:
         ValueError: the model is injected, merged, or belongs to another bank; an unknown backend.
@@ -76,10 +79,10 @@ class AdapterBank:
         check_bare(model)
         self.model, self.backend = model, backend
         self._adapters: dict[str, _Adapter] = {}
-        self._paths: list[str] = []  # of the Linears that are no longer plain
-        self._replays = weakref.WeakValueDictionary()  # backward -> the use whose forward it recomputes
+        self._paths: list[str] = []  # Linears whose class was changed
+        self._replays = weakref.WeakValueDictionary()  # id of a backward -> the use whose forward it recomputes
         self._lock = threading.Lock()
-        self._flags = {key: p.requires_grad for key, p in model.named_parameters()}
+        self._requires_grad_before = {key: p.requires_grad for key, p in model.named_parameters()}
         model.requires_grad_(False)
         for path, linear in classifiers_of(model):
             if type(linear) is nn.Linear:
@@ -88,7 +91,7 @@ class AdapterBank:
             model.register_forward_pre_hook(_before, with_kwargs=True),
             model.register_forward_hook(_after, always_call=True),
         )
-        model.efft = self  # no module: nothing is registered
+        model.efft = self  # the bank is not a Module, so nothing is registered
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_lock": None, "_replays": None}
@@ -107,39 +110,39 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they were added."""
+        """Names of the adapters in the order in which they were added."""
         with self._lock:
             return list(self._adapters)
 
     def add(self, name: str, source: str | PathLike | nn.Module) -> None:
-        """Put an adapter, with its head if it has one, into the bank.
+        """Add an adapter to the bank, with its head if it has one.
 
         Args:
-            name: what :meth:`use` calls it.
-            source: a file of :func:`efft_kernels.save_adapter`, or an injected model, whose active adapter is copied,
-                with its head if that is trained.
+            name: the name for :meth:`use`.
+            source: a file of :func:`efft_kernels.save_adapter`, or an injected model. The active adapter of a model is
+                copied, with its head if the head is trained.
 
         Raises:
-            FileNotFoundError: no such file.
-            TypeError: source or name is something else.
-            ValueError: a name that is taken, a file that is none of an adapter, an adapter or a head that does not fit
-                the model, or one of another method or other Linears than those in the bank; a Linear of the model that
-                is quantized, parametrized or weight-normed. The bank is as it was then.
+            FileNotFoundError: there is no such file.
+            TypeError: source or name has another type.
+            ValueError: the name is taken; the file is not an adapter file; the adapter or its head does not fit the
+                model; its method or Linears differ from those in the bank; or a Linear of the model is quantized,
+                parametrized or weight-normed. The bank is unchanged then.
             RuntimeError: the bank has released its model.
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
         if not name:
             raise ValueError("name must not be empty")
-        self._check_held()
-        self._check_new(name)
+        self._check_not_released()
+        self._check_name_free(name)
         with torch.inference_mode(False), torch.no_grad():
-            adapter = self._made(source)
-        self._check_products(name, adapter)
+            adapter = self._load(source)
+        self._check_plain_weights(name, adapter)
         with self._lock:
-            self._check_new(name)
+            self._check_name_free(name)
             other, kept = next(iter(self._adapters.items()), (None, adapter))
-            if _kind(kept) != _kind(adapter):
+            if _signature(kept) != _signature(adapter):
                 raise ValueError(
                     f"{name!r} must be of the method and for the Linears of {other!r}, "
                     f"{kept.groups.plan.config}, got {adapter.groups.plan.config}"
@@ -151,52 +154,52 @@ class AdapterBank:
             self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:
-        """Drop an adapter. A use under way keeps it; its memory is free after that.
+        """Remove an adapter. A use that has started keeps it; its memory is freed when the last one has ended.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no adapter of this name.
         """
         with self._lock:
-            self._known(name)
+            self._find(name)
             del self._adapters[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The trained factors of an adapter, and its head: what to hand an optimizer. They stay the same objects.
+        """The trained factors of an adapter and its head, for an optimizer. They stay the same objects.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no adapter of this name.
         """
-        return self._known(name).parameters()
+        return self._find(name).parameters()
 
     def classes(self, name: str | None) -> int | None:
-        """How many logits the samples of an adapter have, or those without one; None for a model without a head.
+        """Number of classes of an adapter, or for None of the model; None for a model without a head.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no adapter of this name.
         """
-        heads = {} if name is None else self._known(name).heads
+        heads = {} if name is None else self._find(name).heads
         heads = heads or dict(classifiers_of(self.model))
         return next((linear.out_features for linear in heads.values()), None)
 
     def bytes(self, name: str | None = None) -> int:
-        """Memory that an adapter takes, or all of them: factors and heads, without gradients and the model.
+        """Bytes of an adapter, or of all: factors and heads, without gradients and without the model.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is no adapter of this name.
         """
         if name is not None:
-            return self._known(name).bytes()
+            return self._find(name).bytes()
         with self._lock:
             return sum(adapter.bytes() for adapter in self._adapters.values())
 
     def save(self, name: str, path: str | PathLike) -> None:
-        """Write an adapter to a file for :func:`efft_kernels.load_adapter` and :meth:`add`, whole or not at all.
+        """Write an adapter to a file, atomically, for :func:`efft_kernels.load_adapter` and :meth:`add`.
 
         Raises:
-            ValueError: there is none of this name.
-            OSError: the file cannot be written; an existing one is untouched then.
+            ValueError: there is no adapter of this name.
+            OSError: the file cannot be written. An existing one is unchanged then.
         """
-        adapter = self._known(name)
+        adapter = self._find(name)
         head = head_state(self.model) if adapter.heads else {}
         for key, linear in adapter.heads.items():
             head |= {f"{key}.{part}": t for part, t in linear.state_dict().items()}
@@ -204,31 +207,31 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def use(self, ids: Sequence[str | None]) -> Iterator["AdapterBank"]:
-        """Within this context, of this thread or asyncio task, the model gives each sample its own adapter.
+        """Within this context, the model applies to each sample its own adapter, in this thread or asyncio task.
 
         Args:
-            ids: for each sample of the batch the name of an adapter, or None for the model as it is.
+            ids: for each sample of the batch, the name of an adapter, or None for no adapter.
 
         Raises:
-            TypeError: ids is a string or no sequence.
-            ValueError: a name that is not in the bank; and, from the model before it computes anything, a batch of
-                another size. A Linear whose input does not start with the batch, or a multiple of it as the windows of
-                Swin do, is refused by name; called past the model's forward (``forward_features``, one block), that is
-                all that is checked.
+            TypeError: ids is a string or not a sequence.
+            ValueError: a name is not in the bank. The model's forward raises it too, before it computes anything, for a
+                batch of another size; and a Linear, by its name, for an input whose first dimension is not the batch or
+                a multiple of it (the windows of Swin). Calls that bypass the model's forward (``forward_features``, one
+                block) have only the Linears' check.
             RuntimeError: the bank has released its model.
         """
-        use = self._use(ids)
+        use = self._start(ids)
         _uses.set((*_uses.get(), use))
         try:
             yield self
         finally:
-            # not by a token: generators may leave theirs in another order, or be closed by another task
+            # not ContextVar.reset: generators may exit in another order, or be closed by another task
             _uses.set(tuple(other for other in _uses.get() if other is not use))
 
     def release(self) -> None:
-        """Give the model back: plain Linears, and parameters frozen or trained as before.
+        """Restore the model: plain Linears, and ``requires_grad`` of its parameters as before.
 
-        What the bank holds can still be saved; :meth:`add` and :meth:`use` raise a RuntimeError from then on.
+        The adapters can still be saved; :meth:`add` and :meth:`use` raise a RuntimeError from then on.
         """
         if not self._hooks:
             return
@@ -237,41 +240,42 @@ class AdapterBank:
         for hook in self._hooks:
             hook.remove()
         for key, p in self.model.named_parameters():
-            p.requires_grad_(self._flags.get(key, p.requires_grad))
+            p.requires_grad_(self._requires_grad_before.get(key, p.requires_grad))
         del self.model.efft
         self._paths, self._hooks = [], ()
 
     def _adopt(self, linear: nn.Linear, path: str, kind: type) -> None:
-        linear.efft = self, path  # a tuple, which registers nothing; first, for other threads run the model
+        # before the class changes, because other threads run the model; a tuple, so that nothing is registered
+        linear.efft = self, path
         linear.__class__ = kind
         self._paths.append(path)
 
-    def _now(self) -> "_Use | None":
-        """the use that a layer which runs now belongs to"""
+    def _current_use(self) -> "_Use | None":
+        """The use that a layer running now belongs to: of the forward that backward recomputes, or the innermost."""
         if self._replays and (use := self._replays.get(torch._C._current_graph_task_id())):
             return use
         return next((use for use in reversed(_uses.get()) if use.bank is self), None)
 
-    def _use(self, ids: Sequence[str | None]) -> "_Use":
+    def _start(self, ids: Sequence[str | None]) -> "_Use":
         if isinstance(ids, str) or not isinstance(ids, Sequence):
             raise TypeError(f"ids must be a sequence with a name or None for each sample, got {type(ids).__name__}")
-        self._check_held()
+        self._check_not_released()
         with self._lock:
-            held = {name: self._known(name) for name in ids if name is not None}
+            held = {name: self._find(name) for name in ids if name is not None}
         position = {name: i for i, name in enumerate(held)}
         return _Use(self, list(held.values()), [position.get(name, -1) for name in ids])
 
-    def _check_products(self, name: str, adapter: _Adapter) -> None:
+    def _check_plain_weights(self, name: str, adapter: _Adapter) -> None:
         for path in [*(path for group in adapter.groups.values() for path in group.slots), *adapter.heads]:
             linear = self.model.get_submodule(path)
             own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
             if has_own_forward(linear, own):
                 raise ValueError(
                     f"{name!r} adapts {path}, whose weight must be plain in a bank, got "
-                    f"{kind(linear) or 'one that is computed anew'}; inject takes such a model, for one adapter at a time"
+                    f"{kind(linear) or 'one that is recomputed'}; inject takes such a model, for one adapter at a time"
                 )
 
-    def _known(self, name: str) -> _Adapter:
+    def _find(self, name: str) -> _Adapter:
         try:
             return self._adapters[name]
         except (KeyError, TypeError):
@@ -279,15 +283,15 @@ class AdapterBank:
             known = known or "of which there are none"
             raise ValueError(f"name must be one of the bank's adapters, {known}, got {name!r}") from None
 
-    def _check_held(self) -> None:
+    def _check_not_released(self) -> None:
         if not self._hooks:
             raise RuntimeError("the bank has released its model; make a new one")
 
-    def _check_new(self, name: str) -> None:
+    def _check_name_free(self, name: str) -> None:
         if name in self._adapters:
             raise ValueError(f"name must be new, but the bank already has an adapter {name!r}")
 
-    def _made(self, source) -> _Adapter:
+    def _load(self, source) -> _Adapter:
         if isinstance(source, nn.Module):
             owner = adapters(source)
             if owner.active is None:
@@ -302,10 +306,10 @@ class AdapterBank:
             what = type(source).__name__
             raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")
         groups = filled(self.model, config, what, tensors, source)
-        return _Adapter(groups, self._heads(state, source) if state else {})
+        return _Adapter(groups, self._load_heads(state, source) if state else {})
 
-    def _heads(self, state: dict[str, Tensor], source) -> dict[str, nn.Linear]:
-        """the classifiers of this state, in the dtype and on the device of the model's"""
+    def _load_heads(self, state: dict[str, Tensor], source) -> dict[str, nn.Linear]:
+        """The classifiers in a head's state, with the dtype and device of the model's."""
         try:
             classes_of(self.model, state)
         except ValueError as error:
@@ -328,25 +332,25 @@ class AdapterBank:
         return heads
 
 
-def _kind(adapter: _Adapter) -> tuple[list, list]:
-    """what the adapters of a bank have in common"""
+def _signature(adapter: _Adapter) -> tuple[list, list]:
+    """What all adapters of a bank must have in common: the method, and the plan but for rank and initial values."""
     specs = adapter.groups.plan.groups
     return [type(group) for group in adapter.groups.values()], [replace(spec, rank=(0, 0), zero="") for spec in specs]
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    if use := model.efft._now():
+    if use := model.efft._current_use():
         use.check_batch(next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None))
         use.begin()
 
 
 def _after(model: nn.Module, args, output) -> None:
-    if use := model.efft._now():
+    if use := model.efft._current_use():
         use.end(output)
 
 
 class _Use(Passes):
-    """The adapters of one batch: what ``use`` found under its names, whatever happens to the bank meanwhile."""
+    """The adapters of one batch, looked up when ``use`` was entered: later changes of the bank do not affect it."""
 
     active = "mixed"
 
@@ -387,7 +391,7 @@ class _Use(Passes):
 
     def ids(self, device: torch.device) -> Tensor:
         if device not in self._ids:
-            with torch.inference_mode(False):  # a later forward may save them for its backward
+            with torch.inference_mode(False):  # a later forward may save the tensor for its backward
                 self._ids[device] = torch.tensor(self.index, dtype=torch.int64, device=device)
         return self._ids[device]
 
@@ -400,8 +404,8 @@ class _Use(Passes):
         B = len(self.index)
         if x.dim() < 2 or (x.shape[0] % B if B else x.shape[0]):
             raise ValueError(
-                f"{path} gets x {list(x.shape)}, whose first dimension must be the batch of {B} samples or a multiple of "
-                "it for each sample to have its own adapter"
+                f"{path} gets x {list(x.shape)}, whose first dimension must be the batch of {B} samples or a multiple "
+                "of it for each sample to have its own adapter"
             )
 
     def linear(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., N]
@@ -422,7 +426,7 @@ class _Use(Passes):
         return mixed_linear(x, layer.weight, layer.bias, down, up, self.ids(x.device), backend=self.backend)
 
     def head(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., classes]
-        heads = [adapter.heads.get(path, layer) for adapter in self.held] + [layer]  # the last for no adapter
+        heads = [adapter.heads.get(path, layer) for adapter in self.held] + [layer]  # the last one for no adapter
         chosen = [heads[i] for i in self.index]
         if len(used := list(dict.fromkeys(chosen))) <= 1:
             only = used[0] if used else layer
@@ -430,7 +434,7 @@ class _Use(Passes):
         self.check_rows(path, x)
         width = max(head.out_features for head in used)
         samples = x.unflatten(0, (len(self.index), -1))
-        # heads differ in size, and samples must not meet those of others: one small product for each head
+        # heads differ in size, and a sample must not be affected by another's head (NaN): one small matmul per head
         logits, order = [], []
         for head in used:
             rows = [i for i, other in enumerate(chosen) if other is head]
@@ -442,11 +446,11 @@ class _Use(Passes):
 
 
 class _Linear(AdaptedLinear):
-    """A Linear of a bank's model."""
+    """An adapted Linear of a bank's model."""
 
     def forward(self, x: Tensor) -> Tensor:
         bank, path = self.efft
-        use = bank._now()
+        use = bank._current_use()
         return F.linear(x, self.weight, self.bias) if use is None else use.linear(self, path, x)
 
     def extra_repr(self) -> str:
@@ -458,5 +462,5 @@ class _Head(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bank, path = self.efft
-        use = bank._now()
+        use = bank._current_use()
         return F.linear(x, self.weight, self.bias) if use is None else use.head(self, path, x)

@@ -1,4 +1,4 @@
-"""AdapterFolder: the adapter files of a folder, in a bank while they are used and as long as memory allows."""
+"""AdapterFolder: the adapter files of a folder, loaded into a bank on use, evicted to stay within a memory budget."""
 
 import contextlib
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 class DoesNotFit(Exception):
-    """There is no room in the budget beside the adapters that are in use; later there may be."""
+    """The budget has no room next to the adapters that are in use now. It may have later."""
 
 
 class AdapterFolder:
-    """Adapters by the names of their files, loaded when they are asked for; the one unused for longest goes first.
+    """Adapters by file name. They load on first use; the least recently used are evicted to stay within the budget.
 
-    A file that was replaced is loaded anew, and requests that began with the old one keep that; a file that was deleted
-    is not found any more. Safe to use from several threads.
+    An adapter that is held is not evicted. A file that was replaced is loaded again, and holders of the old one keep
+    it; a file that was deleted is not found any more. Thread-safe.
 
     Args:
-        bank: what holds them: an AdapterBank, or something with its ``add``, ``remove`` and ``bytes``.
-        path: of the folder; adapter ``name`` is ``path/name.safetensors``.
-        budget: bytes that the adapters in the bank may take together.
+        bank: holds the loaded adapters: an AdapterBank, or an object with its ``add``, ``remove`` and ``bytes``.
+        path: the folder; adapter ``name`` is the file ``path/name.safetensors``.
+        budget: bytes that the loaded adapters may take together.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -32,91 +32,88 @@ class AdapterFolder:
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no folder {self.path} for adapters")
         self.loads = self.evictions = 0
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # key in the bank -> bytes, the one used last at the end
-        self._held: dict[str, int] = {}  # key -> how many requests use it
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # key in the bank -> bytes, most recently used last
+        self._holders: dict[str, int] = {}  # key -> number of contexts that hold it
         self._lock = threading.Lock()
 
     @property
     def loaded(self) -> int:
+        """Number of adapters in the bank."""
         return len(self._sizes)
 
     @property
     def in_use(self) -> int:
-        return len(self._held)
+        """Number of adapters that are held."""
+        return len(self._holders)
 
     @property
     def bytes(self) -> int:
+        """Memory of the adapters in the bank."""
         return sum(tuple(self._sizes.values()))
 
     def names(self) -> list[str]:
-        """Of the adapters in the folder."""
+        """Names of the adapters in the folder, sorted."""
         return sorted(file.stem for file in self.path.glob("*.safetensors"))
 
     def file(self, name: str) -> Path:
+        """Path of an adapter's file."""
         return self.path / f"{name}.safetensors"
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[str]:
-        """Within this context the adapter is in the bank, under the name that the context gives.
+        """Keep an adapter in the bank within this context, which gives the adapter's key there.
 
         Raises:
             FileNotFoundError: there is no such adapter.
-            DoesNotFit: it cannot be loaded beside those in use.
-            ValueError: its file is none of an adapter for the bank's model, or larger than the budget.
+            DoesNotFit: there is no room for it next to the adapters that are held.
+            ValueError: its file is not an adapter for the bank's model, or is larger than the budget.
         """
-        key = self.take(name)
         try:
-            yield key
-        finally:
-            self.give(key)
-
-    def take(self, name: str) -> str:
-        """As entering :meth:`hold`."""
-        try:
-            state = os.stat(self.file(name))
+            status = os.stat(self.file(name))
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"there is no adapter {name!r}") from None
-        key = f"{name}@{state.st_mtime_ns}.{state.st_ino}"  # a replaced file is another adapter
-        with self._lock:  # while a file is read, too: two requests must not load it both
+        key = f"{name}@{status.st_mtime_ns}.{status.st_ino}"  # a replaced file is another adapter
+        with self._lock:  # kept while a file is read, so that two requests do not both load it
             if key in self._sizes:
                 self._sizes.move_to_end(key)
             else:
-                self._load(name, key, state.st_size)
-            self._held[key] = self._held.get(key, 0) + 1
-        return key
-
-    def give(self, key: str) -> None:
-        """As leaving :meth:`hold`."""
-        with self._lock:
-            self._held[key] -= 1
-            if not self._held[key]:
-                del self._held[key]
+                self._load(name, key, status.st_size)
+            self._holders[key] = self._holders.get(key, 0) + 1
+        try:
+            yield key
+        finally:
+            with self._lock:
+                self._holders[key] -= 1
+                if not self._holders[key]:
+                    del self._holders[key]
 
     def _load(self, name: str, key: str, size: int) -> None:
         if size > self.budget:
             raise ValueError(f"adapter {name!r} of {size} bytes is larger than the budget of {self.budget}")
-        for old in [old for old in self._sizes if old.rpartition("@")[0] == name and old not in self._held]:
-            self._drop(old)
+        for old in [old for old in self._sizes if old.rpartition("@")[0] == name and old not in self._holders]:
+            self._evict(old)
         self._make_room(name, size)
         self.bank.add(key, self.file(name))
         self._sizes[key] = self.bank.bytes(key)
         self.loads += 1
-        try:  # in the dtype of the model it may take more than in the file
-            self._make_room(name, 0, key)
+        try:  # in the model's dtype it may be larger than its file
+            self._make_room(name, 0, loading=key)
         except DoesNotFit:
-            self._drop(key)
+            self._evict(key)
             raise
 
-    def _make_room(self, name: str, size: int, new: str = "") -> None:
-        stays = sum(bytes_ for old, bytes_ in self._sizes.items() if old in self._held or old == new)
-        if stays + size > self.budget:
-            raise DoesNotFit(f"adapter {name!r} does not fit the {self.budget} bytes beside {len(self._held)} in use")
-        for old in [old for old in self._sizes if old not in self._held and old != new]:
+    def _make_room(self, name: str, size: int, loading: str = "") -> None:
+        """Evict until ``size`` more bytes fit, or raise DoesNotFit before anything is evicted."""
+        fixed = sum(bytes_ for key, bytes_ in self._sizes.items() if key in self._holders or key == loading)
+        if fixed + size > self.budget:
+            in_use = len(self._holders)
+            raise DoesNotFit(f"adapter {name!r} does not fit the {self.budget} bytes next to {in_use} in use")
+        for key in [key for key in self._sizes if key not in self._holders and key != loading]:
             if self.bytes + size <= self.budget:
                 return
-            self._drop(old)
+            self._evict(key)
 
-    def _drop(self, key: str) -> None:
+    def _evict(self, key: str) -> None:
         self.bank.remove(key)
         del self._sizes[key]
         self.evictions += 1

@@ -1,21 +1,23 @@
-"""What strangers send: a request's image and adapter name, each checked before it costs memory or time.
+"""Uploads of untrusted clients: image and adapter name of a request, each checked before it costs memory or time.
 
-Pillow and Starlette are imported where they are used; the extra ``serve`` has both.
+Pillow and Starlette are imported where they are used; the extra ``serve`` installs both.
 """
 
 import io
 import re
 from dataclasses import dataclass
 
-_FORMATS = ("JPEG", "PNG", "WEBP")  # and MPO, a JPEG with further pictures behind it, as phones make them
+_FORMATS = ("JPEG", "PNG", "WEBP")  # including MPO, a JPEG followed by further pictures, which phones make
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last is what curl --data-binary says
-_LONGEST = 100  # times its shorter side: a transform brings that to the model's size, the longer one grows with it
-_SCANS = 64  # passes over a progressive JPEG; encoders make about ten, each costs a decoder all pixels
+_RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last: curl --data-binary
+# limit of longer / shorter side: transforms resize the shorter one to the model's size, and the longer in proportion
+_ASPECT = 100
+# limit of the scans in a progressive JPEG: encoders write about ten, and a decoder visits all pixels in each
+_SCANS = 64
 
 
 class Refused(Exception):
-    """A request that is answered with ``status`` and this sentence. 4xx: it would be refused again."""
+    """A request is answered with this ``status`` and sentence. With a 4xx status it would be refused again."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
@@ -24,7 +26,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Upload:
-    """An image as it was sent, and the adapter that is to look at it; None for the model without one."""
+    """The bytes of an image, the adapter to classify it with (None for no adapter), and the number of scores wanted."""
 
     image: bytes
     adapter: str | None
@@ -35,7 +37,7 @@ def check_adapter_name(name: str | None) -> str | None:
     """The name, or None for an empty one.
 
     Raises:
-        Refused: 400, a name that could be a path.
+        Refused: 400 for a name that could be a path.
     """
     if not name:
         return None
@@ -45,21 +47,21 @@ def check_adapter_name(name: str | None) -> str | None:
 
 
 async def read_upload(request, *, max_bytes: int) -> Upload:
-    """The upload in a Starlette request.
+    """Read the upload of a Starlette request.
 
-    Either the body is the image, or it is multipart/form-data with a file ``image``. ``adapter`` and ``top`` (how many
-    scores are wanted, 5) are query parameters, or fields of the form.
+    The body is either the image itself or multipart/form-data with a file ``image``. ``adapter`` and ``top`` (number of
+    scores, default 5) are query parameters or fields of the form.
 
     Raises:
-        Refused: 411 or 400 for a length that is missing or no number, 413 for more than max_bytes, 415 for another type
-            of content, 400 for a form that cannot be read or lacks the image, for a bad name and a bad number.
+        Refused: 400 for a declared length that is not a number, a form that cannot be read or has no image, an empty
+            image, a bad adapter name or ``top``; 413 for more than max_bytes; 415 for another content type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
     if not form and kind not in _RAW and not kind.startswith("image/"):
         known = "image/*, application/octet-stream or multipart/form-data"
         raise Refused(415, f"content-type must be {known}, got {kind[:80]!r}")
-    # the fields of a form, and what is between them
+    # room for the form's fields and separators
     body = await _body(request, max_bytes + 4096 * form)
     fields = dict(request.query_params)
     if form:
@@ -87,7 +89,7 @@ async def _body(request, max_bytes: int) -> bytes:
     chunks, total = [], 0
     async for chunk in request.stream():
         total += len(chunk)
-        if total > max_bytes:  # the length was not declared, or was a lie
+        if total > max_bytes:  # the declared length was missing or wrong
             raise Refused(413, f"the body must have at most {max_bytes} bytes")
         chunks.append(chunk)
     return b"".join(chunks)
@@ -114,31 +116,31 @@ async def _form(request, body: bytes) -> tuple[bytes, dict[str, str]]:
 
 
 def decode(data: bytes, *, max_pixels: int):
-    """The picture in a JPEG, PNG or WebP file, upright, as a PIL image of mode RGB.
+    """Decode a JPEG, PNG or WebP file to a PIL image of mode RGB, with its EXIF orientation applied.
 
-    Its size is read from the header and checked before anything is decoded. Palettes, CMYK, greys of 8 and 16 bits and
-    transparency (dropped) become RGB; EXIF orientation is applied.
+    The size is read from the header and checked before anything is decoded. Palettes, CMYK, 8-bit and 16-bit greyscale
+    are converted to RGB; transparency is dropped.
 
     Raises:
-        Refused: 413 for more than max_pixels, 415 for another format, 422 for an animation, for a picture that is a
-            line, and for a file that is truncated, corrupt or made to keep a decoder busy.
+        Refused: 413 for more than max_pixels; 415 for another format; 422 for an animation, an extreme aspect ratio,
+            too many JPEG scans, or a truncated or corrupt file.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise Refused(415, f"image must be a {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file that is whole") from error
+        raise Refused(415, f"image must be a complete {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file") from error
     except Image.DecompressionBombError as error:
         raise Refused(413, f"image must have at most {max_pixels} pixels: {error}") from error
-    except Exception as error:  # decoders raise whatever they run into
+    except Exception as error:  # decoders raise errors of any type
         raise Refused(422, f"image cannot be read: {error}") from error
     with image:
         width, height = image.size
         if width * height > max_pixels:
             raise Refused(413, f"image must have at most {max_pixels} pixels, got {width} x {height}")
-        if max(width, height) > _LONGEST * min(width, height):
-            raise Refused(422, f"image must be at most {_LONGEST} times as long as it is wide, got {width} x {height}")
+        if max(width, height) > _ASPECT * min(width, height):
+            raise Refused(422, f"image must be at most {_ASPECT} times as long as it is wide, got {width} x {height}")
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise Refused(422, f"image must be one picture, got an animation of {image.n_frames}")
         if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > _SCANS:
@@ -146,7 +148,7 @@ def decode(data: bytes, *, max_pixels: int):
         try:
             image.load()
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             return image.convert("RGB")
         except Exception as error:

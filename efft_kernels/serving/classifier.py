@@ -1,0 +1,129 @@
+"""Classifier: one backbone and its adapters, from uploads to answers. It knows nothing of HTTP and Ray."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..extras import timm
+from .bank import AdapterBank
+from .folder import AdapterFolder, DoesNotFit
+from .settings import Settings
+from .uploads import Refused, Upload, decode
+
+log = logging.getLogger("efft_kernels.serving")
+
+
+class Classifier:
+    """A model whose adapters are loaded from a folder when requests ask for them.
+
+    :meth:`prepare` and :meth:`answer` may run in several threads next to one that runs :meth:`classify`.
+    """
+
+    def __init__(self, settings: Settings):
+        torch.set_num_threads(settings.threads)
+        self.settings, self.dtype = settings, getattr(torch, settings.dtype)
+        self.model, self.transform = base_model(settings)
+        self.bank = AdapterBank(self.model, backend=settings.backend or None)
+        self.folder = AdapterFolder(self.bank, settings.adapters, settings.adapter_bytes)
+        self.own_labels = _lines(settings.labels) if settings.labels else []
+
+    def prepare(self, upload: Upload) -> Tensor:  # [3, H, W]
+        """Load the upload's adapter, which is cheaper to refuse than its image, then decode and transform the image.
+
+        Raises:
+            Refused: as :meth:`classify` and :func:`decode`.
+        """
+        with self._hold(upload.adapter):
+            return self.transform(decode(upload.image, max_pixels=self.settings.max_pixels))
+
+    def classify(
+        self,
+        images: Sequence[Tensor],  # each [3, H, W]
+        adapters: Sequence[str | None],
+    ) -> list[Tensor | Refused]:  # each [classes]
+        """Probabilities of each image under its adapter, from one forward of the model.
+
+        The adapters stay in the bank during the forward. An image whose adapter cannot be loaded gets a
+        :class:`Refused` in place of probabilities: 404 if there is no such file, 422 if the file does not fit the
+        model, 503 if there is no room for it next to the adapters in use.
+        """
+        with contextlib.ExitStack() as stack:
+            held: dict[str | None, str | None | Refused] = {}
+            for adapter in dict.fromkeys(adapters):
+                try:
+                    held[adapter] = stack.enter_context(self._hold(adapter))
+                except Refused as error:
+                    held[adapter] = error
+            results = [held[adapter] for adapter in adapters]
+            rows = [i for i, key in enumerate(results) if not isinstance(key, Refused)]
+            if rows:
+                keys = [results[i] for i in rows]
+                x = torch.stack([images[i] for i in rows]).to(self.settings.device, self.dtype)
+                with torch.inference_mode(), self.bank.use(keys):
+                    logits = self.model(x).float().cpu()
+                    for i, key, row in zip(rows, keys, logits):
+                        results[i] = row[: self.bank.classes(key)].softmax(0)
+        return results
+
+    @contextlib.contextmanager
+    def _hold(self, adapter: str | None) -> Iterator[str | None]:
+        """Hold an adapter in the bank; the context is its name there. Errors are what the client is told."""
+        with contextlib.ExitStack() as stack:
+            try:
+                key = None if adapter is None else stack.enter_context(self.folder.hold(adapter))
+            except FileNotFoundError as error:
+                raise Refused(404, f"there is no adapter {adapter!r}") from error
+            except DoesNotFit as error:
+                raise Refused(503, str(error)) from error
+            except ValueError as error:  # its message has the path, which clients must not see
+                log.warning("adapter %r cannot be served: %s", adapter, error)
+                raise Refused(422, f"adapter {adapter!r} cannot be served: its file does not fit the model") from error
+            yield key
+
+    def answer(self, upload: Upload, scores: Tensor) -> dict:
+        """The answer to a request as data for JSON: the best class, and the best ``upload.top`` of them.
+
+        Raises:
+            Refused: 422 for scores that are not finite: the adapter diverged in training, or overflowed for this image.
+        """
+        if not scores.isfinite().all():
+            raise Refused(422, f"adapter {upload.adapter!r} gives scores for this image that are not finite")
+        labels = self._labels(upload.adapter, len(scores))
+        best = scores.topk(min(upload.top, len(scores)))
+        found = [
+            {"label": labels[index] if labels else str(index), "index": index, "score": score}
+            for score, index in zip(best.values.tolist(), best.indices.tolist())
+        ]
+        return {"adapter": upload.adapter, **found[0], "scores": found}
+
+    def _labels(self, adapter: str | None, classes: int) -> list[str]:
+        """The labels of an adapter or of the model; none if there is no file, or one for another number of classes."""
+        if adapter is None:
+            labels = self.own_labels
+        else:
+            path = self.folder.path / f"{adapter}.labels.txt"
+            labels = _lines(path) if path.is_file() else []
+        return labels if len(labels) == classes else []
+
+
+def base_model(settings: Settings) -> tuple[nn.Module, Callable[[object], Tensor]]:
+    """(the model in eval mode without adapters, the transform from a PIL image to its input)"""
+    library = timm("serve")
+    classes = {"num_classes": settings.num_classes} if settings.num_classes else {}
+    torch.manual_seed(0)  # without a checkpoint all replicas get the same random weights
+    model = library.create_model(settings.model, checkpoint_path=settings.weights, **classes)
+    config = library.data.resolve_model_data_config(model)
+    if settings.preparation == "efft-finetune":
+        means = {"mean": library.data.IMAGENET_DEFAULT_MEAN, "std": library.data.IMAGENET_DEFAULT_STD}
+        config |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic", **means}
+    transform = library.data.create_transform(**config, is_training=False)
+    return model.to(settings.device, getattr(torch, settings.dtype)).eval(), transform
+
+
+def _lines(path: str | os.PathLike) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]

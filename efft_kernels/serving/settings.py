@@ -1,0 +1,96 @@
+"""Settings of the service as pydantic models: Ray's application builder and the command validate their input with them.
+
+The docstring below each field is its description in ``python -m efft_kernels.serving --help``.
+"""
+
+import os
+from typing import Annotated, Literal
+
+try:
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+except ImportError as error:
+    raise ImportError("the service needs pydantic: pip install 'efft_kernels[serve]'", name="pydantic") from error
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+# absolute, because a replica has its own working directory
+FilePath = Annotated[str, AfterValidator(lambda path: os.path.abspath(path) if path else "")]
+
+
+class _Checked(BaseModel):
+    """A model that refuses unknown names and is immutable. Numbers may be given as text, as Ray's command line does."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+class Settings(_Checked):
+    """What the application serves, and within which limits.
+
+    Raises:
+        pydantic.ValidationError: a ValueError; a setting is unknown, missing, of another type or out of range. The
+            message names each such setting, what was expected and what came.
+    """
+
+    model: str
+    """name of a timm model"""
+    adapters: FilePath
+    """folder with adapter files; NAME.safetensors is served as adapter NAME"""
+    weights: FilePath = ""
+    """checkpoint file of the model; empty for random weights, to try the service out"""
+    num_classes: Annotated[int, Field(ge=0)] = 0
+    """number of classes in the checkpoint; 0 for the model's default in timm"""
+    labels: FilePath = ""
+    """file with the names of the model's own classes, one per line"""
+    preparation: Literal["model", "efft-finetune"] = "model"
+    """how images are prepared: model, as timm evaluates these weights; efft-finetune, as that command trains by default
+    (squashed to a square, ImageNet's mean and deviation). An adapter needs the preparation it was trained with"""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """data type the model computes in"""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d+)?$")] = "cpu"
+    """cpu or cuda"""
+    backend: str = ""
+    """a name from efft_kernels.backends(); empty for the fastest proven one"""
+    replicas: Count = 1
+    """number of processes, each with its own copy of the model"""
+    threads: Count = 1
+    """compute threads of each replica, and CPUs of the cluster reserved for it"""
+
+    max_batch: Count = 16
+    """images in one forward of the model"""
+    batch_wait_ms: NonNegative = 5.0
+    """milliseconds that an image waits for others to share its forward"""
+    adapter_bytes: Count = 2**30
+    """memory budget for adapters in each replica; the least recently used are evicted"""
+    max_bytes: Count = 10 * 2**20
+    """size limit of an image file"""
+    max_pixels: Count = 25_000_000
+    """limit of width times height of an image"""
+    max_ongoing: Count = 32
+    """requests that one replica accepts at a time; further ones wait"""
+    max_queued: Annotated[int, Field(ge=0)] = 128
+    """requests that may wait; further ones are answered with 503"""
+    stop_s: NonNegative = 20.0
+    """seconds that a stopping replica has to answer the requests it has accepted"""
+
+
+class ServerSettings(_Checked):
+    """Where the service listens, and the Ray that runs it."""
+
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 for all"""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """port to listen on"""
+    address: str = ""
+    """address of a running Ray cluster, auto for the one on this machine; empty to start Ray here"""
+    object_store_bytes: Count = 100 * 2**20
+    """shared memory of a Ray that is started here; the service puts nothing large into it"""
+    timeout_s: NonNegative = 60.0
+    """seconds after which a request is answered with 408"""
