@@ -1,4 +1,7 @@
-"""Configs: the options of each method, and how it arranges the Linears of a model into groups. No torch."""
+"""Configs: the options of each method, and how the method arranges the Linears of a model into groups. No torch.
+
+Nothing here knows a model: layouts.py describes one as a list of sites.
+"""
 
 import sys
 from collections import Counter
@@ -20,7 +23,7 @@ Rank = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear of a model that an adapter takes: the matrices it holds side by side, and which of them are adapted."""
+    """A Linear of a model that can be adapted: the matrices it holds side by side, and which of them are adapted."""
 
     path: str
     parts: tuple[str, ...]  # values of TARGETS: ("q", "k", "v") for a fused projection, ("fc2",) for a plain one
@@ -32,12 +35,12 @@ class Site:
 
     @property
     def width(self) -> int:
-        """columns of one part"""
+        """Output features of one part."""
         return self.out_features // len(self.parts)
 
 
 class Part(NamedTuple):
-    """Where the columns of one matrix come from: ``width`` columns of a core's update, or zeros if not adapted."""
+    """Where ``width`` columns of a Linear's update come from: a core's update, from ``start``; zeros if core is None."""
 
     core: int | None
     start: int
@@ -46,21 +49,22 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """One Linear as its group sees it."""
+    """A Linear as a member of a group."""
 
     site: Site
     parts: tuple[Part, ...]
-    transposed: bool = False  # the update is the transposed product: fc2
-    call: int = 0  # slots with the same number share one draw of the dropout masks of u and v
+    transposed: bool = False  # the update is the transposed product, as for fc2
+    call: int = 0  # slots with the same number share the dropout masks of u and v
 
     @property
     def cores(self) -> tuple[int, ...]:
+        """The cores its parts use, each once."""
         return tuple(dict.fromkeys(part.core for part in self.parts if part.core is not None))
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Everything a group needs to be built: plain data, printed by a plan and hashed into an adapter's fingerprint."""
+    """What a group is built from: plain data, printed by a plan and hashed into an adapter's fingerprint."""
 
     name: str
     K: int  # rows of u
@@ -68,11 +72,11 @@ class GroupSpec:
     rank: tuple[int, int]  # (P, Q)
     cores: int
     slots: tuple[Slot, ...]
-    zero: str = "v"
+    zero: str = "v"  # the factor that starts at zero
 
 
 class MethodConfig:
-    """Checks that all configs share, and their way to and from JSON."""
+    """Base of all configs: the checks they share, and conversion to and from JSON."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -104,20 +108,29 @@ class MethodConfig:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
 
     def chosen(self, parts: Iterable[str]) -> tuple[str, ...]:
-        """Those of the parts that the targets name."""
+        """The parts that the targets name, out of these."""
         wanted = {part for target in self.targets for part in TARGETS[target]}
         return tuple(part for part in parts if part in wanted)
 
     def arrange(self, sites: list[Site]) -> list[GroupSpec]:
-        """The groups that these Linears form. Raises ValueError with the path of a Linear that does not fit."""
+        """The groups that these Linears form.
+
+        Raises:
+            ValueError: a Linear does not fit its group; the message has its path.
+        """
         raise NotImplementedError
 
     def to_dict(self) -> dict:
+        """The options and the name of the method, as JSON can hold them."""
         return {"method": type(self).__name__, **asdict(self)}
 
     @staticmethod
     def from_dict(data: Mapping) -> "MethodConfig":
-        """The inverse of to_dict; raises ValueError for what no config of this version could have written."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown method or option, or a value outside its range.
+        """
         data = dict(data)
         method = data.pop("method", None)
         if method not in CONFIGS:
@@ -133,19 +146,19 @@ class EFFTConfig(MethodConfig):
     """EFFT (arXiv 2311.06749): dW_s = scale * U @ Sigma_s @ V, with U and V shared by a group and a core per matrix.
 
     Args:
-        variant: "efft1", one group of slices d x 4d: a block's attention matrices side by side, fc1, fc2 transposed.
+        variant: "efft1", one group of d x 4d slices: a block's attention matrices side by side, fc1, fc2 transposed.
             "efft2", two groups: the attention matrices (d x d each), and fc1 with fc2 transposed (d x 4d each).
-        rank: r or (r1, r2). In a model whose stages differ in width (Swin) it is the rank of the widest stage; the
-            others get it in proportion to their width, as the released Swin does (rank=32 on Swin-B: 4, 8, 16, 32).
-        scale: factor of the update; with trainable_scale its start.
-        cores: "per_block" as in the paper, or "shared", as in the released ViT code: all blocks use one set of cores.
-        factor_dropout: probability with which an entry of U, Sigma and V is dropped while training. U and V are drawn
-            once per attention call (for q, k, v and the output projection together) and once for each FFN Linear.
-        zero_init: the factor that starts at zero, "v" or "u"; for "efft2" also one letter for each group: "vv", "vu".
+        rank: r or (r1, r2). In a model whose stages differ in width (Swin) it is the rank of the widest stage, and the
+            others get it in proportion to their width, as in the released Swin (rank=32 on Swin-B: 4, 8, 16, 32).
+        scale: factor of the update; its initial value with trainable_scale.
+        cores: "per_block" as in the paper, or "shared" as in the released ViT code: all blocks use one set of cores.
+        factor_dropout: probability of dropping an entry of U, Sigma and V while training. Masks of U and V are drawn
+            once per attention call (for q, k, v and the output projection together) and once per FFN Linear.
+        zero_init: the factor that starts at zero, "v" or "u"; for "efft2" also one letter per group: "vv", "vu".
         targets: what is adapted: "attn", "mlp", "qkv", or single matrices "q", "k", "v", "proj", "gate", "fc1", "fc2".
-        blocks: numbers of the adapted blocks, counted over the whole model, or None for all.
-        trainable_scale: train one scale per group (section 4 of the paper suggests it).
-        ffn_rank: rank of the FFN group of "efft2"; None for ``rank``, its r1 halved where stages differ in width.
+        blocks: numbers of the adapted blocks, counted over the whole model; None for all.
+        trainable_scale: train one scale per group (suggested in section 4 of the paper).
+        ffn_rank: rank of the FFN group of "efft2"; None for ``rank``, with r1 halved where stages differ in width.
     """
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -225,8 +238,8 @@ class FacTConfig(MethodConfig):
     Args:
         variant: "tt", a free core per matrix; or "tk" (Tucker), Sigma_s = sum_k P[s, k] C[k], which takes an int rank.
         rank, scale, targets, blocks: as :class:`EFFTConfig`.
-        activation_dropout: probability with which an entry of x @ down is dropped while training. The original drops
-            x U Sigma; here q, k and v share one x U, which is what is dropped. Nonzero takes the unfused path.
+        activation_dropout: probability of dropping an entry of x @ down while training. The original drops x U Sigma;
+            here q, k and v share one x U, and that is dropped. A value above 0 takes the unfused path in training.
     """
 
     variant: Literal["tt", "tk"] = "tt"
@@ -267,7 +280,7 @@ class FacTConfig(MethodConfig):
 
 
 class _PerMatrix(MethodConfig):
-    """Methods without a tensor across layers: one group for each kind of Linear, one core for each matrix."""
+    """Methods that share no tensor between layers: one group per kind of Linear, one core per matrix."""
 
     def arrange(self, sites: list[Site]) -> list[GroupSpec]:
         stages = _stages(sites)
@@ -320,8 +333,8 @@ class VeRAConfig(_PerMatrix):
 class LoRAXSConfig(_PerMatrix):
     """LoRA-XS (arXiv 2405.17604): scale * U Sigma V with U and V frozen, from the SVD of the weight, and Sigma trained.
 
-    Sigma starts at exactly zero (the paper: 1e-5 times normal), so that nothing changes at the start. Arguments as
-    EFFTConfig's.
+    Sigma starts at exactly zero (in the paper at 1e-5 times a normal variable), so that injecting changes no output.
+    Arguments as EFFTConfig's.
     """
 
     rank: int = 16
@@ -331,7 +344,7 @@ class LoRAXSConfig(_PerMatrix):
 
 
 def _plain(value):
-    """lists as tuples, and numpy's numbers, for which JSON has no word, as Python's"""
+    """Lists as tuples, and NumPy numbers, which JSON cannot hold, as Python numbers."""
     if isinstance(value, list | range | tuple):
         return tuple(map(_plain, value))
     if type(value) in (bool, int, float) or not isinstance(value, Real):
@@ -344,7 +357,7 @@ def _is_number(value) -> bool:
 
 
 def _stages(sites: list[Site]) -> dict[int, tuple[float, list[Site]]]:
-    """stage -> (its width as a portion of the widest, its sites)"""
+    """stage -> (its width divided by the largest width, its sites)"""
     stages = {}
     for site in sites:
         stages.setdefault(site.stage, []).append(site)
@@ -353,10 +366,12 @@ def _stages(sites: list[Site]) -> dict[int, tuple[float, list[Site]]]:
 
 
 def scaled_rank(rank: Rank, portion: float) -> tuple[int, int]:
+    """(r1, r2) in proportion to the width of a stage, each at least 1."""
     return tuple(max(1, round(r * portion)) for r in (rank if isinstance(rank, tuple) else (rank, rank)))
 
 
 def fitting_rank(rank: tuple[int, int], shape: tuple[int, int], name: str) -> tuple[int, int]:
+    """The rank, or a ValueError if it is larger than the slices of group ``name`` allow."""
     if max(rank) > min(shape):
         raise ValueError(
             f"rank must be at most {min(shape)} in group {name!r} of {shape[0]} x {shape[1]} slices, got {rank}"

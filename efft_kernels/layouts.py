@@ -1,6 +1,7 @@
-"""How vision transformers of timm and transformers name their blocks, Linears and heads. The only file that knows models.
+"""Names of blocks, Linears and heads in vision transformers. The only file that knows models.
 
-Models are read by the names of their modules (timm, transformers, DINOv2's own), never imported.
+Models are recognised by the names of their modules (timm, transformers, DINOv2's repository); no library of models is
+imported.
 """
 
 import re
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .configs import MethodConfig, Site
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
-# name inside a block -> the matrices it holds side by side
+# name inside a block -> the matrices that this Linear holds side by side
 LINEARS = {
     "attn.qkv": ("q", "k", "v"),
     "mlp.w12": ("gate", "fc1"),
@@ -34,7 +35,12 @@ HEADS = ("head", "head_dist", "heads", "fc", "classifier", "cls_classifier", "di
 
 
 def find_sites(model: nn.Module, config: MethodConfig, named: dict[str, nn.Module] | None = None) -> list[Site]:
-    """The Linears whose place in a block is known by their names, out of all of the model or of ``named``."""
+    """The Linears whose role in a block is known from their names.
+
+    Args:
+        model, config: as :func:`efft_kernels.plan`.
+        named: path -> module to search, None for all modules of the model.
+    """
     linears = []  # (block prefix, container, path, parts, module)
     for path, module in model.named_modules() if named is None else named.items():
         match = _BLOCK.match(path)
@@ -60,7 +66,7 @@ def find_sites(model: nn.Module, config: MethodConfig, named: dict[str, nn.Modul
 
 
 def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[str, nn.Linear] | None:
-    """(path, Linear) of what has the name of a Linear: itself, or the only one in an nn.Sequential, beside a norm"""
+    """(path, Linear) of a module that is named like a Linear: itself, or the only Linear in an nn.Sequential."""
     if isinstance(module, nn.Linear):
         return path, module
     inside = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
@@ -71,11 +77,15 @@ def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[s
             f"{path} must be an nn.Linear, or an nn.Sequential with one, got {type(module).__name__}, which may compute "
             "something else; put one of them in its place, or leave it out with targets="
         )
-    return None  # a convolution, say
+    return None  # for example a convolution
 
 
 def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
-    """ValueError for a fused projection that its attention does not call, or whose parts differ in width."""
+    """Refuse a fused projection that its attention does not call, or whose parts differ in width.
+
+    Raises:
+        ValueError: the message names the module and says what would work instead.
+    """
     if module.out_features % 3 and path.endswith("qkv"):
         raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
     parent = model.get_submodule(path.rpartition(".")[0])
@@ -89,21 +99,21 @@ def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
 
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that classify, by name: empty for a model without any."""
+    """The classifier modules by name; empty for a model without any."""
     return {key: getattr(model, key) for key in HEADS if isinstance(getattr(model, key, None), nn.Module)}
 
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the head, under the names that the model's state_dict gives them."""
+    """Parameters and buffers of the head, named as in the model's state_dict."""
     state = {f"{key}.{name}": t for key, head in heads_of(model).items() for name, t in head.state_dict().items()}
     return {key: t for key, t in state.items() if isinstance(t, Tensor)}
 
 
 def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """How many classes the head of this model must get to hold this state; None if it holds it as it is.
+    """The number of classes that this model's head needs to load this state; None if the state fits as it is.
 
     Raises:
-        ValueError: it differs in more than the number of classes.
+        ValueError: the state differs from the head in more than the number of classes.
     """
     own = {key: tuple(t.shape) for key, t in head_state(model).items()}
     found = {key: tuple(t.shape) for key, t in state.items()}
@@ -125,19 +135,21 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 
 
 def norms_outside(model: nn.Module, heads: list[str]) -> Iterator[nn.Module]:
+    """The batch norms that are not part of a head."""
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and path.partition(".")[0] not in heads:
             yield module
 
 
 def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The last Linear of each head, which has an output for each class."""
+    """The last Linear of each head, whose outputs are the classes, by path."""
     for key in heads_of(model):
         own = ((path, m) for path, m in model.named_modules() if f"{path}.".startswith(f"{key}."))
         yield from [(path, m) for path, m in own if isinstance(m, nn.Linear)][-1:]
 
 
 def tell_classes(model: nn.Module, classes: int) -> None:
+    """Write the new number of classes where timm and transformers keep it."""
     for owner in (model, getattr(model, "config", None)):
         for key in ("num_classes", "num_labels"):
             if key in vars(owner or object) or (owner is not model and hasattr(owner, key)):

@@ -1,4 +1,4 @@
-"""EFFTLinear: one Linear with a tensor-train adapter of its own, in place of nn.Linear."""
+"""EFFTLinear: a Linear with its own tensor-train adapter, in place of nn.Linear."""
 
 from numbers import Integral, Real
 from typing import Literal
@@ -21,20 +21,20 @@ class EFFTLinear(nn.Linear):
         in_features, out_features, bias, device, dtype: as nn.Linear.
         rank: of the adapter, an int or a pair (r1, r2); each from 1 to min(in_features, out_features / slices).
         scale: factor of the update, finite.
-        slices: S, how many equal parts of the output share u and v with a core each: 3 for a fused qkv. Divides
-            out_features.
-        factor_dropout: probability with which each entry of u, sigma and v is dropped, with a fresh mask per call, while
-            training; in [0, 1). Drawn from torch's generator: seeding it, or checkpointing, reproduces the masks.
-        zero_init: which factor starts at zero, "v" or "u"; the other two are Xavier uniform, sigma slice by slice.
-        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+        slices: S, the number of equal parts of the output, which share u and v and have one core each: 3 for a fused
+            qkv. It divides out_features.
+        factor_dropout: probability, in [0, 1), of dropping each entry of u, sigma and v while training, with a new mask
+            per call. Masks come from torch's generator, so seeding it, or checkpointing, reproduces them.
+        zero_init: the factor that starts at zero, "v" or "u"; the other two are Xavier uniform, sigma slice by slice.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest proven one.
 
     Attributes:
         weight [out_features, in_features], bias [out_features] or None: frozen; set requires_grad to train them.
         u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
 
     Raises:
-        ValueError: in_features, out_features, a rank, slices, scale, factor_dropout, zero_init or backend outside what is
-            stated above.
+        ValueError: in_features, out_features, rank, slices, scale, factor_dropout, zero_init or backend is outside the
+            range stated above.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class EFFTLinear(nn.Linear):
         """An EFFTLinear around the weight and bias of a Linear: the same Parameter objects, frozen, not copies.
 
         Args:
-            linear: an nn.Linear with plain parameters, or with a weight that torchao quantized: that keeps its own
-                product, and the update is added to it.
+            linear: an nn.Linear with plain parameters, or with a weight quantized by torchao, whose forward then runs
+                unchanged and has the update added to its result.
             options: rank, scale, slices, factor_dropout, zero_init, backend as in the constructor.
 
         Raises:
-            TypeError: not exactly an nn.Linear (a subclass may compute something else), or a parametrized one; inject
-                takes bitsandbytes' and parametrized ones.
+            TypeError: linear is not exactly an nn.Linear (a subclass may compute something else), or is parametrized;
+                inject takes the Linears of bitsandbytes and parametrized ones.
             ValueError: as the constructor.
         """
         if type(linear) is not nn.Linear:
@@ -90,7 +90,7 @@ class EFFTLinear(nn.Linear):
             )
         if not linear.weight.dtype.is_floating_point:
             raise TypeError(f"linear must have a floating-point weight, got {linear.weight.dtype}")
-        # built without storage for weight and bias: the Linear's own take their place
+        # built without storage for weight and bias, which the Linear's own replace
         self = cls(linear.in_features, linear.out_features, False, device="meta", dtype=linear.weight.dtype, **options)
         self.weight, self.bias = linear.weight, linear.bias
         for name in ("u", "sigma", "v"):
@@ -103,7 +103,7 @@ class EFFTLinear(nn.Linear):
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Draw u, sigma and v anew: one zero, the others Xavier uniform. The layer then equals its frozen Linear."""
+        """Initialise u, sigma and v again: one zero, the others Xavier uniform. The layer then equals its frozen Linear."""
         for name in ("u", "v"):
             factor = getattr(self, name)
             nn.init.zeros_(factor) if name == self.zero_init else nn.init.xavier_uniform_(factor)
@@ -115,6 +115,8 @@ class EFFTLinear(nn.Linear):
         u, sigma, v = self.u, self.sigma, self.v
         if self.training and self.factor_dropout:
             u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
+        if u.device.type != "cpu":
+            u = u.mT.contiguous().mT  # the GPU kernels read it with K contiguous, in forward and backward
         if has_own_forward(self):
             up = group_update(sigma, v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
             return add_low_rank(super().forward(x), x, u, up)
@@ -122,13 +124,13 @@ class EFFTLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with the update added to a copy of the weight; this layer stays as it is.
+        """A plain nn.Linear with the update added to a copy of the weight; this layer does not change.
 
-        Rounded once to the dtype of the weight: for bfloat16 or float16 weights most of a small update is lost by that,
-        which ``layer.float().merge()`` avoids.
+        The sum is rounded once to the dtype of the weight. With bfloat16 or float16 weights that loses most of a small
+        update, which ``layer.float().merge()`` avoids.
 
         Raises:
-            ValueError: the weight is quantized, and rounding the sum to its few bits would lose most of the update.
+            ValueError: the weight is quantized, so rounding the sum to its few bits would lose most of the update.
         """
         if has_own_forward(self):
             raise ValueError(f"the weight must be plain to be merged into, got {kind(self)}; dequantize it first")

@@ -15,7 +15,7 @@ FLOORS = [
     {"storage", "extras"},
     {"kernels"},
     {"ops", "configs", "base_linears"},
-    {"layouts"},
+    {"layouts", "columns"},
     {"groups", "linear"},
     {"passes"},
     {"adapted_linear"},
