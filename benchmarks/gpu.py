@@ -2,16 +2,12 @@
 
     python benchmarks/gpu.py                            # hours; benchmarks/results/<gpu>/
     python benchmarks/gpu.py --only build tests         # some of the steps
-    python benchmarks/ship_tables.py benchmarks/results/<gpu>
 
 What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time.
 A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed. Steps that are
 not run again keep their outcome in gpu.json, if it is of the same commit, machine and versions.
 
-What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last
-command puts it into efft_kernels/kernels/tuning/triton_configs.json and cuda_configs.json, with `proven` as far as the records
-show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves. What
-that makes of whole steps is seen by `--only build forward_vit_b train_step_auto --out DIR`.
+What is proven and tuned goes to <gpu>/tables/tuned.json, not to the user's own file, and the benchmarks after it go by it.
 """
 
 import argparse
@@ -57,7 +53,7 @@ def steps(out: Path) -> list[Step]:
     sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
     forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]
     train = [python, f"{here}/bench_train_step.py", *sizes, "--seconds", "300"]
-    tuning = [python, f"{here}/tune_shapes.py", "--model", *MODELS, "--batch", "64", "--rank", "16"]
+    tuning = [python, "-m", "efft_kernels.tune", "--model", *MODELS, "--batch", "64", "--rank", "16"]
     # what is tuned here, and nothing that stands in the tables of the person who runs this
     tables = {"EFFT_CACHE": str(out / "tables")}
     # without torch's cache every tensor is an allocation of its own, whose ends are watched
@@ -69,9 +65,7 @@ def steps(out: Path) -> list[Step]:
         Step("tests", [python, "-m", "pytest", "-q"]),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
-        Step("tune_cuda", [*tuning, "--backend", "cuda"], tables),
-        # hundreds of tiles for each size, each of them compiled once
-        Step("tune_triton", [*tuning, "--backend", "triton", "--seconds", "2400"], tables),
+        Step("tune", [*tuning, "--minutes", "20"], tables),
         *(
             Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)], tables)
             for model in MODELS

@@ -20,11 +20,11 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-def unproven() -> str | None:
+def unproven(device: torch.device) -> str | None:
     return None
 
 
-def slower(op: str, *tensors: Tensor | None) -> str | None:
+def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
     return None
 
 
