@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     for line in found.left:
-        print(f"no time for {line}")
+        print(f"not done: {line}")
     won = sum(bool(each.choice and each.choice.backend) for each in found.timed)
     print(f"a kernel is chosen for {won} of {len(found.timed)} ops and sizes; on record in {table.user_file()}")
     if found.not_written:

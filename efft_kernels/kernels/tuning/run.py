@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ def tune(
     worker: list[str] | None = None,
     simulated: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    note: Callable[[dict], None] = lambda event: None,
 ) -> Report:
     """Prove the kernels on a device, time them for these shapes, and choose them from now on where they win.
 
@@ -71,6 +73,7 @@ def tune(
         worker: the command of a child process, for tests.
         simulated: a short battery, for a simulator or an interpreter.
         say: called with each line of progress.
+        note: called with each result as soon as it is known, {"proven" or "dropped" or "entry": ...}.
 
     Raises:
         ValueError: a bad argument. RuntimeError: none of the backends can run on this device.
@@ -84,7 +87,7 @@ def tune(
     for name in backends or ():
         if name not in BACKENDS:
             raise ValueError(f"backends must be of {BACKENDS}, got {name!r}")
-    tuner = _Tuner(_device(device), dtypes, time.monotonic() + 60 * minutes, worker or children.WORKER, simulated, say)
+    tuner = _Tuner(_device(device), dtypes, time.monotonic() + 60 * minutes, worker or children.WORKER, simulated, say, note)
     tuner.use(backends)
     tuner.prove()
     tuner.time(shapes)
@@ -102,9 +105,9 @@ def _device(device) -> torch.device:
 
 
 class _Tuner:
-    def __init__(self, device, dtypes, deadline, worker, simulated, say):
+    def __init__(self, device, dtypes, deadline, worker, simulated, say, note):
         self.device, self.dtypes, self.deadline = device, dtypes, deadline
-        self.worker, self.simulated, self.say = worker, simulated, say
+        self.worker, self.simulated, self.say, self.note = worker, simulated, say, note
         self.name = table.device_name(device)
         self.backends: list[str] = []
         self.dropped: dict[str, dict[str, str]] = {}
@@ -136,6 +139,7 @@ class _Tuner:
         with self.lock:
             self.dropped.setdefault(backend, {})[name] = reason
             self.say(f"{backend}: {name} is dropped: {reason}")
+            self.note({"dropped": name, "backend": backend, "reason": reason})
             self.record(backend, {}, {name: reason})
 
     def record(self, backend: str, proven: dict[str, int], dropped: dict[str, str]) -> None:
@@ -146,7 +150,7 @@ class _Tuner:
     def prove(self) -> None:
         """Every plan that is not on record yet, several processes at a time"""
         jobs = queue.SimpleQueue()
-        for backend in self.backends:
+        for backend in sorted(self.backends, key=lambda name: name != "triton"):  # what compiles takes longest
             known = table.proof(backend, self.device)
             done = known["plans"].keys() | known["dropped"].keys()
             self.dropped[backend] = dict(known["dropped"])
@@ -157,21 +161,20 @@ class _Tuner:
                 jobs.put((backend, *part))
         width = 1 if self.device.type != "cuda" else max(1, min(AT_ONCE, os.cpu_count() or 1, jobs.qsize()))
         self.partial: dict[tuple, list] = {}
-        threads = [threading.Thread(target=self._prove_all, args=(jobs,)) for _ in range(width)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(width) as pool:
+            for done in [pool.submit(self._prove_all, jobs) for _ in range(width)]:
+                done.result()
 
     def _prove_all(self, jobs: queue.SimpleQueue) -> None:
         child = children.Child(self.worker)
-        while True:
-            try:
+        try:
+            while True:
                 backend, missing, dtypes, parts = jobs.get_nowait()
-            except queue.Empty:
-                break
-            self._prove_some(child, backend, missing, dtypes, parts)
-        child.stop()
+                self._prove_some(child, backend, missing, dtypes, parts)
+        except queue.Empty:
+            pass
+        finally:
+            child.stop()
 
     def _prove_some(self, child, backend: str, missing: list[dict], dtypes, parts: int) -> None:
         while missing:
@@ -198,8 +201,7 @@ class _Tuner:
                 return
             guilty = death.at.get("at")
             if not guilty:
-                for plan in missing:
-                    self.drop(backend, plan, f"before its first launch: {death.reason}")
+                self.left += [f"the battery of {backend}: {table.plan_name(plan)}: {death.reason}" for plan in missing]
                 return
             self.drop(backend, guilty, f"{death.at['case']}: {death.reason}")
             missing = [plan for plan in missing if plan != guilty]
@@ -211,6 +213,7 @@ class _Tuner:
             found.append(cases)
             if len(found) == parts and name not in self.dropped.get(backend, {}):
                 self.say(f"{backend}: {name} is right in {sum(found)} cases")
+                self.note({"proven": name, "backend": backend, "cases": sum(found)})
                 self.record(backend, {name: sum(found)}, {})
 
     def time(self, shapes: list[tuple]) -> None:
@@ -223,13 +226,15 @@ class _Tuner:
         ]
         jobs += [(op, sizes, dtype, None) for op, sizes in _other_ops(shapes) for dtype in self.dtypes]
         each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs)) / 3))
-        for op, shape, dtype, needs in jobs:
-            what = f"{op} {str(dtype)[6:]} {','.join(map(str, shape))}" + (f" needs {needs}" if needs else "")
-            if time.monotonic() > self.deadline:
-                self.left.append(what)
-                continue
-            self._time_one(child, what, op, shape, dtype, needs, each)
-        child.stop()
+        try:
+            for op, shape, dtype, needs in jobs:
+                what = f"{op} {str(dtype)[6:]} {','.join(map(str, shape))}" + (f" needs {needs}" if needs else "")
+                if time.monotonic() > self.deadline:
+                    self.left.append(what)
+                else:
+                    self._time_one(child, what, op, shape, dtype, needs, each)
+        finally:
+            child.stop()
 
     def _time_one(self, child, what, op, shape, dtype, needs, budget: float) -> None:
         candidates = []
@@ -248,6 +253,7 @@ class _Tuner:
                 found = table.choice(self.device, event["entry"], event["M"])
                 self.timed.append(Timed(event["entry"], event["M"], event["us"], found))
                 self.say(str(self.timed[-1]))
+                self.note({"op": op, "shape": shape, "needs": needs, **event, "chosen": found and found.backend})
 
         while True:
             job = {
@@ -270,8 +276,9 @@ class _Tuner:
 
 
 def _other_ops(shapes: list[tuple]) -> list[tuple[str, tuple]]:
-    """(op, sizes): the group updates and the merge of twelve layers with these Linears"""
-    found = [(op, (12, R, R, N)) for _, _, N, R in shapes for op in ("group_update", "group_update_backward")]
+    """(op, sizes): group updates of one to 48 slices, and the merge of twelve layers with these Linears"""
+    ops = "group_update", "group_update_backward"
+    found = [(op, (S, R, R, N)) for _, _, N, R in shapes for op in ops for S in (1, 12, 48)]
     return list(dict.fromkeys(found + [("merge_", (12, N, K, R)) for _, K, N, R in shapes]))
 
 

@@ -84,6 +84,7 @@ def time_linear(
             continue
         made[f"{backend}: {table.plan_name(plan)}"] = backend, plan
         variants[f"{backend}: {table.plan_name(plan)}"] = call
+    yield {"at": {}}
     us = interleaved(variants, copies, device, budget)
     row: dict = {"torch": min(us[name] for name in plain_names)}
     for name, (backend, plan) in made.items():
