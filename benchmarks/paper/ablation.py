@@ -1,6 +1,6 @@
 """Ablation of EFFT: which blocks and which half of them, which factor starts at zero, ranks, cores, a trained scale.
 
-    python benchmarks/paper/ablation.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/paper/ablation.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
     python benchmarks/paper/ablation.py --quick                 # under a minute, to see that everything works
     python benchmarks/paper/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
 

