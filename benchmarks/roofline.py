@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 try:
     from bench_forward import COLOURS, row_work
-    from record import digits, read_run, write
+    from record import digits, read_run, write_figure
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
@@ -128,7 +128,7 @@ def draw(record: dict, path: Path) -> None:
     figure.text(0.5, 0.06 / height, "\n".join(words), ha="center", va="bottom", fontsize=7, color="#555555")
     # without the date, so that two runs write the same file
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    write(path, lambda temporary: figure.savefig(temporary, metadata=metadata))
+    write_figure(path, figure, metadata=metadata)
     plt.close(figure)
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench_forward import summary
-from record import digits, read_csv, read_run, write
+from efft_kernels.storage import write_bytes
+from record import digits, read_csv, read_run
 
 HERE = Path(__file__).resolve().parent
 ROOT, RESULTS = HERE.parent, HERE / "results"
@@ -471,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for page, text in changed.items():
         if args.write:
-            write(page, lambda temporary, text=text: temporary.write_text(text))
+            write_bytes(page, text.encode())
         print(f"{page.relative_to(ROOT)}: {'refreshed' if args.write else 'differs from its records, use --write'}")
     return int(args.check and bool(changed))
 

@@ -35,7 +35,8 @@ if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_D
     os.environ["CUDA_VISIBLE_DEVICES"] = local
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import prepare_folder, write  # noqa: E402
+from record import prepare_folder  # noqa: E402
+from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
 from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: E402
 
@@ -333,7 +334,7 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
         most = max(record["run"]["settings"].get("test_images", 0) for record in some)
         note += f"At most {most} test images of a data set, drawn once.\n"
     text += note
-    write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+    write_bytes(args.out / "table.md", text.encode())
     tables.accuracy_against_parameters(args.out / "accuracy_parameters.png", rows, "mean over data sets")
     charts_of_sweep(args)
     return text
