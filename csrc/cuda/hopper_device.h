@@ -252,6 +252,29 @@ EFFT_WGMMAS(F16, "f16")
 #undef EFFT_WGMMAS
 #undef EFFT_WGMMA
 
+// wgmma with both operands transposed: a lies as [16 terms, 64 rows] and b as [16 terms, N] in shared memory.
+// d [64, N] += a.T @ b
+template <class T, int N>
+struct WgmmaTransposed;
+
+#define EFFT_WGMMA_TRANSPOSED(T, TYPE, N, REGS, O0, O1)                                            \
+  template <>                                                                                      \
+  struct WgmmaTransposed<T, N> {                                                                   \
+    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b) {      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS \
+                   "}, %" O0 ", %" O1 ", 1, 1, 1, 1, 1;"                                           \
+                   : EFFT_F##REGS                                                                  \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
+  };
+
+EFFT_WGMMA_TRANSPOSED(Bf16, "bf16", 16, 8, "8", "9")
+EFFT_WGMMA_TRANSPOSED(Bf16, "bf16", 32, 16, "16", "17")
+EFFT_WGMMA_TRANSPOSED(F16, "f16", 16, 8, "8", "9")
+EFFT_WGMMA_TRANSPOSED(F16, "f16", 32, 16, "16", "17")
+
+#undef EFFT_WGMMA_TRANSPOSED
+
 // -- the host's part --------------------------------------------------------------------------------------------------
 
 // how boxes of a matrix of 16-bit numbers are copied; null, or why not
