@@ -307,6 +307,84 @@ def test_hopper_refuses_what_it_cannot_address(simulated):
         ops.lowrank_linear(x, weight, bias, down, up, True, False, 192)
 
 
+# -- the passes of its backward: dp and dup, ddown ---------------------------------------------------------------------
+
+
+def check_passes(ops, dy, x, up, p) -> None:
+    """dp, ddown and dup by the kernel for compute capability 9.0, against the contract"""
+    R = p.shape[1]
+    # dx is dp: the identity as down, followed by zeros
+    K = -(-R // 8) * 8
+    eye, weight = torch.eye(K, R, dtype=dy.dtype, device=dy.device), torch.zeros(dy.shape[1], K, dtype=dy.dtype)
+    dp, _ = ops.lowrank_linear_backward(dy, None, weight.to(dy.device), eye, up, p, False, True, 128)
+    ddown, dup = ops.lowrank_linear_backward(dy, x, None, x[:1, :].t().expand(-1, R), up, p, False, True, 128)
+    plain = dy @ up.t()
+    assert_accurate(dp[:, :R], plain, dy.double() @ up.double().t(), "dp")
+    assert (dp[:, R:] == 0).all()
+    exact = x.double().t() @ (dy.double() @ up.double().t())
+    assert_accurate(ddown, x.t() @ plain, exact, "ddown")
+    assert_accurate(dup, p.t() @ dy, p.double().t() @ dy.double(), "dup")
+
+
+def make_passes(M, K, N, R, dtype, device="cpu"):
+    """dy, x, up, p"""
+    x, _, _, _, up, dy = make(M, K, N, R, dtype, device)
+    return dy, x, up, torch.randn(M, R, device=device).to(dtype)
+
+
+@dtypes
+@shapes(
+    (1, 8, 8, 1),
+    (63, 136, 72, 3),
+    (197, 96, 96, 16),
+    (1100, 200, 192, 14),  # one block across the columns, the last run with fewer rows
+    (1000, 72, 384, 16),  # a cluster of two
+    (530, 64, 768, 8),  # of four
+    (70, 328, 1536, 16),
+    (70, 1000, 2304, 16),
+    (140, 776, 3072, 31),
+    (70, 64, 4096, 16),
+    (450, 400, 136, 17),
+    (300, 64, 1000, 32),
+)
+def test_hopper_passes(shape, dtype, hopper_device):
+    ops = cuda._ops()
+    check_passes(ops, *make_passes(*shape, dtype, hopper_device))
+
+
+@pytest.mark.parametrize("R", [1, 2, 5, 8, 11, 16, 20, 29, 32])
+def test_hopper_passes_at_any_rank(R, hopper_device):
+    for N in (128, 520):
+        check_passes(cuda._ops(), *make_passes(300, 192, N, R, torch.float16, hopper_device))
+
+
+@pytest.mark.parametrize("shape", [(900, 384, 128, 16), (700, 136, 72, 24), (900, 768, 200, 14), (260, 2304, 768, 16)])
+def test_hopper_passes_in_any_order(shape, hopper_device, request):
+    """the same bits, of more tiles than stages and more rows than inboxes"""
+    M, N, K, R = shape
+    dy, x, up, p = make_passes(M, K, N, R, torch.bfloat16, hopper_device)
+    runs = []
+    for mode in Simulated.MODES + Simulated.BY_CHANCE:
+        if hopper_device == "cpu":
+            request.getfixturevalue("simulated").mode(*mode)
+        runs.append(cuda._ops().lowrank_linear_backward(dy, x, None, x[:1].t().expand(-1, R), up, p, False, True, 128))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+def test_hopper_passes_with_any_strides(hopper_device):
+    """rows of dy and x apart on 16 bytes; up and p are copied where they are not"""
+    ops, at = cuda._ops(), (torch.bfloat16, hopper_device)
+    dy, x, up, p = make_passes(300, 136, 200, 12, *at)
+    check_passes(ops, wider(dy, 8, 16), wider(x, 16, 8), wider(up, 1, 9), wider(p, 3, 2))
+    check_passes(ops, dy, x, up.t().contiguous().t(), p.t().contiguous().t())
+
+
+@pytest.mark.parametrize("sizes", [(24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)])
+def test_other_passes_where_those_of_hopper_do_not_fit(sizes, hopper_device):
+    """too many columns of dy for a cluster, too many ranks, rows of x that are not on 16 bytes"""
+    check_passes(cuda._ops(), *make_passes(*sizes, torch.bfloat16, hopper_device))
+
+
 # -- the group --------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +533,37 @@ def test_no_fault_is_seen_where_there_is_none(faulty, monkeypatch):
 def test_a_fault_planted_in_hopper_is_seen(fault, faulty, monkeypatch):
     kernels = faulty(f"hopper_{fault}", "hopper.h", *faults.HOPPER[fault])
     assert hopper_deviates(kernels, monkeypatch)
+
+
+def hopper_passes_deviate(kernels) -> bool:
+    """whether any order of things shows a wrong number, or ends a launch"""
+    # one block across the columns, a cluster of four, and the rings come round
+    for M, N in ((1300, 192), (660, 768), (1000, 512)):
+        dy, x, up, p = make_passes(M, 128, N, 14, torch.bfloat16)
+        dp = (dy.double() @ up.double().t()).to(dy.dtype).double()
+        exact = [x.double().t() @ dp, p.double().t() @ dy.double()]
+        for mode in Simulated.MODES + Simulated.BY_CHANCE:
+            kernels.mode(*mode)
+            try:
+                found = kernels.ops.lowrank_linear_backward(
+                    dy, x, None, x[:1].t().expand(-1, 14), up, p, False, True, 128
+                )
+            except RuntimeError as error:
+                assert "could not be launched: block" in str(error), error  # the simulator's
+                return True
+            if not all((a.double() - b).norm() <= 0.01 * b.norm() for a, b in zip(found, exact)):
+                return True
+    return False
+
+
+def test_no_fault_is_seen_in_the_passes_where_there_is_none(faulty):
+    sound = "  cluster_sync();\n"
+    assert not hopper_passes_deviate(faulty("pass_sound", "hopper_pass.h", sound, sound + "  // the same\n"))
+
+
+@pytest.mark.parametrize("fault", faults.HOPPER_PASS)
+def test_a_fault_planted_in_the_passes_is_seen(fault, faulty):
+    assert hopper_passes_deviate(faulty(f"pass_{fault}", "hopper_pass.h", *faults.HOPPER_PASS[fault]))
 
 
 # -- which kernel, and refusals ---------------------------------------------------------------------------------------

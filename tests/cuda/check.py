@@ -106,7 +106,7 @@ def main() -> int:
     for arch, of_arch in found.items():
         for name, numbers in sorted(of_arch.items()):
             wrong = faults(numbers, budget["kernels"].get(arch, {}).get(name, {}) if same else None)
-            wrong += ["empty"] * (name.startswith("hopper") and numbers["registers"] < 100)
+            wrong += ["empty"] * (name.startswith("hopper") and numbers["registers"] < 30)
             bad += bool(wrong)
             print(f"{arch:8}{name:72}{numbers['registers']:4} registers{'  FAULT: ' * bool(wrong)}{'; '.join(wrong)}")
     if missing := {"sm_80", "sm_90a"} - set(found):
