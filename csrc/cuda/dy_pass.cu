@@ -132,6 +132,8 @@ int64_t vectors(const Reduction& g) { return (g.size + 3) / 4; }
 
 template <class T>
 __global__ void __launch_bounds__(SUM_THREADS) reduce_kernel(const __grid_constant__ Reductions all) {
+  launch_dependents();
+  wait_for_prerequisites();
   EFFT_SHARED(raw);
   float* const sums = reinterpret_cast<float*>(raw);  // [SUM_WARPS, WARP, 4]
   const int first_blocks = int((all.of[0].size + 4 * SUMMED - 1) / (4 * SUMMED));

@@ -51,6 +51,12 @@ struct HopperPassTile {
   static_assert(bytes(STAGES) <= LEFT && BARRIERS * 8 <= 512 && TILES > 1, "the tiles fit");
 };
 
+// rows 16 * k16 and the 15 after them of a tile of p [64, RANKS]: terms of the sum, so it is not k-major
+template <int RANKS>
+__device__ __forceinline__ uint64_t p_operand(uint32_t tile, int k16) {
+  return descriptor(tile + k16 * 32 * RANKS, 16, 16 * RANKS, 2 * RANKS);
+}
+
 template <class T, class Tile>
 __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __grid_constant__ HopperPass g) {
 #if defined(EFFT_HOPPER)
@@ -86,6 +92,9 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
     barrier_init_fence();
   }
   cluster_sync();
+  // what is above may run beside the kernel before this one, what is below reads what that kernel wrote
+  launch_dependents();
+  wait_for_prerequisites();
 
   if (threadIdx.x >= CONSUMERS * WARPGROUP) {
     if (threadIdx.x == CONSUMERS * WARPGROUP) {
@@ -190,8 +199,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
           if constexpr (DP)
             Wgmma<T, RANKS>::template shared<true>(dp, operand<true>(dy, k16, 0), operand<true>(up, k16, 0),
                                                    i > 0 || k16 > 0);
-          WgmmaTransposed<T, RANKS>::shared(dup[i], operand<false>(dy, k16, PASS_ROWS),
-                                            down_operand<RANKS, false>(p, k16));
+          WgmmaTransposed<T, RANKS>::shared(dup[i], operand<false>(dy, k16, PASS_ROWS), p_operand<RANKS>(p, k16));
         }
         wgmma_commit();
         if (i > 0) {

@@ -233,6 +233,8 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   sim::stop(sim::At::wait);
 }
 
+inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
+
 inline void group_sync(int id, int threads) {
   sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread**) {});
 }
@@ -246,6 +248,19 @@ inline int cluster_rank() { return sim::block().rank; }
 inline void cluster_sync() {
   sim::stop(sim::At::cluster);
   for (auto it = sim::fresh.begin(); it != sim::fresh.end();) it = it->second ? sim::fresh.erase(it) : std::next(it);
+}
+
+inline uint32_t map_shared(uint32_t address, int rank) { return address | uint32_t(rank + 1) << 24; }
+
+inline void store_async(uint32_t to, const float* v, uint32_t barrier) {
+  if (to % 16) sim::fail("an asynchronous store that is not on 16 bytes");
+  unsigned char *const place = sim::at(to), *const counts = sim::at(barrier);
+  const float a = v[0], b = v[1], c = v[2], d = v[3];
+  sim::engine([=] {
+    const float values[] = {a, b, c, d};
+    memcpy(place, values, 16);
+    sim::complete(counts, 16);
+  });
 }
 
 template <int COUNT>
