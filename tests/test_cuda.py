@@ -459,6 +459,10 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
         x, weight, bias, down, up, dy = make(8, 64, 64, R, torch.bfloat16)
         name = f"hopper_linear tile{tile} {'single_pass' if single else 'extended_k'} R{R}"
         most[name] = simulated.shared(cuda.lowrank_linear, x, weight, bias, down, up)
+    for R, N in itertools.product((16, 32), (128, 768, 1536, 2304, 3072)):
+        x, _, _, down, up, dy = make(8, 8, N, R, torch.bfloat16)
+        both = dy, x, None, down, up, torch.zeros(8, R, dtype=x.dtype), False, True, 128
+        most[f"hopper_pass N{N} R{R}"] = simulated.shared(simulated.ops.lowrank_linear_backward, *both)
     most["group_update"] = simulated.shared(cuda.group_update, down[None], up, 1.0)
     budget = json.loads(Path(simulator.HERE, "budget.json").read_text())["shared"]
     assert most == budget, json.dumps(most, indent=4)

@@ -182,14 +182,14 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
     if constexpr (DP) barrier_wait(up_full, 0);
 #pragma unroll 1
     for (int row = 0; row < count; ++row, p_ring.next()) {
-      float dp[RANKS / 2];
+      [[maybe_unused]] float dp[RANKS / 2];
       const uint32_t p = p_tiles + p_ring.stage * Tile::P;
       barrier_wait(p_full + p_ring.stage, p_ring.parity);
       int last = 0;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i, ring.next()) {
         const uint32_t dy = dy_tile(consumer, ring.stage);
-        const uint32_t up = up_tiles + (CONSUMERS * i + consumer) * RANKS * LINE;
+        [[maybe_unused]] const uint32_t up = up_tiles + (CONSUMERS * i + consumer) * RANKS * LINE;
         barrier_wait(full + consumer * STAGES + ring.stage, ring.parity);
         hold(dup[i]);
         if constexpr (DP) hold(dp);
