@@ -8,9 +8,9 @@ variable EFFT_CUDA says otherwise: 0 leaves it out, 1 builds it whatever torch i
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -65,12 +65,19 @@ def wants_cuda(torch) -> str | None:
     return home
 
 
-def architectures(home: str) -> list[str]:
-    """What the kernels are compiled for, as far as this nvcc knows it"""
-    listed = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    return [arch for arch in ("80", "90a", "100") if f"sm_{arch.rstrip('a')}" in listed.split()]
+def sources(part: str) -> str:
+    """A C++ file with the digest of csrc/PART, by which the library is known to be of these sources"""
+    spec = importlib.util.spec_from_file_location("build", ROOT / "efft_kernels" / "kernels" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    file, text = Path("build", f"sources_{part}.cpp"), build.mark(ROOT / "csrc" / part)
+    file.parent.mkdir(exist_ok=True)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    return str(file)
 
 
+ARCHITECTURES = ("80", "90a")
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-Wno-psabi"]
 
@@ -85,7 +92,7 @@ def extensions(torch) -> dict:
 
     cpu = CppExtension(
         "efft_kernels._cpu",
-        [*map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+        [*map(str, sorted(Path("csrc/cpu").glob("*.cpp"))), sources("cpu")],
         define_macros=MACROS,
         extra_compile_args={"cxx": CXX_FLAGS},
         depends=[*map(str, Path("csrc/cpu").glob("*.h")), *map(str, Path("csrc/cpu").glob("*.inl"))],
@@ -93,7 +100,7 @@ def extensions(torch) -> dict:
     )
     libraries = [cpu]
     if home:
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures(home)]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
         headers = sorted(Path("csrc/cuda").glob("*.h"))
         # beside a CPU torch ninja is not told what a .cu includes: a changed header must change the command
         digest = hashlib.sha256(b"".join(header.read_bytes() for header in headers)).hexdigest()[:16]
@@ -102,7 +109,7 @@ def extensions(torch) -> dict:
             # not a CUDAExtension, which would link against torch's CUDA libraries, and so against one version of CUDA
             CppExtension(
                 "efft_kernels._cuda",
-                ["csrc/cuda/bindings.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))],
+                ["csrc/cuda/bindings.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu"))), sources("cuda")],
                 define_macros=MACROS,
                 extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags},
                 depends=[*map(str, headers)],

@@ -1,7 +1,7 @@
-"""What is compared: every way to compute y = x (w + dW).T + b with a frozen w and dW.T = scale * u @ sigma @ v.
+"""The variants of bench_forward.py: ways to compute y = x (w + dW).T + b, w frozen and dW.T = scale * u @ sigma @ v.
 
-A variant is built once per set of inputs, outside the timing: a weight is packed there, a formula compiled. What is
-timed is the call that it returns.
+A variant is built once per set of inputs, which packs weights and compiles formulas outside the timing. The call that
+it returns is timed.
 """
 
 import math
@@ -70,17 +70,14 @@ def truth(i: Inputs, rows: slice) -> tuple[Tensor, Tensor]:
     return x @ i.weight.double().t() + i.bias.double() + added, added
 
 
-# -- the formulas -----------------------------------------------------------------------------------------------------
-
-
 def einsum_dw(x, w, b, u, sigma, v):
-    """y = F.linear(x, w, b) + x dW, with dW formed in every call: what the released EFFT does"""
+    """y = F.linear(x, w, b) + x dW, with dW formed in every call, as in the released EFFT code"""
     dw = torch.einsum("kp,spq,qn->ksn", u, sigma, v).flatten(1)
     return F.linear(x, w, b) + SCALE * (x @ dw)
 
 
 def einsum_merge(x, w, b, u, sigma, v):
-    """y = x (w + dW).T + b, with dW formed and added in every call: one GEMM over M, but a pass over w"""
+    """y = x (w + dW).T + b, with dW formed and added in every call: one GEMM over M, but an additional pass over w"""
     dw = torch.einsum("kp,spq,qn->snk", u, sigma, v).flatten(0, 1)
     return F.linear(x, w + SCALE * dw, b)
 
@@ -97,7 +94,7 @@ def peft(x, w, b, a, lora_b):
 
 
 def addmm(x, w, b, down, up):
-    """y = F.linear(x, w, b), then y += (x down) up in place: the best of plain torch without fusion"""
+    """y = F.linear(x, w, b), then y += (x down) up in place: the fastest order in plain torch without fusion"""
     return F.linear(x, w, b).addmm_(x @ down, up)
 
 
@@ -107,10 +104,10 @@ def onednn(x, w, b):
 
 
 class ExtendedK(torch.autograd.Function):
-    """y = [x | p] @ [w | up.T].T + b with p = x @ down: two products of cuBLAS, four in the backward
+    """y = [x | p] @ [w | up.T].T + b with p = x @ down: two matmuls of cuBLAS, four in the backward.
 
-    x is stored in wide_x with room for p, as whatever writes x would have to leave it; the argument x takes its
-    gradient. w is stored in wide_w with room for up.T, which is copied there at every call, as it is trained.
+    x is stored in wide_x with space for p, as its producer would have to write it; the argument x gets the gradient. w
+    is stored in wide_w with space for up.T, which is copied there in every call because it is trained.
     """
 
     @staticmethod
@@ -132,12 +129,9 @@ class ExtendedK(torch.autograd.Function):
         return dx, wide_x[:, :K].t() @ dp, wide_x[:, K : K + R].t() @ dy, None, None, None
 
 
-# -- the variants -----------------------------------------------------------------------------------------------------
-
-
 class Call(NamedTuple):
     forward: Callable[[], Tensor]
-    trained: tuple[Tensor, ...]  # what gets gradients beside x
+    trained: tuple[Tensor, ...]  # the tensors that get gradients in addition to x
 
 
 class Variant(NamedTuple):
@@ -149,7 +143,7 @@ class Variant(NamedTuple):
 
 
 class _Dense(torch.autograd.Function):
-    """y = product(x), dx = back(dy): a Linear by a library that torch does not differentiate"""
+    """y = product(x), dx = back(dy): a Linear of a library without autograd formulas"""
 
     @staticmethod
     def forward(ctx, x, product, back):
@@ -219,7 +213,7 @@ def _efft_group(i: Inputs) -> Call:
 
 
 def _compiled(of, formula, mode: str | None = None):
-    # when first built: a run that leaves it out never loads the compiler; one graph serves all copies
+    # compile on first use, so that a run without this variant never loads the compiler; all copies share the graph
     compiled = []
 
     def build(i: Inputs) -> Call:
@@ -231,7 +225,7 @@ def _compiled(of, formula, mode: str | None = None):
 
 
 def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
-    """All variants that can be tried on a device, and {name: why} for the backends that cannot."""
+    """All variants for a device, and {name: why} for the backends that cannot run on it."""
     found = [
         Variant("merged", "F.linear with w + dW merged beforehand: the lower bound", _merged, merged=True),
         Variant("einsum_dw", "F.linear + x dW, dW formed per call, as the released EFFT", _of_core(einsum_dw)),
@@ -249,7 +243,7 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
             Variant("onednn_packed", "as onednn, the weight packed beforehand", packed, merged=True),
         ]
     else:
-        # CUDA graphs would take the launches out of the time of these alone, and keep results that others must copy
+        # without CUDA graphs, which would remove launch time from this variant alone
         autotuned = _compiled(_of_lora, peft, "max-autotune-no-cudagraphs")
         found += [
             Variant("peft_autotuned", "peft under torch.compile, mode max-autotune", autotuned, compiled=True),

@@ -1,9 +1,9 @@
-"""One adapted Linear, forward and backward: efft_kernels against the ways in which it is done today.
+"""Benchmark of one adapted Linear, forward and backward: efft_kernels against the common implementations.
 
     python benchmarks/bench_forward.py                                        # ViT-B on this machine, about a minute
-    python benchmarks/bench_forward.py --model swin_t --backward --out DIR    # saved as results/README.md states
+    python benchmarks/bench_forward.py --model swin_t --backward --out DIR    # results/README.md describes the files
 
-baselines.py has what is compared, timing.py how it is measured, shapes.py the models.
+baselines.py defines the variants, timing.py measures them, shapes.py has the models.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 try:
-    import matplotlib  # noqa: F401, drawn with at the end
+    import matplotlib  # noqa: F401, needed for the chart at the end
     from tqdm import tqdm
 
     import efft_kernels
@@ -47,7 +47,7 @@ from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, 
 from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
 from shapes import KINDS, MODELS, Layer, layers, work
 
-# what every other time is divided by, round by round
+# variants that all times are divided by, round by round
 REFERENCES = ("merged", "onednn", "einsum_dw", "einsum", "peft", "unfused")
 COLOURS = {
     "onednn": "#9e9e9e",
@@ -73,14 +73,11 @@ class Case(NamedTuple):
         return f"{self.layer.name} {self.dtype} M={self.M}"
 
 
-# -- one case ---------------------------------------------------------------------------------------------------------
-
-
-FORWARD, BACKWARD = 1, 3  # among the stages with a backward; the others are not timed
+FORWARD, BACKWARD = 1, 3  # indices of the timed stages of a call with a backward
 
 
 def stages(call: Call, i: Inputs, backward: bool, between: Callable[[], None] = lambda: None) -> Stages:
-    """(forward,), or (what was before, forward, what is between, backward)"""
+    """(forward,) without a backward, otherwise (between, forward, between, backward)."""
     if not backward:
         return (lambda _: call.forward(),)
     wanted = (i.x, *call.trained)
@@ -89,8 +86,8 @@ def stages(call: Call, i: Inputs, backward: bool, between: Callable[[], None] = 
 
 
 def other_layers(variant: Variant, args, dtype: torch.dtype) -> Callable[[], None]:
-    """What a model does before the forward of a layer, and its backward: the weight leaves the cache, the code stays."""
-    if variant.compiled:  # once more for other shapes would take its time
+    """Imitate the other layers of a model, which run between two passes: evict the weight, keep the code warm."""
+    if variant.compiled:  # compiling for another shape would take too long
         return lambda: evict(args.device)
     width = max(96, 3 * args.rank)
     i = make_inputs(16, Layer("other", width, width, 1, 16, 1), args.rank, dtype, args.device, grad=True)
@@ -104,10 +101,10 @@ def other_layers(variant: Variant, args, dtype: torch.dtype) -> Callable[[], Non
 
 
 def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, rows: slice) -> dict:
-    """Relative Frobenius errors against float64, None if not finite: of y, and of what the adapter adds to it.
+    """Relative errors (Frobenius norm) against float64 of y and of what the adapter adds to it; None if not finite.
 
-    The latter is taken of a call with weight and bias zero; where w + dW is rounded, which is what loses the update, it
-    is taken of x (merged weight - weight) in float64.
+    The adapter's part is measured by a call with zero weight and bias. Variants that round w + dW lose a part of the
+    update there, so for these it is x (merged weight - weight) in float64.
     """
     if variant.merged:
         got = i.x.detach()[rows].double() @ (i.merged.double() - i.weight.double()).t()
@@ -120,9 +117,9 @@ def errors(variant: Variant, y: Tensor, i: Inputs, true: Tensor, added: Tensor, 
 
 
 def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[str, list[Stages]], dict[str, dict]]:
-    """({variant: its call on each copy of the inputs}, {variant: what is known of it beside its time}), all warm.
+    """Build and warm up every variant: ({variant: its call on each copy of the inputs}, {variant: its facts}).
 
-    A variant that refuses the case is left out, and left_out gets the reason.
+    Facts are the columns besides times. A variant that raises is left out, and left_out gets the reason.
     """
     dtype = getattr(torch, case.dtype)
     moved = work(case.M, case.layer.K, case.layer.N, args.rank, dtype.itemsize)["forward"][1]
@@ -130,7 +127,7 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
         make_inputs(case.M, case.layer, args.rank, dtype, args.device, grad=args.backward, seed=seed)
         for seed in range(copies(moved, args.device))
     ]
-    rows = slice(None, None, max(1, case.M // 256))  # float64 products of all rows would outlast the timing
+    rows = slice(None, None, max(1, case.M // 256))  # float64 products of all rows would take longer than the timing
     true, added = truth(data[0], rows)
     calls, facts = {}, {}
     for variant in found:
@@ -148,7 +145,7 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
             fact["peak_bytes"], _ = memory(stages(built[0], data[0], args.backward), args.device)
             fact["kept_bytes"] = 0
             if variant.name.startswith("efft"):
-                # a packed weight is kept from the first call with it, which must not be a timed one
+                # the first call with a weight packs it; make that call here, outside the timing
                 new = data[0]._replace(weight=data[0].weight.clone())
                 fact["kept_bytes"] = memory(stages(variant.build(new), new, args.backward), args.device)[1]
                 for other in others:
@@ -162,12 +159,12 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
 
 
 def _sentence(error: Exception) -> str:
-    """The first sentence of its first line: what follows in torch's messages is about tools and builds."""
+    """The first sentence of the first line; the rest of torch's messages is about tools and builds."""
     return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def results(case: Case, args, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
-    """One row per pass and variant, from complete rounds."""
+    """Make a row per pass and variant from the complete rounds."""
     layer = case.layer
     parts = {"forward": (0,)}
     if args.backward:
@@ -205,7 +202,7 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
     with tqdm(total=len(cases) * args.repeats, unit="round", disable=None) as bar:
         for n, case in enumerate(cases):
             bar.set_description(str(case))
-            found, _ = variants(args.device)  # anew, so that nothing compiled for the last case is met again
+            found, _ = variants(args.device)  # again, so that nothing compiled for the previous case is reused
             found = [
                 v
                 for v in found
@@ -218,7 +215,7 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
             calls, facts = build(case, args, found, record["left_out"])
             now, samples = time.perf_counter(), []
             setup += now
-            # a share by cost of what the set-up of later cases will leave; small cases need a second and get it anyway
+            # share the time that the set-up of later cases leaves by the cost of the cases, but give each a second
             left = end - now - setup * sum(cost[n + 1 :]) / sum(cost[: n + 1])
             deadline = now + max(1.0, left * cost[n] / sum(cost[n:]))
             try:
@@ -347,11 +344,12 @@ def show(record: dict) -> None:
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
-        "GFLOP/s": "and GB/s: what the fused layer has to compute and to move, over the time of the variant",
-        "floor": f"share of the time that this takes at {flops}, {digits(limit['bandwidth'] * 1e-9)} GB/s",
+        "GFLOP/s": "and GB/s: work and traffic that the fused layer needs, over the time of the variant",
+        "floor": f"share of the time that this work takes at {flops}, {digits(limit['bandwidth'] * 1e-9)} GB/s",
         "": limit["source"],
         "MiB": f"{record['memory']}; +: kept between calls",
-        "error dW": "of what the adapter adds, with weight and bias zero; of a rounded w + dW: of x (w + dW - w)",
+        "error dW": "of what the adapter adds: of a call with zero weight and bias, or of x (w + dW - w) if w + dW is "
+        "rounded",
     }
     print()
     for name, note in notes.items():

@@ -1,9 +1,9 @@
-"""A whole vision transformer at inference: merged, with its adapter on, and what it takes to change adapters.
+"""Benchmark of a whole vision transformer at inference: merged, with its adapter on, and changing adapters.
 
     python benchmarks/bench_inference.py                                # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_inference.py --batch 1 --dtype bfloat16 --out DIR
 
-harness.py has what is compared, timing.py how it is measured, results/README.md what the files hold.
+harness.py defines the methods, timing.py measures, results/README.md describes the files.
 """
 
 import copy
@@ -34,7 +34,7 @@ from harness import Method, Options, share
 from steps import count_ops, make_batches
 
 REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
-# what one call of a variant is made of, its stages; None is not reported
+# the stages of a call; a stage named None is not reported
 OPERATIONS = {
     "switch": ("set_adapter", "forward after set_adapter"),
     "load": ("load_adapter", "forward after load_adapter", None),
@@ -45,21 +45,18 @@ OPERATIONS = {
 MEANINGS = {
     "set_adapter": "to another adapter of the model",
     "forward after set_adapter": "the first one, which computes the low-rank pairs of the new adapter",
-    "load_adapter": "from a file, beside the adapters that are there",
+    "load_adapter": "from a file, in addition to the adapters of the model",
     "forward after load_adapter": "the first one",
     "save_adapter": "to a file, until it is on the disk",
-    "merge": "into the weights, former weights kept",
-    "unmerge": "the former weights back",
-    "forward after unmerge": "the first one, which packs the weights anew where the backend does that",
+    "merge": "into the weights, keeping a copy of them",
+    "unmerge": "restores the copy",
+    "forward after unmerge": "the first one, which packs the weights again if the backend packs them",
     "inject": "a new adapter into a plain model",
 }
 
 
-# -- the models -------------------------------------------------------------------------------------------------------
-
-
 def _shaken(model: nn.Module) -> nn.Module:
-    """The model with its factors all away from zero, as after training."""
+    """Add noise to the factors, so that none is zero, as after training."""
     with torch.no_grad():
         for p in efft_kernels.adapter_parameters(model):
             p += 0.01 * torch.randn_like(p)
@@ -73,12 +70,12 @@ def _merged(base: nn.Module, o: Options) -> nn.Module:
 
 def _quiet_merge(model: nn.Module, **options) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that bfloat16 loses a part of the update, which is not what is measured
+        warnings.simplefilter("ignore")  # bfloat16 loses a part of the update, which is not measured here
         return efft_kernels.merge(model, **options)
 
 
 def variants(device: str) -> tuple[list[Method], dict[str, str]]:
-    """All ways to run a model, and {name: why} for those that cannot run on a device."""
+    """All methods, and {name: why} for those that cannot run on a device."""
     found, left_out = harness.methods(device)
     known = {method.name: method for method in found}
     chosen = [Method("base", "the model without adapters", known.pop("merged").build)]
@@ -92,7 +89,7 @@ def variants(device: str) -> tuple[list[Method], dict[str, str]]:
 
 
 def operations(base: nn.Module, o: Options, image: Tensor, folder: Path) -> dict[str, Stages]:
-    """Calls that change the adapter of a model, each with the stages that OPERATIONS names."""
+    """Calls that change the adapter of a model, with the stages named in OPERATIONS."""
     config, file = EFFTConfig(rank=o.rank), folder / "adapter.safetensors"
 
     def forward(model: nn.Module) -> Callable:
@@ -118,11 +115,8 @@ def operations(base: nn.Module, o: Options, image: Tensor, folder: Path) -> dict
     }
 
 
-# -- one case: everything in one dtype --------------------------------------------------------------------------------
-
-
 def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple[dict[str, list[Stages]], dict]:
-    """({method: a forward of each batch}, {method: what is known of it beside its time}), all warm"""
+    """Build and warm up every method: ({method: a forward of each batch}, {method: its columns besides times})."""
     images = [image for image, _ in make_batches(args, getattr(torch, dtype))]
     options = Options(args.rank, args.lora_rank, args.backend)
     calls, facts = {}, {}
@@ -148,7 +142,7 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
 
 
 def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
-    """A row per method, then a row per operation, from complete rounds."""
+    """Make a row per method, then a row per operation, from the complete rounds."""
     common = {"model": args.model, "batch": args.batch, "image": args.image, "dtype": dtype}
     rows = []
     for name, known in facts.items():
@@ -173,7 +167,7 @@ def measure(args, record: dict, folder: Path) -> None:
         for name, stages in operations(base, options, image, folder).items():
             run(stages)
             calls[name] = [stages]
-        # packed once more: what the last method dropped for its own count, no round has to make
+        # pack again what _forget_packed dropped, outside the timed rounds
         for forwards in calls.values():
             run(forwards[0])
         record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
@@ -182,10 +176,9 @@ def measure(args, record: dict, folder: Path) -> None:
     by_dtype(args, record, prepare)
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
-
 HEAD = [
-    "forward", "method", "ms", "quartiles", "/base", "(cpu)", "/merged", "/peft", "/released", "images/s", "ops", "peak MiB",
+    "forward", "method", "ms", "quartiles", "/base", "(cpu)", "/merged", "/peft", "/released", "images/s", "ops",
+    "peak MiB",
 ]  # fmt: skip
 
 
@@ -215,7 +208,7 @@ def show(record: dict) -> None:
     notes = {
         "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round; (cpu): "
         "ratio of CPU times",
-        "ops": "of the forward that are no views: launches at least, on a GPU",
+        "ops": "of the forward, views excluded: on a GPU each launches at least one kernel",
         "peak MiB": f"{record['memory']}; +: kept between forwards",
         **record["operations"],
         "file": ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in record["adapter_bytes"].items()),
@@ -226,7 +219,8 @@ def show(record: dict) -> None:
     for s in record["summary"]:
         for name, found in s["ratio"].items():
             against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
-            print(f"{args['model']}, batch {args['batch']}, {s['dtype']}: {name} {digits(s['ms'][name])} ms = {against}")
+            case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
+            print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
 
 
 def _forward_line(row: dict, base: dict) -> list[str]:
@@ -267,14 +261,11 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     return [*found, ("changing adapters: time / forward of efft2", changes)] if changes else found
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> int:
     known = list(dict.fromkeys(m.name for device in ("cpu", "cuda") for m in variants(device)[0]))
     p = parser(
-        "Time a vision transformer at inference: without adapters, merged, with its adapter on; and switching, loading, "
-        "merging and unmerging adapters. Without arguments: ViT-B, batch 4, float32.",
+        "Time a vision transformer at inference: without adapters, merged, with its adapter on; and switching, "
+        "loading, merging and unmerging adapters. Without arguments: ViT-B, batch 4, float32.",
         known,
         "inference.csv, inference.json and inference.png",
     )

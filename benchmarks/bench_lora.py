@@ -1,9 +1,9 @@
-"""One training step of a vision transformer with LoRA by PEFT, and with the same LoRA on the kernels of this library.
+"""Benchmark of a training step of a vision transformer with PEFT's LoRA, before and after accelerate_lora.
 
     python benchmarks/bench_lora.py                                     # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_lora.py --lora-rank 16 --seconds 600 --out DIR
 
-harness.py has what is compared, timing.py how it is measured, results/README.md what the files hold.
+harness.py defines the methods, timing.py measures, results/README.md describes the files.
 """
 
 import sys
@@ -33,14 +33,12 @@ def accelerated(base: nn.Module, o: Options) -> nn.Module:
 
 
 def variants(device: str) -> tuple[list[Method], dict[str, str]]:
-    """What is compared here, and {name: why} for what cannot run on a device."""
+    """The methods of this benchmark, and {name: why} for those that cannot run on a device."""
     known = {method.name: method for method in harness.methods(device)[0]}
     meaning = "peft_lora after efft_kernels.peft.accelerate_lora: the same layers, parameters and optimizer"
     fast = Method("accelerated", meaning, accelerated, True)
     return [known["merged"], known["peft_lora"], fast, known["efft2_p0"]], {}
 
-
-# -- what is shown ----------------------------------------------------------------------------------------------------
 
 HEAD = [
     "step", "method", "ms", "quartiles", "/peft", "(cpu)", "no opt.", "/merged", "ops", "saved", "peak MiB", "trained",
@@ -81,10 +79,10 @@ def show(record: dict) -> None:
     show_meanings(record, {row["method"] for row in rows})
     notes = {
         "ms": "median of the rounds; /: median of the ratios within each round; (cpu): ratio of CPU times",
-        "no opt.": "forward and backward without AdamW, over the same of peft_lora",
-        "ops": "of forward and backward that are no views: launches at least, on a GPU",
+        "no opt.": "forward and backward without AdamW, over peft_lora's",
+        "ops": "of forward and backward, views excluded: on a GPU each launches at least one kernel",
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters",
-        "peak MiB": f"{MEMORY[record['arguments']['device']]}; +: kept between steps beside the optimizer's state",
+        "peak MiB": f"{MEMORY[record['arguments']['device']]}; +: kept between steps, without the optimizer's state",
     }
     print()
     for name, note in notes.items():
@@ -98,12 +96,9 @@ def summary(rows: list[dict]) -> list[dict]:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for part in ("step", "forward+backward"):
             own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
-            ms = {name: row["ms"] for name, row in own.items()}
-            found.append({"dtype": dtype, "pass": part, "ms": ms, "accelerated_ratio": ratios(own.get("accelerated", {}))})
+            ms, ratio = {name: row["ms"] for name, row in own.items()}, ratios(own.get("accelerated", {}))
+            found.append({"dtype": dtype, "pass": part, "ms": ms, "accelerated_ratio": ratio})
     return found
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,10 +1,10 @@
-"""A whole vision transformer that serves many adapters: mixed in one batch, against what is done today.
+"""Benchmark of a vision transformer that serves many adapters mixed in one batch, against the common ways.
 
     python benchmarks/bench_serving.py                                  # ViT-B, batch 32, 1, 8 and 64 adapters: minutes
     python benchmarks/bench_serving.py --batch 8 --adapters 1 4 --out DIR
 
-One call serves ``batch`` images, each with the next of K adapters: more adapters than images take several batches to
-come by. timing.py has how it is measured, results/README.md what the files hold.
+A call serves ``batch`` images, each with the next of K adapters; if there are more adapters than images, it takes
+several batches to use each. timing.py measures, results/README.md describes the files.
 """
 
 import argparse
@@ -44,7 +44,7 @@ COLOURS = {
     "bank": "#1b7837",
     "bank_lora": "#7fbc41",
 }
-# latencies of single calls, beside the quartiles that all benchmarks have
+# of the latencies of single calls, in addition to the quartiles of all benchmarks
 PERCENTILES = (50, 90, 99)
 
 
@@ -59,14 +59,11 @@ class Method(NamedTuple):
     name: str
     meaning: str
     build: Callable[[nn.Module, Options, int], Serving]  # (base, options, number of adapters)
-    single: bool = False  # one adapter for the whole batch, whatever K: what the others are compared with
-
-
-# -- ways to serve ----------------------------------------------------------------------------------------------------
+    single: bool = False  # one adapter for the whole batch, independent of K: a reference for the others
 
 
 def _adapted(model: nn.Module, config, o: Options, seed: int) -> nn.Module:
-    """The model with a further adapter, all its factors away from zero as after training. The same for the same seed."""
+    """Add an adapter whose factors are all nonzero, as after training; the same one for the same seed."""
     torch.manual_seed(seed)
     if hasattr(model, "efft"):
         efft_kernels.add_adapter(model, config, f"{seed}")
@@ -87,7 +84,7 @@ def _lora(o: Options) -> LoRAConfig:
 
 
 def _bytes(model: nn.Module, word: str) -> int:
-    """of the parameters whose names have this word"""
+    """Size of the parameters that have this word in their name."""
     return sum(p.nbytes for name, p in model.named_parameters() if word in name.split("."))
 
 
@@ -123,7 +120,7 @@ def _several(model: nn.Module, o: Options, K: int) -> nn.Module:
 
 
 def _rows(ids: list[int]) -> dict[str, list[int]]:
-    """adapter -> its images"""
+    """{adapter: indices of its images}"""
     return {f"{a}": [i for i, other in enumerate(ids) if other == a] for a in dict.fromkeys(ids)}
 
 
@@ -137,12 +134,12 @@ def one_by_one(base: nn.Module, o: Options, K: int) -> Serving:
 
 
 def switched(base: nn.Module, o: Options, K: int) -> Serving:
-    model = _several(copy.deepcopy(base), o, K)  # weights of its own: they change
+    model = _several(copy.deepcopy(base), o, K)  # a copy, because merging changes the weights
 
     def serve(images: Tensor, ids: list[int]) -> list[Tensor]:
         found = []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that bfloat16 loses a part of the update, which is not what is measured
+            warnings.simplefilter("ignore")  # bfloat16 loses a part of the update, which is not measured here
             for name, own in _rows(ids).items():
                 efft_kernels.merge(efft_kernels.set_adapter(model, name))
                 found.append(model(images[own]))
@@ -162,7 +159,7 @@ def peft_mixed(base: nn.Module, o: Options, K: int) -> Serving:
     model = peft.PeftModel(model, config, adapter_name="0")
     for a in range(1, K):
         model.add_adapter(f"{a}", config)
-    # factors in the dtype of the model: as float32 they would cast every x
+    # factors in the model's dtype: PEFT would cast x to float32 factors in every call
     model = model.to(next(base.parameters()).dtype).eval()
     held = _bytes(model, "lora_A") + _bytes(model, "lora_B")
     return Serving(lambda images, ids: model(images, adapter_names=[f"{a}" for a in ids]), held)
@@ -179,11 +176,8 @@ METHODS = [
 ]
 
 
-# -- one case: one dtype, all numbers of adapters -----------------------------------------------------------------------
-
-
 def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple[dict[str, list[Stages]], dict]:
-    """({"method at K": a call for each batch}, {the same: what is known of it beside its time}), all warm"""
+    """Build and warm up: ({"method at K": a call for each batch}, {"method at K": its columns besides times})."""
     batches = [images for images, _ in make_batches(args, getattr(torch, dtype))]
     options = Options(args.rank, args.lora_rank, args.backend)
     calls, facts = {}, {}
@@ -232,15 +226,13 @@ def measure(args, record: dict) -> None:
     def prepare(dtype: str, bar: tqdm):
         base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
         calls, facts = build(args, base, dtype, record["left_out"], bar)
-        # packed once more: what the last method dropped for its own count, no round has to make
+        # pack again what _forget_packed dropped, outside the timed rounds
         for stages in calls.values():
             run(stages[0])
         return calls, lambda samples: results(args, dtype, samples, facts)
 
     by_dtype(args, record, prepare)
 
-
-# -- what is shown ----------------------------------------------------------------------------------------------------
 
 HEAD = [
     "serving", "method", "K", "ms", "quartiles", "p90", "p99", "images/s", "/merged", "/fused", "/bank at 1", "/peft",
@@ -283,8 +275,9 @@ def show(record: dict) -> None:
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"of a batch, median of the rounds, {where}, without gradients; /: median of the ratios within each round",
-        "K": "adapters that are held; each image has the next of them, the first after the last",
+        "ms": f"of a batch, median of the rounds, {where}, without gradients; /: median of the ratios within each "
+        "round",
+        "K": "adapters; each image has the next of them, the first again after the last",
         "p90, p99": "latency of a batch, ms by the wall clock",
         "/peft": "over peft_mixed with as many adapters",
         "peak MiB": f"{record['memory']}; +: kept between calls",
@@ -296,7 +289,8 @@ def show(record: dict) -> None:
     for s in record["summary"]:
         for name, found in s["ratio"].items():
             against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
-            print(f"{args['model']}, batch {args['batch']}, {s['dtype']}: {name} {digits(s['ms'][name])} ms = {against}")
+            case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
+            print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -318,13 +312,10 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     return [("a batch: time / one adapter for all of it", bars)]
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> int:
     p: argparse.ArgumentParser = parser(
-        "Time a vision transformer that serves many adapters, mixed in every batch. Without arguments: ViT-B, batch 32, "
-        "1, 8 and 64 adapters, float32.",
+        "Time a vision transformer that serves many adapters, mixed in every batch. Without arguments: ViT-B, "
+        "batch 32, 1, 8 and 64 adapters, float32.",
         [m.name for m in METHODS],
         "serving.csv, serving.json and serving.png",
     )

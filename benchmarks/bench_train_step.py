@@ -1,10 +1,10 @@
-"""One training step of a whole vision transformer: efft_kernels against the ways in which it is adapted today.
+"""Benchmark of a training step of a whole vision transformer: efft_kernels against the common ways to adapt it.
 
     python benchmarks/bench_train_step.py                                     # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_train_step.py --dtype float32 bfloat16 --seconds 1500 --out DIR
     python benchmarks/bench_train_step.py --device cuda --batch 64 --graph    # the device's time without the host's
 
-harness.py has what is compared, steps.py the step, timing.py how it is measured, results/README.md the columns.
+harness.py defines the methods, steps.py the step, timing.py measures, results/README.md describes the files.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-# the first that needs more than torch, and says what is missing
+# first, because it names the missing package if one is not installed
 from bench_forward import positive, seconds  # isort: skip
 
 from tqdm import tqdm
@@ -50,7 +50,7 @@ from harness import MODELS, Method, Options
 from shapes import layers
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 
-# what every other time is divided by, round by round
+# methods that all times are divided by, round by round
 REFERENCES = ("merged", "merged_onednn", "full", "peft_lora", "released_efft", "fact_tt")
 COLOURS = {
     "merged_onednn": "#9e9e9e",
@@ -75,9 +75,6 @@ PASSES = {
 KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
 
 
-# -- one case: all methods in one dtype -------------------------------------------------------------------------------
-
-
 class Built(NamedTuple):
     """One method, ready to be timed."""
 
@@ -86,7 +83,9 @@ class Built(NamedTuple):
     facts: dict  # what is known of the step besides its time
 
 
-def build(args, dtype: str, found: list[Method], left_out: dict, bar: tqdm, graph: bool, compile: bool) -> dict[str, Built]:
+def build(
+    args, dtype: str, found: list[Method], left_out: dict, bar: tqdm, graph: bool, compile: bool
+) -> dict[str, Built]:
     """Build every method in one dtype; left_out gets the reason of each that fails."""
     base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
     batches = make_batches(args, getattr(torch, dtype))
@@ -134,7 +133,7 @@ def _saved_bytes(step: Step) -> int:
 
 
 def _forget_packed() -> None:
-    # weights that the CPU backend packed for the method before, so that each of ours shows what it keeps itself
+    """Drop what the CPU backend packed for the previous method, so that each method shows the memory that it keeps."""
     if next(b for b in efft_kernels.backends() if b.name == "cpu").available:
         from efft_kernels.kernels import cpu
 
@@ -142,7 +141,7 @@ def _forget_packed() -> None:
 
 
 def results(args, dtype: str, samples: list[dict], built: dict[str, Built], graph: bool) -> list[dict]:
-    """One row per pass and method, from complete rounds. A captured step is one pass, which cannot be divided."""
+    """Make a row per pass and method from the complete rounds. A captured step is one pass, which cannot be divided."""
     rows, passes = [], {"step": slice(0, 1)} if graph else PASSES
     for (part, which), (name, (step, _, facts)) in itertools.product(passes.items(), built.items()):
         timed = timings(samples, name, which, {other: other for other in REFERENCES if other in built}, "merged")
@@ -185,7 +184,8 @@ def measure(args, record: dict, found: list[Method], graph: bool = False, compil
     def prepare(dtype: str, bar: tqdm):
         built = build(args, dtype, found, record["left_out"], bar, graph, compile)
         if not built:
-            why = "; ".join(f"{name}: {reasons[dtype]}" for name, reasons in record["left_out"].items() if dtype in reasons)
+            reasons = {name: by_dtype.get(dtype) for name, by_dtype in record["left_out"].items()}
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
             raise RuntimeError(f"no method can run in {dtype}: {why}")
         calls = {name: method.calls for name, method in built.items()}
         return calls, lambda samples: results(args, dtype, samples, built, graph)
@@ -210,7 +210,7 @@ def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, 
             now, samples = time.perf_counter(), []
             setup, kept = setup + now, now
             bar.set_postfix_str("")
-            # what the set-up of later dtypes will leave, in equal parts
+            # share the time that the set-up of later dtypes leaves in equal parts
             later = len(args.dtype) - n - 1
             deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
             try:
@@ -226,10 +226,7 @@ def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, 
                     add_rows(record, rows(samples), args.out)
             bar.update(args.repeats - len(samples))
             del calls, rows
-            gc.collect()  # a model and its hooks refer to each other
-
-
-# -- what is shown ----------------------------------------------------------------------------------------------------
+            gc.collect()  # models and their hooks form reference cycles
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -299,11 +296,11 @@ def show(record: dict) -> None:
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
-        "no opt.": "forward and backward without AdamW, over the same of merged",
-        "ops": "of forward and backward that are no views: launches at least, on a GPU",
+        "no opt.": "forward and backward without AdamW, over merged's",
+        "ops": "of forward and backward, views excluded: on a GPU each launches at least one kernel",
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters; over merged's",
-        "peak MiB": f"{record['memory']}; +: kept between steps beside the optimizer's state",
-        "trained": f"numbers, the head of {harness.CLASSES} classes among them",
+        "peak MiB": f"{record['memory']}; +: kept between steps, without the optimizer's state",
+        "trained": f"parameters, including the head of {harness.CLASSES} classes",
     }
     print()
     for name, note in notes.items():
@@ -316,7 +313,8 @@ def show(record: dict) -> None:
             print(f"    efft2 {digits(s['ms']['efft2'])} ms = {against}")
     for row in rows:
         if row["pass"] == "step" and row["loss"] is None:
-            print(f"warning: the loss of {row['method']} in {row['dtype']} is no longer finite, its time may mislead")
+            what = f"{row['method']} in {row['dtype']}"
+            print(f"warning: the loss of {what} is not finite any more; its time may be misleading")
 
 
 def show_meanings(record: dict, shown: set[str]) -> None:
@@ -374,11 +372,8 @@ def chart_note(record: dict) -> str:
     return f"{note}; whiskers: quartiles" + ("" if record["complete"] else "; interrupted, partial")
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
 def parser(description: str, known: list[str], out: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks of whole models have. known: names of methods, first the one never left out."""
+    """The options that all benchmarks of whole models share. known: names of methods; the first one always runs."""
     names = [backend.name for backend in efft_kernels.backends()]
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", choices=MODELS, default="vit_b", help="of timm, random weights (default: vit_b)")
@@ -395,15 +390,15 @@ def parser(description: str, known: list[str], out: str) -> argparse.ArgumentPar
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
     p.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds at most (default: 20)")
     p.add_argument("--seconds", type=seconds, default=120.0, metavar="S",
-                   help="for everything, set-up included; three rounds are run whatever it says (default: 120)")  # fmt: skip
+                   help="for everything, set-up included; at least three rounds are run (default: 120)")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR", help=f"write {out} there")
     return p
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, left_out: dict) -> None:
-    """What no single option can tell; fills in the defaults that depend on others.
+    """Check options that depend on each other, and fill in the defaults that depend on other options.
 
-    always: the method that is never left out. left_out: {method: why it cannot run here}.
+    always: the method that always runs. left_out: {method: why it cannot run here}.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
@@ -465,9 +460,9 @@ def main(argv: list[str] | None = None) -> int:
         "train_step.csv, train_step.json and train_step.png",
     )
     p.add_argument("--graph", action="store_true",
-                   help="replay every step from a CUDA graph, as one pass, with gradients zeroed in place (GPU only)")  # fmt: skip
+                   help="replay every step from a CUDA graph, as one pass (GPU only)")  # fmt: skip
     p.add_argument("--compile", action="store_true",
-                   help="run every model through torch.compile; operations and saved bytes are not counted")  # fmt: skip
+                   help="run every model through torch.compile; ops and saved bytes are not counted")  # fmt: skip
     args = p.parse_args(argv)
     found, left_out = harness.methods(args.device)
     check(p, args, "merged", left_out)
@@ -477,7 +472,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
     drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
-    return conclude(record, args.out, lambda: measure(args, record, found, args.graph, args.compile), summary, show, drawn)
+    measured = lambda: measure(args, record, found, args.graph, args.compile)
+    return conclude(record, args.out, measured, summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
-"""All that a machine with a GPU is needed for, in one go: build, tests, sanitizers, tuning, benchmarks, a table of it.
+"""Everything that needs a GPU, in one run: build, tests, sanitizers, tuning, benchmarks, and a table of the results.
 
     python benchmarks/gpu.py                            # hours; benchmarks/results/<gpu>/
     python benchmarks/gpu.py --only build tests         # some of the steps
-    python benchmarks/ship_tables.py benchmarks/results/<gpu>
 
-What the benchmarks write is as results/README.md states; gpu.json beside it has every step's command, outcome and time.
-A step runs whatever became of those before it, but for the build. The exit status is 1 if one failed. Steps that are
-not run again keep their outcome in gpu.json, if it is of the same commit, machine and versions.
+results/README.md describes what the benchmarks write; gpu.json has the command, outcome and time of every step. Steps
+run even if an earlier one failed, except after a failed build; the exit status is 1 if one failed. With --only, the
+other steps keep their outcome in gpu.json if commit, machine and versions are the same.
 
-What is tuned goes to <gpu>/tables/, not to the user's own tables, and the benchmarks after it go by it. The last
-command puts it into efft_kernels/kernels/tuning/triton_configs.json and cuda_configs.json, with `proven` as far as the records
-show it. Commit the folder of the GPU and these two files: from then on its kernels are chosen there by themselves. What
-that makes of whole steps is seen by `--only build forward_vit_b train_step_auto --out DIR`.
+What is proven and tuned goes to <gpu>/tables/tuned.json instead of the user's own file; later benchmarks use it.
 """
 
 import argparse
@@ -38,7 +34,7 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("vit_b", "vit_l", "swin_t")
-LAST_LINES = 15  # of what a step prints, that are kept
+LAST_LINES = 15  # of the output of a step, which are recorded
 
 
 class Step(NamedTuple):
@@ -46,32 +42,30 @@ class Step(NamedTuple):
     command: list[str]
     environment: dict[str, str] = {}
     needs: str | None = None  # a program that may be missing
-    limit: float = 3600  # seconds: a kernel that waits for ever would never end
+    limit: float = 3600  # seconds, because a kernel that deadlocks never ends
 
 
 def steps(out: Path) -> list[Step]:
-    """In their order. The kernels under test are those that run on the GPU: Triton's and CUDA's own."""
+    """All steps, in their order. `kernels` selects the tests that run kernels on the GPU."""
     python, here = sys.executable, "benchmarks"
     kernels = [python, "-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_triton.py", "-k", "gpu or test_triton"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
     sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
     forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]
     train = [python, f"{here}/bench_train_step.py", *sizes, "--seconds", "300"]
-    tuning = [python, f"{here}/tune_shapes.py", "--model", *MODELS, "--batch", "64", "--rank", "16"]
-    # what is tuned here, and nothing that stands in the tables of the person who runs this
+    tuning = [python, "-m", "efft_kernels.tune", "--model", *MODELS, "--batch", "64", "--rank", "16"]
+    # use what is tuned here, and ignore the user's own tables
     tables = {"EFFT_CACHE": str(out / "tables")}
-    # without torch's cache every tensor is an allocation of its own, whose ends are watched
+    # without torch's caching allocator every tensor is a separate allocation with checked bounds
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], {"EFFT_CUDA": "1"}),
-        # first what a GPU has never run: a kernel that hangs is known within minutes
+        # first, so that a kernel that hangs is noticed within minutes
         Step("kernels", [python, "-m", "pytest", "-q", "-x", "tests/test_cuda.py", "-k", "gpu"], limit=600),
         Step("tests", [python, "-m", "pytest", "-q"]),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
-        Step("tune_cuda", [*tuning, "--backend", "cuda"], tables),
-        # hundreds of tiles for each size, each of them compiled once
-        Step("tune_triton", [*tuning, "--backend", "triton", "--seconds", "2400"], tables),
+        Step("tune", [*tuning, "--minutes", "20"], tables),
         *(
             Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)], tables)
             for model in MODELS
@@ -85,7 +79,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def run(step: Step) -> dict:
-    """{step, command, outcome: "passed", "failed", "stopped" or "not run", seconds, the end of what it printed}"""
+    """{step, command, outcome: "passed", "failed", "stopped" or "not run", seconds, end: the last lines of output}"""
     record = {"step": step.name, "command": shlex.join(step.command), "outcome": "not run", "seconds": 0.0, "end": ""}
     if step.needs and shutil.which(step.needs) is None:
         return record | {"end": f"{step.needs} is not on PATH: it comes with the CUDA toolkit"}
@@ -95,7 +89,7 @@ def run(step: Step) -> dict:
     with subprocess.Popen(step.command, cwd=ROOT, env=os.environ | step.environment, **pipe) as process:
 
         def stop():
-            with contextlib.suppress(ProcessLookupError):  # with all that it started
+            with contextlib.suppress(ProcessLookupError):  # the group: the step and its children
                 os.killpg(process.pid, signal.SIGKILL)
 
         timer = threading.Timer(step.limit, lambda: (late.set(), stop()))
@@ -115,7 +109,7 @@ def run(step: Step) -> dict:
 
 
 def earlier(path: Path, record: dict) -> dict[str, dict]:
-    """{step: its record} of a run of other steps under the same conditions"""
+    """{step: its record} from an earlier run under the same conditions."""
     try:
         found = json.loads(path.read_text())
         same = all(found[key] == record[key] for key in ("format", "machine", "versions", "commit"))
@@ -127,7 +121,7 @@ def earlier(path: Path, record: dict) -> dict[str, dict]:
 
 
 def ratios(folder: Path) -> list[list[str]]:
-    """[file, size and pass, ours over each reference] of every forward and training step recorded in the folder"""
+    """[file, size and pass, ratio to each reference] of every forward and training step recorded in the folder."""
     import bench_forward
     import bench_train_step
 

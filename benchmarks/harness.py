@@ -1,7 +1,7 @@
-"""Whole models, and every way to train them that is compared: the same frozen backbone, adapted.
+"""Whole models and the methods of bench_train_step.py: ways to adapt the same frozen backbone.
 
-Backbones are timm's, with random weights; all frozen methods refer to one copy of these, so that they fit into memory
-together. Attention, norms and the rest of the forward are timm's for everybody: methods differ in their Linears alone.
+Backbones are timm's with random weights; the frozen methods share one copy of these, so that all fit into memory.
+Attention, norms and the rest of the forward are timm's for all methods, which differ in their Linears alone.
 """
 
 import copy
@@ -29,11 +29,8 @@ CLASSES = 100
 DROPOUT = 0.1  # of factors in EFFT's code, of activations in FacT's
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
 def versions() -> dict[str, str | None]:
-    """of the packages that models and methods come from"""
+    """Versions of the packages that models and methods come from; None if one is not installed."""
     found = {}
     for name in ("timm", "peft"):
         try:
@@ -52,7 +49,7 @@ def backbone(model: str, image: int, dtype: torch.dtype, device: str) -> nn.Modu
 
 
 def share(base: nn.Module) -> nn.Module:
-    """A copy of the model with the same weights, not copies of them, and a head of its own, which is trained."""
+    """A copy of the model that shares its weights, except for the head, which is copied and trained."""
     own = {id(p) for p in base.head.parameters()}
     model = copy.deepcopy(base, {id(p): p for p in base.parameters() if id(p) not in own})
     model.head.requires_grad_(True)
@@ -65,13 +62,10 @@ def _swap(model: nn.Module, path: str, wrap: Callable[[nn.Module], nn.Module]) -
     setattr(owner, key, wrap(getattr(owner, key)))
 
 
-# -- the released EFFT ------------------------------------------------------------------------------------------------
-
-
 class DenseUpdates(nn.Module):
-    """The factors of a group, and dW_s = u @ sigma_s @ v formed dense, at every call and with fresh dropout masks.
+    """The factors of a group and its dense dW_s = u @ sigma_s @ v, formed in every call with new dropout masks.
 
-    As the released EFFT code: one draw serves q, k, v and the output projection of a block, one each fc1 and fc2.
+    As in the released EFFT code, q, k, v and the output projection of a block share a mask; fc1 and fc2 have one each.
     """
 
     def __init__(self, spec, like: Tensor):
@@ -85,7 +79,7 @@ class DenseUpdates(nn.Module):
         self.calls = {}
         for slot in spec.slots:
             self.calls.setdefault(slot.call, []).append(slot)
-        self.formed = {}  # path -> its dWs, from the first Linear of a call to its last
+        self.formed = {}  # {path: its dWs}, between the first and the last Linear of a call
 
     def take(self, slot) -> list[Tensor]:
         """The dWs [K, N] of one Linear, side by side."""
@@ -102,11 +96,12 @@ class DenseUpdates(nn.Module):
 
 
 class DenseLinear(nn.Module):
-    """y = x @ weight.T + bias, then y += scale * x @ dW by full GEMMs; fc2 takes dW transposed"""
+    """y = x @ weight.T + bias, then y += scale * x @ dW by dense GEMMs; fc2 uses dW transposed."""
 
     def __init__(self, linear: nn.Linear, group: DenseUpdates, slot, scale: float):
         super().__init__()
-        self.linear, self.group, self.slot, self.scale = linear, (group,), slot, scale  # a tuple registers nothing
+        self.linear, self.slot, self.scale = linear, slot, scale
+        self.group = (group,)  # in a tuple, so that it is not registered
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -128,14 +123,10 @@ def released_efft(base: nn.Module, o: "Options") -> nn.Module:
     return model
 
 
-# -- FacT -------------------------------------------------------------------------------------------------------------
-
-
 class FacTLinear(nn.Module):
-    """y = x @ weight.T + bias, then y += scale * dropout(x @ u @ sigma_s) @ v for every d x d slice, as FacT-TT's code.
+    """y = x @ weight.T + bias, then y += scale * dropout(x @ u @ sigma_s) @ v for every d x d slice, as in FacT's code.
 
-    q, k and v each compute x @ u. fc1's four slices stand side by side in one sigma [r, 4 r], fc2's on top of each other
-    in one [4 r, r].
+    q, k and v each compute x @ u. fc1's four slices are concatenated in one sigma [r, 4 r], fc2's in one [4 r, r].
     """
 
     def __init__(self, linear: nn.Linear, shared: nn.ParameterDict, slot, scale: float):
@@ -176,12 +167,9 @@ def fact_tt(base: nn.Module, o: "Options") -> nn.Module:
     return model
 
 
-# -- without adapters, and LoRA by PEFT -------------------------------------------------------------------------------
-
-
 def merged(base: nn.Module, o: "Options") -> nn.Module:
     model = share(base)
-    # adapters in all blocks need the gradient of every block's input: here it travels as far, and trains nothing there
+    # adapters in all blocks need the gradient of every block's input, so compute it here too, although nothing uses it
     model.patch_embed.register_forward_hook(
         lambda module, args, out: out.detach().requires_grad_() if torch.is_grad_enabled() else out
     )
@@ -189,15 +177,15 @@ def merged(base: nn.Module, o: "Options") -> nn.Module:
 
 
 class OneDNNLinear(nn.Module):
-    """y = x @ weight.T + bias and dx = dy @ weight by oneDNN, whatever library torch would choose"""
+    """y = x @ weight.T + bias and dx = dy @ weight by oneDNN, even if torch would choose another library."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.linear, self.turned = linear, linear.weight.detach().t().contiguous()
+        self.linear, self.transposed = linear, linear.weight.detach().t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias
-        return _Dense.apply(x, lambda x: onednn(x, weight, bias), lambda dy: onednn(dy, self.turned, None))
+        return _Dense.apply(x, lambda x: onednn(x, weight, bias), lambda dy: onednn(dy, self.transposed, None))
 
 
 def merged_onednn(base: nn.Module, o: "Options") -> nn.Module:
@@ -213,18 +201,15 @@ def full(base: nn.Module, o: "Options") -> nn.Module:
 
 
 def peft_lora(base: nn.Module, o: "Options") -> nn.Module:
-    timm()  # transformers, which peft imports, meets the same torchvision
+    timm()  # before peft, which imports transformers and with it the same torchvision
     import peft
 
     model = share(base)
     paths = [slot.site.path for spec in efft_kernels.plan(model, EFFTConfig()).groups for slot in spec.slots]
-    # this entry keeps the factors in the dtype of the model; get_peft_model would make them float32 and cast every x
+    # inject_adapter_in_model keeps factors in the model's dtype; get_peft_model makes them float32 and casts every x
     peft.inject_adapter_in_model(peft.LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=paths), model)
     model.head.requires_grad_(True)
     return model
-
-
-# -- all of them ------------------------------------------------------------------------------------------------------
 
 
 class Options(NamedTuple):
@@ -245,12 +230,13 @@ def _efft(config: Callable[[Options], object]):
 
 
 def methods(device: str) -> tuple[list[Method], dict[str, str]]:
-    """All methods that can be tried on a device, and {name: why} for those that cannot."""
+    """All methods for a device, and {name: why} for those that cannot run on it."""
     found = [
-        Method("merged", "frozen, head trained, gradient through all blocks: what adapters cannot undercut", merged),
+        Method("merged", "frozen, head trained, gradient through all blocks: a lower bound for adapters", merged),
         Method("full", "every weight trained", full),
         Method("peft_lora", "LoRA on all Linears by the PEFT library, factors in the model's dtype", peft_lora),
-        Method("released_efft", f"EFFT2, shared cores, dW formed dense per call, factor dropout {DROPOUT}", released_efft),
+        Method("released_efft", f"EFFT2, shared cores, dW formed dense per call, factor dropout {DROPOUT}",
+               released_efft),
         Method("fact_tt", f"FacT-TT in plain torch, slice by slice, activation dropout {DROPOUT}", fact_tt),
         Method("efft2", "efft_kernels, EFFT2 as configured by default: factor dropout 0.1",
                _efft(lambda o: EFFTConfig("efft2", rank=o.rank)), True),
@@ -258,7 +244,7 @@ def methods(device: str) -> tuple[list[Method], dict[str, str]]:
                _efft(lambda o: EFFTConfig("efft2", rank=o.rank, factor_dropout=0.0)), True),
         Method("efft1", "efft_kernels, EFFT1 as configured by default: factor dropout 0.1",
                _efft(lambda o: EFFTConfig("efft1", rank=o.rank)), True),
-        Method("efft_lora", "efft_kernels, LoRA on all matrices: q, k and v apart",
+        Method("efft_lora", "efft_kernels, LoRA on all matrices, q, k and v separately",
                _efft(lambda o: LoRAConfig(rank=o.lora_rank, targets=("attn", "mlp"))), True),
         Method("efft_fact", "efft_kernels, FacT-TT without dropout",
                _efft(lambda o: FacTConfig("tt", rank=o.rank, activation_dropout=0.0)), True),

@@ -53,9 +53,6 @@ MOST = 20.0  # good requests per second, unless --rate is larger
 MODEL = "test_vit"  # timm's smallest: 64 wide, 160 x 160 pixels
 
 
-# -- what is asked ----------------------------------------------------------------------------------------------------
-
-
 def make_adapters(folder: Path, classes: list[int]) -> Settings:
     """Write a checkpoint and an adapter for each number of classes to a folder; returns the settings to serve them."""
     from safetensors.torch import save_file
@@ -186,9 +183,6 @@ def malformed() -> dict[str, dict]:
     }
 
 
-# -- the server -------------------------------------------------------------------------------------------------------
-
-
 class Server:
     """The service, started by its command in another process."""
 
@@ -242,9 +236,6 @@ class Server:
         finally:
             for process in psutil.wait_procs(left, timeout=10)[1]:
                 process.kill()
-
-
-# -- the load ---------------------------------------------------------------------------------------------------------
 
 
 class Load:

@@ -5,6 +5,7 @@ All benchmarks here write this form, and everything that uses their results read
 
 import csv
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import tabulate
 import torch
 
 import efft_kernels
+from efft_kernels.storage import write_bytes
 
 FORMAT = 2  # of the files; results/README.md describes it
 
@@ -97,32 +99,24 @@ def prepare_folder(folder: Path) -> None:
         pass
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Call save(temporary path) and rename the result, so that readers find the old file or the complete new one."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write(path, lambda temporary: temporary.write_text(text))
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """A line per row, a column per key. Floats get four significant digits; None and what is not finite is empty."""
-    columns = dict.fromkeys(key for row in rows for key in row)
+    columns, text = dict.fromkeys(key for row in rows for key in row), io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(columns)
+    lines.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    write_bytes(path, text.getvalue().encode())
 
-    def save(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(columns)
-            lines.writerows([_cell(row.get(column)) for column in columns] for row in rows)
 
-    write(path, save)
+def write_figure(path: Path, figure, **options) -> None:
+    """Write a figure of matplotlib in the format of the file's suffix."""
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix("."), **options)
+    write_bytes(path, image.getvalue())
 
 
 def _cell(value: str | int | float | None) -> str:
@@ -291,5 +285,5 @@ def chart(
     figure.legend([handles[n] for n in ordered], ordered, loc="lower center", ncols=5, frameon=False, fontsize=8,
                   bbox_to_anchor=(0.5, 0.18 / figure.get_figheight()))  # fmt: skip
     figure.text(0.5, 0.06 / figure.get_figheight(), note, ha="center", va="bottom", fontsize=7, color="#555555")
-    write(path, lambda temporary: figure.savefig(temporary))
+    write_figure(path, figure)
     plt.close(figure)

@@ -3,10 +3,10 @@
     python benchmarks/roofline.py benchmarks/results/NAME/forward.json                  # roofline.png beside it
     python benchmarks/roofline.py --format svg FOLDER/forward.json OTHER/forward.json
 
-A point is a Linear of the model in one way of computing it. Its intensity and its FLOP/s count what the adapted Linear
-cannot do without (shapes.py, work), whatever the way does beside that: points above each other are one Linear, and
-their heights compare as their times do. The roof is the record's `limits`; where those are a data sheet's, what a dense
-product and a copy reached on the machine is drawn too.
+A point is one Linear of the model computed by one variant. Intensity and FLOP/s count only the work that the adapted
+Linear needs (shapes.py, work), whatever else the variant does: points above each other are the same Linear, and their
+heights compare like their speeds. The roof is the record's `limits`; if those come from a data sheet, the measured
+dense matmul and copy are drawn too.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 try:
     from bench_forward import COLOURS, row_work
-    from record import digits, read_run, write
+    from record import digits, read_run, write_figure
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
@@ -27,7 +27,7 @@ FORMATS = ("png", "svg")
 
 
 class Way(NamedTuple):
-    """How a variant of bench_forward.py is drawn"""
+    """How a variant of bench_forward.py is drawn."""
 
     label: str
     colour: str
@@ -99,11 +99,11 @@ def roofs(record: dict, dtype: str) -> list[Roof]:
 
 
 def draw(record: dict, path: Path) -> None:
-    """to a file of the kind that its name says; a reader finds the old file or the whole new one"""
+    """Draw the chart to a file, in the format of its suffix; it replaces the old file when it is complete."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "roofline"  # two runs draw the same file
+    matplotlib.rcParams["svg.hashsalt"] = "roofline"  # so that two runs write the same file
     from matplotlib import pyplot as plt
 
     found = panels(record)
@@ -126,14 +126,14 @@ def draw(record: dict, path: Path) -> None:
     figure.legend(handles=handles, loc="lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8,
                   bbox_to_anchor=(0.5, foot / height))  # fmt: skip
     figure.text(0.5, 0.06 / height, "\n".join(words), ha="center", va="bottom", fontsize=7, color="#555555")
-    # the date of drawing would be a difference between two runs
+    # without the date, so that two runs write the same file
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    write(path, lambda temporary: figure.savefig(temporary, metadata=metadata))
+    write_figure(path, figure, metadata=metadata)
     plt.close(figure)
 
 
 def mark(way: Way, marker: str) -> dict:
-    """how matplotlib draws it"""
+    """Options of matplotlib for a marker."""
     face = way.colour if way.filled else "none"
     return {"marker": marker, "color": way.colour, "markerfacecolor": face, "markersize": 6, "linestyle": ""}
 
@@ -156,7 +156,7 @@ def panel(axis, points: list[Point], roofs: list[Roof], title: str) -> None:
     for point in points:
         way = WAYS[point.row["variant"]]
         marker = MARKERS[point.row["layer"].rpartition(".")[2]]
-        # those that are not filled in front, so that they hide nothing
+        # open markers in front, because they hide nothing
         axis.plot(point.intensity, point.gflops, zorder=2.1 if way.filled else 2.2, **mark(way, marker))
     ridges = [roof.gflops / roof.gbytes for roof in roofs]
     ends = [min(*ridges, *(p.intensity for p in points)) / 1.5, max(*ridges, *(p.intensity for p in points)) * 1.5]
@@ -171,10 +171,10 @@ def panel(axis, points: list[Point], roofs: list[Roof], title: str) -> None:
 
 
 def names(axis, points: list[Point]) -> None:
-    """what the markers do not tell, at the foot of the columns: the stage, and the size where there are several"""
+    """Label the columns at the bottom with the stage, and with the size if there are several."""
     sizes = {point.row["size"] for point in points}
     apart = (axis.get_xlim()[1] / axis.get_xlim()[0]) ** 0.03
-    groups: list[tuple[float, list[str]]] = []  # the first intensity, and the names of those that stand in each other
+    groups: list[tuple[float, list[str]]] = []  # (first intensity, names of the points that overlap)
     for point in sorted(points, key=lambda point: point.intensity):
         words = [point.row["layer"].rpartition(".")[0], point.row["size"] if len(sizes) > 1 else ""]
         if not groups or point.intensity > groups[-1][0] * apart:
@@ -186,7 +186,7 @@ def names(axis, points: list[Point]) -> None:
     if any(found for _, found in groups):
         longest = max(len(", ".join(found)) for _, found in groups)
         decades = math.log10(axis.get_ylim()[1] / axis.get_ylim()[0])
-        # a letter takes about a fiftieth of the height of a panel
+        # a letter takes about 1/50 of the height of a panel
         axis.set_ylim(bottom=bottom / 10 ** (decades * min(0.5, 0.05 + longest / 45)))
     foot = axis.get_ylim()[0] * 1.1
     for intensity, found in groups:
@@ -195,7 +195,7 @@ def names(axis, points: list[Point]) -> None:
 
 
 def note(record: dict) -> str:
-    """what was measured, and on what"""
+    """A line about what was measured, and on which machine."""
     given, machine = record["arguments"], record["machine"]
     gpu = machine.get("gpu") if given.get("device") == "cuda" else None
     name = gpu["name"] if gpu else f"{machine.get('cpu')}, {machine.get('threads')} threads"

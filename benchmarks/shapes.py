@@ -1,4 +1,4 @@
-"""The Linears of real vision transformers, and the work that an adapted one has to do."""
+"""The Linears of vision transformers, and the work that an adapted Linear needs."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def _block(prefix: str, width: int, tokens: int, count: int) -> list[Layer]:
 
 
 def layers(model: str) -> list[Layer]:
-    """The kinds of Linears of a model, in the order in which a block runs them; Swin: stage by stage."""
+    """The kinds of Linears of a model, in the order of a block; for Swin stage by stage."""
     if model in _VIT:
         width, depth, tokens = _VIT[model]
         return _block("", width, tokens, depth)
@@ -45,7 +45,7 @@ def layers(model: str) -> list[Layer]:
 
 
 def work(M: int, K: int, N: int, R: int, itemsize: int) -> dict[str, tuple[int, int]]:
-    """{pass: (FLOPs, bytes)} that the fused adapted Linear cannot do without: every matrix moves once.
+    """{pass: (FLOPs, bytes)} that a fused adapted Linear needs if every matrix moves once.
 
     forward            p = x down;  y = x w.T + b + p up                                reads x, w, b, down, up
     backward           dp = dy up.T, dup = p.T dy, dx = dy w + dp down.T, ddown = x.T dp  reads dy, x, p, w, down, up

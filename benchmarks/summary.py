@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench_forward import summary
-from record import digits, read_csv, read_run, write
+from efft_kernels.storage import write_bytes
+from record import digits, read_csv, read_run
 
 HERE = Path(__file__).resolve().parent
 ROOT, RESULTS = HERE.parent, HERE / "results"
@@ -85,8 +86,8 @@ def train_step() -> Table:
     methods = ["efft2", "peft_lora", "full", "released_efft"]
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
-        f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, plus "
-        "optimizer state and packed weights. Zen 3: an earlier commit. H200: `backend=\"cuda\"`."
+        f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, "
+        "plus optimizer state and packed weights. Zen 3: an earlier commit. H200: `backend=\"cuda\"`."
     )
     return Table(head, rows, note, records)
 
@@ -145,6 +146,9 @@ def forward_backward() -> Table:
                  ["vit_b_float32_backward", "vit_b_bfloat16_backward"])  # fmt: skip
 
 
+_SUMS_NOTE = "EFFT's time over that of each alternative, of sums over all Linears of the blocks."
+
+
 def _sums(part: str, zen5: list[str], zen3: list[str]) -> Table:
     rows, others = [], [name for name in VARIANTS if name != "efft"]
     records = [f"zen5/{name}" for name in zen5] + [f"zen3/{name}" for name in zen3]
@@ -153,11 +157,7 @@ def _sums(part: str, zen5: list[str], zen3: list[str]) -> Table:
         for (size, dtype), ms in _model_ms(run["results"], part).items():
             rows.append([f"{_where(name, run)}, {dtype}, {size}", digits(ms["efft"]), *_over(ms, others)])
     head = [f"Linears of ViT-B, {part}", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
-    note = (
-        "EFFT's time over that of each alternative, of sums over all Linears of the blocks. The runs on Zen 3 are of an "
-        "earlier commit."
-    )
-    return Table(head, rows, note, records)
+    return Table(head, rows, f"{_SUMS_NOTE} The runs on Zen 3 are of an earlier commit.", records)
 
 
 def forward_rows() -> Table:
@@ -184,7 +184,7 @@ def swin() -> Table:
             for (size, dtype), ms in _model_ms(run["results"], part).items():
                 rows.append([f"{dtype}, {size}, {part}", digits(ms["efft"]), *_over(ms, others)])
     head = ["Linears of Swin-T, AMD Zen 5", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
-    return Table(head, rows, "EFFT's time over that of each alternative, of sums over all Linears of the blocks.", records)
+    return Table(head, rows, _SUMS_NOTE, records)
 
 
 def accuracy() -> Table:
@@ -214,8 +214,9 @@ def inference() -> Table:
         own = {r["method"]: r for r in run["results"] if r["dtype"] == dtype and r["operation"] is None}
         for method in (method for method in names if method in own):
             r = own[method]
-            cells = [digits(r["ms"]), digits(r["images_per_s"]), digits(r["ratio_merged"])]
-            rows.append([f"{dtype}, batch {r['batch']}", names[method], *cells, _mib(r["peak_bytes"]), _mib(r["kept_bytes"])])
+            cells = [digits(r[key]) for key in ("ms", "images_per_s", "ratio_merged")]
+            sizes = [_mib(r[key]) for key in ("peak_bytes", "kept_bytes")]
+            rows.append([f"{dtype}, batch {r['batch']}", names[method], *cells, *sizes])
     head = [f"ViT-B, {_where(name, run)}", "", "ms", "images/s", "/ merged", "peak MiB", "kept MiB"]
     note = "Median of the rounds, without gradients. Kept: between calls, such as packed weights."
     return Table(head, rows, note, [name], 2)
@@ -254,6 +255,7 @@ def load_test() -> Table:
     run = read_run(RESULTS / (name := "zen5/load_test") / "load_test.json")
     seconds, arguments = run["seconds"], run["arguments"]
     refused = sum(r["count"] for r in run["results"] if r["request"] != "image" and r["status"] >= 400)
+    latency = ", ".join(f"{1e3 * seconds[name]:.0f}" for name in ("median", "p99", "largest"))
     growth = max(replica["growth"] for replica in run["memory"])
     rows = [
         ["requests", f"{run['sent']}, {run['rate']:g} a second for {arguments['minutes']:g} minutes"],
@@ -261,7 +263,7 @@ def load_test() -> Table:
         ["wrong", f"{run['wrong']}"],
         ["malformed requests refused", f"{refused} of {run['malformed']}"],
         ["replicas, killed on the way", f"{arguments['replicas']}, {run['replicas_killed']}"],
-        ["latency: median, p99, largest", ", ".join(f"{1e3 * seconds[k]:.0f}" for k in ("median", "p99", "largest")) + " ms"],
+        ["latency: median, p99, largest", f"{latency} ms"],
         ["growth of a replica's memory", f"at most {growth:.1%}"],
     ]  # fmt: skip
     note = f"A tiny ViT, {arguments['adapters']} adapters, {_where(name, run)}."
@@ -357,7 +359,8 @@ def vtab1k() -> Table:
     name = "vtab1k_offline/runs.csv"
     runs = [row for row in read_csv(RESULTS / name) if row["part"] == "test"]
     titles = {"full": "full fine-tuning", "linear": "linear probe", "lora": "LoRA", "fact-tt": "FacT-TT",
-              "efft1": "EFFT1", "efft2": "EFFT2", "efft2, random weights": "EFFT2 on random weights (one seed)"}  # fmt: skip
+              "efft1": "EFFT1", "efft2": "EFFT2",
+              "efft2, random weights": "EFFT2 on random weights (one seed)"}  # fmt: skip
     data = {"cifar10": "CIFAR-10", "dsprites_loc": "dSprites, location"}
     rows = []
     for method, title in titles.items():
@@ -469,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for page, text in changed.items():
         if args.write:
-            write(page, lambda temporary, text=text: temporary.write_text(text))
+            write_bytes(page, text.encode())
         print(f"{page.relative_to(ROOT)}: {'refreshed' if args.write else 'differs from its records, use --write'}")
     return int(args.check and bool(changed))
 

@@ -2,8 +2,8 @@
 
     pytest benchmarks --benchmark-only
 
-Variants of a layer stand in one group but are not interleaved; for ratios that hold on a machine that is in use, and
-for torch.compile, other models, dtypes and devices, run bench_forward.py.
+The variants of a layer form a group but are not interleaved. bench_forward.py gives ratios that hold on a busy machine,
+and has torch.compile, other models, dtypes and devices.
 """
 
 import itertools
@@ -25,7 +25,7 @@ def data():
 
     def get(layer, backward):
         if (layer, backward) not in made:
-            made.clear()  # cases come layer by layer
+            made.clear()  # pytest runs the cases layer by layer
             moved = work(layer.tokens, layer.K, layer.N, R, 4)["forward"][1]
             made[layer, backward] = [
                 make_inputs(layer.tokens, layer, R, torch.float32, "cpu", grad=backward, seed=seed)

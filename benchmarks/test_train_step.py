@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_train_step.py --benchmark-only
 
-Methods are not interleaved here; for ratios that hold on a machine that is in use, for memory and operations, and for
-other models, dtypes and devices, run bench_train_step.py.
+Methods are not interleaved here. bench_train_step.py gives ratios that hold on a busy machine, memory and operations,
+and has other models, dtypes and devices.
 """
 
 from types import SimpleNamespace

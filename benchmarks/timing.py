@@ -1,7 +1,7 @@
-"""Timing, memory and the machine's limits: what every benchmark here measures with.
+"""Timing, memory and the limits of the machine, for all benchmarks.
 
-A call is a tuple of stages, functions of which each gets the result of the one before: (forward,) or
-(forward, backward). Calls of all variants alternate within one process, so a machine that slows down slows all of them,
+A call is a tuple of stages, functions that each get the result of the previous one: (forward,) or (forward, backward).
+Calls of all variants alternate within one process, so a machine that slows down slows all of them,
 and ratios are taken round by round.
 """
 
@@ -23,9 +23,9 @@ Stages = tuple[Callable, ...]
 class Lap(NamedTuple):
     """Seconds of one stage."""
 
-    time: float  # CPU: wall clock. CUDA: between two events, the launches hidden behind a busy device
+    time: float  # CPU: wall clock. CUDA: between two events, with the launches hidden behind a busy device
     cpu: float  # process CPU time, all threads
-    wall: float  # wall clock; on CUDA of a second call, until the device is idle again
+    wall: float  # wall clock; on CUDA, of a second call, until the device is idle
 
 
 class Spread(NamedTuple):
@@ -46,13 +46,13 @@ def columns(own: list[list[Lap]], references: dict[str, list[list[Lap]]], quarti
     """The columns of a record's row that hold times.
 
     Args:
-        own: per round, the laps of the stages that count.
-        references: {name: the same of what the time is divided by}.
+        own: per round, the laps of the stages to add up.
+        references: {name: the same for what the time is divided by}.
         quartiles: the references whose ratio gets quartiles, in addition to its median.
 
     Returns:
-        rounds; ms with its quartiles q1 and q3; wall_ms where it is measured apart from ms, as on a GPU; cpu_ms; and for
-        every reference ratio_NAME, the median of the ratios within each round, perhaps with ratio_NAME_q1 and _q3.
+        rounds; ms with its quartiles q1 and q3; wall_ms if it differs from ms, as on a GPU; cpu_ms; and for every
+        reference ratio_NAME, the median of the ratios within each round, with ratio_NAME_q1 and _q3 if asked for.
     """
 
     def of(clock: str, rounds: list[list[Lap]]) -> list[float]:
@@ -72,9 +72,6 @@ def columns(own: list[list[Lap]], references: dict[str, list[list[Lap]]], quarti
     return found
 
 
-# -- one call ---------------------------------------------------------------------------------------------------------
-
-
 def time_cpu(stages: Stages) -> list[Lap]:
     laps, value = [], None
     for stage in stages:
@@ -86,7 +83,7 @@ def time_cpu(stages: Stages) -> list[Lap]:
 
 
 class TimeCuda:
-    """Times on the device, its L2 cache written over before each call."""
+    """Time calls on the device, with its L2 cache overwritten before each call."""
 
     def __init__(self):
         size = torch.cuda.get_device_properties("cuda").L2_cache_size
@@ -94,7 +91,7 @@ class TimeCuda:
 
     def __call__(self, stages: Stages) -> list[Lap]:
         self.flush.zero_()
-        # about half a millisecond: the host has queued the whole call by then, as in a model it runs ahead
+        # half a millisecond, in which the host queues the whole call, as it runs ahead in a model
         torch.cuda._sleep(1_000_000)
         events = [torch.cuda.Event(enable_timing=True)]
         events[0].record()
@@ -122,19 +119,16 @@ def timer(device: str) -> Callable[[Stages], list[Lap]]:
     return TimeCuda() if device == "cuda" else time_cpu
 
 
-# -- many calls -------------------------------------------------------------------------------------------------------
-
-
 def interleave(
     variants: dict[str, list[Stages]],  # per variant: the same call on each copy of the inputs
     lap: Callable[[Stages], list[Lap]],
     rounds: int,
-    deadline: float = float("inf"),  # of time.perf_counter; three rounds are run whatever it says
+    deadline: float = float("inf"),  # of time.perf_counter; at least three rounds are run
 ) -> Iterator[dict[str, list[Lap]]]:
-    """Yields round after round: the laps of every variant, called one after the other.
+    """Yield the laps of every variant, round by round.
 
-    The order turns from round to round and is reversed in every second one, so no variant keeps its neighbours. Each
-    call takes the next copy of the inputs, so none finds in a cache what the one before it read.
+    The order rotates from round to round and is reversed in every second one, so no variant keeps its neighbours. Each
+    call takes the next copy of the inputs, so none finds in a cache what the previous one read.
     """
     names, turn = list(variants), 0
     gc.collect()
@@ -155,7 +149,7 @@ def interleave(
 
 
 def copies(bytes_per_copy: int, device: str) -> int:
-    """How many copies of the inputs put twice the last cache between two uses of one: 2 to 32, and within 2 GiB."""
+    """Number of copies of the inputs (2 to 32, at most 2 GiB): twice the last-level cache between two uses."""
     enough = -(-2 * cache_bytes(device) // bytes_per_copy) + 1
     return max(2, min(enough, 32, (2 << 30) // bytes_per_copy))
 
@@ -166,12 +160,12 @@ def _filler(device: str) -> torch.Tensor:
 
 
 def evict(device: str) -> None:
-    """Reads twice the last cache: what was in it is there no more."""
+    """Read twice the size of the last-level cache, which evicts everything in it."""
     _filler(device).sum()
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last cache; 32 MiB where the system does not tell."""
+    """Size of the last-level cache; 32 MiB if the system does not report it."""
     if device == "cuda":
         return torch.cuda.get_device_properties("cuda").L2_cache_size
     sizes = [32 << 20]
@@ -182,12 +176,10 @@ def cache_bytes(device: str) -> int:
     return max(sizes)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
-
 MEMORY = {
-    "cpu": "largest sum of what torch's CPU allocator had given out during one call, by torch.profiler; without the "
-    "inputs, and without buffers that a library takes from the system itself",
-    "cuda": "torch.cuda.max_memory_allocated during one call, less what was allocated before it",
+    "cpu": "largest amount that torch's CPU allocator had handed out during one call, by torch.profiler; without the "
+    "inputs and without buffers that a library takes from the system itself",
+    "cuda": "torch.cuda.max_memory_allocated during one call, minus what was allocated before it",
 }
 
 
@@ -198,7 +190,7 @@ def run(stages: Stages) -> None:
 
 
 def memory(stages: Stages, device: str) -> tuple[int, int]:
-    """(peak, kept) in bytes: the peak as MEMORY[device] states, and what is still held when all results are gone."""
+    """(peak, kept) in bytes: the peak as MEMORY[device] says, and what stays allocated when all results are freed."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -206,7 +198,7 @@ def memory(stages: Stages, device: str) -> tuple[int, int]:
         run(stages)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces every start on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler reports every start on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run(stages)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -214,15 +206,12 @@ def memory(stages: Stages, device: str) -> tuple[int, int]:
     return max(sums, default=0), sums[-1] if sums else 0
 
 
-# -- limits of the machine --------------------------------------------------------------------------------------------
-
-
 class Limits(NamedTuple):
     flops: dict[str, float]  # per second, by dtype
-    gemm: dict[str, float]  # the best dense product seen in that dtype; on a CPU flops may come from a wider dtype
+    gemm: dict[str, float]  # the best dense matmul in that dtype; on a CPU flops may come from a wider dtype
     bandwidth: float  # bytes per second
     source: str
-    copy: float | None = None  # bytes per second of a copy in memory, where bandwidth is not from one
+    copy: float | None = None  # bytes per second of a copy in memory, if bandwidth is a data sheet's
 
 
 # data sheets, dense: bfloat16 and float16 TFLOP/s (tensor cores), float32 TFLOP/s (TF32 off), TB/s; longer names first
@@ -242,9 +231,9 @@ _GPUS = {
 
 
 def limits(device: str, dtypes: list[str]) -> Limits:
-    """What the machine can do: from a data sheet for a GPU that is listed, measured otherwise (a second or two).
+    """Limits of the machine: from the data sheet of a listed GPU, otherwise measured, which takes a second or two.
 
-    gemm is measured in any case, and so is copy beside a data sheet.
+    gemm is always measured; copy is measured in addition to a data sheet.
     """
     if device == "cuda":
         model = torch.cuda.get_device_name()
@@ -254,13 +243,13 @@ def limits(device: str, dtypes: list[str]) -> Limits:
                 gemm = {d: _best_gemm(device, getattr(torch, d)) for d in dtypes}
                 return Limits(flops, gemm, bandwidth * 1e12, f"data sheet of the {name}", _best_copy(device))
     gemm = {dtype: _best_gemm(device, getattr(torch, dtype)) for dtype in {*dtypes, "float32"}}
-    # a CPU without instructions for a narrow dtype can still widen it: its limit is the faster of the two
+    # a CPU without instructions for a narrow dtype can widen it, so its limit is the faster of the two
     flops = {dtype: max(gemm[dtype], gemm["float32"]) for dtype in dtypes}
     return Limits(flops, gemm, _best_copy(device), "measured at the start: best dense GEMM, copy in memory")
 
 
 def _best_gemm(device: str, dtype: torch.dtype) -> float:
-    n = 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 384  # slow where it has no instructions
+    n = 8192 if device == "cuda" else 1024 if dtype == torch.float32 else 384  # slow without instructions for the dtype
     x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     products = [(lambda _: F.linear(x, w),)]
     if device == "cpu" and torch.backends.mkldnn.is_available() and dtype == torch.float32:

@@ -12,6 +12,7 @@ so the functions here, ``torch.ops.efft_kernels.*`` and a compiled graph all beh
 import functools
 import importlib
 import importlib.util
+import logging
 import math
 import numbers
 import os
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .kernels import reference
+from .kernels.tuning import table
 
 _MODULES = {"cuda": "cuda", "triton": "triton", "cpu": "cpu", "reference": "reference"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -64,20 +66,32 @@ def _default() -> str:
     return os.environ.get("EFFT_BACKEND", "")
 
 
-@functools.cache
+@table.cached
 def _candidates(device: torch.device) -> list:
-    """What may be chosen for tensors on this device, best first; asked once, a call has no time for it"""
+    """The backends that may be chosen for tensors on this device, best first; until a record of the tuner changes"""
     names = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
-    modules = [_load(name)[0] for name in names]
-    return [module for module in modules if module and not (module.unavailable() or module.unproven())]
+    modules = [module for module in (_load(name)[0] for name in names) if module and not module.unavailable()]
+    proven = [module for module in modules if not module.unproven(device)]
+    if modules and not proven:
+        _advise(device)
+    return proven
 
 
-def _choose(backend: str, op: str, *tensors: Tensor | None):
+@functools.cache
+def _advise(device: torch.device) -> None:
+    """Name the command that makes a GPU's kernels available, once per process and device"""
+    logging.getLogger("efft_kernels").warning(
+        "the kernels are not proven on this %s, plain torch is used; %s proves and tunes them", table.device_name(device),
+        table.COMMAND,
+    )  # fmt: skip
+
+
+def _choose(backend: str, op: str, *tensors: Tensor | None, needs: list[bool] | None = None):
     """The backend module for this call. A named one must succeed; an automatic one must be proven and not slower."""
     if name := backend or _default():
         return _named(name, op, tensors)
     for module in _candidates(tensors[0].device):
-        if not (module.slower(op, *tensors) or module.unsupported(op, *tensors)):
+        if not (module.slower(op, *tensors, needs=needs) or module.unsupported(op, *tensors)):
             return module
     return reference
 
@@ -105,11 +119,18 @@ def backends() -> list[Backend]:
         module, reason = _load(name)
         if reason := reason or module.unavailable():
             found.append(Backend(name, False, False, reason))
-        elif reason := module.unproven():
+        elif reason := _unproven(module):
             found.append(Backend(name, True, False, reason))
         else:
             found.append(Backend(name, True, True, (module.__doc__ or "").strip().partition("\n")[0]))
     return found
+
+
+def _unproven(module) -> str | None:
+    """Why no device of this process has the backend chosen for it, or None"""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    reasons = [module.unproven(device) for device in devices]
+    return None if None in reasons else reasons[0]
 
 
 # -- argument checks --------------------------------------------------------------------------------------------------
@@ -266,7 +287,8 @@ def _lowrank_linear_backward(dy, x, weight, down, up, p, needs, backend):
     _check_floats("weight", weight, dy=dy, p=p)
     if p is not None:
         _shape("p", p, M, down.shape[1])
-    grads = _choose(backend, "lowrank_linear_backward", *tensors).lowrank_linear_backward(*tensors, needs)
+    module = _choose(backend, "lowrank_linear_backward", *tensors, needs=needs)
+    grads = module.lowrank_linear_backward(*tensors, needs)
     if needs[0] and dy.dim() != 2:
         grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
     return grads

@@ -14,7 +14,7 @@ PACKAGE = Path(efft_kernels.__file__).parent
 FLOORS = [
     {"storage", "extras"},
     {"kernels"},
-    {"ops", "configs", "base_linears"},
+    {"ops", "configs", "base_linears", "tune"},
     {"layouts", "columns"},
     {"groups", "linear"},
     {"passes"},
@@ -30,16 +30,22 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 KERNELS = {
     "kernels": set(),
     "kernels.reference": set(),
-    "kernels.cpu": {"kernels.reference", "storage"},
-    "kernels.triton": {"kernels.tuning.table"},
-    "kernels.cuda": {"kernels.tuning.table"},
-    "kernels.tuning.table": set(),
-    "kernels.tuning.tune": {"kernels.reference", "kernels.tuning.table", "kernels.tuning.triton", "kernels.tuning.cuda"},
-    "kernels.tuning.triton": {"kernels.triton", "kernels.reference", "kernels.tuning.table"},
-    "kernels.tuning.cuda": {"kernels.cuda", "kernels.tuning.table"},
+    "kernels.build": set(),
+    "kernels.cpu": {"kernels.reference", "kernels.build", "kernels.tuning.table", "storage"},
+    "kernels.triton": {"kernels.build", "kernels.tuning.table"},
+    "kernels.cuda": {"kernels.build", "kernels.tuning.table"},
+    "kernels.tuning": {"kernels.tuning.run"},
+    "kernels.tuning.table": {"storage"},
+    "kernels.tuning.shapes": {"extras"},
+    "kernels.tuning.children": set(),
+    "kernels.tuning.plans": {"kernels.tuning.table"},
+    "kernels.tuning.prove": {"kernels.reference", "kernels.tuning.plans", "kernels.tuning.table"},
+    "kernels.tuning.timing": {"kernels.reference", *(f"kernels.tuning.{name}" for name in ("plans", "prove", "table"))},
+    "kernels.tuning.worker": {f"kernels.tuning.{name}" for name in ("plans", "prove", "table", "timing")},
+    "kernels.tuning.run": {f"kernels.tuning.{name}" for name in ("children", "plans", "table")},
 }
 # longer for now
-LINES = {"ops": 811, "kernels.triton": 1022, "finetune.loop": 624, "finetune.data": 505}
+LINES = {"ops": 835, "kernels.triton": 1040, "finetune.loop": 624, "finetune.data": 505}
 HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
 
 

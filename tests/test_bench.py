@@ -35,9 +35,6 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-# -- shapes -----------------------------------------------------------------------------------------------------------
-
-
 def test_vit_b():
     found = {layer.name: layer[1:] for layer in shapes.layers("vit_b")}
     assert found == {
@@ -71,9 +68,6 @@ def test_work():
     # dx, dp up, dup, dp down, ddown; reads dy, x, p, w, down, up, writes dx, ddown, dup
     assert work["backward"] == (2 * 3 * (5 * 7 + 2 * 2 * 7 + 2 * 2 * 5), 4 * (21 + 15 + 6 + 35 + 24 + 15 + 24))
     assert work["forward+backward"][0] == work["forward"][0] + work["backward"][0]
-
-
-# -- baselines --------------------------------------------------------------------------------------------------------
 
 
 # of those for a GPU, the one that plain torch can compute anywhere
@@ -113,9 +107,6 @@ def test_variants_are_named_once_and_explained():
     assert {"peft_autotuned", "extended_k"} <= set(on_gpu) - set(names) and on_gpu["peft_autotuned"].compiled
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
 def test_interleave_turns_the_order_and_the_copies():
     calls = []
     variants = {name: [(name, copy) for copy in range(2)] for name in "abc"}
@@ -134,9 +125,6 @@ def test_memory_counts_what_a_call_allocates():
     x = torch.ones(1000, 1000)
     peak, kept = measure.memory((lambda _: x + 1, lambda y: y + 1), "cpu")
     assert 8e6 <= peak < 8.1e6 and kept == 0
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, capsys):

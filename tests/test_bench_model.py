@@ -52,8 +52,6 @@ def build(name, base):
     return next(m for m in harness.methods("cpu")[0] if m.name == name).build(base, OPTIONS)
 
 
-# -- what is compared -------------------------------------------------------------------------------------------------
-
 NAMES = [m.name for m in harness.methods("cpu")[0]]
 
 
@@ -148,13 +146,11 @@ def test_fact_computes_what_ours_computes(model):
 def test_released_efft_draws_once_per_call(monkeypatch):
     made, drawn = build("released_efft", backbone("vit_b")), []
     form = harness.DenseUpdates._form
-    monkeypatch.setattr(harness.DenseUpdates, "_form", lambda self, slots: drawn.append(len(slots)) or form(self, slots))
+    counted = lambda self, slots: drawn.append(len(slots)) or form(self, slots)
+    monkeypatch.setattr(harness.DenseUpdates, "_form", counted)
     made(torch.randn(2, 3, 32, 32, dtype=torch.float64))
     assert drawn == [2, 1, 1] * 2  # qkv with proj, fc1, fc2; two blocks
     assert not any(group.formed for group in made.updates)
-
-
-# -- what is counted --------------------------------------------------------------------------------------------------
 
 
 def test_ops_and_saved_bytes():
@@ -165,8 +161,6 @@ def test_ops_and_saved_bytes():
         assert steps.count_ops(calls) == [2, 4]  # mm, relu; sum, ones_like, threshold, mm
     assert saved.bytes == 4 * (40 * 50 + 40 * 50)  # x, relu
 
-
-# -- the command line -------------------------------------------------------------------------------------------------
 
 COMMON = {"model", "batch", "image", "dtype", "method", "rounds", "ms", "q1", "q3", "cpu_ms"}
 RECORD = {"benchmark", "format", "complete", "date", "arguments", "machine", "versions", "commit", "backends"}
@@ -204,8 +198,8 @@ def test_train_step(model, tmp_path, capsys):
     rows, passes = record["results"], {"forward", "backward", "optimizer", "forward+backward", "step"}
     assert len(rows) == len(dtypes) * len(passes) * (1 + len(chosen))
     for row in rows:
-        assert facts(row) == COMMON | {"pass", "trained", "trained_without_head", "ops", "saved_bytes", "peak_bytes"} | {
-            "optimizer_bytes", "kept_bytes", "loss",
+        assert facts(row) == COMMON | {"pass", "trained", "trained_without_head", "ops", "loss"} | {
+            "saved_bytes", "peak_bytes", "optimizer_bytes", "kept_bytes",
         }  # fmt: skip
         assert row["rounds"] == 3 and row["loss"] > 0
         assert 0 < row["q1"] <= row["ms"] <= row["q3"]
@@ -276,7 +270,8 @@ def test_steps_from_a_graph_are_one_pass(tmp_path, capsys, monkeypatch):
     for name in ("graph_pool_handle", "Stream"):
         monkeypatch.setattr(bench_train_step.torch.cuda, name, lambda: None)
     main = bench_train_step.measure
-    monkeypatch.setattr(bench_train_step, "measure", lambda args, record, found, *_: main(args, record, found, graph=True))
+    captured = lambda args, record, found, *_: main(args, record, found, graph=True)
+    monkeypatch.setattr(bench_train_step, "measure", captured)
     assert bench_train_step.main([*SIZES, "--methods", *(m.name for m in found), "--out", str(tmp_path)]) == 0
     record = check_files(tmp_path, "train_step", tmp_path)
     assert [(row["pass"], row["method"]) for row in record["results"]] == [("step", m.name) for m in found]

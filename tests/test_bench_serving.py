@@ -45,7 +45,8 @@ def test_serving(tmp_path, capsys):
     assert bank["p50_ms"] <= bank["p90_ms"] <= bank["p99_ms"]
     assert bank["held_bytes"] == 2 * rows["bank at 2"]["held_bytes"] == 4 * rows["fused"]["held_bytes"] > 0
     assert {"merged", "fused", "bank_1"} <= ratios(bank).keys()
-    assert bench_serving.summary(record["results"])[0]["ratio"].keys() == {f"{n} at {K}" for n in ("bank", "bank_lora") for K in (1, 2, 4)}
+    banks = {f"{name} at {K}" for name in ("bank", "bank_lora") for K in (1, 2, 4)}
+    assert bench_serving.summary(record["results"])[0]["ratio"].keys() == banks
 
 
 def test_bad_arguments(capsys):

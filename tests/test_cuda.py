@@ -12,11 +12,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear
 
-import efft_kernels
 from efft_kernels.kernels import cuda, reference
-from efft_kernels.kernels.tuning import cuda as tune_cuda
-from efft_kernels.kernels.tuning import table as measured
-from efft_kernels.kernels.tuning.tune import tune
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import faults  # noqa: E402
@@ -87,7 +83,7 @@ def hopper_device(device) -> str:
 
 
 def plan(monkeypatch, single: bool, large: bool) -> None:
-    made = cuda.Plan(single, False, cuda.LARGE_TILE if large else cuda.SMALL_TILE)
+    made = cuda.KernelPlan(single, False, cuda.LARGE_TILE if large else cuda.SMALL_TILE)
     monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: made)
 
 
@@ -98,9 +94,9 @@ hopper_plans = pytest.mark.parametrize("tile, single", HOPPER, ids=lambda v: str
 def hopper(monkeypatch, single: bool, tile: int) -> None:
     """the kernel for compute capability 9.0; its backward never forms dp beside dx"""
 
-    def made(x, w, R, dup=False):
-        beside = single and w.stride(0) == 1
-        return cuda.Plan(beside, True, tile if beside or tile in cuda.HOPPER_TILES else 128)
+    def made(op, x, weight, R, needs=None):
+        beside = single and (weight.t() if needs is None else weight).stride(0) == 1
+        return cuda.KernelPlan(beside, True, tile if beside or tile in cuda.HOPPER_TILES else 128)
 
     monkeypatch.setattr(cuda, "_plan", made)
 
@@ -311,6 +307,84 @@ def test_hopper_refuses_what_it_cannot_address(simulated):
         ops.lowrank_linear(x, weight, bias, down, up, True, False, 192)
 
 
+# -- the passes of its backward: dp and dup, ddown ---------------------------------------------------------------------
+
+
+def check_passes(ops, dy, x, up, p) -> None:
+    """dp, ddown and dup by the kernel for compute capability 9.0, against the contract"""
+    R = p.shape[1]
+    # dx is dp: the identity as down, followed by zeros
+    K = -(-R // 8) * 8
+    eye, weight = torch.eye(K, R, dtype=dy.dtype, device=dy.device), torch.zeros(dy.shape[1], K, dtype=dy.dtype)
+    dp, _ = ops.lowrank_linear_backward(dy, None, weight.to(dy.device), eye, up, p, False, True, 128)
+    ddown, dup = ops.lowrank_linear_backward(dy, x, None, x[:1, :].t().expand(-1, R), up, p, False, True, 128)
+    plain = dy @ up.t()
+    assert_accurate(dp[:, :R], plain, dy.double() @ up.double().t(), "dp")
+    assert (dp[:, R:] == 0).all()
+    exact = x.double().t() @ (dy.double() @ up.double().t())
+    assert_accurate(ddown, x.t() @ plain, exact, "ddown")
+    assert_accurate(dup, p.t() @ dy, p.double().t() @ dy.double(), "dup")
+
+
+def make_passes(M, K, N, R, dtype, device="cpu"):
+    """dy, x, up, p"""
+    x, _, _, _, up, dy = make(M, K, N, R, dtype, device)
+    return dy, x, up, torch.randn(M, R, device=device).to(dtype)
+
+
+@dtypes
+@shapes(
+    (1, 8, 8, 1),
+    (63, 136, 72, 3),
+    (197, 96, 96, 16),
+    (1100, 200, 192, 14),  # one block across the columns, the last run with fewer rows
+    (1000, 72, 384, 16),  # a cluster of two
+    (530, 64, 768, 8),  # of four
+    (70, 328, 1536, 16),
+    (70, 1000, 2304, 16),
+    (140, 776, 3072, 31),
+    (70, 64, 4096, 16),
+    (450, 400, 136, 17),
+    (300, 64, 1000, 32),
+)
+def test_hopper_passes(shape, dtype, hopper_device):
+    ops = cuda._ops()
+    check_passes(ops, *make_passes(*shape, dtype, hopper_device))
+
+
+@pytest.mark.parametrize("R", [1, 2, 5, 8, 11, 16, 20, 29, 32])
+def test_hopper_passes_at_any_rank(R, hopper_device):
+    for N in (128, 520):
+        check_passes(cuda._ops(), *make_passes(300, 192, N, R, torch.float16, hopper_device))
+
+
+@pytest.mark.parametrize("shape", [(900, 384, 128, 16), (700, 136, 72, 24), (900, 768, 200, 14), (260, 2304, 768, 16)])
+def test_hopper_passes_in_any_order(shape, hopper_device, request):
+    """the same bits, of more tiles than stages and more rows than inboxes"""
+    M, N, K, R = shape
+    dy, x, up, p = make_passes(M, K, N, R, torch.bfloat16, hopper_device)
+    runs = []
+    for mode in Simulated.MODES + Simulated.BY_CHANCE:
+        if hopper_device == "cpu":
+            request.getfixturevalue("simulated").mode(*mode)
+        runs.append(cuda._ops().lowrank_linear_backward(dy, x, None, x[:1].t().expand(-1, R), up, p, False, True, 128))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+def test_hopper_passes_with_any_strides(hopper_device):
+    """rows of dy and x apart on 16 bytes; up and p are copied where they are not"""
+    ops, at = cuda._ops(), (torch.bfloat16, hopper_device)
+    dy, x, up, p = make_passes(300, 136, 200, 12, *at)
+    check_passes(ops, wider(dy, 8, 16), wider(x, 16, 8), wider(up, 1, 9), wider(p, 3, 2))
+    check_passes(ops, dy, x, up.t().contiguous().t(), p.t().contiguous().t())
+
+
+@pytest.mark.parametrize("sizes", [(24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)])
+def test_other_passes_where_those_of_hopper_do_not_fit(sizes, hopper_device):
+    """too many columns of dy for a cluster, too many ranks, rows of x that are not on 16 bytes"""
+    check_passes(cuda._ops(), *make_passes(*sizes, torch.bfloat16, hopper_device))
+
+
 # -- the group --------------------------------------------------------------------------------------------------------
 
 
@@ -385,124 +459,15 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
         x, weight, bias, down, up, dy = make(8, 64, 64, R, torch.bfloat16)
         name = f"hopper_linear tile{tile} {'single_pass' if single else 'extended_k'} R{R}"
         most[name] = simulated.shared(cuda.lowrank_linear, x, weight, bias, down, up)
+    for R, N in itertools.product((16, 32), (128, 768, 1536, 2304, 3072)):
+        x, _, _, down, up, dy = make(8, 8, N, R, torch.bfloat16)
+        both = dy, x, None, down, up, torch.zeros(8, R, dtype=x.dtype), False, True, 128
+        most[f"hopper_pass N{N} R{R}"] = simulated.shared(simulated.ops.lowrank_linear_backward, *both)
     most["group_update"] = simulated.shared(cuda.group_update, down[None], up, 1.0)
     budget = json.loads(Path(simulator.HERE, "budget.json").read_text())["shared"]
     assert most == budget, json.dumps(most, indent=4)
     for name, size in most.items():  # what a block may have at compute capability 9.0, and 8.0
         assert size <= (227 if name.startswith("hopper") else 163) * 1024
-
-
-# -- tuning -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tunable(simulated, monkeypatch, tmp_path):
-    """tune() measures the simulator, and keeps what it finds in the test's folder"""
-    monkeypatch.setenv("EFFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "_unsupported_device", lambda device: None)
-    monkeypatch.setattr(tune_cuda, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(tune_cuda, "gpu", lambda: ("simulator", "simulator"))
-    cuda.TABLE.forget()
-    yield tmp_path / "cuda_configs.json"
-    monkeypatch.undo()
-    cuda.TABLE.forget()
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_tuning_finds_the_fastest_plan_and_uses_it(arch, tunable, monkeypatch):
-    M, K, N, R = 70, 48, 64, 5
-    x, weight, bias, down, up, dy = make(M, K, N, R, torch.bfloat16)
-    before = cuda._plan(x, weight.t(), R)
-    for module, name in ((tune_cuda, "gpu"), (cuda, "_gpu")):
-        monkeypatch.setattr(module, name, lambda *device: ("simulator", arch))
-    run, ops = [], cuda._ops()
-
-    class Spied:
-        def __getattr__(self, name):
-            def call(*arguments):
-                run.append((name, *arguments[-3:]))
-                return getattr(ops, name)(*arguments)
-
-            return call
-
-    def bench(call):
-        """the plan in the middle is the fastest, and faster than torch in the forward only"""
-        run.clear()
-        call()
-        if not run:
-            return 2.5
-        ((op, *plan),) = run
-        tried.append((op, *plan))
-        return 1 + abs(able[op].index(tuple(plan)) - len(able[op]) // 2) + 2.0 * op.endswith("backward")
-
-    monkeypatch.setattr(cuda, "_ops", Spied)
-    tried, forward, backward = [], "lowrank_linear", "lowrank_linear_backward"
-    able = {forward: cuda.plans(arch, R)}
-    able[backward] = [plan for plan in able[forward] if not (plan.hopper and plan.single_pass)]
-    assert len(able[forward]) == {"sm_80": 4, "sm_90": 10}[arch]
-    found = tune([(M, K, N, R)], backend="cuda", bench=bench)
-    best = {op: plans[len(plans) // 2] for op, plans in able.items()}
-    # all of an op, and the best of them once more
-    assert tried == [(op, *plan) for op, plans in able.items() for plan in [*plans, best[op]]]
-    sizes = (forward, (M, N, K, R)), (backward, (M, K, N, R))
-    keys = [measured.key(op, "half", *size, exact=True) for op, size in sizes]
-    assert found == {
-        keys[0]: {"use": best[forward]._asdict(), "ms": 1.0, "torch_ms": 2.5},
-        keys[1]: {"use": best[backward]._asdict(), "ms": 3.0, "torch_ms": 2.5},
-    }
-    assert json.loads(tunable.read_text()) == {"format": 1, "gpus": {"simulator": {"tuned": found}}}
-    assert before != cuda._plan(x, weight.t(), R) == best[forward]
-    run.clear()
-    check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
-    assert (forward, *best[forward]) in run and (backward, *best[backward]) in run
-    assert cuda.slower(forward, x, weight, bias, down, up) is None
-    slow = cuda.slower(backward, dy, x, weight, down, up, x[:, :R])
-    assert slow == "measured here: 3.0 ms, torch 2.5 ms"
-
-
-def test_tuning_tries_what_the_operands_allow(tunable, monkeypatch):
-    """with rows off 16 bytes the plan of another kernel would be timed in the place of a hopper one"""
-    for module, name in ((tune_cuda, "gpu"), (cuda, "_gpu")):
-        monkeypatch.setattr(module, name, lambda *device: ("simulator", "sm_90"))
-    times = iter(range(1, 99))
-    found = tune([(20, 20, 24, 3)], backend="cuda", bench=lambda call: float(next(times)))
-    assert not any(entry["use"]["hopper"] for entry in found.values()) and next(times) == 2 * (4 + 2) + 1
-    only = {"lowrank_linear": [cuda.Plan(False, True, 128)._asdict()]}
-    found = tune([(20, 20, 24, 3)], backend="cuda", candidates=only, bench=lambda call: 1.0)
-    assert [name.partition(" ")[0] for name in found] == ["lowrank_linear_backward"]
-
-
-@pytest.mark.parametrize("op", ["lowrank_linear", "lowrank_linear_backward"])
-def test_tuning_refuses_a_wrong_kernel_and_keeps_the_shapes_before_it(op, tunable, monkeypatch):
-    """a kernel that is wrong in one column of tiles, with one plan, at sizes with more than one"""
-    ops = cuda._ops()
-
-    class Wrong:
-        def __getattr__(self, name):
-            def call(*arguments):
-                result = getattr(ops, name)(*arguments)
-                if name == op and arguments[-1] == 128:
-                    result[0][:, 64:] *= 1.2
-                return result
-
-            return call
-
-    monkeypatch.setattr(cuda, "_ops", Wrong)
-    good, bad = (24, 40, 40, 3), (24, 80, 80, 3)
-    with pytest.raises(RuntimeError, match=f"{op} half .* with .*'tile': 128.* is wrong: relative error"):
-        tune([good, bad], backend="cuda", bench=lambda call: 1.0)
-    kept = json.loads(tunable.read_text())["gpus"]["simulator"]["tuned"]
-    assert {name.partition(" M")[2] for name in kept} == {"24 N40 K40 R16"} and len(kept) == 2
-    assert cuda.TABLE.read()[1]["simulator"]["tuned"] == kept  # nothing that was only tried
-
-
-def test_tuning_refuses_what_the_kernels_do_not_take(tunable):
-    with pytest.raises(RuntimeError, match="bfloat16 and float16 tensors, not torch.float32"):
-        tune([(8, 8, 8, 2)], torch.float32, backend="cuda")
-    with pytest.raises(RuntimeError, match="it goes to rank 256, not 257"):
-        tune([(8, 300, 300, 257)], backend="cuda")
-    assert not tunable.exists()
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------
@@ -574,6 +539,37 @@ def test_a_fault_planted_in_hopper_is_seen(fault, faulty, monkeypatch):
     assert hopper_deviates(kernels, monkeypatch)
 
 
+def hopper_passes_deviate(kernels) -> bool:
+    """whether any order of things shows a wrong number, or ends a launch"""
+    # one block across the columns, a cluster of four, and the rings come round
+    for M, N in ((1300, 192), (660, 768), (1000, 512)):
+        dy, x, up, p = make_passes(M, 128, N, 14, torch.bfloat16)
+        dp = (dy.double() @ up.double().t()).to(dy.dtype).double()
+        exact = [x.double().t() @ dp, p.double().t() @ dy.double()]
+        for mode in Simulated.MODES + Simulated.BY_CHANCE:
+            kernels.mode(*mode)
+            try:
+                found = kernels.ops.lowrank_linear_backward(
+                    dy, x, None, x[:1].t().expand(-1, 14), up, p, False, True, 128
+                )
+            except RuntimeError as error:
+                assert "could not be launched: block" in str(error), error  # the simulator's
+                return True
+            if not all((a.double() - b).norm() <= 0.01 * b.norm() for a, b in zip(found, exact)):
+                return True
+    return False
+
+
+def test_no_fault_is_seen_in_the_passes_where_there_is_none(faulty):
+    sound = "  cluster_sync();\n"
+    assert not hopper_passes_deviate(faulty("pass_sound", "hopper_pass.h", sound, sound + "  // the same\n"))
+
+
+@pytest.mark.parametrize("fault", faults.HOPPER_PASS)
+def test_a_fault_planted_in_the_passes_is_seen(fault, faulty):
+    assert hopper_passes_deviate(faulty(f"pass_{fault}", "hopper_pass.h", *faults.HOPPER_PASS[fault]))
+
+
 # -- which kernel, and refusals ---------------------------------------------------------------------------------------
 
 
@@ -616,12 +612,6 @@ def test_refusals():
         assert ask("group_update", *(torch.zeros(s).bfloat16() for s in ((1, 4, 257), (257, 8)))).endswith("not 257")
         far = x.as_strided((1, 16), (cuda.MAX_SIZE + 1, 1))
         assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
-
-
-def test_chosen_by_itself_only_on_record():
-    on_record = any(found.get("proven") for found in cuda.TABLE.read()[0]["gpus"].values())
-    (cuda_line,) = [b for b in efft_kernels.backends() if b.name == "cuda"]
-    assert on_record or not cuda_line.automatic and "not yet run on a GPU" in cuda_line.note
 
 
 def test_the_build_refuses_what_it_does_not_know():

@@ -394,11 +394,11 @@ def test_the_environment_names_a_backend(monkeypatch):
 def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
     native = ops._load("cpu")[0]
     tensors = make(512, 512, 512, 16)
-    monkeypatch.setattr(native, "slower", lambda *a: None)  # what it says depends on the processor
+    monkeypatch.setattr(native, "slower", lambda *a, **b: None)  # what it says depends on the processor
     assert ops._choose("", "lowrank_linear", *tensors) is native
     for question in ("unproven", "unavailable", "unsupported", "slower"):
         with monkeypatch.context() as patch:
-            patch.setattr(native, question, lambda *a: "of a planted reason")
+            patch.setattr(native, question, lambda *a, **b: "of a planted reason")
             ops._candidates.cache_clear()
             assert ops._choose("", "lowrank_linear", *tensors) is reference
         ops._candidates.cache_clear()

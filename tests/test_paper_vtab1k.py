@@ -39,9 +39,6 @@ def record(of, top1, parameters=1000):
     return {"run": asdict(of), "top1": top1, "parameters": parameters}
 
 
-# -- facts ------------------------------------------------------------------------------------------------------------
-
-
 def test_published_rows_agree_with_their_own_means():
     assert len(ALL) == 19 and set(ALL) == set(FACTS["classes"])
     assert [len(members) for members in FACTS["groups"].values()] == [7, 4, 8]
@@ -110,9 +107,6 @@ def test_offline_methods_have_equal_budgets():
     assert all(grid == adapters[0] for grid in adapters)
 
 
-# -- runs and their store ---------------------------------------------------------------------------------------------
-
-
 def test_a_run_is_named_after_all_of_itself():
     one = run(lr=0.1, scale=2)
     assert one.name == run(scale=2, lr=0.1).name  # the order of settings is none
@@ -147,7 +141,8 @@ def test_store_keeps_every_value_and_every_environment(tmp_path):
         Store(tmp_path).put(one, kept[one.name])
     again = Store(tmp_path)
     assert {one.name: again.get(one) for one in (first, other)} == kept
-    assert type(again.get(first)["run"]["settings"]["scale"]) is float and again.get(first)["run"]["settings"]["text"] == "12"
+    read = again.get(first)["run"]["settings"]
+    assert type(read["scale"]) is float and read["text"] == "12"
     assert [e["machine"]["cpu"] for e in json.loads((tmp_path / "runs.json").read_text())["environments"]] == ["a", "b"]
     assert again.get(run(seed=2)) is None
 
@@ -199,8 +194,6 @@ def test_what_a_run_trains_on_and_is_measured_by():
     assert numbers(again.test) == numbers(test.test)  # not of the seed
     assert test.val is None and val.val is None  # nothing left to choose by
 
-
-# -- tables -----------------------------------------------------------------------------------------------------------
 
 GROUPS = {"A": ["x", "y"], "B": ["z"]}
 
@@ -256,9 +249,6 @@ def test_charts(tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size > 2000 for name in "as")
     tables.sweep(tmp_path / "none.png", {}, "scale", "t")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "s.png"]  # and nothing temporary
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -420,8 +410,6 @@ def test_shares_of_torchrun():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split("\n")[0] == "[1, 4] 1"
 
-
-# -- really training --------------------------------------------------------------------------------------------------
 
 TINY = {"model": "test_vit", "checkpoint": "random", "image_size": 32, "epochs": 1, "batch_size": 64}
 SERIES = """

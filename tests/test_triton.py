@@ -1,7 +1,6 @@
 """The Triton kernels: compiled where there is a GPU, through the interpreter on CPU tensors elsewhere."""
 
 import itertools
-import json
 import os
 
 import pytest
@@ -15,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from efft_kernels.kernels import triton as kernels  # noqa: E402
-from efft_kernels.kernels.tuning.tune import tune  # noqa: E402
+from efft_kernels.kernels.tuning import table  # noqa: E402
 
 if kernels.INTERPRETED:
     from interpreter import repair_bf16
@@ -39,9 +38,9 @@ def own_table(monkeypatch, tmp_path):
     """no test reads or writes the table of the person who runs it"""
     with monkeypatch.context() as patch:
         patch.setenv("EFFT_CACHE", str(tmp_path))
-        kernels.TABLE.forget()
-        yield tmp_path / "triton_configs.json"
-    kernels.TABLE.forget()
+        table.invalidate()
+        yield
+    table.invalidate()
 
 
 def force(monkeypatch, single: bool) -> None:
@@ -261,13 +260,17 @@ def test_which_way_p_is_formed(M, N, K, R, dup, expected):
     assert kernels.single_pass(M, N, K, R, BN=256, ridge=184, dup=dup) is expected
 
 
-@pytest.mark.parametrize("way", [True, False])
-def test_the_tuned_way_is_that_of_a_product_without_dup(way, monkeypatch):
-    """tuning compares the two ways of the forward; a pass over dy that dup needs anyway gives p for nothing"""
-    monkeypatch.setattr(kernels.TABLE, "tuned", lambda name, key: {"single_pass": way, "use": {"BN": 128}})
-    monkeypatch.setattr(kernels, "single_pass", lambda *sizes: not way)
-    ask = lambda dup: kernels.strategy.__wrapped__("A tuned GPU", "sm_90", "half", 12608, 768, 768, 16, dup)
-    assert ask(False) is way and ask(True) is not way
+@pytest.mark.parametrize("way", [True, False], ids=["single_pass", "extended_k"])
+def test_the_measured_way_goes_before_the_rule(way, device, launches, monkeypatch):
+    x, weight, bias, down, up, dy = make(40, 48, 64, 5, torch.float16, device)
+    monkeypatch.setattr(table, "choice", lambda *of: table.Choice("triton", 2.0, {"triton": 1.0}, {"triton": {"way": kernels.WAYS[not way]}}))
+    kernels.lowrank_linear(x, weight, bias, down, up)
+    assert len(launches) == (1 if way else 2)
+    launches.clear()
+    check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
+    # ranks that no tile has registers for
+    x, weight, bias, down, up, dy = make(40, 80, 72, 65, torch.float16, device)
+    check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
 
 
 @pytest.mark.parametrize("M", [1, 63, 197, 12608, 200704])
@@ -303,82 +306,11 @@ def test_refusals(device):
 
 
 def test_every_default_is_complete():
-    shipped = json.loads(kernels.TABLE.shipped.read_text())
     sizes = itertools.product([1, 197, 12608, 200704], [7, 96, 768, 3072], [1, 17, 64, 256], ["half", "tf32", "fp32"])
-    for arch, (M, N, R, kind) in itertools.product(shipped["defaults"], sizes):
-        for kernel in shipped["defaults"][arch]:
-            use = kernels.lookup(kernel, "no such GPU", arch, kind, M, N, 768, R)
+    for arch, (M, N, R, kind) in itertools.product(kernels.DEFAULTS["defaults"], sizes):
+        for kernel in kernels.DEFAULTS["defaults"][arch]:
+            use = kernels.lookup(kernel, arch, kind, M, N, R)
             # without a row for it, p is not formed beside y
             assert use or kernel == "single_pass" and (R > 64 or kind == "fp32"), (arch, kernel, kind, R)
             assert arch == "interpreter" or not use or {"num_warps", "num_stages"} <= use.keys()
-        assert isinstance(kernels.strategy("no such GPU", arch, kind, M, 768, N, R, False), bool)
-
-
-def test_a_gpu_is_chosen_by_itself_only_on_record(monkeypatch):
-    if kernels.INTERPRETED:
-        assert "interpreter" in kernels.unproven()
-    shipped, user = kernels.TABLE.read()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "INTERPRETED", False)
-        patch.setattr(torch.cuda, "current_device", lambda: 0)
-        patch.setattr(kernels, "gpu", lambda index: ("Some GPU", "sm_90"))
-        for proven, missing in (
-            ({}, "no run of the tests"),
-            ({"tests": "passed"}, "no benchmark"),
-            ({"tests": "passed", "benchmark": "benchmarks/results/some.json"}, None),
-        ):
-            table = shipped | {"gpus": {"Some GPU": {"proven": proven}}}
-            patch.setattr(kernels.TABLE, "read", lambda: (table, user))
-            reason = kernels.unproven()
-            assert reason is None if missing is None else missing in reason and "Some GPU" in reason
-
-
-def test_slower_where_a_product_of_torch_is_the_better_choice(device):
-    x, weight, bias, down, up, dy = make(2048, 64, 128, 8, torch.float16, device)
-    assert kernels.slower("lowrank_linear", x, weight, bias, down, up) is None
-    assert "rows" in kernels.slower("lowrank_linear", x[:3], weight, bias, down, up)
-    assert "rows" in kernels.slower("lowrank_linear_backward", dy[:3], x[:3], weight, down, up, x[:3, :8])
-    wide = [t.float() for t in (x, weight, bias, down, up)]
-    assert "float32" in kernels.slower("lowrank_linear", *wide)
-
-
-def test_tuning_keeps_the_fastest_for_later(device, own_table):
-    tiles = {"GM": 1, "num_warps": 4, "num_stages": 2, "TMA": False}
-    products = [{"BM": BM, "BN": 32, "BK": 32} | tiles for BM in (16, 32, 64)]
-    rows = [{"BM": BM, "BN": 32, "BR": 16, "num_warps": 4, "num_stages": 2} for BM in (16, 32)]
-    candidates = {
-        "single_pass": products,
-        "extended_k": products,
-        "dy_pass": rows,
-        "p": [{"BM": 16, "BK": 32, "BR": 16}],
-    }
-    times = itertools.cycle([3.0, 1.0, 2.0])
-    found = tune([(40, 48, 64, 5)], torch.float16, candidates=candidates, bench=lambda call: next(times))
-    name = kernels.gpu(None if device == "cpu" else 0)[0]
-    assert json.loads(own_table.read_text())["gpus"][name]["tuned"] == found
-    # another shape leaves the first one's entries in place
-    tune([(16, 48, 80, 5)], torch.float16, candidates=candidates, bench=lambda call: next(times))
-    assert found.items() <= kernels.TABLE.read()[1][name]["tuned"].items()
-    x, weight, bias, down, up, dy = make(40, 48, 64, 5, torch.float16, device)
-    for kernel, sizes in (("single_pass", (40, 64, 48, 5)), ("dy_pass", (40, 64, 0, 5))):
-        use = kernels.config(kernel, x, *sizes)
-        assert use == found[kernels.key(kernel, "half", *sizes)]["use"]
-    found = found[kernels.key("lowrank_linear", "half", 40, 64, 48, 5)]
-    assert kernels.prefers_single_pass(x, 64, 5) is found["single_pass"]
-    check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
-
-
-def test_tuning_refuses_a_wrong_result(device, own_table, monkeypatch):
-    monkeypatch.setattr(kernels, "lowrank_p", lambda x, down: torch.zeros_like(x @ down))
-    with pytest.raises(RuntimeError, match="is wrong"):
-        tune(
-            [(20, 16, 16, 2)], torch.float16, candidates={"p": [{"BM": 16, "BK": 32, "BR": 16}]}, bench=lambda call: 1.0
-        )
-    assert not own_table.exists()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0, "gpus": {}}'])
-def test_a_table_that_does_not_fit_is_ignored_with_a_warning(text, own_table):
-    own_table.write_text(text)
-    with pytest.warns(UserWarning, match="triton_configs.json"):
-        assert kernels.TABLE.read()[1] == {}
+        assert isinstance(kernels.strategy(arch, kind, M, 768, N, R, False), bool)

@@ -1,43 +1,58 @@
-"""What was measured as data: the tables, what the CUDA backend makes of them, and how they are kept and shipped."""
+"""Proof and tuning: what is recorded, when a record counts, what is chosen, and what a wrong or hanging kernel does to it."""
 
+import errno
+import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from efft_kernels.kernels import cuda
-from efft_kernels.kernels.tuning import table as tables
-from efft_kernels.kernels.tuning.tune import difference, tune
+from efft_kernels import tune as command
+from efft_kernels.kernels import build, cuda
+from efft_kernels.kernels.tuning import children, plans, run, shapes, table, tune
 
-GPU, SM_90 = "Some GPU", ("Some GPU", "sm_90")
-SIZES = 200, 96, 64, 8  # M, N, K, R
+CPU = torch.device("cpu")
 PLAN = {"single_pass": True, "hopper": False, "tile": 128}
-FORWARD = tables.key("lowrank_linear", "half", *SIZES, exact=True)
-BACKWARD = tables.key("lowrank_linear_backward", "half", *SIZES, exact=True)
+SIZES = 200, 96, 64, 8  # M, N, K, R
+FORWARD = table.key(table.LINEAR, torch.bfloat16, 64, 96, 8)
+BACKWARD = table.key(table.BACKWARD, torch.bfloat16, 64, 96, 8, table.ALL)
+WORKER = Path(__file__).with_name("planted_worker.py")
 
 
 @pytest.fixture(autouse=True)
-def table(tmp_path, monkeypatch):
-    """the CUDA backend's, both files in the test's folder, on a GPU of capability 9.0"""
+def own_files(tmp_path, monkeypatch):
+    """both files in the test's folder, the driver's version as given, and the CPU in the place of a GPU"""
     monkeypatch.setenv("EFFT_CACHE", str(tmp_path / "user"))
-    shipped = tmp_path / "cuda_configs.json"
-    shipped.write_text(json.dumps({"format": 1, "about": "x", "gpus": {}}))
-    monkeypatch.setattr(cuda.TABLE, "shipped", shipped)
-    monkeypatch.setattr(cuda, "_gpu", lambda device: SM_90)
-    cuda.TABLE.forget()
-    yield cuda.TABLE
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(table, "_unwritten", {"format": table.FORMAT, "devices": {}})
+    table.invalidate()
+    yield tmp_path
     monkeypatch.undo()
-    cuda.TABLE.forget()
+    table.invalidate()
 
 
-def ship(table, tuned=None, proven=None) -> None:
-    gpus = {GPU: {"tuned": tuned or {}, "proven": proven or {}}}
-    table.shipped.write_text(json.dumps({"format": 1, "gpus": gpus}))
-    table.forget()
+def name() -> str:
+    return table.device_name(CPU)
 
 
-def entry(use=PLAN, ms=1.0, torch_ms=2.0) -> dict:
-    return {"use": use, "ms": ms, "torch_ms": torch_ms}
+def proof(*proven: dict, **other) -> dict:
+    found = table.conditions("cuda", CPU) | {"date": "2026-01-01", "dropped": {}}
+    return {"cuda": found | {"plans": {table.plan_name(plan): 40 for plan in proven}} | other}
+
+
+def row(plan=PLAN, us=1.0, torch_us=2.0) -> dict:
+    return {"torch": torch_us, "cuda": {"us": us, "plan": plan}}
+
+
+def write(path: Path, proof: dict, measured: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    devices = {name(): {"proof": proof, "measured": measured}}
+    path.write_text(json.dumps({"format": table.FORMAT, "devices": devices}))
+    table.invalidate()
 
 
 def make(M, N, K, R):
@@ -46,236 +61,293 @@ def make(M, N, K, R):
     return [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
 
 
-def plan(M=200, dup=False):
+def planned(M=200, needs=None):
     _, N, K, R = SIZES
-    x, weight, *_ = make(M, N, K, R)
-    return cuda._plan(x, weight.t(), R, dup)
+    x, weight, _, _, _, dy, _ = make(M, N, K, R)
+    op, first = (table.LINEAR, x) if needs is None else (table.BACKWARD, dy)
+    return cuda._plan(op, first, weight, R, needs)
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
+def test_ranks_that_cost_the_same_share_an_entry():
+    assert table.key("a", torch.float16, 96, 768, 5) == table.key("a", torch.float16, 96, 768, 16) == "a float16 K96 N768 R16"
+    assert table.key("a", torch.float16, 96, 768, 17).endswith("R32")
+    assert table.key("a", torch.float16, 9, 7, 1, [False, False, True, True, True]).endswith("needs down,up")
 
 
-def test_key_rounds_what_varies():
-    assert tables.key("p", "half", 12608, 768, 96, 5) == "p half M16384 N768 K96 R16"
-    assert tables.key("p", "half", 1024, 768, 96, 17) == "p half M1024 N768 K96 R32"
-    assert tables.key("p", "half", 12608, 768, 96, 5, exact=True) == "p half M12608 N768 K96 R16"
+def test_a_choice_needs_a_gain_of_three_percent():
+    write(table.user_file(), proof(PLAN), {FORWARD: {"200": row(us=1.95), "100": row(us=1.9)}})
+    assert table.choice(CPU, FORWARD, 200).backend is None and table.choice(CPU, FORWARD, 100).backend == "cuda"
 
 
-def test_the_users_own_goes_first(table):
-    ship(table, {"a": {"ms": 1}, "b": {"ms": 2}})
-    table.keep(GPU, {"a": {"ms": 3}})
-    assert [table.tuned(GPU, name) for name in "abc"] == [{"ms": 3}, {"ms": 2}, None]
-    assert table.tuned("Another", "a") is None
-    assert (table.source(GPU, "a"), table.source(GPU, "b")) == (table.user(), table.shipped)
+def test_between_two_sizes_that_are_chosen_alike_it_is_chosen_too():
+    other = PLAN | {"tile": 64}
+    rows = {"100": row(), "400": row(other), "900": row(other, us=3.0)}
+    write(table.user_file(), proof(PLAN, other), {FORWARD: rows})
+    found = {M: table.choice(CPU, FORWARD, M) for M in (50, 100, 150, 300, 500, 900, 1000)}
+    assert [M for M, choice in found.items() if choice and choice.backend] == [100, 150, 300]
+    assert found[150].plans["cuda"] == PLAN and found[300].plans["cuda"] == other
+    assert found[50] is None and found[500] is None and found[1000] is None and found[900].backend is None
 
 
-def test_what_is_tried_is_not_kept(table):
-    table.keep(GPU, {"a": {"ms": 1}})
-    table.use(GPU, "a", {"ms": 2})
-    table.use(GPU, "b", {"ms": 2})
-    table.use(GPU, "b", None)
-    assert table.tuned(GPU, "a") == {"ms": 2} and table.tuned(GPU, "b") is None
-    table.keep("Another", {"c": {"ms": 4}})
-    gpus = json.loads(table.user().read_text())["gpus"]
-    assert gpus == {GPU: {"tuned": {"a": {"ms": 1}}}, "Another": {"tuned": {"c": {"ms": 4}}}}
+@pytest.mark.parametrize("changed", ["sources", "driver", "torch", "triton"])
+def test_a_record_is_void_once_what_it_was_made_with_has_changed(changed, own_files, monkeypatch):
+    write(table.user_file(), proof(PLAN), {FORWARD: {"200": row()}})
+    assert table.unproven("cuda", CPU) is None and planned() == cuda.KernelPlan(**PLAN)
+    write(table.user_file(), proof(PLAN, **{changed: "another"}), {FORWARD: {"200": row()}})
+    reason = table.unproven("cuda", CPU)
+    assert ("other sources" if changed == "sources" else f"with {changed} another") in reason and table.COMMAND in reason
+    assert table.choice(CPU, FORWARD, 200) is None and planned() == cuda.KernelPlan(True, False, 64)
+    # a shipped record was made elsewhere, with whatever driver was there
+    table.user_file().unlink()
+    write(table.SHIPPED, proof(PLAN, **{changed: "another"}), {FORWARD: {"200": row()}})
+    assert (table.choice(CPU, FORWARD, 200) is not None) is (changed == "driver")
 
 
-def test_a_write_that_fails_leaves_the_old_file(table, monkeypatch):
-    table.keep(GPU, {"a": {"ms": 1}})
-    before = table.user().read_text()
-    with pytest.raises(TypeError), monkeypatch.context() as patch:
-        patch.setattr(tables.os, "replace", lambda *paths: 1 + "")
-        table.keep(GPU, {"b": {"ms": 2}})
-    assert table.user().read_text() == before and [p.name for p in table.user().parent.iterdir()] == [table.user().name]
+def test_the_users_file_goes_first_and_deleting_it_undoes_the_choice():
+    slow = row(us=3.0)
+    write(table.SHIPPED, proof(PLAN), {FORWARD: {"200": slow}})
+    assert table.choice(CPU, FORWARD, 200).backend is None
+    assert table.save(name(), proof(PLAN), {FORWARD: {"200": row()}}) is None
+    assert table.choice(CPU, FORWARD, 200).backend == "cuda"
+    table.user_file().unlink()
+    table.invalidate()
+    assert table.choice(CPU, FORWARD, 200).backend is None
 
 
-def test_shipping_adds_to_what_is_there(table):
-    ship(table, {"a": {"ms": 1}, "b": {"ms": 2}}, {"tests": "old", "benchmark": "old"})
-    table.ship(GPU, {"b": {"ms": 3}}, {"tests": "new"})
-    table.ship("Another", {"c": {"ms": 4}}, {})
-    gpus = json.loads(table.shipped.read_text())["gpus"]
-    assert gpus[GPU] == {"tuned": {"a": {"ms": 1}, "b": {"ms": 3}}, "proven": {"tests": "new", "benchmark": "old"}}
-    assert gpus["Another"] == {"proven": {}, "tuned": {"c": {"ms": 4}}} and table.tuned(GPU, "b") == {"ms": 3}
+def test_a_new_proof_takes_the_times_of_other_sources_away():
+    write(table.user_file(), proof(PLAN, sources="old"), {FORWARD: {"200": row() | {"triton": {"us": 3.0, "plan": {}}}}})
+    table.save(name(), proof({"op": "merge_"}))
+    found = json.loads(table.user_file().read_text())["devices"][name()]
+    assert found["proof"]["cuda"]["plans"] == {"merge_": 40}
+    assert found["measured"][FORWARD]["200"] == {"torch": 2.0, "triton": {"us": 3.0, "plan": {}}}
+    # with the same sources plans are added, and a dropped one is proven no more
+    table.save(name(), proof(PLAN))
+    table.save(name(), proof(dropped={"merge_": "it hung"}))
+    assert table.proof("cuda", CPU) == {"plans": {table.plan_name(PLAN): 40}, "dropped": {"merge_": "it hung"}}
 
 
-@pytest.mark.parametrize("name", ["triton_configs.json", "cuda_configs.json"])
-def test_a_shipped_file_is_written_as_it_stands(name):
-    """what a merge adds is the difference that a commit shows"""
-    text = tables.Table(name).shipped.read_text()
-    assert tables.lines(json.loads(text)) + "\n" == text
+def test_a_full_disk_leaves_the_old_file_and_the_choice_in_this_process(monkeypatch):
+    table.save(name(), proof(PLAN), {FORWARD: {"100": row()}})
+    before = table.user_file().read_text()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        reason = table.save(name(), measured={FORWARD: {"200": row()}})
+    assert "No space left on device" in reason and str(table.user_file()) in reason
+    assert table.user_file().read_text() == before
+    assert {path.name for path in table.user_file().parent.iterdir()} == {"tuned.json", "tuned.lock"}
+    assert table.choice(CPU, FORWARD, 200).backend == "cuda"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 0, "gpus": {}}', '{"format": 1, "gpus": [1]}'])
-def test_a_user_table_that_does_not_fit_is_ignored_with_a_warning(text, table):
-    table.user().parent.mkdir()
-    table.user().write_text(text)
-    table.forget()
-    with pytest.warns(UserWarning, match=f"{table.user()} .*it is ignored"):
-        assert table.read()[1] == {}
+def test_two_processes_at_once_lose_nothing():
+    code = """
+import sys
+from efft_kernels.kernels.tuning import table
+for i in range(20):
+    table.save("a device", measured={f"{sys.argv[1]} {i}": {"1": {"torch": 1.0}}})
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, which]) for which in ("first", "second")]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    assert len(json.loads(table.user_file().read_text())["devices"]["a device"]["measured"]) == 40
 
 
-# -- the CUDA backend -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", '{"format": 1, "devices": {}}', '{"format": 2, "devices": [1]}', '{"format": 2, "devices": {"a": {}}}',
+        '{"format": 2, "devices": {"a": {"proof": {"cuda": {}}, "measured": {}}}}',
+        '{"format": 2, "devices": {"a": {"proof": {}, "measured": {"b": {"1": {"torch": "fast"}}}}}}',
+        '{"format": 2, "devices": {"a": {"proof": {}, "measured": {"b": {"1": {"torch": 1, "cuda": {"us": 1}}}}}}}',
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_is_ignored_with_a_warning(text):
+    table.user_file().parent.mkdir()
+    table.user_file().write_text(text)
+    table.invalidate()
+    with pytest.warns(UserWarning, match=f"{table.user_file()} .*it is ignored"):
+        assert table.choice(CPU, FORWARD, 1) is None
 
 
-def test_a_plan_on_record_goes_before_the_formula(table):
-    formula = plan()
-    assert formula == cuda.Plan(True, False, 64)
-    ship(table, {FORWARD: entry(), BACKWARD: entry(PLAN | {"single_pass": False})})
-    assert plan() == cuda.Plan(True, False, 128) and plan(dup=True) == cuda.Plan(False, False, 128)
-    # these sizes, and no others
-    assert plan(M=199) == plan(M=201) == formula
-    table.keep(GPU, {FORWARD: entry(PLAN | {"tile": 64, "single_pass": False})})
-    assert plan() == cuda.Plan(False, False, 64)
+def test_the_shipped_file_is_written_as_it_stands_and_fits(monkeypatch):
+    monkeypatch.undo()
+    text = table.SHIPPED.read_text()
+    found = json.loads(text)
+    assert table.lines(found) + "\n" == text and found["format"] == table.FORMAT
+    table._checked(found["devices"])
+    for device in found["devices"].values():
+        for rows in device["measured"].values():
+            for each in rows.values():
+                assert "cuda" not in each or each["cuda"]["plan"].keys() in ({"op"}, set(PLAN))
 
 
-def test_what_a_gpu_can_run():
-    assert cuda.plans("sm_80", 16) == [cuda.Plan(p, False, t) for p in (True, False) for t in (64, 128)]
-    assert cuda.plans("sm_100", 65) == [cuda.Plan(False, False, t) for t in (64, 128)]
-    hopper = [cuda.Plan(p, True, t) for p in (True, False) for t in (128, 192, 256)]
-    assert set(cuda.plans("sm_90", 32)) == {*cuda.plans("sm_80", 32), *hopper}
-    # the kernel for 9.0 has fewer registers to spare
-    assert set(cuda.plans("sm_90", 33)) == {*cuda.plans("sm_80", 33), *hopper[3:]}
+def test_digests_go_by_what_is_computed_not_by_what_is_said_about_it(tmp_path):
+    one, two = tmp_path / "a.py", tmp_path / "b.py"
+    one.write_text('"""A."""\nimport os\ndef f(x):\n    """B"""\n    return x + 1  # c\ndef g(): pass\n')
+    before = build.python_digest([one])
+    one.write_text("def g(): pass\n")
+    two.write_text("from . import c\ndef f(x):\n    return x+1\n")
+    assert build.python_digest([one, two]) == before
+    two.write_text("def f(x):\n    return x + 2\n")
+    assert build.python_digest([one, two]) != before
+    source = tmp_path / "a.cu"
+    source.write_text('int a = 1; // one\n/* two */ auto b = "// three";')
+    before = build.digest(tmp_path)
+    source.write_text('int a = 1;\nauto b = "// three"; // four')
+    assert build.digest(tmp_path) == before
+    source.write_text('int a = 1;\nauto b = "// five";')
+    assert build.digest(tmp_path) != before
+
+
+def test_a_plan_on_record_goes_before_the_formula():
+    formula, other = planned(), PLAN | {"single_pass": False}
+    assert formula == cuda.KernelPlan(True, False, 64)
+    write(table.user_file(), proof(PLAN, other), {FORWARD: {"200": row()}, BACKWARD: {"200": row(other)}})
+    assert planned() == cuda.KernelPlan(**PLAN) and planned(needs=table.ALL) == cuda.KernelPlan(**other)
+    assert planned(M=199) == planned(M=201) == formula
+    with table.override("cuda", PLAN | {"tile": 64}):
+        assert planned() == cuda.KernelPlan(True, False, 64)
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_a_hopper_plan_goes_by_the_operands(single, table):
-    ship(table, {FORWARD: entry({"single_pass": single, "hopper": True, "tile": 192})})
+def test_a_hopper_plan_goes_by_the_operands(single):
+    hopper = {"single_pass": single, "hopper": True, "tile": 192}
+    write(table.user_file(), proof(hopper), {FORWARD: {"200": row(hopper)}})
     _, N, K, R = SIZES
     x, weight, bias, down, up, _, _ = make(*SIZES)
-    assert plan() == cuda.Plan(single, True, 192)
-    assert cuda.slower("lowrank_linear", x, weight, bias, down, up) is None
+    assert planned() == cuda.KernelPlan(**hopper)
+    assert cuda.slower(table.LINEAR, x, weight, bias, down, up) is None
     off = torch.zeros(200 * K + 1, dtype=x.dtype)[1:].view(200, K)
     apart = torch.zeros(200, K + 4, dtype=x.dtype)[:, :K]
     for other in (off, apart, torch.zeros(200, 2 * K, dtype=x.dtype)[:, ::2], x[:1].expand(200, K)):
         for given, w in ((other, weight), (x, other[:N])):
-            assert not cuda._plan(given, w.t(), R).hopper
-            assert "not been measured" in cuda.slower("lowrank_linear", given, w, bias, down, up)
-    # a weight the other way round: p is not formed beside y then
-    assert cuda._plan(x, weight.t().contiguous(), R).hopper is not single
+            assert not cuda._plan(table.LINEAR, given, w, R).hopper
+            assert "not been measured" in cuda.slower(table.LINEAR, given, w, bias, down, up)
+    # p is not formed beside y for a weight the other way round
+    assert cuda._plan(table.LINEAR, x, weight.t().contiguous().t(), R).hopper is not single
 
 
-def test_other_layouts_than_the_tuned_are_not_measured(table):
-    """one number at a time where the record is of eight"""
-    x, weight, bias, down, up, _, _ = make(*SIZES)
-    ship(table, {FORWARD: entry(), tables.key("lowrank_linear", "half", 200, 96, 60, 8, exact=True): entry()})
-    ask = lambda x, weight: cuda.slower("lowrank_linear", x, weight, bias, down, up)
-    assert ask(x, weight) is None
-    wider = torch.zeros(200, 72, dtype=x.dtype)
-    assert ask(wider[:, :64], weight) is None and "16 bytes" in ask(wider[:, 1:65], weight)
-    assert "16 bytes" in ask(x, wider[:96, 1:65]) and "16 bytes" in ask(x, weight.t().contiguous().t())
-    short = x[:, :60].contiguous(), weight[:, :60].contiguous()
-    assert ask(*short) is None and "16 bytes" in ask(x[:, :60], short[1])
+def test_a_plan_that_this_gpu_cannot_run_is_an_error_that_names_the_file():
+    for plan in (PLAN | {"tile": 96}, PLAN | {"hopper": True, "tile": 64}, {"single_pass": True}):
+        write(table.user_file(), proof(plan), {FORWARD: {"200": row(plan)}})
+        with pytest.raises(ValueError, match=f"{table.user_file()}: the plan of lowrank_linear for M 200.* must be one of"):
+            planned()
 
 
-@pytest.mark.parametrize(
-    "found",
-    [
-        entry(PLAN | {"tile": 96}),
-        entry(PLAN | {"hopper": True, "tile": 64}),
-        entry(PLAN | {"stages": 4}),
-        entry({"single_pass": True}),
-        entry(None),
-        entry(ms="fast"),
-        {"use": PLAN},
-        "quick",
-    ],
-    ids=str,
-)
-def test_a_plan_that_cannot_run_is_an_error_that_names_the_file(found, table):
-    ship(table, {FORWARD: found})
-    for ask in (plan, lambda: cuda.slower("lowrank_linear", *make(*SIZES)[:5])):
-        with pytest.raises(ValueError, match=f"{table.shipped}: '{FORWARD}' of Some GPU must have .*'tile': 256"):
-            ask()
-    table.keep(GPU, {FORWARD: found})
-    with pytest.raises(ValueError, match=str(table.user())):
-        plan()
-
-
-def test_a_plan_of_another_chip_is_refused(table, monkeypatch):
-    ship(table, {FORWARD: entry(PLAN | {"hopper": True})})
-    monkeypatch.setattr(cuda, "_gpu", lambda device: (GPU, "sm_80"))
-    with pytest.raises(ValueError, match="must have"):
-        plan()
-    wide = tables.key("lowrank_linear", "half", 200, 96, 100, 65, exact=True)
-    ship(table, {wide: entry()})
-    x, w = (torch.zeros(size, dtype=torch.bfloat16) for size in ((200, 100), (100, 96)))
-    with pytest.raises(ValueError, match="must have"):  # no registers for 65 ranks beside y
-        cuda._plan(x, w, 65)
-
-
-def test_every_plan_that_is_shipped_can_run():
-    table = tables.Table("cuda_configs.json")
-    for gpu, found in json.loads(table.shipped.read_text())["gpus"].items():
-        for name, tuned in found["tuned"].items():
-            rank = int(name.rpartition(" R")[2])
-            assert cuda.Plan(**tuned["use"]) in cuda.plans("sm_90", rank), (gpu, name)
-            assert tuned["ms"] > 0 and tuned["torch_ms"] > 0
-
-
-def test_slower_unless_on_record_as_faster(table):
+def test_slower_unless_on_record_as_faster():
     x, weight, bias, down, up, dy, p = make(*SIZES)
-    forward = x, weight, bias, down, up
-    # dx [M, K] = dy [M, N] @ weight: sizes as in SIZES for a weight [K, N]
-    turned = x.new_zeros(SIZES[2], SIZES[1])
-    backward = x, dy, turned, up.t(), down.t(), p
-    ask = cuda.slower
-    assert ask("lowrank_linear", *forward) == ask("lowrank_linear_backward", *backward) == "it has not been measured"
-    ship(table, {FORWARD: entry()})
-    assert ask("lowrank_linear", *forward) is None
-    assert ask("lowrank_linear_backward", *backward) == "it has not been measured"
-    assert ask("lowrank_linear", x[:100], *forward[1:]) == "it has not been measured"
-    ship(table, {FORWARD: entry(ms=2.0), BACKWARD: entry()})
-    assert ask("lowrank_linear", *forward) == "measured here: 2.0 ms, torch 2.0 ms"
-    assert ask("lowrank_linear_backward", *backward) is None
-    # fewer gradients are another op, which was not measured
-    assert ask("lowrank_linear_backward", x, None, *backward[2:]) == "it has not been measured"
-    assert ask("lowrank_linear_backward", *backward[:5], None) == "it has not been measured"
-    for op in ("group_update", "group_update_backward", "lowrank_add", "merge_", "mixed_linear"):
-        assert ask(op, *forward) == "it has not been measured"
+    forward, backward = (x, weight, bias, down, up), (dy, x, weight, down, up, p)
+    write(table.user_file(), proof(PLAN), {})
+    assert "not been measured for lowrank_linear bfloat16 K64 N96 R16, M 200" in cuda.slower(table.LINEAR, *forward)
+    measured = {FORWARD: {"200": row()}, BACKWARD: {"200": row(us=2.0)}}
+    write(table.user_file(), proof(PLAN), measured)
+    assert cuda.slower(table.LINEAR, *forward) is None
+    assert "measured here: 2 us, plain torch 2 us" in cuda.slower(table.BACKWARD, *backward, needs=table.ALL)
+    measured[BACKWARD]["200"] = row()
+    write(table.user_file(), proof(PLAN), measured)
+    assert cuda.slower(table.BACKWARD, *backward, needs=table.ALL) is None
+    # fewer gradients are another entry
+    first = [False, False, False, True, True]
+    assert "not been measured" in cuda.slower(table.BACKWARD, *backward, needs=first)
+    for op in ("lowrank_add", "mixed_linear"):
+        assert cuda.slower(op, *forward) == "it has not been measured"
+    measured[FORWARD]["200"]["triton"] = {"us": 0.5, "plan": {"way": "single_pass"}}
+    write(table.user_file(), proof(PLAN), measured)
+    assert cuda.slower(table.LINEAR, *forward) is None  # triton is not proven here
 
 
-def test_never_by_itself_without_a_record(table, monkeypatch):
-    not_run = "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
-    ship(table, {FORWARD: entry()})  # times prove nothing
-    # and what a user's own table says of itself neither
-    own = {"proven": {"tests": "a", "benchmark": "b"}, "tuned": {FORWARD: entry()}}
-    table.user().parent.mkdir()
-    table.user().write_text(json.dumps({"format": 1, "gpus": {GPU: own}}))
-    table.forget()
-    assert cuda.unproven() == not_run
-    monkeypatch.setattr(cuda, "_load", lambda: (None, "it is not built"))
-    assert cuda.unavailable() == "it is not built (not yet run on a GPU)"
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for name, proven, reason in (
-        (GPU, {"tests": "a"}, f"no benchmark that shows it faster of the cuda kernels on an {GPU} is on record"),
-        ("Another", {"tests": "a", "benchmark": "b"}, "no run of the tests of the cuda kernels on an Another"),
-        (GPU, {"tests": "a", "benchmark": "b"}, None),
-    ):
-        ship(table, proven=proven)
-        monkeypatch.setattr(cuda, "gpu", lambda index, name=name: (name, "sm_90"))
-        found = cuda.unproven()
-        assert found is None if reason is None else found.startswith(reason)
-    assert cuda.unavailable() == "it is not built"
+def test_entries_of_the_other_ops():
+    sigma, v = torch.zeros(12, 4, 5), torch.zeros(5, 7)
+    assert table._entries("group_update", (sigma, v), None) == [("group_update float32 P4 Q5 N7", 12)]
+    assert table._entries("group_update_backward", (sigma, sigma, v), None) == [("group_update_backward float32 P4 Q5 N7", 12)]
+    one, two = torch.zeros(8, 4), torch.zeros(6, 4)
+    downs, ups = [torch.zeros(4, 3)] * 3, [torch.zeros(3, 8), torch.zeros(3, 6), torch.zeros(3, 8)]
+    found = table._entries("merge_", (one, two, one, *downs, *ups), None)
+    assert found == [("merge_ float32 K4 N8 R16", 2), ("merge_ float32 K4 N6 R16", 1)]
 
 
-# -- the tuner --------------------------------------------------------------------------------------------------------
+def planted(**faults) -> list[str]:
+    return [sys.executable, str(WORKER), json.dumps({name.replace("_", " ").replace("single ", "single_"): f for name, f in faults.items()})]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(run.STEP_LIMIT, "cuda", 8.0)
+    monkeypatch.setattr(cuda, "plans", lambda arch, R: [cuda.KernelPlan(*p) for p in ((True, False, 64), (False, False, 64), (False, False, 128), (False, True, 128), (False, True, 192))])
+
+
+def test_wrong_and_hanging_plans_are_dropped_and_named_and_the_rest_is_chosen(quick):
+    worker = planted(single_pass_tile64="wrong", tile64="hang", tile128="die", hopper_tile128="unequal", hopper_tile192="fast")
+    said = []
+    report = tune([(160, 64, 96, 5)], backends=["cuda"], device="cpu", simulated=True, worker=worker, say=said.append)
+    dropped = report.dropped["cuda"]
+    assert set(dropped) == {"single_pass tile64", "tile64", "tile128", "hopper tile128"}
+    assert "is off by" in dropped["single_pass tile64"] and "no answer for 8 s" in dropped["tile64"]
+    assert "SIGABRT" in dropped["tile128"] and "two runs differ" in dropped["hopper tile128"]
+    assert all(any(name in line and "dropped" in line for line in said) for name in dropped)
+    assert report.proven["cuda"].keys() == {"hopper tile192", "group_update", "merge_"} and not report.left
+    # what is chosen changes in this process
+    entry = table.key(table.LINEAR, torch.bfloat16, 64, 96, 5)
+    assert table.choice(CPU, entry, 160).backend == "cuda"
+    x, weight, bias, down, up, dy, p = make(160, 96, 64, 5)
+    assert cuda.slower(table.LINEAR, x, weight, bias, down, up) is None
+    assert cuda._plan(table.LINEAR, x, weight, 5) == cuda.KernelPlan(False, True, 192)
+    # what is on record is not proven again
+    said.clear()
+    again = tune([(80, 64, 96, 5)], backends=["cuda"], device="cpu", simulated=True, worker=worker, say=said.append)
+    assert again.dropped["cuda"] == dropped and not any("is right in" in line for line in said)
+
+
+def test_a_plan_that_hangs_while_it_is_timed_is_dropped_too(quick, monkeypatch):
+    write(table.user_file(), proof(*(plan._asdict() for plan in cuda.plans("", 5)), {"op": "merge_"}, {"op": "group_update"}), {})
+    monkeypatch.setitem(run.STEP_LIMIT, "cuda", 3.0)
+    worker = planted(tile64="hang", hopper_tile192="fast", single_pass_tile64="slow", tile128="slow")
+    report = tune([(160, 64, 96, 5)], backends=["cuda"], device="cpu", simulated=True, worker=worker)
+    assert set(report.dropped["cuda"]) == {"tile64"} and "tile64" not in report.proven["cuda"]
+    assert report.timed[0].choice.plans["cuda"]["tile"] == 192
+
+
+def test_a_child_that_cannot_start_proves_nothing(quick):
+    worker = [sys.executable, "-c", "raise SystemExit('no memory')"]
+    report = tune([(8, 8, 8, 8)], backends=["cuda"], device="cpu", simulated=True, worker=worker)
+    assert report.proven["cuda"] == report.dropped["cuda"] == {}
+    assert all("no memory" in line for line in report.left if "battery" in line) and len(report.left) >= 7
+
+
+def test_when_time_is_up_nothing_new_is_started(quick):
+    report = tune([(8, 8, 8, 8)], backends=["cuda"], device="cpu", simulated=True, worker=planted(), minutes=1e-4)
+    assert not report.timed and len(report.left) >= 7
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="backend must be one of .*got 'cpu'"):
-        tune([(1, 2, 3, 4)], backend="cpu")
-    for shape in ((1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 1.5)):
+    with pytest.raises(ValueError, match="backends must be of .*got 'reference'"):
+        tune([(1, 2, 3, 4)], backends=["reference"])
+    for bad in ((1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 1.5)):
         with pytest.raises(ValueError, match="positive integers, got"):
-            tune([(8, 8, 8, 8), shape], backend="cuda")
+            tune([(8, 8, 8, 8), bad])
+    with pytest.raises(ValueError, match="minutes must be a positive number, got 0"):
+        tune([(8, 8, 8, 8)], minutes=0)
 
 
-def test_one_wrong_tile_of_a_thousand_is_seen():
-    right = torch.randn(2048, 2048).bfloat16()
-    assert difference(right, right) is None
-    assert difference((right.float() * (1 + 1e-3)).bfloat16(), right) is None
-    wrong = right.clone()
-    wrong[64:128, :64] = 0
-    assert (wrong - right).norm() < 4 * torch.finfo(torch.bfloat16).eps * right.norm()  # lost in the norm
-    assert "largest error" in difference((wrong, right), (right, right))
-    assert "relative error nan" in difference(right.where(right < 3, float("nan")), right)
-    assert "[2, 2048] for" in difference(right[:2], right)
+def test_the_command(quick, monkeypatch, capsys):
+    monkeypatch.setattr(children, "WORKER", planted(hopper_tile192="fast"))
+    monkeypatch.setattr(run, "tune", functools.partial(run.tune, simulated=True))
+    assert command.main(["--shapes", "160,64,96,5", "--backend", "cuda", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "hopper tile192 is right in" in out and "chosen: cuda" in out and str(table.user_file()) in out
+    for bad in (["--shapes", "1,2,3"], ["--batch", "0"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit):
+            command.main(bad)
+    assert command.main(["--model", "no_such_model"]) == 1 and "no_such_model" in capsys.readouterr().err
+
+
+def test_sizes_of_models():
+    M = 2 * 197
+    assert shapes.model_shapes("vit_b", 2, 8) == [(M, 768, 2304, 8), (M, 768, 768, 8), (M, 768, 3072, 8), (M, 3072, 768, 8)]
+    assert len(set(shapes.model_shapes("swin_t", 64, 16))) == 16
+    pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+    assert shapes.model_shapes("vit_base_patch16_224", 2, 8) == shapes.model_shapes("vit_b", 2, 8)
+    assert set(shapes.model_shapes("swin_tiny_patch4_window7_224", 1, 4)) >= set(shapes.model_shapes("swin_t", 1, 4))

@@ -1,6 +1,6 @@
 """Ablation of EFFT: which blocks and which half of them, which factor starts at zero, ranks, cores, a trained scale.
 
-    python benchmarks/paper/ablation.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/paper/ablation.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
     python benchmarks/paper/ablation.py --quick                 # under a minute, to see that everything works
     python benchmarks/paper/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
 
@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import prepare_folder, write  # noqa: E402
+from record import prepare_folder  # noqa: E402
+from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
 from runs import Places, Run, Store, complete  # noqa: E402
 from vtab1k import FACTS  # noqa: E402
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"\nTop-1 of test images in % (base) and its change in points, mean ± standard deviation over {len(seeds)} "
             f"seed{'s' * (len(seeds) > 1)}, on {', '.join(data)}; base: {json.dumps(settings)}\n"
         )
-        write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+        write_bytes(args.out / "table.md", text.encode())
         print(text)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ablation: {error}", file=sys.stderr)

@@ -114,7 +114,7 @@ class Store:
             return [_record(line, head["environments"]) for line in lines]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, csv.Error) as error:
             raise ValueError(
-                f"{self.path}: expected the results of runs: {error!r}; delete the damaged lines to have those runs repeated"
+                f"{self.path}: expected the results of runs: {error!r}; delete the damaged lines to have them repeated"
             ) from error
 
 
@@ -152,9 +152,6 @@ def _value(text: str):
         return json.loads(text)
     except ValueError:
         return text
-
-
-# -- one run ----------------------------------------------------------------------------------------------------------
 
 
 def measure(run: Run, places: Places) -> dict:
@@ -235,9 +232,6 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-# -- all of them ------------------------------------------------------------------------------------------------------
 
 
 def complete(

@@ -1,6 +1,6 @@
 """Which directions EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training, and seeds.
 
-    python benchmarks/paper/subspace.py                         # on CIFAR-10, from a package registry, as vtab1k.py --offline
+    python benchmarks/paper/subspace.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
     python benchmarks/paper/subspace.py --quick                 # under a minute, to see that everything works
     python benchmarks/paper/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import FORMAT, commit, machine, prepare_folder, versions, write, write_run  # noqa: E402
+from record import FORMAT, commit, machine, prepare_folder, versions, write_figure, write_run  # noqa: E402
 from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates  # noqa: E402
+from efft_kernels.storage import write_bytes  # noqa: E402
 from vtab1k import FACTS  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -166,7 +167,7 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
     figure.tight_layout(rect=(0, 0, 0.95, 1))
     figure.colorbar(picture, cax=figure.add_axes((0.96, 0.15, 0.01, 0.7))).ax.tick_params(labelsize=6)
     try:
-        write(path, lambda temporary: figure.savefig(temporary))
+        write_figure(path, figure)
     finally:
         plt.close(figure)
 
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_run(args.out, run)
         heat_maps(args.out / "subspace.png", made)
         text = table(made) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
-        write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+        write_bytes(args.out / "table.md", text.encode())
         print(text)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"subspace: {error}", file=sys.stderr)

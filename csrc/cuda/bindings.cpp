@@ -244,12 +244,12 @@ Tensor linear(const Tensor& x,  // [M, K]
 // how many runs the rows of a pass over dy [M, N] are split into: by its shape alone, never by the GPU at hand.
 //
 // enough for two blocks on each of 132 multiprocessors, as long as a run has 64 rows per rank: its slot of dup is
-// written and read in float32, 8 R N bytes against 2 N per row of dy, so at most a sixteenth of the traffic. sixteen
-// runs are allowed in any case, and none is shorter than a tile
+// written and read in float32, 8 R N bytes against 2 N per row of dy, so at most a sixteenth of the traffic. 64 runs
+// are allowed in any case, because slots that few stay in the L2 cache, and none is shorter than a tile
 int64_t runs(int64_t M, int64_t N, int64_t R) {
   const auto cdiv = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t chunks = cdiv(N, dy_pass_columns(int32_t(R)));
-  const int64_t wanted = std::min(cdiv(264, chunks), std::max<int64_t>(16, M / (64 * std::max<int64_t>(R, 16))));
+  const int64_t wanted = std::min(cdiv(264, chunks), std::max<int64_t>(64, M / (64 * std::max<int64_t>(R, 16))));
   return std::max<int64_t>(1, std::min(wanted, cdiv(M, DY_PASS_ROWS)));
 }
 
@@ -257,13 +257,43 @@ int64_t runs(int64_t M, int64_t N, int64_t R) {
 struct Sum {
   Tensor out;
   std::optional<Tensor> slots;
+  Reduction layout;  // of the slots, where they are not as `out`
 };
+
+// the same as pass() by the kernel for compute capability 9.0, or nothing where it does not take the operands. up and p
+// are copied if their rows are not on 16 bytes
+std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Tensor& dy, const Tensor* up, const Tensor& p,
+                                                               bool turned, void* stream) {
+  const int64_t M = dy.size(0), N = dy.size(1), R = p.size(1);
+  const HopperPassPlan plan = plan_hopper_pass(int32_t(M), int32_t(N), int32_t(R), up);
+  if (!plan.tiles || !describable(view(dy), N)) return std::nullopt;
+  const Tensor p_rows = on_16_bytes(p), up_rows = up ? on_16_bytes(*up) : p;
+  DyPass g;
+  g.M = int32_t(M), g.N = int32_t(N), g.R = int32_t(R);
+  g.dy = rows(view(dy)), g.p = rows(view(p_rows));
+  Sum dup{turned ? empty({N, R}, dy) : empty({R, N}, dy), empty({plan.runs, plan.slot()}, dy, ScalarType::Float)};
+  g.dup_slots = dup.slots->mutable_data_ptr();
+  dup.layout.ranks = plan.ranks, dup.layout.N = g.N, dup.layout.R = g.R;
+  dup.layout.row = int32_t(turned ? 1 : N), dup.layout.col = int32_t(turned ? R : 1);
+  std::optional<Sum> dp;
+  if (up) {
+    // rows on 16 bytes, as the kernels that read it want them
+    g.dp_row = int32_t((R + 7) / 8 * 8);
+    Tensor wider = empty({M, g.dp_row}, dy);
+    dp = Sum{torch::stable::narrow(wider, 1, 0, R), std::nullopt};
+    g.up = rows(view(up_rows)), g.dp_slots = dp->out.mutable_data_ptr();
+  }
+  launched((dtype_of(dy) == Dtype::bf16 ? hopper_pass_bf16 : hopper_pass_f16)(g, plan, stream));
+  return std::make_tuple(dup, dp);
+}
 
 // dup = p.T @ dy, [N, R] if turned; and dp = dy @ up.T if up is there
 std::tuple<Sum, std::optional<Sum>> pass(const Tensor& dy,  // [M, N]
                                          const Tensor* up,  // [R, N], or null
                                          const Tensor& p,   // [M, R]
-                                         bool turned, void* stream) {
+                                         bool turned, bool hopper, void* stream) {
+  if (hopper)
+    if (auto done = hopper_pass(dy, up, p, turned, stream)) return *done;
   const int64_t M = dy.size(0), N = dy.size(1), R = p.size(1);
   const int64_t tiles = (M + DY_PASS_ROWS - 1) / DY_PASS_ROWS, split = runs(M, N, R);
   DyPass g;
@@ -292,8 +322,9 @@ void complete(const std::vector<Sum>& sums, void* stream) {
   int n = 0;
   for (const Sum& sum : sums) {
     if (!sum.slots) continue;
-    all.of[n++] = {static_cast<const float*>(sum.slots->const_data_ptr()), sum.out.mutable_data_ptr(), sum.out.numel(),
-                   int32_t(sum.slots->size(0))};
+    Reduction& g = all.of[n++] = sum.layout;
+    g.slots = static_cast<const float*>(sum.slots->const_data_ptr()), g.out = sum.out.mutable_data_ptr();
+    g.count = int32_t(sum.slots->size(0)), g.size = sum.slots->numel() / g.count;
   }
   if (n) launched(reduce(dtype_of(sums[0].out), all, stream));
 }
@@ -370,7 +401,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   }
   if (p) {
     // dup, and dp from the same read of dy
-    auto [dup, partial] = pass(dy, need_dp && !dp ? &up : nullptr, *p, false, stream);
+    auto [dup, partial] = pass(dy, need_dp && !dp ? &up : nullptr, *p, false, hopper, stream);
     sums.push_back(dup);
     if (partial) {
       complete({*partial}, stream);
@@ -380,7 +411,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
     dp = form_p(dy, view(up_turned), R, stream);
   }
   if (weight && !dx) form_dx(std::nullopt);
-  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, stream)));  // (dp.T @ x).T
+  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, hopper, stream)));  // (dp.T @ x).T
   complete(sums, stream);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);

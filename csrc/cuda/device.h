@@ -16,6 +16,10 @@
 
 namespace efft::cuda {
 
+// blocks of one to a multiprocessor that run at the same time on an H100 or H200, and those of them that clusters of
+// four surely find: work is split by these constants on every GPU, so that results do not depend on it
+constexpr int BLOCKS_AT_ONCE = 132, BLOCKS_IN_FOURS = 120;
+
 // d += a @ b for one 16 x 8 x 16 product of a warp, of 16-bit numbers and summed in float32
 #define EFFT_MMA(type)                                                                                                 \
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {               \

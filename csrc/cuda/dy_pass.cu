@@ -1,4 +1,6 @@
 // dp = dy @ up.T and dup = p.T @ dy from one read of dy; ddown.T = dp.T @ x is the second alone. and the sum of slots
+#include <cstring>
+
 #include "tile.h"
 
 namespace efft::cuda {
@@ -122,26 +124,94 @@ const char* pass_by_rank(const DyPass& g, void* stream) {
   return pass<T, WidePass>(g, stream);
 }
 
-constexpr int SUMMED = 256;  // sums of a block
+// a block of reduce_kernel sums SUMMED vectors of four numbers, one in each lane. its warps take every SUM_WARPS-th
+// slot, so that reads of many slots are under way at once, and the first adds up the sums of the others
+constexpr int SUMMED = WARP, SUM_WARPS = 8, SUM_THREADS = SUM_WARPS * WARP, SUM_SHARED = SUM_THREADS * 16;
+
+int64_t vectors(const Reduction& g) { return (g.size + 3) / 4; }
 
 template <class T>
-__global__ void __launch_bounds__(SUMMED) reduce_kernel(const __grid_constant__ Reductions all) {
+__global__ void __launch_bounds__(SUM_THREADS) reduce_kernel(const __grid_constant__ Reductions all) {
   launch_dependents();
   wait_for_prerequisites();
-  const int first_blocks = int((all.of[0].size + SUMMED - 1) / SUMMED);
+  EFFT_SHARED(raw);
+  float* const sums = reinterpret_cast<float*>(raw);  // [SUM_WARPS, WARP, 4]
+  const int first_blocks = int((all.of[0].size + 4 * SUMMED - 1) / (4 * SUMMED));
   const bool second = int(blockIdx.x) >= first_blocks;
   const Reduction& g = all.of[second];
-  const int64_t i = int64_t(blockIdx.x - (second ? first_blocks : 0)) * SUMMED + threadIdx.x;
-  if (i >= g.size) return;
-  float sum = 0;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int64_t vector = int64_t(blockIdx.x - (second ? first_blocks : 0)) * SUMMED + lane, at = vector * 4;
+  float sum[4] = {};
+  if (at < g.size) {
+    if (g.size % 4 == 0) {
 #pragma unroll 8
-  for (int s = 0; s < g.count; ++s) sum += g.slots[s * g.size + i];
-  static_cast<uint16_t*>(g.out)[i] = T::round(sum);
+      for (int s = warp; s < g.count; s += SUM_WARPS) {
+        const uint4 bits = *reinterpret_cast<const uint4*>(g.slots + s * g.size + at);
+        float four[4];
+        memcpy(four, &bits, 16);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] += four[e];
+      }
+    } else {
+      for (int s = warp; s < g.count; s += SUM_WARPS)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] += at + e < g.size ? g.slots[s * g.size + at + e] : 0.f;
+    }
+  }
+  memcpy(sums + threadIdx.x * 4, sum, 16);
+  __syncthreads();
+  if (warp || at >= g.size) return;
+#pragma unroll
+  for (int w = 1; w < SUM_WARPS; ++w)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += sums[(w * WARP + lane) * 4 + e];
+  uint16_t* const out = static_cast<uint16_t*>(g.out);
+  if (!g.ranks) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (at + e < g.size) out[at + e] = T::round(sum[e]);
+    return;
+  }
+  // vector i of accumulators: of thread i % 128, 8 ranks and 64 columns
+  const int thread = int(vector % 128), eights = g.ranks / 8;
+  const int n0 = int(vector / 128 / eights) * HOPPER_PASS_COLUMNS + thread / WARP * 16;
+  const int r0 = int(vector / 128 % eights) * 8;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int n = n0 + accumulator_row(lane, e), r = r0 + accumulator_col(lane, e);
+    if (n < g.N && r < g.R) out[int64_t(n) * g.col + int64_t(r) * g.row] = T::round(sum[e]);
+  }
 }
 
 }  // namespace
 
 int32_t dy_pass_columns(int32_t R) { return R <= MiddlePass::BR ? MiddlePass::BN : WidePass::BN; }
+
+// by a count of what the slowest block does, in tiles of 64 x 64 numbers: those of its rows, for each 64 rows the read
+// of p and the exchange of dp, and its part of a slot, which is written and read in float32
+HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp) {
+  HopperPassPlan best;
+  if (R > HOPPER_PASS_RANK) return best;
+  const int rows = cdiv(M, HOPPER_PASS_ROWS), columns = cdiv(N, HOPPER_PASS_COLUMNS), ranks = R <= 16 ? 16 : 32;
+  double least_cost = 0;
+  const auto consider = [&](int tiles, int parts, int at_once) {
+    const int wanted = at_once / parts;
+    if (!wanted || tiles * parts < columns) return;
+    const int each = cdiv(rows, least(wanted, rows)), eighths = ranks / 2;
+    const double cost = each * (tiles + 0.03 * eighths) + tiles * ranks / 16;
+    if (best.tiles && cost >= least_cost) return;
+    least_cost = cost;
+    best.tiles = tiles, best.parts = parts, best.rows = each * HOPPER_PASS_ROWS;
+    best.runs = cdiv(rows, each), best.ranks = ranks;
+  };
+  if (dp) {
+    for (int parts : {4, 2, 1})
+      for (int tiles : {2, 3, 6, 9, 12, ranks == 16 ? 16 : 12}) consider(tiles, parts, parts == 4 ? BLOCKS_IN_FOURS : BLOCKS_AT_ONCE);
+  } else {
+    for (int tiles : {6, 4, 3, 2}) consider(tiles, cdiv(columns, tiles), BLOCKS_AT_ONCE);
+  }
+  return best;
+}
 
 const char* dy_pass(Dtype dtype, const DyPass& g, void* stream) {
   return dtype == Dtype::bf16 ? pass_by_rank<Bf16>(g, stream) : pass_by_rank<F16>(g, stream);
@@ -149,10 +219,10 @@ const char* dy_pass(Dtype dtype, const DyPass& g, void* stream) {
 
 const char* reduce(Dtype dtype, const Reductions& g, void* stream) {
   int64_t blocks = 0;
-  for (const Reduction& r : g.of) blocks += (r.size + SUMMED - 1) / SUMMED;
+  for (const Reduction& r : g.of) blocks += (vectors(r) + SUMMED - 1) / SUMMED;
   if (!blocks) return nullptr;
   const auto kernel = dtype == Dtype::bf16 ? reduce_kernel<Bf16> : reduce_kernel<F16>;
-  return launch(kernel, dim3(unsigned(blocks)), SUMMED, 0, stream, g);
+  return launch(kernel, dim3(unsigned(blocks)), SUM_THREADS, SUM_SHARED, stream, g);
 }
 
 }  // namespace efft::cuda

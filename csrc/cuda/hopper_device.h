@@ -63,6 +63,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// the same, and plain reads that follow see what other blocks of the cluster wrote before
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
 // `threads` threads of the block, of whole warps; id 1 to 15
 __device__ __forceinline__ void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -84,6 +97,21 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   __syncwarp();  // a warp arrives as one
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// the address in the shared memory of block `rank` (mapa)
+__device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// 16 bytes to any block of the cluster, counted by a barrier of that block (st.async); both addresses mapped
+__device__ __forceinline__ void store_async(uint32_t to, const float* v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
 }
 
 // registers per thread, from now on, for all threads of a warpgroup
@@ -236,6 +264,8 @@ struct Wgmma;
   };
 
 #define EFFT_WGMMAS(T, TYPE)                                              \
+  EFFT_WGMMA(T, TYPE, 16, 8, "8", "9", "10", "11", "12", "13")            \
+  EFFT_WGMMA(T, TYPE, 32, 16, "16", "17", "18", "19", "20", "21")         \
   EFFT_WGMMA(T, TYPE, 96, 48, "48", "49", "50", "51", "52", "53")         \
   EFFT_WGMMA(T, TYPE, 112, 56, "56", "57", "58", "59", "60", "61")        \
   EFFT_WGMMA(T, TYPE, 128, 64, "64", "65", "66", "67", "68", "69")        \
@@ -251,6 +281,29 @@ EFFT_WGMMAS(F16, "f16")
 
 #undef EFFT_WGMMAS
 #undef EFFT_WGMMA
+
+// wgmma with both operands transposed: a lies as [16 terms, 64 rows] and b as [16 terms, N] in shared memory.
+// d [64, N] += a.T @ b
+template <class T, int N>
+struct WgmmaTransposed;
+
+#define EFFT_WGMMA_TRANSPOSED(T, TYPE, N, REGS, O0, O1)                                            \
+  template <>                                                                                      \
+  struct WgmmaTransposed<T, N> {                                                                   \
+    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b) {      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS \
+                   "}, %" O0 ", %" O1 ", 1, 1, 1, 1, 1;"                                           \
+                   : EFFT_F##REGS                                                                  \
+                   : "l"(a), "l"(b));                                                              \
+    }                                                                                              \
+  };
+
+EFFT_WGMMA_TRANSPOSED(Bf16, "bf16", 16, 8, "8", "9")
+EFFT_WGMMA_TRANSPOSED(Bf16, "bf16", 32, 16, "16", "17")
+EFFT_WGMMA_TRANSPOSED(F16, "f16", 16, 8, "8", "9")
+EFFT_WGMMA_TRANSPOSED(F16, "f16", 32, 16, "16", "17")
+
+#undef EFFT_WGMMA_TRANSPOSED
 
 // -- the host's part --------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ struct DyPass {
   void* dp_slots = nullptr;   // [chunks, M, R]  contiguous
   void* dup_slots = nullptr;  // [runs, R, N], element (r, n) at r * dup_row + n * dup_col
   int32_t dup_row = 0, dup_col = 0;
+  int32_t dp_row = 0;  // of hopper_pass() only: numbers from one row of dp to the next
 };
 
 // columns of a chunk, rows of a tile
@@ -89,12 +90,34 @@ constexpr int DY_PASS_ROWS = 64;
 
 const char* dy_pass(Dtype, const DyPass&, void* stream);
 
-// out[i] = sum_s slots[s, i], s ascending
+// the same for compute capability 9.0 and up to 32 ranks. rows of dy, up and p are on 16 bytes (Operand::vector).
+//
+//     dp_slots = dp, 16-bit, complete        dup_slots = a slot for each run, which reduce() sums (Reduction::ranks)
+//
+// how the work is split among blocks: `parts` blocks across the columns, each of `tiles` tiles of 64 columns, and
+// `runs` of `rows` rows. it follows from the shape alone, so that results do not depend on the GPU
+constexpr int32_t HOPPER_PASS_RANK = 32, HOPPER_PASS_ROWS = 64, HOPPER_PASS_COLUMNS = 64;
+
+struct HopperPassPlan {
+  int32_t tiles = 0, parts = 0, runs = 0, rows = 0;
+  int32_t ranks = 0;  // of an accumulator, 16 or 32
+  int64_t slot() const { return int64_t(parts) * tiles * HOPPER_PASS_COLUMNS * ranks; }  // numbers of a slot
+};
+
+// without tiles where the kernel does not take the shape
+HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp);
+
+const char* hopper_pass_bf16(const DyPass&, const HopperPassPlan&, void* stream);
+const char* hopper_pass_f16(const DyPass&, const HopperPassPlan&, void* stream);
+
+// out = sum of slots, rounded. the order of the sum follows from `count` alone
 struct Reduction {
   const float* slots = nullptr;  // [count, size]
-  void* out = nullptr;           // [size]
+  void* out = nullptr;           // [size], or as row and col say
   int64_t size = 0;
   int32_t count = 0;
+  // slots of hopper_pass(): accumulators of so many ranks. their element (n, r) is stored at out[n * col + r * row]
+  int32_t ranks = 0, N = 0, R = 0, row = 0, col = 0;
 };
 
 // both in one launch; the second may be empty

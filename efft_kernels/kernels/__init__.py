@@ -53,8 +53,9 @@ Beside these a backend defines
 
     unavailable() -> str | None               why it cannot run in this process at all, or None
     unsupported(op, *tensors) -> str | None   why it cannot run this op on these tensors (its own, in its order), or None
-    unproven() -> str | None                  what is missing on record before it may be chosen automatically, or None
-    slower(op, *tensors) -> str | None        why plain torch is the better choice for these tensors, or None
+    unproven(device) -> str | None            what is missing on record before it may be chosen there, or None
+    slower(op, *tensors, needs=None)          why plain torch is the better choice for these tensors, or None; needs are
+        -> str | None                         those of a backward
 
 Backends know nothing of methods, models or modules, and import torch only. Arguments reach them checked (ops.py).
 """

@@ -108,11 +108,11 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
-def unproven() -> str | None:
+def unproven(device: torch.device) -> str | None:
     return None
 
 
-def slower(op: str, *tensors: Tensor | None) -> str | None:
+def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
     """By shape and dtype alone, from measurements with one thread against reference.py"""
     rules = _rules()
     return rules if isinstance(rules, str) else rules(op, *tensors)

@@ -1,9 +1,7 @@
 """CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that goes on over R.
 
-Built by setup.py where nvcc is found; for GPUs with 163 KiB of shared memory for a block or more, compute capability
-8.0, 9.0 and 10. Correct in a simulator of the instructions used (tests/test_cuda.py), compiled for all three
-(tests/cuda/check.py). ``tuning/cuda_configs.json`` has what they were measured to do on GPUs, see tuning/tune.py: they are chosen
-automatically where it shows them right and faster than plain torch, and run elsewhere when named.
+Built by setup.py where nvcc is found, for compute capability 8.0 and 9.0. They are chosen automatically on a GPU on which
+``python -m efft_kernels.tune`` proved them and found them faster than plain torch (tuning/), and run elsewhere when named.
 """
 
 import functools
@@ -13,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tuning.table import Table, gpu, key
+from . import build
+from .tuning import table
 
-TABLE = Table("cuda_configs.json")
 _PACKAGE = Path(__file__).resolve().parents[1]
 MAX_RANK = 256
 MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
@@ -24,7 +22,7 @@ LARGE_TILE, SMALL_TILE, MAX_RANK_BESIDE = 128, 64, 64
 # columns of a tile of y, of which p takes some where it is formed beside y
 HOPPER_TILES, HOPPER_TILES_BESIDE, HOPPER_RANK_BESIDE = (128, 192, 256), (96, 128, 192), 32
 # FLOP per byte at which memory and tensor cores take equally long, by the major compute capability
-RIDGE = {8: 180, 9: 184, 10: 230}
+RIDGE = {8: 180, 9: 184}
 
 
 @functools.cache
@@ -33,8 +31,7 @@ def _load():
     library = next(_PACKAGE.glob("_cuda*.so"), None)
     if library is None:
         return None, "it is not built: nvcc and a CUDA build of torch are needed when efft_kernels is installed"
-    newest = max((f.stat().st_mtime for f in (_PACKAGE.parent / "csrc" / "cuda").glob("*")), default=0)
-    if newest > library.stat().st_mtime:
+    if not build.belongs(library, "cuda"):
         return None, "csrc/cuda has changed since it was built: python setup.py build_ext --inplace"
     try:
         torch.ops.load_library(str(library))
@@ -47,6 +44,16 @@ def _ops():
     return _load()[0]
 
 
+@functools.cache
+def sources() -> str:
+    """The digest of the sources that the library was compiled from."""
+    library, folder = next(_PACKAGE.glob("_cuda*.so"), None), build.csrc()
+    return library and build.carried(library) or (build.digest(folder / "cuda") if folder else "none")
+
+
+table.SOURCES["cuda"] = sources
+
+
 # -- what can run, what should ----------------------------------------------------------------------------------------
 
 
@@ -54,7 +61,7 @@ def unavailable() -> str | None:
     reason = _load()[1]
     if not reason and not torch.cuda.is_available():
         reason = "it needs a CUDA GPU, and torch sees none"
-    return f"{reason} (not yet run on a GPU)" if reason and not _has_run() else reason
+    return reason
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
@@ -79,9 +86,9 @@ def _unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device}"
     capability = torch.cuda.get_device_capability(device)
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, earlier ones no cp.async
-    if capability not in ((8, 0), (9, 0), (10, 0), (10, 3)):
-        return f"its kernels are for compute capability 8.0, 9.0 and 10, not {capability[0]}.{capability[1]}"
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, earlier ones no cp.async; on 10.x Triton is faster
+    if capability not in ((8, 0), (9, 0)):
+        return f"its kernels are for compute capability 8.0 and 9.0, not {capability[0]}.{capability[1]}"
     return None
 
 
@@ -97,33 +104,21 @@ def _rank(op: str, tensors: tuple) -> int:
     return tensors[2 if op.startswith("lowrank_add") else 3].shape[-1]
 
 
-def _has_run() -> bool:
-    """whether a run of the tests is on record for any GPU"""
-    return any(found.get("proven", {}).get("tests") for found in TABLE.read()[0]["gpus"].values())
+def unproven(device: torch.device) -> str | None:
+    return table.unproven("cuda", device)
 
 
-def unproven() -> str | None:
-    if not _has_run():
-        return "not yet run on a GPU: its tests have passed in a simulator only, and nothing is measured"
-    return TABLE.unproven(gpu(torch.cuda.current_device())[0], "cuda")
-
-
-def slower(op: str, *tensors: Tensor | None) -> str | None:
-    """None only where this op was measured at these sizes on this GPU, and was faster than plain torch"""
-    record = None
-    if op == "lowrank_linear":
-        x, weight, _, _, up = tensors
-        record = _record(op, x, weight.t(), len(up))
-    elif op == "lowrank_linear_backward" and all(t is not None for t in tensors):  # all that was measured
-        x, _, weight, _, up, _ = tensors
-        record = _record(op, x, weight, len(up))
-    if record is None:
-        return "it has not been measured"
-    if not _as_tuned(x) or not _as_tuned(weight):
-        return "it has not been measured with rows apart or not on 16 bytes"
-    if record.ms >= record.torch_ms:
-        return f"measured here: {record.ms} ms, torch {record.torch_ms} ms"
-    return None
+def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
+    """None only where this op was measured at these sizes on this GPU and gained enough over plain torch."""
+    reason = table.slower("cuda", op, tensors, needs)
+    if reason is None and op in (table.LINEAR, table.BACKWARD):
+        x, weight = tensors[0], tensors[2 if op == table.BACKWARD else 1]
+        if not _as_tuned(x) or not _as_tuned(weight):
+            return "it has not been measured with rows apart or not on 16 bytes"
+        w = weight.t() if op == table.LINEAR else weight
+        if not allows(x, w, _recorded(op, x.device, x.dtype, len(x), *weight.shape, _rank(op, tensors), _wanted(op, needs))):
+            return "the plan that was measured does not take these operands"
+    return reason
 
 
 def _as_tuned(matrix: Tensor) -> bool:
@@ -134,7 +129,7 @@ def _as_tuned(matrix: Tensor) -> bool:
 # -- which kernel -----------------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class KernelPlan(NamedTuple):
     """How y [M, N] is computed: the last arguments of the library's operators"""
 
     single_pass: bool  # p is formed beside y, instead of by a pass of its own over x
@@ -179,17 +174,17 @@ def hopper_tile(M: int, N: int, R: int, single_pass: bool) -> int:
     return min(reversed(HOPPER_TILES_BESIDE if single_pass else HOPPER_TILES), key=cost)
 
 
-def hopper_plan(M: int, N: int, R: int, w_k_major: bool) -> Plan:
+def hopper_plan(M: int, N: int, R: int, w_k_major: bool) -> KernelPlan:
     """p beside y where the kernel can form it there: it was faster at every size that was measured"""
     single = w_k_major and R <= HOPPER_RANK_BESIDE
-    return Plan(single, True, hopper_tile(M, N, R, single))
+    return KernelPlan(single, True, hopper_tile(M, N, R, single))
 
 
-def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> Plan:
+def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> KernelPlan:
     M, N = len(x), w.shape[1]
     if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and _hopper_takes(x, w):
         return hopper_plan(M, N, R, w.stride(0) == 1)
-    return Plan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
+    return KernelPlan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
 
 
 def _hopper_takes(x: Tensor, w: Tensor) -> bool:
@@ -209,62 +204,60 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-class Record(NamedTuple):
-    """What is on record for y [M, N] = x [M, K] @ w and R ranks"""
-
-    plan: Plan
-    ms: float  # the whole op with this plan
-    torch_ms: float  # plain torch, reference.py
-
-
-def plans(arch: str, R: int) -> list[Plan]:
+def plans(arch: str, R: int) -> list[KernelPlan]:
     """all that a GPU of this class can run, as far as the operands allow"""
-    found = [Plan(False, False, tile) for tile in (SMALL_TILE, LARGE_TILE)]
-    found += [Plan(True, False, tile) for tile in (SMALL_TILE, LARGE_TILE) if R <= MAX_RANK_BESIDE]
+    found = [KernelPlan(False, False, tile) for tile in (SMALL_TILE, LARGE_TILE)]
+    found += [KernelPlan(True, False, tile) for tile in (SMALL_TILE, LARGE_TILE) if R <= MAX_RANK_BESIDE]
     if arch == "sm_90":
-        found += [Plan(False, True, tile) for tile in HOPPER_TILES]
-        found += [Plan(True, True, tile) for tile in HOPPER_TILES_BESIDE if R <= HOPPER_RANK_BESIDE]
+        found += [KernelPlan(False, True, tile) for tile in HOPPER_TILES]
+        found += [KernelPlan(True, True, tile) for tile in HOPPER_TILES_BESIDE if R <= HOPPER_RANK_BESIDE]
     return found
 
 
-def allows(x: Tensor, w: Tensor, plan: Plan) -> bool:
+def allows(x: Tensor, w: Tensor, plan: KernelPlan) -> bool:
     """whether the operands of y [M, N] = x [M, K] @ w are as this plan needs them"""
     return not plan.hopper or _hopper_takes(x, w) and (w.stride(0) == 1 or not plan.single_pass)
 
 
-@TABLE.remembered
-def _on_record(op: str, name: str, arch: str, M: int, N: int, K: int, R: int) -> Record | None:
-    """ValueError for a plan that this GPU cannot run: a table that was made by hand, or by another version"""
-    entry = key(op, "half", M, N, K, R, exact=True)
-    found = TABLE.tuned(name, entry)
-    if found is None:
+@table.cached
+def _recorded(
+    op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, needs: tuple | None
+) -> KernelPlan | None:
+    """the fastest plan on record for a weight [N, K]; ValueError for one that this GPU cannot run"""
+    found = table.choice(device, table.key(op, dtype, K, N, R, needs), M)
+    if found is None or "cuda" not in found.plans:
         return None
-    able = plans(arch, R)
-    if isinstance(found, dict) and all(isinstance(found.get(time), int | float) for time in ("ms", "torch_ms")):
-        for plan in able:
-            if found.get("use") == plan._asdict():
-                return Record(plan, found["ms"], found["torch_ms"])
-    raise ValueError(
-        f"{TABLE.source(name, entry)}: {entry!r} of {name} must have ms, torch_ms and as use one of "
-        f"{[plan._asdict() for plan in able]}, got {found}; tune again, or delete the entry"
-    )
+    plan, able = found.plans["cuda"], plans(arch(device), R)
+    if plan not in [each._asdict() for each in able]:
+        raise ValueError(
+            f"{table.user_file()}: the plan of {op} for M {M}, K {K}, N {N} must be one of "
+            f"{[each._asdict() for each in able]}, got {plan}; tune again, or delete the file"
+        )
+    return KernelPlan(**plan)
 
 
-def _record(op: str, x: Tensor, w: Tensor, R: int) -> Record | None:
-    found = _on_record(op, *_gpu(x.device), len(x), w.shape[1], x.shape[1], R)
-    return found if found and allows(x, w, found.plan) else None
+def _wanted(op: str, needs: list[bool] | None) -> tuple | None:
+    return None if op == table.LINEAR else tuple(needs or table.ALL)
 
 
-def _gpu(device: torch.device) -> tuple[str, str]:
-    """(name, architecture class)"""
-    return gpu(device.index) if device.type == "cuda" else ("simulator", "simulator")
+def arch(device: torch.device) -> str:
+    """the architecture class; of the simulator on the CPU, which can run every plan, that of Hopper"""
+    return table.gpu(device.index)[1] if device.type == "cuda" else "sm_90"
 
 
-def _plan(x: Tensor, w: Tensor, R: int, dup: bool = False) -> Plan:
-    """for x [M, K] and y [M, N] = x @ w: as measured for these sizes on this GPU if on record, else by the formula"""
-    # a product without dup is that of the forward, whatever the operands are
-    record = _record("lowrank_linear_backward" if dup else "lowrank_linear", x, w, R)
-    return record.plan if record else _formula(x, w, R, dup)
+def _plan(
+    op: str, x: Tensor, weight: Tensor, R: int, needs: list[bool] | None = None
+) -> KernelPlan:
+    """As measured for these sizes on this GPU if that is on record, else by the formula.
+
+    x is the op's first tensor, weight [N, K]; the product is x @ weight.T in the forward and dy @ weight in the backward.
+    """
+    w = weight.t() if needs is None else weight
+    if forced := table.overridden("cuda"):
+        plan = KernelPlan(**forced)
+    else:
+        plan = _recorded(op, x.device, x.dtype, len(x), *weight.shape, R, _wanted(op, needs))
+    return plan if plan and allows(x, w, plan) else _formula(x, w, R, bool(needs and needs[4]))
 
 
 @functools.cache
@@ -307,7 +300,7 @@ def lowrank_linear(
     up: Tensor,  # [R, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
-    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(x, weight.t(), up.shape[0]))
+    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
 
 
 def lowrank_linear_backward(
@@ -321,7 +314,7 @@ def lowrank_linear_backward(
 ) -> list[Tensor]:
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
-    plan = _plan(dy, weight, up.shape[0], need_up)
+    plan = _plan(table.BACKWARD, dy, weight, up.shape[0], needs)
     low = [x if need_down else None, weight if need_x else None, down, up, p if need_up else None]
     fused = iter(_ops().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
     grads = [next(fused)] if need_x else []
@@ -361,7 +354,7 @@ def lowrank_add_backward(
     grads = [torch.mm(_ops().lowrank_p(dy, up.t()), down.t())] if need_x else []
     if need_down or need_up:
         low = x if need_down else None, None, down, up, p if need_up else None
-        grads += _ops().lowrank_linear_backward(dy, *low, *Plan(False, False, SMALL_TILE))
+        grads += _ops().lowrank_linear_backward(dy, *low, *KernelPlan(False, False, SMALL_TILE))
     return grads
 
 

@@ -126,7 +126,7 @@ def cases():
     """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages): bfloat16 for all, float16 once each"""
     seen = set()
     for arch in SHARED:
-        for name, rows in tk.TABLE.read()[0]["defaults"][arch].items():
+        for name, rows in tk.DEFAULTS["defaults"][arch].items():
             for row in rows:
                 use = row["use"]
                 tiles = "x".join(str(size) for tile, size in use.items() if tile.startswith("B"))

@@ -293,6 +293,8 @@ inline void together(Instruction instruction) {
 
 namespace efft::cuda {
 
+constexpr int BLOCKS_AT_ONCE = 8, BLOCKS_IN_FOURS = 8;  // few, so that a block has many rows
+
 // d += a @ b of a warp. lane l holds
 //   a [16, 16]  in register i, half h: row l / 4 + i % 2 * 8, column l % 4 * 2 + h + i / 2 * 8
 //   b [16, 8]   in register i, half h: row l % 4 * 2 + h + i * 8, column l / 4

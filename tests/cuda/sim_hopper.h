@@ -127,6 +127,7 @@ struct Product {
   Thread* threads[GROUP_SIZE];
   float* d[GROUP_SIZE];
   const uint32_t* registers[GROUP_SIZE];  // a's, or null
+  bool a_k_major = true;
   void run() const;
 };
 
@@ -166,7 +167,7 @@ inline void Product::run() const {
   } else {
     const Descriptor desc(a);
     for (int m = 0; m < 64; ++m)
-      for (int k = 0; k < 16; ++k) left[m][k] = widen(*desc.at(block, true, m, k));
+      for (int k = 0; k < 16; ++k) left[m][k] = widen(*desc.at(block, a_k_major, m, k));
   }
   const Descriptor desc(b);
   for (int n = 0; n < columns; ++n)
@@ -185,12 +186,12 @@ inline void Product::run() const {
 inline Meeting& my_group() { return block().groups[self().number / GROUP_SIZE]; }
 
 template <int COLUMNS, class T>
-void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, bool k_major, bool add) {
+void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, bool k_major, bool add, bool a_k_major = true) {
   Thread& t = self();
   t.in[0] = registers, t.out = d;
   Meeting& group = my_group();
   meet(group, GROUP_SIZE, [&](Thread** threads) {
-    Product product{COLUMNS, T::widen, k_major, add, a, b, {}, {}, {}};
+    Product product{COLUMNS, T::widen, k_major, add, a, b, {}, {}, {}, a_k_major};
     for (size_t i = 0; i < GROUP_SIZE; ++i) {
       product.threads[i] = threads[i];
       product.d[i] = static_cast<float*>(threads[i]->out);
@@ -232,6 +233,8 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   sim::stop(sim::At::wait);
 }
 
+inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
+
 inline void group_sync(int id, int threads) {
   sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread**) {});
 }
@@ -245,6 +248,19 @@ inline int cluster_rank() { return sim::block().rank; }
 inline void cluster_sync() {
   sim::stop(sim::At::cluster);
   for (auto it = sim::fresh.begin(); it != sim::fresh.end();) it = it->second ? sim::fresh.erase(it) : std::next(it);
+}
+
+inline uint32_t map_shared(uint32_t address, int rank) { return address | uint32_t(rank + 1) << 24; }
+
+inline void store_async(uint32_t to, const float* v, uint32_t barrier) {
+  if (to % 16) sim::fail("an asynchronous store that is not on 16 bytes");
+  unsigned char *const place = sim::at(to), *const counts = sim::at(barrier);
+  const float a = v[0], b = v[1], c = v[2], d = v[3];
+  sim::engine([=] {
+    const float values[] = {a, b, c, d};
+    memcpy(place, values, 16);
+    sim::complete(counts, 16);
+  });
 }
 
 template <int COUNT>
@@ -349,6 +365,13 @@ struct Wgmma {
   template <bool B_K_MAJOR>
   static void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
     sim::issue<N, T>(d, a, 0, b, B_K_MAJOR, true);
+  }
+};
+
+template <class T, int N>
+struct WgmmaTransposed {
+  static void shared(float (&d)[N / 2], uint64_t a, uint64_t b) {
+    sim::issue<N, T>(d, nullptr, a, b, false, true, false);
   }
 };
 

@@ -58,7 +58,7 @@ def build(folder: Path) -> Path:
 def build_faulty(folder: Path, name: str, file: str, sound: str, faulty: str, objects: Path) -> Path:
     """csrc/cuda with the one occurrence of `sound` in `file` replaced, as torch.ops.NAME
 
-    Of the kernel in question it has what one_linear.cu or one_hopper.cu has, in bfloat16; the rest is from the objects
+    Of the kernel in question it has what its one_*.cu has, in bfloat16; the rest is from the objects
     of a sound build.
     """
     csrc = folder / name
@@ -66,7 +66,7 @@ def build_faulty(folder: Path, name: str, file: str, sound: str, faulty: str, ob
     text = (csrc / file).read_text()
     assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
     (csrc / file).write_text(text.replace(sound, faulty))
-    kernel = "hopper" if file.startswith("hopper") else "linear"
+    kernel = file.removesuffix(".h") if file.startswith("hopper") else "linear"
     jobs = [(HERE / f"one_{kernel}.cu", csrc / f"one_{kernel}.o", [f"-I{csrc}"]), bindings(folder, name, csrc)]
     compile_all(jobs)
     stems = {"sim", *(source.stem for source in CSRC.glob("*.cu"))} - {f"{kernel}_bf16"}

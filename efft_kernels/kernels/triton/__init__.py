@@ -6,6 +6,9 @@ call. Under TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
 """
 
 import functools
+import hashlib
+import json
+from pathlib import Path
 
 import torch
 import triton
@@ -13,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..tuning.table import Table, gpu, key
+from .. import build
+from ..tuning import table
+from ..tuning.table import gpu
 
 MAX_RANK = 256
 # offsets inside a tile, of 512 rows or columns at most, are 32-bit; the offset of the tile itself is 64-bit
@@ -475,7 +480,7 @@ def lowrank_linear(
     up: Tensor,  # [R, N]
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
-    if prefers_single_pass(x, up.shape[1], up.shape[0]):
+    if planned_single_pass(table.LINEAR, x, weight, up.shape[0]):
         return lowrank_linear_single_pass(x, weight, bias, down, up)
     return lowrank_linear_extended_k(x, weight, bias, down, up)
 
@@ -624,7 +629,7 @@ def lowrank_linear_backward(
     need_dp = need_x or need_down
     dx = dp = None
     ddown = dup = ()
-    if need_x and prefers_single_pass(dy, weight.shape[1], up.shape[0], need_up):
+    if need_x and planned_single_pass(table.BACKWARD, dy, weight, up.shape[0], needs):
         # dp = dy @ up.T beside dx = dy @ weight + dp @ down.T: the forward's product with other operands
         dx, dp = lowrank_product(dy, weight, None, up.t(), down.t(), None)
     if need_up:
@@ -901,7 +906,18 @@ def describable(matrix: Tensor) -> bool:
 
 # whether kernels run in triton's interpreter, which decorators decided when this file was imported
 INTERPRETED = not isinstance(p_kernel, triton.runtime.JITFunction)
-TABLE = Table("triton_configs.json")
+CONFIGS = Path(table.__file__).with_name("triton_configs.json")
+DEFAULTS = json.loads(CONFIGS.read_text())
+
+
+@functools.cache
+def sources() -> str:
+    """The digest of the kernels' sources, and of the tiles that they are launched with."""
+    tiles = hashlib.sha256(json.dumps(DEFAULTS, sort_keys=True).encode()).hexdigest()
+    return build.python_digest(sorted(Path(__file__).parent.glob("*.py"))) + tiles[:8]
+
+
+table.SOURCES["triton"] = sources
 
 
 def kind_of(tensor: Tensor) -> str:
@@ -911,13 +927,11 @@ def kind_of(tensor: Tensor) -> str:
     return "tf32" if precision(tensor) == "tf32" else "fp32"
 
 
-@TABLE.remembered
-def lookup(kernel: str, name: str, arch: str, kind: str, M: int, N: int, K: int, R: int) -> dict | None:
-    """what to launch a kernel with: as tuned for this GPU if on record, else the first default row that matches"""
-    if found := TABLE.tuned(name, key(kernel, kind, M, N, K, R)):
-        return found["use"]
-    sizes = {"M": M, "N": N, "K": K, "R": block(R), "tiles": cdiv(M, 128) * cdiv(N, 128)}
-    for row in TABLE.read()[0]["defaults"][arch][kernel]:
+@functools.lru_cache(maxsize=4096)
+def lookup(kernel: str, arch: str, kind: str, M: int, N: int, R: int) -> dict | None:
+    """what to launch a kernel with: the first default row that matches"""
+    sizes = {"M": M, "N": N, "R": block(R), "tiles": cdiv(M, 128) * cdiv(N, 128)}
+    for row in DEFAULTS["defaults"][arch][kernel]:
         where = row["where"]
         if kind in where["kind"] and all(
             where.get(f"min_{size}", value) <= value <= where.get(f"max_{size}", value) for size, value in sizes.items()
@@ -928,27 +942,45 @@ def lookup(kernel: str, name: str, arch: str, kind: str, M: int, N: int, K: int,
 
 def config(kernel: str, tensor: Tensor, M: int, N: int, K: int, R: int) -> dict:
     """tile sizes, num_warps and num_stages for a kernel at these sizes"""
-    name, arch = gpu(tensor.device.index if tensor.is_cuda else None)
-    found = lookup(kernel, name, arch, kind_of(tensor), M, N, K, R)
+    arch = gpu(tensor.device.index if tensor.is_cuda else None)[1]
+    found = lookup(kernel, arch, kind_of(tensor), M, N, R)
     if found is None:
         entry = f"{kernel} for {arch} {kind_of(tensor)} M{M} N{N} K{K} R{R}"
-        raise LookupError(f"no configuration of {entry} in {TABLE.shipped}")
+        raise LookupError(f"no configuration of {entry} in {CONFIGS}")
     return dict(found)
 
 
 def prefers_single_pass(x: Tensor, N: int, R: int, dup: bool = False) -> bool:
-    """single_pass() for x [M, K] and R ranks: as tuned for this GPU if on record, else by the rule"""
-    return strategy(*gpu(x.device.index if x.is_cuda else None), kind_of(x), *x.shape, N, R, dup)
+    """single_pass() for x [M, K] and R ranks, by the rule"""
+    return strategy(gpu(x.device.index if x.is_cuda else None)[1], kind_of(x), *x.shape, N, R, dup)
 
 
-@TABLE.remembered
-def strategy(name: str, arch: str, kind: str, M: int, K: int, N: int, R: int, dup: bool) -> bool:
-    use = lookup("single_pass", name, arch, kind, M, N, K, R)
+@functools.lru_cache(maxsize=4096)
+def strategy(arch: str, kind: str, M: int, K: int, N: int, R: int, dup: bool) -> bool:
+    use = lookup("single_pass", arch, kind, M, N, R)
     if use is None:  # the accumulator of p would not fit the registers beside that of y
         return False
-    if not dup and (found := TABLE.tuned(name, key("lowrank_linear", kind, M, N, K, R))):
-        return found["single_pass"]
-    return single_pass(M, N, K, R, use["BN"], TABLE.read()[0]["ridge"][arch], dup)
+    return single_pass(M, N, K, R, use["BN"], DEFAULTS["ridge"][arch], dup)
+
+
+WAYS = ("single_pass", "extended_k")
+
+
+def planned_single_pass(op: str, x: Tensor, weight: Tensor, R: int, needs: list[bool] | None = None) -> bool:
+    """Whether p is formed beside the product: as measured for these sizes on this GPU if on record, else by the rule.
+
+    x is the op's first tensor, weight [N, K].
+    """
+    N, K = weight.shape
+    columns = N if needs is None else K
+    plan = table.overridden("triton")
+    if plan is None and (found := table.choice(x.device, table.key(op, x.dtype, K, N, R, needs), len(x))):
+        plan = found.plans.get("triton")
+    if plan is None:
+        return prefers_single_pass(x, columns, R, bool(needs and needs[4]))
+    arch = gpu(x.device.index if x.is_cuda else None)[1]
+    use = lookup("single_pass", arch, kind_of(x), len(x), columns, R)
+    return plan.get("way") == "single_pass" and use is not None
 
 
 def unavailable() -> str | None:
@@ -971,7 +1003,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
             return "triton's interpreter multiplies bfloat16 wrongly"
     elif device.type != "cuda":
         return f"triton needs CUDA tensors, these are on {device}"
-    elif gpu(device.index)[1] not in TABLE.read()[0]["defaults"]:
+    elif gpu(device.index)[1] not in DEFAULTS["defaults"]:
         return f"triton kernels need compute capability 8.0, {gpu(device.index)[0]} is older"
     R = rank(op, tensors)
     if R > MAX_RANK:
@@ -994,29 +1026,12 @@ def rank(op: str, tensors: tuple) -> int:
     return tensors[2 if op.startswith("lowrank_add") else 3].shape[-1]
 
 
-def unproven() -> str | None:
+def unproven(device: torch.device) -> str | None:
     if INTERPRETED:
         return "the interpreter is for tests"
-    return TABLE.unproven(gpu(torch.cuda.current_device())[0], "triton")
+    return table.unproven("triton", device)
 
 
-def slower(op: str, *tensors: Tensor | None) -> str | None:
-    if op.startswith("lowrank_add"):
-        return "it has not been measured"
-    if "linear" not in op:
-        return None
-    x = tensors[0]
-    M, K = x.shape
-    R, N = tensors[4].shape[-2:]
-    if op.endswith("backward"):
-        N = tensors[2].shape[1]
-    if op.startswith("mixed") and M < 16 * len(tensors[-1]):
-        return f"{M // max(1, len(tensors[-1]))} rows a sample fill a small part of a tile"
-    if kind_of(x) == "fp32":
-        return "without TF32 the products run on plain float32 units, for which torch has better kernels"
-    if cdiv(M, 64) * cdiv(N, 64) < 32:
-        return f"{M} rows make too few tiles to fill a GPU, and torch can split the sum over {K}"
-    found = TABLE.tuned(gpu(x.device.index if x.is_cuda else None)[0], key(op, kind_of(x), M, N, K, R))
-    if found and found["ms"] >= found["torch_ms"]:
-        return f"measured here: {found['ms']} ms, torch {found['torch_ms']} ms"
-    return None
+def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
+    """None only where this op was measured at these sizes on this GPU and gained enough over plain torch."""
+    return table.slower("triton", op, tensors, needs)

@@ -1,149 +1,361 @@
-"""What was measured on GPUs, as data: for each backend a shipped table and the user's own, by GPU model and by sizes.
+"""Records of what was proven and measured on a device, and the choice that follows from them for one call.
 
-A table is a JSON file
+There are two files of one form: the user's, ``tuned.json`` in the cache folder, and the one in this folder, which ships
+with the package.
 
-    {"format": 1, ..., "gpus": {"NVIDIA H200": {"tuned": {entry: {"use": ..., "ms": ..., "torch_ms": ...}},
-                                                "proven": {"tests": ..., "benchmark": ...}}}}
+    {"format": 2, "devices": {"NVIDIA H200": {
+        "proof": {"cuda": {"sources": ..., "driver": ..., "torch": ..., "triton": ..., "date": ...,
+                           "plans": {"hopper 192 single_pass": 40}, "dropped": {"mma 64 extended_k": "..."}}},
+        "measured": {"lowrank_linear bfloat16 K768 N2304 R16": {"12608": {
+            "torch": 114.9, "cuda": {"us": 81.0, "plan": {...}}, "triton": {"us": 96.4, "plan": {...}}}}}}}}
 
-``key`` makes the entries, tune.py measures them. ``proven`` names the recorded runs that show the kernels right and
-faster on that model, and counts only where it is shipped.
+A proof counts where its sources, driver, torch and triton are those at hand; in the shipped file the driver may differ.
+Times are microseconds of one call. ``prove.py`` and ``timing.py`` make these records.
 """
 
+import contextlib
 import functools
 import json
-import os
-import tempfile
+import math
+import re
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from ... import storage
+
+FORMAT = 2
+SHIPPED = Path(__file__).with_name("tuned.json")
+GAIN = 0.97  # a kernel is chosen if it takes at most this part of plain torch's time
+LINEAR, BACKWARD = "lowrank_linear", "lowrank_linear_backward"
+ALL = [True, False, False, True, True]  # needs of a backward with a frozen weight: (x, weight, bias, down, up)
+
+COMMAND = "python -m efft_kernels.tune"
+SOURCES: dict[str, Callable[[], str]] = {}  # of each backend, the digest of what it is made from; set by its module
+
+_caches: list = []
+_overrides: dict[str, dict | None] = {}
+_unwritten: dict = {"format": FORMAT, "devices": {}}  # what could not be written counts in this process
+_lock = threading.Lock()
+
+
+class Choice(NamedTuple):
+    """What is on record for one op at one size."""
+
+    backend: str | None  # the fastest one that gains enough, None where plain torch is the better choice
+    torch_us: float  # plain torch, in the better of its two orders
+    us: dict[str, float]  # of the best plan of each backend
+    plans: dict[str, dict]  # that plan
+
+
+def cached(function: Callable) -> Callable:
+    """The function with a cache that is emptied when a record changes."""
+    found = functools.lru_cache(maxsize=4096)(function)
+    _caches.append(found)
+    return found
+
+
+def invalidate() -> None:
+    """Read the files again at the next use."""
+    for found in _caches:
+        found.cache_clear()
+
+
+@contextlib.contextmanager
+def override(backend: str, plan: dict) -> Iterator[None]:
+    """Calls of this backend use this plan, wherever it can run. For the battery and the timing; not thread-safe."""
+    _overrides[backend] = plan
+    try:
+        yield
+    finally:
+        del _overrides[backend]
+
+
+def overridden(backend: str) -> dict | None:
+    return _overrides.get(backend) if _overrides else None
 
 
 @functools.lru_cache(maxsize=None)
 def gpu(index: int | None) -> tuple[str, str]:
-    """(name, architecture class) of a CUDA device; of the interpreter for None"""
+    """(name, architecture class) of a CUDA device; of Triton's interpreter for None"""
     if index is None:
         return "interpreter", "interpreter"
     major, minor = torch.cuda.get_device_capability(index)
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a program, the others 163 KiB or more
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, the others 163 KiB or more
     arch = "sm_86" if major in (8, 12) and (major, minor) != (8, 0) else f"sm_{min(major, 10) * 10}"
     return torch.cuda.get_device_name(index), arch
 
 
-def key(kernel: str, kind: str, M: int, N: int, K: int, R: int, exact: bool = False) -> str:
-    """how a tuned entry is found: R by its power of two, from 16 on, and so is M, which varies with the batch
+@functools.lru_cache(maxsize=None)
+def processor() -> str:
+    """the CPU's model name"""
+    try:
+        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        name = None
+    return name.group(1).strip() if name else "this processor"
 
-    kind: "half", "tf32" or "fp32". exact: only for this M; what is faster than plain torch at one is not at every
-    other, as tiles fill a GPU in rounds.
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return gpu(torch.cuda.current_device() if device.index is None else device.index)[0]
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+@functools.lru_cache(maxsize=None)
+def driver() -> str:
+    """The version of the GPU's driver, or of the CUDA that it speaks; "none" without one."""
+    try:
+        found = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", Path("/proc/driver/nvidia/version").read_text())
+        if found:
+            return found.group(1)
+    except OSError:
+        pass
+    return str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else "none"
+
+
+def conditions(backend: str, device: torch.device) -> dict[str, str]:
+    """What a proof depends on beside the model of the device."""
+    return {
+        "sources": SOURCES[backend](),
+        "driver": driver() if device.type == "cuda" else "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def user_file() -> Path:
+    return storage.cache_folder() / "tuned.json"
+
+
+@cached
+def _files() -> tuple[dict, dict]:
+    """(devices of the user's file, devices of the shipped one)"""
+    try:
+        shipped = json.loads(SHIPPED.read_text())["devices"]
+    except FileNotFoundError:
+        shipped = {}
+    user = _read_user()
+    for name, found in _unwritten["devices"].items():
+        user[name] = _merged(user.get(name, {}), found)
+    return user, shipped
+
+
+def _read_user() -> dict:
+    path = user_file()
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] == FORMAT:
+            return _checked(found["devices"])
+        reason = f"is of format {found['format']}, not {FORMAT}"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"cannot be read: {error!r}"
+    warnings.warn(f"{path} {reason}; it is ignored, tune again or delete it", stacklevel=2)
+    return {}
+
+
+def _checked(devices: dict[str, dict]) -> dict[str, dict]:
+    """ValueError, KeyError or TypeError for what this file's form does not have"""
+    for device in devices.values():
+        for record in device["proof"].values():
+            if missing := {"sources", "driver", "torch", "triton", "plans", "dropped"} - record.keys():
+                raise ValueError(f"a proof must have {sorted(missing)}")
+            {**record["plans"], **record["dropped"]}
+        for entry, rows in device["measured"].items():
+            for M, row in rows.items():
+                times = [row["torch"], *(value["us"] for value in row.values() if isinstance(value, dict))]
+                plans = [value["plan"] for value in row.values() if isinstance(value, dict)]
+                if int(M) < 1 or not all(isinstance(t, int | float) and t > 0 for t in times):
+                    raise ValueError(f"{entry} M {M}: times must be positive numbers, got {times}")
+                if not all(isinstance(plan, dict) for plan in plans):
+                    raise ValueError(f"{entry} M {M}: plans must be objects, got {plans}")
+    return devices
+
+
+@cached
+def proof(backend: str, device: torch.device) -> dict[str, dict]:
+    """{"plans": {name: cases}, "dropped": {name: reason}} on record for this device as it is now; the user's first."""
+    if backend in SOURCES:
+        now, name = conditions(backend, device), device_name(device)
+        anywhere = {key: value for key, value in now.items() if key != "driver"}
+        for devices, compared in zip(_files(), (now, anywhere)):
+            found = devices.get(name, {}).get("proof", {}).get(backend)
+            if isinstance(found, dict) and all(found.get(key) == value for key, value in compared.items()):
+                return {"plans": found.get("plans", {}), "dropped": found.get("dropped", {})}
+    return {"plans": {}, "dropped": {}}
+
+
+def unproven(backend: str, device: torch.device) -> str | None:
+    """Why no record proves this backend on this device, or None."""
+    if proof(backend, device)["plans"]:
+        return None
+    name, now = device_name(device), conditions(backend, device)
+    for devices in _files():
+        found = devices.get(name, {}).get("proof", {}).get(backend)
+        if isinstance(found, dict):
+            if not (different := [key for key, value in now.items() if found.get(key) != value]):
+                return f"none of its plans was proven on this {name}: {found.get('dropped')}"
+            key = different[0]
+            what = "from other sources" if key == "sources" else f"with {key} {found.get(key)}, now it is {now[key]}"
+            return f"it was proven on this {name} {what}; prove it again: {COMMAND}"
+    return f"not proven on this {name}: {COMMAND}"
+
+
+def plan_name(plan: dict) -> str:
+    """{"single_pass": True, "hopper": False, "tile": 64} -> "single_pass tile64" """
+    parts = (key if value is True else value if isinstance(value, str) else f"{key}{value}" for key, value in plan.items() if value is not False)
+    return " ".join(parts)
+
+
+def rank_class(R: int) -> int:
+    """Ranks that cost the same: the next power of two, from 16 on."""
+    return max(16, 1 << max(0, R - 1).bit_length())
+
+
+def key(op: str, dtype: torch.dtype, K: int, N: int, R: int, needs: list[bool] | None = None) -> str:
+    """The name of an entry; a backward is measured for each set of low-rank gradients, (x, down, up), apart."""
+    wanted = "" if needs is None else " needs " + _wanted(needs)
+    return f"{op} {str(dtype)[6:]} K{K} N{N} R{rank_class(R)}{wanted}"
+
+
+def _wanted(needs: list[bool]) -> str:
+    return ",".join(name for name, need in zip(("x", "down", "up"), (needs[0], needs[-2], needs[-1])) if need)
+
+
+@cached
+def choice(device: torch.device, entry: str, M: int) -> Choice | None:
+    """What is on record for M rows: measured there, or chosen alike at the next smaller and the next larger M."""
+    name = device_name(device)
+    for devices in _files():
+        measured = devices.get(name, {}).get("measured", {}).get(entry, {})
+        rows = {int(m): row for m, row in measured.items() if _proven(row, device)}
+        if M in rows:
+            return _choice(rows[M], device)
+        below, above = max((m for m in rows if m < M), default=None), min((m for m in rows if m > M), default=None)
+        if below is not None and above is not None:
+            low, high = _choice(rows[below], device), _choice(rows[above], device)
+            if low.backend == high.backend:
+                return low if math.log(M / below) < math.log(above / M) else high
+    return None
+
+
+def _proven(row: dict, device: torch.device) -> dict[str, dict]:
+    """{backend: {us, plan}} of the plans in a row that are proven on this device as it is now"""
+    found = {backend: value for backend, value in row.items() if isinstance(value, dict)}
+    return {b: v for b, v in found.items() if plan_name(v["plan"]) in proof(b, device)["plans"]}
+
+
+def _choice(row: dict, device: torch.device) -> Choice:
+    found = _proven(row, device)
+    us = {backend: value["us"] for backend, value in found.items()}
+    best = min(us, key=us.get)
+    backend = best if us[best] <= GAIN * row["torch"] else None
+    return Choice(backend, row["torch"], us, {backend: value["plan"] for backend, value in found.items()})
+
+
+def slower(backend: str, op: str, tensors: tuple, needs: list[bool] | None = None) -> str | None:
+    """Why plain torch, or another backend, is the better choice for this call, or None; as the contract's ``slower``."""
+    entries = _entries(op, tensors, needs)
+    if not entries:
+        return "it has not been measured"
+    for entry, M in entries:
+        found = choice(tensors[0].device, entry, M)
+        if found is None:
+            return f"it has not been measured for {entry}, M {M}"
+        if backend not in found.us:
+            return f"none of its plans is on record for {entry}, M {M}"
+        if found.backend != backend:
+            faster = f"{found.backend} {found.us[found.backend]:.4g} us" if found.backend else "too small a gain"
+            return f"measured here: {found.us[backend]:.4g} us, plain torch {found.torch_us:.4g} us, {faster}"
+    return None
+
+
+def _entries(op: str, tensors: tuple, needs: list[bool] | None) -> list[tuple[str, int]]:
+    """[(entry, M)] that a call goes by; M is what varies: rows of x, slices of a group, matrices of one merge"""
+    dtype = tensors[0].dtype
+    if op in (LINEAR, BACKWARD):
+        N, K = tensors[2 if op == BACKWARD else 1].shape
+        wanted = None if op == LINEAR else needs or ALL
+        return [(key(op, dtype, K, N, tensors[4].shape[0], wanted), len(tensors[0]))]
+    if op.startswith("group_update"):
+        (S, P, Q), N = tensors[-2].shape, tensors[-1].shape[1]
+        return [(f"{op} {str(dtype)[6:]} P{P} Q{Q} N{N}", S)]
+    if op == "merge_":
+        count = len(tensors) // 3
+        sizes = [(*w.shape, down.shape[1]) for w, down in zip(tensors[:count], tensors[count:])]
+        return [(key(op, dtype, K, N, R), sizes.count((N, K, R))) for N, K, R in dict.fromkeys(sizes)]
+    return []
+
+
+def save(device: str, proof: dict[str, dict] | None = None, measured: dict[str, dict[str, dict]] | None = None) -> str | None:
+    """Add to the user's file; from then on it counts in this process. Returns why it could not be written, or None.
+
+    Processes that write at once wait for each other, so each finds the other's entries. A record that cannot be written
+    (a full disk, a read-only folder) counts in this process all the same.
     """
-    return f"{kernel} {kind} M{M if exact else _power_of_two(M)} N{N} K{K} R{max(16, _power_of_two(R))}"
+    new = {"proof": proof or {}, "measured": measured or {}}
+    reason = None
+    try:
+        with _lock, _exclusive():
+            devices = _read_user()
+            devices[device] = _merged(devices.get(device, {}), new)
+            storage.write_bytes(user_file(), (lines({"format": FORMAT, "devices": devices}) + "\n").encode())
+    except OSError as error:
+        held = _unwritten["devices"]
+        held[device] = _merged(held.get(device, {}), new)
+        reason = f"{user_file()} cannot be written: {error}"
+    invalidate()
+    return reason
 
 
-def _power_of_two(n: int) -> int:
-    """the next one"""
-    return 1 << max(0, n - 1).bit_length()
+def _merged(old: dict, new: dict) -> dict:
+    """A proof under other conditions replaces the old one, and takes the old times of its backend away."""
+    found = {"proof": dict(old.get("proof", {})), "measured": dict(old.get("measured", {}))}
+    for backend, record in new.get("proof", {}).items():
+        before = found["proof"].get(backend, {})
+        if all(before.get(name) == record[name] for name in ("sources", "driver", "torch", "triton")):
+            plans = {k: v for k, v in before["plans"].items() if k not in record["dropped"]} | record["plans"]
+            dropped = {k: v for k, v in before["dropped"].items() if k not in record["plans"]} | record["dropped"]
+            record = record | {"plans": plans, "dropped": dropped}
+        else:
+            found["measured"] = {
+                entry: {M: {name: value for name, value in row.items() if name != backend} for M, row in rows.items()}
+                for entry, rows in found["measured"].items()
+            }
+        found["proof"][backend] = record
+    for entry, rows in new.get("measured", {}).items():
+        kept = found["measured"].get(entry, {})
+        found["measured"][entry] = kept | {M: kept.get(M, {}) | row for M, row in rows.items()}
+    return found
 
 
-class Table:
-    """One backend's: the shipped file beside this one, and the user's of the same name."""
-
-    def __init__(self, name: str):
-        self.shipped = Path(__file__).with_name(name)
-        self._cached = []
-        self.read = self.remembered(self._read)
-
-    def user(self) -> Path:
-        """where tune.py keeps what it measured: $EFFT_CACHE, or efft_kernels in the user's cache folder"""
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(os.environ.get("EFFT_CACHE") or Path(cache) / "efft_kernels") / self.shipped.name
-
-    def _read(self) -> tuple[dict, dict]:
-        """(the shipped table, the user's GPUs), read once"""
-        shipped = json.loads(self.shipped.read_text())
-        try:
-            user = json.loads(self.user().read_text())
-            if user["format"] == shipped["format"]:
-                return shipped, dict(user["gpus"])
-            reason = f"is of format {user['format']}, not {shipped['format']}"
-        except FileNotFoundError:
-            return shipped, {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"cannot be read: {error!r}"
-        warnings.warn(f"{self.user()} {reason}; it is ignored, tune again or delete it", stacklevel=2)
-        return shipped, {}
-
-    def tuned(self, gpu: str, entry: str) -> dict | None:
-        """what was measured for this entry on a GPU of this name: the user's own, else the shipped"""
-        shipped, user = self.read()
-        for gpus in (user, shipped["gpus"]):
-            if found := gpus.get(gpu, {}).get("tuned", {}).get(entry):
-                return found
-        return None
-
-    def source(self, gpu: str, entry: str) -> Path:
-        """the file that has what ``tuned`` gives"""
-        return self.user() if entry in self.read()[1].get(gpu, {}).get("tuned", {}) else self.shipped
-
-    def unproven(self, gpu: str, kernels: str) -> str | None:
-        """what is not on record for these kernels on a GPU of this name, or None"""
-        record = self.read()[0]["gpus"].get(gpu, {}).get("proven", {})
-        for what, sentence in (("tests", "run of the tests"), ("benchmark", "benchmark that shows it faster")):
-            if not record.get(what):
-                return f"no {sentence} of the {kernels} kernels on an {gpu} is on record"
-        return None
-
-    def remembered(self, function: Callable) -> Callable:
-        """the function with a cache, which is emptied when the table changes"""
-        cached = functools.lru_cache(maxsize=4096)(function)
-        self._cached.append(cached)
-        return cached
-
-    def forget(self) -> None:
-        """read the files anew at the next use"""
-        for cached in self._cached:
-            cached.cache_clear()
-
-    def use(self, gpu: str, entry: str, value: dict | None) -> None:
-        """let an entry count in this process, unwritten, until forget(); None: go back to what is without it"""
-        table = self.read()[1].setdefault(gpu, {}).setdefault("tuned", {})
-        table.pop(entry, None)
-        if value:
-            table[entry] = value
-        for cached in self._cached:
-            if cached is not self.read:
-                cached.cache_clear()
-
-    def keep(self, gpu: str, entries: dict[str, dict]) -> None:
-        """write these entries to the user's table, beside what it holds, and forget what was only in use"""
-        self.forget()
-        shipped, gpus = self.read()
-        gpus.setdefault(gpu, {}).setdefault("tuned", {}).update(entries)
-        self.user().parent.mkdir(parents=True, exist_ok=True)
-        _write(self.user(), {"format": shipped["format"], "gpus": gpus})
-        self.forget()
-
-    def ship(self, gpu: str, entries: dict[str, dict], proven: dict[str, str]) -> None:
-        """write these entries to the shipped table, beside what it holds, and what proves the kernels on this GPU"""
-        table = json.loads(self.shipped.read_text())
-        found = table["gpus"].setdefault(gpu, {})
-        found["proven"] = found.get("proven", {}) | proven
-        found.setdefault("tuned", {}).update(entries)
-        _write(self.shipped, table)
-        self.forget()
-
-
-def _write(path: Path, table: dict) -> None:
-    """a reader sees the old file or the new one"""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        try:
-            file.write(lines(table) + "\n")
-            file.close()
-            os.chmod(file.name, path.stat().st_mode if path.exists() else 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+@contextlib.contextmanager
+def _exclusive() -> Iterator[None]:
+    """One writing process at a time; the lock goes with the process that holds it."""
+    storage.cache_folder().mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: the file is still replaced as a whole
+        yield
+        return
+    with open(storage.cache_folder() / "tuned.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def lines(value, indent: str = "") -> str:

@@ -1,0 +1,279 @@
+// dup = p.T @ dy and dp = dy @ up.T from one read of dy, for compute capability 9.0. Compiled once per dtype,
+// hopper_pass_*.cu. ddown.T = dp.T @ x is the first of the two products alone.
+//
+// A block owns TILES tiles of 64 columns and a run of rows. One thread loads tiles of 64 x 64 numbers by TMA; two
+// warpgroups share the columns (even and odd tiles) and keep dup of all their columns in registers for the whole run.
+// A tile in shared memory is the A operand of both products: k-major for dp, transposed for dup, whose rows are the
+// columns of dy. Both products have only 16 or 32 columns, the ranks, so every byte of dy is read from global memory
+// once and from shared memory twice.
+//
+// dp sums over all columns, which belong to several warpgroups, and to several blocks where dy is wide. These blocks
+// form a cluster. After each 64 rows every warpgroup sends its part of dp to its peers (st.async): each peer adds up
+// the parts of some of the elements, in the order of the warpgroups, and stores the result. So dp is complete when the
+// kernel ends. dup is not: each run writes a slot of float32 numbers, and reduce() sums the slots.
+#pragma once
+
+#include <cstring>
+
+#include "hopper.h"
+
+namespace efft::cuda {
+
+constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;  // the last warp loads
+constexpr int PASS_ROWS = 64, PASS_TILE = PASS_ROWS * LINE;  // rows and bytes of a tile of dy
+static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS, "bindings.cpp sizes the slots by these");
+
+struct HopperPass {
+  TensorMap dy, up, p;
+  int32_t M, R;
+  int32_t tiles, parts;  // tiles of 64 rows in a run; blocks across the columns, with dp the blocks of a cluster
+  uint16_t* dp;          // [M, R], rows dp_row apart, at an even distance
+  int32_t dp_row;
+  float* slots;  // [runs, parts, TILES, RANKS / 8, WARPGROUP, 4]: accumulators as the threads hold them
+};
+
+template <int TILES_, int RANKS_, bool DP_>
+struct HopperPassTile {
+  static constexpr int TILES = TILES_, RANKS = RANKS_;
+  static constexpr bool DP = DP_;
+  static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // bytes; P of one stage
+  static constexpr int INBOX = DP ? PASS_ROWS * RANKS * 4 : 0;                         // bytes of a warpgroup's
+  // stages of dy for each warpgroup, and stages of p for as many rows as these stages hold
+  static constexpr int EACH = (TILES + 1) / 2;
+  static constexpr int p_stages(int stages) { return stages / EACH + 2; }
+  static constexpr int bytes(int stages) {
+    return CONSUMERS * stages * PASS_TILE + UP + p_stages(stages) * P + 2 * CONSUMERS * INBOX;
+  }
+  static constexpr int LEFT = HOPPER_SHARED - ALIGNMENT - 512;
+  static constexpr int STAGES = bytes(8) <= LEFT ? 8 : bytes(7) <= LEFT ? 7 : 6, P_STAGES = p_stages(STAGES);
+  static constexpr int SHARED = bytes(STAGES) + ALIGNMENT + 512;
+  static constexpr int BARRIERS = 2 * CONSUMERS * STAGES + 2 * P_STAGES + 1 + 2 * CONSUMERS;
+  static_assert(bytes(STAGES) <= LEFT && BARRIERS * 8 <= 512 && TILES > 1, "the tiles fit");
+};
+
+// rows 16 * k16 and the 15 after them of a tile of p [64, RANKS]: terms of the sum, so it is not k-major
+template <int RANKS>
+__device__ __forceinline__ uint64_t p_operand(uint32_t tile, int k16) {
+  return descriptor(tile + k16 * 32 * RANKS, 16, 16 * RANKS, 2 * RANKS);
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __grid_constant__ HopperPass g) {
+#if defined(EFFT_HOPPER)
+  constexpr int TILES = Tile::TILES, RANKS = Tile::RANKS, STAGES = Tile::STAGES, P_STAGES = Tile::P_STAGES;
+  constexpr bool DP = Tile::DP;
+  EFFT_SHARED(raw);
+  // at the same offset in every block of the cluster, because peers address each other's inbox
+  unsigned char* const shared = raw + (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
+  const uint32_t dy_tiles = shared_address(shared);
+  const uint32_t up_tiles = dy_tiles + CONSUMERS * STAGES * PASS_TILE;
+  const uint32_t p_tiles = up_tiles + Tile::UP;
+  unsigned char* const inboxes = shared + (p_tiles - dy_tiles) + P_STAGES * Tile::P;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(inboxes + 2 * CONSUMERS * Tile::INBOX);
+  uint64_t *const empty = full + CONSUMERS * STAGES, *const p_full = empty + CONSUMERS * STAGES;
+  uint64_t *const p_empty = p_full + P_STAGES, *const up_full = p_empty + P_STAGES, *const dp_full = up_full + 1;
+  const auto dy_tile = [&](int consumer, int stage) { return dy_tiles + (consumer * STAGES + stage) * PASS_TILE; };
+  // two inboxes for each warpgroup, used in turn, and a barrier for each
+  const auto inbox = [&](int consumer, int turn) { return inboxes + (consumer * 2 + turn) * Tile::INBOX; };
+
+  const int part = int(blockIdx.x) % g.parts, first = int(blockIdx.x) / g.parts * g.tiles;
+  const int count = least(g.tiles, cdiv(g.M, PASS_ROWS) - first);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < CONSUMERS * STAGES; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, 1);
+    }
+    for (int i = 0; i < P_STAGES; ++i) {
+      barrier_init(p_full + i, 1);
+      barrier_init(p_empty + i, CONSUMERS);
+    }
+    barrier_init(up_full, 1);
+    for (int i = 0; i < 2 * CONSUMERS; ++i) barrier_init(dp_full + i, 1);
+    barrier_init_fence();
+  }
+  cluster_sync();
+  // what is above may run beside the kernel before this one, what is below reads what that kernel wrote
+  launch_dependents();
+  wait_for_prerequisites();
+
+  if (threadIdx.x >= CONSUMERS * WARPGROUP) {
+    if (threadIdx.x == CONSUMERS * WARPGROUP) {
+      prefetch_map(&g.dy), prefetch_map(&g.p);
+      const int n0 = part * TILES * CELLS;
+      if constexpr (DP) {
+        barrier_expect(up_full, Tile::UP);
+        for (int i = 0; i < TILES; ++i) tma_load(up_tiles + i * RANKS * LINE, &g.up, n0 + i * CELLS, 0, up_full);
+      }
+      Ring<STAGES> even, odd;
+      Ring<P_STAGES> p_ring;
+      const auto load = [&](Ring<STAGES>& ring, int consumer, int tile, int m0) {
+        const int i = consumer * STAGES + ring.stage;
+        barrier_wait(empty + i, ring.parity ^ 1);
+        barrier_expect(full + i, PASS_TILE);
+        tma_load(dy_tile(consumer, ring.stage), &g.dy, n0 + tile * CELLS, m0, full + i);
+        ring.next();
+      };
+#pragma unroll 1
+      for (int row = 0; row < count; ++row, p_ring.next()) {
+        const int m0 = (first + row) * PASS_ROWS;
+        barrier_wait(p_empty + p_ring.stage, p_ring.parity ^ 1);
+        barrier_expect(p_full + p_ring.stage, Tile::P);
+        tma_load(p_tiles + p_ring.stage * Tile::P, &g.p, 0, m0, p_full + p_ring.stage);
+#pragma unroll 1
+        for (int tile = 0; tile < TILES; tile += 2) {
+          load(even, 0, tile, m0);
+          if (tile + 1 < TILES) load(odd, 1, tile + 1, m0);
+        }
+      }
+    }
+    return;
+  }
+
+  const int consumer = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+  const int warp = thread / WARP, lane = threadIdx.x % WARP;
+  const int rank = DP ? cluster_rank() : 0;
+
+  // sums the parts of dp of `row`, one from each warpgroup of the cluster, and stores it
+  const auto exchange = [&](const float(&dp)[RANKS / 2], int row) {
+    const int sources = CONSUMERS * g.parts, me = CONSUMERS * rank + consumer;  // sources: 2, 4 or 8
+    // a piece is what a warp holds of 8 ranks, 16 bytes in each lane. the parts of a piece lie side by side in the
+    // inbox of its owner
+    const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };
+    const int turn = row % 2;
+    uint64_t* const arrived = dp_full + consumer * 2;
+    if (thread == 0) barrier_expect(arrived + turn, Tile::INBOX);
+#pragma unroll
+    for (int v = 0; v < RANKS / 8; ++v) {
+      const int piece = v * 4 + warp, owner = piece & (sources - 1), peer = owner / CONSUMERS, its = owner % CONSUMERS;
+      store_async(map_shared(shared_address(inbox(its, turn)) + place(piece, me), peer), dp + v * 4,
+                  map_shared(shared_address(dp_full + its * 2 + turn), peer));
+    }
+    barrier_wait_cluster(arrived + turn, row / 2 % 2);
+#pragma unroll
+    for (int v = 0; v < RANKS / 8; ++v) {
+      const int piece = v * 4 + warp;
+      if ((piece & (sources - 1)) != me) continue;
+      float sum[4] = {};
+      for (int source = 0; source < sources; ++source) {
+        float one[4];
+        memcpy(one, inbox(consumer, turn) + place(piece, source), 16);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] += one[e];
+      }
+      const int m = (first + row) * PASS_ROWS + warp * 16 + lane / 4, r = v * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (m + half * 8 < g.M && r < g.R)
+          *reinterpret_cast<uint32_t*>(g.dp + int64_t(m + half * 8) * g.dp_row + r) =
+              T::pack(sum[half * 2], sum[half * 2 + 1]);
+    }
+    // what a peer receives next from here tells it that this inbox has been read
+    group_sync(1 + consumer, WARPGROUP);
+  };
+
+  const auto consume = [&](auto tiles) {
+    constexpr int COUNT = decltype(tiles)::value;
+    float dup[COUNT][RANKS / 2] = {};
+    Ring<STAGES> ring;
+    Ring<P_STAGES> p_ring;
+    const auto release = [&](uint64_t* barrier) {
+      if (thread == 0) barrier_arrive(barrier, rank);
+    };
+    if constexpr (DP) barrier_wait(up_full, 0);
+#pragma unroll 1
+    for (int row = 0; row < count; ++row, p_ring.next()) {
+      [[maybe_unused]] float dp[RANKS / 2];
+      const uint32_t p = p_tiles + p_ring.stage * Tile::P;
+      barrier_wait(p_full + p_ring.stage, p_ring.parity);
+      int last = 0;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i, ring.next()) {
+        const uint32_t dy = dy_tile(consumer, ring.stage);
+        [[maybe_unused]] const uint32_t up = up_tiles + (CONSUMERS * i + consumer) * RANKS * LINE;
+        barrier_wait(full + consumer * STAGES + ring.stage, ring.parity);
+        hold(dup[i]);
+        if constexpr (DP) hold(dp);
+        wgmma_fence();
+#pragma unroll
+        for (int k16 = 0; k16 < PASS_ROWS / 16; ++k16) {
+          if constexpr (DP)
+            Wgmma<T, RANKS>::template shared<true>(dp, operand<true>(dy, k16, 0), operand<true>(up, k16, 0),
+                                                   i > 0 || k16 > 0);
+          WgmmaTransposed<T, RANKS>::shared(dup[i], operand<false>(dy, k16, PASS_ROWS), p_operand<RANKS>(p, k16));
+        }
+        wgmma_commit();
+        if (i > 0) {
+          // one tile stays under way; the one before it has been read
+          wgmma_wait<1>();
+          release(empty + consumer * STAGES + last);
+        }
+        last = ring.stage;
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) hold(dup[i]);
+      release(empty + consumer * STAGES + last);
+      release(p_empty + p_ring.stage);
+      if constexpr (DP) {
+        hold(dp);
+        exchange(dp, row);
+      }
+    }
+    uint4* const slot = reinterpret_cast<uint4*>(g.slots) + int64_t(blockIdx.x) * TILES * (RANKS / 8) * WARPGROUP;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+      for (int v = 0; v < RANKS / 8; ++v) {
+        uint4 four;
+        memcpy(&four, dup[i] + v * 4, 16);
+        slot[((CONSUMERS * i + consumer) * (RANKS / 8) + v) * WARPGROUP + thread] = four;
+      }
+  };
+  // an odd number of tiles leaves the second warpgroup one tile fewer
+  if (TILES % 2 == 0 || consumer == 0)
+    consume(Count<Tile::EACH>());
+  else
+    consume(Count<TILES / 2>());
+#endif
+}
+
+template <class T, int TILES, int RANKS, bool DP>
+const char* launch_hopper_pass(const DyPass& g, const HopperPassPlan& plan, void* stream) {
+  using Tile = HopperPassTile<TILES, RANKS, DP>;
+  HopperPass h{};
+  h.M = g.M, h.R = g.R, h.tiles = plan.rows / PASS_ROWS, h.parts = plan.parts;
+  h.dp = static_cast<uint16_t*>(g.dp_slots), h.dp_row = g.dp_row;
+  h.slots = static_cast<float*>(g.dup_slots);
+  const char* error = make_map(&h.dy, g.dy.data, g.M, g.N, g.dy.row, PASS_ROWS, CELLS, LINE);
+  if (!error) error = make_map(&h.p, g.p.data, g.M, g.R, g.p.row, PASS_ROWS, RANKS, 2 * RANKS);
+  if (DP && !error) error = make_map(&h.up, g.up.data, g.R, g.N, g.up.row, RANKS, CELLS, LINE);
+  if (!error && !multiprocessors()) error = "this kernel is for compute capability 9.0";
+  if (error) return error;
+  return launch_clusters(hopper_pass_kernel<T, Tile>, plan.runs * plan.parts, DP ? plan.parts : 1, PASS_THREADS,
+                         Tile::SHARED, stream, h);
+}
+
+template <class T, int RANKS>
+const char* hopper_pass_by_tiles(const DyPass& g, const HopperPassPlan& plan, void* stream) {
+  if (!g.up.data) {
+    if (plan.tiles == 2) return launch_hopper_pass<T, 2, RANKS, false>(g, plan, stream);
+    if (plan.tiles == 3) return launch_hopper_pass<T, 3, RANKS, false>(g, plan, stream);
+    if (plan.tiles == 4) return launch_hopper_pass<T, 4, RANKS, false>(g, plan, stream);
+    return launch_hopper_pass<T, 6, RANKS, false>(g, plan, stream);
+  }
+  if (plan.tiles == 2) return launch_hopper_pass<T, 2, RANKS, true>(g, plan, stream);
+  if (plan.tiles == 3) return launch_hopper_pass<T, 3, RANKS, true>(g, plan, stream);
+  if (plan.tiles == 6) return launch_hopper_pass<T, 6, RANKS, true>(g, plan, stream);
+  if (plan.tiles == 9) return launch_hopper_pass<T, 9, RANKS, true>(g, plan, stream);
+  if constexpr (RANKS == 16)  // more accumulators than a thread has registers for otherwise
+    if (plan.tiles == 16) return launch_hopper_pass<T, 16, RANKS, true>(g, plan, stream);
+  return launch_hopper_pass<T, 12, RANKS, true>(g, plan, stream);
+}
+
+template <class T>
+const char* hopper_pass(const DyPass& g, const HopperPassPlan& plan, void* stream) {
+  if (g.R <= 16) return hopper_pass_by_tiles<T, 16>(g, plan, stream);
+  return hopper_pass_by_tiles<T, 32>(g, plan, stream);
+}
+
+}  // namespace efft::cuda

@@ -1,0 +1,68 @@
+"""Prove the kernels on this machine's GPU (or CPU), time them for a model's Linears, and use them where they win.
+
+    python -m efft_kernels.tune --model vit_b --batch 64 --rank 16
+    python -m efft_kernels.tune --shapes 12608,768,2304,16 --dtype bfloat16 float16
+
+What it finds is kept in tuned.json in $EFFT_CACHE or the user's cache folder, and used from then on; deleting that file
+undoes it.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from .kernels.tuning import run, table
+from .kernels.tuning.shapes import MODELS, model_shapes
+
+
+def shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        M, K, N, R = (int(part) for part in text.split(","))
+        if min(M, K, N, R) > 0:
+            return M, K, N, R
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected M,K,N,R, four positive integers, got {text!r}")
+
+
+def positive(text: str) -> int:
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser("python -m efft_kernels.tune", description=__doc__.partition("\n")[0])
+    known = ", ".join(MODELS)
+    p.add_argument("--model", nargs="+", default=[], metavar="NAME", help=f"whose Linears: {known}, or a name of timm's")
+    p.add_argument("--batch", nargs="+", type=positive, default=[64], metavar="B", help="images (default: 64)")
+    p.add_argument("--rank", nargs="+", type=positive, default=[16], metavar="R", help="of the adapter (default: 16)")
+    p.add_argument("--shapes", nargs="+", type=shape, default=[], metavar="M,K,N,R", help="rows, inputs, outputs, rank")
+    dtypes = "bfloat16", "float16", "float32"
+    p.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"], help="default: bfloat16")
+    p.add_argument("--backend", nargs="+", choices=run.BACKENDS, help="default: all that the device has")
+    p.add_argument("--device", help="default: the current GPU if there is one, else the CPU")
+    p.add_argument("--minutes", type=float, default=3.0, help="nothing new is started after this time (default: 3)")
+    args = p.parse_args(argv)
+    try:
+        models = args.model or ([] if args.shapes else ["vit_b"])
+        shapes = args.shapes + [s for m in models for B in args.batch for R in args.rank for s in model_shapes(m, B, R)]
+        found = run.tune(
+            dict.fromkeys(shapes), [getattr(torch, name) for name in args.dtype], backends=args.backend,
+            device=args.device, minutes=args.minutes, say=lambda line: print(line, flush=True),
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in found.left:
+        print(f"not done: {line}")
+    won = sum(bool(each.choice and each.choice.backend) for each in found.timed)
+    print(f"a kernel is chosen for {won} of {len(found.timed)} ops and sizes; on record in {table.user_file()}")
+    if found.not_written:
+        print(f"{found.not_written}; this run's choice is lost when it ends", file=sys.stderr)
+    return int(bool(found.not_written))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
