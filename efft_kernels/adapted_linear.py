@@ -57,8 +57,8 @@ class AdaptedLinear(nn.Linear):
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             # mostly quantized activations: the layers before would be trained with a part of their gradient
             raise RuntimeError(
-                f"{self.efft[1]} passes no gradient to its input, as {type(self.weight).__name__} computes it; train on "
-                "a base whose weights alone are quantized, and run this one under torch.no_grad()"
+                f"{self.efft[1]} passes no gradient to its input, as {type(self.weight).__name__} computes it; train "
+                "on a base whose weights alone are quantized, and run this one under torch.no_grad()"
             )
         x, down, up = x.to(y.dtype), pair.down.to(y.dtype), pair.up.to(y.dtype)
         if pair.dropout and self.training:

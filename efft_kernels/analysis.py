@@ -1,4 +1,4 @@
-"""What an adapter costs, and which directions it learned."""
+"""What an adapter costs, and which subspaces its updates span."""
 
 import math
 from typing import NamedTuple
@@ -12,26 +12,23 @@ from .inject import Plan, adapters
 Matrix = Tensor | tuple[Tensor, Tensor]  # a matrix, or (left, right) for left @ right
 
 
-# -- directions -------------------------------------------------------------------------------------------------------
-
-
 def subspace_similarity(a: Matrix, b: Matrix, i: int, j: int) -> float:
     """phi(A, B, i, j) = ||U_A^i.T U_B^j||_F^2 / min(i, j): how much of the smaller of two subspaces lies in the other.
 
-    1 if one holds the other, 0 if they are orthogonal, about max(i, j) / d for random subspaces of d dimensions
+    1 if one contains the other, 0 if they are orthogonal, about max(i, j) / d for random subspaces of d dimensions
     (LoRA, arXiv 2106.09685, section 7.2; EFFT, arXiv 2311.06749, section 3.4).
 
     Args:
-        a, b: matrices [d, n] and [d, m], or a pair (left [d, r], right [r, n]) for their product, which is not
-            formed: ``(down, up)`` of an adapter. Their columns are compared: the left singular vectors U.
-        i, j: how many of the first left singular vectors of a and b.
+        a, b: matrices [d, n] and [d, m], or a pair (left [d, r], right [r, n]) that stands for its product without
+            forming it, such as ``(down, up)`` of an adapter. Their left singular vectors U are compared.
+        i, j: number of leading left singular vectors of a and b.
 
     Returns:
         A number in [0, 1], computed in float64.
 
     Raises:
-        ValueError: shapes that do not fit, entries that are not finite, or i or j outside of 1 to the matrix's rank:
-            singular vectors beyond the rank are arbitrary.
+        ValueError: shapes that do not fit, entries that are not finite, or i or j outside of 1 to the rank of its
+            matrix (singular vectors beyond the rank are arbitrary).
     """
     left, right = _basis(a, i, "a", "i"), _basis(b, j, "b", "j")
     return _overlaps(left, right).sum().item() / min(i, j)
@@ -41,8 +38,8 @@ def subspace_map(a: Matrix, b: Matrix, i: int | None = None, j: int | None = Non
     """:func:`subspace_similarity` for all subspaces of 1 to i and 1 to j directions at once.
 
     Args:
-        a, b: as there.
-        i, j: the largest; None for the rank of the matrix.
+        a, b: as for :func:`subspace_similarity`.
+        i, j: the largest numbers of directions; None for the rank of the matrix.
 
     Returns:
         Tensor [i, j], float64: entry [p, q] is phi(a, b, p + 1, q + 1).
@@ -55,7 +52,7 @@ def subspace_map(a: Matrix, b: Matrix, i: int | None = None, j: int | None = Non
 
 @torch.no_grad()
 def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """The update that the active adapter makes to each matrix, without dropout and without forming it.
+    """The update of each matrix by the active adapter, without dropout and as a pair of factors.
 
     Args:
         model: an injected model.
@@ -79,7 +76,7 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
 
 
 def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Tensor:
-    """The first left singular vectors [d, count], float64."""
+    """The leading left singular vectors [d, count], float64."""
     pair = isinstance(matrix, tuple | list)
     parts = [part.detach().double() for part in (matrix if pair else (matrix,))]
     if any(part.ndim != 2 for part in parts) or pair and (len(parts) != 2 or parts[0].shape[1] != parts[1].shape[0]):
@@ -88,13 +85,13 @@ def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Ten
     if not all(torch.isfinite(part).all() for part in parts):
         raise ValueError(f"{name} must be finite")
     if pair:
-        # left right = Q (R right): the singular values are those of a matrix of r rows
+        # left right = Q (R right), so only a matrix of r rows is decomposed
         rotation, small = torch.linalg.qr(parts[0])
         vectors, values, _ = torch.linalg.svd(small @ parts[1], full_matrices=False)
         vectors = rotation @ vectors
     else:
         vectors, values, _ = torch.linalg.svd(parts[0], full_matrices=False)
-    # what rounding leaves of a direction that is not there: the inputs may have come in a narrower dtype
+    # values below this are rounding errors; the inputs may have come in a narrower dtype
     dtype = max((part.dtype for part in (matrix if pair else (matrix,))), key=lambda d: torch.finfo(d).eps)
     d, n = parts[0].shape[0], parts[-1].shape[1]
     rank = int((values > max(d, n) * torch.finfo(dtype).eps * values[:1].sum()).sum())
@@ -105,23 +102,20 @@ def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Ten
 
 
 def _overlaps(left: Tensor, right: Tensor) -> Tensor:
-    """squared cosines [i, j] between the directions of two bases"""
+    """Squared cosines [i, j] between the vectors of two bases."""
     if left.shape[0] != right.shape[0]:
         raise ValueError(f"a and b must have as many rows, got {left.shape[0]} and {right.shape[0]}")
     return (left.mT @ right.to(left.device)).square()
 
 
-# -- cost -------------------------------------------------------------------------------------------------------------
-
-
 class Cost(NamedTuple):
-    """What one forward, and one forward and backward, of the adapted Linears take. FLOPs: a multiply-add counts two."""
+    """What one forward, and one forward and backward, of the adapted Linears cost. A multiply-add is two FLOPs."""
 
     parameters: int  # trained, without the head
     frozen_parameters: int  # of the weights of the adapted Linears
     flops: int  # of the frozen products x W
     adapter_flops: int  # of (x down) up, which the adapter adds
-    update_flops: int  # of making (down, up) out of the factors, once per forward
+    update_flops: int  # of computing (down, up) from the factors, once per forward
     train_flops: int  # of the frozen products, forward and backward: no gradient of a frozen weight
     adapter_train_flops: int  # of (x down) up, forward and backward
     bytes: int  # of the frozen weights
@@ -131,7 +125,7 @@ class Cost(NamedTuple):
 def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
     """Parameters, FLOPs and bytes of a planned adapter, for ``rows`` tokens (images times tokens per image).
 
-    A Swin has fewer tokens from stage to stage: there the FLOPs are those of ``rows`` tokens in each.
+    The number of tokens is taken as the same in all stages, although a Swin has fewer from stage to stage.
 
     Raises:
         ValueError: rows that is no int of at least 1.

@@ -1,7 +1,7 @@
 """Which columns of its group's updates each Linear takes: integers, worked out once for a set of Linears."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .configs import Slot
@@ -47,7 +47,7 @@ def plan_columns(slots: Sequence[Slot], N: int, *, masked: bool) -> ColumnPlan:
     for slot in slots:
         calls.setdefault(slot.call if masked else 0, []).append(slot)
     if masked:
-        of_call = {call: list(dict.fromkeys(core for slot in found for core in slot.cores)) for call, found in calls.items()}
+        of_call = {call: _unique(core for slot in found for core in slot.cores) for call, found in calls.items()}
         sizes = {len(cores) for cores in of_call.values()}
         cores_per_draw = sizes.pop() if len(sizes) == 1 else 1
     else:
@@ -76,6 +76,10 @@ def plan_columns(slots: Sequence[Slot], N: int, *, masked: bool) -> ColumnPlan:
     )
 
 
+def _unique(cores: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(cores))
+
+
 def _runs(slot: Slot, position: dict[int, int], N: int) -> list[tuple[int | None, int]]:
     """(first column, or None for zeros; width) of each stretch of neighbouring columns that the slot needs"""
     runs = []
@@ -85,7 +89,7 @@ def _runs(slot: Slot, position: dict[int, int], N: int) -> list[tuple[int | None
         else:
             start = None
         before = runs[-1] if runs else None
-        if before and (before[0] is start is None or None not in (before[0], start) and sum(before) == start):
+        if before and (before[0] is start is None or (None not in (before[0], start) and sum(before) == start)):
             runs[-1] = (before[0], before[1] + width)
         else:
             runs.append((start, width))

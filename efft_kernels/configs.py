@@ -40,7 +40,7 @@ class Site:
 
 
 class Part(NamedTuple):
-    """Where ``width`` columns of a Linear's update come from: a core's update, from ``start``; zeros if core is None."""
+    """Where ``width`` columns of a Linear's update come from: a core's update from ``start`` on, or zeros."""
 
     core: int | None
     start: int

@@ -1,7 +1,8 @@
 """Adapter files, and several named adapters on one model.
 
-A file is a safetensors file: the factors, the head if it was trained with them, and in its metadata the config, the
-fingerprint of the plan, the class and name of the base model and the version of this library. It holds no code.
+An adapter file is a safetensors file. It holds the factors, the head if it was trained with them, and as metadata the
+config, the fingerprint of the plan, the class and name of the base model and the version of this library. It holds no
+code.
 """
 
 import contextlib
@@ -22,11 +23,8 @@ from .passes import Adapters
 from .storage import write_bytes
 
 _FORMAT = "efft_kernels adapter 2"
-_HEADLESS = "efft_kernels adapter 1"  # an older file: the same without a head
-_HEAD = "head/"  # before the name that a tensor of the head has in the model's state_dict
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
+_HEADLESS = "efft_kernels adapter 1"  # the older format: the same without a head
+_HEAD = "head/"  # prefix of a tensor of the head; the rest is its name in the model's state_dict
 
 
 def save_adapter(
@@ -37,19 +35,19 @@ def save_adapter(
     base_model: str = "",
     head: bool | None = None,
 ) -> None:
-    """Write one adapter, with the head that was trained with it, to a safetensors file, whole or not at all.
+    """Write one adapter, with the head that was trained with it, to a safetensors file, atomically.
 
     Args:
         model: an injected model.
-        path: of the file, which is replaced if it exists.
-        name: of the adapter, None for the active one.
-        base_model: what to call the pre-trained model in the file; empty for the name timm or transformers gave it.
-        head: whether the file gets the head; None for a head that is trained: one with a parameter that requires grad.
+        path: of the file; an existing one is replaced.
+        name: of the adapter; None for the active one.
+        base_model: name of the pre-trained model to record; empty for the name that timm or transformers gave it.
+        head: whether to write the head; None writes it if it is trained, that is, if a parameter of it requires grad.
 
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
             without a head.
-        OSError: the file cannot be written; an existing one is untouched then.
+        OSError: the file cannot be written; an existing one is unchanged then.
     """
     owner = adapters(model)
     groups = owner[_known(owner, owner.active if name is None else name)]
@@ -59,7 +57,7 @@ def save_adapter(
 
 
 def trained_head(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the head if a parameter of it requires grad, else nothing"""
+    """The state of the head if a parameter of it requires grad, else an empty dict."""
     trained = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
     return head_state(model) if trained else {}
 
@@ -67,11 +65,11 @@ def trained_head(model: nn.Module) -> dict[str, Tensor]:
 def write(
     path: str | os.PathLike, model: nn.Module, groups: nn.ModuleDict, head: dict[str, Tensor], base_model: str = ""
 ) -> None:
-    """The file of an adapter of this model: its groups, and the state of its head."""
+    """Write the file of an adapter of this model: its groups, and the state of its head."""
     from safetensors.torch import save
 
     tensors = {key: t.detach().contiguous() for key, t in groups.state_dict().items()}
-    # clones, because parts of a head may share memory, which a file cannot
+    # clones, because parts of a head may share memory, which safetensors refuses
     tensors |= {_HEAD + key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in head.items()}
     metadata = {
         "format": _FORMAT,
@@ -92,17 +90,17 @@ def load_adapter(
     head: str | int | nn.Module = "train",
     backend: str | None = None,
 ) -> nn.Module:
-    """Put the adapter of a file on a model, in place, and make it the active one.
+    """Load an adapter from a file, put it on a model, in place, and make it the active one.
 
     Args:
         model: the model it was made for, plain or with adapters of other names.
-        path: a file of :func:`save_adapter`, of this or an earlier version.
-        name: what to call the adapter here.
-        head: "train" puts the head of the file on the model, with a new classifier if it has another number of classes,
-            and trains it; a file without one leaves the model's, and trains that. "keep" leaves the model's as it is. A
-            number of classes or a module replaces it as in :func:`inject`, for a plain model. A module that was the
-            head when the file was written must be on the model before it is read.
-        backend: as :func:`inject`, for a plain model.
+        path: a file written by :func:`save_adapter` of this or an earlier version.
+        name: of the adapter on this model.
+        head: "train" loads the head of the file, with a new classifier if it has another number of classes, and trains
+            it; if the file has none, the model's own is trained. "keep" leaves the model's head unchanged. A number of
+            classes or a module replaces it as in :func:`inject`, which needs a plain model. If the head was a custom
+            module when the file was written, the model must have that module before loading.
+        backend: as :func:`inject`; needs a plain model.
 
     Returns:
         The model.
@@ -110,8 +108,8 @@ def load_adapter(
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an adapter file, a truncated or corrupt one, one for another model, or a name already taken; a
-            head that does not fit the model, or that would take the place of one which other adapters use.
-            The model has not been changed then.
+            head that does not fit the model, or that would replace one which other adapters use. The model is
+            unchanged then.
     """
     config, metadata, tensors, state = read(path)
     check_name(name)
@@ -119,7 +117,7 @@ def load_adapter(
     groups = filled(model, config, metadata, tensors, path)
     if isinstance(getattr(model, "efft", None), Adapters):
         if head not in ("train", "keep") or backend is not None:
-            raise ValueError("a new head and backend are for a plain model, but this one is already injected")
+            raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
         if head == "train":
             _check_shared(model, state, path)
         _mount_beside(model, name, groups)
@@ -133,11 +131,13 @@ def load_adapter(
 
 
 def _fitting(model: nn.Module, state: dict[str, Tensor], path) -> str | int:
-    """what makes install prepare the model for the head of a file"""
+    """the argument ``head`` of install that prepares the model for the head of a file"""
     try:
         return classes_of(model, state) or "train"
     except ValueError as error:
-        raise ValueError(f"the head in {path} does not fit, head='keep' leaves it out: {error}") from error
+        raise ValueError(
+            f"the head in {path} does not fit; load the adapter alone with head='keep': {error}"
+        ) from error
 
 
 def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -148,18 +148,22 @@ def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
-    """A model has one head: a second adapter may not silently change what the first one gives."""
+    """Refuse a head that differs from the model's, for it would silently change what the other adapters give."""
     own = head_state(model)
     same = own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())
     if state and not same:
         raise ValueError(
             f"{path} holds a head that differs from the one of this model, which serves "
-            f"{', '.join(map(repr, adapters(model)))}; head='keep' leaves it out"
+            f"{', '.join(map(repr, adapters(model)))}; head='keep' loads the adapter without it"
         )
 
 
 def filled(model: nn.Module, config: MethodConfig, metadata: dict, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
-    """Groups for this model that hold the factors of a file, in the model's dtype and on its device."""
+    """Groups for this model with the factors of a file, in the model's dtype and on its device.
+
+    Raises:
+        ValueError: the file is for another model, or a factor is missing or has another shape.
+    """
     made = plan(model, config)
     if made.fingerprint != metadata["fingerprint"]:
         raise ValueError(
@@ -178,7 +182,12 @@ def filled(model: nn.Module, config: MethodConfig, metadata: dict, tensors: dict
 
 
 def read(path: str | os.PathLike) -> tuple[MethodConfig, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
-    """config, metadata, factors, and the state of the head, empty in a file without one"""
+    """Read an adapter file: its config, metadata, factors, and the state of the head, which is empty if it has none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an adapter file, or a truncated or corrupt one.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -189,16 +198,22 @@ def read(path: str | os.PathLike) -> tuple[MethodConfig, dict[str, str], dict[st
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file, it may be truncated or corrupt: {error}") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file; it may be truncated or corrupt: {error}"
+        ) from error
     if metadata.get("format") not in (_FORMAT, _HEADLESS):
-        raise ValueError(f"{path} must be a file of save_adapter ({_FORMAT!r}), got format {metadata.get('format')!r}")
+        raise ValueError(
+            f"{path} must be a file written by save_adapter ({_FORMAT!r}), got format {metadata.get('format')!r}"
+        )
     in_head = [key for key in tensors if key.startswith(_HEAD) and metadata["format"] != _HEADLESS]
     state = {key.removeprefix(_HEAD): tensors.pop(key) for key in in_head}
     try:
         config = MethodConfig.from_dict(json.loads(metadata["config"]))
         return config, {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}, tensors, state
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has damaged metadata, or is of another version of efft_kernels: {error}") from error
+        raise ValueError(
+            f"{path} has damaged metadata, or was written by another version of efft_kernels: {error}"
+        ) from error
 
 
 def _name_of(model: nn.Module) -> str:
@@ -210,19 +225,16 @@ def _name_of(model: nn.Module) -> str:
     return next((name for name in names if name), "")
 
 
-# -- several adapters -------------------------------------------------------------------------------------------------
-
-
 def add_adapter(model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
-    """Put a further adapter on an injected model, with new factors, and make it the active one.
+    """Put another adapter on an injected model, with new factors, and make it the active one.
 
     Args:
         model, config: as :func:`plan`.
         name: of the new adapter.
 
     Raises:
-        ValueError, TypeError: as :func:`plan`; a model without adapters, or a name that is taken. Nothing has been
-            changed then.
+        ValueError, TypeError: as :func:`plan`; a model without adapters, or a name that is taken. The model is
+            unchanged then.
     """
     adapters(model)
     check_name(name)
@@ -231,7 +243,7 @@ def add_adapter(model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Make this adapter the one that acts and is trained; the factors of the others are frozen.
+    """Make this adapter the active one: its update is added and its factors are trained. The others are frozen.
 
     Raises:
         ValueError: a model without an adapter of this name.
@@ -246,7 +258,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the model computes what it computed before it was injected.
+    """Within this context the model computes what it did before it was injected.
 
     Raises:
         ValueError: a model without adapters.
@@ -256,14 +268,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        if owner.active is None and active in owner:  # neither switched nor deleted meanwhile
+        if owner.active is None and active in owner:  # neither switched nor deleted in between
             owner.active = active
 
 
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Drop an adapter. No adapter is active after the active one; with the last one the model is plain again.
+    """Remove an adapter. If it was the active one, none is active afterwards.
 
-    The parameters of a plain model are frozen and trained as they were before it was injected.
+    Removing the last one gives the plain model back, with requires_grad of its parameters as before it was injected.
 
     Raises:
         ValueError: a model without an adapter of this name.

@@ -97,7 +97,10 @@ def stack(groups: list[Group]) -> Group:
 
 def _padded_stack(tensors: list[Tensor]) -> Tensor:
     sizes = [max(dims) for dims in zip(*(t.shape for t in tensors))]
-    missing = lambda t: [n for size, own in zip(reversed(sizes), reversed(t.shape)) for n in (0, size - own)]
+
+    def missing(t: Tensor) -> list[int]:
+        return [n for size, own in zip(reversed(sizes), reversed(t.shape)) for n in (0, size - own)]
+
     return torch.stack([t if list(t.shape) == sizes else F.pad(t, missing(t)) for t in tensors])
 
 
@@ -237,7 +240,7 @@ class LoRAGroup(Group):
         if a.device.type == "cpu":
             down = a.transpose(-3, -2).flatten(-2)  # [l, K, m R]
         else:
-            down = a.mT.contiguous().flatten(-3, -2).mT
+            down = a.mT.contiguous().flatten(-3, -2).mT  # the same with K contiguous
         up = (b.unsqueeze(-2) * self._placed(b)).flatten(-2).flatten(-3, -2)  # [l, m R, parts N]
         pairs = zip(down.unbind(-3), up.unbind(-3))
         return {slot.site.path: Pair(*pair) for slot, pair in zip(slots, pairs)}

@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two models exactly if an adapter of one fits the other: the Linears, their shapes and groups."""
+        """A hash of the Linears, their shapes and groups: equal for two models if an adapter of one fits the other."""
         data = json.dumps([asdict(group) for group in self.groups], sort_keys=True)
         return hashlib.sha256(data.encode()).hexdigest()[:16]
 
@@ -65,15 +65,15 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
 
     Args:
         model: a vision transformer of timm or transformers, or one with the same module names: blocks in a list called
-            ``blocks``, ``layers`` or ``layer``. On the meta device, too.
+            ``blocks``, ``layers`` or ``layer``. It may be on the meta device.
         config: EFFTConfig, FacTConfig, LoRAConfig, VeRAConfig or LoRAXSConfig.
 
     Raises:
-        TypeError: config is none of them, or a Linear that would be adapted is of a class that may compute something
-            else than nn.Linear. Known are nn.Linear, the quantized ones of torchao and bitsandbytes, and parametrized
-            and weight-normed ones: they keep their own product, and the update is added to it.
-        ValueError: nothing to adapt, a block that does not exist, a rank that does not fit, matrices of a group that
-            differ in shape, tied weights, or a model whose attention does not call its Linear.
+        TypeError: config is none of these, or the class of a Linear to adapt may compute something else than
+            nn.Linear. Supported are nn.Linear, the quantized Linears of torchao and bitsandbytes, and parametrized and
+            weight-normed ones; the forward of those runs unchanged, and the update is added to its result.
+        ValueError: nothing to adapt, a block that does not exist, a rank that does not fit, matrices of different
+            shapes in one group, tied weights, or a model whose attention does not call its Linear.
     """
     if not isinstance(config, MethodConfig):
         raise TypeError(f"config must be an EFFTConfig or another config of efft_kernels, got {type(config).__name__}")
@@ -98,7 +98,7 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
     if reason := refusal(module, module.base if adapted else type(module)):
         raise TypeError(f"{path} {reason}")
     if adapted and module.efft[0] is not getattr(model, "efft", None):
-        raise ValueError(f"{path} belongs to a part of the model that is already injected; inject the whole or the part")
+        raise ValueError(f"{path} belongs to a part of the model that is already injected; inject one of the two")
     check_called(model, path, module)
 
 
@@ -110,24 +110,24 @@ def inject(
     head: str | int | nn.Module = "train",
     backend: str | None = None,
 ) -> nn.Module:
-    """Put adapters on a model, in place, and freeze the rest. Outputs stay as they were: the updates start at zero.
+    """Put adapters on a model, in place, and freeze the rest. Outputs do not change: the updates start at zero.
 
-    Afterwards the model owns the factors once, as ``efft.<name>.<group>.<factor>``; all other names in its state_dict
+    Afterwards the model owns each factor once, as ``efft.<name>.<group>.<factor>``; all other names in its state_dict
     are unchanged. Batch norms outside the head keep their statistics.
 
     Args:
         model, config: as :func:`plan`.
-        name: of the adapter; adapter.py has functions for several.
-        head: the classifier is trained ("train"), left as it is ("keep"), or replaced and trained: a number of classes,
-            or a module.
-        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
+        name: of the adapter; :func:`efft_kernels.add_adapter` puts further ones on the model.
+        head: the classifier is trained ("train"), left unchanged and frozen ("keep"), or replaced and trained (a number
+            of classes, or a module).
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest proven one.
 
     Returns:
         The model.
 
     Raises:
         TypeError, ValueError: as :func:`plan`; a model that is already injected or merged, a name that cannot be used,
-            no head to replace. Nothing has been changed then.
+            no head to replace. The model is unchanged then.
     """
     check_bare(model)
     check_name(name)
@@ -136,7 +136,7 @@ def inject(
 
 
 def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict:
-    """The groups of a plan, not yet on the model: with new factors, or empty for factors to be loaded."""
+    """The groups of a plan, not yet on the model, with new factors; ``empty`` if these are about to be loaded."""
     groups = nn.ModuleDict()
     for spec in made.groups:
         linears = {slot.site.path: model.get_submodule(slot.site.path) for slot in spec.slots}
@@ -155,7 +155,7 @@ def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict
 
 
 def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: str | None) -> nn.Module:
-    """The part of inject that changes the model, after everything that can fail."""
+    """Put built groups on a plain model and freeze the rest. Every check comes before the first change."""
     heads = list(heads_of(model))
     replacements = _replacements(model, heads, head)
     if head != "keep":
@@ -180,6 +180,7 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
 
 
 def attach(model: nn.Module, owner: Adapters) -> None:
+    """Register the adapters on the model, and the hooks around its forward that they need."""
     model.efft = owner.train(model.training)
     owner.hooks = (
         model.register_forward_pre_hook(_before),
@@ -188,7 +189,7 @@ def attach(model: nn.Module, owner: Adapters) -> None:
 
 
 def detach(model: nn.Module) -> list[str]:
-    """Plain Linears again; the paths of those that were not."""
+    """Turn adapted Linears into plain ones and take the adapters off. Returns the paths of those Linears."""
     paths = [path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
     for path in paths:
         model.get_submodule(path).release()
@@ -199,7 +200,7 @@ def detach(model: nn.Module) -> list[str]:
 
 
 def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
-    """Register the groups on an injected model and swap the Linears that they need and that are still plain."""
+    """Register the groups on an injected model and adapt those of their Linears that are still plain."""
     model.efft[name] = groups.train(model.training)
     for group in groups.values():
         for path in group.slots:
@@ -209,7 +210,7 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
 
 
 def eject(model: nn.Module) -> None:
-    """Take all adapters off: the plain model with the parameters frozen and trained that were so before inject."""
+    """Take all adapters off and restore requires_grad of each parameter as it was before inject."""
     before = model.efft.requires_grad_before
     detach(model)
     parameters = dict(model.named_parameters())
@@ -218,7 +219,11 @@ def eject(model: nn.Module) -> None:
 
 
 def adapters(model: nn.Module) -> Adapters:
-    """The adapters of an injected model; a sentence for any other."""
+    """The adapters of an injected model.
+
+    Raises:
+        ValueError: any other model.
+    """
     if isinstance(getattr(model, "efft", None), Adapters):
         return model.efft
     state = "is merged, unmerge it first" if hasattr(model, "_efft_merged") else "has none, inject it first"
@@ -226,12 +231,17 @@ def adapters(model: nn.Module) -> Adapters:
 
 
 def check_name(name: str) -> None:
+    """Refuse what cannot name an adapter, which is an attribute of a module and a part of state_dict keys.
+
+    Raises:
+        ValueError: not a word, or the name of another attribute.
+    """
     if not isinstance(name, str) or not name or "." in name or hasattr(Adapters(), name):
         raise ValueError(f"name must be a non-empty word without dots that is no attribute of a module, got {name!r}")
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What to hand the optimizer: the trained factors of the active adapter, and the head where it is trained.
+    """The parameters for the optimizer: the factors of the active adapter, and the head if it is trained.
 
     Raises:
         ValueError: a model without adapters.
@@ -250,13 +260,18 @@ def _after(model: nn.Module, args, output) -> None:
 
 
 def check_bare(model: nn.Module) -> None:
+    """Refuse a model that cannot be injected in its present state.
+
+    Raises:
+        ValueError: merged, already injected, created under inference_mode, or with an attribute ``efft``.
+    """
     if hasattr(model, "_efft_merged"):
         raise ValueError("the model is merged; unmerge it first")
     if isinstance(getattr(model, "efft", None), Adapters):
         names = ", ".join(map(repr, model.efft))
-        raise ValueError(f"the model is already injected with {names}; add_adapter puts a further adapter beside it")
+        raise ValueError(f"the model is already injected with {names}; add_adapter adds another one")
     if any(p.is_inference() for p in model.parameters()) and not torch.is_inference_mode_enabled():
-        raise ValueError("the model's parameters were made under inference_mode, which forbids to change or train them")
+        raise ValueError("the model's parameters were created under inference_mode and cannot be changed or trained")
     if hasattr(model, "efft"):
         raise ValueError(f"the model already has an attribute 'efft', a {type(model.efft).__name__}")
 
@@ -293,6 +308,6 @@ def _check_trainable(model: nn.Module, heads: list[str], replaced: list[nn.Modul
         if path.partition(".")[0] in heads and id(module) not in gone:
             if isinstance(module, nn.Linear) and (what := kind(module)):
                 raise ValueError(
-                    f"{path} is quantized ({what}) and cannot be trained: leave the head out of the quantization, give "
-                    "head='keep', or a number of classes for a new one"
+                    f"{path} is quantized ({what}) and cannot be trained: exclude the head from quantization, or pass "
+                    "head='keep' or a number of classes for a new head"
                 )

@@ -74,8 +74,8 @@ def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[s
         return f"{path}.{inside[0][0]}", inside[0][1]
     if chosen and (inside or hasattr(module, "in_features")):
         raise TypeError(
-            f"{path} must be an nn.Linear, or an nn.Sequential with one, got {type(module).__name__}, which may compute "
-            "something else; put one of them in its place, or leave it out with targets="
+            f"{path} must be an nn.Linear, or an nn.Sequential with one, got {type(module).__name__}, which may "
+            "compute something else; put one of them in its place, or leave it out with targets="
         )
     return None  # for example a convolution
 

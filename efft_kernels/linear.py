@@ -85,8 +85,8 @@ class EFFTLinear(nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, not a subclass, got {type(linear).__name__}{hint}")
         if not isinstance(linear._parameters.get("weight"), nn.Parameter):
             raise TypeError(
-                "linear must own its weight as a plain parameter, got a parametrized or normed weight; inject adapts it "
-                "within a model"
+                "linear must own its weight as a plain parameter, got a parametrized or normed weight; inject adapts "
+                "it within a model"
             )
         if not linear.weight.dtype.is_floating_point:
             raise TypeError(f"linear must have a floating-point weight, got {linear.weight.dtype}")
@@ -103,7 +103,7 @@ class EFFTLinear(nn.Linear):
 
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Initialise u, sigma and v again: one zero, the others Xavier uniform. The layer then equals its frozen Linear."""
+        """Initialise u, sigma and v: one zero, the others Xavier uniform. The layer then equals its frozen Linear."""
         for name in ("u", "v"):
             factor = getattr(self, name)
             nn.init.zeros_(factor) if name == self.zero_init else nn.init.xavier_uniform_(factor)

@@ -1,4 +1,4 @@
-"""merge and unmerge: the updates of an injected model into its weights, and out again."""
+"""merge and unmerge: add the updates of an injected model to its weights, and undo that."""
 
 import warnings
 from dataclasses import dataclass
@@ -15,32 +15,33 @@ from .passes import Adapters
 
 @dataclass
 class _Merged:
-    """What unmerge needs: kept on the model, but in no state_dict."""
+    """What unmerge needs. It is stored on the model, but not in its state_dict."""
 
     adapters: Adapters
     names: list[str]  # paths of the Linears that were adapted
     weights: dict[str, Tensor] | None  # before the merge
-    modules: dict[str, nn.Linear]  # those that a plain Linear has taken the place of
+    modules: dict[str, nn.Linear]  # those that a plain Linear has replaced
 
 
 def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = False) -> nn.Module:
-    """Add the active adapter's updates to the weights and put plain nn.Linears back, in place: no cost at inference.
+    """Add the active adapter's updates to the weights and restore plain nn.Linears, in place: no cost at inference.
 
     Args:
         model: an injected model.
-        keep_weights: pin_layout a copy of the weights that change, for :func:`unmerge`. False saves that memory for good.
-        dequantize: put a plain Linear, with the dense weight, where an adapted one is quantized, parametrized or
-            weight-normed. Such ones are refused otherwise.
+        keep_weights: keep a copy of the weights that change, for :func:`unmerge`. False saves that memory, but the
+            merge cannot be undone.
+        dequantize: replace an adapted Linear that is quantized, parametrized or weight-normed by a plain one with the
+            dense weight. Without it such Linears are refused.
 
     Returns:
         The model. Its state_dict has the names of the model before :func:`inject`.
 
     Warns:
-        UserWarning: weights are bfloat16 or float16; says which part of the update their rounding lost.
+        UserWarning: weights are bfloat16 or float16; it says how much of the update their rounding lost.
 
     Raises:
-        ValueError: a model that has no adapters, is merged already, or whose adapter is disabled; a weight that is
-            quantized or computed anew at every forward, or that a part of the model uses which is not adapted.
+        ValueError: a model that has no adapters, is already merged, or whose adapter is disabled; a weight that is
+            quantized or recomputed at every forward, or that is shared with a module that is not adapted.
     """
     owner = adapters(model)
     if owner.active is None:
@@ -56,12 +57,12 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         plain = {path: _plain(linear, pairs[path].down.dtype) for path, linear in own.items()}
         weights = {path: plain.get(path, linear).weight for path, linear in linears.items()}
         if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
-            raise ValueError("the weights were made under inference_mode, which forbids to merge into them outside it")
+            raise ValueError("the weights were created under inference_mode and cannot be changed outside of it")
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
         launches = {}
         for path, weight in weights.items():
             launches.setdefault((weight.dtype, weight.device), []).append(path)
-        # of several launches one may fail after another has written
+        # one of several launches may fail after another has written
         keep = {path for path in weights if keep_weights and path not in own or path in low or len(launches) > 1}
         kept = {path: weights[path].clone() for path in weights if path in keep}
         try:
@@ -79,7 +80,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
     before = {path: weight for path, weight in kept.items() if path not in own} if keep_weights else None
     record = _Merged(owner, names, before, own if keep_weights else {})
     model._efft_merged = (record,)  # a tuple, which registers nothing
-    if low:  # at the very end: a warning may be an error
+    if low:  # last, because a warning may be turned into an error
         warnings.warn(
             f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
             "model.float() before merge avoids it",
@@ -89,14 +90,14 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
 
 
 def _unmergeable(linear: AdaptedLinear) -> str:
-    """why an update cannot be added to the weight of this Linear, after its path"""
+    """why an update cannot be added to the weight of this Linear; the sentence begins with its path"""
     if what := kind(linear):
         return f"is quantized ({what}), and rounding the sum to its few bits would lose most of the update"
-    return "computes its weight anew at every forward (a parametrization, norm or pruning), which would undo the merge"
+    return "recomputes its weight at every forward (a parametrization, norm or pruning), which would undo the merge"
 
 
 def _plain(linear: AdaptedLinear, dtype: torch.dtype) -> nn.Linear:
-    """A Linear with the dense weight, in this dtype, and the bias of one that keeps its own product."""
+    """A plain Linear with the dense weight and the bias of one that has its own forward, in this dtype."""
     new = nn.Linear(linear.in_features, linear.out_features, False, device="meta", dtype=dtype)
     new.weight = nn.Parameter(dense(linear).to(dtype, copy=True).contiguous(), requires_grad=False)
     if linear.bias is not None:
@@ -111,23 +112,23 @@ def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
             if id(p) in merged and module is not linears[merged[id(p)]]:
                 raise ValueError(
                     f"{merged[id(p)]} shares its weight with {name or type(model).__name__}.{key}, which the merge "
-                    "would change, too; untie them first, or leave the adapter beside the weight"
+                    "would change as well; untie them first, or do not merge"
                 )
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo :func:`merge`: the weights as they were before it, bit for bit, and the adapters back on.
+    """Undo :func:`merge`: restore the weights bit for bit, and put the adapters back on.
 
-    What was loaded or written into those weights after the merge is lost.
+    Anything loaded or written into those weights after the merge is lost.
 
     Raises:
-        ValueError: a model that is not merged, was merged with keep_weights=False, or whose Linears were replaced since.
+        ValueError: a model that is not merged, was merged with keep_weights=False, or whose Linears were replaced.
     """
     if not hasattr(model, "_efft_merged"):
         raise ValueError(f"the model must be merged to be unmerged, but this {type(model).__name__} is not")
     (merged,) = model._efft_merged
     if merged.weights is None:
-        raise ValueError("the model was merged with keep_weights=False: its former weights are gone")
+        raise ValueError("the model was merged with keep_weights=False, so its original weights are gone")
     shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
     for path, shape in shapes.items():

@@ -32,9 +32,9 @@ _replays: WeakValueDictionary[tuple[int, int], _Pass] = WeakValueDictionary()
 class Passes:
     """How the Linears of a model get their (down, up), by path.
 
-    A hook before the model's forward computes the pairs of all groups at once and stores them here; each Linear looks up
-    its own by path; a hook after the forward removes them, so no pair outlives the factors, dropout masks and grad mode
-    it was made of. Every forward with gradients makes its own pairs, so accumulation, several forwards before a
+    A hook before the model's forward computes the pairs of all groups at once and stores them here; each Linear looks
+    up its own by path; a hook after the forward removes them, so no pair outlives the factors, dropout masks and grad
+    mode it was made of. Every forward with gradients makes its own pairs, so accumulation, several forwards before a
     backward, and optimizer steps in between need no further care. A Linear that runs outside the model's forward
     (``forward_features``, one block) computes its own pair, with a separate graph.
 
@@ -44,8 +44,8 @@ class Passes:
     them, restores nothing, and torch then reports that the recomputation differs from the forward.
     ``loss + 0 * output.sum()`` avoids this.
 
-    Nothing is cached from one forward to the next, because a factor may change without a trace. Several threads may run,
-    and train, one model at the same time: each has its own forward.
+    Nothing is cached from one forward to the next, because a factor may change without a trace. Several threads may
+    run, and train, one model at the same time: each has its own forward.
     """
 
     backend: str | None

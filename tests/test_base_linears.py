@@ -316,7 +316,7 @@ def test_merge_is_refused_or_dequantizes(base):
     with torch.no_grad():
         want = model(x)
     keys, types = list(model.state_dict()), {name: type(m) for name, m in model.named_modules()}
-    says = "blocks.0.attn.qkv is quantized" if base in QUANTIZED else "blocks.0.attn.qkv computes its weight anew"
+    says = "blocks.0.attn.qkv is quantized" if base in QUANTIZED else "blocks.0.attn.qkv recomputes its weight"
     with pytest.raises(ValueError, match=f"{says}.*dequantize=True"):
         ek.merge(model)
     assert list(model.state_dict()) == keys

@@ -104,9 +104,9 @@ def test_what_is_no_adapter_file_is_refused(path, tmp_path):
 
     for content in (b"", good[:7], good[:100], good[:-1], good[: len(good) // 2], b"\xff" * 200, good + b"x"):
         path.write_bytes(content)
-        refused("is no whole safetensors file, it may be truncated or corrupt")
+        refused("is not a complete safetensors file; it may be truncated or corrupt")
     save_file(tensors, path)
-    refused("must be a file of save_adapter")
+    refused("must be a file written by save_adapter")
     for damage, says in [
         ({"config": "{"}, "damaged metadata"),
         ({"config": "[]"}, "damaged metadata"),
@@ -246,7 +246,7 @@ def test_head_and_backend_are_refused_for_an_injected_model(path):
     model = ek.inject(vit(), PLAIN)
     ek.save_adapter(model, path)
     for options in (dict(head=7), dict(backend="reference")):
-        with pytest.raises(ValueError, match="a new head and backend are for a plain model"):
+        with pytest.raises(ValueError, match="head and backend can only be chosen for a plain model"):
             ek.load_adapter(model, path, name="b", **options)
     assert list(model.efft) == ["default"]
 
@@ -326,7 +326,7 @@ def test_a_head_of_its_own_kind(path):
     ek.save_adapter(model.train(), path)
     assert {key for key in ek.adapter.read(path)[3]} == {f"head.{key}" for key in model.head.state_dict()}
     target = bare()
-    with pytest.raises(ValueError, match=r"'keep' leaves it out: head.0.bias must be of shape None .* got \(192,\)"):
+    with pytest.raises(ValueError, match=r"'keep': head.0.bias must be of shape None .* got \(192,\)"):
         ek.load_adapter(target, path)
     assert not hasattr(target, "efft") and all(p.requires_grad for p in target.parameters())
     target.head = make()
@@ -350,12 +350,12 @@ def test_a_head_that_does_not_fit_is_refused(path):
         save_file({key: t for key, t in {**tensors, **change}.items() if t is not None}, path, metadata)
         target = vit()
         own = target.head.weight.clone()
-        with pytest.raises(ValueError, match=f"does not fit, head='keep' leaves it out: {says}"):
+        with pytest.raises(ValueError, match=f"does not fit; load the adapter alone with head='keep': {says}"):
             ek.load_adapter(target, path)
         assert not hasattr(target, "efft") and torch.equal(target.head.weight, own)
         assert all(p.requires_grad for p in target.parameters())
     save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="does not fit, head='keep' leaves it out"):
+    with pytest.raises(ValueError, match="does not fit; load the adapter alone with head='keep'"):
         ek.load_adapter(vit(num_classes=0), path)
     assert ek.load_adapter(vit(num_classes=0), path, head="keep")(images()).shape == (2, 192)
 
@@ -370,7 +370,7 @@ def test_a_file_of_format_1_is_read(path):
     assert torch.equal(ek.load_adapter(bare(), path)(x), model(x))
     assert ek.load_adapter(bare(), path, head=3)(x).shape == (2, 3)
     save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 3"})
-    with pytest.raises(ValueError, match="must be a file of save_adapter"):
+    with pytest.raises(ValueError, match="must be a file written by save_adapter"):
         ek.load_adapter(bare(), path)
 
 
@@ -379,7 +379,7 @@ def test_a_second_adapter_does_not_take_the_head_of_the_first(path):
     model = shake(ek.inject(bare(), PLAIN, name="first"))
     x = images()
     before = model(x)
-    with pytest.raises(ValueError, match="holds a head that differs .* serves 'first'; head='keep' leaves it out"):
+    with pytest.raises(ValueError, match="holds a head that differs .* serves 'first'; head='keep' loads the adapter without it"):
         ek.load_adapter(model, path, name="second")
     assert list(model.efft) == ["first"] and torch.equal(model(x), before)
     ek.load_adapter(model, path, name="second", head="keep")

@@ -359,7 +359,7 @@ def test_weights_made_under_inference_mode_are_not_merged_outside_it():
         model = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0)))
         x = images()
         want = model(x)
-    with pytest.raises(ValueError, match="weights were made under inference_mode"):
+    with pytest.raises(ValueError, match="weights were created under inference_mode"):
         ek.merge(model)
     with torch.inference_mode():
         assert torch.equal(model(x), want)

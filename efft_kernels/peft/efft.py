@@ -1,9 +1,9 @@
 """EFFT as a method of Hugging Face PEFT.
 
-Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and everything behind
-it (saving, loading, several adapters, merging, Trainer) work as for PEFT's own. The factors belong to the tuner, once,
-as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to them without registering them, so nothing can
-untie them.
+Importing this file registers the method, so that ``get_peft_model(model, EFFTPeftConfig(...))`` and all that uses it
+(saving, loading, several adapters, merging, Trainer) work as for PEFT's own methods. The tuner owns each factor once,
+as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to the factors without registering them, so they stay
+shared.
 """
 
 import re
@@ -40,7 +40,7 @@ _LOW = (torch.bfloat16, torch.float16)
 
 
 def _register_type(name: str) -> None:
-    """PeftType is an enum, closed once it is made; this adds the member that its source would have had."""
+    """Add a member to PeftType, an enum that cannot be extended by subclassing."""
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)
@@ -58,21 +58,21 @@ _register_type("EFFT")
 class EFFTPeftConfig(PeftConfig):
     """EFFT (arXiv 2311.06749) for PEFT: dW_s = scale * U @ Sigma_s @ V, with U and V shared by a group of matrices.
 
-    Linears whose place in a block :func:`efft_kernels.inject` knows form the groups of the paper, as there; those of
-    other models, or of shapes that do not fit the paper's groups (grouped-query attention), form one group for each
-    shape and role, attention or not ("efft1": for each shape). A matrix and one of its transposed shape share a group.
+    Linears whose role in a block is known to :func:`efft_kernels.inject` form the groups of the paper, as there. Those
+    of other models, or of shapes that do not fit the paper's groups (grouped-query attention), form one group per
+    shape and role, attention or not ("efft1": per shape). A matrix and one of the transposed shape share a group.
 
     Args:
         variant, rank, scale, cores, factor_dropout, zero_init, targets, trainable_scale, ffn_rank: as
-            :class:`efft_kernels.EFFTConfig`. ``targets`` chooses among the Linears that are known by name, and within
-            a fused projection; of others all are taken.
+            :class:`efft_kernels.EFFTConfig`. ``targets`` chooses among the Linears that are known by name, and among
+            the parts of a fused projection; all other Linears in ``target_modules`` are adapted.
         target_modules: names of the Linears, or a regular expression, or "all-linear", as for other methods of PEFT.
-            None for what ``targets`` names, or, in a model without known Linears, for PEFT's own choice for LoRA.
+            None for what ``targets`` names, or, in a model without known Linears, for PEFT's default for LoRA.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for other methods of PEFT.
-        init_weights: True for factors that change nothing at the start; False draws all of them, for tests.
+        init_weights: True for factors whose update is zero at the start; False draws all of them at random, for tests.
 
     Raises:
-        ValueError: an option outside what is stated there.
+        ValueError: an option outside its range.
     """
 
     variant: str = "efft2"
@@ -100,10 +100,10 @@ class EFFTPeftConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
         method = self.method()
-        self.scale, self.factor_dropout = method.scale, method.factor_dropout  # numbers that JSON has words for
+        self.scale, self.factor_dropout = method.scale, method.factor_dropout  # as numbers that JSON can hold
 
     def method(self) -> EFFTConfig:
-        """The config of this library that these options stand for."""
+        """The same options as a config of this library."""
         names = "variant rank scale cores factor_dropout zero_init targets trainable_scale ffn_rank".split()
         return EFFTConfig(**{name: getattr(self, name) for name in names})
 
@@ -114,7 +114,12 @@ _FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
 def _arrange(
     model: nn.Module, config: EFFTPeftConfig, bases: dict[str, nn.Module], linears: dict[str, nn.Module]
 ) -> list[GroupSpec]:
-    """The groups of these Linears out of all modules (path -> base layer): the paper's where they fit, or by shape."""
+    """The groups of these Linears: the paper's if they fit, otherwise by shape.
+
+    Args:
+        bases: path -> module, for all modules of the model, without the layers of other adapters around them.
+        linears: path -> Linear, those to adapt.
+    """
     method = config.method()
     known = {site.path: site for site in find_sites(model, method, bases) if site.path in linears}
     for path, site in known.items():
@@ -124,13 +129,13 @@ def _arrange(
     specs = []
     try:
         specs = method.arrange(list(known.values())) if known else []
-    except ValueError:  # shapes that the paper's groups cannot hold
+    except ValueError:  # shapes that do not fit the paper's groups
         known = {}
     return specs + _by_shape({path: linear for path, linear in linears.items() if path not in known}, method)
 
 
 def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSpec]:
-    """One group for each role and shape; K is the smaller side, so a matrix meets those of its transposed shape."""
+    """One group per role and shape; K is the smaller side, so matrices of a shape and its transpose share a group."""
     groups, blocks = {}, {}
     for path, linear in linears.items():
         K, N = _get_in_out_features(linear)
@@ -162,7 +167,7 @@ def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSp
 
 
 class _Factors(Adapters):
-    """The groups of one adapter, and their way of handing out pairs for a forward, as on an injected model."""
+    """The groups of one adapter, which give the layers their pairs as on an injected model."""
 
     def __init__(self, name: str, groups: dict[str, EFFTGroup]):
         super().__init__()
@@ -172,13 +177,13 @@ class _Factors(Adapters):
     def groups(self) -> list[nn.Module]:
         return list(self.values())
 
-    def of(self, path: str) -> EFFTGroup:
+    def group_of(self, path: str) -> EFFTGroup:
         return next(group for group in self.values() if path in group.slots)
 
     @torch.no_grad()
-    def at_rest(self, path: str) -> tuple[Tensor, Tensor]:
-        """(down, up) of one Linear without dropout, whatever mode the group is in"""
-        pair = self.of(path).pairs_without_dropout(path=path)[path]
+    def pair_without_dropout(self, path: str) -> tuple[Tensor, Tensor]:
+        """(down, up) of one Linear without dropout, whatever mode the group is in."""
+        pair = self.group_of(path).pairs_without_dropout(path=path)[path]
         return pair.down, pair.up
 
 
@@ -195,13 +200,13 @@ def _build(config: EFFTPeftConfig, specs: list[GroupSpec], linears: dict[str, nn
 
 
 def _stamp(weight: Tensor) -> tuple:
-    """changes when the weight is written, moved or cast"""
+    """A value that changes when the weight is written, moved or cast."""
     version = -1 if weight.is_inference() else weight._version
     return weight.data_ptr(), weight.dtype, weight.device, version
 
 
 class EFFTPeftLinear(nn.Module, BaseTunerLayer):
-    """A Linear, or a Conv1D of transformers, with EFFT adapters: base(x) + sum over active ones of (x @ down) @ up."""
+    """A Linear, or a Conv1D of transformers, with EFFT adapters: base(x) + the sum of their (x @ down) @ up."""
 
     adapter_layer_names = ("efft_factors",)
 
@@ -209,7 +214,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer, self.path = base_layer, path
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
-        # adapter -> factors; past nn.Module's registration, for they belong to the tuner
+        # adapter -> factors; not registered as a submodule, because the tuner owns them
         self.__dict__["efft_factors"] = nn.ModuleDict()
         self._disable_adapters, self.merged_adapters, self._kept = False, [], None
 
@@ -217,8 +222,8 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         self.efft_factors[adapter_name] = factors
         self.set_adapter(self.active_adapters)
 
-    def working(self) -> list[str]:
-        """The adapters that act in the next forward."""
+    def adding(self) -> list[str]:
+        """The adapters whose update the next forward adds."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.efft_factors]
@@ -226,7 +231,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        pairs = [self.efft_factors[name].pair(self.path) for name in self.working()]
+        pairs = [self.efft_factors[name].pair(self.path) for name in self.adding()]
         if not pairs:
             return self.base_layer(x, *args, **kwargs)
         if len(pairs) == 1:
@@ -235,13 +240,13 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         return add_update(self.base_layer, x, down, up, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of the base layer's weight, in its layout: [N, K], or [K, N] for a Conv1D."""
-        down, up = self.efft_factors[adapter].at_rest(self.path)
+        """The update of the base layer's weight, in the layout of that weight: [N, K], or [K, N] for a Conv1D."""
+        down, up = self.efft_factors[adapter].pair_without_dropout(self.path)
         delta = down @ up
         return delta if isinstance(self.get_base_layer(), Conv1D) else delta.mT
 
     def _weight(self) -> Tensor:  # [N, K]
-        """a view of the base layer's weight, to be written"""
+        """A view of the base layer's weight, for writing."""
         base = self.get_base_layer()
         weight = base._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
@@ -257,12 +262,12 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         """Add the update to the weight of the base layer, rounded once to its dtype.
 
         Args:
-            safe_merge: into a copy first, which replaces the weight if all of it is finite.
-            adapter_names: which ones, None for the active.
+            safe_merge: merge into a copy first, which replaces the weight only if all of it is finite.
+            adapter_names: the adapters to merge; None for the active ones.
 
         Raises:
-            ValueError: safe_merge met what is not finite.
-            TypeError: a quantized or parametrized weight. The layer has not been changed then.
+            ValueError: with safe_merge, the merged weight is not finite.
+            TypeError: a quantized or parametrized weight. The layer is unchanged then.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.efft_factors:
@@ -272,7 +277,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
                 before = weight.clone() if not self.merged else None
             else:
                 before = self._kept[0]
-            down, up = (t.to(weight) for t in self.efft_factors[name].at_rest(self.path))
+            down, up = (t.to(weight) for t in self.efft_factors[name].pair_without_dropout(self.path))
             merged = weight.clone() if safe_merge else weight
             merge_([merged], [down], [up])
             if safe_merge:
@@ -284,7 +289,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The weight as it was before :meth:`merge`, bit for bit; if it was changed since, less the updates."""
+        """Restore the weight of before :meth:`merge` bit for bit, or subtract the updates if it was changed since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
@@ -293,7 +298,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
             weight.copy_(self._kept[0])
         else:
             for name in reversed(self.merged_adapters):
-                down, up = (t.to(weight) for t in self.efft_factors[name].at_rest(self.path))
+                down, up = (t.to(weight) for t in self.efft_factors[name].pair_without_dropout(self.path))
                 merge_([weight], [-down], [up])
         self.merged_adapters.clear()
         self._kept = None
@@ -301,9 +306,9 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.efft_factors:
             return
-        group = self.efft_factors[adapter_name].of(self.path)
+        group = self.efft_factors[adapter_name].group_of(self.path)
         if not any(p.is_meta for p in group.parameters()):
-            # to the dtype it was made in: that of the base layer, or what _cast_adapter_dtype has set since
+            # to the dtype it was created in, that of the base layer, or the one that _cast_adapter_dtype set
             group.to(device or self.get_base_layer().weight.device, group._like["dtype"])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -314,7 +319,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
 
 
 class EFFTPeftModel(BaseTuner):
-    """What get_peft_model makes for an :class:`EFFTPeftConfig`: it owns the factors and puts the layers in place."""
+    """The tuner that get_peft_model creates for :class:`EFFTPeftConfig`: it owns the factors and places the layers."""
 
     prefix = "efft_"
     tuner_layer_cls = EFFTPeftLinear
@@ -332,7 +337,7 @@ class EFFTPeftModel(BaseTuner):
         if "efft_factors" not in self._modules:
             self.efft_factors = nn.ModuleDict()
             self._layers, self._hooks = [], ()
-        flags = {p: p.requires_grad for p in self.efft_factors.parameters()}
+        before = {p: p.requires_grad for p in self.efft_factors.parameters()}
         self._making = adapter_name, low_cpu_mem_usage
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -341,8 +346,8 @@ class EFFTPeftModel(BaseTuner):
             raise
         finally:
             del self._making
-        for p, flag in flags.items():  # a further adapter changes nothing about those that are there
-            p.requires_grad_(flag)
+        for p, trained in before.items():  # another adapter changes nothing about the existing ones
+            p.requires_grad_(trained)
         self._layers = [module for module in model.modules() if isinstance(module, EFFTPeftLinear)]
         if not self._hooks:
             self._hooks = (
@@ -354,13 +359,13 @@ class EFFTPeftModel(BaseTuner):
         if peft_config.target_modules is None:
             bases = self._bases()
             if paths := {site.path for site in find_sites(self.model, peft_config.method(), bases) if site.chosen}:
-                # endings of paths, for PEFT applies layers_to_transform to these alone
+                # endings of paths, because PEFT applies layers_to_transform to no others
                 peft_config.target_modules = _find_minimal_target_modules(paths, set(bases) - paths)
                 return peft_config
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: EFFTPeftConfig, model: nn.Module) -> None:
-        """Makes the factors, before any module is replaced: all that can be refused is refused here."""
+        """Create the factors, before any module is replaced: everything that can be refused is refused here."""
         adapter_name, low_cpu_mem_usage = self._making
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         bases = self._bases()
@@ -382,7 +387,7 @@ class EFFTPeftModel(BaseTuner):
         self.efft_factors[adapter_name] = factors.train(model.training)
 
     def _bases(self) -> dict[str, nn.Module]:
-        """path -> module without the layers of other adapters around it, for all modules but the insides of layers"""
+        """path -> module, without the layers of other adapters around it; the insides of such layers are left out."""
         found, layer = {}, None
         for path, module in self.model.named_modules():
             if layer is not None and path.startswith(layer):
@@ -421,10 +426,10 @@ class EFFTPeftModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for layer in self._layers:
-            layer._weight()  # refuses what cannot be written, before the first layer is
+            layer._weight()  # refuses a weight that cannot be written, before the first one is
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As for other methods of PEFT; after an error all layers are as before."""
+        """Merge as other methods of PEFT do; after an error all layers are as before."""
         before = [layer.merged_adapters[:] for layer in self._layers]
         try:
             super().merge_adapter(adapter_names, safe_merge)
@@ -443,7 +448,7 @@ class EFFTPeftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge and safe_merge and not any(layer.merged for layer in self._layers):
-            self.merge_adapter(adapter_names, safe_merge=True)  # if one layer fails, none may be unloaded
+            self.merge_adapter(adapter_names, safe_merge=True)  # one layer that fails keeps all from being unloaded
             self.unmerge_adapter()
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in self._hooks:
@@ -453,7 +458,7 @@ class EFFTPeftModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names must be None: EFFT has no mixed batches in PEFT")
+            raise ValueError("adapter_names must be None, because EFFT has no mixed batches in PEFT")
         yield
 
     @classmethod
@@ -465,7 +470,7 @@ class EFFTPeftModel(BaseTuner):
 
 
 def _begin(tuner: EFFTPeftModel, model: nn.Module, args) -> None:
-    for name in dict.fromkeys(name for layer in tuner._layers for name in layer.working()):
+    for name in dict.fromkeys(name for layer in tuner._layers for name in layer.adding()):
         tuner.efft_factors[name].begin()
 
 

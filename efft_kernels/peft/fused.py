@@ -1,4 +1,4 @@
-"""The low-rank update on top of a base layer, in one pass over x where the base is a plain nn.Linear."""
+"""A base layer plus a low-rank update, in one pass over x where the base is a plain nn.Linear."""
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,10 @@ from ..ops import lowrank_linear
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def add_update(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, backend: str | None = None, **kwargs) -> Tensor:
-    """base(x) + (x @ down) @ up: one pass over x where base is an nn.Linear and nothing else is called with it."""
+def add_update(
+    base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, backend: str | None = None, **kwargs
+) -> Tensor:
+    """base(x) + (x @ down) @ up, fused if base is a plain nn.Linear and gets no further arguments."""
     weight = base.weight
     autocast = torch.is_autocast_enabled(x.device.type)
     if is_plain(base) and not args and not kwargs and (autocast or x.dtype == weight.dtype):
@@ -21,7 +23,7 @@ def add_update(base: nn.Module, x: Tensor, down: Tensor, up: Tensor, *args, back
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Whether base(x) is F.linear of its weight and bias: no subclass, no hook, no forward put in its place."""
+    """Whether base(x) is F.linear of its weight and bias: no subclass, no hook, no replaced forward."""
     return (
         type(base) is nn.Linear
         and type(base.weight) in (nn.Parameter, Tensor)

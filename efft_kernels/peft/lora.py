@@ -9,11 +9,11 @@ from .fused import add_update, is_plain
 
 
 class FastLoraLinear(lora.Linear):
-    """A LoRA layer of PEFT whose forward is one pass over x, for all active adapters together.
+    """A LoRA layer of PEFT whose forward is one pass over x for all active adapters together.
 
-    Made by changing the class of a layer: its parameters, names, configs and methods stay PEFT's. What the kernel does
-    not compute takes PEFT's own forward, call by call: dropout while training, mixed batches, merged or disabled
-    adapters, variants such as DoRA, a bias in lora_B, hooks on the parts.
+    Made by changing the class of a layer: its parameters, names, configs and methods stay PEFT's. A call that the
+    kernel cannot compute runs PEFT's own forward: dropout while training, mixed batches, merged or disabled adapters, variants
+    such as DoRA, a bias in lora_B, hooks on the parts.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -46,7 +46,7 @@ def _drops(layer: lora.Linear, name: str) -> bool:
 
 
 def _beyond(layer: lora.Linear, name: str) -> str | None:
-    """what an adapter of a layer does beyond (x @ A.T) @ B.T * scaling, dropout aside"""
+    """What an adapter of a layer computes besides (x @ A.T) @ B.T * scaling and dropout; None if nothing."""
     if (variant := layer.lora_variant.get(name)) is not None:
         return type(variant).__name__
     if layer.lora_B[name].bias is not None:
@@ -59,23 +59,23 @@ def _beyond(layer: lora.Linear, name: str) -> str | None:
 def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: bool = True) -> nn.Module:
     """Run the LoRA layers of a PEFT model on the kernels of this library, in place: same outputs and gradients.
 
-    Nothing is copied: optimizers, checkpoints, load_state_dict, merging, further adapters and switching between them go
-    on as before. Calls that the kernel cannot take, such as those with dropout while training, run PEFT's own code.
-    Factors in float32 beside a bfloat16 or float16 base, PEFT's default, enter the product in the dtype of the base, as
-    under autocast; they and their gradients stay float32.
+    Nothing is copied: optimizers, checkpoints, load_state_dict, merging, adding and switching adapters work as before.
+    Calls that the kernel cannot compute, such as those with dropout while training, run PEFT's own code. Factors in
+    float32 with a bfloat16 or float16 base, PEFT's default, enter the product in the dtype of the base, as under
+    autocast; they and their gradients stay float32.
 
     Args:
         model: of get_peft_model, or any model with LoRA layers of PEFT in it.
-        backend: a name from :func:`efft_kernels.backends`, or None for the fastest that is proven.
-        strict: refuse a model of which a LoRA layer or adapter would gain nothing. False leaves those as they are.
+        backend: a name from :func:`efft_kernels.backends`, or None for the fastest proven one.
+        strict: refuse a model with a LoRA layer or adapter that cannot be accelerated. False leaves those as they are.
 
     Returns:
         The model; :func:`restore_lora` undoes this.
 
     Raises:
         ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA
-            (embeddings, convolutions, quantized weights), DoRA and other variants, or lora_bias, by name. Nothing has
-            been changed then.
+            (embeddings, convolutions, quantized weights), DoRA and other variants, or lora_bias, by name. The model is
+            unchanged then.
     """
     check_backend(backend)
     found, refused = [], []
@@ -92,18 +92,18 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
     if strict and refused:
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ValueError(
-            f"accelerate_lora takes LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves these "
+            f"accelerate_lora supports LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves these "
             "to PEFT"
         )
     if not found and not any(isinstance(layer, FastLoraLinear) for layer in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora could take")
+        raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora supports")
     for layer in found:
         layer.__class__, layer.efft_backend = FastLoraLinear, backend
     return model
 
 
 def restore_lora(model: nn.Module) -> nn.Module:
-    """Undo :func:`accelerate_lora`: PEFT's own forwards again, with whatever was trained or loaded meanwhile."""
+    """Undo :func:`accelerate_lora`: PEFT's own forwards run again, with all that was trained or loaded since."""
     for layer in model.modules():
         if type(layer) is FastLoraLinear:
             layer.__class__ = lora.Linear
