@@ -12,8 +12,8 @@ class FastLoraLinear(lora.Linear):
     """A LoRA layer of PEFT whose forward is one pass over x for all active adapters together.
 
     Made by changing the class of a layer: its parameters, names, configs and methods stay PEFT's. A call that the
-    kernel cannot compute runs PEFT's own forward: dropout while training, mixed batches, merged or disabled adapters, variants
-    such as DoRA, a bias in lora_B, hooks on the parts.
+    kernel cannot compute runs PEFT's own forward: dropout while training, mixed batches, merged or disabled adapters,
+    variants such as DoRA, a bias in lora_B, hooks on the parts.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -92,8 +92,8 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
     if strict and refused:
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ValueError(
-            f"accelerate_lora supports LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves these "
-            "to PEFT"
+            f"accelerate_lora supports LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves "
+            "these to PEFT"
         )
     if not found and not any(isinstance(layer, FastLoraLinear) for layer in model.modules()):
         raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora supports")
