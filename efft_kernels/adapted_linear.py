@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base_linears import has_own_forward, pin_layout, unpin_layout
-from .ops import lowrank_add, lowrank_linear
+from .ops import lowrank_linear
 from .passes import Adapters
 
 
@@ -39,14 +39,14 @@ class AdaptedLinear(nn.Linear):
             return super().forward(x)
         down, up, dropout = pair
         if has_own_forward(self, self.base):
-            return self._beside(x, down, up, dropout, adapters.backend)
+            return self._beside(x, down, up, dropout)
         if down.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(self.weight.dtype), up.to(self.weight.dtype)
         if dropout and self.training:
             return F.linear(x, self.weight, self.bias) + F.dropout(x @ down, dropout) @ up
         return lowrank_linear(x, self.weight, self.bias, down, up, backend=adapters.backend)
 
-    def _beside(self, x: Tensor, down: Tensor, up: Tensor, dropout: float, backend: str | None) -> Tensor:
+    def _beside(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
         y = super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             # quantized activations, mostly: the layers before would be trained with a part of their gradient
@@ -57,7 +57,7 @@ class AdaptedLinear(nn.Linear):
         x, down, up = x.to(y.dtype), down.to(y.dtype), up.to(y.dtype)
         if dropout and self.training:
             return y + F.dropout(x @ down, dropout) @ up
-        return lowrank_add(y, x, down, up, backend=backend)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ down, up).view(y.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, adapted={self.efft[0].active!r}"

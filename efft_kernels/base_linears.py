@@ -1,6 +1,6 @@
 """Linears that keep their own product: quantized, parametrized or weight-normed ones. What is known of each kind.
 
-Their forward runs as it is and the update is added beside it (ops.lowrank_add); the gradient of x is theirs plus ours.
+Their forward runs as it is and the update is added beside it (torch.addmm); the gradient of x is theirs plus ours.
 Known are, by name and never imported before one is met: torchao's weights (tensor subclasses inside a plain nn.Linear),
 bitsandbytes' Linear4bit and Linear8bitLt, and torch's own parametrizations, weight norm, spectral norm and pruning.
 """

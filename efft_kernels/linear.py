@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base_linears import has_own_forward, kind
-from .ops import check_backend, check_scale, efft_linear, group_update, lowrank_add, merge_
+from .ops import check_backend, check_scale, efft_linear, group_update, merge_
 
 
 class EFFTLinear(nn.Linear):
@@ -117,7 +117,8 @@ class EFFTLinear(nn.Linear):
             u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
         if has_own_forward(self):
             up = group_update(sigma, v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
-            return lowrank_add(super().forward(x), x, u, up, backend=self.backend)
+            y = super().forward(x)
+            return torch.addmm(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ u, up).view(y.shape)
         return efft_linear(x, self.weight, self.bias, u, sigma, v, self.scale, backend=self.backend)
 
     @torch.no_grad()
