@@ -158,7 +158,7 @@ def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None
 
 
 def sweep(path: Path, panels: dict[str, dict[str, dict[float, list[float | None]]]], label: str, title: str) -> None:
-    """Draw accuracy over a setting, a panel per data set and a line per method. {panel: {line: {setting: accuracies}}}"""
+    """Draw accuracy over a setting, a panel per data set, a line per method. {panel: {line: {setting: accuracies}}}"""
     if not panels:
         return
     figure, axes = _figure(len(panels))
