@@ -83,16 +83,6 @@ class _Exact:
             dup[a] += p[rows].T @ dy[rows]
         return [dx, dy.T @ x, dy.sum(0), ddown, dup]
 
-    @staticmethod
-    def lowrank_add(y, x, down, up):
-        p = x @ down
-        return [y + p @ up, p]
-
-    @staticmethod
-    def lowrank_add_backward(dy, x, down, up, p):
-        dp = dy @ up.T
-        return [dp @ down.T, x.T @ dp, p.T @ dy]
-
 
 def _samples(rows, ids):
     each = len(rows) // max(1, len(ids))
@@ -135,15 +125,6 @@ def check_mixed_linear(backend, x, weight, bias, down, up, ids, dy, needs=(True,
     _, p = _check(backend, "mixed_linear", (x, weight, bias, down, up, ids), ("y", "p"))
     names = [n for n, need in zip(("dx", "dweight", "dbias", "ddown", "dup"), needs) if need]
     _check(backend, "mixed_linear_backward", (dy, x, weight, down, up, p, ids, list(needs)), names)
-
-
-def check_lowrank_add(backend, y, x, down, up, dy, needs=(True,) * 3) -> None:
-    """As :func:`check_lowrank_linear`, for the product beside somebody else's"""
-    before = y.clone()
-    _, p = _check(backend, "lowrank_add", (y, x, down, up), ("y", "p"))
-    assert torch.equal(y, before), "y is not to be written to"
-    names = [n for n, need in zip(("dx", "ddown", "dup"), needs) if need]
-    _check(backend, "lowrank_add_backward", (dy, x, down, up, p, list(needs)), names)
 
 
 def check_group_update(backend, sigma, v, scale, dup, needs=(True, True)) -> None:

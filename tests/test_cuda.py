@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_accurate, check_group_update, check_lowrank_add, check_lowrank_linear
+from accuracy import assert_accurate, check_group_update, check_lowrank_linear
 
 from efft_kernels.kernels import cuda, reference
 
@@ -201,15 +201,6 @@ def test_two_runs_are_bit_equal(single, device, monkeypatch):
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run()))
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
-
-
-@dtypes
-@shapes((0, 40, 24, 3), (197, 100, 7, 3), (70, 128, 96, 17))
-def test_lowrank_add(shape, dtype, device):
-    x, _, _, down, up, dy = make(*shape, dtype, device)
-    y = within(*dy.shape, dtype, device)
-    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        check_lowrank_add(cuda, y, x, down, up, dy, needs)
 
 
 # -- the same for compute capability 9.0 ------------------------------------------------------------------------------

@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import efft_kernels
-from efft_kernels import lowrank_linear, mixed_linear, ops
+from efft_kernels import lowrank_linear, mixed_linear
 from efft_kernels.kernels import cpu, reference
+from efft_kernels.ops import dispatch
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def _backends() -> list[str]:
     """reference, cpu or cuda, and triton: on a CPU through its interpreter (conftest.py)"""
-    module = ops._load("triton")[0]
+    module = dispatch.load("triton")[0]
     if module is not None and module.INTERPRETED:
         from interpreter import repair_bf16
 
@@ -30,7 +31,7 @@ HERE = _backends()
 @pytest.fixture(params=HERE)
 def backend(request) -> str:
     x = torch.randn(2, 3)
-    module = ops._load(request.param)[0]
+    module = dispatch.load(request.param)[0]
     if reason := module.unsupported("mixed_linear", x, x, None, x[None], x[None], torch.zeros(1)):
         pytest.skip(reason)
     return request.param
@@ -86,7 +87,7 @@ def test_any_shape_strides_and_ids(name, data):
     bias = data.draw(st.sampled_from([None, torch.randn(N).to(dtype)]))
     ids = torch.tensor(data.draw(st.lists(st.integers(-1, A - 1), min_size=B, max_size=B)))
     needs = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
-    module = ops._load(name)[0]
+    module = dispatch.load(name)[0]
     if module.unsupported("mixed_linear", x, weight, bias, down, up, ids):
         return
     check_mixed_linear(module, x, weight, bias, down, up, ids, dy, needs)

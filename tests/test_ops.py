@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import efft_kernels
-from efft_kernels import efft_linear, group_update, lowrank_linear, merge_, ops
-from efft_kernels.kernels import reference
+from efft_kernels import efft_linear, group_update, lowrank_linear, merge_
+from efft_kernels.kernels import decisions, reference
+from efft_kernels.ops import dispatch
 
 HERE = [b.name for b in efft_kernels.backends() if b.available and b.name in ("reference", "cpu")]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -31,9 +32,6 @@ def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False, b
     if not bias:
         tensors[2] = None
     return tensors
-
-
-# -- values and gradients ---------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -62,7 +60,7 @@ def test_lowrank_linear_of_any_shape_and_strides(name, data):
     x, weight, down, up, dy = (data.draw(strided(shape, dtype)) for shape in shapes)
     bias = data.draw(st.sampled_from([None, torch.randn(N).to(dtype)]))
     needs = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
-    module = ops._load(name)[0]
+    module = dispatch.load(name)[0]
     if module.unsupported("lowrank_linear", x, weight, bias, down, up):
         return
     check_lowrank_linear(module, x, weight, bias, down, up, dy, needs)
@@ -81,14 +79,12 @@ def test_group_update_of_any_shape_and_strides(name, data):
     v = data.draw(strided((Q, N), dtype))
     dup = torch.randn(P, S, N).to(dtype).transpose(0, 1) if data.draw(st.booleans()) else torch.randn(S, P, N).to(dtype)
     needs = data.draw(st.lists(st.booleans(), min_size=2, max_size=2))
-    check_group_update(ops._load(name)[0], sigma, v, data.draw(st.sampled_from([1.0, -0.1, 10.0])), dup, needs)
+    check_group_update(dispatch.load(name)[0], sigma, v, data.draw(st.sampled_from([1.0, -0.1, 10.0])), dup, needs)
 
 
 def test_gradcheck(backend, device):
     x, weight, bias, down, up = make(6, 5, 7, 3, torch.float64, device, grad=True)
     assert torch.autograd.gradcheck(lambda *a: lowrank_linear(*a, backend=backend), (x, weight, bias, down, up))
-    y = torch.randn(6, 7, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: ops.lowrank_add(*a, backend=backend), (y, x, down, up))
     sigma = torch.randn(2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
     v = torch.randn(4, 5, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *a: group_update(*a, 1.5, backend=backend), (sigma, v))
@@ -125,12 +121,6 @@ def test_x_of_any_rank_and_empty(backend, shape):
     inputs = (x, weight, bias, down, up)
     for got, want in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    y = torch.randn(*shape[:-1], 48, requires_grad=True)
-    got, want = ops.lowrank_add(y, x, down, up, backend=backend), y + (x @ down) @ up
-    torch.testing.assert_close(got, want)
-    inputs = y, x, down, up
-    for g, w in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
 def test_non_contiguous_dy(backend):
@@ -147,7 +137,7 @@ def test_non_contiguous_dy(backend):
 
 def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
     asked = []
-    module = ops._load(backend)[0]
+    module = dispatch.load(backend)[0]
     honest = module.lowrank_linear_backward
     spy = lambda *args: asked.append((args[1] is None, args[5] is None, list(args[6]))) or honest(*args)
     monkeypatch.setattr(module, "lowrank_linear_backward", spy)
@@ -164,16 +154,6 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
         assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
         shapes = [t.shape for t in saved]
         assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
-    honest_add = module.lowrank_add_backward
-    spy = lambda *args: asked.append((args[1] is None, args[4] is None, list(args[5]))) or honest_add(*args)
-    monkeypatch.setattr(module, "lowrank_add_backward", spy)
-    for i in range(1, 4):
-        x, _, _, down, up = make()
-        tensors = [torch.randn(37, 48), x, down, up]
-        tensors[i].requires_grad_()
-        ops.lowrank_add(*tensors, backend=backend).sum().backward()
-        assert asked.pop() == (i != 2, i != 3, [j == i for j in (1, 2, 3)])
-        assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
 
 
 def test_second_derivatives_are_refused(backend):
@@ -241,9 +221,6 @@ def test_plain_path_over_onednn(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
-# -- merging ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_merge_rounds_once(backend, dtype):
     sizes = [(7, 9, 2), (48, 40, 5), (33, 64, 17)]
@@ -288,9 +265,6 @@ def test_merge_refuses_before_it_writes(backend):
         merge_(weights[:1], [1], ups[:1], backend=backend)
 
 
-# -- tracing ----------------------------------------------------------------------------------------------------------
-
-
 def test_opcheck(backend):
     names = torch.ops.efft_kernels
     x, weight, bias, down, up = make(grad=True)
@@ -302,11 +276,6 @@ def test_opcheck(backend):
     for needs in ([True] * 5, [True, False, False, True, True], [False] * 4 + [True]):
         opcheck(names.lowrank_linear_backward.default, (*plain, needs, backend))
     opcheck(names.group_update_backward.default, (torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True], backend))
-    y = torch.randn(37, 48, requires_grad=True)
-    opcheck(names.lowrank_add.default, (y, x, down, up, backend))
-    opcheck(names.lowrank_add.default, (y.detach()[None], x.detach()[None], down, up, backend))
-    for needs in ([True] * 3, [False, False, True]):
-        opcheck(names.lowrank_add_backward.default, (*(plain[i] for i in (0, 1, 3, 4, 5)), needs, backend))
     opcheck(names.merge_.default, ([weight.detach().clone()], [down.detach()], [up.detach()], backend))
 
 
@@ -358,9 +327,6 @@ def test_autocast(backend):
     assert all(t.grad.dtype == torch.float32 for t in tensors)
 
 
-# -- backend choice ---------------------------------------------------------------------------------------------------
-
-
 def test_backends_says_what_and_why():
     found = {b.name: b for b in efft_kernels.backends()}
     assert set(found) == {"reference", "cpu", "triton", "cuda"}
@@ -374,6 +340,7 @@ def test_a_named_backend_works_or_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be one of \[.*\] or None, got 'fast'"):
         lowrank_linear(*tensors, backend="fast")
     monkeypatch.setattr(reference, "unsupported", lambda *a: "of a planted reason")
+    decisions.clear()
     with pytest.raises(RuntimeError, match="backend 'reference' cannot run lowrank_linear here: of a planted reason"):
         lowrank_linear(*tensors, backend="reference")
 
@@ -382,29 +349,28 @@ def test_the_environment_names_a_backend(monkeypatch):
     seen = []
     honest = reference.lowrank_linear
     monkeypatch.setattr(reference, "lowrank_linear", lambda *a: seen.append(1) or honest(*a))
-    monkeypatch.setattr(ops, "_default", lambda: os.environ["EFFT_BACKEND"])  # read anew, not once
+    monkeypatch.setattr(dispatch, "default_backend", lambda: os.environ["EFFT_BACKEND"])  # read at every call
     monkeypatch.setenv("EFFT_BACKEND", "reference")
+    decisions.clear()
     lowrank_linear(*make(512, 512, 512, 16))
     assert seen
     monkeypatch.setenv("EFFT_BACKEND", "none such")
+    decisions.clear()
     with pytest.raises(ValueError, match="none such"):
         lowrank_linear(*make())
 
 
 def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
-    native = ops._load("cpu")[0]
+    cpu = dispatch.load("cpu")[0]
     tensors = make(512, 512, 512, 16)
-    monkeypatch.setattr(native, "slower", lambda *a, **b: None)  # what it says depends on the processor
-    assert ops._choose("", "lowrank_linear", *tensors) is native
+    monkeypatch.setattr(cpu, "slower", lambda *a, **b: None)  # what it says depends on the processor
+    assert dispatch.select("lowrank_linear", None, *tensors) is cpu
     for question in ("unproven", "unavailable", "unsupported", "slower"):
         with monkeypatch.context() as patch:
-            patch.setattr(native, question, lambda *a, **b: "of a planted reason")
-            ops._candidates.cache_clear()
-            assert ops._choose("", "lowrank_linear", *tensors) is reference
-        ops._candidates.cache_clear()
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
+            patch.setattr(cpu, question, lambda *a, **b: "of a planted reason")
+            dispatch.candidates.cache_clear()
+            assert dispatch.select("lowrank_linear", None, *tensors) is reference
+        dispatch.candidates.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -430,24 +396,6 @@ def test_lowrank_linear_refuses(backend, change, error, message):
     inputs = dict(zip(("x", "weight", "bias", "down", "up"), make())) | change
     with pytest.raises(error, match=message):
         lowrank_linear(**inputs, backend=backend)
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        (dict(y=torch.randn(37, 47)), ValueError, r"y must be \[..., 48\] for up \[5, 48\], got \[37, 47\]"),
-        (dict(x=torch.randn(36, 40)), ValueError, r"x must be \[37, 40\] for y .* got \[36, 40\]"),
-        (dict(x=torch.randn(37, 41)), ValueError, r"x must be \[37, 40\]"),
-        (dict(down=torch.randn(40, 4)), ValueError, r"up must be \[4, N\]"),
-        (dict(up=torch.randn(5, 48).half()), TypeError, "up must have the dtype of y"),
-        (dict(x=None), TypeError, "x must be a torch.Tensor, got NoneType"),
-    ],
-    ids=str,
-)
-def test_lowrank_add_refuses(backend, change, error, message):
-    x, _, _, down, up = make()
-    with pytest.raises(error, match=message):
-        ops.lowrank_add(**(dict(y=torch.randn(37, 48), x=x, down=down, up=up) | change), backend=backend)
 
 
 def test_transforms_and_forward_mode_are_refused(backend):

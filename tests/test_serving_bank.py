@@ -13,6 +13,7 @@ from torch import nn
 
 import efft_kernels as ek
 from efft_kernels.layouts import classifiers_of
+from efft_kernels.ops import dispatch
 from efft_kernels.serving import AdapterBank
 
 BATCH = ["a", None, "b", "a", "c", None]
@@ -86,7 +87,7 @@ def test_gradients_equal_those_of_one_forward_per_adapter(make, method):
 def test_every_backend(backend):
     if not next(b for b in ek.backends() if b.name == backend).available:
         pytest.skip(f"{backend} is not available here")
-    module = ek.ops._load(backend)[0]
+    module = dispatch.load(backend)[0]
     few = torch.zeros(1, 1), torch.zeros(1, 1), None, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1)
     if reason := module.unsupported("mixed_linear", *few):
         pytest.skip(reason)

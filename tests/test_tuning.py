@@ -251,7 +251,7 @@ def test_slower_unless_on_record_as_faster():
     # fewer gradients are another entry
     first = [False, False, False, True, True]
     assert "not been measured" in cuda.slower(table.BACKWARD, *backward, needs=first)
-    for op in ("lowrank_add", "mixed_linear"):
+    for op in ("mixed_linear",):
         assert cuda.slower(op, *forward) == "it has not been measured"
     measured[FORWARD]["200"]["triton"] = {"us": 0.5, "plan": {"way": "single_pass"}}
     write(table.user_file(), proof(PLAN), measured)

@@ -30,7 +30,7 @@ HALVES = {"MHSA": ("attn",), "FFN": ("mlp",)}
 
 
 def variants(depth: int) -> dict[str, dict[str, dict]]:
-    """{family: {variant: settings}}; blocks of a model that is not as deep are left out"""
+    """{family: {variant: settings}}, without the blocks that the model does not have."""
     layers = {"all": None} | {name: blocks for name, blocks in TABLE4.items() if max(blocks) < depth}
     return {
         "layers": {
@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
-    """(settings of every run, where data and weights are, blocks of the model)"""
+    """(settings of every run, location of data and weights, number of blocks of the model)."""
     if args.quick:
         tiny = {
             "model": "vit_tiny_patch16_224",
@@ -102,7 +102,7 @@ def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
 
 
 def depth(model: str) -> int:
-    """blocks of a model of timm"""
+    """The number of blocks of a model of timm."""
     import torch
 
     from efft_kernels import EFFTConfig, plan
@@ -114,12 +114,12 @@ def depth(model: str) -> int:
 
 
 def fits(method: str, settings: dict) -> bool:
-    """efft1 has one group, so no pairs of letters and no rank of its own for the FFN"""
+    """Whether a method takes the settings: efft1 has one group, so one letter of zero_init and no separate FFN rank."""
     return method == "efft2" or "ffn_rank" not in settings and len(settings.get("zero_init", "v")) == 1
 
 
 def change(found: list[dict], base: list[dict] | None = None) -> tables.Cell:
-    """of top-1 against the base, in points, or top-1 itself: the mean over data sets, seed by seed"""
+    """Mean over data sets, seed by seed, of top-1, or with a base of its change in points."""
     at = {(r["run"]["data"], r["run"]["seed"]): r["top1"] if base else 0 for r in base or found}
     differences = {}
     for record in found:
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plain(value):
-    """as it comes back from JSON, so that a run has one name"""
+    """The value as JSON returns it, so that the name of a run does not change when it is read back."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,4 +1,4 @@
-"""Linear probing on features that are computed once: what the frozen model is worth, with a head trained to the end."""
+"""Linear probing: a head trained to convergence on features of the frozen model, which are computed once."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
     model = make_model(settings["model"], len(opened.classes), size, settings["checkpoint"]).to(device).eval()
     x, y = _features(model, opened.train, settings, device)
     test_x, test_y = _features(model, opened.test, settings, device)
-    # features of one scale, so that one grid of learning rates serves all models
+    # scale the features, so that one grid of learning rates fits all models
     mean, deviation = x.mean(0), x.std(0) + 1e-6
     x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
     head = nn.Linear(x.shape[1], len(opened.classes), device=device)
@@ -56,7 +56,7 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
 
 @torch.inference_mode()
 def _features(model: nn.Module, images: Pictures, settings: dict, device: str) -> tuple[Tensor, Tensor]:
-    """What the model's own head would see [n, d], and labels [n]"""
+    """The inputs of the model's head [n, d], and labels [n]."""
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in normalisation(model, "imagenet"))
     loader = torch.utils.data.DataLoader(images, batch_size=settings.get("batch_size", 64))
     found = []

@@ -1,4 +1,4 @@
-"""Trained parameters of every method on every model, counted from plans and set beside the formulas of the papers.
+"""Trained parameters of every method on every model, counted from plans and compared with the formulas of the papers.
 
     python benchmarks/paper/parameter_counts.py
 
@@ -82,7 +82,7 @@ METHODS = {
 
 
 def count(model: nn.Module, stages) -> list[tuple[str, int, int]]:
-    """(method, counted, by formula) for each method"""
+    """(method, count, count by the formula) for each method."""
     return [(name, plan(model, config).parameters, formula(stages)) for name, (config, formula) in METHODS.items()]
 
 

@@ -6,8 +6,8 @@
 
 Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
 single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of the paper), with two random Gaussian
-matrices as the control. Writes heat maps over (i, j), a table of means, and the maps themselves. Training that is
-finished is kept.
+matrices as the control. Writes heat maps over (i, j), a table of means, and the maps themselves. Finished trainings are
+not repeated.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from vtab1k import FACTS  # noqa: E402
 
 HERE = Path(__file__).parent
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": ("attn", "mlp")}
-# Two runs of one seed may start from the same random factors, which a short training hardly turns: that alone makes
-# them alike, so runs are compared across seeds, and once within one to show it.
+# Two runs with one seed may start from the same random factors, which a short training hardly rotates. That alone makes
+# them similar, so runs are compared across seeds, and once within a seed to show the effect.
 # (title, (first run, seed, part), (second run, seed, part)): the same matrix, or the first of attention and of FFN
 COMPARISONS = [
     ("q: MHSA-only and joint, one seed", ("MHSA", 0, "q"), ("joint", 0, "q")),
@@ -67,9 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """what all runs share"""
+    """The settings that all runs share."""
     if args.quick:
-        # efft1 wants an FFN of four times the width
+        # efft1 needs an FFN of four times the width
         model = "test_vit" if args.variant == "efft2" else "vit_tiny_patch16_224"
         tiny = {"model": model, "checkpoint": "random", "image_size": 32, "epochs": 1}
         return {"data": "digits", "method": args.variant, "rank": 4, "scale": 1.0, "lr": 1e-3, "device": "cpu", **tiny}
@@ -93,7 +93,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, str], tuple[Tensor, Tensor]]]:
-    """{(targets, seed): {(block, part): (down, up)}}"""
+    """Train every run that is missing: {(targets, seed): {(block, part): (down, up)}}."""
     import tqdm
 
     from efft_kernels.finetune.loop import Interrupted, train
@@ -121,14 +121,14 @@ def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, st
 
 
 def control(d: int, n: int, r: int) -> Tensor:
-    """of two random Gaussian matrices [d, n], their first r directions"""
+    """phi of the first r directions of two random Gaussian matrices [d, n]."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(d, n, generator=generator) for _ in range(2))
     return subspace_map(a, b, r, r)
 
 
 def maps(found: dict, blocks: list[int]) -> dict[str, dict[int, Tensor]]:
-    """{comparison: {block: phi [i, j]}}, the control last"""
+    """{comparison: {block: phi [i, j]}}, with the control as the last one."""
     made = {}
     for title, (run_a, seed_a, part_a), (run_b, seed_b, part_b) in COMPARISONS:
         made[title] = {
@@ -173,7 +173,7 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
 
 
 def table(made: dict[str, dict[int, Tensor]]) -> str:
-    """phi of the first direction, of the first quarter, and of all, averaged over blocks"""
+    """phi of the first direction, of the first quarter, and the mean, each averaged over blocks."""
     lines = ["| compared | phi(1, 1) | phi(r/4, r/4) | mean over (i, j) |", "| --- | ---: | ---: | ---: |"]
     for title, found in made.items():
         rows = []

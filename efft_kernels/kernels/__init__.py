@@ -1,61 +1,130 @@
-"""The kernel contract. Every backend is one file here and defines the same functions with the same arguments.
+"""The kernel contract: the functions that every backend of this folder defines, as the protocol :class:`Kernels`.
 
-Letters, used in Python, Triton, C++, tests and README alike:
+Letters, used in Python, Triton, C++, tests and documentation alike:
 
-    M  rows of x (every leading dimension flattened)     K  input features      N  output features
+    M  rows of x (all leading dimensions flattened)      K  input features      N  output features
     R  rank of the adapter                               S  slices of a group
     P, Q  the two ranks of a core: sigma is [S, P, Q]
     B  samples of a mixed batch, of M / B rows each      A  adapters of a mixed batch
 
-    group_update(sigma, v, scale)                              up[s] = scale * sigma[s] @ v
-        sigma [S, P, Q], v [Q, N] -> up [S, P, N]. Its memory is [P, S, N], so the slices side by side,
-        ``up.transpose(0, 1).reshape(P, S * N)``, and any run of neighbouring slices are views.
-
-    group_update_backward(dup, sigma, v, scale, needs)         dsigma[s] = scale * dup[s] @ v.T
-        dup [S, P, N] with any strides                         dv = sum_s scale * sigma[s].T @ dup[s]
-        needs: two bools, for (sigma, v)
-
-    lowrank_linear(x, weight, bias, down, up)                  p = x @ down    y = x @ weight.T + bias + p @ up
-        x [M, K], weight [N, K], bias [N] or None, down [K, R], up [R, N] -> y [M, N], p [M, R]
-
-    lowrank_linear_backward(dy, x, weight, down, up, p, needs) dp = dy @ up.T
-        dy [M, N]; needs: five bools, for                      dx = dy @ weight + dp @ down.T
-        (x, weight, bias, down, up)                            dweight = dy.T @ x    dbias = sum_m dy
-        x and p are None where no gradient                     ddown = x.T @ dp      dup = p.T @ dy
-        that is asked for reads them
-
-    mixed_linear(x, weight, bias, down, up, ids)               a = ids[m // (M / B)]
-        down [A, K, R], up [A, R, N], ids [B] of int64         p[m] = x[m] @ down[a]
-        -> y [M, N], p [M, R]                                  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]
-        An id below zero stands for no adapter: p[m] = 0 there. M is a multiple of B.
-
-    mixed_linear_backward(dy, x, weight, down, up, p, ids, needs)
-        as lowrank_linear_backward, row by row with            ddown[a] = sum of x[m].T @ dp[m] over the rows of a
-        the pair of the row's adapter                          dup[a]   = sum of p[m].T @ dy[m] over the rows of a
-        An adapter without rows gets zeros. No value of one sample reaches another's results, or the gradients of
-        an adapter that is not its own: not a nan either.
-
-    lowrank_add(y, x, down, up)                                p = x @ down    y + p @ up
-        for a weight whose product is not ours: y [M, N], x [M, K] -> [M, N], p [M, R]; y is not written to
-
-    lowrank_add_backward(dy, x, down, up, p, needs)            dp = dy @ up.T    dx = dp @ down.T
-        needs: three bools, for (x, down, up)                  ddown = x.T @ dp  dup = p.T @ dy
-
-    merge_(weights, downs, ups)                                weight[i] += (down[i] @ up[i]).T, in place
-        three lists of equal length, all of one dtype and device; nothing but the weights is written
-
-A backward returns the list of the gradients that were asked for, in the order of ``needs``, and computes no other.
+A backward returns the list of the gradients that were asked for, in the order of ``needs``, and computes no others.
 All floating-point tensors of one call have one dtype and one device. Any strides are accepted everywhere: fc2 passes
 ``down = v.T``, a fused qkv passes a slice of a wider ``up``. Sums run in float32 (float64 for float64), are split
 by shape alone and reduced in a fixed order, so two runs are bit-equal. Results have the dtype of the inputs.
 
-Beside these a backend defines
-
-    unavailable() -> str | None               why it cannot run in this process at all, or None
-    unsupported(op, *tensors) -> str | None   why it cannot run this op on these tensors (its own, in its order), or None
-    unproven(device) -> str | None            what is missing on record before it may be chosen there, or None
-    slower(op, *tensors, needs=None)          why plain torch is the better choice for these tensors, or None; needs are
-        -> str | None                         those of a backward
-
-Backends know nothing of methods, models or modules, and import torch only. Arguments reach them checked (ops.py).
+Backends know nothing of methods, models or modules, and import torch only. Their arguments were checked (ops/).
 """
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# call -> the backend that ops/ chose for it. A backend empties it when something changes that `unsupported` or `slower`
+# depend on besides their arguments, such as a table of measurements
+decisions: dict[tuple, "Kernels"] = {}
+
+
+class Kernels(Protocol):
+    """A backend: a module with these functions, whose parameters may be without annotations there."""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run in this process at all, or None."""
+
+    def unsupported(self, op: str, *tensors: Tensor | None) -> str | None:
+        """Why it cannot run this op on these tensors (the op's own, in its order), or None."""
+
+    def unproven(self, device: torch.device) -> str | None:
+        """What is missing on record before it may be chosen automatically on this device, or None."""
+
+    def slower(self, op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
+        """Why plain torch is the better choice for these tensors, or None; ``needs`` are those of a backward."""
+
+    def group_update(
+        self,
+        sigma: Tensor,  # [S, P, Q]
+        v: Tensor,  # [Q, N]
+        scale: float,
+    ) -> Tensor:  # [S, P, N]
+        """up[s] = scale * sigma[s] @ v
+
+        The memory of the result is [P, S, N], so the slices side by side, ``up.transpose(0, 1).reshape(P, S * N)``,
+        and any run of neighbouring slices are views.
+        """
+
+    def group_update_backward(
+        self,
+        dup: Tensor,  # [S, P, N]
+        sigma: Tensor,  # [S, P, Q]
+        v: Tensor,  # [Q, N]
+        scale: float,
+        needs: list[bool],  # (sigma, v)
+    ) -> list[Tensor]:
+        """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
+
+    def lowrank_linear(
+        self,
+        x: Tensor,  # [M, K]
+        weight: Tensor,  # [N, K]
+        bias: Tensor | None,  # [N]
+        down: Tensor,  # [K, R]
+        up: Tensor,  # [R, N]
+    ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+        """p = x @ down;  y = x @ weight.T + bias + p @ up"""
+
+    def lowrank_linear_backward(
+        self,
+        dy: Tensor,  # [M, N]
+        x: Tensor | None,  # [M, K]; None where no gradient that is asked for reads it
+        weight: Tensor,  # [N, K]
+        down: Tensor,  # [K, R]
+        up: Tensor,  # [R, N]
+        p: Tensor | None,  # [M, R]; None where no gradient that is asked for reads it
+        needs: list[bool],  # (x, weight, bias, down, up)
+    ) -> list[Tensor]:
+        """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy
+
+        dweight = dy.T @ x and dbias = sum_m dy, without a low-rank part.
+        """
+
+    def mixed_linear(
+        self,
+        x: Tensor,  # [M, K]
+        weight: Tensor,  # [N, K]
+        bias: Tensor | None,  # [N]
+        down: Tensor,  # [A, K, R]
+        up: Tensor,  # [A, R, N]
+        ids: Tensor,  # [B] of int64
+    ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+        """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]
+
+        An id below zero stands for no adapter: p[m] = 0 there. M is a multiple of B.
+        """
+
+    def mixed_linear_backward(
+        self,
+        dy: Tensor,  # [M, N]
+        x: Tensor | None,  # [M, K]
+        weight: Tensor,  # [N, K]
+        down: Tensor,  # [A, K, R]
+        up: Tensor,  # [A, R, N]
+        p: Tensor | None,  # [M, R]
+        ids: Tensor,  # [B] of int64
+        needs: list[bool],  # (x, weight, bias, down, up)
+    ) -> list[Tensor]:
+        """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy
+
+        The sums run over the rows of adapter a; an adapter without rows gets zeros. No value of one sample, not even a
+        nan, reaches the results of another or the gradients of an adapter that is not its own.
+        """
+
+    def merge_(
+        self,
+        weights: list[Tensor],  # each [N, K]
+        downs: list[Tensor],  # each [K, R]
+        ups: list[Tensor],  # each [R, N]
+    ) -> None:
+        """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once
+
+        Three lists of equal length, all of one dtype and device; nothing but the weights is written.
+        """

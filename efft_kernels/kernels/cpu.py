@@ -1,10 +1,11 @@
-"""C++ kernels of csrc/: one pass over x, W packed once, p kept in cache; AVX2 and AVX-512, threads from torch.
+"""C++ kernels of csrc/cpu: one pass over x, W packed once, p kept in cache; AVX2 and AVX-512, threads from torch.
 
-W is used in panels. They are made at the first call and kept beside a weight that does not require grad: one copy for
-the forward and one for the backward, each of the weight's own size (float16: twice that, widened). ``packed_bytes()``
-tells what is held, ``keep_packed(False)`` packs at every call instead, and dropping or changing the weight drops its
-copies. A change is seen by autograd's version counter; behind its back (``weight.data``, ``weight.numpy()``), by a
-sample in every row and every column. Code that writes single values that way needs ``keep_packed(False)``.
+The kernels read W as panels. Those of a weight that does not require grad are made at the first call and kept: one copy
+for the forward and one for the backward, each as large as the weight (twice as large for float16, which is widened).
+``packed_bytes()`` says how much is held, ``keep_packed(False)`` packs at every call instead, and freeing or changing the
+weight frees its copies. Changes are seen by autograd's version counter. Writes that bypass it (``weight.data``,
+``weight.numpy()``) are detected by a sample of every row and every column; code that writes single values that way needs
+``keep_packed(False)``.
 """
 
 import functools
@@ -24,19 +25,18 @@ import torch
 from torch import Tensor
 
 from ..storage import cache_folder
+from . import decisions
 from .reference import amd_processor
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
 def _compile() -> Path:
-    """csrc/ -> a library in the user's cache, named by sources and torch. For installs that ran before torch was there.
+    """Compile csrc/cpu into the user's cache, for installs that ran before torch was there.
 
-    No lock: two processes at once both compile and the last one's file stays, so nobody waits for a killed one.
+    The library is named by a hash of the sources and torch's version. There is no lock: of two processes that compile
+    at once, the last one's file stays, and none ever waits for one that was killed.
     """
     csrc = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (d / "cpu").is_dir()), None)
     if csrc is None:
@@ -70,7 +70,7 @@ def _compile() -> Path:
 
 
 def _built() -> Path | None:
-    """What setup.py built, unless this is a checkout whose csrc/ has changed since"""
+    """The library that setup.py built, unless this is a checkout whose csrc/cpu has changed since"""
     library = next(_PACKAGE.glob("_cpu*.so"), None)
     csrc = _PACKAGE.parent / "csrc"
     sources = [*csrc.glob("cpu/*.cpp"), *_headers(csrc)] if library else ()
@@ -78,13 +78,13 @@ def _built() -> Path | None:
 
 
 def _headers(csrc: Path) -> list[Path]:
-    """of this library: csrc/cuda is another's"""
+    """The headers of csrc/cpu"""
     return sorted([*csrc.glob("cpu/*.h"), *csrc.glob("cpu/*.inl")])
 
 
 @functools.cache
 def _load():
-    """(the library's operators, None), or (None, why there are none)"""
+    """(the library's operators, None), or (None, why it cannot be loaded)"""
     if sys.platform == "win32":
         return None, "the C++ kernels are not built on Windows"
     try:
@@ -94,15 +94,12 @@ def _load():
     return torch.ops.efft_cpu, None
 
 
-# -- what can run, what should ----------------------------------------------------------------------------------------
-
-
 def unavailable() -> str | None:
     return _load()[1]
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
-    for t in tensors[:-1] if op.startswith("mixed") else tensors:  # without the ids
+    for t in tensors[:-1] if op.startswith("mixed") else tensors:  # all but the ids
         if t is not None and not (t.is_cpu and t.dtype in _FLOATS and t.layout == torch.strided):
             return f"it takes strided float tensors on the CPU, got {t.dtype} {t.layout} on {t.device}"
     return None
@@ -113,7 +110,7 @@ def unproven(device: torch.device) -> str | None:
 
 
 def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
-    """By shape and dtype alone, from measurements with one thread against reference.py"""
+    """By shape and dtype alone, from measurements against reference.py with one thread"""
     rules = _rules()
     return rules if isinstance(rules, str) else rules(op, *tensors)
 
@@ -132,11 +129,9 @@ def _rules():
 def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
     """Measured on a Zen 3"""
     first = tensors[0]
-    wide = first.dtype in (torch.float32, torch.float64)  # plain torch has no fast product of the 16-bit types on AVX2
+    wide = first.dtype in (torch.float32, torch.float64)  # plain torch has no fast 16-bit matmul on AVX2
     if op == "merge_":
         return "one product per weight is as fast" if wide else None
-    if op.startswith("lowrank_add"):
-        return "plain products of this dtype are as fast" if wide else None
     if op.startswith("group"):
         S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
         if S * P * N > 8192 and (first.dtype == torch.float32 or wide and op == "group_update"):
@@ -169,9 +164,6 @@ def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
         S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
         large = dtype == torch.bfloat16 and S * P * N > 262144
         return f"one plain product is as fast for {S} slices of [{P}, {N}]" if large else None
-    if op.startswith("lowrank_add"):
-        few = dtype == torch.float32 and first.shape[0] < 256
-        return "plain products of this dtype are as fast" if few or dtype == torch.bfloat16 else None
     backward = op.endswith("backward")
     weight = tensors[2 if backward else 1]
     M, (N, K) = first.shape[0], weight.shape
@@ -205,23 +197,22 @@ def isas() -> list[str]:
 
 
 def set_isa(name: str) -> None:
-    """Chooses one of :func:`isas`, for tests. Not while another thread computes."""
+    """Use one of :func:`isas`, for tests. Not while another thread computes."""
     _load()[0].set_isa(name)
     _rules.cache_clear()
+    decisions.clear()
     clear_packed()
 
 
-# -- packed weights ---------------------------------------------------------------------------------------------------
-
-# id(weight) -> (weak reference, what the panels were made from, {transposed: panels}). Without a lock: threads, and
-# weights that are freed at any moment, may undo each other's entries, which costs packing again; every entry is checked
-# before its use, and every single step of a dict is whole
+# id(weight) -> (weak reference, what the panels were made from, {transposed: panels}). There is no lock: threads, and
+# weights that are freed at any moment, may remove each other's entries, which only costs packing again. Each operation
+# on a dict is atomic, and each entry is checked before use
 _packed = {}
 _keep = True
 
 
 def keep_packed(keep: bool) -> None:
-    """Whether panels of frozen weights are kept between calls (the default) or made at each."""
+    """Whether panels of frozen weights are kept between calls (the default) or made at every call."""
     global _keep
     _keep = keep
     clear_packed()
@@ -245,7 +236,7 @@ def _forget(key: int, reference) -> None:
 def _panels(weight: Tensor, transposed: bool) -> Tensor:
     """weight [N, K] as panels of weight.T, for the forward, or of weight itself, for the backward"""
     ops = _load()[0]
-    # an inference tensor has no version counter: nothing would tell that it was written to
+    # an inference tensor has no version counter that would show a write
     if weight.requires_grad or not _keep or weight.is_inference():
         return ops.pack(weight, transposed)
     state = (
@@ -266,133 +257,53 @@ def _panels(weight: Tensor, transposed: bool) -> Tensor:
     return panels
 
 
-# -- the contract -----------------------------------------------------------------------------------------------------
-
-
-def group_update(
-    sigma: Tensor,  # [S, P, Q]
-    v: Tensor,  # [Q, N]
-    scale: float,
-) -> Tensor:  # [S, P, N], memory [P, S, N]
+def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
     return _load()[0].group_update(sigma, v, scale).transpose(0, 1)
 
 
-def group_update_backward(
-    dup: Tensor,  # [S, P, N]
-    sigma: Tensor,  # [S, P, Q]
-    v: Tensor,  # [Q, N]
-    scale: float,
-    needs: list[bool],  # (sigma, v)
-) -> list[Tensor]:
+def group_update_backward(dup, sigma, v, scale, needs):
     """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
     return _load()[0].group_update_backward(dup, sigma, v, scale, *needs)
 
 
-def lowrank_linear(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+def lowrank_linear(x, weight, bias, down, up):
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
     return _load()[0].lowrank_linear(x, _panels(weight, False), bias, down, up)
 
 
-def lowrank_linear_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, weight, bias, down, up)
-) -> list[Tensor]:
+def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
-    return _grads(_load()[0].lowrank_linear_backward, dy, x, weight, (down, up, p), needs)
+    return _backward(_load()[0].lowrank_linear_backward, dy, x, weight, down, up, p, needs)
 
 
-def _grads(kernel, dy, x, weight, low, needs, *ids) -> list[Tensor]:
-    fused = iter(())
-    if needs[0] or needs[3] or needs[4]:
-        down, up, p = low
-        panels = _panels(weight, True) if needs[0] else None
-        fused = iter(kernel(dy, panels, x if needs[3] else None, down, up, p if needs[4] else None, *ids))
-    grads = []
-    for need, name in zip(needs, ("x", "weight", "bias", "down", "up")):
-        if need:
-            # nothing low-rank about these two, and only a trained weight or bias asks for them
-            grads.append(torch.mm(dy.t(), x) if name == "weight" else dy.sum(0) if name == "bias" else next(fused))
-    return grads
+def _backward(kernel, dy, x, weight, down, up, p, needs, *ids) -> list[Tensor]:
+    need_x, need_weight, need_bias, need_down, need_up = needs
+    fused = []
+    if need_x or need_down or need_up:
+        panels = _panels(weight, True) if need_x else None
+        fused = kernel(dy, panels, x if need_down else None, down, up, p if need_up else None, *ids)
+    grads = iter(fused)
+    found = [next(grads)] if need_x else []
+    # these two have no low-rank part; only a weight or bias that is trained asks for them
+    if need_weight:
+        found.append(torch.mm(dy.t(), x))
+    if need_bias:
+        found.append(dy.sum(0))
+    return found + list(grads)
 
 
-def mixed_linear(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N]
-    down: Tensor,  # [A, K, R]
-    up: Tensor,  # [A, R, N]
-    ids: Tensor,  # [B]
-) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+def mixed_linear(x, weight, bias, down, up, ids):
     """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
     return _load()[0].mixed_linear(x, _panels(weight, False), bias, down, up, ids)
 
 
-def mixed_linear_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    down: Tensor,  # [A, K, R]
-    up: Tensor,  # [A, R, N]
-    p: Tensor,  # [M, R]
-    ids: Tensor,  # [B]
-    needs: list[bool],  # (x, weight, bias, down, up)
-) -> list[Tensor]:
+def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
-    return _grads(_load()[0].mixed_linear_backward, dy, x, weight, (down, up, p), needs, ids)
+    return _backward(_load()[0].mixed_linear_backward, dy, x, weight, down, up, p, needs, ids)
 
 
-def lowrank_add(
-    y: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y + p @ up [M, N], p [M, R]
-    """p = x @ down;  y + p @ up: the product of one slice, then the merge of p and up into a copy of y"""
-    z = y.clone(memory_format=torch.contiguous_format)
-    if not len(x):  # a slice must have a row
-        return z, x.new_empty(0, down.shape[1])
-    p = group_update(x.unsqueeze(0), down, 1.0)[0]
-    _load()[0].merge_([z], [up.t()], [p.t()])
-    return z, p
-
-
-def lowrank_add_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, down, up)
-) -> list[Tensor]:
-    """dp = dy @ up.T;  dx = dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy, the last two in one pass over dy"""
-    grads = []
-    if needs[0] and not len(dy):
-        grads.append(dy.new_empty(0, down.shape[0]))
-    elif needs[0]:
-        dp = group_update(dy.unsqueeze(0), up.t(), 1.0)
-        grads.append(group_update(dp, down.t(), 1.0)[0])
-    if needs[1] or needs[2]:
-        grads += _load()[0].lowrank_linear_backward(dy, None, x if needs[1] else None, down, up, p if needs[2] else None)
-    return grads
-
-
-def merge_(
-    weights: list[Tensor],  # each [N, K]
-    downs: list[Tensor],  # each [K, R]
-    ups: list[Tensor],  # each [R, N]
-) -> None:
+def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once"""
     if weights:
         _load()[0].merge_(weights, downs, ups)

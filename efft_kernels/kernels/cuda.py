@@ -101,7 +101,7 @@ def _rank(op: str, tensors: tuple) -> int:
     if op == "merge_":  # all weights, all downs, all ups
         count = len(tensors) // 3
         return max(down.shape[1] for down in tensors[count : 2 * count])
-    return tensors[2 if op.startswith("lowrank_add") else 3].shape[-1]
+    return tensors[3].shape[-1]
 
 
 def unproven(device: torch.device) -> str | None:
@@ -324,38 +324,6 @@ def lowrank_linear_backward(
     if need_bias:
         grads.append(dy.sum(0))
     return grads + list(fused)
-
-
-def lowrank_add(
-    y: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y + p @ up [M, N], p [M, R]
-    """p = x @ down;  y + p @ up: one pass over x, then the merge of p and up into a copy of y"""
-    p = _ops().lowrank_p(x, down)
-    z = y.clone(memory_format=torch.contiguous_format)
-    if len(z):
-        merge_([z], [up.t()], [p.t()])
-    return z, p
-
-
-def lowrank_add_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, down, up)
-) -> list[Tensor]:
-    """dp = dy @ up.T;  dx = dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy, the last two in one pass over dy"""
-    need_x, need_down, need_up = needs
-    # a product of R terms per entry has nothing to fuse
-    grads = [torch.mm(_ops().lowrank_p(dy, up.t()), down.t())] if need_x else []
-    if need_down or need_up:
-        low = x if need_down else None, None, down, up, p if need_up else None
-        grads += _ops().lowrank_linear_backward(dy, *low, *KernelPlan(False, False, SMALL_TILE))
-    return grads
 
 
 def merge_(

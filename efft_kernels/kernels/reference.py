@@ -1,6 +1,6 @@
 """The contract in plain torch: the truth for tests, and the path taken where plain GEMMs win. Runs on any device.
 
-Float64 inputs are computed in float64 throughout; other dtypes as torch's own matrix products do (float32 sums,
+float64 inputs are computed in float64 throughout; other dtypes as torch's own matrix products do (float32 sums,
 one rounding per product).
 """
 
@@ -36,7 +36,7 @@ def amd_processor() -> bool:
 
 @functools.cache
 def _onednn_leads() -> bool:
-    """Whether torch's other CPU library has the faster float32 product: MKL, the default, keeps AMD's AVX-512 idle"""
+    """Whether oneDNN has the faster float32 product: MKL, torch's default, does not use AVX-512 on AMD processors"""
     return amd_processor() and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
@@ -46,7 +46,7 @@ def _product(
     bias: Tensor | None,  # [N]
 ) -> Tensor:  # [M, N]
     """a @ weight.T + bias"""
-    # row by row oneDNN gains nothing, and costs more per call
+    # for a few rows oneDNN is no faster, and costs more per call
     if a.is_cpu and a.dtype == torch.float32 and a.shape[0] >= 8 and _onednn_leads():
         return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
     return F.linear(a, weight, bias)
@@ -74,26 +74,16 @@ def _sum(
     return _product(a, weight, bias).addmm_(p, up)
 
 
-def group_update(
-    sigma: Tensor,  # [S, P, Q]
-    v: Tensor,  # [Q, N]
-    scale: float,
-) -> Tensor:  # [S, P, N], memory [P, S, N]
+def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
     S, P, Q = sigma.shape
     N = v.shape[1]
-    # one product of the slices side by side gives the [P, S, N] memory without a copy afterwards
+    # one product for all slices side by side gives the [P, S, N] memory without a copy afterwards
     up = torch.mm(sigma.transpose(0, 1).reshape(P * S, Q) * scale, v)
     return up.view(P, S, N).transpose(0, 1)
 
 
-def group_update_backward(
-    dup: Tensor,  # [S, P, N]
-    sigma: Tensor,  # [S, P, Q]
-    v: Tensor,  # [Q, N]
-    scale: float,
-    needs: list[bool],  # (sigma, v)
-) -> list[Tensor]:
+def group_update_backward(dup, sigma, v, scale, needs):
     """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
     S, P, Q = sigma.shape
     N = v.shape[1]
@@ -106,39 +96,26 @@ def group_update_backward(
     return grads
 
 
-def lowrank_linear(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+def lowrank_linear(x, weight, bias, down, up):
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
     p = torch.mm(x, down)
     return _sum(x, weight, bias, p, up), p
 
 
-def lowrank_linear_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, weight, bias, down, up)
-) -> list[Tensor]:
+def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
+    need_x, need_weight, need_bias, need_down, need_up = needs
     grads = []
-    dp = torch.mm(dy, up.t()) if needs[0] or needs[3] else None
-    if needs[0]:
+    dp = torch.mm(dy, up.t()) if need_x or need_down else None
+    if need_x:
         grads.append(_sum(dy, weight.t(), None, dp, down.t()))
-    if needs[1]:
+    if need_weight:
         grads.append(torch.mm(dy.t(), x))
-    if needs[2]:
+    if need_bias:
         grads.append(dy.sum(0))
-    if needs[3]:
+    if need_down:
         grads.append(torch.mm(x.t(), dp))
-    if needs[4]:
+    if need_up:
         grads.append(torch.mm(p.t(), dy))
     return grads
 
@@ -147,7 +124,7 @@ def _of_samples(
     t: Tensor,  # [A, ...]
     ids: Tensor,  # [B]
 ) -> Tensor:  # [B, ...]
-    """t[ids], zeros for no adapter"""
+    """t[ids], and zeros where an id stands for no adapter"""
     none = (ids < 0) | (ids >= len(t))
     return t.index_select(0, ids.masked_fill(none, 0)).masked_fill_(none.view(-1, *[1] * (t.dim() - 1)), 0)
 
@@ -157,10 +134,10 @@ def _to_adapters(
     ids: Tensor,  # [B]
     A: int,
 ) -> Tensor:  # [A, ...]
-    """sum of t over the samples of each adapter, in their order"""
+    """The sum of t over the samples of each adapter, in their order"""
     total = t.new_zeros(A + 1, *t.shape[1:], dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
-    rows = ids.masked_fill((ids < 0) | (ids >= A), A)  # one row more, for no adapter
-    # each device has one of the two that adds in a fixed order
+    rows = ids.masked_fill((ids < 0) | (ids >= A), A)  # an additional row, for no adapter
+    # index_add_ adds in a fixed order on CPUs, index_put_ on GPUs
     if t.is_cpu:
         total.index_add_(0, rows, t.to(total.dtype))
     else:
@@ -168,14 +145,7 @@ def _to_adapters(
     return total[:A].to(t.dtype)
 
 
-def mixed_linear(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N]
-    down: Tensor,  # [A, K, R]
-    up: Tensor,  # [A, R, N]
-    ids: Tensor,  # [B]
-) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+def mixed_linear(x, weight, bias, down, up, ids):
     """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
     y, (M, K), B = _product(x, weight, bias), x.shape, len(ids)
     if not M:
@@ -185,72 +155,35 @@ def mixed_linear(
     return y, p.flatten(0, 1)
 
 
-def mixed_linear_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    down: Tensor,  # [A, K, R]
-    up: Tensor,  # [A, R, N]
-    p: Tensor,  # [M, R]
-    ids: Tensor,  # [B]
-    needs: list[bool],  # (x, weight, bias, down, up)
-) -> list[Tensor]:
+def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
+    need_x, need_weight, need_bias, need_down, need_up = needs
     (M, N), (A, K, R), B = dy.shape, down.shape, len(ids)
     if not M:
         shapes = (0, K), (N, K), (N,), (A, K, R), (A, R, N)
         return [dy.new_zeros(shape) for shape, need in zip(shapes, needs) if need]
+
+    def samples(t: Tensor) -> Tensor:  # [M, n] -> [B, M / B, n]
+        return t.reshape(B, M // B, t.shape[1])
+
     grads = []
-    samples = lambda t: t.reshape(B, M // B, t.shape[1])
-    dp = torch.bmm(samples(dy), _of_samples(up, ids).mT) if needs[0] or needs[3] else None
-    if needs[0]:
-        grads.append(_product(dy, weight.t(), None))
-        samples(grads[-1]).baddbmm_(dp, _of_samples(down, ids).mT)
-    if needs[1]:
+    dp = torch.bmm(samples(dy), _of_samples(up, ids).mT) if need_x or need_down else None
+    if need_x:
+        dx = _product(dy, weight.t(), None)
+        samples(dx).baddbmm_(dp, _of_samples(down, ids).mT)
+        grads.append(dx)
+    if need_weight:
         grads.append(torch.mm(dy.t(), x))
-    if needs[2]:
+    if need_bias:
         grads.append(dy.sum(0))
-    if needs[3]:
+    if need_down:
         grads.append(_to_adapters(torch.bmm(samples(x).mT, dp), ids, A))
-    if needs[4]:
+    if need_up:
         grads.append(_to_adapters(torch.bmm(samples(p).mT, samples(dy)), ids, A))
     return grads
 
 
-def lowrank_add(
-    y: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y + p @ up [M, N], p [M, R]
-    """p = x @ down;  y + p @ up"""
-    p = torch.mm(x, down)
-    return torch.addmm(y, p, up), p
-
-
-def lowrank_add_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, down, up)
-) -> list[Tensor]:
-    """dp = dy @ up.T;  dx = dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
-    dp = torch.mm(dy, up.t()) if needs[0] or needs[1] else None
-    grads = [torch.mm(dp, down.t())] if needs[0] else []
-    if needs[1]:
-        grads.append(torch.mm(x.t(), dp))
-    if needs[2]:
-        grads.append(torch.mm(p.t(), dy))
-    return grads
-
-
-def merge_(
-    weights: list[Tensor],  # each [N, K]
-    downs: list[Tensor],  # each [K, R]
-    ups: list[Tensor],  # each [R, N]
-) -> None:
+def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once"""
     for weight, down, up in zip(weights, downs, ups):
         if weight.dtype in (torch.float32, torch.float64):

@@ -765,47 +765,6 @@ def mixed_linear_backward(
     return grads
 
 
-def lowrank_add(
-    y: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y + p @ up [M, N], p [M, R]
-    """p = x @ down;  y + p @ up: one pass over x, then the merge of p and up into a copy of y"""
-    p = lowrank_p(x, down)
-    z = y.clone(memory_format=torch.contiguous_format)
-    if len(z):
-        merge_([z], [up.t()], [p.t()])
-    return z, p
-
-
-def lowrank_add_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, down, up)
-) -> list[Tensor]:
-    """dp = dy @ up.T;  dx = dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
-    need_x, need_down, need_up = needs
-    dp, ddown, dup = None, (), ()
-    if need_up:
-        # dup and dp from the same read of dy
-        dp_pair, dup = dy_pass(dy, up if need_x or need_down else None, p)
-        if need_x or need_down:
-            reduce_slots(dp_pair)
-            dp = dp_pair[1]
-    elif need_x or need_down:
-        dp = lowrank_p(dy, up.t())
-    if need_down:
-        _, ddown = dy_pass(x, None, dp, transposed=True)
-    reduce_slots(*(pair for pair in (ddown, dup) if pair))
-    # a product of R terms per entry has nothing to fuse
-    grads = [torch.mm(dp, down.t())] if need_x else []
-    return grads + [pair[1] for pair in (ddown, dup) if pair]
-
-
 @triton.jit
 def merge_kernel(
     table, starts, like, count,
@@ -1023,7 +982,7 @@ def rank(op: str, tensors: tuple) -> int:
     if op == "merge_":  # all weights, all downs, all ups
         count = len(tensors) // 3
         return max(down.shape[1] for down in tensors[count : 2 * count])
-    return tensors[2 if op.startswith("lowrank_add") else 3].shape[-1]
+    return tensors[3].shape[-1]
 
 
 def unproven(device: torch.device) -> str | None:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from ... import storage
+from .. import decisions
 
 FORMAT = 2
 SHIPPED = Path(__file__).with_name("tuned.json")
@@ -64,6 +65,7 @@ def invalidate() -> None:
     """Read the files again at the next use."""
     for found in _caches:
         found.cache_clear()
+    decisions.clear()
 
 
 @contextlib.contextmanager

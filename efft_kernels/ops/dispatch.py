@@ -1,0 +1,245 @@
+"""Which backend computes a call, and which way a call takes there: through torch's dispatcher or past it.
+
+A call takes the short way, past the dispatcher, when nothing in the dispatcher would see it but autograd. ``direct``
+alone decides that, for forward and backward.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+from ..kernels import Kernels, decisions, reference
+from ..kernels.tuning import table
+
+_NAMES = ("cuda", "triton", "cpu", "reference")
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> backends that backend=None may choose, best first
+_REMEMBERED = 4096  # decisions at most
+
+
+@functools.cache
+def load(name: str) -> tuple[Kernels | None, str | None]:
+    """(the backend's module, None), or (None, why it cannot be imported)"""
+    if importlib.util.find_spec(f"{kernels.__name__}.{name}") is None:
+        return None, f"this version of efft_kernels has no {name} backend"
+    try:
+        return importlib.import_module(f"{kernels.__name__}.{name}"), None
+    except ImportError as error:
+        return None, str(error)
+
+
+def check_backend(name: str | None) -> None:
+    """ValueError for a name that is not a backend's, whether or not that backend is available here"""
+    if name is not None and name not in list(_NAMES):  # a list, because a name may not be hashable
+        raise ValueError(f"backend must be one of {sorted(_NAMES)} or None, got {name!r}")
+
+
+@functools.cache
+def default_backend() -> str | None:
+    return os.environ.get("EFFT_BACKEND") or None
+
+
+@table.cached
+def candidates(device: torch.device) -> list[Kernels]:
+    """The backends that may be chosen for tensors on this device, best first"""
+    modules = [module for module in (load(name)[0] for name in _AUTOMATIC.get(device.type, ())) if module]
+    able = [module for module in modules if not module.unavailable()]
+    proven = [module for module in able if not module.unproven(device)]
+    if able and not proven:
+        _advise(device)
+    return proven
+
+
+@functools.cache
+def _advise(device: torch.device) -> None:
+    """Name the command that makes a GPU's kernels available, once per process and device"""
+    logging.getLogger("efft_kernels").warning(
+        "the kernels are not proven on this %s, plain torch is used; %s proves and tunes them",
+        table.device_name(device),
+        table.COMMAND,
+    )
+
+
+def select(op: str, backend: str | None, *tensors: Tensor | None, needs: list[bool] | None = None) -> Kernels:
+    """The module that computes this call. A named backend must be able to; an automatic one must also be faster.
+
+    needs: of a backward, which decides what is compared.
+
+    Raises:
+        ValueError: a name that is not a backend's. RuntimeError: the named backend cannot run this.
+    """
+    if name := backend or default_backend():
+        check_backend(name)
+        module, reason = load(name)
+        if module is None or (reason := module.unavailable() or module.unsupported(op, *tensors)):
+            raise RuntimeError(f"backend {name!r} cannot run {op} here: {reason}")
+        return module
+    for module in candidates(tensors[0].device):
+        if not (module.slower(op, *tensors, needs=needs) or module.unsupported(op, *tensors)):
+            return module
+    return reference
+
+
+def signature(*tensors: Tensor | None) -> list:
+    """All that the checks of a call and the choice of its backend read of these tensors"""
+    found = []
+    for t in tensors:
+        found += (None,) if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.data_ptr() & 15)
+    return found
+
+
+def decide(key: tuple, *tensors: Tensor | None, needs: list[bool] | None = None) -> Kernels:
+    """:func:`select` for a call whose arguments were checked, remembered as ``decisions[key]``; key: (op, backend, ...)"""
+    op, backend, *_ = key
+    if len(decisions) >= _REMEMBERED:
+        decisions.clear()
+    module = decisions[key] = select(op, backend, *tensors, needs=needs)
+    return module
+
+
+class Backend(NamedTuple):
+    """One line of :func:`backends`."""
+
+    name: str
+    available: bool  # backend="name" works in this process
+    automatic: bool  # backend=None may choose it, depending on the shapes
+    note: str  # why, or why not
+
+    def __str__(self) -> str:
+        state = "chosen automatically" if self.automatic else "on request" if self.available else "not available"
+        return f"{self.name:<10} {state:<21} {self.note}"
+
+
+def backends() -> list[Backend]:
+    """What can compute here, what ``backend=None`` would choose, and why. ``print(*backends(), sep="\\n")`` reads well.
+
+    The environment variable EFFT_BACKEND, read at the first call, names a backend for every call that names none.
+    """
+    found = []
+    for name in _NAMES:
+        module, reason = load(name)
+        if module is None or (reason := module.unavailable()):
+            found.append(Backend(name, False, False, reason))
+        elif reason := _unproven(module):
+            found.append(Backend(name, True, False, reason))
+        else:
+            found.append(Backend(name, True, True, (module.__doc__ or "").strip().partition("\n")[0]))
+    return found
+
+
+def _unproven(module: Kernels) -> str | None:
+    """Why the backend is not chosen on any device of this process, or None"""
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    reasons = [module.unproven(device) for device in devices]
+    return None if None in reasons else reasons[0]
+
+
+# all the private names of torch that the package needs
+_modes = torch._C._len_torch_dispatch_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_Exclude, _KeySet, _Key = torch._C._ExcludeDispatchKeyGuard, torch._C.DispatchKeySet, torch._C.DispatchKey
+
+_REFUSAL = "{} supports neither torch.func transforms nor forward-mode differentiation"
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}  # other subclasses may want to see the op
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors may skip the dispatcher: only autograd could have anything to do there"""
+    if torch.compiler.is_compiling() or _modes() or _any_autocast():
+        return False
+    if forward_ad._current_level >= 0 or _functorch_level() is not None:
+        return False
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+    return True
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call on these tensors"""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def refuse_transforms(name: str) -> None:
+    """RuntimeError under torch.func and forward-mode differentiation, which would silently lose a tangent"""
+    if not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _functorch_level() is not None):
+        raise RuntimeError(_REFUSAL.format(name))
+
+
+def below_autograd(op, *args):
+    """Call the op through the dispatcher, below the autograd and autocast keys"""
+    with _BelowAutograd():
+        return op(*args)
+
+
+def once(backward: Callable) -> Callable:
+    """once_differentiable, entered only where a second derivative may be asked for: it costs 5 microseconds"""
+    guarded = once_differentiable(backward)
+
+    def choose(ctx, *grads):
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return choose
+
+
+_library = torch.library.Library("efft_kernels", "DEF")
+
+
+def register(schema: str, compute: Callable, fake: Callable, function: type[torch.autograd.Function] | None = None):
+    """Define an op of torch and return it.
+
+    compute: what the op does, below autograd. fake: its results' shapes, for tracing. function: its gradients, for a
+    forward; ``function.apply`` takes, before the arguments of the op, what computes the forward.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.efft_kernels, name).default
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"efft_kernels::{name}", fake, lib=_library)
+    for device in ("cpu", "cuda"):
+        _library.impl(name, _autocast(op, device, cast=function is not None), f"Autocast{device.upper()}")
+    if function is not None:
+        below, count = functools.partial(below_autograd, op), len(op._schema.arguments)
+
+        def autograd(*args):
+            args += (None,) * (count - len(args))  # the dispatcher leaves out a backend that is None
+            if forward_ad._current_level >= 0:
+                raise RuntimeError(_REFUSAL.format(name))
+            if records(*[a for a in args if isinstance(a, Tensor)]):
+                return function.apply(below, *args)
+            return below(*args)
+
+        _library.impl(name, autograd, "Autograd")
+    return op
+
+
+def _autocast(op, device: str, cast: bool) -> Callable:
+    """A kernel for the autocast key: casts what autocast casts (float64 stays), then runs the op outside autocast"""
+    off = _KeySet(getattr(_Key, f"Autocast{device.upper()}"))
+
+    def kernel(*args):
+        if cast:
+            dtype = torch.get_autocast_dtype(device)
+            args = [
+                a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
+                for a in args
+            ]
+        with _Exclude(off):
+            return op(*args)
+
+    return kernel

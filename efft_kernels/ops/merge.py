@@ -1,0 +1,62 @@
+"""merge_: weight += (down @ up).T in place, for many weights at once."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_floats, check_shape, check_tensors
+from .dispatch import check_backend, register, select
+
+
+def _check(weights, downs, ups) -> None:
+    if not len(weights) == len(downs) == len(ups):
+        raise ValueError(f"weights, downs and ups must be of equal length, got {len(weights)}, {len(downs)}, {len(ups)}")
+    for i, (weight, down, up) in enumerate(zip(weights, downs, ups)):
+        check_floats("weights[0]", weights[0], **{f"weights[{i}]": weight, f"downs[{i}]": down, f"ups[{i}]": up})
+        check_shape(f"weights[{i}]", weight, "N", "K")
+        check_shape(f"downs[{i}]", down, weight.shape[1], "R")
+        check_shape(f"ups[{i}]", up, down.shape[1], weight.shape[0])
+        if any(s == 0 and n > 1 for s, n in zip(weight.stride(), weight.shape)):
+            raise ValueError(f"weights[{i}] must have an address for each value, got an expanded tensor")
+    if len({weight.data_ptr() for weight in weights}) < len(weights):
+        raise ValueError("weights must be distinct, got the same memory twice")
+
+
+def _merge(weights, downs, ups, backend=None):
+    _check(weights, downs, ups)
+    if weights:
+        select("merge_", backend, *weights, *downs, *ups).merge_(weights, downs, ups)
+        torch.autograd.graph.increment_version(weights)  # kernels write through pointers, which autograd does not see
+
+
+def _merge_fake(weights, downs, ups, backend=None):
+    return None
+
+
+_op = register("merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str? backend=None) -> ()", _merge, _merge_fake)
+
+
+def merge_(
+    weights: list[Tensor],  # each [N, K]
+    downs: list[Tensor],  # each [K, R]
+    ups: list[Tensor],  # each [R, N]
+    *,
+    backend: str | None = None,
+) -> None:
+    """weight += (down @ up).T, in place, for all of them in one launch and without a dense update tensor.
+
+    Sums run in float32 (float64 for float64) and are rounded once to the dtype of the weight. A bfloat16 or float16
+    weight cannot hold most of a small update: where that matters, merge into float32.
+
+    Args:
+        weights, downs, ups: lists of equal length, one dtype and one device; the sizes may differ from entry to entry.
+        backend: as in :func:`group_update`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`group_update`, before anything is written.
+    """
+    for what, tensors in (("weights", weights), ("downs", downs), ("ups", ups)):
+        check_tensors(**{f"{what}[{i}]": t for i, t in enumerate(tensors)})
+    if backend is not None:
+        check_backend(backend)
+    with torch.no_grad():
+        _op(list(weights), list(downs), list(ups), backend)
