@@ -502,8 +502,9 @@ def hopper_deviates(kernels, monkeypatch) -> bool:
         x[20, 8] = float("inf") if infinite else 1
         y_plain, p_plain = reference.lowrank_linear(x, weight, bias, down, up)
         dx_plain = dy @ weight + (dy @ up.t()) @ down.t()
-        for single, mode in itertools.product((True, False), Simulated.MODES + Simulated.BY_CHANCE):
-            hopper(monkeypatch, single, 192)
+        plans = itertools.product((192, 128), (True, False), Simulated.MODES + Simulated.BY_CHANCE)
+        for tile, single, mode in plans:
+            hopper(monkeypatch, single, tile)
             kernels.mode(*mode)
             try:
                 y, p = cuda.lowrank_linear(x, weight, bias, down, up)
