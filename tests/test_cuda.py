@@ -502,8 +502,9 @@ def hopper_deviates(kernels, monkeypatch) -> bool:
         x[20, 8] = float("inf") if infinite else 1
         y_plain, p_plain = reference.lowrank_linear(x, weight, bias, down, up)
         dx_plain = dy @ weight + (dy @ up.t()) @ down.t()
-        for single, mode in itertools.product((True, False), Simulated.MODES + Simulated.BY_CHANCE):
-            hopper(monkeypatch, single, 192)
+        plans = itertools.product((192, 128), (True, False), Simulated.MODES + Simulated.BY_CHANCE)
+        for tile, single, mode in plans:
+            hopper(monkeypatch, single, tile)
             kernels.mode(*mode)
             try:
                 y, p = cuda.lowrank_linear(x, weight, bias, down, up)
@@ -579,6 +580,26 @@ def test_a_fault_planted_in_the_passes_is_seen(fault, faulty):
 )
 def test_where_p_is_formed(M, N, R, dup, expected):
     assert cuda.single_pass(M, N, R, cuda.RIDGE[9], dup) is expected
+
+
+@pytest.mark.parametrize(
+    "M, N, K, single, measured",
+    [
+        (12608, 2304, 768, True, (192, 128)),  # qkv of ViT-B: within 1 % of one another
+        (12608, 768, 768, True, (192,)),
+        (12608, 3072, 768, True, (128,)),
+        (12608, 768, 3072, True, (192,)),
+        (200704, 288, 96, True, (192,)),
+        (200704, 384, 96, True, (192,)),
+        (200704, 96, 384, True, (96, 128)),
+        (50176, 576, 192, True, (128,)),
+        (12544, 1152, 384, True, (128,)),
+        (12608, 768, 2304, False, (192,)),
+        (12608, 3072, 768, False, (128, 256)),
+    ],
+)
+def test_the_formula_takes_the_tile_that_was_fastest_on_an_h200(M, N, K, single, measured):
+    assert cuda.hopper_tile(M, N, K, 16, single) in measured
 
 
 def test_tiles_fill_a_gpu():

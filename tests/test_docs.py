@@ -19,9 +19,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benc
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 # what a page may name that a checkout does not have: examples of a user's own files
 PATH = re.compile(r"(?:efft_kernels|csrc|benchmarks|tests|docs|examples|\.ci)/[\w./-]*[\w/]")
-# described already, and on its way
-ARRIVING = {"efft_kernels/ops/", "efft_kernels/ops/dispatch.py"}
-ARRIVING |= {"benchmarks/vtab1k.py", "benchmarks/ablation.py", "benchmarks/subspace.py"}
 
 
 def text_of(page: Path) -> str:
@@ -67,7 +64,7 @@ def test_paths_exist(page):
     for line in text_of(page).splitlines():
         if "http" not in line and "<gpu>" not in line and "NAME" not in line:
             for path in PATH.findall(line):
-                assert (ROOT / path).exists() or path in ARRIVING, f"{page.name} names {path}"
+                assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 @pages

@@ -1,4 +1,4 @@
-// AVX2 with FMA: 16 registers of 32 bytes hold a 6 x 16 tile of sums.
+// AVX2 with FMA: a 6 x 16 tile of accumulators in the 16 registers of 32 bytes.
 #include "headers.h"
 
 #if defined(__x86_64__)

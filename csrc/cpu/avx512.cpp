@@ -1,4 +1,4 @@
-// AVX-512: 32 registers of 64 bytes hold a 14 x 32 tile of sums.
+// AVX-512: a 14 x 32 tile of accumulators in the 32 registers of 64 bytes.
 #include "headers.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,5 @@
-// AVX-512 with the dot product of bfloat16: twice the arithmetic per instruction. other types as in avx512.cpp.
+// AVX-512 with the bfloat16 dot product (vdpbf16ps): twice the arithmetic per instruction. for other dtypes as
+// avx512.cpp.
 #include "headers.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// the operators torch sees: checks, allocation, registration. the only file with torch headers, those of the stable ABI.
+// the torch operators: checks, allocation, registration. the only file that includes torch headers (the stable ABI's).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 
 namespace efft {
 
-// torch hands out ranges; one counter lets a thread that is done early take what is left
+// torch splits the range statically; a shared counter balances the load between threads
 void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min(count, thread_count());
@@ -83,7 +83,7 @@ void check(const char* name, const Tensor& t, const Tensor& like, std::initializ
   STD_TORCH_CHECK(good, name, " must be [", wanted, "], got [", got, "]");
 }
 
-// before a size of it is asked for
+// to be called before the tensor's sizes are read
 void check_dim(const char* name, const Tensor& t, int64_t dim) {
   STD_TORCH_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions, got ", t.dim());
 }
@@ -105,7 +105,7 @@ View transposed(View v) {
   return v;
 }
 
-// weight [N, K] -> panels of weight.T [K, N], or of weight itself for the backward
+// packs weight [N, K]: panels of weight.T [K, N], or of weight itself for the backward
 Tensor pack(const Tensor& weight, bool for_backward) {
   check_dim("weight", weight, 2);
   check_sizes({weight.size(0), weight.size(1)});
@@ -125,7 +125,7 @@ void check_packed(const Tensor& packed, Dtype dtype, int64_t K, int64_t N) {
                   "packed must be pack()'s result for this weight");
 }
 
-// a number that changes when the values do: FNV-1a over the diagonals that meet every row and every column once
+// a hash that changes with the values: FNV-1a over wrapped diagonals, which visit every row and every column
 int64_t fingerprint(const Tensor& t) {
   check_dim("weight", t, 2);
   dtype_of(t);
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,       // [M, K]
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
-// each of dx, ddown, dup if what only it reads is there: packed, x, p
+// dx, ddown, dup are computed if packed, x, p are given, respectively
 std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
                                             const std::optional<Tensor>& packed,  // weight [N, K]
                                             const std::optional<Tensor>& x,       // [M, K]
@@ -207,7 +207,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   return grads;
 }
 
-// down [A, K, R] or up [A, R, N]: the matrix of the first adapter
+// the first adapter's matrix of down [A, K, R] or up [A, R, N]
 View first_adapter(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2)}; }
 
 void set_adapters(LowRank& g, const Tensor& ids, int64_t A) {
@@ -219,7 +219,7 @@ void set_adapters(LowRank& g, const Tensor& ids, int64_t A) {
   for (int64_t i = 0; i < g.B; ++i) STD_TORCH_CHECK(g.ids[i] < A, "ids must be below ", A, ", got ", g.ids[i]);
 }
 
-// lowrank_linear, every run of M / B rows with the pair of its own id
+// lowrank_linear where the M / B rows of each sample use the down and up of its id
 std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,       // [M, K]
                                         const Tensor& packed,  // weight.T [K, N]
                                         const std::optional<Tensor>& bias,  // [N]
@@ -247,7 +247,7 @@ std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,       // [M, K]
   return {y, p};
 }
 
-// as lowrank_linear_backward
+// see lowrank_linear_backward
 std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     // [M, N]
                                           const std::optional<Tensor>& packed,  // weight [N, K]
                                           const std::optional<Tensor>& x,       // [M, K]
@@ -288,7 +288,7 @@ std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     
   return grads;
 }
 
-// sigma [S, P, Q] or dup [S, P, N] as rows: p * S + s, or s * P + p
+// sigma [S, P, Q] or dup [S, P, N] as a matrix: row p * S + s, or row s * P + p
 View rows_by_p(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(2), t.size(0), t.stride(1)}; }
 View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2), t.size(1), t.stride(0)}; }
 

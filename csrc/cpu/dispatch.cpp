@@ -1,4 +1,4 @@
-// which instruction sets this processor has.
+// finds the instruction sets that this processor supports.
 #include "kernels.h"
 
 namespace efft {

@@ -1,4 +1,4 @@
-// what every instruction set's file includes before it switches its target on: the standard library stays portable.
+// included by every instruction set's file before it enables its target, so that the standard library stays portable.
 #pragma once
 
 #include <algorithm>

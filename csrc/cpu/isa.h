@@ -1,6 +1,6 @@
 // the kernels of one instruction set. the including file defines VB (bytes of a vector), MR (rows of a tile, even) and
-// EFFT_DOT (1: products of bfloat16 are dot products of pairs), and switches the target on before it includes this file.
-// everything has internal linkage, or the linker could give one set's code to another.
+// EFFT_DOT (1: bfloat16 is multiplied by dot products of pairs), and enables the target before it includes this file.
+// everything has internal linkage; otherwise the linker could merge the functions of different instruction sets.
 
 #define EFFT_INLINE __attribute__((always_inline)) inline
 #define EFFT_INLINE_LAMBDA __attribute__((always_inline))

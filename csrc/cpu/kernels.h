@@ -1,4 +1,4 @@
-// what bindings.cpp may launch. shapes are comments, torch stays out: kernels and their test harness compile without it.
+// the interface between bindings.cpp and the kernels. without torch, so that kernels can be compiled and tested alone.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace efft {
 
 enum class Dtype { f32, f64, bf16, f16 };
 
-// a matrix in memory. element (i, j) lies at  (i / group) * outer + (i % group) * row + j * col  elements:
-// `group` lets two leading dimensions with strides of their own serve as one dimension of rows.
+// a matrix in memory. element (i, j) is at offset  (i / group) * outer + (i % group) * row + j * col:  `group` combines
+// two leading dimensions with separate strides into one dimension of rows.
 struct View {
   const void* data = nullptr;
   int64_t row = 0;
@@ -29,44 +29,44 @@ struct View {
 // group backward:                  a = dup, d = v.T, p = dsigma, q = sigma, qa = dv
 // merge:                           a = up.T, b = down.T, c = weight, c_adds
 //
-// a mixed batch has A adapters and B samples of M / B rows each: the rows of a sample use the d and the u of its adapter,
-// and qa and xp hold the sums over the rows of each adapter, zeros for one that no sample has.
+// a mixed batch has A adapters and B samples of M / B rows each. the rows of a sample use the d and u of its adapter,
+// and qa and xp hold one sum per adapter, over the rows of its samples: zeros for an adapter without samples.
 //
-// a pointer that is null means: not wanted, or (inputs) not there.
+// a null pointer means that an output is not wanted or an input is absent.
 struct LowRank {
   int64_t M = 0, K = 0, N = 0, R = 0;
   View a;                   // [M, K]
   const void* b = nullptr;  // [K, N] as packed by pack()
   View d;                   // [K, R]
-  View u;                   // [R, N], its data null: c has no low-rank term
+  View u;                   // [R, N]; null: c has no low-rank term
   View bias;                // [1, N]
   View q;                   // [M, R]
   View x;                   // [M, N]
   double scale = 1.0;       // multiplies every output
-  bool c_adds = false;      // c += instead of c =, and then without a bias
+  bool c_adds = false;      // c += instead of c =; not together with a bias
   View c;                   // [M, N]
   void* p = nullptr;        // [M, R]  contiguous
   void* qa = nullptr;       // [R, K]  contiguous; [A, R, K] if mixed
   void* xp = nullptr;       // [N, R]  contiguous; [A, N, R] if mixed
-  const int64_t* ids = nullptr;         // [B]  the adapters of a mixed batch; below zero: none
+  const int64_t* ids = nullptr;         // [B]  adapter of each sample, negative for none; null: not a mixed batch
   int64_t A = 1, B = 0;
-  int64_t d_adapter = 0, u_adapter = 0;  // elements from the d or u of one adapter to that of the next
+  int64_t d_adapter = 0, u_adapter = 0;  // stride between the d (u) of adapters, in elements
 };
 
 // the kernels of one instruction set
 struct Kernels {
   const char* name;
-  // bytes of the packed form of b [K, N]
+  // size in bytes of packed b [K, N]
   int64_t (*packed_bytes)(Dtype, int64_t K, int64_t N);
-  // b [K, N] -> panels
+  // packs b [K, N] into panels
   void (*pack)(Dtype, const View& b, int64_t K, int64_t N, void* panels);
   void (*lowrank)(Dtype, const LowRank&);
 };
 
-// the instruction sets that this processor can run, the fastest first; ends with a null pointer
+// the kernels this processor can run, fastest first, terminated by a null pointer
 const Kernels* const* available_kernels();
 
-// runs task(0) ... task(count - 1) on as many threads as the host program allows, in any order. the host defines it.
+// runs task(0) ... task(count - 1) in any order, on thread_count() threads. both are defined by the host program.
 void parallel_for(int64_t count, const std::function<void(int64_t)>& task);
 int64_t thread_count();
 

@@ -1,12 +1,12 @@
-// LowRank (kernels.h) over blocks of rows: a block is brought into the L2 cache once, and everything is made from it there.
+// LowRank (kernels.h) by blocks of rows: a block is loaded into the L2 cache once, for all outputs.
 
-// K cells in chunks of equal length, the chunks in blocks: one block of chunks of one block of rows is in the cache at a
-// time
+// splits K cells into chunks of equal length, and the chunks into blocks: the cache holds one block of chunks of one
+// block of rows at a time
 struct Chunks {
   int64_t K, length, count, per_block;
 
   Chunks(int64_t K, int64_t length) : K(K), length(length), count((K + length - 1) / length), per_block(1) {}
-  // a chunk is a multiple of `unit` long, and so is `most`
+  // the length of a chunk is a multiple of `unit`, at most `most`, which is one too
   Chunks(int64_t K, int64_t most, int64_t unit, int64_t most_per_block) : Chunks(K, most) {
     const int64_t blocks = (count + most_per_block - 1) / most_per_block;
     length = ((K + count - 1) / count + unit - 1) / unit * unit;
@@ -17,7 +17,7 @@ struct Chunks {
   int64_t size(int64_t i) const { return std::min(length, K - i * length); }
 };
 
-// memory for intermediate results. never shrinks: it belongs to a thread and is used again at every call
+// memory for intermediate results. it never shrinks: each thread reuses its own in every call
 class Scratch {
  public:
   explicit Scratch(size_t bytes) : data_(static_cast<char*>(operator new(bytes, std::align_val_t(64)))), bytes_(bytes) {}
@@ -44,11 +44,11 @@ class LowRankPass {
   static constexpr int PER = Shape<T>::PER, RT = Shape<T>::RT;
   static_assert(sizeof(Cell<T>) == sizeof(S) && MR % 2 == 0 && KC % NR == 0 && VL % RT == 0, "what is assumed below");
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
-  // of the L2 cache, through which the panels pass too: 512 KB and more, 1 MB and more where there is AVX-512
+  // part of the L2 cache, which the panels stream through as well: it has at least 512 KB, with AVX-512 at least 1 MB
   static constexpr int64_t BLOCK_BYTES = (VB == 64 ? 480 : 320) * 1024;
-  static constexpr size_t MOST_KEPT = 16 << 20;       // of memory, per thread that calls
-  static constexpr int64_t MOST_SPLITS = 16;          // of the sums over rows
-  static constexpr int64_t MOST_JOINED = 64;          // steps of p that continue a chunk of a
+  static constexpr size_t MOST_KEPT = 16 << 20;       // bytes of memory kept per calling thread
+  static constexpr int64_t MOST_SPLITS = 16;          // partial results of a sum over rows
+  static constexpr int64_t MOST_JOINED = 64;          // largest R whose steps continue a chunk of a
 
  public:
   explicit LowRankPass(const LowRank& g)
@@ -59,7 +59,7 @@ class LowRankPass {
         r_width_(g.R <= VL ? VL : NR),
         r_panels_((g.R + r_width_ - 1) / r_width_),
         blocked_((chunks_.count + chunks_.per_block - 1) / chunks_.per_block > 1) {
-    // neighbouring samples of one adapter are one run of rows. a block lies inside a run: it has one d and one u
+    // adjacent samples of one adapter form a run of rows. a block never crosses runs, so it has one d and one u
     if (!g.ids) adapters_.push_back({0}), add_run(0, g.M, 0);
     for (int64_t i = 0, end; i < g.B; i = end) {
       for (end = i + 1; end < g.B && g.ids[end] == g.ids[i]; ++end) continue;
@@ -78,7 +78,7 @@ class LowRankPass {
         bytes(g_.xp ? splits * sums_size(g_.N) * sizeof(S) : 0),
     };
     const size_t all = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4];
-    // kept for the next call, unless it is much: fresh memory costs a page fault per 4 KB
+    // kept for the next call unless it is large, because fresh memory costs a page fault per 4 KB
     thread_local Scratch kept(64);
     Scratch own(all > MOST_KEPT ? all : 64);
     char* at = static_cast<char*>(all > MOST_KEPT ? own.at_least(all) : kept.at_least(all));
@@ -93,7 +93,8 @@ class LowRankPass {
     for (int64_t j = 0; j < panels_ * NR; ++j) {
       bias_[j] = g_.bias.data && j < g_.N ? load_one(static_cast<const T*>(g_.bias.data) + j * g_.bias.col) : S{0};
     }
-    // few rows: the columns of c are shared out as well. each share packs its rows for itself, none waits
+    // with few rows, the columns of c are divided into shares as well. each share packs its rows again, without waiting
+    // for another
     int64_t shares = 1;
     if (g_.c.data && splits > 0) shares = std::min((thread_count() + splits - 1) / splits, (panels_ + 7) / 8);
     parallel_for(splits * shares, [&](int64_t i) {
@@ -109,11 +110,12 @@ class LowRankPass {
   }
 
  private:
-  // an adapter that rows use; its number among those is its slot. types of our own in every vector: see isa.h
+  // an adapter that has rows; its index in adapters_ is its slot. a type of this namespace, not int64_t, because the
+  // linker could merge std::vector<int64_t> of different instruction sets (isa.h)
   struct Adapter {
     int64_t id;
   };
-  // rows that one task goes through, in blocks, for one sum over rows
+  // the rows of one task, which it visits in blocks; its partial sums over rows are separate
   struct Split {
     int64_t row0, rows, block_rows, slot;
   };
@@ -124,19 +126,19 @@ class LowRankPass {
     return slot;
   }
 
-  // a run of rows in splits, each of blocks of equal height (to a row or two: their last tiles are lower), by the shapes
-  // alone: sums over rows come out the same whatever the number of threads
+  // divides a run of rows into splits of blocks of equal height (up to two rows: the last tile is lower). this depends
+  // on shapes alone, so sums over rows are bitwise the same for any number of threads
   void add_run(int64_t row0, int64_t count, int64_t slot) {
     const int64_t tiles = (count + MR - 1) / MR, all = (g_.M + MR - 1) / MR;
     const int64_t most = std::max<int64_t>(1, BLOCK_BYTES / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
     int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
     const bool sums_rows = g_.qa || g_.xp;
-    // an even number, for two threads, where no other run makes up for it; one alone is shared out by columns
+    // an even number of blocks balances two threads, where no other run does; a single block is shared by columns
     if (!g_.ids && (blocks > 1 || (sums_rows && tiles > 8))) blocks += blocks % 2;
     int64_t block_rows = ((count + blocks - 1) / blocks + 1) / 2 * 2;
-    if (block_rows % MR == 2 && blocks > 1) block_rows += 2;  // a tile of two rows waits for its own sums
+    if (block_rows % MR == 2 && blocks > 1) block_rows += 2;  // two rows do not hide the FMA latency
     if (!block_rows) return;
-    // so many blocks to a split that all rows, were they one run, would make no more than MOST_SPLITS
+    // blocks per split such that all rows, as a single run, would be at most MOST_SPLITS splits
     const int64_t total = g_.ids ? (all + most - 1) / most : (g_.M + block_rows - 1) / block_rows;
     const int64_t step = sums_rows ? (total + MOST_SPLITS - 1) / MOST_SPLITS * block_rows : block_rows;
     for (int64_t done = 0; done < count; done += step) {
@@ -168,11 +170,12 @@ class LowRankPass {
 
   static size_t bytes(int64_t n) { return size_t((n + 63) / 64 * 64 + 64); }
 
-  // sums over rows of one split: [R, in multiples of RT][K, in multiples of NR]
+  // size of one split's sums over rows: [R rounded up to RT][K rounded up to NR]
   int64_t sums_size(int64_t K) const { return (g_.R + RT - 1) / RT * RT * sums_row(K); }
   static int64_t sums_row(int64_t K) { return (K + NR - 1) / NR * NR; }
 
-  // everything for rows row0 ... row0 + count, and columns [panel0, panel1) of c. `first` share: p and the sums as well
+  // all outputs for rows row0 ... row0 + count, with panels [panel0, panel1) of c. only the `first` share of the rows
+  // stores p and the sums
   void rows(int64_t row0, int64_t count, int64_t panel0, int64_t panel1, bool first, int64_t slot, int64_t split,
             bool adds) {
     const int64_t tiles = (count + MR - 1) / MR, padded = tiles * MR;
@@ -183,11 +186,11 @@ class LowRankPass {
     Cell<T>* const a = static_cast<Cell<T>*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3]) * sizeof(S)));
     Cell<T>* const p_chunks = a + chunks_.per_block * chunk_size;  // [r chunk][row][PITCH]
     S* const p = reinterpret_cast<S*>(a + sizes[0]);               // [r panel][row][r_width]
-    Cell<T>* const q = a + sizes[0] + r_panels_ * r_strip_size;    // [r panel][row, or two][r_width]
+    Cell<T>* const q = a + sizes[0] + r_panels_ * r_strip_size;    // [r panel][row, or pair][r_width]
     S* const strips = p + sizes[1];                                // [panel][row][NR]
     S* const edge = strips + sizes[2];                             // [MR][NR]
 
-    // rows without an adapter have a p of zeros, and no part in the sums
+    // rows without an adapter have p = 0 and do not contribute to the sums
     const bool adapted = slot >= 0, sums = first && adapted;
     if (!adapted) std::fill_n(p, r_panels_ * r_strip_size, S{0});
     if (g_.qa && sums) load_factors(g_.q, row0, count, q);
@@ -227,7 +230,7 @@ class LowRankPass {
     }
   }
 
-  // p as rows of cells, for the product with u, and as an output
+  // converts p to rows of cells for the product with u, and stores it as an output
   void finish_p(int64_t row0, int64_t count, int64_t padded, bool first, const S* p, Cell<T>* p_chunks) const {
     for (int64_t r = 0; r < r_panels_; ++r) {
       const int64_t cell = r * r_width_ / PER, columns = std::min<int64_t>(r_width_, g_.R - r * r_width_);
@@ -235,7 +238,7 @@ class LowRankPass {
         const S* src = p + (r * padded + i) * r_width_;
         Cell<T>* cells = p_chunks + (cell / KC * padded + i) * PITCH + cell % KC;
         pack_sums<T>(src, r_width_, cells);
-        // what stands beyond the last column is a multiple of zero: nan if x has an infinity
+        // the columns from R on are multiples of zero, hence nan if x has an infinity
         if constexpr (dots<T>) {
           if (columns % PER) cells[columns / PER] &= 0xffff;
         }
@@ -246,15 +249,15 @@ class LowRankPass {
     }
   }
 
-  // panel j of c for a block of rows, over chunks [chunk0, chunk1) of K and, after the last, over R
+  // panel j of c for a block of rows: sums over chunks [chunk0, chunk1) of K and, after the last chunk, over R
   void columns(int64_t row0, int64_t count, int64_t j, int64_t chunk0, int64_t chunk1, const Cell<T>* a,
                int64_t chunk_size, const Cell<T>* p_chunks, int64_t slot, S* strip, S* edge) {
     const Panel<T>* b = static_cast<const Panel<T>*>(g_.b) + j * panel_size<T>(g_.K);
     const Panel<T>* u = u_ + std::max<int64_t>(slot, 0) * u_size() + j * panel_size<T>(g_.R);
     const bool last = chunk1 == chunks_.count;
     const int64_t r_count = last && g_.u.data && slot >= 0 ? r_chunks_.count : 0;
-    // p continues the last chunk of a if it is short, for a tile's start and end cost as much as some 16 steps. a long
-    // one is a pass of its own, or the chain of roundings would get longer than a chunk
+    // a short p is appended to the last chunk of a, because the start and end of a tile cost as much as about 16 steps.
+    // a long p is a separate pass, otherwise the chain of roundings would exceed a chunk
     const bool joined = r_count > 0 && g_.R <= MOST_JOINED;
     const int64_t k_count = chunk1 - chunk0, passes = k_count + (joined ? 0 : r_count);
     for (int64_t i = 0; i < passes; ++i) {
@@ -267,7 +270,7 @@ class LowRankPass {
       };
       Steps<T> first = i < k_count ? k_steps(i) : r_steps(i - k_count);
       Steps<T> then = ends && joined ? r_steps(0) : Steps<T>{};
-      // the tiles fetch the next chunk of the panel, and if they are many the last of them the next rows
+      // the tiles prefetch the next chunk of the panel; if there are many, the last ones prefetch the next rows instead
       const char* const next = reinterpret_cast<const char*>(first.b + first.count * NR);
       const int64_t next_bytes = first.count * NR * int64_t(sizeof(Panel<T>)), tiles = (count + MR - 1) / MR;
       const int64_t lines = std::max<int64_t>(1, next_bytes / (tiles * (first.count / 4 + 1) * 64));
@@ -278,7 +281,7 @@ class LowRankPass {
         const S* in = starts ? bias_ + j * NR : kept;
         int64_t in_row = starts ? 0 : NR;
         T* const c_tile = ends ? c_at(row0 + t * MR, j * NR) : nullptr;
-        // what c is added to takes the place of the bias, if one pass does it all
+        // with c_adds and a single pass, the old c takes the place of the bias
         const bool direct = ends && stores_directly(count - t * MR, j) && (!g_.c_adds || starts);
         if (direct && g_.c_adds) in = reinterpret_cast<const S*>(c_tile), in_row = g_.c.row;
         S* out = direct ? reinterpret_cast<S*>(c_tile) : ends ? edge : kept;
@@ -299,14 +302,14 @@ class LowRankPass {
     return static_cast<T*>(const_cast<void*>(g_.c.data)) + i * g_.c.row + j * g_.c.col;
   }
 
-  // c is written one cache line a row: fetch those of the next panel, or the stores would wait for memory
+  // c is written one cache line per row: prefetch those of the next panel, otherwise the stores wait for memory
   void prefetch_columns(const T* c_tile, int64_t rows, int64_t next) const {
     if (next >= g_.N || g_.c.col != 1) return;
     for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(c_tile + i * g_.c.row + NR, 1);
   }
 
   bool stores_directly(int64_t rows, int64_t j) const {
-    const bool fits = rows >= MR || rows % 2 == 0;  // the tile is no higher than that
+    const bool fits = rows >= MR || rows % 2 == 0;  // otherwise the tile has one more row
     return std::is_same_v<T, S> && fits && (j + 1) * NR <= g_.N && g_.c.col == 1 && g_.scale == 1.0;
   }
 
@@ -330,7 +333,7 @@ class LowRankPass {
     }
   }
 
-  // q [M, R] as factors of sums over rows: [r panel][row, or two of them][r_width], zeros in what is not there
+  // copies q [M, R] to the layout of transposed_tiles: [r panel][row, or pair of rows][r_width], padded with zeros
   void load_factors(const View& q, int64_t row0, int64_t count, Cell<T>* factors) const {
     const int64_t padded = (count + MR - 1) / MR * MR;
     for (int64_t r = 0; r < r_panels_; ++r) {
@@ -349,7 +352,7 @@ class LowRankPass {
     }
   }
 
-  // p as such factors: itself, or two of its rows to a cell in `pairs`
+  // p in the same layout: p itself, or, with dot products, `pairs` with two of its rows per cell
   const Cell<T>* pair_rows(const S* p, int64_t padded, Cell<T>* pairs) const {
     if constexpr (dots<T>) {
       for (int64_t i = 0; i < r_panels_ * padded; i += 2) {
@@ -364,7 +367,7 @@ class LowRankPass {
     }
   }
 
-  // this split's sums for columns k0 ... of a chunk:  sums[split][r][k] (+)= factors.T @ chunk
+  // the split's sums for the columns of a chunk from k0 on:  sums[split][r][k] (+)= factors.T @ chunk
   void transposed(const Cell<T>* chunk, const Cell<T>* factors, int64_t rows, int64_t k0, int64_t columns, S* sums,
                   int64_t split, int64_t K, bool adds) const {
     const int64_t padded = (rows + MR - 1) / MR * MR, even = (rows + 1) / 2 * 2;
@@ -376,7 +379,7 @@ class LowRankPass {
     }
   }
 
-  // out[k, r] = scale * sum over splits, in their order; one such matrix for each adapter
+  // out[k, r] = scale * sum over an adapter's splits, in order; one such matrix per adapter
   void reduce(const S* sums, int64_t K, T* out, int64_t out_k, int64_t out_r) const {
     constexpr int64_t STEP = 64;
     const int64_t steps = (K + STEP - 1) / STEP;
@@ -404,13 +407,13 @@ class LowRankPass {
   const LowRank& g_;
   const Chunks chunks_, r_chunks_;
   const int64_t panels_;
-  const int64_t r_width_, r_panels_;  // panels of R columns are narrow where one vector holds them all
-  const bool blocked_;  // K takes several blocks: unfinished strips of all panels are kept
+  const int64_t r_width_, r_panels_;  // panels over R are narrow if one vector holds all columns
+  const bool blocked_;  // K needs several blocks: partial sums of all panels are kept
   std::vector<Adapter> adapters_;
   std::vector<Split> splits_;
   Panel<T>* d_ = nullptr;  // [slot][r panel][K][r_width]
   Panel<T>* u_ = nullptr;  // [slot][panel][R][NR]
   S* bias_ = nullptr;      // [panel][NR]
-  S* qa_ = nullptr;        // [split][R][K], as sums_size() and sums_column() have it
+  S* qa_ = nullptr;        // [split][R][K], in the layout of sums_size() and sums_column()
   S* xp_ = nullptr;        // [split][R][N]
 };

@@ -1,19 +1,19 @@
-// memory -> the two forms that tile() reads: chunks of rows, and panels of columns.
+// packing into the two layouts that tile() reads: chunks of rows and panels of columns.
 
 template <class T>
 const T* row_of(const View& v, int64_t i) {
   return static_cast<const T*>(v.data) + (i / v.group) * v.outer + (i % v.group) * v.row;
 }
 
-// chunk[i, k] = a[row0 + i, k0 + k]      i < rows, k < columns; zeros in the rest of a row's last cell, and in the rows
-// up to the next multiple of MR
+// chunk[i, k] = a[row0 + i, k0 + k]      i < rows, k < columns; the rest of a row's last cell and the rows up to the
+// next multiple of MR are zeros
 template <class T>
 EFFT_NOINLINE void pack_chunk(const View& a, int64_t row0, int64_t rows, int64_t k0, int64_t columns, Cell<T>* chunk) {
   constexpr int PITCH = Shape<T>::PITCH, PER = Shape<T>::PER;
-  using E = std::conditional_t<dots<T>, T, Sum<T>>;  // a number in a chunk
+  using E = std::conditional_t<dots<T>, T, Sum<T>>;  // type of a number in a chunk
   constexpr int VL = dots<T> ? VB / sizeof(T) : Shape<T>::VL;
   const auto at = [&](int64_t i) { return reinterpret_cast<E*>(chunk + i * PITCH); };
-  const int64_t k_step = std::abs(a.col) > std::abs(a.row) ? 1 : columns;  // walk along the smaller stride
+  const int64_t k_step = std::abs(a.col) > std::abs(a.row) ? 1 : columns;  // iterate along the smaller stride
   for (int64_t from = 0; from < columns; from += k_step) {
     for (int64_t i = 0; i < rows; ++i) {
       const T* src = row_of<T>(a, row0 + i) + k0 * a.col;
@@ -40,7 +40,7 @@ EFFT_NOINLINE void pack_chunk(const View& a, int64_t row0, int64_t rows, int64_t
   for (int64_t i = rows; i % MR; ++i) std::fill_n(chunk + i * PITCH, PITCH, Cell<T>{0});
 }
 
-// cells of sums: themselves, or each two neighbours of a row in one cell
+// converts sums to cells: a copy, or two adjacent columns per cell
 template <class T>
 void pack_sums(const Sum<T>* sums, int64_t count, Cell<T>* to) {
   if constexpr (dots<T>) {
@@ -50,7 +50,7 @@ void pack_sums(const Sum<T>* sums, int64_t count, Cell<T>* to) {
   }
 }
 
-// one number of memory as a panel that is not of dot products holds it
+// converts one element to a panel's type; not for dot products
 template <class T>
 Panel<T> panel_element(const T* p) {
   if constexpr (std::is_same_v<T, Panel<T>>) {
@@ -60,7 +60,7 @@ Panel<T> panel_element(const T* p) {
   }
 }
 
-// W neighbours of a row of memory, and with dot products those of the next, where `left` rows there are, as cells
+// packs W elements of a row, with dot products together with those of the next row if `left` > 1 rows remain
 template <class T, int W>
 EFFT_INLINE void pack_row(const T* src, int64_t row, int64_t left, Panel<T>* panel) {
   for (int j = 0; j < W; j += Shape<T>::VL) {
@@ -75,7 +75,7 @@ EFFT_INLINE void pack_row(const T* src, int64_t row, int64_t left, Panel<T>* pan
   }
 }
 
-// panel[k, j] = b[k, column0 + j]      k < K, j < VECS * VL; zeros in the columns from N on
+// panel[k, j] = b[k, column0 + j]      k < K, j < VECS * VL; columns from N on are zeros
 template <class T, int VECS>
 EFFT_NOINLINE void pack_panel(const View& b, int64_t K, int64_t N, int64_t column0, Panel<T>* panel) {
   constexpr int W = VECS * Shape<T>::VL, PER = Shape<T>::PER;
@@ -85,7 +85,7 @@ EFFT_NOINLINE void pack_panel(const View& b, int64_t K, int64_t N, int64_t colum
     for (int64_t k = 0; k < K; k += PER) pack_row<T, W>(src + k * b.row, b.row, K - k, panel + k / PER * W);
     return;
   }
-  constexpr int64_t STEP = 16 * PER;  // rows at a time: a cache line of a source that is contiguous along k
+  constexpr int64_t STEP = 16 * PER;  // rows at a time: one cache line if the source is contiguous along k
   for (int64_t k0 = 0; k0 < K; k0 += STEP) {
     const int64_t end = std::min(K, k0 + STEP);
     for (int j = 0; j < W; ++j) {
@@ -114,7 +114,7 @@ int64_t panels_of(int64_t columns) {
   return (columns + Shape<T>::NR - 1) / Shape<T>::NR;
 }
 
-// numbers that a packed b [K, N] takes, its panels one after the other, each [cells(K), NR]
+// elements of one panel [cells(K), NR]; a packed b [K, N] is panels_of(N) of them in a row
 template <class T>
 int64_t panel_size(int64_t K) {
   return cells<T>(K) * Shape<T>::NR;

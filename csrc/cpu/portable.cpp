@@ -1,4 +1,4 @@
-// any processor: vectors of 16 bytes, as SSE2 and NEON have them.
+// any processor: vectors of 16 bytes, the size of SSE2 and NEON.
 #include "headers.h"
 
 #define VB 16

@@ -1,5 +1,5 @@
-// vectors of VB bytes as the compiler's own vector type, and the conversions between memory and sums.
-// included once per instruction set, inside that set's target pragma and anonymous namespace.
+// vectors of VB bytes as the compiler's vector extension, and conversions between the dtypes and the accumulation type.
+// included once per instruction set, inside its target pragma and an anonymous namespace.
 
 struct Bf16 {
   uint16_t bits;
@@ -8,7 +8,7 @@ struct Half {
   uint16_t bits;
 };
 
-// the type sums are kept in
+// the accumulation type
 template <class T>
 struct SumOf {
   using type = float;
@@ -47,12 +47,12 @@ EFFT_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// widen / narrow: U is U32 and F the matching float vector, or their scalar counterparts in vectors of one
+// widen, narrow: between float and 16-bit floats, whose bits are in the lower halves of 32-bit lanes
 
 EFFT_INLINE Vec<float> widen(Bf16, U32 h) { return bit_cast<Vec<float>>(h << 16); }
 
 EFFT_INLINE Vec<float> widen(Half, U32 h) {
-  // exponent and mantissa moved to their float places mean the value times 2^-112, subnormals included
+  // exponent and mantissa shifted to their positions in a float are the value times 2^-112, also for subnormals
   const U32 magnitude = (h & 0x7fff) << 13;
   U32 bits = bit_cast<U32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
   bits |= (magnitude >= 0x0f800000) & 0x7f800000;  // infinity and nan keep the largest exponent
@@ -69,7 +69,7 @@ EFFT_INLINE U32 narrow(Bf16, Vec<float> f) {
 EFFT_INLINE U32 narrow(Half, Vec<float> f) {
   const U32 u = bit_cast<U32>(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
   const U32 normal = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;
-  // adding 0.5 leaves the value in units of 2^-24, the spacing of subnormals, in the low bits, rightly rounded
+  // adding 0.5 rounds the value to multiples of 2^-24, the spacing of subnormals, and leaves it in the low bits
   const U32 subnormal = bit_cast<U32>(bit_cast<Vec<float>>(a) + 0.5f) - 0x3f000000;
   const U32 tiny = a < 0x38800000, huge = a >= 0x477ff000, nan = a > 0x7f800000;
   U32 h = (subnormal & tiny) | (normal & ~tiny);
@@ -78,7 +78,7 @@ EFFT_INLINE U32 narrow(Half, Vec<float> f) {
   return h | sign;
 }
 
-// load_sum: VL neighbouring elements of memory as sums;  store_sum: the way back, rounded to nearest even
+// load_sum: VL adjacent elements in the accumulation type;  store_sum: the reverse, rounded to nearest even
 
 template <class T>
 EFFT_INLINE Vec<Sum<T>> load_sum(const T* p) {
@@ -115,7 +115,7 @@ EFFT_INLINE void store_one(T* p, Sum<T> s) {
 }
 
 #if EFFT_DOT
-// sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]: lanes of a and b hold two bfloat16 each
+// sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]; each lane of a and b holds two bfloat16
 EFFT_INLINE Vec<float> dot(const Vec<float>& sum, const U32& a, const U32& b) {
 #ifdef EFFT_DOT_EMULATED
   const U32 upper = U32{} + 0xffff0000u;

@@ -25,7 +25,6 @@ constexpr int CELLS = LINE / 2;   // 16-bit numbers in it
 constexpr int ALIGNMENT = 1024;   // of tiles: the swizzle goes by bits 4 to 9 of an address
 constexpr int WARP_ROWS = 16;     // of y, which a warp of a consumer holds and stores
 constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
-constexpr int LAG = 2;            // steps by which the second consumer starts behind the first
 static_assert(CELLS == BK, "a row of a tile has the terms of a step");
 
 struct HopperLinear {
@@ -37,12 +36,19 @@ struct HopperLinear {
 };
 
 // A tile of y: 128 rows by BN columns. RANKS as in linear.h: p is formed for up to that many ranks, or read (0).
-template <int BN_, int CLUSTER_, int RANKS_>
+//
+// CLUSTER blocks side by side share the rows of x. Either the two consumers take 64 rows each of one tile, or each takes
+// tiles of its own in turn (ALTERNATE), so that one stores y while the other keeps the tensor cores busy; that needs
+// twice the accumulators, so the columns are fewer.
+template <int BN_, int CLUSTER_, int RANKS_, bool ALTERNATE_>
 struct HopperTile {
   static constexpr int BM = 128, BN = BN_, CLUSTER = CLUSTER_, RANKS = RANKS_;
+  static constexpr bool ALTERNATE = ALTERNATE_;
   // w and down, one below the other, are one operand: p is formed by more columns of the same instruction
   static constexpr int COLUMNS = BN + RANKS;
   static constexpr int X = BM * LINE, W = COLUMNS * LINE, STAGE = X + W;  // bytes
+  static constexpr int BLOCKS = ALTERNATE ? 2 : 1;                        // of 64 rows that a consumer has
+  static constexpr int READERS = ALTERNATE ? 1 : CONSUMERS;               // of a stage
   // a warp stores its rows of y in parts, as wide as a swizzle allows
   static constexpr int PART_COLS = BN % 64 == 0 ? 64 : 32, PART_LINE = 2 * PART_COLS, PART = WARP_ROWS * PART_LINE;
   static constexpr int ALL_PARTS = BN / PART_COLS, EXTRA = 2 * 8 * 8 + ALIGNMENT;
@@ -72,6 +78,11 @@ struct Ring {
   int stage = 0, parity = 0;
   __device__ __forceinline__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void skip(int steps) {
+    stage += steps;
+    parity ^= stage / STAGES & 1;
+    stage %= STAGES;
   }
 };
 
@@ -125,7 +136,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(shared.full + i, 1);
-      barrier_init(shared.empty + i, CONSUMERS * CLUSTER);
+      barrier_init(shared.empty + i, Tile::READERS * CLUSTER);
     }
     barrier_init_fence();
   }
@@ -191,44 +202,52 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = group - 1, thread = threadIdx.x % WARPGROUP, warp = thread / WARP, lane = threadIdx.x % WARP;
-    const int warp_row = consumer * 64 + warp * WARP_ROWS;                   // of the tile
-    const int row = warp_row + lane / 4, col = lane % 4 * 2;  // of d[0], in the tile
-    const uint32_t a_offset = consumer * 64 * LINE;
+    // rows of the tile: those of this warp and of d[0], in the first block of 64 rows
+    const int warp_row = (Tile::ALTERNATE ? 0 : consumer * 64) + warp * WARP_ROWS, row = warp_row + lane / 4;
+    const int col = lane % 4 * 2;  // of d[0]
+    const uint32_t a_offset = Tile::ALTERNATE ? 0 : consumer * 64 * LINE;
     unsigned char* const y_parts = shared.y[consumer * WARPGROUP / WARP + warp][0];
     Ring<STAGES> ring;
-    // in both blocks, because each fills half of the other's x
+    // in both blocks of the cluster, because each fills half of the other's x
     const auto release = [&](int stage) {
       if (thread < CLUSTER) barrier_arrive(shared.empty + stage, thread);
     };
-    // Two consumers in step would both leave the tensor cores idle while they store y. One starts behind the other and
-    // stays behind, because they share the tensor cores' time.
-    if (consumer == 1 && first < tiles_m * sets_n) group_sync(1, CONSUMERS * WARPGROUP);
+    if (Tile::ALTERNATE && consumer == 1) ring.skip(k_steps + r_steps);
 
+    constexpr int EVERY = Tile::ALTERNATE ? CONSUMERS : 1;
 #pragma unroll 1
-    for (int set = first; set < tiles_m * sets_n; set += step_of_sets) {
+    for (int set = first + (Tile::ALTERNATE ? consumer * step_of_sets : 0); set < tiles_m * sets_n;
+         set += EVERY * step_of_sets) {
       int tm, tn;
       tile_of(set, tiles_m, sets_n, tm, tn);
       const int m0 = tm * BM, n0 = (tn * CLUSTER + rank) * BN;
-      const int lagged = consumer == 0 && set == first ? least(LAG, k_steps) - 1 : -1;
-      float acc[Tile::COLUMNS / 2];  // y, then p
+      float acc[Tile::BLOCKS][Tile::COLUMNS / 2];  // y, then p
+      // Consumers that alternate begin a tile when the other has seen all copies of the tile before: a barrier's parity
+      // tells only one round of the ring from the next.
+      const auto hand_over = [&] {
+        if (Tile::ALTERNATE && set + step_of_sets < tiles_m * sets_n)
+          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);
+      };
+      if (Tile::ALTERNATE && set != first) group_sync(1 + consumer, CONSUMERS * WARPGROUP);
 
       int last = 0;  // the stage that is still being read
 #pragma unroll 1
       for (int step = 0; step < k_steps; ++step, ring.next()) {
         barrier_wait(shared.full + ring.stage, ring.parity);
-        hold(acc);
+        for (auto& d : acc) hold(d);
         wgmma_fence();
         const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
 #pragma unroll
         for (int k16 = 0; k16 < BK / 16; ++k16)
-          Wgmma<T, Tile::COLUMNS>::template shared<W_K_MAJOR>(acc, operand<true>(a, k16, 0),
-                                                              operand<W_K_MAJOR>(b, k16, BK), step > 0 || k16 > 0);
+#pragma unroll
+          for (int block = 0; block < Tile::BLOCKS; ++block)
+            Wgmma<T, Tile::COLUMNS>::template shared<W_K_MAJOR>(acc[block], operand<true>(a + block * 64 * LINE, k16, 0),
+                                                                operand<W_K_MAJOR>(b, k16, BK), step > 0 || k16 > 0);
         wgmma_commit();
         // one step stays under way, the one before it has been read
         wgmma_wait<1>();
         if (step > 0) release(last);
         last = ring.stage;
-        if (step == lagged) group_arrive(1, CONSUMERS * WARPGROUP);
       }
 
       // a thread's columns of the bias, read while the last products are under way
@@ -241,30 +260,39 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         }
       };
       if constexpr (RANKS > 0) {
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        hand_over();
         wgmma_wait<0>();
-        hold(acc);
+        for (auto& d : acc) hold(d);
         release(last);
         // y uses p as rounded for storage, so that it is the y of the p that the backward sees. Beyond R it would be
         // nan where x is infinite, because the copies fill down with zeros there
-        uint32_t p[RANKS / 16][4], stored[RANKS / 16][4];
+        uint32_t p[Tile::BLOCKS][RANKS / 16][4], stored[Tile::BLOCKS][RANKS / 16][4];
 #pragma unroll
-        for (int i = 0; i < RANKS / 4; ++i) {
-          const int r = i / 2 * 8 + col;
-          p[i / 4][i % 4] = T::pack(r < g.R ? acc[BN / 2 + i * 2] : 0, r + 1 < g.R ? acc[BN / 2 + i * 2 + 1] : 0);
-        }
+        for (int block = 0; block < Tile::BLOCKS; ++block)
+#pragma unroll
+          for (int i = 0; i < RANKS / 4; ++i) {
+            const float* const sum = acc[block] + BN / 2 + i * 2;
+            const int r = i / 2 * 8 + col;
+            p[block][i / 4][i % 4] = T::pack(r < g.R ? sum[0] : 0, r + 1 < g.R ? sum[1] : 0);
+          }
         // p is stored while the products are under way, from other registers than these read
         memcpy(stored, p, sizeof p);
-        barrier_wait(shared.full + ring.stage, ring.parity);
-        hold(p);
-        float(&y)[BN / 2] = reinterpret_cast<float(&)[BN / 2]>(acc);
-        hold(y);
+#pragma unroll
+        for (int block = 0; block < Tile::BLOCKS; ++block)
+          hold(p[block]), hold(reinterpret_cast<float(&)[BN / 2]>(acc[block]));
         wgmma_fence();
 #pragma unroll
         for (int k16 = 0; k16 < RANKS / 16; ++k16)
-          Wgmma<T, BN>::template registers<LOW_K_MAJOR>(y, p[k16],
-                                                        operand<LOW_K_MAJOR>(w_tile(ring.stage), k16, UP_TERMS));
+#pragma unroll
+          for (int block = 0; block < Tile::BLOCKS; ++block)
+            Wgmma<T, BN>::template registers<LOW_K_MAJOR>(reinterpret_cast<float(&)[BN / 2]>(acc[block]), p[block][k16],
+                                                          operand<LOW_K_MAJOR>(w_tile(ring.stage), k16, UP_TERMS));
         wgmma_commit();
-        if (n0 == 0) store_p<RANKS>(g, stored, m0 + row, col);
+        if (n0 == 0)
+#pragma unroll
+          for (int block = 0; block < Tile::BLOCKS; ++block)
+            store_p<RANKS>(g, stored[block], m0 + row + block * 64, col);
         last = ring.stage;
         ring.next();
         read_bias();
@@ -275,12 +303,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
           const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
           // that many in a row without a branch between them, which would make the tensor cores wait
           const auto products = [&](auto count) {
-            hold(acc);
+            for (auto& d : acc) hold(d);
             wgmma_fence();
 #pragma unroll
             for (int k16 = 0; k16 < decltype(count)::value; ++k16)
-              Wgmma<T, BN>::template shared<LOW_K_MAJOR>(acc, operand<true>(a, k16, 0),
-                                                         operand<LOW_K_MAJOR>(b, k16, UP_TERMS), 1);
+#pragma unroll
+              for (int block = 0; block < Tile::BLOCKS; ++block)
+                Wgmma<T, BN>::template shared<LOW_K_MAJOR>(acc[block], operand<true>(a + block * 64 * LINE, k16, 0),
+                                                           operand<LOW_K_MAJOR>(b, k16, UP_TERMS), 1);
             wgmma_commit();
           };
           if (g.R - step * BK <= 16)
@@ -293,42 +323,46 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
           release(last);
           last = ring.stage;
         }
+        hand_over();
         read_bias();
       }
       wgmma_wait<0>();
-      hold(acc);
+      for (auto& d : acc) hold(d);
       release(last);
+      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);  // the other consumer's tile
 
       // y in parts, by way of shared memory and TMA; every warp stores its own rows, so that warps never wait here for
       // one another
 #pragma unroll
-      for (int i = 0; i < Tile::ALL_PARTS; ++i) {
-        unsigned char* const part = y_parts + i % Tile::PARTS * Tile::PART;
-        if (lane == 0) tma_store_wait_read<Tile::PARTS - 1>();
-        warp_sync();
+      for (int block = 0; block < Tile::BLOCKS; ++block)
 #pragma unroll
-        for (int j = 0; j < Tile::PART_COLS / 16; ++j) {
-          // four blocks of 8 x 8: columns 16 j and 16 j + 8, rows 0 and 8 of the warp
-          uint32_t packed[4];
+        for (int i = 0; i < Tile::ALL_PARTS; ++i) {
+          unsigned char* const part = y_parts + i % Tile::PARTS * Tile::PART;
+          if (lane == 0) tma_store_wait_read<Tile::PARTS - 1>();
+          warp_sync();
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int block = i * Tile::PART_COLS / 8 + 2 * j + e / 2;
-            const float* const d = acc + block * 4 + e % 2 * 2;
-            packed[e] = T::pack(d[0] + T::widen(uint16_t(bias[block])), d[1] + T::widen(uint16_t(bias[block] >> 16)));
+          for (int j = 0; j < Tile::PART_COLS / 16; ++j) {
+            // four squares of 8 x 8: columns 16 j and 16 j + 8, rows 0 and 8 of the warp
+            uint32_t packed[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int square = i * Tile::PART_COLS / 8 + 2 * j + e / 2;
+              const float* const d = acc[block] + square * 4 + e % 2 * 2;
+              packed[e] = T::pack(d[0] + T::widen(uint16_t(bias[square])), d[1] + T::widen(uint16_t(bias[square] >> 16)));
+            }
+            const int line = lane % 16, chunk = 2 * j + lane / 16;
+            constexpr int CHUNKS = Tile::PART_LINE / 16;
+            const int swizzled_chunk = chunk ^ (line * Tile::PART_LINE / LINE & (CHUNKS - 1));
+            store_matrices(part + line * Tile::PART_LINE + swizzled_chunk * 16, packed);
           }
-          const int line = lane % 16, chunk = 2 * j + lane / 16;
-          constexpr int CHUNKS = Tile::PART_LINE / 16;
-          const int swizzled_chunk = chunk ^ (line * Tile::PART_LINE / LINE & (CHUNKS - 1));
-          store_matrices(part + line * Tile::PART_LINE + swizzled_chunk * 16, packed);
+          fence_async();
+          warp_sync();
+          if (lane == 0) {
+            const int n = n0 + i * Tile::PART_COLS;
+            if (n < g.N) tma_store(&g.y, shared_address(part), n, m0 + warp_row + block * 64);
+            tma_store_commit();
+          }
         }
-        fence_async();
-        warp_sync();
-        if (lane == 0) {
-          const int n = n0 + i * Tile::PART_COLS;
-          if (n < g.N) tma_store(&g.y, shared_address(part), n, m0 + warp_row);
-          tma_store_commit();
-        }
-      }
     }
     if (lane == 0) tma_store_wait_read<0>();
     cluster_sync();
@@ -368,30 +402,33 @@ const char* launch_hopper(const Linear& g, void* stream) {
                          int(sizeof(HopperShared<Tile>)) + ALIGNMENT, stream, h);
 }
 
-template <class T, int BN, int CLUSTER>
+template <class T, int BN, int CLUSTER, bool ALTERNATE>
 const char* hopper_by_operands(const Linear& g, void* stream) {
-  using Tile = HopperTile<BN, CLUSTER, 0>;
-  if (g.w.k_major)
-    return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream) : launch_hopper<T, Tile, true, false>(g, stream);
-  return g.up.k_major ? launch_hopper<T, Tile, false, true>(g, stream) : launch_hopper<T, Tile, false, false>(g, stream);
-}
-
-template <class T, int BN, int CLUSTER>
-const char* hopper_by_ranks(const Linear& g, void* stream) {
-  if (g.R <= 16) return launch_hopper<T, HopperTile<BN, CLUSTER, 16>, true, false>(g, stream);
-  return launch_hopper<T, HopperTile<BN, CLUSTER, HOPPER_RANK_BESIDE>, true, false>(g, stream);
+  if (g.down.data) {
+    if constexpr (BN <= 192) {
+      if (g.R <= 16) return launch_hopper<T, HopperTile<BN, CLUSTER, 16, ALTERNATE>, true, false>(g, stream);
+      using Tile = HopperTile<BN, CLUSTER, HOPPER_RANK_BESIDE, ALTERNATE>;
+      return launch_hopper<T, Tile, true, false>(g, stream);
+    }
+  } else if constexpr (BN >= 128) {
+    using Tile = HopperTile<BN, CLUSTER, 0, ALTERNATE>;
+    if (g.w.k_major)
+      return g.up.k_major ? launch_hopper<T, Tile, true, true>(g, stream)
+                          : launch_hopper<T, Tile, true, false>(g, stream);
+    return g.up.k_major ? launch_hopper<T, Tile, false, true>(g, stream)
+                        : launch_hopper<T, Tile, false, false>(g, stream);
+  }
+  return "no kernel was compiled for this plan";
 }
 
 template <class T>
 const char* hopper_linear(const Linear& g, int32_t tile, void* stream) {
-  if (g.down.data) {
-    if (tile == 96) return hopper_by_ranks<T, 96, 1>(g, stream);
-    if (tile == 128) return hopper_by_ranks<T, 128, 1>(g, stream);
-    return hopper_by_ranks<T, 192, 2>(g, stream);
-  }
-  if (tile == 128) return hopper_by_operands<T, 128, 1>(g, stream);
-  if (tile == 192) return hopper_by_operands<T, 192, 2>(g, stream);
-  return hopper_by_operands<T, 256, 2>(g, stream);
+  if (tile == 96) return hopper_by_operands<T, 96, 1, true>(g, stream);
+  // side by side where that leaves no block without columns, and where x is read often enough to matter
+  if (tile == 128 && cdiv(g.N, 128) % 2 == 0 && g.K >= 512) return hopper_by_operands<T, 128, 2, true>(g, stream);
+  if (tile == 128) return hopper_by_operands<T, 128, 1, true>(g, stream);
+  if (tile == 192) return hopper_by_operands<T, 192, 2, false>(g, stream);
+  return hopper_by_operands<T, 256, 2, false>(g, stream);
 }
 
 }  // namespace efft::cuda

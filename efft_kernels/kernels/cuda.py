@@ -159,31 +159,35 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
 
 
-def hopper_tile(M: int, N: int, R: int, single_pass: bool) -> int:
-    """The columns of a tile with which y [M, N] takes the least time, by rounds of tiles on 132 multiprocessors.
+def hopper_tile(M: int, N: int, K: int, R: int, single_pass: bool) -> int:
+    """Columns of a tile with which y [M, N], summed over K terms, takes the least time on 132 multiprocessors.
 
-    Tiles of 192 and 256 columns go to two blocks that share the rows of x, the others to one block each. Beside y, p
-    costs as much as that many more columns of y. Storing y costs a tile about 32 columns.
+    Counted in columns of the tensor cores, with constants fitted to an H200: a step of 64 terms costs the columns of the
+    tile, with p beside y those of p in addition. Tiles of 192 and 256 columns go to two blocks side by side, and each
+    pays for storing y after its sum. With 96 and 128 columns one tile is stored while the next is summed, so that only a
+    short sum waits for the store of the tile before.
     """
+    steps = _cdiv(K, 64) + (not single_pass) * _cdiv(R, 64)
 
-    def cost(BN: int) -> int:
+    def cost(BN: int) -> float:
         pair = 2 if BN >= 192 else 1
         rounds = _cdiv(_cdiv(M, 128) * _cdiv(_cdiv(N, BN), pair), 132 // pair)
-        return rounds * (BN + 32 + single_pass * _cdiv(R, 16) * 16)
+        products = steps * (BN + single_pass * _cdiv(R, 16) * 16)
+        return rounds * (products + 728 if pair == 2 else max(products + 360, (products + 1350) / 2))
 
     return min(reversed(HOPPER_TILES_BESIDE if single_pass else HOPPER_TILES), key=cost)
 
 
-def hopper_plan(M: int, N: int, R: int, w_k_major: bool) -> KernelPlan:
-    """p beside y where the kernel can form it there: it was faster at every size that was measured"""
+def hopper_plan(M: int, N: int, K: int, R: int, w_k_major: bool) -> KernelPlan:
+    """p beside y where the kernel can form it there: on an H200 that was faster at every size measured"""
     single = w_k_major and R <= HOPPER_RANK_BESIDE
-    return KernelPlan(single, True, hopper_tile(M, N, R, single))
+    return KernelPlan(single, True, hopper_tile(M, N, K, R, single))
 
 
 def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> KernelPlan:
     M, N = len(x), w.shape[1]
     if _is_hopper(x.device) and tile(M, N) == LARGE_TILE and _hopper_takes(x, w):
-        return hopper_plan(M, N, R, w.stride(0) == 1)
+        return hopper_plan(M, N, x.shape[1], R, w.stride(0) == 1)
     return KernelPlan(single_pass(M, N, R, _ridge(x.device), dup), False, tile(M, N))
 
 

@@ -24,10 +24,15 @@ LINEAR = {
 # name: (what stands in hopper.h once, what is planted in its place)
 HOPPER = {
     "no_wait_for_copies": (
-        "        barrier_wait(shared.full + ring.stage, ring.parity);\n        hold(acc);\n        wgmma_fence();\n",
+        "        barrier_wait(shared.full + ring.stage, ring.parity);\n        for (auto& d : acc) hold(d);\n        wgmma_fence();\n",
         "        wgmma_fence();\n",
     ),
-    "no_wait_for_up": ("        barrier_wait(shared.full + ring.stage, ring.parity);\n        hold(p);\n", "        hold(p);\n"),
+    "no_wait_for_up": (
+        "        barrier_wait(shared.full + ring.stage, ring.parity);\n        hand_over();\n",
+        "        hand_over();\n",
+    ),
+    "begun_before_the_other_has_seen_its_copies": ("      if (Tile::ALTERNATE && set != first) group_sync", "      if (false) group_sync"),
+    "never_handed_over": ("          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);\n", "          {}\n"),
     "no_wait_for_p": (
         "          barrier_wait(shared.full + ring.stage, ring.parity);\n"
         "          const uint32_t a",
@@ -47,32 +52,39 @@ HOPPER = {
         "        wgmma_wait<2>();\n        if (step > 0) release(last);",
     ),
     "released_for_one": ("if (thread < CLUSTER) barrier_arrive", "if (thread < 1) barrier_arrive"),
-    "y_before_its_sum": ("      wgmma_wait<0>();\n      hold(acc);\n      release(last);\n\n", "      release(last);\n\n"),
+    "y_before_its_sum": (
+        "      wgmma_wait<0>();\n      for (auto& d : acc) hold(d);\n      release(last);\n      if",
+        "      release(last);\n      if",
+    ),
     "p_before_its_sum": (
-        "        wgmma_wait<0>();\n        hold(acc);\n        release(last);\n",
+        "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n        release(last);\n",
         "        release(last);\n",
     ),
     "the_last_step_never_released": (
-        "        wgmma_wait<0>();\n        hold(acc);\n        release(last);\n",
-        "        wgmma_wait<0>();\n        hold(acc);\n",
+        "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n        release(last);\n",
+        "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n",
     ),
     "down_over_w": ("tma_load(w_tile(ring.stage) + BN * LINE, &g.down", "tma_load(w_tile(ring.stage), &g.down"),
-    "p_of_other_columns": ("T::pack(r < g.R ? acc[BN / 2 + i * 2]", "T::pack(r < g.R ? acc[i * 2]"),
+    "p_of_other_columns": ("acc[block] + BN / 2 + i * 2;", "acc[block] + i * 2;"),
     "half_of_x": ("(1 << CLUSTER) - 1);", "1 << rank);"),
     "y_over_what_is_stored": ("tma_store_wait_read<Tile::PARTS - 1>();", "tma_store_wait_read<Tile::PARTS>();"),
-    "no_fence_before_the_store": ("        fence_async();\n", ""),
-    "no_barrier_before_the_store": ("        fence_async();\n        warp_sync();\n", "        fence_async();\n"),
+    "no_fence_before_the_store": ("          fence_async();\n", ""),
+    "no_barrier_before_the_store": ("          fence_async();\n          warp_sync();\n", "          fence_async();\n"),
     "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
     "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
-    "rows_of_another_warp": ("shared_address(part), n, m0 + warp_row)", "shared_address(part), n, m0 + consumer * 64)"),
+    "rows_of_another_warp": ("n, m0 + warp_row + block * 64)", "n, m0 + block * 64)"),
     "blocks_of_y_turned": ("lane % 16, chunk = 2 * j + lane / 16;", "lane / 16 * 8 + lane % 8, chunk = 2 * j + lane / 8 % 2;"),
     "wrong_stride": (
         "descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE)",
         "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)",
     ),
-    "beyond_the_ranks": ("T::pack(r < g.R ? acc[BN / 2 + i * 2] : 0,", "T::pack(acc[BN / 2 + i * 2],"),
+    "beyond_the_ranks": ("T::pack(r < g.R ? sum[0] : 0,", "T::pack(sum[0],"),
     "a_bias_for_all_tiles": ("const int n = n0 + j * 8 + col;", "const int n = j * 8 + col;"),
-    "the_lag_never_ends": ("if (step == lagged) group_arrive", "if (step == lagged + 1 && k_steps == 1) group_arrive"),
+    "the_other_tile_not_skipped": ("      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);", "      "),
+    "both_start_at_once": ("    if (Tile::ALTERNATE && consumer == 1) ring.skip(k_steps + r_steps);\n", ""),
+    "the_ring_comes_round_unseen": ("    parity ^= stage / STAGES & 1;\n", ""),
+    "the_first_block_twice": ("operand<true>(a + block * 64 * LINE, k16, 0),\n                                                                operand<W_K_MAJOR>", "operand<true>(a, k16, 0),\n                                                                operand<W_K_MAJOR>"),
+    "released_for_two": ("Tile::READERS * CLUSTER", "CONSUMERS * CLUSTER"),
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": (
         "    barrier_init_fence();\n  }\n  cluster_sync();\n",

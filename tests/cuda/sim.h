@@ -269,8 +269,7 @@ inline void meet(Meeting& meeting, size_t count, Instruction instruction) {
 
 // the same of a thread that does not wait for the others
 inline void arrive_at(Meeting& meeting, size_t count) {
-  Thread& me = self();
-  meeting.passing.push_back(&me);
+  meeting.passing.push_back(&self());
   if (meeting.there.size() + meeting.passing.size() < count) return;
   for (Thread* t : meeting.there) t->at = At::ready;
   meeting.there.clear(), meeting.passing.clear();

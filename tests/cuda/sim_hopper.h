@@ -239,9 +239,7 @@ inline void group_sync(int id, int threads) {
   sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread**) {});
 }
 
-inline void group_arrive(int id, int threads) {
-  sim::arrive_at(sim::block().named[id], size_t(threads));
-}
+inline void group_arrive(int id, int threads) { sim::arrive_at(sim::block().named[id], size_t(threads)); }
 
 inline int cluster_rank() { return sim::block().rank; }
 
