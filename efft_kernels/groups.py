@@ -237,10 +237,10 @@ class LoRAGroup(Group):
     def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
         rows, slots = self._rows_of(path)
         a, b = self.factors(rows)
-        if a.device.type == "cpu":
-            down = a.transpose(-3, -2).flatten(-2)  # [l, K, m R]
+        if _k_contiguous(a):
+            down = a.mT.contiguous().flatten(-3, -2).mT  # [l, K, m R]
         else:
-            down = a.mT.contiguous().flatten(-3, -2).mT  # the same with K contiguous
+            down = a.transpose(-3, -2).flatten(-2)
         up = (b.unsqueeze(-2) * self._placed(b)).flatten(-2).flatten(-3, -2)  # [l, m R, parts N]
         pairs = zip(down.unbind(-3), up.unbind(-3))
         return {slot.site.path: Pair(*pair) for slot, pair in zip(slots, pairs)}
@@ -297,7 +297,7 @@ class VeRAGroup(LoRAGroup):
         up = d * v * b  # [l, m, R, N]
         # all matrices of a Linear read the same x u, so their rows add up instead of standing below each other
         up = (up.unsqueeze(-2) * self._placed(up)).sum(-4).flatten(-2)
-        down = self.u if self.u.device.type == "cpu" else self.u.mT.contiguous().mT
+        down = self.u.mT.contiguous().mT if _k_contiguous(self.u) else self.u
         return {slot.site.path: Pair(down, row) for slot, row in zip(slots, up.unbind(-3))}
 
 
@@ -318,6 +318,11 @@ def make_group(spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tens
     """The group of this config's method, with new factors. Arguments as :class:`Group`."""
     method = next(cls for cls in type(config).__mro__ if cls in GROUPS)
     return GROUPS[method](spec, config, weights)
+
+
+def _k_contiguous(factor: Tensor) -> bool:
+    """whether down must have K contiguous: GPU kernels read it so, and would otherwise copy it at every call"""
+    return factor.device.type != "cpu"
 
 
 def _rows(t: Tensor, rows: slice) -> Tensor:  # [..., L, m, K, R]
@@ -382,16 +387,16 @@ def _repeated(plan: ColumnPlan, cut: Sequence[Tensor]) -> list[Tensor]:
 
 def _downs(plan: ColumnPlan, u: Tensor) -> list[Tensor]:
     """each value of u [calls, K, P], as many times as slots share it, in the order that ``plan.downs`` counts in"""
-    gpu = u.device.type != "cpu"
+    turn = _k_contiguous(u)
     parts = u.split_with_sizes([count for count, _ in plan.shares], -3) if len(plan.shares) > 1 else (u,)
     downs = []
     for part, (count, size) in zip(parts, plan.shares):
-        if gpu:
+        if turn:
             part = part.mT
             if count == 1 or size == 1:  # otherwise flatten copies
                 part = part.contiguous()
         part = _times(part, size).flatten(-4, -3)
-        downs += (part.mT if gpu else part).unbind(-3)
+        downs += (part.mT if turn else part).unbind(-3)
     return downs
 
 

@@ -18,9 +18,6 @@ from efft_kernels.base_linears import dense
 LORA_XS = ek.LoRAXSConfig(rank=4, scale=2.0, targets=("attn", "mlp"))
 
 
-# -- bases ------------------------------------------------------------------------------------------------------------
-
-
 def _torchao(make_config):
     def apply(model):
         quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -128,9 +125,6 @@ def densified(model):
     rest = {k: v.double() for k, v in model.state_dict().items() if not k.startswith(("blocks", "efft"))}
     plain.load_state_dict(rest, strict=False)
     return plain
-
-
-# -- values and gradients ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -245,9 +239,6 @@ def test_activation_dropout_and_autocast(base):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.efft.parameters())
 
 
-# -- copies and files -------------------------------------------------------------------------------------------------
-
-
 def test_copies_and_state_dicts(base):
     model = shake(ek.inject(make(base), PLAIN))
     x = images()
@@ -307,9 +298,6 @@ def test_off_and_gone(base):
         torch.testing.assert_close(model(x), before, **(dict(rtol=0.1, atol=1e-2) if "nf4" in base else near(base)))
 
 
-# -- merge ------------------------------------------------------------------------------------------------------------
-
-
 def test_merge_is_refused_or_dequantizes(base):
     model = shake(ek.inject(make(base), PLAIN))
     x = images()
@@ -352,9 +340,6 @@ def test_merge_of_a_weight_that_others_use_is_refused():
     with pytest.raises(ValueError, match="blocks.0.mlp.fc1 shares its weight with blocks.1.mlp.fc1.weight"):
         ek.merge(model)
     assert torch.equal(model(x), want)
-
-
-# -- refusals and the like --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", QUANTIZED)

@@ -258,9 +258,6 @@ def test_a_link_stays_a_link(path):
     assert link.is_symlink() and path.is_file()
 
 
-# -- the head ---------------------------------------------------------------------------------------------------------
-
-
 def trained(make=vit, head="train", **options):
     """a model after a step that changed factors and head"""
     model = shake(ek.inject(bare(make=make, **options), PLAIN, head=head))

@@ -46,9 +46,6 @@ def factors(layer):
     return [layer.u, layer.sigma, layer.v]
 
 
-# -- what it is -------------------------------------------------------------------------------------------------------
-
-
 def test_equals_the_dense_formula(backend):
     layer, x = make(backend).double(), torch.randn(2, 7, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-12, atol=1e-12)
@@ -149,9 +146,6 @@ def test_from_linear_refuses_what_is_not_a_plain_linear():
     torch.nn.utils.parametrizations.weight_norm(normed)
     with pytest.raises(TypeError, match="linear must be an nn.Linear, not a subclass, got Parametrized"):
         EFFTLinear.from_linear(normed)
-
-
-# -- what users do around it ------------------------------------------------------------------------------------------
 
 
 def test_gradient_accumulation(backend):
@@ -351,9 +345,6 @@ def test_cuda_graph():
     layer, x = make().cuda(), torch.randn(64, 24, device="cuda")
     graphed = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
     torch.testing.assert_close(graphed(x), dense(layer, x), rtol=1e-3, atol=1e-3)
-
-
-# -- two processes ----------------------------------------------------------------------------------------------------
 
 
 def _step(model, x, target):

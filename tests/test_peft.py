@@ -58,9 +58,6 @@ def owned(model, name="default"):
     return model.base_model.efft_factors[name]
 
 
-# -- EFFT: the same as inject ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [vit, swin, hf_vit])
 @pytest.mark.parametrize(
     "options",
@@ -143,9 +140,6 @@ def test_compiled():
     plain = gradients(model, model(x).square().sum())
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     assert_same(gradients(model, compiled(x).square().sum()), plain, rtol=1e-3, atol=1e-4)
-
-
-# -- EFFT: files and adapters ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["", "low_cpu_mem_usage"])
@@ -242,9 +236,6 @@ def test_names_that_keys_could_not_tell_apart():
         assert list(model.peft_config) == list(model.base_model.efft_factors) == ["default"]
 
 
-# -- EFFT: merging -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 def test_merge_and_exact_unmerge(dtype, safe):
@@ -301,9 +292,6 @@ def test_merging_ignores_dropout_and_leaves_the_mode():
     model = adapt(vit(), factor_dropout=0.5).train()
     deltas = [model.get_base_model().blocks[0].mlp.fc2.get_delta_weight("default") for _ in range(2)]
     assert torch.equal(*deltas) and owned(model)["ffn"].training
-
-
-# -- EFFT: other models ------------------------------------------------------------------------------------------------
 
 
 def test_a_language_model_groups_by_role_and_shape(tmp_path):
@@ -422,9 +410,6 @@ def test_trainer_and_accelerate(tmp_path):
     assert sum("efft_factors" in key for key in state) == 6
 
 
-# -- EFFT: what is refused ---------------------------------------------------------------------------------------------
-
-
 def test_what_cannot_be_adapted_is_refused_and_left_alone():
     beit = timm().create_model("beit_base_patch16_224", depth=1, embed_dim=64, num_heads=2, img_size=32)
     conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
@@ -484,8 +469,6 @@ def test_without_peft_the_extra_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'efft_kernels.peft needs PEFT: pip install "efft_kernels[peft]"' in done.stderr
 
-
-# -- LoRA of PEFT ------------------------------------------------------------------------------------------------------
 
 TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 

@@ -1,4 +1,4 @@
-"""Configs: their checks, their JSON, their parameter counts; groups: how factors start."""
+"""Configs: their checks, their JSON, their parameter counts."""
 
 import dataclasses
 import importlib.util
@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import METHODS, adapted, shake, timm, vit
+from models import METHODS, timm, vit
 
 import efft_kernels as ek
 from efft_kernels.configs import MethodConfig
-from efft_kernels.groups import stack
 
 COUNTS = Path(__file__).parents[1] / "benchmarks" / "paper" / "parameter_counts.py"
 
@@ -134,91 +133,6 @@ def test_numpy_ranks_and_blocks_are_taken():
             ek.EFFTConfig(rank=wrong)
 
 
-@pytest.mark.parametrize("zero, attn, ffn", [("v", "v", "v"), ("u", "u", "u"), ("vu", "v", "u"), ("uv", "u", "v")])
-def test_exactly_one_factor_of_a_group_starts_at_zero(zero, attn, ffn):
-    model = ek.inject(vit(), ek.EFFTConfig("efft2", rank=4, zero_init=zero))
-    for name, letter in (("attn", attn), ("ffn", ffn)):
-        zeros = {key for key, p in model.efft["default"][name].named_parameters() if not p.any()}
-        assert zeros == {letter}
-
-
-def test_cores_start_slice_by_slice():
-    """Xavier's bound is that of one P x Q core, whatever the number of cores"""
-    model = ek.inject(vit(depth=12), ek.EFFTConfig("efft1", rank=16))
-    sigma = model.efft["default"]["all"].sigma
-    bound = (6 / 32) ** 0.5
-    assert len(sigma) == 36
-    assert all(0.9 * bound < core.abs().max() <= bound for core in sigma)
-
-
-def test_a_trained_scale_moves():
-    model = ek.inject(vit(), ek.EFFTConfig(rank=4, scale=3.0, factor_dropout=0.0, trainable_scale=True))
-    with torch.no_grad():
-        for p in model.efft.parameters():
-            p.add_(0.02)
-    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    scales = {n: p for n, p in model.efft.named_parameters() if n.endswith("scale")}
-    assert len(scales) == 2 and all(p.grad.abs() > 0 for p in scales.values())
-
-
-def test_lora_xs_takes_the_leading_singular_vectors():
-    model = vit()
-    weight = model.blocks[1].mlp.fc1.weight.detach().clone()
-    ek.inject(model, ek.LoRAXSConfig(rank=4, targets=("fc1",)))
-    group = model.efft["default"]["fc1"]
-    values = torch.linalg.svdvals(weight)[:4]
-    torch.testing.assert_close(group.a[1, 0].norm(dim=0), values)
-    torch.testing.assert_close(
-        group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0], atol=1e-5, rtol=1e-4
-    )
-
-
 def test_a_rank_beyond_the_matrices_is_refused():
     with pytest.raises(ValueError, match="rank must be at most 192 in group 'attn' of 192 x 192 slices"):
         ek.plan(vit(), ek.EFFTConfig(rank=193))
-
-
-# -- several adapters at once -----------------------------------------------------------------------------------------
-
-
-def _others(config):
-    """the same method with another rank and scale"""
-    rank = config.rank if isinstance(config.rank, tuple) else (config.rank, config.rank)
-    rank = (rank[0] + 2, rank[1] + 1) if isinstance(config.rank, tuple) else config.rank + 2
-    return dataclasses.replace(config, rank=rank, scale=3.0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stack_hands_out_what_its_groups_do(method):
-    config = METHODS[method]
-    models = [adapted(c).double() for c in (config, _others(config), config)]
-    for key in models[0].efft["default"]:
-        groups = [model.efft["default"][key] for model in models]
-        parameters = [p for group in groups for p in group.parameters()]
-        together = stack(groups).low_rank_pairs()
-        alone = [group.low_rank_pairs() for group in groups]
-        probes = {}
-        for path, (down, up, _) in together.items():
-            (N, K) = models[0].get_submodule(path).weight.shape
-            assert down.shape[:2] == (3, K) and up.shape[::2] == (3, N)
-            probes[path] = probe = torch.randn(3, 2, K, dtype=torch.float64), torch.randn(3, 2, N, dtype=torch.float64)
-            for a, pairs in enumerate(alone):
-                want = probe[0][a] @ pairs[path].down @ pairs[path].up
-                torch.testing.assert_close(probe[0][a] @ down[a] @ up[a], want, rtol=1e-12, atol=1e-12)
-        total = lambda low: sum((x[a] @ low(p, a) * y[a]).sum() for p, (x, y) in probes.items() for a in range(3))
-        got = total(lambda p, a: together[p].down[a] @ together[p].up[a])
-        want = total(lambda p, a: alone[a][p].down @ alone[a][p].up)
-        for g, w in zip(*(torch.autograd.grad(out, parameters) for out in (got, want))):
-            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("cores", ["per_block", "shared"])
-def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
-    config = ek.EFFTConfig(rank=4, scale=2.0, cores=cores, factor_dropout=0.5)
-    models = [shake(ek.inject(vit().train(), config)) for _ in range(2)]
-    models[1].efft["default"].load_state_dict(models[0].efft["default"].state_dict())
-    for key in models[0].efft["default"]:
-        pairs = stack([model.efft["default"][key] for model in models]).low_rank_pairs()
-        for down, up, _ in pairs.values():
-            dropped = [(t == 0) for t in (down if (down == 0).any() else up)]
-            assert 0.1 < dropped[0].double().mean() < 0.9 and not torch.equal(*dropped)

@@ -1,0 +1,67 @@
+"""ColumnPlan: the pieces it describes are the columns that each Linear of a group needs."""
+
+import pytest
+from models import swin, vit
+
+import efft_kernels as ek
+from efft_kernels.columns import plan_columns
+
+CONFIGS = {
+    "efft1": ek.EFFTConfig("efft1", rank=4),
+    "efft2": ek.EFFTConfig("efft2", rank=4),
+    "shared": ek.EFFTConfig("efft2", rank=4, cores="shared"),
+    "efft1-part": ek.EFFTConfig("efft1", rank=4, targets=("k", "proj", "fc1")),
+    "efft2-part": ek.EFFTConfig("efft2", rank=4, targets=("q", "v", "fc2"), blocks=(1,)),
+    "fact": ek.FacTConfig("tt", rank=4),
+}
+
+
+def _specs(name, make=vit):
+    return ek.plan(make(), CONFIGS[name]).groups
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pieces_are_the_columns_of_each_slot(name, make, masked):
+    for spec in _specs(name, make):
+        plan = plan_columns(spec.slots, spec.N, masked=masked)
+        # (draw of v, core, column) of each column of the updates side by side
+        columns = [
+            (i // plan.cores_per_draw, core, column) for i, core in enumerate(plan.cores) for column in range(spec.N)
+        ]
+        pieces, at = [], 0
+        for width, times in zip(plan.widths, plan.uses):
+            pieces += [columns[at : at + width]] * times
+            at += width
+        assert at == len(columns)
+        pieces += [[None] * width for width in plan.zeros]
+        used = [i for takes in plan.takes for i in takes if i < sum(plan.uses)]
+        assert sorted(used) == list(range(sum(plan.uses)))  # every repetition once
+        draws = {}
+        for slot, takes in zip(spec.slots, plan.takes):
+            got = [column for i in takes for column in pieces[i]]
+            want = [
+                None if part.core is None else (part.core, part.start + i)
+                for part in slot.parts
+                for i in range(part.width)
+            ]
+            assert [column and column[1:] for column in got] == want
+            draws.setdefault(slot.call, set()).update(column[0] for column in got if column)
+        if masked:
+            owners = [draw for found in draws.values() for draw in found]
+            assert len(owners) == len(set(owners))  # no two calls share a mask
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_slots_of_one_call_share_one_value_of_u(name):
+    for spec in _specs(name):
+        plan = plan_columns(spec.slots, spec.N, masked=True)
+        values = [call for number, (count, size) in enumerate(plan.shares) for call in _repeated(number, count, size)]
+        assert sorted(plan.downs) == list(range(len(spec.slots)))
+        pairs = {(slot.call, values[down]) for slot, down in zip(spec.slots, plan.downs)}
+        assert len(pairs) == plan.calls == len({slot.call for slot in spec.slots})
+
+
+def _repeated(number, count, size):
+    return [(number, i) for i in range(count) for _ in range(size)]

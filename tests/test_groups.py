@@ -1,0 +1,134 @@
+"""Groups: how factors start, the pairs they give, and several adapters at once."""
+
+import dataclasses
+
+import pytest
+import torch
+from models import METHODS, adapted, shake, vit
+
+import efft_kernels as ek
+from efft_kernels import groups as groups_module
+from efft_kernels.groups import stack
+
+
+@pytest.mark.parametrize("zero, attn, ffn", [("v", "v", "v"), ("u", "u", "u"), ("vu", "v", "u"), ("uv", "u", "v")])
+def test_exactly_one_factor_of_a_group_starts_at_zero(zero, attn, ffn):
+    model = ek.inject(vit(), ek.EFFTConfig("efft2", rank=4, zero_init=zero))
+    for name, letter in (("attn", attn), ("ffn", ffn)):
+        zeros = {key for key, p in model.efft["default"][name].named_parameters() if not p.any()}
+        assert zeros == {letter}
+
+
+def test_cores_start_slice_by_slice():
+    """Xavier's bound is that of one P x Q core, whatever the number of cores"""
+    model = ek.inject(vit(depth=12), ek.EFFTConfig("efft1", rank=16))
+    sigma = model.efft["default"]["all"].sigma
+    bound = (6 / 32) ** 0.5
+    assert len(sigma) == 36
+    assert all(0.9 * bound < core.abs().max() <= bound for core in sigma)
+
+
+def test_a_trained_scale_moves():
+    model = ek.inject(vit(), ek.EFFTConfig(rank=4, scale=3.0, factor_dropout=0.0, trainable_scale=True))
+    with torch.no_grad():
+        for p in model.efft.parameters():
+            p.add_(0.02)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    scales = {n: p for n, p in model.efft.named_parameters() if n.endswith("scale")}
+    assert len(scales) == 2 and all(p.grad.abs() > 0 for p in scales.values())
+
+
+def test_lora_xs_takes_the_leading_singular_vectors():
+    model = vit()
+    weight = model.blocks[1].mlp.fc1.weight.detach().clone()
+    ek.inject(model, ek.LoRAXSConfig(rank=4, targets=("fc1",)))
+    group = model.efft["default"]["fc1"]
+    values = torch.linalg.svdvals(weight)[:4]
+    torch.testing.assert_close(group.a[1, 0].norm(dim=0), values)
+    torch.testing.assert_close(
+        group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0], atol=1e-5, rtol=1e-4
+    )
+
+
+def _pairs(group, seed=0):
+    torch.manual_seed(seed)
+    return group.low_rank_pairs()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_pairs_in_the_layout_for_gpus_are_the_same(method, dropout, monkeypatch):
+    """the kernels of GPUs read down with K contiguous: same values, same gradients"""
+    config = METHODS[method]
+    if dropout:
+        if not isinstance(config, ek.EFFTConfig):
+            pytest.skip("no factor dropout")
+        config = dataclasses.replace(config, factor_dropout=dropout)
+    model = adapted(config).train()
+    for group in model.efft["default"].values():
+        plain = _pairs(group)
+        monkeypatch.setattr(groups_module, "_k_contiguous", lambda t: True)
+        turned = _pairs(group)
+        monkeypatch.undo()
+        probes = {path: (torch.randn_like(down), torch.randn_like(up)) for path, (down, up, _) in plain.items()}
+        parameters = list(group.parameters())
+        grads = []
+        for pairs in (plain, turned):
+            total = sum((t * p).sum() for path in probes for t, p in zip(pairs[path][:2], probes[path]))
+            grads.append(torch.autograd.grad(total, parameters))
+        torch.testing.assert_close(*grads)
+        for path, (down, up, _) in turned.items():
+            assert torch.equal(down, plain[path].down) and torch.equal(up, plain[path].up)
+            assert down.stride(0) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pair_of_one_linear_is_that_of_all(method):
+    model = adapted(METHODS[method])
+    for group in model.efft["default"].values():
+        for path, pair in group.low_rank_pairs().items():
+            (one,) = group.low_rank_pairs(path=path).values()
+            torch.testing.assert_close(one, pair)
+
+
+def _others(config):
+    """the same method with another rank and scale"""
+    rank = config.rank if isinstance(config.rank, tuple) else (config.rank, config.rank)
+    rank = (rank[0] + 2, rank[1] + 1) if isinstance(config.rank, tuple) else config.rank + 2
+    return dataclasses.replace(config, rank=rank, scale=3.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_gives_the_pairs_of_its_groups(method):
+    config = METHODS[method]
+    models = [adapted(c).double() for c in (config, _others(config), config)]
+    for key in models[0].efft["default"]:
+        groups = [model.efft["default"][key] for model in models]
+        parameters = [p for group in groups for p in group.parameters()]
+        together = stack(groups).low_rank_pairs()
+        alone = [group.low_rank_pairs() for group in groups]
+        probes = {}
+        for path, (down, up, _) in together.items():
+            (N, K) = models[0].get_submodule(path).weight.shape
+            assert down.shape[:2] == (3, K) and up.shape[::2] == (3, N)
+            probes[path] = probe = torch.randn(3, 2, K, dtype=torch.float64), torch.randn(3, 2, N, dtype=torch.float64)
+            for a, pairs in enumerate(alone):
+                want = probe[0][a] @ pairs[path].down @ pairs[path].up
+                torch.testing.assert_close(probe[0][a] @ down[a] @ up[a], want, rtol=1e-12, atol=1e-12)
+        total = lambda low: sum((x[a] @ low(p, a) * y[a]).sum() for p, (x, y) in probes.items() for a in range(3))
+        got = total(lambda p, a: together[p].down[a] @ together[p].up[a])
+        want = total(lambda p, a: alone[a][p].down @ alone[a][p].up)
+        for g, w in zip(*(torch.autograd.grad(out, parameters) for out in (got, want))):
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cores", ["per_block", "shared"])
+def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
+    config = ek.EFFTConfig(rank=4, scale=2.0, cores=cores, factor_dropout=0.5)
+    models = [shake(ek.inject(vit().train(), config)) for _ in range(2)]
+    models[1].efft["default"].load_state_dict(models[0].efft["default"].state_dict())
+    for key in models[0].efft["default"]:
+        pairs = stack([model.efft["default"][key] for model in models]).low_rank_pairs()
+        for down, up, _ in pairs.values():
+            dropped = [(t == 0) for t in (down if (down == 0).any() else up)]
+            assert 0.1 < dropped[0].double().mean() < 0.9 and not torch.equal(*dropped)
