@@ -421,7 +421,7 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--model", "hf:nowhere/at-all"], "hf:nowhere/at-all"),
         (["--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
         (["--checkpoint", "null"], "checkpoint must name the pre-trained weights"),
-        (["--data", "nowhere"], "data must be a folder or one of"),
+        (["--data", "nowhere"], "data must be a folder"),
         (["--rank", "65"], "rank must be at most 64"),
         (["--image_size", "33"], "33"),
         (["--dtype", "float64", "--mixed_precision", "bf16"], "mixed_precision must be 'no' with dtype='float64'"),
