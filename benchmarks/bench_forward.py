@@ -18,49 +18,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+# the first of these imports reports which packages are missing
+from arguments import check_device, check_out, positive, seconds  # isort: skip
+
+import efft_kernels
 import torch
-from torch import Tensor
-
-try:
-    import matplotlib  # noqa: F401, needed for the chart at the end
-    from tqdm import tqdm
-
-    import efft_kernels
-    from record import (
-        FORMAT,
-        add_rows,
-        chart,
-        commit,
-        conclude,
-        cpu_ratio,
-        digits,
-        machine,
-        prepare_folder,
-        spread_of,
-        text_table,
-        versions,
-    )
-except ModuleNotFoundError as error:
-    sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
-
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
-from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
+from forward_rows import COLOURS, floor_share, groups, raise_limits, row_work, slower, summary
+from record import (
+    FORMAT,
+    add_rows,
+    chart,
+    commit,
+    conclude,
+    cpu_ratio,
+    digits,
+    machine,
+    spread_of,
+    text_table,
+    versions,
+)
 from shapes import KINDS, MODELS, Layer, layers, work
+from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
+from torch import Tensor
+from tqdm import tqdm
 
 # variants that all times are divided by, round by round
 REFERENCES = ("merged", "onednn", "einsum_dw", "einsum", "peft", "unfused")
-COLOURS = {
-    "onednn": "#9e9e9e",
-    "einsum_dw": "#8c2d04",
-    "einsum": "#d9603b",
-    "einsum_compiled": "#f0a589",
-    "peft": "#c28f00",
-    "peft_compiled": "#ecc94b",
-    "peft_autotuned": "#f5dc8a",
-    "unfused": "#5b8fc7",
-    "extended_k": "#8e6bb0",
-    "efft": "#1b7837",
-}
 
 
 class Case(NamedTuple):
@@ -228,64 +212,6 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
             bar.update(args.repeats - len(samples))
 
 
-def raise_limits(record: dict) -> None:
-    """Raise the machine's limits to what a variant reached, where it was faster than they allow."""
-    limits = record["limits"]
-    for row in record["results"]:
-        seconds, (flops, moved) = row["ms"] * 1e-3, row_work(row)
-        compute, traffic = flops / limits["flops"][row["dtype"]], moved / limits["bandwidth"]
-        if max(compute, traffic) <= seconds:
-            continue
-        if compute >= traffic:
-            limits["flops"][row["dtype"]] = flops / seconds
-        else:
-            limits["bandwidth"] = moved / seconds
-        limits["source"] = f"{limits['source'].partition(';')[0]}; more where a variant showed more"
-
-
-def row_work(row: dict) -> tuple[int, int]:
-    """(FLOPs, bytes) that the fused layer needs for the case and pass of a row, whatever its variant does."""
-    return work(row["M"], row["K"], row["N"], row["R"], getattr(torch, row["dtype"]).itemsize)[row["pass"]]
-
-
-def floor_share(row: dict, limits: dict) -> float:
-    """The share of a row's time that the fused layer would take at the machine's limits."""
-    flops, moved = row_work(row)
-    return max(flops / limits["flops"][row["dtype"]], moved / limits["bandwidth"]) * 1e3 / row["ms"]
-
-
-def summary(rows: list[dict]) -> list[dict]:
-    """Per size, dtype and pass: ms by variant, summed over all Linears of the model, and ours over each variant."""
-    sums = []
-    for (size, dtype, part), group in _groups(rows, "size", "dtype", "pass"):
-        names = list(dict.fromkeys(row["layer"] for row in group))
-        ms = {}
-        for variant, own in _groups(group, "variant"):
-            if len(own) == len(names):
-                ms[variant[0]] = sum(row["count"] * row["ms"] for row in own)
-        efft = ms.get("efft")
-        ratio = {name: efft / value for name, value in ms.items() if name != "efft"} if efft else {}
-        sums.append({"size": size, "dtype": dtype, "pass": part, "layers": names, "ms": ms, "efft_ratio": ratio})
-    return sums
-
-
-def _groups(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
-    found = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(found.items())
-
-
-def slower(rows: list[dict]) -> list[str]:
-    """The cases in which the automatic choice is more than 2 % slower than plain torch, and slower in 3 of 4 rounds."""
-    found = []
-    for row in rows:
-        ratio = row.get("ratio_unfused") if row["variant"] == "efft" else None
-        if ratio and ratio > 1.02 and row["ratio_unfused_q1"] > 1:
-            found.append(f"{row['layer']} {row['dtype']} M={row['M']} {row['pass']} ({ratio:.2f})")
-    return found
-
-
 HEAD = [
     "layer", "variant", "ms", "quartiles", "/merged", "(cpu)", "/onednn", "/einsum_dw", "/unfused", "GFLOP/s", "GB/s",
     "floor", "MiB", "error y", "error dW",
@@ -294,7 +220,7 @@ HEAD = [
 
 def lines(rows: list[dict], limits: dict) -> list[list[str]]:
     table = []
-    for _, group in _groups(rows, "layer", "dtype", "size", "pass"):
+    for _, group in groups(rows, "layer", "dtype", "size", "pass"):
         r = group[0]
         label = [f"{r['layer']} {r['K']}->{r['N']}", f"{r['dtype']}, M={r['M']}", r["pass"], f"{r['rounds']} rounds"]
         table += [[]] if table else []
@@ -370,13 +296,13 @@ def show(record: dict) -> None:
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     """One panel with all cases of a pass if they are few, otherwise one per dtype and size for every four Linears."""
     found = []
-    for (part,), group in _groups(rows, "pass"):
-        cases = _groups(group, "layer", "dtype", "M")
+    for (part,), group in groups(rows, "pass"):
+        cases = groups(group, "layer", "dtype", "M")
         chunks = [cases]
         if len(cases) > 6:
             chunks = []
-            for _, same in _groups(group, "dtype", "size"):
-                layers = _groups(same, "layer", "dtype", "M")
+            for _, same in groups(group, "dtype", "size"):
+                layers = groups(same, "layer", "dtype", "M")
                 chunks += [layers[at : at + 4] for at in range(0, len(layers), 4)]
         for chunk in chunks:
             bars = {
@@ -397,21 +323,6 @@ def draw(record: dict, folder: Path) -> None:
         note += "; interrupted, partial"
     chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
     print(f"written: {folder}/forward.csv, forward.json, forward.png")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
@@ -449,8 +360,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     p.add_argument("--out", type=Path, metavar="DIR", help="write forward.csv, forward.json and forward.png there")
     args = p.parse_args(argv)
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
+    check_device(p, args)
     if os.environ.get("EFFT_BACKEND"):
         p.error(f"EFFT_BACKEND: expected unset, as backends are compared here, got {os.environ['EFFT_BACKEND']!r}")
     model = layers(args.model)
@@ -462,11 +372,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
             p.error(f"argument --rank: expected at most {largest} for {args.model} {layer.name}, got {args.rank}")
     if args.variants is not None:
         args.variants = ["merged", *args.variants]
-    if args.out is not None:
-        try:
-            prepare_folder(args.out)
-        except OSError as error:
-            p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
+    check_out(p, args)
 
     if args.rows:
         sizes = [(f"M={M}", lambda layer, M=M: M) for M in args.rows]

@@ -15,18 +15,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from bench_train_step import (
-    _forget_packed, by_dtype, check, draw, machine_line, make_record, parser,
-    show_meanings, timings,
+# the first of these imports reports which packages are missing
+from whole_model import (
+    check, draw, forget_packed, machine_line, make_record, measure_by_dtype, parser, print_meanings, timings,
 )  # fmt: skip  # isort: skip
-
-from torch import Tensor, nn
-from tqdm import tqdm
 
 import efft_kernels
 import harness
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
@@ -129,7 +127,7 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
             model = method.build(base, options).eval()
             forwards = [(lambda _, model=model, image=image: model(image),) for image in images]
             if method.ours:
-                _forget_packed()
+                forget_packed()
             _, kept = memory(forwards[0], args.device)
             peak, _ = memory(forwards[1], args.device)
             ops = sum(count_ops(forwards[0]))
@@ -173,7 +171,7 @@ def measure(args, record: dict, folder: Path) -> None:
         record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
         return calls, lambda samples: results(args, dtype, samples, facts)
 
-    by_dtype(args, record, prepare)
+    measure_by_dtype(args, record, prepare)
 
 
 HEAD = [
@@ -202,7 +200,7 @@ def show(record: dict) -> None:
             )
     print(f"\n{text_table(HEAD, table)}\n")
     print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
-    show_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, {row["method"] for row in rows})
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {

@@ -9,15 +9,15 @@ harness.py defines the methods, timing.py measures, results/README.md describes 
 import sys
 import textwrap
 
-import torch
-
-from bench_train_step import (
-    COLOURS, check, draw, machine_line, make_record, measure, panels, parser, show_meanings,
+# the first of these imports reports which packages are missing
+from whole_model import (
+    COLOURS, check, draw, machine_line, make_record, parser, print_meanings,
 )  # fmt: skip  # isort: skip
 
-from torch import nn
-
 import harness
+import torch
+from bench_train_step import measure, panels
+from torch import nn
 from record import conclude, cpu_ratio, digits, ratios, text_table
 from timing import MEMORY
 from harness import Method, Options
@@ -76,7 +76,7 @@ def show(record: dict) -> None:
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
     print(f"\n{text_table(HEAD, lines(rows))}\n")
-    show_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, {row["method"] for row in rows})
     notes = {
         "ms": "median of the rounds; /: median of the ratios within each round; (cpu): ratio of CPU times",
         "no opt.": "forward and backward without AdamW, over peft_lora's",

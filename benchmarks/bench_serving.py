@@ -16,18 +16,17 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
-from bench_train_step import (
-    _forget_packed, by_dtype, check, draw, machine_line, make_record, parser, positive, show_meanings,
-    timings,
+# the first of these imports reports which packages are missing
+from whole_model import (
+    check, draw, forget_packed, machine_line, make_record, measure_by_dtype, parser, print_meanings, timings,
 )  # fmt: skip  # isort: skip
-
-from torch import Tensor, nn
-from tqdm import tqdm
 
 import efft_kernels
 import harness
+import torch
+from arguments import positive
+from torch import Tensor, nn
+from tqdm import tqdm
 from record import conclude, digits, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
@@ -196,7 +195,7 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
             for n, images in enumerate(batches):
                 ids = [(n * args.batch + i) % K for i in range(args.batch)]
                 stages.append((lambda _, serve=serve, images=images, ids=ids: serve(images, ids),))
-            _forget_packed()
+            forget_packed()
             _, kept = memory(stages[0], args.device)
             peak, _ = memory(stages[-1], args.device)
         except (ImportError, RuntimeError) as error:
@@ -231,7 +230,7 @@ def measure(args, record: dict) -> None:
             run(stages[0])
         return calls, lambda samples: results(args, dtype, samples, facts)
 
-    by_dtype(args, record, prepare)
+    measure_by_dtype(args, record, prepare)
 
 
 HEAD = [
@@ -271,7 +270,7 @@ def show(record: dict) -> None:
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
     print(f"\n{text_table(HEAD, lines(rows))}\n")
-    show_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, {row["method"] for row in rows})
     print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {

@@ -7,63 +7,27 @@
 harness.py defines the methods, steps.py the step, timing.py measures, results/README.md describes the files.
 """
 
-import argparse
-import datetime
-import gc
 import itertools
 import math
-import os
 import sys
 import textwrap
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
+# the first of these imports reports which packages are missing
+from whole_model import (
+    check, draw, forget_packed, machine_line, make_record, measure_by_dtype, parser, print_meanings, timings,
+)  # fmt: skip  # isort: skip
 
-# first, because it names the missing package if one is not installed
-from bench_forward import positive, seconds  # isort: skip
-
-from tqdm import tqdm
-
-import efft_kernels
 import harness
-from record import (
-    FORMAT,
-    add_rows,
-    chart,
-    commit,
-    conclude,
-    cpu_ratio,
-    digits,
-    machine,
-    prepare_folder,
-    ratios,
-    spread_of,
-    text_table,
-    versions,
-    write_run,
-)
-from timing import MEMORY, Stages, columns, interleave, memory, run, timer
-from harness import MODELS, Method, Options
-from shapes import layers
+import torch
+from harness import Method, Options
+from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
+from timing import Stages, memory, run
+from tqdm import tqdm
 
 # methods that all times are divided by, round by round
 REFERENCES = ("merged", "merged_onednn", "full", "peft_lora", "released_efft", "fact_tt")
-COLOURS = {
-    "merged_onednn": "#9e9e9e",
-    "full": "#6a51a3",
-    "released_efft": "#8c2d04",
-    "fact_tt": "#d9603b",
-    "peft_lora": "#c28f00",
-    "efft2": "#1b7837",
-    "efft2_p0": "#5aae61",
-    "efft1": "#a6dba0",
-    "efft_lora": "#2166ac",
-    "efft_fact": "#92c5de",
-}
 # stages of a step that make up a pass: forward with loss, backward, AdamW with the gradients cleared
 PASSES = {
     "forward": slice(0, 1),
@@ -72,7 +36,6 @@ PASSES = {
     "forward+backward": slice(0, 2),
     "step": slice(0, 3),
 }
-KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
 
 
 class Built(NamedTuple):
@@ -98,7 +61,7 @@ def build(
             torch.manual_seed(0)
             step = Step(method.build(base, options), batches, compile=compile, capturable=graph)
             if method.ours:
-                _forget_packed()
+                forget_packed()
             if compile:
                 run(step.stages())  # compiles, which is not what the memory of a step is about
             _, kept = memory(step.stages(), args.device)
@@ -132,14 +95,6 @@ def _saved_bytes(step: Step) -> int:
     return saved.bytes
 
 
-def _forget_packed() -> None:
-    """Drop what the CPU backend packed for the previous method, so that each method shows the memory that it keeps."""
-    if next(b for b in efft_kernels.backends() if b.name == "cpu").available:
-        from efft_kernels.kernels import cpu
-
-        cpu.clear_packed()
-
-
 def results(args, dtype: str, samples: list[dict], built: dict[str, Built], graph: bool) -> list[dict]:
     """Make a row per pass and method from the complete rounds. A captured step is one pass, which cannot be divided."""
     rows, passes = [], {"step": slice(0, 1)} if graph else PASSES
@@ -163,21 +118,6 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, Built], grap
     return rows
 
 
-def timings(
-    samples: list[dict], name: str, which: slice, references: dict[str, str], quartiles: str, whole: bool = False
-) -> dict:
-    """The columns of the times of some stages of a method.
-
-    Args:
-        references: {name in the columns: method}.
-        quartiles: the reference whose ratio gets quartiles.
-        whole: whether to divide by the time of all stages of a reference instead of the same stages.
-    """
-    of = lambda name, which: [round[name][which] for round in samples]
-    others = {column: of(other, slice(None) if whole else which) for column, other in references.items()}
-    return columns(of(name, which), others, (quartiles,))
-
-
 def measure(args, record: dict, found: list[Method], graph: bool = False, compile: bool = False) -> None:
     found = [m for m in found if args.methods is None or m.name in args.methods]
 
@@ -190,43 +130,7 @@ def measure(args, record: dict, found: list[Method], graph: bool = False, compil
         calls = {name: method.calls for name, method in built.items()}
         return calls, lambda samples: results(args, dtype, samples, built, graph)
 
-    by_dtype(args, record, prepare)
-
-
-def by_dtype(args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, list[Stages]], Callable]]) -> None:
-    """Add the rows of one dtype after the other, so that an interrupted run keeps what is complete.
-
-    A killed one keeps it too: files are also rewritten during a dtype, at most every KEEP_EVERY seconds.
-
-    Args:
-        prepare: (dtype, bar) -> (the calls, warm; a function from the complete rounds to the dtype's rows).
-    """
-    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
-    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
-        for n, dtype in enumerate(args.dtype):
-            bar.set_description(f"{args.model} {dtype}")
-            setup -= time.perf_counter()
-            calls, rows = prepare(dtype, bar)
-            now, samples = time.perf_counter(), []
-            setup, kept = setup + now, now
-            bar.set_postfix_str("")
-            # share the time that the set-up of later dtypes leaves in equal parts
-            later = len(args.dtype) - n - 1
-            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
-            try:
-                for laps in interleave(calls, lap, args.repeats, deadline):
-                    samples.append(laps)
-                    bar.update()
-                    if args.out and len(samples) >= 3 and time.perf_counter() > kept + KEEP_EVERY:
-                        partial = {**record, "results": [*record["results"], *rows(samples)]}
-                        write_run(args.out, partial)
-                        kept = time.perf_counter()
-            finally:
-                if samples:
-                    add_rows(record, rows(samples), args.out)
-            bar.update(args.repeats - len(samples))
-            del calls, rows
-            gc.collect()  # models and their hooks form reference cycles
+    measure_by_dtype(args, record, prepare)
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -292,7 +196,7 @@ def show(record: dict) -> None:
     if not record["complete"]:
         print("\ninterrupted: what follows is partial")
     print(f"\n{text_table(HEAD, lines(rows))}\n")
-    show_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
@@ -317,21 +221,6 @@ def show(record: dict) -> None:
             print(f"warning: the loss of {what} is not finite any more; its time may be misleading")
 
 
-def show_meanings(record: dict, shown: set[str]) -> None:
-    for name, meaning in record["methods"].items():
-        if name in shown:
-            print(f"{name:<16} {meaning}")
-    for name, reasons in record["left_out"].items():
-        for dtype, reason in reasons.items():
-            print(f"{name:<16} left out{f' of {dtype}' if dtype else ''}: {reason}")
-
-
-def machine_line(record: dict) -> str:
-    m, v = record["machine"], record["versions"]
-    gpu = f", {m['gpu']['name']}" if record["arguments"]["device"] == "cuda" else ""
-    return f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n"
-
-
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:
     found = []
     for title, part in (("training step", "step"), ("without the optimizer", "forward+backward")):
@@ -351,104 +240,6 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
                 ratios = {name: row[key] / own["merged"][key] for name, row in own.items()}
                 exact[f"{label}, {dtype}"] = {name: (ratio,) * 3 for name, ratio in ratios.items()}
     return [*found, ("forward and backward: memory and operations", exact)]
-
-
-def draw(
-    record: dict, folder: Path, panels: list[tuple[str, dict]], label: str, colours: dict[str, str] = COLOURS
-) -> None:
-    name, written = record["benchmark"], ["csv", "json"]
-    # the divisor itself is not drawn, so a run without other methods has no chart
-    drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
-    if drawn:
-        chart(folder / f"{name}.png", drawn, colours, label, chart_note(record), limit=8.0)
-        written.append("png")
-    print(f"written: {', '.join(str(folder / f'{name}.{ending}') for ending in written)}")
-
-
-def chart_note(record: dict) -> str:
-    args, m = record["arguments"], record["machine"]
-    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
-    note = f"{args['model']}, batch {args['batch']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}"
-    return f"{note}; whiskers: quartiles" + ("" if record["complete"] else "; interrupted, partial")
-
-
-def parser(description: str, known: list[str], out: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks of whole models share. known: names of methods; the first one always runs."""
-    names = [backend.name for backend in efft_kernels.backends()]
-    p = argparse.ArgumentParser(description=description)
-    p.add_argument("--model", choices=MODELS, default="vit_b", help="of timm, random weights (default: vit_b)")
-    p.add_argument("--batch", type=positive, default=4, metavar="B", help="images (default: 4)")
-    p.add_argument("--image", type=positive, default=224, metavar="SIDE", help="in pixels (default: 224)")
-    p.add_argument("--rank", type=positive, default=16, metavar="R", help="of EFFT and FacT (default: 16)")
-    p.add_argument("--lora-rank", type=positive, default=8, metavar="R", help="of LoRA (default: 8)")
-    p.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
-                   help="the model is cast to it (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--methods", nargs="+", choices=known, metavar="NAME",
-                   help=f"only these, and {known[0]}: {', '.join(known)}")  # fmt: skip
-    p.add_argument("--backend", choices=names, help="of efft_kernels (default: its own choice)")
-    p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
-    p.add_argument("--repeats", type=positive, default=20, metavar="N", help="rounds at most (default: 20)")
-    p.add_argument("--seconds", type=seconds, default=120.0, metavar="S",
-                   help="for everything, set-up included; at least three rounds are run (default: 120)")  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="DIR", help=f"write {out} there")
-    return p
-
-
-def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, left_out: dict) -> None:
-    """Check options that depend on each other, and fill in the defaults that depend on other options.
-
-    always: the method that always runs. left_out: {method: why it cannot run here}.
-    """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
-    if os.environ.get("EFFT_BACKEND"):
-        p.error(f"EFFT_BACKEND: expected unset, as --backend chooses here, got {os.environ['EFFT_BACKEND']!r}")
-    if args.backend:
-        backend = next(b for b in efft_kernels.backends() if b.name == args.backend)
-        if not backend.available:
-            p.error(f"argument --backend: expected an available backend, got {args.backend!r}: {backend.note}")
-    if args.image % (side := MODELS[args.model][2]):
-        p.error(f"argument --image: expected a multiple of {side} for {args.model}, got {args.image}")
-    width = max(layer.K for layer in layers(args.model) if layer.kind == "proj")
-    for name in ("rank", "lora_rank"):
-        if (rank := getattr(args, name)) > width:
-            p.error(f"argument --{name.replace('_', '-')}: expected at most {width} for {args.model}, got {rank}")
-    args.dtype = list(dict.fromkeys(args.dtype or ["float32" if args.device == "cpu" else "bfloat16"]))
-    if args.methods is not None:
-        args.methods = list(dict.fromkeys([always, *args.methods]))
-        for name in args.methods:
-            if reason := left_out.get(name):
-                p.error(f"argument --methods: expected methods that can run here, got {name!r}: {reason}")
-    if args.out is not None:
-        try:
-            prepare_folder(args.out)
-        except OSError as error:
-            p.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r}: {error.strerror}")
-    try:
-        harness.timm()
-    except ImportError as error:
-        p.error(f'benchmarks of whole models need timm: pip install -e ".[bench]" ({error})')
-
-
-def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, str], left_out: dict[str, str]) -> dict:
-    environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
-    return {
-        "benchmark": benchmark,
-        "format": FORMAT,
-        "complete": False,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "machine": machine(),
-        "versions": {**versions(), **harness.versions()},
-        "commit": commit(),
-        "backends": [backend._asdict() for backend in efft_kernels.backends()],
-        "allocator": environment,
-        "memory": MEMORY[args.device],
-        "methods": meanings,
-        "left_out": {name: {"": reason} for name, reason in left_out.items() if not args.methods},
-        "results": [],
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,21 +1,21 @@
-"""Everything that needs a GPU, in one run: build, tests, sanitizers, tuning, benchmarks, and a table of the results.
+"""What a few minutes of a GPU are best spent on: proof, tuning and the numbers that the GPU goals are about.
 
-    python benchmarks/gpu.py                            # hours; benchmarks/results/<gpu>/
-    python benchmarks/gpu.py --only build tests         # some of the steps
+    python benchmarks/gpu.py --minutes 9 --out DIR
+    python benchmarks/gpu.py --dry --out DIR          # every step without a GPU: simulator and interpreter, small sizes
 
-results/README.md describes what the benchmarks write; gpu.json has the command, outcome and time of every step. Steps
-run even if an earlier one failed, except after a failed build; the exit status is 1 if one failed. With --only, the
-other steps keep their outcome in gpu.json if commit, machine and versions are the same.
-
-What is proven and tuned goes to <gpu>/tables/tuned.json instead of the user's own file; later benchmarks use it.
+Each step is a process of its own with a limit, so that a hang or an illegal address ends that step and not the run, and
+each result is a line of gpu.jsonl as soon as it is known. At the end stand gpu.csv and gpu.json as results/README.md has
+them, tuned.json, which `python -m efft_kernels.tune` uses and the package ships, train_step.csv and .json, eager and, with
+_graph in their names, replayed from CUDA graphs. The libraries travel prebuilt: nothing is compiled here but Triton's
+kernels.
 """
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
-import re
-import shlex
+import queue
 import shutil
 import signal
 import subprocess
@@ -23,152 +23,339 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 try:
-    from record import FORMAT, commit, machine, prepare_folder, read_run, text_table, versions, write_json
+    import record
+    from shapes import Layer, layers
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
+from efft_kernels.kernels import reference
+from efft_kernels.kernels.tuning import children, plans, prove, run, table, timing
+
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ("vit_b", "vit_l", "swin_t")
-LAST_LINES = 15  # of the output of a step, which are recorded
+SIMULATOR = ROOT / "build" / "simulator"
+BATCH, R = 64, 16
+DRY = [Layer("qkv", 48, 144, 3, 10, 12), Layer("stage1.fc2", 96, 24, 1, 20, 2)]  # instead of real layers
+# goal, what it is, which layers or methods, and at most what ratio
+GOALS = [
+    ("G1", "forward / merged, qkv and fc1", ("forward", ("qkv", "fc1"), "merged"), 1.15),
+    ("G2", "forward / merged, proj and fc2", ("forward", ("proj", "fc2"), "merged"), 1.25),
+    ("G3", "forward / merged, Swin stages 1 and 2", ("forward", ("stage1", "stage2"), "merged"), 1.10),
+    ("G3", "forward / PEFT's formula, Swin stages 1 and 2", ("forward", ("stage1", "stage2"), "peft"), 0.25),
+    ("G4", "forward + backward / merged forward + dx, ViT-B", ("both", ("qkv", "proj", "fc1", "fc2"), "merged"), 1.30),
+    ("G5", "training step / merged, frozen", "merged", 1.20),
+    ("G6", "training step / PEFT's LoRA", "peft_lora", 0.70),
+    ("G7", "training step / the released EFFT's way", "released_efft", 0.50),
+    ("G10b", "peak memory of a step / PEFT's LoRA", "peak", 0.75),
+    ("G14", "worst / plain torch in its better order", "worst", 1.00),
+]  # fmt: skip
+METHODS = ["merged", "peft_lora", "released_efft", "efft2"]
 
 
-class Step(NamedTuple):
-    name: str
-    command: list[str]
-    environment: dict[str, str] = {}
-    needs: str | None = None  # a program that may be missing
-    limit: float = 3600  # seconds, because a kernel that deadlocks never ends
+class Run:
+    """The lines of gpu.jsonl, and processes with limits."""
 
+    def __init__(self, out: Path, minutes: float):
+        self.start, self.out = time.monotonic(), out
+        self.end = self.start + 60 * minutes
+        self.file = (out / "gpu.jsonl").open("w")
+        self.lock = threading.Lock()
 
-def steps(out: Path) -> list[Step]:
-    """All steps, in their order. `kernels` selects the tests that run kernels on the GPU."""
-    python, here = sys.executable, "benchmarks"
-    kernels = [python, "-m", "pytest", "-q", "tests/test_cuda.py", "tests/test_triton.py", "-k", "gpu or test_triton"]
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
-    sizes = ["--device", "cuda", "--dtype", "bfloat16", "--batch", "64"]
-    forward = [python, f"{here}/bench_forward.py", *sizes, "--backward", "--compile", "all", "--seconds", "600"]
-    train = [python, f"{here}/bench_train_step.py", *sizes, "--seconds", "300"]
-    tuning = [python, "-m", "efft_kernels.tune", "--model", *MODELS, "--batch", "64", "--rank", "16"]
-    # use what is tuned here, and ignore the user's own tables
-    tables = {"EFFT_CACHE": str(out / "tables")}
-    # without torch's caching allocator every tensor is a separate allocation with checked bounds
-    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], {"EFFT_CUDA": "1"}),
-        # first, so that a kernel that hangs is noticed within minutes
-        Step("kernels", [python, "-m", "pytest", "-q", "-x", "tests/test_cuda.py", "-k", "gpu"], limit=600),
-        Step("tests", [python, "-m", "pytest", "-q"]),
-        Step("memcheck", [*sanitizer, "--tool", "memcheck", *kernels], apart, "compute-sanitizer"),
-        Step("racecheck", [*sanitizer, "--tool", "racecheck", *kernels], {}, "compute-sanitizer"),
-        Step("tune", [*tuning, "--minutes", "20"], tables),
-        *(
-            Step(f"forward_{model}", [*forward, "--model", model, "--out", str(out / model)], tables)
-            for model in MODELS
-        ),
-        Step("roofline", [python, f"{here}/roofline.py", *(str(out / model / "forward.json") for model in MODELS)]),
-        *(
-            Step(f"train_step_{name}", [*train, *backend, "--out", str(out / f"train_{name}")], tables)
-            for name, backend in (("auto", []), ("triton", ["--backend", "triton"]), ("cuda", ["--backend", "cuda"]))
-        ),
-    ]
+    def note(self, step: str, **found) -> None:
+        with self.lock:
+            line = {"step": step, "at": round(time.monotonic() - self.start, 1), **found}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
-def run(step: Step) -> dict:
-    """{step, command, outcome: "passed", "failed", "stopped" or "not run", seconds, end: the last lines of output}"""
-    record = {"step": step.name, "command": shlex.join(step.command), "outcome": "not run", "seconds": 0.0, "end": ""}
-    if step.needs and shutil.which(step.needs) is None:
-        return record | {"end": f"{step.needs} is not on PATH: it comes with the CUDA toolkit"}
-    print(f"\n== {step.name}: {record['command']}", flush=True)
-    start, lines, late = time.perf_counter(), [], threading.Event()
-    pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-    with subprocess.Popen(step.command, cwd=ROOT, env=os.environ | step.environment, **pipe) as process:
-
-        def stop():
-            with contextlib.suppress(ProcessLookupError):  # the group: the step and its children
+    def step(self, name: str, command: list[str], limit: float) -> list[dict]:
+        """Run a command; its lines that start with @@ are results, noted as they come"""
+        limit, begun, found, last = min(limit, self.left()), time.monotonic(), [], ""
+        if limit < 5:
+            self.note(name, outcome="no time left")
+            return found
+        print(f"\n== {name}", flush=True)
+        pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        with subprocess.Popen(command, cwd=ROOT, env=_environment(), **pipe) as process:
+            lines: queue.Queue = queue.Queue()
+            threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)], daemon=True).start()
+            outcome = "stopped"
+            with contextlib.suppress(queue.Empty):
+                while (line := lines.get(timeout=max(0.01, begun + limit - time.monotonic()))) is not None:
+                    if line.startswith("@@"):
+                        found.append(json.loads(line[2:]))
+                        self.note(name, **found[-1])
+                    else:
+                        print(line, end="", flush=True)
+                    last = line.strip() or last
+                outcome = "failed" if process.wait() else "passed"
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(step.limit, lambda: (late.set(), stop()))
-        timer.start()
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines = [*lines[1 - LAST_LINES :], line.rstrip()]
-            process.wait()
-        finally:
-            timer.cancel()
-            stop()
-    outcome = "stopped" if late.is_set() else "failed" if process.returncode else "passed"
-    if late.is_set():
-        lines.append(f"stopped after {step.limit:.0f} s")
-    return record | {"outcome": outcome, "seconds": round(time.perf_counter() - start, 1), "end": "\n".join(lines)}
+        failed = {} if outcome == "passed" else {"end": last[:400]}
+        self.note(name, outcome=outcome, seconds=round(time.monotonic() - begun, 1), **failed)
+        return found
 
 
-def earlier(path: Path, record: dict) -> dict[str, dict]:
-    """{step: its record} from an earlier run under the same conditions."""
-    try:
-        found = json.loads(path.read_text())
-        same = all(found[key] == record[key] for key in ("format", "machine", "versions", "commit"))
-        return {step["step"]: step for step in found["steps"]} if same else {}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a file that this script wrote, or none: {error!r}") from error
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def ratios(folder: Path) -> list[list[str]]:
-    """[file, size and pass, ratio to each reference] of every forward and training step recorded in the folder."""
-    import bench_forward
-    import bench_train_step
+def emit(**found) -> None:
+    print("@@" + json.dumps(found), flush=True)
 
-    rows, summaries = [], {"forward": bench_forward.summary, "train_step": bench_train_step.summary}
-    for path in sorted(folder.glob("*/*.json")):
-        if path.stem not in summaries:
+
+def chosen_layers(dry: bool) -> list[tuple[str, Layer]]:
+    if dry:
+        return [("dry", layer) for layer in DRY]
+    swin = [layer for layer in layers("swin_t") if layer.name.startswith(("stage1", "stage2", "stage3"))]
+    return [("vit_b", layer) for layer in layers("vit_b")] + [("swin_t", layer) for layer in swin]
+
+
+def info(dry: bool) -> None:
+    """The GPU, what it can do, and which backends there are"""
+    import efft_kernels
+
+    found = {"backends": [str(backend) for backend in efft_kernels.backends()], "machine": record.machine()}
+    if not dry:
+        a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+        source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        calls = {"gemm": lambda *_: a @ b, "copy": lambda *_: target.copy_(source)}
+        us = timing.interleaved(calls, [()], torch.device("cuda", 0), 5)
+        found |= {"tflops": 2 * 8192**3 / us["gemm"] * 1e-6, "copy_tbs": 2 * source.numel() / us["copy"] * 1e-6}
+    emit(**found)
+
+
+def ratios(dry: bool) -> None:
+    """What a user gets at each layer now, beside the merged weight, PEFT's formula and plain torch in both orders"""
+    device = torch.device("cpu") if dry else torch.device("cuda", 0)
+    dtype = torch.float16 if dry else torch.bfloat16
+    for backward in (False, True):
+        op, needs = (table.BACKWARD, table.ALL) if backward else (table.LINEAR, None)
+        for model, layer in chosen_layers(dry):
+            M = layer.tokens * (4 if dry else BATCH)
+            copies = timing.linear_copies(op, (M, layer.K, layer.N, R), dtype, device, needs)
+            found = table.choice(device, table.key(op, dtype, layer.K, layer.N, R, needs), M)
+            backend = found and found.backend
+            kernels = plans.module(backend) if backend else reference
+            variants = timing.plain_orders(op, needs) | {"auto": _with_needs(getattr(kernels, op), needs)}
+            if backward:
+                variants["merged"] = lambda dy, x, w, *rest: dy @ w
+            else:
+                variants["merged"] = lambda x, w, b, *rest: F.linear(x, w, b)
+                variants["peft"] = lambda x, w, b, down, up: F.linear(x, w, b) + (x @ down) @ up * 1.5
+            if dry and backend == "cuda":
+                simulate()
+            us = timing.interleaved(variants, copies, device, 3)
+            size = {"model": model, "layer": layer.name, "M": M, "K": layer.K, "N": layer.N, "R": R}
+            size |= {"slices": layer.slices, "dtype": str(dtype)[6:], "count": layer.count}
+            emit(**size, **{"pass": "backward" if backward else "forward"}, backend=backend or "torch", us=us)
+
+
+def _with_needs(function, needs):
+    return (lambda *given: function(*given, needs)) if needs else function
+
+
+def simulate() -> None:
+    """Let the CUDA backend run in the simulator of tests/cuda, which is built once for each version of csrc/cuda"""
+    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    import simulator
+
+    from efft_kernels.kernels import build, cuda
+
+    folder = SIMULATOR / build.digest(ROOT / "csrc" / "cuda")
+    if not (folder / "efft_cuda_sim.so").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        simulator.build(folder)
+    torch.ops.load_library(str(folder / "efft_cuda_sim.so"))
+    cuda._ops = lambda: torch.ops.efft_cuda_sim
+    cuda.unavailable, cuda._unsupported_device = lambda: None, lambda device: None
+    few = [cuda.KernelPlan(True, False, 64), cuda.KernelPlan(False, True, 128), cuda.KernelPlan(True, True, 192)]
+    cuda.plans = lambda arch, R: few  # each takes seconds there
+
+
+def worker() -> None:
+    """A child of the tuner in a dry run"""
+    from efft_kernels.kernels.tuning import worker
+
+    torch.set_num_threads(1)
+    simulate()
+    worker.main()
+
+
+def stress(dry: bool) -> None:
+    """Many runs of what was chosen for ViT-B's qkv, bit for bit, while another stream takes memory and time"""
+    device = torch.device("cpu") if dry else torch.device("cuda", 0)
+    dtype, count = (torch.float16, 2) if dry else (torch.bfloat16, 500)
+    layer = DRY[0] if dry else layers("vit_b")[0]
+    if dry:
+        simulate()
+    given = prove.linear_inputs(layer.tokens * (4 if dry else BATCH), layer.K, layer.N, R, dtype, device)[:5]
+    for backend in ("cuda", "triton"):
+        proven = table.proof(backend, device)["plans"]
+        for plan in plans.linear_plans(backend, device):
+            if table.plan_name(plan) not in proven or not plans.takes(backend, plan, table.LINEAR, given, None):
+                continue
+            with table.override(backend, plan):
+                emit(backend=backend, plan=table.plan_name(plan), runs=count, differ=_differing(backend, given, count, dry))
+
+
+def _differing(backend: str, given: tuple, count: int, dry: bool) -> int:
+    function = plans.module(backend).lowrank_linear
+    first = [t.clone() for t in function(*given)]
+    differ = torch.zeros((), dtype=torch.int64, device=given[0].device)
+    if not dry:
+        noise, side = torch.empty(1 << 28, dtype=torch.uint8, device="cuda"), torch.cuda.Stream()
+    for number in range(count):
+        if not dry and number % 7 == 0:
+            with torch.cuda.stream(side):
+                noise.add_(1)
+        differ += sum((a != b).any() for a, b in zip(function(*given), first))
+    return int(differ)
+
+
+def rows_of(found: list[dict]) -> list[dict]:
+    """The rows of gpu.csv"""
+    rows = []
+    for case in found:
+        us, plain = case["us"], min(v for name, v in case["us"].items() if name.startswith("product"))
+        size = {key: case[key] for key in ("model", "layer", "M", "K", "N", "R", "slices", "dtype", "count", "pass")}
+        for name, value in us.items():
+            ratio = {f"ratio_{other}": value / us[other] for other in ("merged", "peft") if other in us}
+            chosen = {"backend": case["backend"] if name == "auto" else None}
+            rows.append({**size, "variant": name, **chosen, "ms": value * 1e-3, **ratio, "ratio_torch": value / plain})
+    return rows
+
+
+def goals(rows: list[dict], step: list[dict]) -> list[dict]:
+    """[{goal, what, goal's ratio, measured, cases}] of what was measured; measured is the worst of the cases"""
+    found = []
+    for name, what, of, limit in GOALS:
+        values: dict[str, float] = {}
+        auto = [row for row in rows if row["variant"] == "auto"]
+        if of == "worst":
+            values = {f"{row['layer']} {row['pass']}": row["ratio_torch"] for row in auto}
+        elif isinstance(of, tuple):
+            kind, names, other = of
+            cases = [row for row in auto if row["layer"].startswith(names)]
+            if kind != "both":
+                values = {row["layer"]: row[f"ratio_{other}"] for row in cases if row["pass"] == kind}
+            elif cases:
+                times = [(row["count"] * row["ms"], row["count"] * row["ms"] / row["ratio_merged"]) for row in cases]
+                values = {"all": sum(ours for ours, _ in times) / sum(merged for _, merged in times)}
+        else:
+            values = _step_ratios(step, of)
+        found.append({"goal": name, "what": what, "at_most": limit, "cases": values, "measured": max(values.values(), default=None)})
+    return found + [{"goal": "G8", "what": "kernel time / LoRAFusion's", "at_most": 1.0, "cases": {}, "measured": None}]
+
+
+def _step_ratios(step: list[dict], other: str) -> dict[str, float]:
+    """our method's step over another's; "peak": its peak memory over that of PEFT's LoRA"""
+    rows = {(row["file"], row["method"]): row for row in step if row["pass"] == "step"}
+    found = {}
+    for (file, method), row in rows.items():
+        against = rows.get((file, "peft_lora" if other == "peak" else other))
+        if method == "efft2" and against:
+            column = "peak_bytes" if other == "peak" else "ms"
+            if row.get(column) and against.get(column):
+                found[file] = row[column] / against[column]
+    return found
+
+
+def train(found: Run, out: Path, dry: bool, backend: str | None) -> list[dict]:
+    """The rows of train_step.csv, eager and from a graph, with the file's name"""
+    device = ["--device", "cpu", "--batch", "1", "--dtype", "float32", "--image", "32"] if dry else [
+        "--device", "cuda", "--batch", str(BATCH), "--dtype", "bfloat16"
+    ]  # fmt: skip
+    rows = []
+    for name, more in (("train_step", []), ("train_step_graph", ["--graph"])):
+        if dry and more:
             continue
-        for summary in summaries[path.stem](read_run(path)["results"]):
-            found = summary.get("efft_ratio") or summary.get("efft2_ratio") or {}
-            what = " ".join(str(summary[key]) for key in ("size", "dtype", "pass") if key in summary)
-            against = ", ".join(f"{value:.2f} x {name}" for name, value in found.items())
-            rows.append([str(path.relative_to(folder)), what, against])
+        folder = out / name
+        command = [sys.executable, "benchmarks/bench_train_step.py", *device, *more, "--methods", *METHODS]
+        command += ["--seconds", "5" if dry else "45", "--out", str(folder), *(["--backend", backend] if backend else [])]
+        found.step(name, command, 300 if dry else 110)
+        for path in (folder / "train_step.csv", folder / "train_step.json"):
+            if path.exists():
+                path.replace(out / f"{name}{path.suffix}")
+        shutil.rmtree(folder, ignore_errors=True)
+        if (out / f"{name}.csv").exists():
+            rows += [{"file": name, **row} for row in record.read_csv(out / f"{name}.csv")]
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    names = [step.name for step in steps(Path())]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"of {', '.join(names)}")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/ and the GPU's name")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("expected a GPU and a CUDA build of torch, and torch sees none")
-    here = machine()
-    slug = re.sub(r"\W+", "_", here["gpu"]["name"]).strip("_").lower()
-    out = (args.out or ROOT / "benchmarks" / "results" / slug).resolve()
-    prepare_folder(out)
-    record = {"benchmark": "gpu", "format": FORMAT, "machine": here, "versions": versions()}
-    record |= {"commit": commit(), "steps": []}
-    try:
-        done = earlier(out / "gpu.json", record) if args.only else {}
-    except ValueError as error:
-        parser.error(str(error))
-    for step in steps(out):
-        if args.only and step.name not in args.only:
-            continue
-        done[step.name] = run(step)
-        record["steps"] = [done[name] for name in names if name in done]
-        write_json(out / "gpu.json", record)
-        if step.name == "build" and done["build"]["outcome"] == "failed":
-            break
-    rows = [[s["step"], s["outcome"], f"{s['seconds']:.0f} s", s["end"].rpartition("\n")[2]] for s in record["steps"]]
-    print("\n" + text_table(["step", "outcome", "time", "last line"], rows))
-    if measured := ratios(out):
-        print("\n" + text_table(["file", "case", "ours over"], measured))
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--minutes", type=float, default=9.0, help="nothing new is started after this time (default: 9)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/ and the GPU's name")
+    p.add_argument("--dry", action="store_true", help="without a GPU: every step, small, in simulator and interpreter")
+    p.add_argument("--no-train", action="store_true", help="without whole training steps")
+    p.add_argument("--step", choices=("info", "ratios", "stress", "worker"), help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    if args.step:
+        worker() if args.step == "worker" else globals()[args.step](args.dry)
+        return 0
+    if not args.dry and not torch.cuda.is_available():
+        p.error("expected a GPU and a CUDA build of torch, and torch sees none; --dry runs without")
+    name = "dry" if args.dry else torch.cuda.get_device_name()
+    out = (args.out or ROOT / "benchmarks" / "results" / name.replace(" ", "_").lower()).resolve()
+    record.prepare_folder(out)
+    os.environ["EFFT_CACHE"] = str(out / "cache")  # not the records of the person who runs this
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+        simulate()
+    table.invalidate()
+    return everything(Run(out, args.minutes), out, args)
+
+
+def everything(found: Run, out: Path, args) -> int:
+    here = [sys.executable, str(Path(__file__).resolve()), *(["--dry"] if args.dry else []), "--step"]
+    about = found.step("info", [*here, "info"], 60)
+    sizes = [(layer.tokens * (4 if args.dry else BATCH), layer.K, layer.N, R) for _, layer in chosen_layers(args.dry)]
+    report = run.tune(
+        dict.fromkeys(sizes), [torch.float16] if args.dry else [torch.bfloat16, torch.float16][: 1 + (args.minutes > 12)],
+        backends=("cuda", "triton"), device="cpu" if args.dry else None, minutes=max(0.1, min(4.0, found.left() / 120)),
+        worker=[*here, "worker"] if args.dry else children.WORKER, simulated=args.dry,
+        say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
+    )  # fmt: skip
+    measured = found.step("ratios", [*here, "ratios"], 120)
+    stressed = found.step("stress", [*here, "stress"], 60)
+    step = [] if args.no_train else train(found, out, args.dry, "reference" if args.dry else None)
+    if table.user_file().exists():
+        shutil.copyfile(table.user_file(), out / "tuned.json")
+        if not args.dry:
+            shutil.copyfile(out / "tuned.json", table.SHIPPED)
+    shutil.rmtree(out / "cache", ignore_errors=True)
+    rows = rows_of([case for case in measured if "us" in case])
+    reached = goals(rows, step)
+    record.write_run(out, {
+        "benchmark": "gpu", "format": record.FORMAT, "date": datetime.date.today().isoformat(), "dry": args.dry,
+        "complete": not report.left, "machine": record.machine(), "versions": record.versions(), "commit": record.commit(),
+        "info": about, "proven": report.proven, "dropped": report.dropped, "not_done": report.left, "stress": stressed,
+        "goals": reached, "results": rows,
+    })  # fmt: skip
+    lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
+    print("\n" + record.text_table(["goal", "what", "at most", "worst", "cases"], lines))
+    for backend, found_plans in report.proven.items():
+        print(f"{backend}: proven {', '.join(found_plans) or 'nothing'}; dropped {report.dropped.get(backend) or 'nothing'}")
     print(f"\nwritten: {out}")
-    return int(any(s["outcome"] in ("failed", "stopped") for s in record["steps"]))
+    return int(any(report.dropped.values()) or any(each.get("differ") for each in stressed))
+
+
+def _digits(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _cases(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
 
 if __name__ == "__main__":

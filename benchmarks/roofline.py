@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    from bench_forward import COLOURS, row_work
+    from forward_rows import COLOURS, row_work
     from record import digits, read_run, write_figure
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')

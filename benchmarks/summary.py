@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench_forward import summary
 from efft_kernels.storage import write_bytes
+from forward_rows import summary
 from record import digits, read_csv, read_run
 
 HERE = Path(__file__).resolve().parent

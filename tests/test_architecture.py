@@ -45,7 +45,7 @@ KERNELS = {
     "kernels.tuning.run": {f"kernels.tuning.{name}" for name in ("children", "plans", "table")},
 }
 # longer for now
-LINES = {"kernels.triton": 1040, "finetune.loop": 624, "finetune.data": 505}
+LINES = {"kernels.triton": 1040}
 HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
 
 

@@ -1,5 +1,6 @@
-"""benchmarks/gpu.py without a GPU: what it would run, how an outcome is kept, and the table of what was measured."""
+"""benchmarks/gpu.py without a GPU: a dry run of every step, what a step that hangs leaves, and the table of the goals."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -11,87 +12,70 @@ for module in ("matplotlib", "tabulate", "tqdm"):
     pytest.importorskip(module)
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).parent / "cuda"))
 
-import bench_forward  # noqa: E402
-import bench_train_step  # noqa: E402
 import gpu  # noqa: E402
-from record import FORMAT, write_run  # noqa: E402
+import simulator  # noqa: E402
+
+from efft_kernels.kernels.tuning import table  # noqa: E402
 
 
-def test_every_step_names_what_is_there(tmp_path, monkeypatch):
-    # as on a machine with a GPU: the benchmarks' own command lines take what they are given
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    steps = gpu.steps(tmp_path)
-    checks = ["build", "kernels", "tests", "memcheck", "racecheck"]
-    models = [f"forward_{model}" for model in gpu.MODELS]
-    assert [s.name for s in steps[:10]] == [*checks, "tune", *models, "roofline"]
-    for step in steps[5:]:
-        # the benchmarks go by what was tuned, and nothing else does
-        assert step.name == "roofline" or step.environment == {"EFFT_CACHE": str(tmp_path / "tables")}
-    for step in steps:
-        files = [part for part in step.command if part.endswith(".py")]
-        assert all((gpu.ROOT / file).exists() for file in files), files
-        arguments = step.command[step.command.index(files[0]) + 1 :] if files else []
-        if step.name.startswith("forward"):
-            args, cases = bench_forward.parse(arguments)
-            assert args.backward and all(case.dtype == "bfloat16" for case in cases)
-        elif step.name.startswith("train_step"):
-            known = ["merged", "efft2"]
-            assert bench_train_step.parser("", known, "").parse_args(arguments).device == "cuda"
-    written = [part for step in steps if step.name in models for part in step.command if part.startswith(str(tmp_path))]
-    assert steps[9].command[-3:] == [f"{folder}/forward.json" for folder in written]
+def test_a_dry_run_exercises_every_step(tmp_path):
+    if simulator.compiler() is None:
+        pytest.skip("the simulator needs a C++ compiler")
+    pytest.importorskip("triton")
+    out = tmp_path / "out"
+    run = gpu.Run(tmp_path, 15)
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--minutes", "6", "--out", str(out), "--no-train"]
+    before = table.SHIPPED.read_bytes()
+    run.step("dry", command, 900)
+    (end,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert end["outcome"] == "passed", end
+    lines = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+    assert {"info", "tune", "ratios", "stress"} == {line["step"] for line in lines}
+    assert all(line["outcome"] == "passed" for line in lines if "outcome" in line)
+    record = json.loads((out / "gpu.json").read_text())
+    assert record["dry"] and record["proven"]["cuda"].keys() >= {"single_pass tile64", "hopper tile128", "merge_"}
+    assert record["proven"]["triton"].keys() >= {"single_pass", "extended_k"} and not any(record["dropped"].values())
+    assert len(record["stress"]) == 4 and not any(each["differ"] for each in record["stress"])
+    rows = [*csv.DictReader((out / "gpu.csv").open())]
+    variants = {row["variant"] for row in rows}
+    assert variants == {"product first", "product last", "auto", "merged", "peft"}
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.csv", "gpu.json", "gpu.jsonl", "tuned.json"]
+    table._checked(json.loads((out / "tuned.json").read_text())["devices"])
+    assert table.SHIPPED.read_bytes() == before  # of a simulator nothing is shipped
 
 
-def test_outcomes(tmp_path):
-    run = lambda code, **more: gpu.run(gpu.Step("x", [sys.executable, "-c", code], **more))
-    passed = run("import os; print('a'); print(os.environ['HOW'])", environment={"HOW": "so"})
-    assert (passed["outcome"], passed["end"]) == ("passed", "a\nso")
-    assert run("print(*range(99), sep='\\n'); raise SystemExit(3)")["outcome"] == "failed"
-    assert run("print(*range(99), sep='\\n')")["end"].splitlines() == [str(i) for i in range(99 - gpu.LAST_LINES, 99)]
-    # a step that never ends, nor does what it started
-    never = "import subprocess, sys; print('a', flush=True); subprocess.run(['sleep', '600'])"
-    stopped = run(never, limit=2)
-    assert stopped["outcome"] == "stopped" and stopped["end"] == "a\nstopped after 2 s" and stopped["seconds"] < 60
-    missing = run("", needs="no-such-program")
-    assert missing["outcome"] == "not run" and "no-such-program is not on PATH" in missing["end"]
+def test_a_step_that_hangs_or_fails_ends_alone(tmp_path, monkeypatch):
+    run = gpu.Run(tmp_path, 5)
+    never = "import json, subprocess; print('@@' + json.dumps(dict(a=1))); print('b', flush=True); subprocess.run(['sleep', '600'])"
+    assert run.step("hangs", [sys.executable, "-c", never], 5) == [{"a": 1}]
+    assert run.step("fails", [sys.executable, "-c", "raise SystemExit('why')"], 60) == []
+    run.end = run.start
+    assert run.step("late", [sys.executable, "-c", ""], 60) == []
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("outcome"), line.get("end")) for line in lines] == [
+        ("hangs", None, None), ("hangs", "stopped", "b"), ("fails", "failed", "why"), ("late", "no time left", None)
+    ]  # fmt: skip
 
 
-def test_steps_that_are_not_run_again_keep_their_outcome(tmp_path, monkeypatch, capsys):
-    machine = {"gpu": {"name": "Some GPU"}}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "machine", lambda: machine)
-    monkeypatch.setattr(gpu, "run", lambda step: {"step": step.name, "outcome": outcome, "seconds": 0.0, "end": ""})
-    commit = {"id": "a", "dirty": False}
-    monkeypatch.setattr(gpu, "commit", lambda: commit)
-
-    def outcomes(*only):
-        code = gpu.main(["--out", str(tmp_path), *(("--only", *only) if only else ())])
-        steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
-        return code, {step["step"]: step["outcome"] for step in steps}
-
-    outcome = "passed"
-    assert outcomes("roofline", "tests") == (0, {"tests": "passed", "roofline": "passed"})
-    outcome = "failed"
-    assert outcomes("memcheck") == (1, {"tests": "passed", "memcheck": "failed", "roofline": "passed"})
-    commit["id"] = "b"
-    outcome = "passed"
-    assert outcomes("memcheck") == (0, {"memcheck": "passed"})
-    code, found = outcomes()
-    assert code == 0 and list(found) == [step.name for step in gpu.steps(tmp_path)]
-    (tmp_path / "gpu.json").write_text("[]")
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "--only", "tests"])
-    assert "gpu.json: expected a file that this script wrote" in capsys.readouterr().err
-
-
-def test_table_of_the_ratios(tmp_path):
-    row = {"layer": "qkv", "count": 12, "size": "batch 64", "dtype": "bfloat16", "pass": "forward"}
-    rows = [row | {"variant": name, "ms": ms} for name, ms in (("merged", 0.8), ("peft", 2.0), ("efft", 1.0))]
-    (tmp_path / "vit_b").mkdir()
-    write_run(tmp_path / "vit_b", {"benchmark": "forward", "format": FORMAT, "results": rows})
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "cuda_configs.json").write_text(json.dumps({"format": 1, "gpus": {}}))
-    assert gpu.ratios(tmp_path) == [["vit_b/forward.json", "batch 64 bfloat16 forward", "1.25 x merged, 0.50 x peft"]]
+def test_table_of_the_goals():
+    size = {"model": "vit_b", "M": 8, "K": 4, "N": 4, "R": 2, "slices": 1, "dtype": "bfloat16", "count": 12, "backend": "cuda"}
+    us = {"product first": 30.0, "product last": 25.0, "auto": 20.0, "merged": 16.0, "peft": 40.0}
+    cases = [{**size, "layer": layer, "pass": kind, "us": us} for layer in ("qkv", "proj") for kind in ("forward", "backward")]
+    cases[2]["us"] = us | {"auto": 26.0}
+    rows = gpu.rows_of(cases)
+    steps = [
+        {"file": "train_step", "pass": "step", "method": method, "ms": ms, "peak_bytes": peak}
+        for method, ms, peak in (("merged", 10.0, 5), ("peft_lora", 30.0, 8), ("efft2", 12.0, 6))
+    ]
+    found = {(goal["goal"], goal["what"].partition(",")[0]): goal["measured"] for goal in gpu.goals(rows, steps)}
+    values = {name: value for (name, _), value in found.items()}
+    assert values["G1"] == 1.25 and values["G2"] == 26 / 16 and values["G3"] is None
+    assert values["G4"] == (20 + 20 + 26 + 20) / (4 * 16) and values["G14"] == 26 / 25
+    assert values["G5"] == 1.2 and values["G6"] == 0.4 and values["G10b"] == 0.75
+    assert values["G7"] is None and values["G8"] is None  # not measured
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -21,6 +21,7 @@ import bench_inference  # noqa: E402
 import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
 import steps  # noqa: E402
+import whole_model  # noqa: E402
 import timing as measure  # noqa: E402
 from record import read_run, spread_of  # noqa: E402
 import harness  # noqa: E402
@@ -331,7 +332,7 @@ def test_interrupted(script, tmp_path, capsys, monkeypatch):
         yield from measure.interleave(calls, lap, 2, deadline)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_train_step, "interleave", interleave)
+    monkeypatch.setattr(whole_model, "interleave", interleave)
     chosen = "accelerated" if script is bench_lora else "efft2"
     assert script.main([*SIZES, "--lora-rank", "2", "--methods", chosen, "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
@@ -349,8 +350,8 @@ def test_a_killed_run_keeps_its_rounds(tmp_path, monkeypatch):
             files = tmp_path / "train_step.json"
             kept.append(read_run(files) if files.exists() else None)  # what a kill at this moment leaves
 
-    monkeypatch.setattr(bench_train_step, "interleave", interleave)
-    monkeypatch.setattr(bench_train_step, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(whole_model, "interleave", interleave)
+    monkeypatch.setattr(whole_model, "KEEP_EVERY", 0.0)
     assert bench_train_step.main([*SIZES, "--methods", "merged", "--out", str(tmp_path)]) == 0
     assert kept[:2] == [None, None]
     for rounds, run in enumerate(kept[2:], 3):

@@ -5,7 +5,7 @@ import torch
 from test_bench_model import RECORD, SIZES, check_files, small  # noqa: F401, which makes the models small
 
 import bench_serving  # found because test_bench_model put benchmarks/ on the path
-import bench_train_step
+import whole_model
 import harness
 
 from record import ratios
@@ -59,6 +59,6 @@ def test_interrupted_before_a_round(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_train_step, "interleave", interrupted)
+    monkeypatch.setattr(whole_model, "interleave", interrupted)
     assert bench_serving.main([*SIZES, "--adapters", "1", "--methods", "merged", "--out", str(tmp_path)]) == 130
     assert "nothing to show" in capsys.readouterr().out and not list(tmp_path.glob("*.json"))

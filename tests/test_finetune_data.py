@@ -15,7 +15,8 @@ timm()
 from PIL import Image  # noqa: E402
 
 from efft_kernels.finetune import data as data_module  # noqa: E402
-from efft_kernels.finetune.data import Arrays, DataError, Source, open_data, source  # noqa: E402
+from efft_kernels.finetune.data import Source, open_data, source  # noqa: E402
+from efft_kernels.finetune.images import Arrays, DataError  # noqa: E402
 
 
 def picture(path, value=0, size=(20, 12)):
@@ -149,7 +150,7 @@ def test_hidden_files_and_others_are_left_out(tmp_path, caplog):
     found = open_data(root, 16, test_fraction=0.0)
     assert len(found.train) == 10
     found.train.check(keep=True)
-    assert f"not taken for images: {root / 'dog/a.heic'} and 1 more" in caplog.text
+    assert f"ignored, not an image: {root / 'dog/a.heic'} and 1 more" in caplog.text
 
 
 def test_names_that_are_no_utf8(tmp_path):

@@ -27,7 +27,7 @@ for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
 from safetensors.torch import load_file  # noqa: E402
 from test_finetune_data import folder, lists  # noqa: E402
 
-from efft_kernels.finetune import checkpoints, cli, loop  # noqa: E402
+from efft_kernels.finetune import checkpoints, cli, loop, prepared  # noqa: E402
 from efft_kernels.finetune.loop import Interrupted, train  # noqa: E402
 from efft_kernels.finetune.models import make_model  # noqa: E402
 from efft_kernels.finetune.settings import Settings  # noqa: E402
@@ -190,21 +190,21 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
 
 
 def test_sigterm_in_the_same_process(photos, whole, tmp_path):
-    original, steps = loop._Run._one_step, []
+    original, steps = loop.one_step, []
 
-    def step(self, parts):
+    def step(*args):
         steps.append(1)
         if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, parts)
+        original(*args)
 
-    loop._Run._one_step = step
+    loop.one_step = step
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(Interrupted, match="stopped after step 4 of 18"):
             train(tiny(photos, tmp_path), progress=False)
     finally:
-        loop._Run._one_step = original
+        loop.one_step = original
     assert signal.getsignal(signal.SIGTERM) is before
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
@@ -280,7 +280,7 @@ def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_seen_before_the_first_step(photos, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10 * 2**20})
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(checkpoints.StorageError, match="has 10 MiB free, but .* take up to 6. MiB"):
         train(tiny(photos, tmp_path), progress=False)
 
@@ -356,13 +356,13 @@ def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
 
 
 def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
-    original, tops = loop._Run._evaluate, iter([10.0, 90.0, 20.0, 90.0])
+    original, tops = loop.evaluate, iter([10.0, 90.0, 20.0, 90.0])
 
-    def evaluate(self, *args):
-        found = original(self, *args)
+    def evaluate(*args):
+        found = original(*args)
         return {**found, "top1": next(tops, found["top1"])}
 
-    monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     result = train(tiny(photos, tmp_path, select="val", epochs=4, lr=1e-2), progress=False)
     assert result.epoch == 2
     losses = [entry["val"]["loss"] for entry in result.history]
@@ -408,7 +408,7 @@ def test_yaml_is_the_same_as_flags(tmp_path):
     [
         (["--lerning_rate", "1"], "--lerning_rate"),
         (["--method", "lara"], "method must be one of full, linear"),
-        (["--method", "linear", "--rank", "4"], "rank is no option of method 'linear'"),
+        (["--method", "linear", "--rank", "4"], "rank is not an option of method 'linear'"),
         (["--epochs", "many"], "epochs"),
         (["--epochs", "0"], "epochs must be an int of at least 1, got 0"),
         (["--lr", "-1"], "lr must be a finite number"),
@@ -421,7 +421,7 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--model", "hf:nowhere/at-all"], "hf:nowhere/at-all"),
         (["--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
         (["--checkpoint", "null"], "checkpoint must name the pre-trained weights"),
-        (["--data", "nowhere"], "data must be a folder or one of"),
+        (["--data", "nowhere"], "data must be a folder"),
         (["--rank", "65"], "rank must be at most 64"),
         (["--image_size", "33"], "33"),
         (["--dtype", "float64", "--mixed_precision", "bf16"], "mixed_precision must be 'no' with dtype='float64'"),
@@ -461,18 +461,18 @@ def test_an_image_that_is_damaged_later(photos, tmp_path):
     """found by a worker process in the middle of an epoch: still one sentence"""
     root = folder(tmp_path / "photos", ("train", "test"))
     settings = tiny(root, tmp_path / "out", workers=1, batch_size=4)
-    original = loop._Run._look_at
+    original = prepared.read_images
 
-    def look(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+    def read(*args, **kwargs):
+        original(*args, **kwargs)
         (root / "train/cat/3.png").write_bytes(b"")
 
-    loop._Run._look_at = look
+    prepared.read_images = read
     try:
         with pytest.raises(ValueError) as error:
             train(settings, progress=False)
     finally:
-        loop._Run._look_at = original
+        prepared.read_images = original
     assert "cat/3.png cannot be read" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -519,15 +519,16 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, wrapper)
 
     spy(torch.optim, "AdamW", "lr", "weight_decay")
-    spy(loop, "make_model")
+    spy(prepared, "make_model")
     spy(loop.F, "cross_entropy", "label_smoothing")
     rates = []
-    original = loop._Run._one_step
-    monkeypatch.setattr(
-        loop._Run,
-        "_one_step",
-        lambda self, parts: (rates.append(self._plain_optimizer().param_groups[0]["lr"]), original(self, parts))[1],
-    )
+    original = loop.one_step
+
+    def step(run, progress, parts):
+        rates.append(progress.optimizer.param_groups[0]["lr"])
+        original(run, progress, parts)
+
+    monkeypatch.setattr(loop, "one_step", step)
     recipe = dict(weight_decay=0.07, drop_path=0.3, label_smoothing=0.2, warmup_epochs=1, warmup_lr=1e-4, epochs=2)
     train(tiny(photos, tmp_path, **recipe), progress=False)
     assert seen["AdamW"][1] == {"lr": 3e-3, "weight_decay": 0.07}
@@ -561,14 +562,14 @@ def test_starting_over_leaves_nothing_of_before(photos, tmp_path):
 
 
 def test_a_state_that_diverged_replaces_none(photos, tmp_path, monkeypatch):
-    original = loop._Run._one_step
+    original = loop.one_step
 
-    def step(self, parts):
-        original(self, parts)
-        if self.step == 4:
-            self.sums[0] = float("nan")
+    def step(run, progress, parts):
+        original(run, progress, parts)
+        if progress.step == 4:
+            progress.sums[0] = float("nan")
 
-    monkeypatch.setattr(loop._Run, "_one_step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     with pytest.raises(ValueError, match="the loss of step 5 is nan; a smaller lr"):
         train(tiny(photos, tmp_path, save_every=1), progress=False)
     assert [path.name for path in checkpoints.states(tmp_path)] == ["state-000000003.pt", "state-000000004.pt"]
@@ -584,17 +585,17 @@ def test_what_is_printed_at_the_end_can_be_pasted(photos, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     "error, code, words",
     [
-        (KeyboardInterrupt(), cli.INTERRUPTED, "the same command goes on"),
+        (KeyboardInterrupt(), cli.INTERRUPTED, "the same command continues"),
         (PermissionError(errno.EACCES, "Permission denied", "secret/0.png"), cli.WRONG, "secret/0.png"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), cli.WRONG, "larger accumulate"),
     ],
     ids=["ctrl-c", "permission", "memory"],
 )
 def test_what_happens_before_the_first_step_is_a_sentence(error, code, words, photos, tmp_path, monkeypatch, capsys):
-    def look(*args, **kwargs):
+    def read(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(loop._Run, "_look_at", look)
+    monkeypatch.setattr(prepared, "read_images", read)
     assert cli.main(["--data", str(photos), "--out", str(tmp_path), *FLAGS]) == code
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("efft-finetune: ") and words in said
@@ -606,7 +607,7 @@ def test_weights_that_have_moved(photos, tmp_path):
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "a.pth")
     out = train(tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1), progress=False).out
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, checkpoint says where to"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, set checkpoint to its new place"):
         restore(out)
     restore(out, str(tmp_path / "b.pth"))
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "c.pth")
@@ -689,18 +690,19 @@ def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
 
 
 def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
-    from efft_kernels.finetune import finished as use
+    from efft_kernels.finetune import finished
 
     def make(*args):
         model = make_model(*args)
         model.mask_token = torch.nn.Parameter(torch.ones(3))
         return model
 
+    monkeypatch.setattr(prepared, "make_model", make)
     monkeypatch.setattr(loop, "make_model", make)
-    monkeypatch.setattr(use, "make_model", make)
+    monkeypatch.setattr(finished, "make_model", make)
     settings = tiny(photos, tmp_path, method="full", rank=None, epochs=1)
     train(settings, progress=False)
-    assert torch.equal(use.restore(tmp_path)[0].mask_token, torch.ones(3))
+    assert torch.equal(finished.restore(tmp_path)[0].mask_token, torch.ones(3))
 
 
 def test_learns(tmp_path):

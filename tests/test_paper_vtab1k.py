@@ -484,7 +484,8 @@ def few_images(monkeypatch):
     """runs train on the first 96 images of their 1000"""
     from dataclasses import replace
 
-    from efft_kernels.finetune.data import SOURCES, Subset
+    from efft_kernels.finetune.data import SOURCES
+    from efft_kernels.finetune.images import Subset
 
     opened = runs.opened
 

@@ -156,7 +156,7 @@ def _value(text: str):
 
 def measure(run: Run, places: Places) -> dict:
     """Train and measure. Diverging is a result: its accuracy is None. Raises KeyboardInterrupt on SIGTERM, too."""
-    from efft_kernels.finetune.loop import Interrupted, train
+    from efft_kernels.finetune.loop import Diverged, Interrupted, train
     from efft_kernels.finetune.settings import Settings
 
     settings = dict(run.settings)
@@ -179,9 +179,7 @@ def measure(run: Run, places: Places) -> dict:
                 found |= {"train_top1": [round(entry["train"]["top1"], 2) for entry in result.history]}
             except Interrupted as error:  # no failure of this run: all of them stop
                 raise KeyboardInterrupt(str(error)) from error
-            except ValueError as error:
-                if not str(error).startswith("the loss of step"):
-                    raise
+            except Diverged as error:
                 found = {"top1": None, "diverged": str(error)}
     for name in ("top1", "mean_class"):
         if found.get(name) is not None:
@@ -204,7 +202,8 @@ def opened(run: Run, places: Places, test_images: int | None) -> str:
     """The name under which the images of a run are registered: those to train on, and those to measure on as test"""
     import sources  # noqa: F401, registers its data
 
-    from efft_kernels.finetune.data import SOURCES, Source, Subset, joined, open_data
+    from efft_kernels.finetune.data import SOURCES, Source, open_data
+    from efft_kernels.finetune.images import Subset, joined
 
     if places.data is None:
         found = SOURCES[run.data]()

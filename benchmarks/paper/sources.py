@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 import dsprites
-from efft_kernels.finetune.data import Arrays, Source, source
+from efft_kernels.finetune.data import Source, source
+from efft_kernels.finetune.images import Arrays
 from efft_kernels.extras import need
 from packages import Package, unpacked
 

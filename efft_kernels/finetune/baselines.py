@@ -1,7 +1,7 @@
-"""Modules of the methods that are compared with EFFT, put on a frozen backbone by hooks.
+"""The modules of methods that EFFT is compared with, added to a frozen backbone by hooks.
 
-A module is registered on the Linear, norm or block that it acts at; its hook is a function that finds it there, so that
-copies of the model have their own.
+A module is registered on the Linear, norm or block that it extends. Its hook is a function that looks it up there, so
+that a copy of the model uses the modules of the copy.
 """
 
 import math
@@ -18,11 +18,8 @@ from ..layouts import heads_of
 _BLOCK = re.compile(r"(.*(?:blocks|layers|layer)\.\d+)\.")
 
 
-# -- where ------------------------------------------------------------------------------------------------------------
-
-
 def sites(model: nn.Module, *parts: str) -> list[Site]:
-    """The Linears of the blocks that hold one of these parts, in the order of the blocks."""
+    """The Linears of all blocks that contain one of these parts, in the order of the blocks."""
     groups = plan(model, EFFTConfig("efft2", rank=1, targets=parts)).groups
     found = {slot.site.path: slot.site for group in groups for slot in group.slots}
     return sorted(found.values(), key=lambda site: site.block)
@@ -47,11 +44,8 @@ def _per_block(name: str, value: int | tuple[int, ...], n: int, least: int = 1) 
     return sizes
 
 
-# -- bottlenecks ------------------------------------------------------------------------------------------------------
-
-
 class Bottleneck(nn.Module):
-    """scale * up(act(down(x))), zero at the start"""
+    """scale * up(act(down(x))), which is zero at the start."""
 
     def __init__(self, d_in: int, d_out: int, width: int, act, scale: float = 1.0):
         super().__init__()
@@ -70,7 +64,11 @@ def _after(module: nn.Module, args, out: Tensor) -> Tensor:
 
 
 def add_adapters(model: nn.Module, bottleneck: int | tuple[int, ...], placement: str = "pfeiffer") -> None:
-    """x + up(gelu(down(x))) on the output of each FFN, and for "houlsby" of each attention."""
+    """Add x + up(gelu(down(x))) to the output of each FFN, with placement "houlsby" of each attention as well.
+
+    Raises:
+        ValueError: an unknown placement, or a bottleneck that is not an int or one int per block.
+    """
     if placement not in ("pfeiffer", "houlsby"):
         raise ValueError(f"placement must be 'pfeiffer' or 'houlsby', got {placement!r}")
     found = sites(model, "fc2", *(["proj"] if placement == "houlsby" else []))
@@ -84,25 +82,29 @@ def add_adapters(model: nn.Module, bottleneck: int | tuple[int, ...], placement:
             linear.register_forward_hook(_after)
 
 
-class _Passed:
-    """What the first Linear of an FFN was given, until its last has used it."""
+class _FFNInput:
+    """The input of the first Linear of an FFN, kept until the last Linear has used it."""
 
     x: Tensor | None = None
 
 
-def _remember(module: nn.Module, args) -> None:
-    module.passed.x = args[0]
+def _keep_input(module: nn.Module, args) -> None:
+    module.ffn_input.x = args[0]
 
 
-def _beside(module: nn.Module, args, out: Tensor) -> Tensor:
-    x, module.passed.x = module.passed.x, None
+def _add_parallel(module: nn.Module, args, out: Tensor) -> Tensor:
+    x, module.ffn_input.x = module.ffn_input.x, None
     return out + module.adaptformer(x)
 
 
 def add_adaptformers(model: nn.Module, bottleneck: int, scale: float) -> None:
-    """scale * up(relu(down(x))) beside each FFN, of the normed x that the FFN gets (equation 2 of the paper).
+    """Add scale * up(relu(down(x))) parallel to each FFN, where x is the normed input of the FFN (equation 2 of
+    AdaptFormer, arXiv 2205.13535).
 
-    It joins the output of the FFN's last Linear, so layer scale and stochastic depth of the block act on it, too.
+    It is added to the output of the FFN's last Linear, so layer scale and stochastic depth of the block apply to it.
+
+    Raises:
+        ValueError: a scale or bottleneck that is not a number, or a block whose FFN is not two Linears.
     """
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
@@ -113,17 +115,14 @@ def add_adaptformers(model: nn.Module, bottleneck: int, scale: float) -> None:
         raise ValueError(f"adaptformer needs an FFN of two Linears in every block of {type(model).__name__}")
     for site in last:
         one, two = model.get_submodule(first[site.block]), model.get_submodule(site.path)
-        one.passed = two.passed = _Passed()
+        one.ffn_input = two.ffn_input = _FFNInput()
         _put(two, "adaptformer", Bottleneck(one.in_features, site.out_features, width, F.relu, scale))
-        one.register_forward_pre_hook(_remember)
-        two.register_forward_hook(_beside)
-
-
-# -- scale and shift --------------------------------------------------------------------------------------------------
+        one.register_forward_pre_hook(_keep_input)
+        two.register_forward_hook(_add_parallel)
 
 
 class ScaleShift(nn.Module):
-    """x * scale + shift over one axis, near identity at the start as in SSF: deviations of 0.02"""
+    """x * scale + shift along one axis; at the start close to the identity, as in SSF: normal with deviation 0.02."""
 
     def __init__(self, d: int, axis: int = -1):
         super().__init__()
@@ -143,7 +142,7 @@ def _scaled(module: nn.Module, args, out: Tensor) -> Tensor:
 
 
 def add_ssf(model: nn.Module) -> None:
-    """After the patch embedding, every norm, and every Linear of a block; not in the head."""
+    """Add a scale and shift after the patch embedding, every norm, and every Linear of a block, not in the head."""
     heads = tuple(f"{key}." for key in heads_of(model))
     chosen = [(site.path, site.out_features, -1) for site in sites(model, "attn", "mlp")]
     for path, module in model.named_modules():
@@ -158,11 +157,8 @@ def add_ssf(model: nn.Module) -> None:
         module.register_forward_hook(_scaled)
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------
-
-
 class Prompt(nn.Module):
-    """[n, d] learned tokens"""
+    """n learned tokens of width d, appended to the input."""
 
     def __init__(self, n: int, d: int, patch: int):
         super().__init__()
@@ -188,9 +184,18 @@ def _stripped(module: nn.Module, args, out):
 
 
 def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool, least: int = 1) -> None:
-    """Tokens appended before the first block, with ``deep`` replaced before each other, taken off after the last.
+    """Append learned tokens before the first block, and remove them after the last.
 
-    Attention has no order, so their place among the tokens is free; at the end, the model's own keep theirs.
+    Attention does not depend on the order of tokens, so prompts can stand anywhere; at the end, the model's own tokens
+    keep their positions.
+
+    Args:
+        tokens: how many; with ``deep`` also one number per block.
+        deep: whether each block gets new prompts in place of those of the block before.
+        least: smallest number that is allowed.
+
+    Raises:
+        ValueError: a model with stages or with positions in its attention, or a wrong number of tokens.
     """
     attention = sites(model, "attn")
     rope = next(
@@ -216,11 +221,8 @@ def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool, lea
         blocks[-1].register_forward_hook(_stripped)
 
 
-# -- NOAH -------------------------------------------------------------------------------------------------------------
-
-
 class QVUpdate(nn.Module):
-    """x A B added to the q and v of one projection [.., q k v]"""
+    """The update x A B of q and v in a projection whose output is [..., q k v], with zeros for k."""
 
     def __init__(self, site: Site, rank: int):
         super().__init__()
@@ -258,9 +260,9 @@ def add_noah(
     lora_rank: int | tuple[int, ...],
     tokens: int | tuple[int, ...],
 ) -> None:
-    """Adapter after the FFN, LoRA on q and v, and deep prompts, each of a size for every block; 0 leaves one out.
+    """Add adapters after each FFN, LoRA on q and v, and deep prompts, with sizes per block; a size of 0 adds none.
 
-    NOAH's released code has one A for q, k and v together: as many numbers as A and B of q and of v.
+    NOAH's released code uses a single A for q, k and v, which has as many parameters as A and B for each of q and v.
     """
     n = len(_blocks(model))
     for name, value in (("bottleneck", bottleneck), ("lora_rank", lora_rank), ("tokens", tokens)):

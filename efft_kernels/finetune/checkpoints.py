@@ -1,13 +1,15 @@
-"""Files that are whole or not there at all, and the states that a run resumes from."""
+"""Checkpoints: what they hold, how they are written and found again, and errors that say what is safe on the disk."""
 
 import contextlib
 import errno
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from ..storage import PARTIAL, write
 
@@ -15,25 +17,98 @@ _NAME = "state-{:09d}.pt"
 
 
 class StorageError(OSError):
-    """A disk that does not take what has to be written; the message says what is safe."""
+    """A disk that is full or fails; the message says which files are complete."""
 
 
-def tidy(folder: Path) -> None:
-    """Remove what interrupted writes left."""
-    for path in folder.glob(f"{PARTIAL}*"):
-        path.unlink(missing_ok=True)
+@dataclass
+class Progress:
+    """What changes from step to step: exactly what a checkpoint holds, in addition to the identity of its run.
+
+    Nothing else is carried over: the order of the images and every random number depend on settings and counters alone.
+    """
+
+    model: nn.Module  # perhaps wrapped by DDP or FSDP2
+    optimizer: torch.optim.Optimizer  # perhaps wrapped by accelerate
+    scaler: object | None  # torch.amp.GradScaler with fp16
+    sums: Tensor  # [3] float64: loss, correct answers and images of this epoch, of this process
+    step: int = 0  # steps taken
+    history: list[dict] = field(default_factory=list)  # one entry per epoch
+    best: dict = field(default_factory=dict)  # top1, epoch and weights of the best epoch on val
+    seconds: float = 0.0  # of training
+    seen: int = 0  # images trained on in these seconds
+
+    def state(self, identity: dict, sums: Tensor) -> dict:
+        """The contents of a checkpoint; every process of a run must call it.
+
+        Args:
+            identity: of the run.
+            sums: those of all processes together.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return {
+            "identity": identity,
+            "step": self.step,
+            "weights": get_weights(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, _unwrapped(self.optimizer), options=options),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "sums": sums.cpu(),
+            "history": self.history,
+            "best": self.best,
+            "seconds": self.seconds,
+            "seen": self.seen,
+        }
+
+    def restore(self, saved: dict, main: bool) -> None:
+        """Continue from the contents of a checkpoint; every process of a run must call it.
+
+        Args:
+            main: whether this process takes the sums, which the checkpoint has of all processes together.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        set_weights(self.model, saved["weights"])
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, _unwrapped(self.optimizer), saved["optimizer"], options=options)
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.history, self.best = saved["step"], saved["history"], saved["best"]
+        self.seconds, self.seen = saved["seconds"], saved["seen"]
+        if main:
+            self.sums.copy_(saved["sums"])
+
+
+def get_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trained weights and the buffers on the CPU, named as in the unwrapped model; on every process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return {key: t.clone() for key, t in get_model_state_dict(model, options=options).items()}
+
+
+def set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights of :func:`get_weights` on the model; every process of a run must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+
+
+def _unwrapped(optimizer) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def states(folder: Path) -> list[Path]:
-    """The complete states, oldest first."""
+    """The complete checkpoints, oldest first."""
     return sorted(folder.glob("state-*.pt"))
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
-    """Write a state, and then remove all but the last ``keep``.
+    """Write a checkpoint, then remove all but the last ``keep``.
 
     Raises:
-        StorageError: it could not be written; the earlier ones are still there.
+        StorageError: it could not be written; the earlier ones are unchanged.
     """
     path = folder / _NAME.format(step)
     try:
@@ -46,7 +121,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
 
 
 def load(folder: Path, warn: Callable[[str], None]) -> dict | None:
-    """The newest state that can be read, or None; says which are skipped as damaged."""
+    """The newest checkpoint that can be read, or None; ``warn`` gets a sentence for each damaged one."""
     for path in reversed(states(folder)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -57,9 +132,26 @@ def load(folder: Path, warn: Callable[[str], None]) -> dict | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove all states."""
+    """Remove all checkpoints."""
     for path in states(folder):
         path.unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Remove the temporary files of writes that were killed."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def storing(folder: Path, what: str):
+    """Turn an OSError into a StorageError whose message says what could not be written and what is safe."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(error.errno, _sentence(folder, what, error)) from error
 
 
 def _sentence(folder: Path, what: str, error: OSError) -> str:
@@ -74,19 +166,12 @@ def _sentence(folder: Path, what: str, error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def storing(folder: Path, what: str):
-    """Turns an OSError into a StorageError with a sentence about what could not be written."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(error.errno, _sentence(folder, what, error)) from error
-
-
-@contextlib.contextmanager
 def alone(folder: Path):
-    """Refuses a folder that another process is writing a run into."""
+    """Lock the folder of a run.
+
+    Raises:
+        ValueError: another process has locked it.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system

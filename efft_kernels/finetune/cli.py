@@ -1,4 +1,4 @@
-"""The command efft-finetune: settings from flags and YAML, sentences for errors, documented exit codes."""
+"""The command efft-finetune: settings from flags and YAML files, error messages, exit codes."""
 
 import argparse
 import logging
@@ -9,12 +9,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 
+import torch
+
 from ..extras import need
 from .methods import METHODS
 from .settings import Settings
 
 DONE, FAILED, WRONG, STORAGE, INTERRUPTED = 0, 1, 2, 74, 75
-
 
 
 def _defaults(method) -> str:
@@ -24,24 +25,25 @@ def _defaults(method) -> str:
 _EPILOG = f"""
 examples:
   efft-finetune --data photos/ --out runs/photos --checkpoint download
-      photos/ has a folder of images for each class; a fifth of each class is held out for testing
+      photos/ has one folder of images per class; a fifth of each class is held out for testing
   efft-finetune --data vtab/svhn --out runs/svhn --checkpoint ViT-B_16.npz --method lora --rank 8
   efft-finetune --config run.yaml --seed 1 --out runs/1
   efft-finetune --data photos/ --out runs/try --model hf:FOLDER --select val --image-size 112 --epochs 10
   torchrun --nproc-per-node 4 -m efft_kernels.finetune.cli --data photos/ --out runs/photos --checkpoint download
-      the same run on four GPUs, or in four processes of a CPU
+      the first run again, on four GPUs or in four processes of a CPU
 
-further commands:
+other commands:
   efft-finetune predict OUT IMAGE...        label images with a finished run
-  efft-finetune merge OUT FILE.safetensors  write its weights merged, for timm or transformers to load
+  efft-finetune merge OUT FILE.safetensors  write its merged weights for timm or transformers
 
-exit codes:
-  {DONE}   done: adapter.safetensors, metrics.json and curves.png are in OUT
+exit status:
+  {DONE}   success: adapter.safetensors, metrics.json and curves.png are in OUT
+  {FAILED}   an unexpected error, with its traceback
   {WRONG}   settings, data or weights that cannot be used; nothing was trained
-  {STORAGE}  the disk is full or fails; what was written before is whole, the same command goes on from there
-  {INTERRUPTED}  stopped by SIGTERM or SIGINT with its state saved; the same command goes on from there
+  {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them
+  {INTERRUPTED}  stopped by SIGTERM or SIGINT after writing a checkpoint; the same command continues from it
 
-methods, and the defaults of their options:
+methods and the defaults of their options:
 """ + "\n".join(
     f"  {m.name:<12} {m.meaning}" + "".join(f"\n{'':15}{line}" for line in textwrap.wrap(_defaults(m), 100))
     for m in METHODS.values()
@@ -49,7 +51,7 @@ methods, and the defaults of their options:
 
 
 def parser():
-    """The parser of the flags and of --config FILE.yaml; both have the names of Settings, and flags after it win."""
+    """The parser of flags and of --config FILE.yaml, both named as in Settings. A flag after --config overrides it."""
     jsonargparse = need("jsonargparse")
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -58,18 +60,18 @@ def parser():
     made = jsonargparse.ArgumentParser(
         prog="efft-finetune",
         usage="efft-finetune --data DATA --out OUT [--config FILE.yaml] [--SETTING VALUE ...]",
-        description="Fine-tune a vision transformer on your images with EFFT or a method to compare it with.",
+        description="Fine-tune a vision transformer on labelled images, with EFFT or with a method to compare it to.",
         epilog=_EPILOG,
         formatter_class=Formatter,
         default_env=False,
     )
-    made.add_argument("--config", action="config", help="a YAML file with any of these settings")
+    made.add_argument("--config", action="config", help="read settings from a YAML file")
     made.add_class_arguments(Settings)
     return made
 
 
 def settings(argv: Sequence[str]) -> Settings:
-    """The settings that arguments stand for. Exits with 2 and a sentence if they are none."""
+    """Parse arguments into settings; exits with status 2 and a message if that fails."""
     found = parser().parse_args([_underscored(arg) for arg in argv])
     return Settings(**{field.name: found[field.name] for field in fields(Settings)})
 
@@ -87,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         if argv and argv[0] in ("predict", "merge"):
-            return _use(argv)
+            return _use_finished(argv)
         return _train(settings(argv))
-    except KeyboardInterrupt:  # before the first step, or for the second time
-        print("efft-finetune: stopped; the same command goes on from the last state, if there is one", file=sys.stderr)
+    except KeyboardInterrupt:  # before the first step, or the second signal
+        print("efft-finetune: stopped; the same command continues from the last checkpoint, if any", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         return _explained(error)
@@ -105,20 +107,20 @@ def _train(chosen: Settings) -> int:
             print(f"{part}: top-1 {found['top1']:.2f} %, mean over classes {found['mean_class']:.2f} %")
         print(f"adapter: {result.adapter}")
         out, merged = (shlex.quote(str(path)) for path in (result.out, result.out / "merged.safetensors"))
-        print(f"use it:  efft-finetune predict {out} IMAGE...")
+        print(f"predict: efft-finetune predict {out} IMAGE...")
         if chosen.method.startswith(("efft", "fact", "lora")) or chosen.method in ("full", "linear", "bitfit"):
             print(f"merge:   efft-finetune merge {out} {merged}")
     return DONE
 
 
-def _use(argv: list[str]) -> int:
+def _use_finished(argv: list[str]) -> int:
     made = argparse.ArgumentParser(prog=f"efft-finetune {argv[0]}")
     made.add_argument("out", help="folder of a finished run")
     if argv[0] == "predict":
         made.add_argument("images", nargs="+", metavar="IMAGE")
     else:
         made.add_argument("file", metavar="FILE.safetensors")
-    made.add_argument("--checkpoint", help="where the pre-trained weights are now, if they have moved")
+    made.add_argument("--checkpoint", help="the pre-trained weights, if they have moved since the run")
     given = made.parse_args(argv[1:])
     from .finished import merged, predict
 
@@ -131,7 +133,7 @@ def _use(argv: list[str]) -> int:
 
 
 def _explained(error: Exception) -> int:
-    """One sentence for what a user can mend; a traceback for what is a fault of ours."""
+    """Print a message for an error that the user can correct, a traceback for any other; returns the exit status."""
     from .checkpoints import StorageError
     from .loop import Interrupted
 
@@ -145,8 +147,8 @@ def _explained(error: Exception) -> int:
             text = error.strerror if isinstance(error, StorageError) and error.strerror else str(error)
             print(f"efft-finetune: {text}", file=sys.stderr)
             return code
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, which a wrong flag should not wait for
-        text = "the device's memory is too small; a larger accumulate takes less, and computes the same"
+    if isinstance(error, torch.OutOfMemoryError):
+        text = "the memory of the device is too small; a larger accumulate takes less and computes the same"
         print(f"efft-finetune: {text}: {str(error).splitlines()[0]}", file=sys.stderr)
         return WRONG
     logging.getLogger("efft_kernels.finetune").exception("efft-finetune failed")
@@ -154,7 +156,7 @@ def _explained(error: Exception) -> int:
 
 
 class _Handler(logging.Handler):
-    """lines that do not tear the progress bar"""
+    """Writes log messages above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         need("tqdm").tqdm.write(self.format(record), file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Labelled images from a folder, from VTAB-1K's lists, or from a registered source, checked before they are used."""
+"""Data sets: read from a folder, from VTAB-1K's lists or from a registered source, checked, and turned into tensors."""
 
 import contextlib
 import logging
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..extras import need, timm
+from .images import DataError, Files, Images, held_out, joined
 
 log = logging.getLogger("efft_kernels.finetune")
 
+# of the data sets of VTAB-1K, by the name of the folder
 VTAB_CLASSES = {
     **{"cifar": 100, "caltech101": 102, "dtd": 47, "oxford_flowers102": 102, "oxford_iiit_pet": 37, "svhn": 10},
     **{"sun397": 397, "patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5},
@@ -29,164 +31,23 @@ _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 _LISTS = ("train800", "val200", "train800val200", "test")
 
 
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file and the line."""
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
-class Images:
-    """A sequence of labelled images. Subclasses say how one is loaded and what it is called."""
-
-    labels: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, i: int):
-        """The i-th image, a PIL.Image in RGB."""
-        raise NotImplementedError
-
-    def where(self, i: int) -> str:
-        """What to call the i-th image in an error: its file, and the line that names it."""
-        raise NotImplementedError
-
-    def key(self, i: int) -> str:
-        """Equal exactly for equal images, as far as that can be told without reading them."""
-        return self.where(i)
-
-
-@dataclass(frozen=True)
-class Files(Images):
-    """Image files. ``lines``, where there is a list: its path and the line of each image in it."""
-
-    root: Path
-    paths: tuple[str, ...]  # relative to root
-    labels: tuple[int, ...]
-    lines: tuple[tuple[Path, int], ...] | None = None
-
-    def load(self, i: int):
-        from PIL import Image
-
-        try:
-            with Image.open(self.root / self.paths[i]) as image:
-                return _upright(image)
-        except FileNotFoundError as error:
-            raise DataError(f"{self.where(i)} does not exist") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders of damaged files raise anything
-            raise DataError(f"{self.where(i)} cannot be read as an image: {' '.join(str(error).split())}") from error
-
-    def where(self, i: int) -> str:
-        line = f" ({self.lines[i][0]}, line {self.lines[i][1]})" if self.lines else ""
-        return f"{self.root / self.paths[i]}{line}"
-
-    def key(self, i: int) -> str:
-        try:
-            size = (self.root / self.paths[i]).stat().st_size
-        except OSError as error:
-            raise DataError(f"{self.where(i)} does not exist") from error
-        return f"{self.paths[i]} {size}"
-
-
-def _upright(image):
-    """In RGB, turned as EXIF says; 16 bits of grey become 8, which convert() alone would cut off at 255."""
-    from PIL import ImageOps
-
-    image.load()
-    png = image.format == "PNG"
-    with contextlib.suppress(Exception):  # EXIF that makes no sense says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and png):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels have 32 bits of unknown range (mode {image.mode}); save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class Arrays(Images):
-    """Pictures that are computed, or in memory: ``pixels[i]`` is a numpy array, uint8, [H, W] or [H, W, 3]."""
-
-    name: str
-    pixels: Sequence
-    labels: Sequence[int]
-
-    def load(self, i: int):
-        from PIL import Image
-
-        return Image.fromarray(self.pixels[i]).convert("RGB")
-
-    def where(self, i: int) -> str:
-        return f"image {i} of {self.name}"
-
-
-@dataclass(frozen=True)
-class Subset(Images):
-    """Some images of others."""
-
-    of: tuple[Images, ...]
-    index: tuple[tuple[int, int], ...]  # (which of them, number in it)
-
-    @property
-    def labels(self) -> list[int]:
-        return [int(self.of[part].labels[i]) for part, i in self.index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def load(self, i: int):
-        part, j = self.index[i]
-        return self.of[part].load(j)
-
-    def where(self, i: int) -> str:
-        part, j = self.index[i]
-        return self.of[part].where(j)
-
-    def key(self, i: int) -> str:
-        part, j = self.index[i]
-        return self.of[part].key(j)
-
-
-def joined(*parts: Images) -> Images:
-    return Subset(parts, tuple((part, i) for part, images in enumerate(parts) for i in range(len(images))))
-
-
-def held_out(images: Images, fraction: float) -> tuple[Images, Images]:
-    """(the rest, a fraction of each class, at least one image where there are two). Always the same."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    members, labels = {}, images.labels
-    for i in order:
-        members.setdefault(int(labels[i]), []).append(i)
-    held = set()
-    for found in members.values():
-        held.update(found[: min(max(1, round(fraction * len(found))), len(found) - 1)])
-    parts = [i for i in range(len(images)) if i not in held], sorted(held)
-    return tuple(Subset((images,), tuple((0, i) for i in part)) for part in parts)
-
-
-# -- data sets --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Source:
-    """What a data set holds. ``protocol``: val is there to choose by, and is trained on otherwise (VTAB-1K)."""
+    """The images of a data set, before any of them is transformed."""
 
     train: Images
     val: Images | None
     test: Images | None
     classes: tuple[str, ...]  # their names
-    protocol: bool = False
+    protocol: bool = False  # train on val as well unless it is needed to choose by, as VTAB-1K does
 
 
-# name -> what makes the Source
+# name -> a function that makes the Source
 SOURCES: dict[str, Callable[[], Source]] = {}
 
 
 def source(name: str):
-    """Decorator: registers a function without arguments that gives a Source, under a name that ``data`` then may be."""
+    """Decorator that registers a function without arguments, which returns a Source, under a name for ``data``."""
 
     def register(function: Callable[[], Source]) -> Callable[[], Source]:
         SOURCES[name] = function
@@ -197,7 +58,7 @@ def source(name: str):
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by. Items of the parts are (uint8 [3, S, S], label)."""
+    """What a run trains on and is measured on. The items of each part are (uint8 [3, S, S], label)."""
 
     train: "Pictures"
     val: "Pictures | None"
@@ -209,12 +70,12 @@ class Data:
         return {name: part for name, part in named.items() if part is not None}
 
     def fingerprint(self) -> str:
-        """Of the names, sizes and labels of all images."""
+        """A digest of the names, sizes and labels of all images."""
         digest = sha256(repr(self.classes).encode())
         for name, part in self.parts().items():
             digest.update(name.encode())
             for i, label in enumerate(part.images.labels):
-                # a name may hold bytes that are no UTF-8
+                # a file name may contain bytes that are not UTF-8
                 digest.update(f"{part.images.key(i)}\0{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -231,14 +92,15 @@ def open_data(
     test_fraction: float = 0.2,
     val_fraction: float = 0.2,
 ) -> Data:
-    """Find the images and labels; reads lists and folders, no images. Arguments as in Settings.
+    """Find images and labels. Lists and folders are read, images are not.
 
     Args:
-        spec: a folder, or a name that was registered with :func:`source` (``./digits`` for a folder of such a name).
+        spec: a folder, or a name that was registered with :func:`source` (``./digits`` is a folder of such a name).
         hold_out: whether a validation part is needed to choose by.
+        image_size, classes, augment, interpolation, seed, test_fraction, val_fraction: as in Settings.
 
     Raises:
-        DataError: nothing there, or a line, label or folder that makes no sense, with its name.
+        DataError: there is no data, or a line, label or folder in it is wrong; the message names it.
     """
     name = os.fspath(spec)
     if name in SOURCES:
@@ -283,14 +145,14 @@ def _folder(root: Path, test_fraction: float) -> Source:
     """root/CLASS/*.jpg, or root/{train,val,test}/CLASS/*.jpg"""
     below = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     parts = {part: next((below[n] for n in names if n in below), None) for part, names in _PARTS.items()}
-    # a folder train/ of images is a class: of vehicles, say
+    # a folder train/ that holds images instead of folders is a class, of vehicles perhaps
     if parts["train"] is None or not _folders(parts["train"]):
         classes, images = _class_folders(root, None)
         train, test = held_out(images, test_fraction) if test_fraction else (images, None)
         if test is not None and not len(test):
             raise DataError(
                 f"{root} must have two images of a class, so that one can be held out for testing, but has one of each "
-                "(test_fraction=0 tests nothing)"
+                "(test_fraction=0 holds out none)"
             )
         return Source(train, None, test, classes)
     classes, train = _class_folders(parts["train"], None)
@@ -299,7 +161,7 @@ def _folder(root: Path, test_fraction: float) -> Source:
 
 
 def _folders(root: Path) -> tuple[str, ...]:
-    """Names of the folders in a folder, but for hidden ones."""
+    """The names of the folders in a folder, hidden ones excluded."""
     return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
@@ -309,7 +171,7 @@ def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[s
         raise DataError(f"{root} must have a folder of images for each class, but has no folders")
     classes = classes or found
     if unknown := set(found) - set(classes):
-        raise DataError(f"{root / min(unknown)} is no class of the training images: {', '.join(classes)}")
+        raise DataError(f"{root / min(unknown)} is not a class of the training images: {', '.join(classes)}")
     paths, labels, others = [], [], []
     for name in found:
         files = [path for path in sorted((root / name).rglob("*")) if path.is_file() and not _hidden(path, root)]
@@ -320,7 +182,7 @@ def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[s
         paths += [str(path.relative_to(root)) for path in images]
         labels += [classes.index(name)] * len(images)
     if others:
-        log.warning(f"not taken for images: {others[0]}" + f" and {len(others) - 1} more" * (len(others) > 1))
+        log.warning(f"ignored, not an image: {others[0]}" + f" and {len(others) - 1} more" * (len(others) > 1))
     return classes, Files(root, tuple(paths), tuple(labels))
 
 
@@ -335,7 +197,8 @@ def _lists(root: Path, hold_out: bool, classes: int | None) -> Source:
     read = {}
     for part, name in {**needed, "test": "test"}.items():
         if not (root / f"{name}.txt").is_file():
-            raise DataError(f"{root / name}.txt does not exist, but is needed beside {', '.join(_existing(root))}")
+            others = ", ".join(_existing(root))
+            raise DataError(f"{root / name}.txt does not exist, but is needed in addition to {others}")
         read[part] = _list(root, root / f"{name}.txt", classes)
     _check_apart(read)
     if classes is None:
@@ -345,7 +208,7 @@ def _lists(root: Path, hold_out: bool, classes: int | None) -> Source:
 
 
 def _check_apart(read: dict[str, Files]) -> None:
-    """No image is listed in two parts, or twice with two labels."""
+    """Check that no image is listed in two parts, or twice with different labels."""
     seen = {}
     for part, images in read.items():
         for i, label in enumerate(images.labels):
@@ -360,7 +223,7 @@ def _check_apart(read: dict[str, Files]) -> None:
 
 
 def _check_dense(read: dict[str, Files]) -> None:
-    """Without a known number of classes, a label beyond the number of training images is a slip."""
+    """Check that no label exceeds the number of training images, which is a typing error rather than a class."""
     most = len(read["train"])
     for images in read.values():
         if (label := max(images.labels)) >= most:
@@ -400,11 +263,14 @@ def _list(root: Path, path: Path, classes: int | None) -> Files:
     return Files(root, tuple(paths), tuple(labels), tuple(places))
 
 
-# -- pixels -----------------------------------------------------------------------------------------------------------
-
-
 def transform(size: int, augment: str, interpolation: str):
-    """PIL image -> uint8 [3, S, S]: resized to the square without a crop, or as timm augments"""
+    """A function from a PIL image to uint8 [3, S, S]: resized to a square without a crop, or augmented by timm.
+
+    Args:
+        size: S, in pixels.
+        augment: "none", "flip", "crop" or "rand".
+        interpolation: of the resize: "bicubic", "bilinear" or "nearest".
+    """
     timm()
     from timm.data import create_transform
 
@@ -414,7 +280,7 @@ def transform(size: int, augment: str, interpolation: str):
         )
     crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if augment == "flip" else {}
     policy = {"auto_augment": "rand-m9-mstd0.5-inc1"} if augment == "rand" else {}
-    # a picture that is square from the start makes the crop of "flip" all of it
+    # the image is made square first, so that the crop of "flip" covers all of it
     train = create_transform(
         size, True, hflip=0.5, color_jitter=0.0, interpolation=interpolation, use_prefetcher=True, **crop, **policy
     )
@@ -427,9 +293,9 @@ def transform(size: int, augment: str, interpolation: str):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Images as tensors: items (uint8 [3, S, S], label), for a number i or a pair (epoch, i).
+    """Images as tensors: items (uint8 [3, S, S], label), indexed by i or by (epoch, i).
 
-    What augmentation draws depends on (seed, epoch, i) alone: not on workers, order, or what was drawn before.
+    Augmentation depends on (seed, epoch, i) alone: not on workers, on the order, or on earlier random numbers.
     """
 
     def __init__(self, images: Images, transform, size: int, seed: int | None):
@@ -442,7 +308,7 @@ class Pictures(torch.utils.data.Dataset):
 
     @property
     def bytes(self) -> int:
-        """of all tensors"""
+        """The size of all tensors together."""
         return len(self) * 3 * self.size**2
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
@@ -453,14 +319,18 @@ class Pictures(torch.utils.data.Dataset):
         image = self.images.load(i)
         if self.seed is None:
             return torch.as_tensor(self.transform(image))
-        with _drawing(f"augment {self.seed} {epoch} {i}"):
+        with _seeded(f"augment {self.seed} {epoch} {i}"):
             return torch.as_tensor(self.transform(image))
 
     def check(self, keep: bool, tick: Callable[[int], None] = lambda n: None) -> None:
-        """Read every image once, and keep the tensors if asked to and nothing random is done to them.
+        """Read every image once, and keep the tensors in memory if they are not augmented.
+
+        Args:
+            keep: whether to keep them.
+            tick: called with the number of images read since the last call.
 
         Raises:
-            DataError: an image that cannot be read; of several, the first.
+            DataError: an image cannot be read; the first one, if there are several.
         """
         self.kept = (
             torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8) if keep and self.seed is None else None
@@ -484,8 +354,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @contextlib.contextmanager
-def _drawing(key: str):
-    """Python's, numpy's and torch's generators seeded from a text, and as they were afterwards."""
+def _seeded(key: str):
+    """Seed the generators of Python, numpy and torch from a text, and restore their states afterwards."""
     numpy = need("numpy")
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
     seed_all(key)

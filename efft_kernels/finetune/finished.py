@@ -1,4 +1,4 @@
-"""What to do with a finished run: its model again, a plain merged checkpoint, labels for images."""
+"""Use a finished run: restore its model, merge it into a plain checkpoint, label images."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,21 +10,22 @@ from torch import Tensor, nn
 from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints, methods
-from .data import Files, seed_all, transform
+from .data import seed_all, transform
+from .images import Files
 from .models import logits, make_model, normalisation
 from .settings import Settings
 
 
 def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, dict]:
-    """The trained model of a finished run, in evaluation mode, and the record in its metrics.json.
+    """The trained model of a finished run, in evaluation mode, and the contents of its metrics.json.
 
     Args:
         out: the folder of the run.
-        checkpoint: where the pre-trained weights are now; None for where they were.
+        checkpoint: the pre-trained weights, if they have moved since.
 
     Raises:
-        FileNotFoundError: no finished run there, or its weights are gone.
-        ValueError: files that do not fit, pre-trained weights that are not those of the run.
+        FileNotFoundError: there is no finished run, or its pre-trained weights are gone.
+        ValueError: files of another version, or pre-trained weights that are not those of the run.
     """
     path = Path(out) / "metrics.json"
     if not path.is_file():
@@ -40,7 +41,7 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     try:
         model = make_model(settings.model, len(classes), settings.image_size, weights)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; if it has moved, checkpoint says where to") from error
+        raise FileNotFoundError(f"{error}; if it has moved, set checkpoint to its new place") from error
     methods.load(model.to(getattr(torch, settings.dtype)), Path(out) / result["adapter"])
     if methods.fingerprint(model) != record["identity"]["weights"]:
         raise ValueError(
@@ -50,8 +51,8 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
 
 
 def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:
-    """What the run did to an image, for whoever serves its model or adapter elsewhere: as other sizes, crops or means
-    than those of the training would cost accuracy.
+    """The preprocessing of the images of a run, for programs that serve its model: another size, crop or mean than in
+    training would cost accuracy.
 
     Args:
         model, record: of :func:`restore`.
@@ -66,11 +67,12 @@ def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:
 
 
 def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> Path:
-    """Write the weights of a finished run as those of the plain model, safetensors, for timm or transformers to load.
+    """Write the merged weights of a finished run as a safetensors file that timm or transformers can load.
 
     Raises:
-        ValueError: a method whose modules cannot be folded into the weights; else as :func:`restore`.
+        ValueError: the method adds modules that cannot be folded into the weights.
         checkpoints.StorageError: the file cannot be written.
+        FileNotFoundError, ValueError: as :func:`restore`.
     """
     from safetensors.torch import save
 
@@ -91,10 +93,11 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
 
 @torch.no_grad()
 def predict(out: str | Path, files: list[str], checkpoint: str | None = None) -> Iterator[tuple[str, str, float]]:
-    """(file, class, probability) for each image file, by a finished run.
+    """Classify image files with a finished run: yields (file, class, probability) for each.
 
     Raises:
-        data.DataError: a file that is not a readable image; else as :func:`restore`.
+        images.DataError: a file is not a readable image.
+        FileNotFoundError, ValueError: as :func:`restore`.
     """
     model, record = restore(out, checkpoint)
     prepare = preparation(model, record)

@@ -1,7 +1,7 @@
-"""The methods to compare, behind one interface: each prepares a model in place and leaves the right parameters trained.
+"""The methods that can be compared, behind one interface: each adapts a model in place and selects what is trained.
 
-EFFT, FacT and LoRA are this library's. The others are modules that hooks put beside the Linears and norms of a
-backbone, so that the names in its state_dict stay; baselines.py has them.
+EFFT, FacT and LoRA are those of this library. The others add modules to the Linears and norms of a backbone by hooks,
+which keeps the names in its state_dict; they are in baselines.py.
 """
 
 import json
@@ -26,23 +26,17 @@ _FORMAT = "efft_kernels finetune 1"
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune. ``options``: name -> default of what can be set."""
+    """One way to fine-tune."""
 
     name: str
     meaning: str
-    options: Mapping[str, object]
-    prepare: Callable[..., None]  # of a model and the options
-
-
-# -- this library's ---------------------------------------------------------------------------------------------------
+    options: Mapping[str, object]  # name -> default
+    prepare: Callable[..., None]  # (model, **options): adapts the model in place and sets requires_grad
 
 
 def _injected(name: str, meaning: str, config: type, **fixed) -> Method:
     defaults = {field.name: field.default for field in fields(config) if field.name not in fixed}
     return Method(name, meaning, defaults, lambda model, **options: inject(model, config(**fixed, **options)))
-
-
-# -- the others -------------------------------------------------------------------------------------------------------
 
 
 def _freeze(model: nn.Module) -> None:
@@ -63,16 +57,16 @@ def _bitfit(model: nn.Module) -> None:
 
 
 def _added(add: Callable[..., None]) -> Callable[..., None]:
-    """freeze, then add modules, which are trained"""
+    """A method that freezes the model and adds modules that are trained."""
 
     def prepare(model: nn.Module, **options) -> None:
-        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        requires_grad_before = {name: p.requires_grad for name, p in model.named_parameters()}
         _freeze(model)
         try:
             add(model, **options)
         except ValueError:
             for name, p in model.named_parameters():
-                p.requires_grad_(flags.get(name, False))
+                p.requires_grad_(requires_grad_before.get(name, False))
             raise
 
     return prepare
@@ -82,7 +76,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", "every weight is trained", {}, _full),
-        Method("linear", "the head alone is trained", {}, _freeze),
+        Method("linear", "only the head is trained", {}, _freeze),
         Method("bitfit", "biases and head (BitFit, arXiv 2106.10199)", {}, _bitfit),
         Method(
             "vpt-shallow",
@@ -98,22 +92,22 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "adapter",
-            "a bottleneck after each FFN (Pfeiffer, arXiv 2005.00247), or attention too (Houlsby, arXiv 1902.00751)",
+            "a bottleneck after each FFN (Pfeiffer, arXiv 2005.00247), or attention, too (Houlsby, arXiv 1902.00751)",
             {"bottleneck": 8, "placement": "pfeiffer"},
             _added(baselines.add_adapters),
         ),
         Method(
             "adaptformer",
-            "a bottleneck beside each FFN (AdaptFormer, arXiv 2205.13535)",
+            "a bottleneck parallel to each FFN (AdaptFormer, arXiv 2205.13535)",
             {"bottleneck": 8, "scale": 0.1},
             _added(baselines.add_adaptformers),
         ),
         _injected("lora", "LoRA on q and v (arXiv 2106.09685)", LoRAConfig),
-        Method("ssf", "a scale and a shift after every operation (SSF, arXiv 2210.08823)", {}, _added(baselines.add_ssf)),
+        Method("ssf", "a scale and shift after every operation (SSF, arXiv 2210.08823)", {}, _added(baselines.add_ssf)),
         _injected("fact-tt", "FacT, tensor train (arXiv 2212.03145)", FacTConfig, variant="tt"),
         _injected("fact-tk", "FacT, Tucker (arXiv 2212.03145)", FacTConfig, variant="tk"),
         _injected("efft1", "EFFT, one group (arXiv 2311.06749)", EFFTConfig, variant="efft1"),
-        _injected("efft2", "EFFT, attention and FFN apart (arXiv 2311.06749)", EFFTConfig, variant="efft2"),
+        _injected("efft2", "EFFT, groups for attention and FFN (arXiv 2311.06749)", EFFTConfig, variant="efft2"),
         Method(
             "noah",
             "Adapter, LoRA and VPT together, sized block by block (NOAH, arXiv 2206.04673, without its search)",
@@ -124,25 +118,22 @@ METHODS: dict[str, Method] = {
 }
 
 
-# -- what the loop and users call -------------------------------------------------------------------------------------
-
-
 def check(name: str, options: Mapping[str, object]) -> None:
-    """Raises ValueError for an unknown method, or an option that it does not have."""
+    """Raise ValueError for an unknown method, or for an option that the method does not have."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     if unknown := sorted(set(options) - set(METHODS[name].options)):
         has = f"has {', '.join(METHODS[name].options)}" if METHODS[name].options else "has none"
-        raise ValueError(f"{unknown[0]} is no option of method {name!r}, which {has}")
+        raise ValueError(f"{unknown[0]} is not an option of method {name!r}, which {has}")
 
 
 def apply(name: str, model: nn.Module, options: Mapping[str, object] | None = None) -> nn.Module:
-    """Prepare a model, in place: what the method adds is there, what it trains requires gradients, the rest is frozen.
+    """Adapt a model in place: add the modules of the method, and freeze everything that it does not train.
 
     Args:
-        name: out of METHODS.
+        name: of METHODS.
         model: a vision transformer; for full, linear and bitfit any classifier.
-        options: of the method; what is left out has its default.
+        options: of the method; an option that is left out has its default.
 
     Raises:
         ValueError: an unknown method or option, or a model that the method does not fit. The model is unchanged then.
@@ -156,18 +147,18 @@ def apply(name: str, model: nn.Module, options: Mapping[str, object] | None = No
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What the optimizer gets."""
+    """The parameters that require gradients."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def count(model: nn.Module) -> int:
-    """Trained numbers without the head, as the papers count."""
+    """The number of trained parameters without the head, as papers count them."""
     heads = {id(p) for head in heads_of(model).values() for p in head.parameters()}
     return sum(p.numel() for p in trainable_parameters(model) if id(p) not in heads)
 
 
 def train_mode(model: nn.Module) -> nn.Module:
-    """model.train(), but batch norms that are frozen keep their statistics."""
+    """Call model.train(), but keep frozen batch norms in evaluation mode, so that their statistics stay."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -177,7 +168,7 @@ def train_mode(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the weights that are not trained: which pre-trained model it is."""
+    """A digest of the frozen weights, which tells pre-trained models apart."""
     digest = sha256()
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -187,10 +178,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save(name: str, options: Mapping[str, object], model: nn.Module, path: Path, base_model: str = "") -> None:
-    """Write what the method trained, with the head: an adapter file of save_adapter where the method is this library's.
+    """Write the trained parameters and the head; for a method of this library as save_adapter does.
 
     Raises:
-        OSError: it cannot be written; an existing file is untouched then.
+        OSError: the file cannot be written; an existing one is unchanged then.
     """
     if hasattr(model, "efft"):
         return save_adapter(model, path, base_model=base_model, head=True)
@@ -203,11 +194,11 @@ def save(name: str, options: Mapping[str, object], model: nn.Module, path: Path,
 
 
 def load(model: nn.Module, path: Path) -> nn.Module:
-    """Put a file of :func:`save` on the model that it was made for, with a head for as many classes.
+    """Load a file of :func:`save` into the model that it was made for, whose head has as many classes.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, or one for another model. The model may have been prepared for it by then.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file, or was made for another model. The model may be adapted by then.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -221,7 +212,9 @@ def load(model: nn.Module, path: Path) -> nn.Module:
                 return load_adapter(model, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file, it may be truncated or corrupt: {error}") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file, it may be truncated or corrupt: {error}"
+        ) from error
     apply(metadata["method"], model, json.loads(metadata["options"]))
     own = _state(model)
     wanted, found = ({key: tuple(t.shape) for key, t in state.items()} for state in (own, tensors))
@@ -235,7 +228,7 @@ def load(model: nn.Module, path: Path) -> nn.Module:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, the head, and where all is trained the buffers"""
+    """The trained parameters and the head; the buffers, too, if everything is trained."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad} | set(head_state(model))
     buffers = {name for name, _ in model.named_buffers()} if all(p.requires_grad for p in model.parameters()) else set()
     return {key: t for key, t in model.state_dict().items() if key in trained | buffers}

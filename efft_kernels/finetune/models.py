@@ -1,4 +1,4 @@
-"""Models by name, with weights that are named: a file, what timm or transformers fetch, or random ones."""
+"""Models of timm and transformers by name, with weights from a file, downloaded by these libraries, or random."""
 
 import difflib
 import logging
@@ -16,18 +16,18 @@ log = logging.getLogger("efft_kernels.finetune")
 def make_model(
     name: str, classes: int, image_size: int = 224, checkpoint: str | None = None, drop_path: float = 0.0
 ) -> nn.Module:
-    """A classifier with a new head.
+    """Make a classifier with a new head.
 
     Args:
-        name: of a timm model, or "hf:" and a folder or name of transformers.
+        name: of a timm model, or "hf:" followed by a folder or a name of transformers.
         classes: of the head.
         image_size: side of the images in pixels.
         checkpoint: a file (.npz of the original ViT, .pth, .pt, .bin, .safetensors), "download", or "random".
-        drop_path: rate of stochastic depth; a model of transformers that has none goes without, and says so.
+        drop_path: rate of stochastic depth; ignored, with a log message, for a model of transformers without it.
 
     Raises:
         ValueError: an unknown model, no choice of weights, or weights that do not fit.
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
     """
     if name.startswith("hf:"):
         return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint, drop_path)
@@ -41,7 +41,7 @@ def make_model(
         )
     if checkpoint is None:
         raise ValueError(
-            "checkpoint must name the pre-trained weights: a file, 'download' for those that timm fetches, or 'random' "
+            "checkpoint must name the pre-trained weights: a file, 'download' to let timm fetch its own, or 'random' "
             "for a control without pre-training"
         )
     file = None if checkpoint in ("download", "random") else Path(checkpoint)
@@ -53,7 +53,7 @@ def make_model(
     except (TypeError, RuntimeError) as error:
         if "img_size" not in str(error):
             raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
-        model = library.create_model(name, **options)  # its images may have any size
+        model = library.create_model(name, **options)  # a model for images of any size
     except AssertionError as error:
         raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
     if file:
@@ -62,7 +62,7 @@ def make_model(
 
 
 def _load(model: nn.Module, file: Path) -> None:
-    """All weights but the head's from a file; positions are interpolated to the model's grid."""
+    """Load all weights except the head from a file; position embeddings are interpolated to the model's grid."""
     from timm.models import load_state_dict
 
     if file.suffix == ".npz":
@@ -75,8 +75,8 @@ def _load(model: nn.Module, file: Path) -> None:
         return
     try:
         state = load_state_dict(str(file))
-    except Exception as error:  # unpickling raises anything
-        raise ValueError(f"{file} is no file of weights: {error}") from error
+    except Exception as error:  # unpickling raises any exception
+        raise ValueError(f"{file} is not a file of weights: {error}") from error
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
     try:
@@ -86,7 +86,7 @@ def _load(model: nn.Module, file: Path) -> None:
         raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error
     heads = tuple(f"{key}." for key in heads_of(model))
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    # a file's own classifier is dropped: the task has classes of its own
+    # drop the classifier of the file, which is for the classes of another task
     state = {
         key: t
         for key, t in state.items()
@@ -97,10 +97,10 @@ def _load(model: nn.Module, file: Path) -> None:
             raise ValueError(f"{file} must hold {key} of shape {tuple(own[key].shape)}, got {tuple(t.shape)}")
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.startswith(heads)]
-    # a norm that this model does not apply, such as the one before a pooling that it does not use, does no harm
+    # norms that this model does not apply, such as the one before another kind of pooling, are harmless
     unexpected = [key for key in unexpected if not key.startswith(("norm.", "fc_norm.", "pre_logits.", "mask_token"))]
     if missing or unexpected:
-        wrong = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model has not"
+        wrong = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model does not have"
         raise ValueError(
             f"{file} does not fit this {type(model).__name__}: it {wrong} ({len(missing + unexpected)} names)"
         )
@@ -109,7 +109,7 @@ def _load(model: nn.Module, file: Path) -> None:
 def _of_transformers(
     name: str, classes: int, image_size: int, checkpoint: str | None, drop_path: float
 ) -> nn.Module:
-    timm()  # transformers meets the same torchvision
+    timm()  # transformers imports torchvision, too
     need("transformers")
     from transformers import AutoConfig, AutoModelForImageClassification
     from transformers.image_processing_base import ImageProcessingMixin
@@ -135,18 +135,18 @@ def _of_transformers(
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model 'hf:{name}' cannot be made (checkpoint='download' lets transformers fetch it): {first}"
+            f"model 'hf:{name}' cannot be made (checkpoint='download' lets transformers download it): {first}"
         ) from error
     try:
         own, _ = ImageProcessingMixin.get_image_processor_dict(name, **local)
-        model.pretrained_cfg = {"mean": own.get("image_mean"), "std": own.get("image_std")}  # as timm calls it
+        model.pretrained_cfg = {"mean": own.get("image_mean"), "std": own.get("image_std")}  # timm's name for it
     except OSError:
-        pass  # it came without
+        pass  # the folder has no image processor
     return model
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes]
-    """What a model of either library says."""
+    """The logits of a model of either library."""
     size = getattr(getattr(model, "config", None), "image_size", None)
     if isinstance(size, int) and size != images.shape[-1]:
         out = model(images, interpolate_pos_encoding=True)
@@ -156,16 +156,19 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, c
 
 
 def normalisation(model: nn.Module, how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of images in [0, 1]: ImageNet's, or with how="model" those that its weights came with.
+    """Mean and standard deviation of images in [0, 1], per channel.
+
+    Args:
+        how: "imagenet" for those of ImageNet, or "model" for those that the weights were trained with.
 
     Raises:
-        ValueError: how="model", and they are not known.
+        ValueError: how="model", and the model does not state them.
     """
     if how == "imagenet":
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     own = getattr(model, "pretrained_cfg", None) or {}
     if not (own.get("mean") and own.get("std")):
         raise ValueError(
-            f"normalize must be 'imagenet' for this {type(model).__name__}, which does not say how it was trained"
+            f"normalize must be 'imagenet' for this {type(model).__name__}, which states no mean and deviation"
         )
     return tuple(own["mean"]), tuple(own["std"])

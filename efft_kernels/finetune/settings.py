@@ -1,4 +1,4 @@
-"""Everything that a run depends on, as one record: what the command's flags, its YAML file and train() share."""
+"""The settings of a run: one record behind the flags of the command, its YAML file and train()."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from typing import Literal
 
 Rank = int | tuple[int, int]
 
-# what may differ between a run and its continuation: it changes neither what is learned nor from what
+# settings that may differ between a run and its continuation, because the result does not depend on them
 _FREE = ("data", "checkpoint", "out", "device", "accumulate", "fsdp", "workers", "memory", "save_every", "resume")
 _OPTIONS = (
     *("rank", "ffn_rank", "scale", "trainable_scale", "cores", "zero_init", "targets", "blocks"),
@@ -17,62 +17,65 @@ _OPTIONS = (
 
 @dataclass
 class Settings:
-    """A run. The defaults are the recipe of EFFT (arXiv 2311.06749): ViT-B/16, 224 pixels, no augmentation, AdamW.
+    """Settings of a run; the defaults are the recipe of EFFT (arXiv 2311.06749): ViT-B/16, 224 pixels, AdamW.
 
-    Options of a method that are None have the method's own default; one that the method does not have is refused.
+    An option of a method that is None has the method's default; an option that the method does not have is an error.
 
     Args:
-        data: a folder of images with a folder for each class (inside train/, val/ and test/ if there are such), a
-            folder with VTAB-1K's lists (train800.txt, val200.txt, train800val200.txt, test.txt), or the name of a
-            source that was registered with efft_kernels.finetune.data.source.
-        out: the folder that the run writes: states while it lasts, then adapter, metrics, curves and logs.
-        model: a model of timm, or "hf:" and a model of transformers (a folder, or a name on its hub).
-        checkpoint: the pre-trained weights: a file, "download" to let timm or transformers fetch their own, or "random"
-            for a control without pre-training. A folder of transformers brings its weights along.
-        method: how to adapt: one of the methods listed below, with their options and defaults.
-        rank: of EFFT, FacT and LoRA; "[r1, r2]" for unequal ranks.
-        ffn_rank: of the FFN group of efft2.
+        data: a folder of images with one folder per class (perhaps inside train/, val/ and test/), a folder with the
+            lists of VTAB-1K (train800.txt, val200.txt, train800val200.txt, test.txt), or from Python the name of a
+            source registered with efft_kernels.finetune.data.source.
+        out: the folder of the run: checkpoints during training, then adapter, metrics, curves and logs.
+        model: a model of timm, or "hf:" followed by a model of transformers (a folder, or a name on its hub).
+        checkpoint: the pre-trained weights: a file, "download" to let timm or transformers download theirs, or
+            "random" for a control without pre-training. Not needed for a folder of transformers, which has its weights.
+        method: one of the methods listed below, with their options and defaults.
+        rank: rank of EFFT, FacT and LoRA; "[r1, r2]" for two different ranks.
+        ffn_rank: rank of the FFN group of efft2; None for the same as ``rank``.
         scale: factor of the update of EFFT, FacT, LoRA and AdaptFormer.
         trainable_scale: train one scale per group of EFFT.
-        cores: of EFFT: "per_block" or "shared".
+        cores: one core per block ("per_block") or one for all blocks ("shared") of EFFT.
         zero_init: the factor of EFFT that starts at zero: "v" or "u", for efft2 also a pair such as "vu".
-        targets: what EFFT, FacT and LoRA adapt: attn, mlp, qkv, q, k, v, proj, gate, fc1, fc2.
-        blocks: numbers of the blocks that EFFT, FacT and LoRA adapt.
-        factor_dropout: of EFFT, on the entries of its factors.
-        activation_dropout: of FacT.
-        tokens: prompts of VPT and NOAH; for noah also one number for each block.
-        bottleneck: width of Adapter, AdaptFormer and NOAH's adapter; for noah also one number for each block.
-        placement: of Adapter: "pfeiffer", after each FFN, or "houlsby", after each attention as well.
-        lora_rank: of NOAH's LoRA; also one number for each block.
+        targets: the matrices that EFFT, FacT and LoRA adapt: attn, mlp, qkv, q, k, v, proj, gate, fc1, fc2.
+        blocks: the numbers of the blocks that EFFT, FacT and LoRA adapt.
+        factor_dropout: dropout on the entries of EFFT's factors.
+        activation_dropout: dropout on the activations of FacT.
+        tokens: number of prompts of VPT and NOAH; for noah also a list with one number per block.
+        bottleneck: width of Adapter, AdaptFormer and NOAH's adapter; for noah also a list with one number per block.
+        placement: where Adapter adds bottlenecks: "pfeiffer", after each FFN, or "houlsby", also after each attention.
+        lora_rank: rank of NOAH's LoRA; also a list with one number per block.
         epochs: passes over the training images.
         batch_size: images per step of the optimizer, over all processes and accumulated parts together.
         lr: learning rate after the warm-up.
-        weight_decay: of AdamW, on everything that is trained.
-        warmup_epochs: of linear warm-up; None for a tenth of the epochs.
-        warmup_lr: where the warm-up starts.
-        min_lr: where the cosine ends.
-        drop_path: stochastic depth of the backbone while training.
-        label_smoothing: of the cross-entropy.
+        weight_decay: weight decay of AdamW, on all trained parameters.
+        warmup_epochs: length of the linear warm-up; None for a tenth of the epochs.
+        warmup_lr: learning rate at the start of the warm-up.
+        min_lr: learning rate at the end of the cosine schedule.
+        drop_path: rate of stochastic depth of the backbone while training.
+        label_smoothing: label smoothing of the cross-entropy.
         clip_grad: largest norm of the gradient; None for no limit.
         image_size: side of the square that images are resized to, in pixels.
-        interpolation: of the resize.
+        interpolation: interpolation of the resize.
         normalize: "imagenet" for ImageNet's mean and deviation as in the paper, or "model" for those of the weights.
-        augment: of training images: "none", "flip", "crop" (random crops and flips), "rand" (RandAugment as well).
-        select: which weights count: those after the "last" epoch, or of the epoch that was best on "val". VTAB-1K's 200
-            validation images are trained on for "last", held out for "val". Test images never choose anything.
+        augment: augmentation of training images: "none", "flip", "crop" (random crops and flips) or "rand" (RandAugment
+            as well).
+        select: the final weights: those after the "last" epoch, or those of the epoch that was best on "val". VTAB-1K's
+            200 validation images are used for training with "last" and held out with "val". Test images are never used
+            to choose.
         classes: number of classes; None to read it from the data.
-        test_fraction: of a folder without a test part, held out of each class for testing.
-        val_fraction: of a folder without a val part, held out of each class for select="val".
-        seed: of the new weights, the order of images, dropout and augmentation. Not of held-out parts, which stay.
-        device: "auto", "cpu" or "cuda".
-        mixed_precision: "no", "bf16", "fp16", or "auto": on a GPU bf16 where it has it, else fp16; "no" on a CPU.
-        dtype: of the weights: "float32" or "float64".
-        accumulate: parts that a batch is computed in, to save memory.
-        fsdp: shard the weights over the processes (FSDP2) instead of copying them (DDP).
-        workers: processes that read images; they are not used for images that are kept in memory.
-        memory: GiB of resized images to keep in memory, which then are read only once.
-        save_every: steps between states to resume from.
-        resume: continue from the last complete state in ``out``; false starts over.
+        test_fraction: share of each class to hold out for testing, if the folder has no test part.
+        val_fraction: share of each class to hold out for select="val", if the folder has no val part.
+        seed: seed of new weights, image order, dropout and augmentation; the held-out parts do not depend on it.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        mixed_precision: autocast: "no", "bf16", "fp16", or "auto": bf16 on a GPU that has it, fp16 on others, "no" on a
+            CPU.
+        dtype: data type of the weights: "float32" or "float64".
+        accumulate: number of parts that a batch is computed in, to save memory.
+        fsdp: shard the weights over the processes (FSDP2) instead of replicating them (DDP).
+        workers: processes that read images; not used for images kept in memory.
+        memory: GiB of memory for resized images, which are then read only once.
+        save_every: steps between checkpoints.
+        resume: continue from the last complete checkpoint in ``out``; false starts over.
     """
 
     data: str
@@ -128,13 +131,13 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 setattr(self, name, os.fspath(value))
-        for field in fields(self):  # YAML brings lists
+        for field in fields(self):  # YAML has lists, not tuples
             if isinstance(getattr(self, field.name), list | range):
                 setattr(self, field.name, tuple(getattr(self, field.name)))
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError, with the name of the setting, what it must be and what it is."""
+        """Raise ValueError for the first wrong setting, with its name, what it must be and what it is."""
         for name in ("data", "out", "model", "method"):
             self._need(name, isinstance(getattr(self, name), str) and bool(getattr(self, name)), "a non-empty string")
         positive = "epochs", "batch_size", "image_size", "accumulate", "save_every"
@@ -164,20 +167,21 @@ class Settings:
 
     @property
     def warmup(self) -> float:
-        """epochs of warm-up"""
+        """Epochs of warm-up."""
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
 
     @property
     def options(self) -> dict:
-        """What is set of the method's options."""
+        """The options of the method that are set."""
         return {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
 
     def identity(self) -> dict:
-        """The settings that a run and its continuation must share; data and weights are compared by content."""
+        """The settings that a run and its continuation must share. Data and weights are compared by their contents."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
 
 
 def _choices() -> dict[str, tuple]:
+    """The allowed values of the settings whose type is a Literal."""
     found = {}
     for field in fields(Settings):
         alternatives = getattr(field.type, "__args__", ())

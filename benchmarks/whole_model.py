@@ -1,0 +1,222 @@
+"""What the benchmarks of whole models share: their options, how they measure dtype by dtype, and how they report.
+
+harness.py has the models and the methods, timing.py how a call is timed.
+"""
+
+import argparse
+import datetime
+import gc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# the first of these imports reports which packages are missing
+from arguments import check_device, check_out, positive, seconds  # isort: skip
+
+import efft_kernels
+import harness
+from harness import MODELS
+from record import FORMAT, add_rows, chart, commit, machine, versions, write_run
+from shapes import layers
+from timing import MEMORY, Stages, columns, interleave, timer
+from tqdm import tqdm
+
+KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
+COLOURS = {
+    "merged_onednn": "#9e9e9e",
+    "full": "#6a51a3",
+    "released_efft": "#8c2d04",
+    "fact_tt": "#d9603b",
+    "peft_lora": "#c28f00",
+    "efft2": "#1b7837",
+    "efft2_p0": "#5aae61",
+    "efft1": "#a6dba0",
+    "efft_lora": "#2166ac",
+    "efft_fact": "#92c5de",
+}
+
+
+def parser(description: str, known: list[str], out: str) -> argparse.ArgumentParser:
+    """The options of all benchmarks of whole models.
+
+    Args:
+        known: the names of all methods; the first is always measured.
+        out: the names of the files that --out writes.
+    """
+    names = [backend.name for backend in efft_kernels.backends()]
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--model", choices=MODELS, default="vit_b", help="model of timm, random weights (default: vit_b)")
+    p.add_argument("--batch", type=positive, default=4, metavar="B", help="images per batch (default: 4)")
+    p.add_argument("--image", type=positive, default=224, metavar="SIDE", help="side in pixels (default: 224)")
+    p.add_argument("--rank", type=positive, default=16, metavar="R", help="rank of EFFT and FacT (default: 16)")
+    p.add_argument("--lora-rank", type=positive, default=8, metavar="R", help="rank of LoRA (default: 8)")
+    p.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
+                   help="dtypes that the model is cast to (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    p.add_argument("--methods", nargs="+", choices=known, metavar="NAME",
+                   help=f"measure only these and {known[0]}; out of {', '.join(known)}")  # fmt: skip
+    p.add_argument("--backend", choices=names, help="backend of efft_kernels (default: its choice)")
+    p.add_argument("--threads", type=positive, metavar="T", help="threads of torch (default: its choice)")
+    p.add_argument("--repeats", type=positive, default=20, metavar="N", help="largest number of rounds (default: 20)")
+    p.add_argument("--seconds", type=seconds, default=120.0, metavar="S",
+                   help="time limit including set-up; at least three rounds are run (default: 120)")  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write {out} to")
+    return p
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, left_out: dict) -> None:
+    """Check the options together, and fill in the defaults that depend on other options.
+
+    Args:
+        always: the method that is always measured.
+        left_out: {method: why it cannot run here}.
+    """
+    check_device(p, args)
+    if os.environ.get("EFFT_BACKEND"):
+        p.error(f"EFFT_BACKEND: expected unset, as --backend chooses here, got {os.environ['EFFT_BACKEND']!r}")
+    if args.backend:
+        backend = next(b for b in efft_kernels.backends() if b.name == args.backend)
+        if not backend.available:
+            p.error(f"argument --backend: expected an available backend, got {args.backend!r}: {backend.note}")
+    if args.image % (side := MODELS[args.model][2]):
+        p.error(f"argument --image: expected a multiple of {side} for {args.model}, got {args.image}")
+    width = max(layer.K for layer in layers(args.model) if layer.kind == "proj")
+    for name in ("rank", "lora_rank"):
+        if (rank := getattr(args, name)) > width:
+            p.error(f"argument --{name.replace('_', '-')}: expected at most {width} for {args.model}, got {rank}")
+    args.dtype = list(dict.fromkeys(args.dtype or ["float32" if args.device == "cpu" else "bfloat16"]))
+    if args.methods is not None:
+        args.methods = list(dict.fromkeys([always, *args.methods]))
+        for name in args.methods:
+            if reason := left_out.get(name):
+                p.error(f"argument --methods: expected methods that can run here, got {name!r}: {reason}")
+    check_out(p, args)
+    try:
+        harness.timm()
+    except ImportError as error:
+        p.error(f'benchmarks of whole models need timm: pip install -e ".[bench]" ({error})')
+
+
+def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, str], left_out: dict[str, str]) -> dict:
+    """The record of a run before its first result.
+
+    Args:
+        meanings: {method: what it is}.
+        left_out: {method: why it cannot run here}.
+    """
+    environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
+    return {
+        "benchmark": benchmark,
+        "format": FORMAT,
+        "complete": False,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        "machine": machine(),
+        "versions": {**versions(), **harness.versions()},
+        "commit": commit(),
+        "backends": [backend._asdict() for backend in efft_kernels.backends()],
+        "allocator": environment,
+        "memory": MEMORY[args.device],
+        "methods": meanings,
+        "left_out": {name: {"": reason} for name, reason in left_out.items() if not args.methods},
+        "results": [],
+    }
+
+
+def measure_by_dtype(
+    args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, list[Stages]], Callable]]
+) -> None:
+    """Add the rows of one dtype after the other, so that an interrupted run keeps what is complete.
+
+    A killed one keeps it too: files are also rewritten during a dtype, at most every KEEP_EVERY seconds.
+
+    Args:
+        prepare: (dtype, bar) -> (the calls, warm; a function from the complete rounds to the dtype's rows).
+    """
+    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
+    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
+        for n, dtype in enumerate(args.dtype):
+            bar.set_description(f"{args.model} {dtype}")
+            setup -= time.perf_counter()
+            calls, rows = prepare(dtype, bar)
+            now, samples = time.perf_counter(), []
+            setup, kept = setup + now, now
+            bar.set_postfix_str("")
+            # an equal share of the time that the set-up of later dtypes will leave
+            later = len(args.dtype) - n - 1
+            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
+            try:
+                for laps in interleave(calls, lap, args.repeats, deadline):
+                    samples.append(laps)
+                    bar.update()
+                    if args.out and len(samples) >= 3 and time.perf_counter() > kept + KEEP_EVERY:
+                        partial = {**record, "results": [*record["results"], *rows(samples)]}
+                        write_run(args.out, partial)
+                        kept = time.perf_counter()
+            finally:
+                if samples:
+                    add_rows(record, rows(samples), args.out)
+            bar.update(args.repeats - len(samples))
+            del calls, rows
+            gc.collect()  # models and their hooks form reference cycles
+
+
+def timings(
+    samples: list[dict], name: str, which: slice, references: dict[str, str], quartiles: str, whole: bool = False
+) -> dict:
+    """The columns of the times of some stages of a method.
+
+    Args:
+        references: {name in the columns: method}.
+        quartiles: the reference whose ratio gets quartiles.
+        whole: whether to divide by the time of all stages of a reference instead of the same stages.
+    """
+    of = lambda name, which: [round[name][which] for round in samples]
+    others = {column: of(other, slice(None) if whole else which) for column, other in references.items()}
+    return columns(of(name, which), others, (quartiles,))
+
+
+def forget_packed() -> None:
+    """Drop what the CPU backend packed for the previous method, so that each method shows the memory that it keeps."""
+    if next(b for b in efft_kernels.backends() if b.name == "cpu").available:
+        from efft_kernels.kernels import cpu
+
+        cpu.clear_packed()
+
+
+def print_meanings(record: dict, shown: set[str]) -> None:
+    """Print what the methods are, and why others are missing."""
+    for name, meaning in record["methods"].items():
+        if name in shown:
+            print(f"{name:<16} {meaning}")
+    for name, reasons in record["left_out"].items():
+        for dtype, reason in reasons.items():
+            print(f"{name:<16} left out{f' of {dtype}' if dtype else ''}: {reason}")
+
+
+def machine_line(record: dict) -> str:
+    """The processor, the threads and the versions of a run."""
+    m, v = record["machine"], record["versions"]
+    gpu = f", {m['gpu']['name']}" if record["arguments"]["device"] == "cuda" else ""
+    return f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n"
+
+
+def draw(
+    record: dict, folder: Path, panels: list[tuple[str, dict]], label: str, colours: dict[str, str] = COLOURS
+) -> None:
+    """Draw the chart of a run, and print the names of its files."""
+    name, written = record["benchmark"], ["csv", "json"]
+    # the reference itself is not drawn, so a run without other methods has no chart
+    drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
+    if drawn:
+        chart(folder / f"{name}.png", drawn, colours, label, _chart_note(record), limit=8.0)
+        written.append("png")
+    print(f"written: {', '.join(str(folder / f'{name}.{ending}') for ending in written)}")
+
+
+def _chart_note(record: dict) -> str:
+    args, m = record["arguments"], record["machine"]
+    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
+    note = f"{args['model']}, batch {args['batch']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}"
+    return f"{note}; whiskers: quartiles" + ("" if record["complete"] else "; interrupted, partial")

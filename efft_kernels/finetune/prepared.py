@@ -1,0 +1,229 @@
+"""Everything a run makes and checks before its first step."""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..extras import need
+from . import checkpoints, methods
+from .data import Data, open_data, seed_all
+from .images import DataError
+from .models import logits, make_model, normalisation
+from .report import bar
+from .settings import Settings
+
+log = logging.getLogger("efft_kernels.finetune")
+_OTHER_FILES = 64 * 2**20  # bytes, an upper bound for logs, curves and metrics together
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What stays the same from the first step to the last."""
+
+    settings: Settings
+    accelerator: object  # accelerate.Accelerator: device, processes, precision
+    out: Path
+    show: bool  # progress bars, on one process at most
+    data: Data
+    model: nn.Module  # adapted and on the device; not yet wrapped by DDP or FSDP2
+    unused: list[nn.Parameter]  # trained by the method, but without effect on the output; frozen during the run
+    mean: Tensor  # [3, 1, 1], of pixels from 0 to 255
+    std: Tensor  # [3, 1, 1]
+    parameters: int  # trained, without the head
+    head_parameters: int
+    identity: dict  # what a continuation of this run must have in common with it
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch; the images that do not fill a batch are left out."""
+        return len(self.data.train) // self.settings.batch_size
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] on any device -> normalised, in the dtype of the weights, on the device of the run."""
+        return (images.to(self.mean.device, non_blocking=True).to(self.mean.dtype) - self.mean) / self.std
+
+
+def make_accelerator(settings: Settings):
+    """The accelerate.Accelerator with the device, the processes and the precision of a run.
+
+    Raises:
+        ValueError: a device or a precision that this machine or the dtype does not have.
+    """
+    accelerate = need("accelerate")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' or 'auto' on a machine without a GPU that torch can use, got 'cuda'")
+    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    precision = settings.mixed_precision
+    if precision == "auto":
+        precision = "no" if cpu or settings.dtype == "float64" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision != "no" and settings.dtype == "float64":
+        raise ValueError(f"mixed_precision must be 'no' with dtype='float64', got {precision!r}")
+    if precision == "fp16" and cpu:
+        raise ValueError("mixed_precision must be 'no' or 'bf16' on a CPU, got 'fp16'")
+    plugin = None
+    if settings.fsdp:
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    return accelerate.Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
+            num_steps=settings.accumulate, sync_with_dataloader=False
+        ),
+        fsdp_plugin=plugin,
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+
+
+def open_images(settings: Settings, processes: int) -> Data:
+    """The data of a run.
+
+    Raises:
+        ValueError: a batch that cannot be divided among the processes.
+        DataError: data without enough classes or images, or that cannot be used for another reason.
+    """
+    s = settings
+    if s.batch_size % (s.accumulate * processes):
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate={s.accumulate} times {processes} processes, "
+            f"got {s.batch_size}"
+        )
+    choice = {"hold_out": s.select == "val", "classes": s.classes, "augment": s.augment, "seed": s.seed}
+    fractions = {"test_fraction": s.test_fraction, "val_fraction": s.val_fraction}
+    data = open_data(s.data, s.image_size, interpolation=s.interpolation, **choice, **fractions)
+    if len(data.classes) < 2:
+        raise DataError(f"{s.data} must have at least 2 classes, but has {len(data.classes)}")
+    if len(data.train) < s.batch_size:
+        raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {s.batch_size}")
+    return data
+
+
+def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) -> tuple[Prepared, dict | None]:
+    """Make the model, check that a run can start, and find the checkpoint that it resumes from.
+
+    Args:
+        settings: of the run.
+        accelerator: of :func:`make_accelerator`.
+        out: the folder of the run, locked by this process.
+        data: of :func:`open_images`.
+        show: progress bars.
+
+    Returns:
+        What the run needs, and the checkpoint, or None for a new run.
+
+    Raises:
+        ValueError, FileNotFoundError: a model, weights or images that cannot be used, or a folder of another run.
+        checkpoints.StorageError: not enough space for the files of the run.
+    """
+    s, dtype = settings, getattr(torch, settings.dtype)
+    seed_all(f"model {s.seed}")
+    model = make_model(s.model, len(data.classes), s.image_size, s.checkpoint, s.drop_path)
+    methods.apply(s.method, model.to(dtype), s.options)
+    identity = make_identity(s, data, methods.fingerprint(model))
+    saved = checkpoints.load(out, log.warning) if s.resume else None
+    if saved:
+        check_same(out, saved["identity"], identity)
+    read_images(data, s.memory, show, resumed=bool(saved))
+    model.to(accelerator.device)
+    mean, std = (
+        torch.tensor(values, device=accelerator.device, dtype=dtype).view(3, 1, 1) * 255
+        for values in normalisation(model, s.normalize)
+    )
+    unused = _try_model(model, s, accelerator, len(data.classes))
+    parameters = methods.count(model)
+    head_parameters = sum(p.numel() for p in methods.trainable_parameters(model)) - parameters
+    if accelerator.is_main_process:
+        _check_disk(out, model, s)
+        log.info(
+            f"{s.method} on {s.model}: {parameters:,} trained parameters and {head_parameters:,} of the head; "
+            f"{', '.join(f'{len(part)} {name}' for name, part in data.parts().items())} images of "
+            f"{len(data.classes)} classes"
+        )
+    made = Prepared(
+        s, accelerator, out, show, data, model, unused, mean, std, parameters, head_parameters, identity
+    )
+    return made, saved
+
+
+def make_identity(settings: Settings, data: Data, weights: str) -> dict:
+    """What a run and its continuation must share: settings, and digests of the data and the frozen weights."""
+    # through JSON, so that it equals one that was read from a file
+    return json.loads(json.dumps({**settings.identity(), "data": data.fingerprint(), "weights": weights}))
+
+
+def check_same(out: Path, there: dict, now: dict) -> None:
+    """Raises ValueError with the names of what differs between the run in a folder and this one."""
+    if differing := [name for name in now if there.get(name) != now[name]]:
+        known = {"data": "the images", "weights": "the frozen weights"}
+        said = [known.get(n) or f"{n} ({there.get(n)!r} there, {now[n]!r} now)" for n in differing]
+        raise ValueError(
+            f"out must be a new folder, or resume false to start over: the run in {out} differs in {', '.join(said)}"
+        )
+
+
+def read_images(data: Data, memory: float, show: bool, resumed: bool) -> None:
+    """Read every image once: to keep it in memory, or to find those that cannot be read.
+
+    Args:
+        memory: GiB that the images may take.
+        resumed: whether an earlier start of this run has read them; then only images to be kept are read.
+    """
+    parts = data.parts()
+    keep = sum(part.bytes for part in parts.values()) <= memory * 2**30
+    if resumed and not keep:
+        return
+    with bar(show, sum(map(len, parts.values())), "reading images", "img") as shown:
+        for part in parts.values():
+            part.check(keep, shown.update)
+
+
+def _try_model(model: nn.Module, settings: Settings, accelerator, classes: int) -> list[nn.Parameter]:
+    """Run one forward and backward on noise, in evaluation mode, and freeze the parameters that get no gradient.
+
+    Returns:
+        These parameters. DDP would wait for their gradients in every step.
+    """
+    s = settings
+    noise = torch.rand(2, 3, s.image_size, s.image_size, device=accelerator.device, dtype=getattr(torch, s.dtype))
+    model.eval()
+    try:
+        with accelerator.autocast():
+            y = logits(model, noise)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"image_size={s.image_size} does not fit {s.model}: {error}") from error
+    if y.shape != (2, classes):
+        raise ValueError(f"{s.model} must give [2, {classes}] for two images, got {list(y.shape)}")
+    y.float().sum().backward()
+    unused = [p for p in methods.trainable_parameters(model) if p.grad is None]
+    for p in model.parameters():
+        p.grad = None
+    for p in unused:
+        p.requires_grad_(False)
+    if not methods.trainable_parameters(model):
+        raise ValueError(f"method {s.method!r} trains nothing that the output of {s.model} depends on")
+    return unused
+
+
+def _check_disk(out: Path, model: nn.Module, settings: Settings) -> None:
+    trained = sum(p.numel() * p.element_size() for p in methods.trainable_parameters(model))
+    # two checkpoints stay while a third is written; each holds the weights, two moments, and perhaps the best weights
+    needed = trained * (3 * (3 + (settings.select == "val")) + 1) + _OTHER_FILES
+    free = shutil.disk_usage(out).free
+    held = sum(path.stat().st_size for path in checkpoints.states(out))
+    if free + held < needed:
+        raise checkpoints.StorageError(
+            f"{out} has {free / 2**20:.0f} MiB free, but checkpoints, adapter and logs of this run take up to "
+            f"{needed / 2**20:.0f} MiB"
+        )
