@@ -1,7 +1,7 @@
-"""The one tolerance of the tests: at most twice the error that plain torch makes in the same dtype.
+"""The tolerance of all tests: at most twice the error of plain torch in the same dtype.
 
-Errors of the kernels are taken against the contract (kernels/__init__.py) in numpy's longdouble, 64 bits of mantissa on
-x86-64 and more on others, so that float64 is judged as the other dtypes are.
+Errors of the kernels are measured against the contract (kernels/__init__.py) in numpy's longdouble, so that float64 can
+be judged like the other dtypes. longdouble has a mantissa of 64 bits on x86-64, and more on some others.
 """
 
 import numpy as np
@@ -21,12 +21,18 @@ def wide(t: Tensor) -> Wide:
 def assert_accurate(
     got: Tensor, plain: Tensor, exact: Tensor | Wide, what: str = "", summed: Tensor | Wide | None = None
 ) -> None:
-    """got: under test; plain: the torch path in the same dtype; exact: float64 or more; summed: sums of absolutes.
+    """Assert that the error of ``got`` is at most twice that of ``plain``, in the maximum and in the Frobenius norm.
 
-    The error of ``got`` against ``exact`` must be at most twice that of ``plain``, in the largest entry and in the
-    Frobenius norm. In the largest entry one rounding of the result in its dtype is granted: there plain torch may be
-    exact by luck. Of fewer than 64 entries luck decides too much: there it is 8 roundings of what was summed, enough to
-    tell a wrong index from a rounding. Float64 is granted 100 roundings where nothing more exact is at hand.
+    The maximum is granted one more rounding of the result in its dtype, because plain torch may be exact there by
+    chance. With fewer than 64 entries chance weighs more: both norms are granted 8 roundings of what was summed, which
+    still tells a wrong index from a rounding. Float64 is granted 100 roundings if ``exact`` is not more exact.
+
+    Args:
+        got: the result under test.
+        plain: the result of plain torch in the same dtype.
+        exact: the result in float64 or longdouble.
+        what: a name for messages.
+        summed: as ``exact``, of the absolute values of all inputs.
     """
     assert got.shape == plain.shape == exact.shape, f"{what}: {got.shape}, {plain.shape}, {exact.shape}"
     assert got.dtype == plain.dtype, f"{what}: {got.dtype}, {plain.dtype}"
@@ -45,7 +51,7 @@ def assert_accurate(
 
 
 class _Exact:
-    """The contract, of longdouble arrays; lists of all results, whether they are asked for or not."""
+    """The contract on longdouble arrays. Each function returns the list of all its results, needed or not."""
 
     @staticmethod
     def group_update(sigma, v, scale):
@@ -90,7 +96,7 @@ def _samples(rows, ids):
 
 
 def exactly(name: str, arguments, change=lambda t: t) -> list[Wide]:
-    """One function of the contract; ``change`` is applied to the tensors first."""
+    """The needed results of one function of the contract, with ``change`` applied to its floating-point tensors."""
     needs = arguments[-1] if name.endswith("backward") else None
     given = arguments if needs is None else arguments[:-1]
     found = [
@@ -101,34 +107,34 @@ def exactly(name: str, arguments, change=lambda t: t) -> list[Wide]:
 
 
 def _check(backend, name, arguments, results) -> list[Tensor]:
-    """One function of a backend module against the contract, at most twice plain's error; returns plain's results"""
+    """Check one function of a backend module against the contract; returns the results of plain torch."""
     as_list = lambda out: [out] if isinstance(out, Tensor) else list(out)
     got, plain = (as_list(getattr(module, name)(*arguments)) for module in (backend, reference))
     exact, summed = exactly(name, arguments), map(abs, exactly(name, arguments, Tensor.abs))  # scale may be negative
     for result, *four in zip(results, got, plain, exact, summed, strict=True):
-        if four[0].numel():  # plain torch itself: an error of its own would be a licence
+        if four[0].numel():  # an error of plain torch would loosen the tolerance
             assert np.max(abs(wide(four[1]) - four[2])) <= 64 * torch.finfo(four[1].dtype).eps * np.max(four[3]), result
         assert_accurate(*four[:3], result, four[3])
     return plain
 
 
 def check_lowrank_linear(backend, x, weight, bias, down, up, dy, needs=(True,) * 5) -> None:
-    """Values and all gradients of a backend module against the contract, at most twice plain's error"""
+    """Check values and the needed gradients of a backend module against the contract."""
     _, p = _check(backend, "lowrank_linear", (x, weight, bias, down, up), ("y", "p"))
-    # the backward is judged on one and the same p
+    # the backward gets the same p for every backend
     names = [n for n, need in zip(("dx", "dweight", "dbias", "ddown", "dup"), needs) if need]
     _check(backend, "lowrank_linear_backward", (dy, x, weight, down, up, p, list(needs)), names)
 
 
 def check_mixed_linear(backend, x, weight, bias, down, up, ids, dy, needs=(True,) * 5) -> None:
-    """As :func:`check_lowrank_linear`, for samples with adapters of their own"""
+    """As :func:`check_lowrank_linear`, for a batch with an adapter per sample."""
     _, p = _check(backend, "mixed_linear", (x, weight, bias, down, up, ids), ("y", "p"))
     names = [n for n, need in zip(("dx", "dweight", "dbias", "ddown", "dup"), needs) if need]
     _check(backend, "mixed_linear_backward", (dy, x, weight, down, up, p, ids, list(needs)), names)
 
 
 def check_group_update(backend, sigma, v, scale, dup, needs=(True, True)) -> None:
-    """As :func:`check_lowrank_linear`, for the group update"""
+    """As :func:`check_lowrank_linear`, for the group update."""
     up = backend.group_update(sigma, v, scale)
     S, P, N = up.shape
     assert up.stride() == (N, S * N, 1), f"up must have memory [P, S, N], got strides {up.stride()}"

@@ -1,16 +1,16 @@
-"""Set-up for every test: Triton's interpreter where there is no GPU, one thread, one seed, the name of this device."""
+"""Set-up of all tests: Triton's interpreter if there is no GPU, one thread, a fixed seed, the device to test on."""
 
 import os
 
 import pytest
 import torch
 
-# before anything imports the kernels: without a GPU they run through the interpreter, on CPU tensors
+# set before the kernels are imported: without a GPU the interpreter runs them on CPU tensors
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# the tensors of the tests are small: a second thread would only wait for the first
+# the tests' tensors are too small for a second thread to help
 torch.set_num_threads(1)
 
 

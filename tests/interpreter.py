@@ -1,6 +1,7 @@
-"""Repairs bfloat16 in triton's interpreter, which holds it as 16-bit patterns. Tests only, never the package.
+"""Fixes bfloat16 in Triton's interpreter. For tests only; the package does not use it.
 
-Left alone, its dot multiplies the patterns as integers, and its float32 -> bfloat16 conversion truncates.
+The interpreter stores bfloat16 as uint16 bits: without this its dot multiplies the bits as integers, and its conversion
+from float32 truncates.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ from triton.runtime import interpreter
 
 
 def repair_bf16() -> None:
-    """dot widens bfloat16 operands, conversions round to nearest even; calling it again changes nothing"""
+    """Make dot widen bfloat16 operands, and conversions round to nearest even. Further calls have no effect."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
     if getattr(dot, "repaired", False):
@@ -28,7 +29,7 @@ def repair_bf16() -> None:
             return cast(self, source, to)
         bits = np.ascontiguousarray(source.data).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        # rounding must not carry a nan's mantissa over into its exponent
+        # rounding must not carry from a NaN's mantissa into its exponent
         rounded = np.where(np.isnan(source.data), (bits >> 16) | 0x40, rounded)
         return interpreter.TensorHandle(rounded.astype(np.uint16), to.scalar)
 

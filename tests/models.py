@@ -9,7 +9,7 @@ from efft_kernels import extras
 
 
 def timm():
-    """timm, or skip"""
+    """timm, or skip the test module if it is not installed."""
     try:
         return extras.timm()
     except ImportError as error:
@@ -22,7 +22,7 @@ def vit(name: str = "vit_tiny_patch16_224", **options):
 
 
 def swin(**options):
-    """Swin of two stages, of two blocks and one, widths 32 and 64."""
+    """Swin with stages of two and one blocks, widths 32 and 64, 32 x 32 images, in eval mode."""
     sizes = dict(img_size=32, window_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4))
     fixed = dict(num_classes=10, drop_path_rate=0.0)
     return timm().create_model("swin_tiny_patch4_window7_224", **{**sizes, **fixed, **options}).eval()
@@ -33,7 +33,7 @@ def images(n: int = 2, dtype: torch.dtype = torch.float32, size: int = 32) -> to
 
 
 def shake(model, std: float = 0.05):
-    """Give every factor a value, so that no update is zero."""
+    """Add noise to every factor, so that no update is zero."""
     with torch.no_grad():
         for p in model.efft.parameters():
             p.add_(torch.randn_like(p) * std)
@@ -69,7 +69,7 @@ def loss_of(model, x):
 
 
 def gradients(model, loss=None):
-    """name -> gradient of everything trained; of the loss, or what backward left in .grad"""
+    """{name: gradient} of all trained parameters: of ``loss``, or, without one, what backward has left in ``.grad``."""
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     if loss is not None:
         return dict(zip(names, torch.autograd.grad(loss, params)))

@@ -44,8 +44,6 @@ KERNELS = {
     "kernels.tuning.worker": {f"kernels.tuning.{name}" for name in ("plans", "prove", "table", "timing")},
     "kernels.tuning.run": {f"kernels.tuning.{name}" for name in ("children", "plans", "table")},
 }
-# longer for now
-LINES = {"kernels.triton": 1040}
 HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
 
 
@@ -89,8 +87,10 @@ def room(name: str) -> str:
 def test_floors(name):
     above = {n for n in imported(MODULES[name]) if room(n) != room(name) and FLOOR[room(n)] >= FLOOR[room(name)]}
     assert not above, f"{name} is on floor {FLOOR[room(name)]} and must not import {sorted(above)}"
-    if name in KERNELS:
-        assert imported(MODULES[name]) <= KERNELS[name]
+    owner = "kernels.triton" if name.startswith("kernels.triton.") else name
+    if owner in KERNELS:
+        beside = {n for n in imported(MODULES[name]) if not n.startswith(f"{owner}.")}
+        assert beside <= KERNELS[owner]
 
 
 def test_no_import_circle():
@@ -104,7 +104,7 @@ def test_no_import_circle():
 
 def test_files_are_short():
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
-    assert not {name: n for name, n in lines.items() if n > LINES.get(name, 500)}
+    assert not {name: n for name, n in lines.items() if n > 500}
 
 
 def test_arrow_walk_sees_an_import():

@@ -1,4 +1,4 @@
-"""The low-rank linear of a mixed batch: every backend against float64 and one pass per adapter; samples do not meet."""
+"""mixed_linear: every backend against the contract and one call per adapter; samples do not affect each other."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def _backends() -> list[str]:
-    """reference, cpu or cuda, and triton: on a CPU through its interpreter (conftest.py)"""
+    """Names of the available backends; on a CPU Triton runs in its interpreter (conftest.py)."""
     module = dispatch.load("triton")[0]
     if module is not None and module.INTERPRETED:
         from interpreter import repair_bf16
@@ -38,7 +38,7 @@ def backend(request) -> str:
 
 
 def make(B=5, T=7, K=40, N=48, R=5, A=3, dtype=torch.float32, device="cpu", grad=False):
-    """x, weight, bias, down, up; ids with every adapter but the last, one sample without any"""
+    """x, weight, bias, down, up, ids. Samples use all adapters except the last one, and the first sample uses none."""
     shapes = (B, T, K), (N, K), (N,), (A, K, R), (A, R, N)
     tensors = [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]
     ids = torch.arange(B, device=device) % A - 1
@@ -46,7 +46,7 @@ def make(B=5, T=7, K=40, N=48, R=5, A=3, dtype=torch.float32, device="cpu", grad
 
 
 def one_by_one(x, weight, bias, down, up, ids):
-    """one pass for each adapter, over its samples"""
+    """The result by plain torch, adapter by adapter."""
     y = x.new_empty(*x.shape[:-1], len(weight))
     for a in ids.unique().tolist():
         rows = ids == a
@@ -55,12 +55,9 @@ def one_by_one(x, weight, bias, down, up, ids):
     return y
 
 
-# -- values and gradients ---------------------------------------------------------------------------------------------
-
-
 @st.composite
 def strided(draw, shape, dtype):
-    """a tensor of this shape: contiguous, its last two dimensions swapped in memory, or a slice of a wider buffer"""
+    """A tensor of this shape: contiguous, transposed, a slice of a wider buffer, or with a step."""
     *rest, rows, cols = shape
     make = lambda *s: torch.randn(*rest, *s).mul_(0.5).to(dtype)
     return {
@@ -71,7 +68,7 @@ def strided(draw, shape, dtype):
     }[draw(st.sampled_from(["contiguous", "transposed", "slice", "steps"]))]()
 
 
-# a machine that does something else for a while is no fault of the inputs
+# no deadline and no health check of speed, because the machine may be busy
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 @pytest.mark.parametrize("name", HERE)
@@ -93,7 +90,7 @@ def test_any_shape_strides_and_ids(name, data):
     check_mixed_linear(module, x, weight, bias, down, up, ids, dy, needs)
 
 
-def test_equals_one_pass_per_adapter(backend, device):
+def test_equals_one_call_per_adapter(backend, device):
     dtype = torch.float32 if backend == "triton" else torch.float64
     inputs = make(dtype=dtype, device=device, grad=True)
     y, want = mixed_linear(*inputs, backend=backend), one_by_one(*inputs)
@@ -104,7 +101,7 @@ def test_equals_one_pass_per_adapter(backend, device):
         torch.testing.assert_close(got, exact, **close)
 
 
-def test_one_adapter_for_all_equals_the_low_rank_linear(backend, device):
+def test_one_adapter_for_all_equals_lowrank_linear(backend, device):
     x, weight, bias, down, up, _ = make(dtype=torch.float32, device=device)
     y = mixed_linear(x, weight, bias, down, up, torch.full((5,), 2, device=device), backend=backend)
     want = lowrank_linear(x, weight, bias, down[2], up[2], backend=backend)
@@ -119,7 +116,7 @@ def test_gradcheck(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_two_runs_are_bit_equal(backend, device, dtype):
+def test_bitwise_reproducible(backend, device, dtype):
     def run():
         torch.manual_seed(1)
         *inputs, ids = make(9, 31, 70, 94, 6, 4, dtype, device, grad=True)
@@ -129,19 +126,19 @@ def test_two_runs_are_bit_equal(backend, device, dtype):
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
 
-def test_an_adapter_that_no_sample_has_gets_exact_zeros(backend, device):
+def test_gradients_of_an_unused_adapter_are_exact_zeros(backend, device):
     x, weight, bias, down, up, ids = make(device=device, grad=True)
     ddown, dup = torch.autograd.grad(mixed_linear(x, weight, bias, down, up, ids, backend=backend).sum(), (down, up))
     assert not ddown[2].any() and not dup[2].any()
     assert all(ddown[a].any() and dup[a].any() for a in (0, 1))
 
 
-def test_no_value_reaches_another_sample_or_adapter(backend, device):
+def test_nan_stays_within_its_sample_and_adapter(backend, device):
     x, weight, bias, down, up, _ = make(B=6, T=9, A=4, device=device)
     ids = torch.tensor([0, 1, -1, 0, 2, -1], device=device)
     clean = [t.clone().requires_grad_() for t in (x, down, up)]
     dirty = [t.clone() for t in (x, down, up)]
-    dirty[0][1], dirty[0][5] = float("nan"), float("inf")  # adapter 1, and none
+    dirty[0][1], dirty[0][5] = float("nan"), float("inf")  # the sample of adapter 1, and one without an adapter
     dirty[1][2], dirty[2][2], dirty[1][3] = float("nan"), float("inf"), float("nan")
     dirty = [t.requires_grad_() for t in dirty]
     results = []
@@ -183,7 +180,7 @@ def test_rows_of_any_rank_and_windows(backend, device):
 
 def test_autocast_casts_all_but_the_ids(backend):
     if backend == "triton":
-        pytest.skip("the interpreter has no bfloat16")
+        pytest.skip("Triton's interpreter has no bfloat16")
     inputs = make(grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = mixed_linear(*inputs, backend=backend)
@@ -192,7 +189,7 @@ def test_autocast_casts_all_but_the_ids(backend):
     assert all(t.grad.dtype == torch.float32 for t in inputs[:5])
 
 
-def test_only_what_a_gradient_reads_is_kept(backend):
+def test_saves_only_what_the_gradients_read(backend):
     for i in range(5):
         *tensors, ids = make()
         tensors[i].requires_grad_()
@@ -202,9 +199,6 @@ def test_only_what_a_gradient_reads_is_kept(backend):
         y.sum().backward()
         assert (tensors[0].shape in saved) == (i in (1, 3)) and ((35, 5) in saved) == (i == 4)
         assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
-
-
-# -- tracing and refusals ---------------------------------------------------------------------------------------------
 
 
 def test_opcheck(backend, device):
@@ -218,9 +212,9 @@ def test_opcheck(backend, device):
         opcheck(names.mixed_linear_backward.default, (*plain, needs, backend))
 
 
-def test_compiles_whole(backend):
+def test_compiles_without_graph_breaks(backend):
     if backend == "triton":
-        pytest.skip("the interpreter cannot be compiled")
+        pytest.skip("Triton's interpreter cannot be compiled")
     torch._dynamo.reset()
     call = lambda *a: mixed_linear(*a, backend=backend).relu()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -249,7 +243,7 @@ def test_compiles_whole(backend):
         ({"up": (3, 5, 47)}, ValueError, r"up must be \[5, 48\]"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(change, error, says):
+def test_bad_arguments_are_named(change, error, says):
     given = dict(zip(("x", "weight", "bias", "down", "up", "ids"), make()))
     for name, value in change.items():
         given[name] = torch.randn(value) if isinstance(value, tuple) else torch.tensor(value) if value != 0 else value

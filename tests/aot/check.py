@@ -26,7 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
-from efft_kernels.kernels import triton as tk
+from efft_kernels.kernels.triton.dy_pass import dy_pass_kernel, reduce_slots_kernel
+from efft_kernels.kernels.triton.group_update import group_update_backward_kernel, group_update_kernel
+from efft_kernels.kernels.triton.launch import DEFAULTS
+from efft_kernels.kernels.triton.lowrank_linear import lowrank_linear_kernel, p_kernel
+from efft_kernels.kernels.triton.merge import merge_kernel, merge_row_kernel
+from efft_kernels.kernels.triton.mixed_linear import mixed_reduce_kernel
 
 BUDGET = Path(__file__).with_name("budget.json")
 # bytes of shared memory that a program may have
@@ -65,21 +70,21 @@ def variants(name: str, use: dict, where: dict, kind: str):
     # the largest block of ranks that the row is launched with
     BR = min(where.get("max_R", 256), use.get("BR", 64))
     if name == "group_update":
-        yield "", tk.group_update_kernel, given | {"sq": 1, "svn": 1}, "sigma v up", {"scale": "fp32"}
+        yield "", group_update_kernel, given | {"sq": 1, "svn": 1}, "sigma v up", {"scale": "fp32"}
     elif name == "group_update_backward":
         ones = {"sdn": 1, "sq": 1, "svn": 1}
         for variant, none in (("", {}), ("dsigma", {"dv": None}), ("dv", {"dsigma": None})):
             yield (
                 variant,
-                tk.group_update_backward_kernel,
+                group_update_backward_kernel,
                 given | ones | none,
                 "dup sigma v dsigma dv",
                 {"scale": "fp32"},
             )
     elif name == "p":
-        yield "x", tk.p_kernel, given | {"sxk": 1, "sdr": 1, "ids": None}, "x down p", {}
-        yield "dy", tk.p_kernel, given | {"sxk": 1, "sdk": 1, "ids": None}, "x down p", {}
-        yield "x mixed", tk.p_kernel, given | {"sxk": 1, "sdr": 1}, "x down p", {"ids": "*i64"}
+        yield "x", p_kernel, given | {"sxk": 1, "sdr": 1, "ids": None}, "x down p", {}
+        yield "dy", p_kernel, given | {"sxk": 1, "sdk": 1, "ids": None}, "x down p", {}
+        yield "x mixed", p_kernel, given | {"sxk": 1, "sdr": 1}, "x down p", {"ids": "*i64"}
     elif name in ("single_pass", "extended_k"):
         own_p = name == "single_pass"
         given |= {"BR": BR, "OWN_P": own_p} | ({} if own_p else {"down": None, "sdk": 0, "sdr": 0})
@@ -96,12 +101,12 @@ def variants(name: str, use: dict, where: dict, kind: str):
                 )
                 variant = f"{way} tma" if tma else way
                 constants = given | ones | {"TMA": tma}
-                yield variant, tk.lowrank_linear_kernel, constants | {"ids": None}, "x w bias down up y p", types
+                yield variant, lowrank_linear_kernel, constants | {"ids": None}, "x w bias down up y p", types
                 if (tma or not use["TMA"]) and (not own_p or BR >= 64):
                     constants["BR"] = BR // 4 if own_p else 16  # as mixed_rank() has it
                     yield (
                         f"{variant} mixed",
-                        tk.lowrank_linear_kernel,
+                        lowrank_linear_kernel,
                         constants,
                         "x w bias down up y p",
                         types | {"ids": "*i64"},
@@ -109,24 +114,27 @@ def variants(name: str, use: dict, where: dict, kind: str):
     elif name == "dy_pass":
         pointers, types = "dy up p dp_slots dup_slots", {"dp_slots": "*fp32", "dup_slots": "*fp32"}
         ones = given | {"syn": 1, "spr": 1}
-        yield "dp dup", tk.dy_pass_kernel, ones | {"sun": 1, "sn": 1}, pointers, types
+        yield "dp dup", dy_pass_kernel, ones | {"sun": 1, "sn": 1}, pointers, types
         no_dp = {"up": None, "dp_slots": None, "sur": 0, "sun": 0, "sr": 1}
-        yield "ddown", tk.dy_pass_kernel, ones | no_dp, pointers, types
+        yield "ddown", dy_pass_kernel, ones | no_dp, pointers, types
     elif name == "reduce":
         types = {"a_slots": "*fp32", "b_slots": "*fp32"}
-        yield "", tk.reduce_slots_kernel, use, "a b", types
-        yield "mixed", tk.mixed_reduce_kernel, use, "out", {"slots": "*fp32", "ids": "*i64"}
+        yield "", reduce_slots_kernel, use, "a b", types
+        yield "mixed", mixed_reduce_kernel, use, "out", {"slots": "*fp32", "ids": "*i64"}
     elif name == "merge":
         for aligned in (True, False):
             constants = use | {"BC": 64, "ALIGNED": aligned}
-            yield "aligned" if aligned else "", tk.merge_kernel, constants, "like", {"table": "*i64", "starts": "*i32"}
+            yield "aligned" if aligned else "", merge_kernel, constants, "like", {"table": "*i64", "starts": "*i32"}
+        if kind == "half":  # the same for every dtype
+            addresses = dict.fromkeys(("weight", "down", "up"), "i64")
+            yield "row", merge_row_kernel, {}, "", {"table": "*i64", "starts": "*i32"} | addresses
 
 
 def cases():
     """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages): bfloat16 for all, float16 once each"""
     seen = set()
     for arch in SHARED:
-        for name, rows in tk.DEFAULTS["defaults"][arch].items():
+        for name, rows in DEFAULTS["defaults"][arch].items():
             for row in rows:
                 use = row["use"]
                 tiles = "x".join(str(size) for tile, size in use.items() if tile.startswith("B"))
@@ -180,7 +188,7 @@ def faults(case: str, arch: str, found: dict | str) -> list[str]:
     wrong = []
     if found["shared"] > SHARED[arch]:
         wrong.append(f"shared memory over the {SHARED[arch]} of the chip")
-    if not found["tensor_cores"] and not re.search(r"^reduce|^merge.* tf32|fp32\b", case):
+    if not found["tensor_cores"] and not re.search(r"^reduce|^merge row|^merge.* tf32|fp32\b", case):
         wrong.append("no tensor-core instruction")
     return wrong
 

@@ -1,4 +1,4 @@
-"""A pytest plugin for PEFT's test_custom_models.py: its lists of cases become those of EFFT; only these are run."""
+"""A pytest plugin for PEFT's test_custom_models.py: replaces its lists of cases by EFFT's and runs only those."""
 
 import os
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from models import timm
 
-timm()  # what PEFT imports meets torchvision, which may need its help
+timm()  # makes torchvision, which PEFT imports, importable next to a CPU torch
 
 from efft_kernels.peft import EFFTPeftConfig  # noqa: E402
 
 torch.set_num_threads(1)
 
-SMALL = {"rank": 2, "scale": 1.0}  # the suite compares to 1e-6, with inputs up to 89
+SMALL = {"rank": 2, "scale": 1.0}  # small, because the suite compares to 1e-6 with inputs up to 89
 CASES = [
     ("MLP efft2 regex", "MLP", EFFTPeftConfig, {"target_modules": "lin0", **SMALL}),
     ("MLP efft2 lin0", "MLP", EFFTPeftConfig, {"target_modules": ["lin0"], **SMALL}),
@@ -37,7 +37,7 @@ CASES = [
             "zero_init": "u",
         },
     ),
-    # its matrix is 1 x 5
+    # rank 1, because its matrix is 1 x 5
     ("EmbConv1D efft2", "EmbConv1D", EFFTPeftConfig, {"target_modules": ["conv1d"], **SMALL, "rank": 1}),
 ]
 SAME = {"target_modules": ["lin0"], "init_weights": False, **SMALL}
@@ -50,13 +50,13 @@ PAIRS = [
     ("EFFT1 and EFFT2", "efft", EFFTPeftConfig, {**BOTH, "variant": "efft1"}, BOTH),
 ]
 
-# PEFT version -> how many tests pass at least; fewer means that the suite no longer asks for our cases
+# {PEFT version: least number of passed tests}; fewer means that the suite no longer uses these lists
 PASSED = {"0.21.2": 441}
 passed = 0
 
 
 def pytest_pycollect_makeitem(collector, name, obj):
-    # before the first class is collected: parametrize refers to these very lists
+    # before the first class is collected, and in place, because parametrize refers to these list objects
     module = collector.getparent(pytest.Module).obj
     if module.TEST_CASES[:] != CASES:
         module.TEST_CASES[:] = CASES

@@ -1,5 +1,5 @@
-// every kernel of every instruction set over ragged shapes, against plain loops in double. run under the sanitizers:
-// each buffer is exactly as large as its contents, so a read or a write past an edge is reported.
+// compares the kernels of all instruction sets on odd shapes with plain loops in double. run under the sanitizers: each
+// buffer is exactly as large as its contents, so that a read or write past its end is reported.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -34,20 +34,20 @@ using namespace efft;
 
 int failures = 0;
 
-// a matrix in the dtype under test with its values in double; `by_columns` lays it out the other way round
+// a matrix in the dtype under test together with its values in double; `by_columns` makes it column-major
 struct Matrix {
   Dtype dtype;
   int64_t rows, columns;
   bool by_columns;
   std::vector<double> values;
-  std::unique_ptr<char[]> data;  // no padding: the sanitizer knows where it ends
+  std::unique_ptr<char[]> data;  // without padding, so that the sanitizer knows its end
 
   int64_t size() const { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
   Matrix(Dtype dtype, int64_t rows, int64_t columns, bool by_columns = false)
       : dtype(dtype), rows(rows), columns(columns), by_columns(by_columns), values(rows * columns) {
     static std::mt19937 random(0);
-    std::uniform_int_distribution<int> eighths(-8, 8);  // exact in every dtype, and so are their short sums
+    std::uniform_int_distribution<int> eighths(-8, 8);  // exact in every dtype, as are short sums of them
     for (double& v : values) v = eighths(random) / 8.0;
     data.reset(new char[rows * columns * size()]);
     for (int64_t i = 0; i < rows; ++i) {
@@ -119,11 +119,12 @@ std::vector<double> product(int64_t I, int64_t J, int64_t L, const A& a, const B
   return c;
 }
 
-// every output of LowRank at once, then c alone added to what is there
-void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t R, bool turned) {
-  Matrix a(dtype, M, K, turned), b(dtype, K, N, !turned), d(dtype, K, R, turned), u(dtype, R, N, !turned);
-  Matrix bias(dtype, 1, N), q(dtype, M, R, turned), x(dtype, M, N, turned);
-  Matrix c(dtype, M, N), p(dtype, M, R), qa(dtype, R, K), xp(dtype, N, R), sum(dtype, M, N, turned);
+// all outputs of LowRank at once, then c alone with c_adds
+void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t R, bool transposed) {
+  Matrix a(dtype, M, K, transposed), b(dtype, K, N, !transposed);
+  Matrix d(dtype, K, R, transposed), u(dtype, R, N, !transposed);
+  Matrix bias(dtype, 1, N), q(dtype, M, R, transposed), x(dtype, M, N, transposed);
+  Matrix c(dtype, M, N), p(dtype, M, R), qa(dtype, R, K), xp(dtype, N, R), sum(dtype, M, N, transposed);
   std::unique_ptr<char[]> panels(new char[k.packed_bytes(dtype, K, N)]);
   k.pack(dtype, b.view(), K, N, panels.get());
 
@@ -151,23 +152,24 @@ void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t
   expect("c +=", k, sum, K, S);
 }
 
-// a mixed batch: all outputs at once, every sum over rows apart by adapter
+// a mixed batch: all outputs at once, with a sum over rows per adapter
 void run_mixed(const Kernels& k, Dtype dtype, int64_t B, int64_t T, int64_t K, int64_t N, int64_t R, int64_t A,
-               bool turned) {
+               bool transposed) {
   const int64_t M = B * T;
-  Matrix a(dtype, M, K, turned), b(dtype, K, N, !turned), d(dtype, A * K, R, turned), u(dtype, A * R, N, !turned);
-  Matrix bias(dtype, 1, N), q(dtype, M, R, turned), x(dtype, M, N, turned);
+  Matrix a(dtype, M, K, transposed), b(dtype, K, N, !transposed);
+  Matrix d(dtype, A * K, R, transposed), u(dtype, A * R, N, !transposed);
+  Matrix bias(dtype, 1, N), q(dtype, M, R, transposed), x(dtype, M, N, transposed);
   Matrix c(dtype, M, N), p(dtype, M, R), qa(dtype, A * R, K), xp(dtype, A * N, R);
   std::unique_ptr<char[]> panels(new char[k.packed_bytes(dtype, K, N)]);
   k.pack(dtype, b.view(), K, N, panels.get());
-  // some without an adapter, some with their neighbour's, and one adapter without samples
+  // some samples without an adapter, some adjacent ones with the same, and one adapter without samples
   std::unique_ptr<int64_t[]> ids(new int64_t[B]);
   for (int64_t i = 0; i < B; ++i) ids[i] = i / 2 * 3 % A - 1;
 
   LowRank g;
   g.M = M, g.K = K, g.N = N, g.R = R, g.A = A, g.B = B, g.ids = ids.get();
   g.a = a.view(), g.b = panels.get(), g.d = d.view(), g.u = u.view(), g.bias = bias.view(), g.q = q.view();
-  g.d_adapter = turned ? K : K * R, g.u_adapter = turned ? R * N : R;
+  g.d_adapter = transposed ? K : K * R, g.u_adapter = transposed ? R * N : R;
   g.x = x.view(), g.c = c.view(), g.p = p.data.get(), g.qa = qa.data.get(), g.xp = xp.data.get();
   k.lowrank(dtype, g);
 
@@ -199,10 +201,10 @@ int main() {
   for (const Kernels* k : all) {
     for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
       for (const auto& s : shapes) {
-        for (bool turned : {false, true}) run(*k, dtype, s[0], s[1], s[2], s[3], turned);
+        for (bool transposed : {false, true}) run(*k, dtype, s[0], s[1], s[2], s[3], transposed);
       }
       for (const auto& s : mixed) {
-        for (bool turned : {false, true}) run_mixed(*k, dtype, s[0], s[1], s[2], s[3], s[4], s[5], turned);
+        for (bool transposed : {false, true}) run_mixed(*k, dtype, s[0], s[1], s[2], s[3], s[4], s[5], transposed);
       }
     }
     std::printf("%s: %s\n", k->name, failures ? "FAILED" : "passed");

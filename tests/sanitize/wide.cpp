@@ -1,4 +1,4 @@
-// the code of avx512.cpp, tile and all, compiled for any processor: one without AVX-512 can test it, slowly.
+// avx512.cpp compiled for any processor, so that it can be tested, slowly, on one without AVX-512.
 #include "../../csrc/cpu/headers.h"
 
 #define VB 64

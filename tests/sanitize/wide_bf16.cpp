@@ -1,4 +1,4 @@
-// the code of avx512_bf16.cpp for any processor, the one instruction that makes the difference written out.
+// avx512_bf16.cpp compiled for any processor, with an emulated dot product.
 #include "../../csrc/cpu/headers.h"
 
 #define VB 64
