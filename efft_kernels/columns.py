@@ -22,7 +22,7 @@ class ColumnPlan:
 
     slots: tuple[Slot, ...]
     cores: tuple[int, ...]
-    cores_per_draw: int  # so many neighbouring cores meet the same masked v
+    cores_per_draw: int  # number of neighbouring cores that are multiplied with the same masked v
     widths: tuple[int, ...]
     uses: tuple[int, ...]
     zeros: tuple[int, ...]

@@ -120,7 +120,7 @@ def load_adapter(
             raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
         if head == "train":
             _check_shared(model, state, path)
-        _mount_beside(model, name, groups)
+        _mount_new(model, name, groups)
     else:
         check_bare(model)
         state = state if head == "train" else {}
@@ -238,7 +238,7 @@ def add_adapter(model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
     """
     adapters(model)
     check_name(name)
-    _mount_beside(model, name, build(plan(model, config), model))
+    _mount_new(model, name, build(plan(model, config), model))
     return set_adapter(model, name)
 
 
@@ -297,7 +297,7 @@ def _known(owner: nn.ModuleDict, name: str | None) -> str:
     return name
 
 
-def _mount_beside(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
+def _mount_new(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
     owner = adapters(model)
     if name in owner:
         raise ValueError(f"name must be new, but the model already has an adapter {name!r}")

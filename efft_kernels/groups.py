@@ -175,7 +175,7 @@ class EFFTGroup(Group):
 
 
 class FacTGroup(EFFTGroup):
-    """As EFFT with d x d slices, except fc2: its slices stand on top of each other, so U is the factor next to Sigma.
+    """As EFFT with d x d slices, except for fc2: its slices are stacked, so Sigma is folded into U instead of V.
 
     With x = [x_0 ... x_3], sum_i x_i U Sigma_i V has down = [U Sigma_0; ...; U Sigma_3] and up = V: a transposed slot
     of the group (V.T, Sigma.T, U.T).
@@ -295,7 +295,7 @@ class VeRAGroup(LoRAGroup):
         d, b = (t[..., rows, :, :].unsqueeze(dim) for t, dim in ((self.d, -1), (self.b, -2)))
         v = self.v if self.v.dim() == 2 else self.v[:, None, None]
         up = d * v * b  # [l, m, R, N]
-        # all matrices of a Linear read the same x u, so their rows add up instead of standing below each other
+        # all matrices of a Linear use the same x u, so their rows are added instead of stacked
         up = (up.unsqueeze(-2) * self._placed(up)).sum(-4).flatten(-2)
         down = self.u.mT.contiguous().mT if _k_contiguous(self.u) else self.u
         return {slot.site.path: Pair(down, row) for slot, row in zip(slots, up.unbind(-3))}
@@ -321,7 +321,7 @@ def make_group(spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tens
 
 
 def _k_contiguous(factor: Tensor) -> bool:
-    """whether down must have K contiguous: GPU kernels read it so, and would otherwise copy it at every call"""
+    """whether down must have K contiguous, because the GPU kernels would otherwise copy it at every call"""
     return factor.device.type != "cpu"
 
 
@@ -342,7 +342,7 @@ def _updates(sigma: Tensor, v: Tensor, scale: float, backend: str | None) -> Ten
 def _masked(
     plan: ColumnPlan, u: Tensor, sigma: Tensor, v: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """u [calls, K, P] and the pieces of the updates, each call with dropout masks of its own on u and v.
+    """u [calls, K, P] and the pieces of the updates, with separate dropout masks of u and v for each call.
 
     v then differs from call to call, so the update is a batch of products instead of one group update.
     """

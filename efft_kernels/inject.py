@@ -1,4 +1,4 @@
-"""plan and inject: adapting a whole model in place."""
+"""plan and inject: adapters on a model, in place."""
 
 import hashlib
 import json
@@ -98,7 +98,9 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
     if reason := refusal(module, module.base if adapted else type(module)):
         raise TypeError(f"{path} {reason}")
     if adapted and module.efft[0] is not getattr(model, "efft", None):
-        raise ValueError(f"{path} belongs to a part of the model that is already injected; inject one of the two")
+        raise ValueError(
+            f"{path} belongs to a part of the model that is already injected; inject the whole model or the part"
+        )
     check_called(model, path, module)
 
 

@@ -11,7 +11,7 @@ from efft_kernels.analysis import cost, subspace_map, subspace_similarity, updat
 
 
 def formula(a, b, i, j):
-    """another way to the same number: the eigenvectors of A A.T, and a sum over single cosines"""
+    """The same number computed another way: eigenvectors of A A.T, and a sum over single cosines."""
     left = torch.linalg.eigh(a.double() @ a.double().mT)[1].flip(1)
     right = torch.linalg.eigh(b.double() @ b.double().mT)[1].flip(1)
     return sum((left[:, p] @ right[:, q]).item() ** 2 for p in range(i) for q in range(j)) / min(i, j)
@@ -136,9 +136,7 @@ def test_cost_of_vit_b():
 def test_cost_counts_what_is_injected(name):
     plan = ek.plan(vit(), METHODS[name])
     model = ek.inject(vit(), METHODS[name])
-    pairs = {
-        path: pair for g in model.efft.groups() for path, pair in g.low_rank_pairs("reference").items()
-    }
+    pairs = {path: pair for g in model.efft.groups() for path, pair in g.low_rank_pairs("reference").items()}
     found = cost(plan, 5)
     assert found.adapter_flops == sum(2 * 5 * (down.numel() + up.numel()) for down, up, _ in pairs.values())
     assert found.parameters == sum(p.numel() for p in model.efft.parameters())

@@ -1,4 +1,4 @@
-"""Bases that keep their own product: quantized by torchao or bitsandbytes, parametrized, normed, pruned, tied."""
+"""Linears with their own forward: quantized by torchao or bitsandbytes, parametrized, normed, pruned, tied."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ LORA_XS = ek.LoRAXSConfig(rank=4, scale=2.0, targets=("attn", "mlp"))
 def _torchao(make_config):
     def apply(model):
         quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-        # as torchao's users do: the Linears of the blocks, not the head
+        # as users of torchao do, the Linears of the blocks but not the head
         quantization.quantize_(model.blocks, make_config(quantization))
         return model
 
@@ -62,7 +62,7 @@ def _each(act):
 
 
 def _settled(linear):
-    linear.train()(linear.bias.new_zeros(1, linear.in_features))  # a step of its power iteration
+    linear.train()(linear.bias.new_zeros(1, linear.in_features))  # one step of the power iteration
     return linear.eval()
 
 
@@ -79,7 +79,7 @@ ODD = {
     "pruned": _each(lambda linear: prune.random_unstructured(linear, "weight", 0.3)),
 }
 BASES = {**QUANTIZED, **ODD}
-# their products round the activations to 8 bits, too
+# these round the activations to 8 bits as well
 COARSE = "bitsandbytes-int8"
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -101,7 +101,7 @@ def make(base, dtype=torch.float32):
 
 
 def bare(base):
-    """the model as it is quantized; bitsandbytes' 4 bits in the layout that an adapted model has them in, too"""
+    """The quantized model; 4-bit weights of bitsandbytes in the layout that they have in an adapted model."""
     model = make(base)
     for linear in model.blocks.modules():
         if hasattr(linear, "support_avx512bf16_for_cpu"):
@@ -110,12 +110,12 @@ def bare(base):
 
 
 def near(base):
-    """a last bit of difference may change what activations are rounded to"""
+    """A difference in the last bit may change the rounding of quantized activations."""
     return dict(rtol=5e-2, atol=2e-2) if base == COARSE else dict(rtol=1e-4, atol=1e-4)
 
 
 def densified(model):
-    """the model in float64 with the weights that it multiplies with, as plain Linears"""
+    """The model in float64 with plain Linears that have the dense weights."""
     torch.manual_seed(0)
     plain = vit().double()
     for path, linear in [(p, m) for p, m in plain.blocks.named_modules() if isinstance(m, nn.Linear)]:
@@ -163,7 +163,7 @@ def test_a_linear_is_its_own_product_and_the_update(base, dtype):
 def test_a_model_trains_as_its_dense_twin(base):
     model = shake(ek.inject(make(base), PLAIN))
     x = images()
-    model(x)  # a hook computes the weight at a forward
+    model(x)  # a hook computes the weight in the forward
     twin = ek.inject(densified(model), PLAIN)
     twin.efft.load_state_dict({k: v.double() for k, v in model.efft.state_dict().items()})
     loss, exact = loss_of(model, x), loss_of(twin, x.double())
@@ -173,7 +173,9 @@ def test_a_model_trains_as_its_dense_twin(base):
     assert got.keys() == want.keys()
     for name in got:
         scale = want[name].abs().max()
-        torch.testing.assert_close(got[name].double() / scale, want[name] / scale, msg=lambda m: f"{name}: {m}", **close)
+        torch.testing.assert_close(
+            got[name].double() / scale, want[name] / scale, msg=lambda m: f"{name}: {m}", **close
+        )
     assert not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(("efft", "head")))
 
 
@@ -193,10 +195,12 @@ def test_training_moves_only_factors_and_head(base):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     after = model.state_dict()
-    # a spectral norm iterates on u and v while training, whoever trains
+    # a spectral norm updates its u and v in every forward in training mode
     computed = "weight_u", "weight_v", "qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"
     for key in before.keys() if "spectral" not in base else (k for k in before if not k.endswith(computed)):
-        plain = [t.dequantize() if hasattr(t, "dequantize") and "torchao" in base else t for t in (after[key], before[key])]
+        plain = [
+            t.dequantize() if hasattr(t, "dequantize") and "torchao" in base else t for t in (after[key], before[key])
+        ]
         assert torch.equal(*plain), key
 
 
@@ -205,7 +209,7 @@ def test_evaluation_between_training_steps(base):
     x = images()
     with torch.no_grad():
         first = model(x)
-    for mode in (False,) if "spectral" in base else (True, False):  # which iterates further while training
+    for mode in (False,) if "spectral" in base else (True, False):  # which changes in every forward in training mode
         loss_of(model.train(mode), x).backward()
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(x), first, **near(base))
@@ -218,7 +222,7 @@ def test_every_method(base):
         before = model(x)
         ek.inject(model, config)
         torch.testing.assert_close(model(x), before, **near(base))
-        if config is LORA_XS:  # its factors are singular vectors of the weight that is multiplied with
+        if config is LORA_XS:  # its factors are singular vectors of the dense weight
             left = torch.linalg.svd(dense(model.blocks[0].mlp.fc1).float().T)[0][:, :4]
             a = next(g for g in model.efft["default"].values() if g.spec.slots[0].site.path.endswith("fc1")).a[0, 0]
             torch.testing.assert_close((left.T @ a.float()).abs().diag(), a.float().norm(dim=0), rtol=1e-3, atol=1e-3)
@@ -250,9 +254,9 @@ def test_copies_and_state_dicts(base):
         twin = copy.deepcopy(model)
         torch.testing.assert_close(twin(x), want, **near(base))
         shake(twin)
-        torch.testing.assert_close(model(x), want, **near(base))  # the copy has adapters of its own
+        torch.testing.assert_close(model(x), want, **near(base))  # the copy has its own adapters
         assert not torch.allclose(twin(x), want, atol=5e-2)
-    if base != "bitsandbytes-nf4":  # it makes a weight from its state when a model is built, not by load_state_dict
+    if base != "bitsandbytes-nf4":  # its weight is restored when a model is built, not by load_state_dict
         other = ek.inject(make(base), PLAIN)
         other.load_state_dict(model.state_dict())
         torch.testing.assert_close(other(x), want, **near(base))
@@ -294,7 +298,7 @@ def test_off_and_gone(base):
     ek.delete_adapter(model, "default")
     assert {name: type(m) for name, m in model.named_modules()} == types
     with torch.no_grad():
-        # off an adapter, bitsandbytes may lay its 4 bits out for inference, in bfloat16, again
+        # without an adapter, bitsandbytes may repack its 4-bit weight for inference in bfloat16
         torch.testing.assert_close(model(x), before, **(dict(rtol=0.1, atol=1e-2) if "nf4" in base else near(base)))
 
 
@@ -336,7 +340,7 @@ def test_merge_of_a_weight_that_others_use_is_refused():
     model = shake(ek.inject(tied := vit(), ek.EFFTConfig(rank=4, blocks=(0,), factor_dropout=0.0)))
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
     x = images()
-    want = tied(x)  # as an adapter beside it, it does not change the other
+    want = tied(x)  # an adapter that is not merged does not change the tied module
     with pytest.raises(ValueError, match="blocks.0.mlp.fc1 shares its weight with blocks.1.mlp.fc1.weight"):
         ek.merge(model)
     assert torch.equal(model(x), want)

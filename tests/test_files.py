@@ -173,7 +173,7 @@ def test_several_adapters_switch_and_go():
     assert not torch.equal(first, second)
 
     assert torch.equal(ek.set_adapter(model, "first")(x), first)
-    with torch.no_grad():  # kept pairs are those of the active adapter
+    with torch.no_grad():  # cached pairs, if any, must be those of the active adapter
         for name, want in (("first", first), ("second", second), ("first", first)):
             torch.testing.assert_close(ek.set_adapter(model, name)(x), want)
     with ek.disable_adapter(model) as same:
@@ -259,7 +259,7 @@ def test_a_link_stays_a_link(path):
 
 
 def trained(make=vit, head="train", **options):
-    """a model after a step that changed factors and head"""
+    """A model after a step that changed its factors and head."""
     model = shake(ek.inject(bare(make=make, **options), PLAIN, head=head))
     loss_of(model, images()).backward()
     torch.optim.SGD(ek.adapter_parameters(model), lr=0.5).step()
@@ -277,7 +277,7 @@ def test_a_file_brings_the_trained_head_back(make, classes, path):
     weight = lambda m: m.head.fc.weight if make is swin else m.head.weight
     assert torch.equal(weight(loaded), weight(model)) and weight(loaded).requires_grad
     assert loaded.num_classes == model.num_classes
-    # the base weights differ: with those of the first model all is as it was
+    # the base weights differ; with those of the first model the outputs are equal
     base = {key: t for key, t in model.state_dict().items() if not key.startswith("head")}
     loaded.load_state_dict(base, strict=False)
     assert torch.equal(loaded(x), model(x))
@@ -376,7 +376,9 @@ def test_a_second_adapter_does_not_take_the_head_of_the_first(path):
     model = shake(ek.inject(bare(), PLAIN, name="first"))
     x = images()
     before = model(x)
-    with pytest.raises(ValueError, match="holds a head that differs .* serves 'first'; head='keep' loads the adapter without it"):
+    with pytest.raises(
+        ValueError, match="holds a head that differs .* serves 'first'; head='keep' loads the adapter without it"
+    ):
         ek.load_adapter(model, path, name="second")
     assert list(model.efft) == ["first"] and torch.equal(model(x), before)
     ek.load_adapter(model, path, name="second", head="keep")

@@ -1,4 +1,4 @@
-"""plan, inject and merge: which Linears of which models, what is frozen, what is refused."""
+"""plan, inject and merge: which Linears are adapted, what is frozen, what is refused."""
 
 import sys
 import warnings
@@ -69,7 +69,7 @@ TIMM = {
     "deit_tiny_distilled_patch16_224": {},
     "vit_base_patch16_rope_224": {"embed_dim": 64, "num_heads": 2, "init_values": 0.1},
     "vit_small_patch16_dinov3": {"init_values": 0.1},
-    "eva02_base_patch14_224": {"embed_dim": 96, "num_heads": 2},  # q, k, v and the gate apart
+    "eva02_base_patch14_224": {"embed_dim": 96, "num_heads": 2},  # separate q, k, v and gate
     "beit_base_patch16_224 mlp": {"embed_dim": 64, "num_heads": 2},
 }
 
@@ -103,7 +103,7 @@ def transformer(name):
         "swin": lambda t: t.SwinForImageClassification(t.SwinConfig(**small)),
         "swinv2": lambda t: t.Swinv2ForImageClassification(t.Swinv2Config(**small)),
     }
-    timm()  # transformers imports torchvision, which may need its help
+    timm()  # declares what torchvision, which transformers imports, may lack
     return make[name](transformers).eval()
 
 
@@ -144,7 +144,7 @@ def test_models_that_bypass_the_linear_are_refused_by_name(name):
 
 
 class Odd(nn.Module):
-    """a block list with what a test puts in it"""
+    """A model with a list of blocks made of the given modules."""
 
     def __init__(self, **linears):
         super().__init__()
@@ -169,7 +169,12 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         ),
         (vit(mlp_ratio=2.5), ek.FacTConfig(), ValueError, "blocks.0.mlp.fc1 is 192 x 480"),
         (tied, SMALL, ValueError, "share one weight"),
-        (Odd(fc1=foreign(8, 32)), SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, got Foreign, .*leave it out"),
+        (
+            Odd(fc1=foreign(8, 32)),
+            SMALL,
+            TypeError,
+            "blocks.0.mlp.fc1 must be an nn.Linear, got Foreign, .*leave it out",
+        ),
         (Odd(fc1=around), SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, or .*, got Around, .*leave it out"),
     ]:
         types = [type(m) for m in model.modules()]
@@ -314,7 +319,7 @@ def test_merge_is_whole_even_if_its_warning_is_an_error():
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_merge_that_fails_midway_changes_nothing(keep, monkeypatch):
-    """two dtypes are two launches, and the second may fail"""
+    """Weights of two dtypes take two launches, and the second may fail."""
     model = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0)))
     model.blocks[1].mlp.double()
     before = {key: t.clone() for key, t in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""EFFTLinear as a module: what it computes, and everything that users do with modules around it."""
+"""EFFTLinear as a module: its values and gradients, and everything that users do with modules."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ def backend(request):
 
 
 def trained(layer: EFFTLinear) -> EFFTLinear:
-    """as after some training: no factor is zero"""
+    """Give every factor random values, so that no update is zero."""
     with torch.no_grad():
         for factor in (layer.u, layer.sigma, layer.v):
             factor.copy_(torch.randn_like(factor) * 0.3)
@@ -138,7 +138,9 @@ def test_refuses(options, message):
 
 
 def test_from_linear_refuses_what_is_not_a_plain_linear():
-    with pytest.raises(TypeError, match="linear must be an nn.Linear, not a subclass, got NonDynamicallyQuantizableLinear"):
+    with pytest.raises(
+        TypeError, match="linear must be an nn.Linear, not a subclass, got NonDynamicallyQuantizableLinear"
+    ):
         EFFTLinear.from_linear(nn.MultiheadAttention(8, 2).out_proj)
     with pytest.raises(TypeError, match="got Conv1d"):
         EFFTLinear.from_linear(nn.Conv1d(3, 4, 1))
@@ -252,7 +254,7 @@ def test_autocast_and_grad_scaler(backend, dtype):
 
 
 def layer_at(layer, values):
-    """a copy of the layer with these factors"""
+    """A copy of the layer with these factors."""
     layer_at.last = copy.deepcopy(layer)
     with torch.no_grad():
         for f, v in zip(factors(layer_at.last), values):
@@ -285,7 +287,7 @@ def test_to_dtype_deepcopy_pickle_and_state_dict(backend):
 
 def test_load_state_dict_and_weight_edits_between_steps(backend):
     layer, x = make(backend, K=96, N=96), torch.randn(200, 96)
-    for _ in range(2):  # the second round meets whatever a kernel kept of the weight
+    for _ in range(2):  # the second round runs with whatever a kernel cached of the weight
         torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-4, atol=1e-4)
         layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()})
         torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-4, atol=1e-3)

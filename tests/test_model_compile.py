@@ -10,7 +10,7 @@ import efft_kernels as ek
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """one process compiles more models here than dynamo's limit for one function"""
+    """This process compiles more models than Dynamo's limit for one function."""
     torch.compiler.reset()
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import efft_kernels as ek
 
-# every op that is not a view is a launch on a GPU; these copy nothing although they are not marked as views
+# every operation that is not a view is a launch on a GPU; these launch nothing although they are not marked as views
 FREE = {"aten::_unsafe_view", "aten::empty_like"}
 
 
@@ -23,7 +23,7 @@ class Launches(TorchDispatchMode):
 
 
 def measure(model, x) -> tuple[int, int]:
-    """(launches of forward and backward, bytes that the forward saves beside the parameters)"""
+    """(launches of forward and backward, bytes that the forward saves besides the parameters)"""
     saved = {}
 
     def pack(t):
@@ -94,7 +94,7 @@ def test_one_group_update_per_group_and_step():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_saved_bytes(dropout):
-    """at 197 tokens, batch 4; three blocks, since both sides grow with the blocks alike"""
+    """At 197 tokens, batch 4; three blocks are enough, because both sides grow with the number of blocks."""
     make = lambda: vit("vit_base_patch16_224", depth=3, img_size=224)
     x = images(4, size=224)
     _, base = measure(merged_frozen(make()).train(), x.clone().requires_grad_())

@@ -14,7 +14,7 @@ ATTENTION = ("q", "k", "v", "proj")
 
 
 def update_of(group, site, part):
-    """dW [d_in, d_out] of one matrix, without the hand-out: method by method."""
+    """dW [d_in, d_out] of one matrix, computed from the factors by a separate formula for each method."""
     config = group.config
     numbers = dict([*group.named_parameters(), *group.named_buffers()])
     scale = numbers.get("scale", config.scale)
@@ -46,7 +46,7 @@ def update_of(group, site, part):
 
 
 class Numbers:
-    """A group's factors, and which matrix each core belongs to, told from the order of the model's Linears alone."""
+    """A group's factors, and the matrix of each core, found from the order of the model's Linears alone."""
 
     def __init__(self, group, config):
         self.config, self.named_parameters, self.named_buffers = config, group.named_parameters, group.named_buffers
@@ -61,7 +61,7 @@ class Numbers:
 
 
 def dense(base, injected, config, x):
-    """the base model's output with dW added to its weights; differentiable in the factors"""
+    """The output of the base model with dW added to its weights; differentiable in the factors."""
     weights = {}
     for group in injected.efft["default"].values():
         numbers = Numbers(group, config)
@@ -106,7 +106,7 @@ GATED = dict(embed_dim=48, num_heads=2, patch_size=16)  # one Linear holds gate 
 )
 @pytest.mark.parametrize("method", [name for name in METHODS if name.startswith("efft")])
 def test_factor_dropout_that_drops_nothing_changes_nothing(make, method):
-    """dropout makes the updates in another way; with a probability of 1e-15 both must agree"""
+    """Factor dropout computes the updates by another path; with a probability of 1e-15 both must agree."""
     if make not in (vit, swin) and method.startswith("efft1"):
         pytest.skip("the FFN of this model is not 4 x width, as EFFT1 needs it")
     base, config = make().double(), METHODS[method]

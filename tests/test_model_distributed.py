@@ -11,7 +11,7 @@ import efft_kernels as ek
 
 
 def _worker(rank, wrap, path, queue):
-    """two processes, one half of the batch each; the gradients must be those of one process"""
+    """Two processes, one half of the batch each; the gradients must equal those of one process."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)

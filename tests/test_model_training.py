@@ -76,7 +76,7 @@ def test_dropout_is_drawn_anew_in_training_and_absent_in_eval():
 
 
 def test_dropout_keeps_the_mean_and_masks_factors():
-    """over many draws the first block's qkv adds on average what it adds without dropout (masks are independent)"""
+    """The mean update of the first block's qkv over many masks is the update without dropout."""
     model = adapted(ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.2))
     path = "blocks.0.attn.qkv"
     group = model.efft["default"]["attn"]
@@ -116,7 +116,7 @@ def test_no_grad_and_inference_mode_agree_with_grad_mode():
 
 
 def test_a_forward_without_gradients_elsewhere_costs_none():
-    """as of another thread that is inside the model meanwhile"""
+    """As in another thread that runs the model at the same time."""
     model = adapted()
     x = images()
     run = lambda: gradients(model, model.forward_head(model.forward_features(x)).square().sum())
@@ -132,7 +132,7 @@ def test_nothing_outlives_a_backward_or_a_broken_forward():
     model = adapted()
     loss_of(model, images()).backward()
     assert model.efft._replay == (-1, None) and not passes._replays
-    model.efft.begin()  # and no end: a forward that KeyboardInterrupt broke off
+    model.efft.begin()  # without an end, as if KeyboardInterrupt had stopped the forward
     with ek.disable_adapter(model):
         plain = model(images())
     assert model.efft._pass is None and plain.isfinite().all()
@@ -151,7 +151,7 @@ def test_nothing_outlives_a_backward_that_failed():
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
 def test_two_threads_train_one_model(config):
-    """a whole step in one thread, amid the forward of the other, and amid its backward, which recomputes"""
+    """A step in one thread during the forward of the other, and during its backward, which recomputes."""
     model = adapted(config, depth=3).train()
     model.set_grad_checkpointing(True)
     x = images(2), images(3)
@@ -224,7 +224,7 @@ def test_no_stale_update_after(change):
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
 def test_non_reentrant_checkpointing(config):
-    """the recomputation sees the factors and masks of its own forward, although another came in between"""
+    """The recomputation uses the factors and masks of its own forward, although another ran in between."""
     model = adapted(config, depth=3).train()
     x = images(2), images(2)
 
@@ -293,7 +293,7 @@ def test_autocast(dtype, config):
     model.eval()
     with torch.no_grad():
         assert low.dtype == dtype
-        torch.testing.assert_close(model(x), want)  # nothing of autocast is left outside it
+        torch.testing.assert_close(model(x), want)  # autocast leaves nothing behind
 
 
 def test_grad_scaler():
@@ -343,7 +343,7 @@ def test_copies_are_complete_and_independent(copied):
     x = images()
     with torch.no_grad():
         model(x)
-    loss_of(model, x)  # leaves pairs with a graph behind
+    loss_of(model, x)  # leaves a graph behind
     other = copied(model)
     assert torch.equal(other(x), model(x))
     assert {id(p) for p in other.parameters()}.isdisjoint({id(p) for p in model.parameters()})

@@ -15,7 +15,7 @@ from torch import nn
 
 import efft_kernels as ek
 
-timm()  # what PEFT imports meets torchvision, which may need its help
+timm()  # declares what torchvision, which PEFT imports, may lack
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +44,7 @@ def tokens():
 
 
 def adapt(model, **options):
-    """with factors that all differ from zero"""
+    """Give every factor random values."""
     torch.manual_seed(1)
     return peft.get_peft_model(model, EFFTPeftConfig(**{**SMALL, "init_weights": False, **options})).eval()
 
@@ -105,7 +105,7 @@ def test_one_group_update_per_group_and_forward(monkeypatch):
     model, x = adapt(vit()), images()
     y = model(x)
     assert len(calls) == 2
-    # without the model's forward each Linear makes its own
+    # outside the model's forward each Linear computes its own pair
     inner = model.get_base_model()
     features = inner.forward_head(inner.forward_features(x))
     assert len(calls) == 2 + 8
@@ -350,7 +350,7 @@ def test_conv1d_of_transformers():
 
 
 class Doubled(nn.Linear):
-    """a Linear that computes something else, as quantized ones do"""
+    """A Linear that computes something else, as quantized ones do."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -474,7 +474,7 @@ TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 
 
 def lora(model=None, name="default", **options):
-    """PEFT's LoRA on a ViT, both factors random"""
+    """A ViT with PEFT's LoRA, both factors random."""
     torch.manual_seed(2)
     fixed = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False}
     config = peft.LoraConfig(**{**fixed, **options})
@@ -486,7 +486,7 @@ def lora(model=None, name="default", **options):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """how often the kernel was called"""
+    """A list with one entry per call of the kernel."""
     calls = []
     monkeypatch.setattr(fused, "lowrank_linear", lambda *a, **k: calls.append(1) or ops.lowrank_linear(*a, **k))
     return calls
@@ -501,7 +501,7 @@ def results(model, x):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_lora_is_the_same_to_rounding(dtype, options, passes):
     model = lora(vit().to(dtype), **options)
-    # the error of one output is in every gradient of its loss, so one batch is a matter of luck
+    # the error of one output enters every gradient of its loss, so a single batch proves little
     batches = [torch.randn_like(images(dtype=dtype)) for _ in range(8)]
 
     def stacked(model, dtype):
