@@ -55,7 +55,7 @@ def test_rows_are_kept_as_they_come(tmp_path):
 
 
 def test_a_load_test_is_a_run_with_a_row_per_kind_of_answer(tmp_path):
-    for module in ("aiohttp", "ray", "timm", "PIL"):
+    for module in ("aiohttp", "ray", "PIL"):
         pytest.importorskip(module)
     import load_test
 
