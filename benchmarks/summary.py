@@ -256,7 +256,7 @@ def load_test() -> Table:
     seconds, arguments = run["seconds"], run["arguments"]
     refused = sum(r["count"] for r in run["results"] if r["request"] != "image" and r["status"] >= 400)
     latency = ", ".join(f"{1e3 * seconds[name]:.0f}" for name in ("median", "p99", "largest"))
-    growth = max(replica["growth"] for replica in run["memory"])
+    growth = max((replica["growth"] or 0 for replica in run["memory"]), default=0)
     rows = [
         ["requests", f"{run['sent']}, {run['rate']:g} a second for {arguments['minutes']:g} minutes"],
         ["lost", f"{run['lost']}"],

@@ -14,7 +14,7 @@ sys.path.append(str(BENCHMARKS))
 
 import baselines  # noqa: E402
 import bench_forward  # noqa: E402
-import timing as measure  # noqa: E402
+import timing  # noqa: E402
 import record  # noqa: E402
 import shapes  # noqa: E402
 
@@ -25,7 +25,7 @@ TINY += ["--repeats", "4", "--seconds", "600"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Neither the limits of the machine nor inputs past its cache matter here, and both take seconds."""
-    limits = measure.Limits({"float32": 1e11, "bfloat16": 1e11}, {"float32": 1e11, "bfloat16": 1e10}, 2e10, "a test")
+    limits = timing.Limits({"float32": 1e11, "bfloat16": 1e11}, {"float32": 1e11, "bfloat16": 1e10}, 2e10, "a test")
     monkeypatch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
     monkeypatch.setattr(bench_forward, "copies", lambda moved, device: 2)
     monkeypatch.delenv("EFFT_BACKEND", raising=False)
@@ -110,7 +110,7 @@ def test_variants_are_named_once_and_explained():
 def test_interleave_turns_the_order_and_the_copies():
     calls = []
     variants = {name: [(name, copy) for copy in range(2)] for name in "abc"}
-    rounds = list(measure.interleave(variants, lambda call: calls.append(call) or [], 4))
+    rounds = list(timing.interleave(variants, lambda call: calls.append(call) or [], 4))
     assert len(rounds) == 4 and all(set(laps) == set("abc") for laps in rounds)
     order = ["".join(name for name, _ in calls[at : at + 3]) for at in range(0, 12, 3)]
     assert order == ["abc", "acb", "cab", "cba"]
@@ -118,12 +118,12 @@ def test_interleave_turns_the_order_and_the_copies():
 
 
 def test_interleave_stops_at_the_deadline_after_three_rounds():
-    assert len(list(measure.interleave({"a": [()]}, lambda call: [], 9, deadline=0.0))) == 3
+    assert len(list(timing.interleave({"a": [()]}, lambda call: [], 9, deadline=0.0))) == 3
 
 
 def test_memory_counts_what_a_call_allocates():
     x = torch.ones(1000, 1000)
-    peak, kept = measure.memory((lambda _: x + 1, lambda y: y + 1), "cpu")
+    peak, kept = timing.memory((lambda _: x + 1, lambda y: y + 1), "cpu")
     assert 8e6 <= peak < 8.1e6 and kept == 0
 
 
@@ -156,7 +156,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_interrupted(tmp_path, capsys, monkeypatch):
     def interleave(calls, lap, rounds, deadline):
-        yield from measure.interleave(calls, lap, 2, deadline)
+        yield from timing.interleave(calls, lap, 2, deadline)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_forward, "interleave", interleave)

@@ -21,8 +21,8 @@ import bench_inference  # noqa: E402
 import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
 import steps  # noqa: E402
+import timing  # noqa: E402
 import whole_model  # noqa: E402
-import timing as measure  # noqa: E402
 from record import read_run, spread_of  # noqa: E402
 import harness  # noqa: E402
 
@@ -244,7 +244,7 @@ def test_a_compiled_step_computes_the_same():
         torch.manual_seed(0)
         step = steps.Step(build("efft2_p0", base), batches, compile=compile)
         for _ in range(3):
-            measure.run(step.stages())
+            timing.run(step.stages())
         losses.append(step.loss)
     torch.testing.assert_close(*losses)
 
@@ -264,7 +264,7 @@ def test_a_method_that_cannot_be_compiled_is_left_out(capsys, monkeypatch):
 def test_steps_from_a_graph_are_one_pass(tmp_path, capsys, monkeypatch):
     """The rows, table and chart of --graph, with eager steps in place of replayed ones."""
     found = [m for m in harness.methods("cpu")[0] if m.name in ("merged", "efft2_p0")]
-    eager = lambda step, pool, stream: [(lambda _, b=b: measure.run(step.stages(b)),) for b in range(steps.BATCHES)]
+    eager = lambda step, pool, stream: [(lambda _, b=b: timing.run(step.stages(b)),) for b in range(steps.BATCHES)]
     monkeypatch.setattr(steps.Step, "capture", eager)
     adamw = torch.optim.AdamW  # refuses capturable=True on a CPU
     monkeypatch.setattr(steps.torch.optim, "AdamW", lambda *args, capturable, **more: adamw(*args, **more))
@@ -329,7 +329,7 @@ def test_lora(tmp_path, capsys):
 @pytest.mark.parametrize("script", [bench_train_step, bench_inference, bench_lora])
 def test_interrupted(script, tmp_path, capsys, monkeypatch):
     def interleave(calls, lap, rounds, deadline):
-        yield from measure.interleave(calls, lap, 2, deadline)
+        yield from timing.interleave(calls, lap, 2, deadline)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(whole_model, "interleave", interleave)
@@ -345,7 +345,7 @@ def test_a_killed_run_keeps_its_rounds(tmp_path, monkeypatch):
     kept = []
 
     def interleave(calls, lap, rounds, deadline):
-        for laps in measure.interleave(calls, lap, 5, deadline):
+        for laps in timing.interleave(calls, lap, 5, deadline):
             yield laps
             files = tmp_path / "train_step.json"
             kept.append(read_run(files) if files.exists() else None)  # what a kill at this moment leaves

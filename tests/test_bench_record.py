@@ -4,7 +4,9 @@ import csv
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +52,23 @@ def test_rows_are_kept_as_they_come(tmp_path):
         record.conclude(run, tmp_path, measure, list, print, print)
     assert [len(run["results"]) for run in kept] == [1, 2] and not any(run["complete"] for run in kept)
     assert record.read_run(tmp_path / "forward.json") == kept[1]
+
+
+def test_a_load_test_is_a_run_with_a_row_per_kind_of_answer(tmp_path):
+    for module in ("aiohttp", "ray", "PIL"):
+        pytest.importorskip(module)
+    import load_test
+
+    load = SimpleNamespace(
+        seconds=[0.2, 0.1], counts=Counter(sent=2), statuses=Counter({"200": 2}), again=Counter(), problems=[],
+        refusals={"empty": Counter({"400": 3}), "a line": Counter({"422": 1, "400": 1})}, memory={7: [(0, 10), (1, 11)]},
+    )  # fmt: skip
+    found = load_test.summary(load, SimpleNamespace(rate=1.0), 0)
+    record.write_run(tmp_path, {"benchmark": "load_test", "format": record.FORMAT, **found})
+    kept = record.read_run(tmp_path / "load_test.json", "sent", "seconds", "memory")
+    assert [tuple(row.values()) for row in kept["results"]] == [
+        ("image", 200, 2), ("empty", 400, 3), ("a line", 422, 1), ("a line", 400, 1),
+    ]  # fmt: skip
 
 
 def test_every_page_agrees_with_the_records(capsys):

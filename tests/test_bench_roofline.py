@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_forward  # noqa: E402
-import timing as measure  # noqa: E402
+import timing  # noqa: E402
 import roofline  # noqa: E402
 from record import read_run, write_csv  # noqa: E402
 
@@ -25,7 +25,7 @@ def record(tmp_path_factory) -> Path:
     options = "--model swin_t --layer stage1.qkv stage2.proj --rows 5 --rank 3 --backward --no-compile --repeats 3"
     options += " --variants unfused efft einsum --seconds 600"
     with pytest.MonkeyPatch.context() as patch:
-        limits = measure.Limits({"float32": 1e11}, {"float32": 9e10}, 2e10, "a test", 1e10)
+        limits = timing.Limits({"float32": 1e11}, {"float32": 9e10}, 2e10, "a test", 1e10)
         patch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
         patch.setattr(bench_forward, "copies", lambda moved, device: 2)
         patch.delenv("EFFT_BACKEND", raising=False)

@@ -48,9 +48,6 @@ def lists(root, name="cifar", n=4):
     return root
 
 
-# -- what is found ----------------------------------------------------------------------------------------------------
-
-
 def test_folder_of_classes(tmp_path):
     found = open_data(folder(tmp_path), 16)
     assert found.classes == ("cat", "dog") and found.val is None
@@ -172,9 +169,6 @@ def test_list_as_windows_writes_it(tmp_path):
     assert len(open_data(root, 16).test) == 3
 
 
-# -- what can be wrong ------------------------------------------------------------------------------------------------
-
-
 def broken_line(root, line, part="train800val200"):
     path = root / f"{part}.txt"
     path.write_text(path.read_text() + line + "\n")
@@ -283,9 +277,6 @@ def test_wrong_names(tmp_path, monkeypatch):
         open_data("nowhere")
     with pytest.raises(DataError, match="classes must be at least the 2"):
         open_data(folder(tmp_path), classes=1)
-
-
-# -- randomness -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop", "rand"])

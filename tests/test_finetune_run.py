@@ -71,9 +71,6 @@ def whole(photos, tmp_path_factory):
     return end(out)
 
 
-# -- interruptions ----------------------------------------------------------------------------------------------------
-
-
 def _child(settings, prepare, number):
     torch.set_num_threads(1)
     prepare(number)
@@ -210,9 +207,6 @@ def test_sigterm_in_the_same_process(photos, whole, tmp_path):
     assert end(tmp_path) == whole
 
 
-# -- disks ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def disk(tmp_path):
     """a small file system of its own, where this process may mount one"""
@@ -285,8 +279,6 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_step(photos, tmp_path
         train(tiny(photos, tmp_path), progress=False)
 
 
-# -- parts and processes ----------------------------------------------------------------------------------------------
-
 EXACT = dict(dtype="float64", drop_path=0.0, factor_dropout=0.0, epochs=3)
 
 
@@ -350,9 +342,6 @@ def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
     done = subprocess.run([*run, "--fsdp", fsdp], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close_runs(tmp_path, exact)
-
-
-# -- selection, settings, ends ----------------------------------------------------------------------------------------
 
 
 def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):

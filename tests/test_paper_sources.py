@@ -23,9 +23,6 @@ from packages import Package, unpacked  # noqa: E402
 
 from efft_kernels.finetune.data import SOURCES, open_data  # noqa: E402
 
-# -- dSprites ---------------------------------------------------------------------------------------------------------
-
-
 def test_latents_are_the_published_grid():
     assert dsprites.TOTAL == np.prod(dsprites.COUNTS) == 737280
     index = np.arange(0, dsprites.TOTAL, 997)
@@ -103,9 +100,6 @@ def test_source_of_dsprites(task):
     assert np.array_equal(np.asarray(image)[..., 1], dsprites.draw(index)[0])
     data = open_data(f"dsprites_{task}", 32)
     assert (len(data.train), data.val, len(data.test)) == (1000, None, 73728)
-
-
-# -- packages ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -275,7 +275,7 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     assert vtab1k.main([*common, "--methods", "linear", "efft2", "--seeds", "2"]) == 0
     said = capsys.readouterr().out
     assert f"left out: dtd: {lists / 'dtd'} has no train800.txt, val200.txt, test.txt" in said
-    assert "left out: cifar" in said and "drawn, with pixels of their own: dsprites_loc, dsprites_ori" in said
+    assert "left out: cifar" in said and "generated, so pixels differ from VTAB's: dsprites_loc, dsprites_ori" in said
     table = (tmp_path / "out/table.md").read_text()
     assert table.splitlines()[0].startswith(
         "| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural"
@@ -303,7 +303,7 @@ def test_a_signal_stops_the_series_with_a_sentence(lists, tmp_path, monkeypatch,
     monkeypatch.setattr(loop, "train", train)
     common = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--workers", "1"]
     assert vtab1k.main([*common, "--methods", "linear", "--datasets", "dsprites_loc"]) == 75
-    assert "vtab1k: stopped; the same command goes on" in capsys.readouterr().err
+    assert "vtab1k: stopped; the same command continues" in capsys.readouterr().err
     assert len(done) == 1 and not Store(tmp_path / "out").all()
 
 
@@ -374,9 +374,9 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
     "arguments, said",
     [
         ([], "--data and --checkpoint are needed"),
-        (["--offline", "--data", "."], "--offline brings data"),
+        (["--offline", "--data", "."], "--offline has its own data"),
         (["--quick", "--data", ".", "--checkpoint", "x"], "--quick needs --offline"),
-        (["--offline", "--methods", "magic"], "--methods must be out of full, .*got 'magic'"),
+        (["--offline", "--methods", "magic"], "--methods must be of full, .*got 'magic'"),
         (["--offline", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--data", "nowhere", "--checkpoint", "x"], "--data must be a folder, got nowhere"),
     ],
@@ -392,7 +392,7 @@ def test_bad_arguments(arguments, said, capsys):
 def test_bad_data_sets(lists, tmp_path, capsys):
     common = ["--checkpoint", "x", "--out", str(tmp_path / "out"), "--workers", "1"]
     assert vtab1k.main(["--data", str(lists), *common, "--datasets", "imagenet"]) == 2
-    assert "--datasets must be out of cifar, caltech101" in capsys.readouterr().err
+    assert "--datasets must be of cifar, caltech101" in capsys.readouterr().err
     assert vtab1k.main(["--data", str(tmp_path), *common, "--datasets", "svhn"]) == 2
     assert "must hold at least one data set" in capsys.readouterr().err
 

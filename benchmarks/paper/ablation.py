@@ -1,11 +1,11 @@
-"""Ablation of EFFT: which blocks and which half of them, which factor starts at zero, ranks, cores, a trained scale.
+"""Ablation of EFFT: adapted blocks and halves of blocks, the factor that starts at zero, ranks, cores, trained scale.
 
     python benchmarks/paper/ablation.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
-    python benchmarks/paper/ablation.py --quick                 # under a minute, to see that everything works
+    python benchmarks/paper/ablation.py --quick        # a test of everything in a minute
     python benchmarks/paper/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
 
-Every variant differs from the base, EFFT1 and EFFT2 as configured by default, in one thing; the table gives the change
-of top-1 against the base in percentage points, seed by seed. Results are kept as they come: the same command goes on.
+Every variant differs in one setting from the base, EFFT1 and EFFT2 with their defaults. The table gives the change of
+top-1 from the base in percentage points, seed by seed. Every result is saved at once; the same command continues.
 """
 
 import argparse
@@ -53,12 +53,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=["efft1", "efft2"], default=["efft1", "efft2"])
     add("--data", type=Path, metavar="DIR", help="folder of VTAB-1K's data sets; default: built-in sources")
     add("--checkpoint", help="with --data: file of the pre-trained weights")
-    add("--model", help="with --data: of timm")
+    add("--model", help="with --data: model of timm")
     add("--datasets", nargs="+", metavar="NAME", help="default cifar10")
-    add("--seeds", type=int, help="how many; default 3")
+    add("--seeds", type=int, help="number of seeds; default 3")
     add("--epochs", type=int, help="default 5, with --data 100")
     add("--rank", type=int, default=BASE["rank"])
-    add("--scale", type=float, help=f"of the base; default {BASE['scale']}, with --data 10")
+    add("--scale", type=float, help=f"scale of the base; default {BASE['scale']}, with --data 10")
     add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3")
     add("--workers", type=int, default=os.cpu_count() or 1)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -119,7 +119,7 @@ def fits(method: str, settings: dict) -> bool:
 
 
 def change(found: list[dict], base: list[dict] | None = None) -> tables.Cell:
-    """Mean over data sets, seed by seed, of top-1, or with a base of its change in points."""
+    """The mean of top-1 over data sets, seed by seed; with a base, of its change in percentage points."""
     at = {(r["run"]["data"], r["run"]["seed"]): r["top1"] if base else 0 for r in base or found}
     differences = {}
     for record in found:
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ablation: stopped; the same command goes on with what is missing", file=sys.stderr)
+        print("ablation: stopped; the same command continues with the missing runs", file=sys.stderr)
         return 75
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Linear probing: a head trained to convergence on features of the frozen model, which are computed once."""
+"""Linear probing: a head trained to convergence on the features of a frozen model, which are computed once."""
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +9,17 @@ from efft_kernels.finetune.models import make_model, normalisation
 
 
 def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: float, batch_size: int = 64) -> dict:
-    """Accuracy in % of a linear head on a model's frozen features.
+    """Train and measure a linear head on the frozen features of a model.
 
-    The head starts at zero and is trained by AdamW (weight decay as the settings say) with a cosine schedule.
+    The head starts at zero and is trained by AdamW with a cosine schedule.
 
     Args:
-        data: a source that is registered. settings: of efft_kernels.finetune, for model and images.
-        epochs, lr, batch_size: of the head.
+        data: the name of a registered source.
+        settings: of efft_kernels.finetune: model, checkpoint, image_size, weight_decay.
+        epochs, lr, batch_size: of the head's training.
+
+    Returns:
+        Accuracies in %, loss, and numbers of parameters.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +60,7 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
 
 @torch.inference_mode()
 def _features(model: nn.Module, images: Pictures, settings: dict, device: str) -> tuple[Tensor, Tensor]:
-    """The inputs of the model's head [n, d], and labels [n]."""
+    """The inputs of the model's head [n, d], and the labels [n]."""
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in normalisation(model, "imagenet"))
     loader = torch.utils.data.DataLoader(images, batch_size=settings.get("batch_size", 64))
     found = []

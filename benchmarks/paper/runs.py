@@ -1,7 +1,7 @@
-"""Many fine-tuning runs: what each is, where its result is kept, and how those that are missing get done.
+"""Series of fine-tuning runs: their settings, their results, and the work of doing those that are missing.
 
-A run is plain data and its result a line of runs.csv: whatever interrupts a series, the next call does what is missing,
-and machines that share a folder share results. There is no other state.
+A run is plain data and its result a line of runs.csv. There is no other state, so after an interruption the next call
+does what is missing, and machines that share a folder share results.
 """
 
 import concurrent.futures
@@ -33,16 +33,14 @@ from record import FORMAT, commit, machine, versions, write_csv, write_json  # n
 class Run:
     """One training and its measurement.
 
-    ``part``: "test" trains on all 1000 images and is measured on the test images; "val" trains on 800 of them and is
-    measured on the other 200, and is what choices are made by. ``settings``: those of efft_kernels.finetune that differ
-    from its defaults; besides ``test_images``, how many images of the test set are taken, and ``probe``, a head on
-    features computed once instead of the training loop.
+    Settings are those of efft_kernels.finetune that differ from its defaults, and two more: ``test_images``, the number
+    of test images to use, and ``probe``, options of linear_probe.py, which then replaces the training loop.
     """
 
     data: str
-    method: str  # as the tables call it
+    method: str  # its name in the tables
     seed: int
-    part: str
+    part: str  # "test": train on all 1000 images, measure on test images; "val": train on 800, measure on the other 200
     settings: dict
 
     @property
@@ -54,7 +52,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Places:
-    """What a run needs from this machine, and what is not part of its identity."""
+    """What a run needs of this machine; it does not identify the run."""
 
     data: str | None = None  # folder of the data sets; None for built-in sources
     checkpoint: str | None = None
@@ -64,14 +62,14 @@ class Places:
 class Store:
     """The results of runs: a line each in FOLDER/runs.csv; runs.json has the environments that they were made in.
 
-    Processes and machines may share the folder. A result is added under a lock, by a file that replaces the old one, so
-    readers need none and a process that is killed leaves no torn line.
+    Processes and machines may share the folder. A result is added under a lock, by replacing the file, so readers need
+    no lock and a killed process leaves no incomplete line.
     """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "runs.csv"
-        self._read: tuple[object, dict[str, dict]] = None, {}  # (which file, {name of a run: its record})
+        self._read: tuple[object, dict[str, dict]] = None, {}  # (version of the file, {name of a run: its record})
 
     def get(self, run: Run) -> dict | None:
         return self._records().get(run.name)
@@ -83,7 +81,7 @@ class Store:
             records = self._records() | {run.name: record}
             environments: list[dict] = []
             rows = [_row(record, environments) for record in records.values()]
-            # first what the lines refer to; an environment keeps its number, as records keep their order
+            # first the environments that lines refer to; they keep their numbers, because records keep their order
             head = {"benchmark": "runs", "format": FORMAT, "environments": environments}
             write_json(self.path.with_suffix(".json"), head)
             write_csv(self.path, rows)
@@ -155,7 +153,7 @@ def _value(text: str):
 
 
 def measure(run: Run, places: Places) -> dict:
-    """Train and measure. Diverging is a result: its accuracy is None. Raises KeyboardInterrupt on SIGTERM, too."""
+    """Train and measure. A run that diverges has the accuracy None. SIGTERM raises KeyboardInterrupt as SIGINT does."""
     from efft_kernels.finetune.loop import Diverged, Interrupted, train
     from efft_kernels.finetune.settings import Settings
 
@@ -170,14 +168,14 @@ def measure(run: Run, places: Places) -> dict:
         found = linear_probe.measure(data, settings, run.seed, places.device, **probe)
     else:
         with tempfile.TemporaryDirectory(prefix="efft_run_") as out:
-            # a run is repeated as a whole, so it needs no states on the way
+            # an interrupted run is repeated from its start, so it needs no checkpoints
             made = Settings(**settings, data=data, out=out, seed=run.seed, device=places.device, save_every=10**9)
             try:
                 result = train(made, progress=False)
                 found = {**result.metrics["test"], "parameters": result.parameters}
                 found |= {"head_parameters": result.head_parameters}
                 found |= {"train_top1": [round(entry["train"]["top1"], 2) for entry in result.history]}
-            except Interrupted as error:  # no failure of this run: all of them stop
+            except Interrupted as error:  # stops all runs, not only this one
                 raise KeyboardInterrupt(str(error)) from error
             except Diverged as error:
                 found = {"top1": None, "diverged": str(error)}
@@ -199,7 +197,7 @@ def measure(run: Run, places: Places) -> dict:
 
 
 def opened(run: Run, places: Places, test_images: int | None) -> str:
-    """The name under which the images of a run are registered: those to train on, and those to measure on as test"""
+    """Register the images of a run as a source, with those to measure on as its test part; returns its name."""
     import sources  # noqa: F401, registers its data
 
     from efft_kernels.finetune.data import SOURCES, Source, open_data
@@ -215,7 +213,7 @@ def opened(run: Run, places: Places, test_images: int | None) -> str:
     else:
         train, test = joined(found.train, found.val), found.test
         if test_images and test_images < len(test):
-            # of a shuffled order, because a list may be sorted by class
+            # in random order, because a list may be sorted by class
             order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist()
             test = Subset((test,), tuple((0, i) for i in sorted(order[:test_images])))
     name = f"{run.data}, for {run.part}"
@@ -236,7 +234,7 @@ def _versions() -> dict[str, str | None]:
 def complete(
     runs: Iterable[Run], store: Store, places: Places, workers: int = 1, label: str = "runs"
 ) -> tuple[list[dict], dict[str, str]]:
-    """Do what the store lacks. Returns the records in order, and {name of a run: why} for those that failed."""
+    """Do the runs that the store does not have. Returns (records in order, {name of a failed run: why})."""
     import tqdm
 
     runs = list({run.name: run for run in runs}.values())
@@ -276,7 +274,7 @@ def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
 def _start(threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
 
-    def leave_with_the_parent() -> None:  # a killed parent cannot tell
+    def leave_with_the_parent() -> None:  # a killed parent cannot stop its workers
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
@@ -285,7 +283,7 @@ def _start(threads: int, parent: int) -> None:
 
 
 def choose(runs: list[Run], store: Store) -> Run:
-    """The run that was best on its validation images; of equals the first."""
+    """The run with the best accuracy on validation images; the first of several."""
     found = [(run, (store.get(run) or {}).get("top1")) for run in runs]
     if all(top1 is None for _, top1 in found):
         raise ValueError(f"all {len(runs)} settings of {runs[0].method} on {runs[0].data} diverged or failed")
@@ -293,5 +291,5 @@ def choose(runs: list[Run], store: Store) -> Run:
 
 
 def tested(run: Run, seed: int, **settings) -> Run:
-    """The run on test images with the settings of one on validation images."""
+    """The run on test images with the settings of a run on validation images."""
     return replace(run, part="test", seed=seed, settings=run.settings | settings)

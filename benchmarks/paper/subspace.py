@@ -1,13 +1,13 @@
-"""Which directions EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training, and seeds.
+"""The directions that EFFT learns: similarity of subspaces between attention-only, FFN-only and joint training.
 
     python benchmarks/paper/subspace.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
-    python benchmarks/paper/subspace.py --quick                 # under a minute, to see that everything works
+    python benchmarks/paper/subspace.py --quick        # a test of everything in a minute
     python benchmarks/paper/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
 
 Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
-single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of the paper), with two random Gaussian
-matrices as the control. Writes heat maps over (i, j), a table of means, and the maps themselves. Finished trainings are
-not repeated.
+single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of arXiv 2311.06749); two random Gaussian
+matrices are the control. Writes heat maps over (i, j), a table of means, and the maps themselves. A finished training
+is not repeated.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=16)
     add("--data", help="a built-in source, or a folder; default cifar10")
     add("--checkpoint", help="with a folder: file of the pre-trained weights")
-    add("--model", default=FACTS["recipe"]["model"], help="with --checkpoint: of timm")
-    add("--blocks", type=int, nargs="+", help="whose matrices are drawn; default: first, middle and last")
+    add("--model", default=FACTS["recipe"]["model"], help="with --checkpoint: model of timm")
+    add("--blocks", type=int, nargs="+", help="blocks whose matrices are compared; default: first, middle and last")
     add("--epochs", type=int, help="default 5, with --checkpoint 100")
     add("--scale", type=float, help="default 0.1, with --checkpoint 10")
     add("--lr", type=float, help="default 1e-2, with --checkpoint 1e-3")
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"subspace: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("subspace: stopped; the same command goes on with what is missing", file=sys.stderr)
+        print("subspace: stopped; the same command continues with the missing runs", file=sys.stderr)
         return 75
     return 0
 

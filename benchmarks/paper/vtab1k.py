@@ -48,42 +48,42 @@ DRAWN = ("dsprites_loc", "dsprites_ori")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--offline", action="store_true", help="the experiment that needs no data of yours")
-    add("--quick", action="store_true", help="with --offline: two minutes, to see that everything works")
+    add("--offline", action="store_true", help="the experiment whose data and weights are downloaded or generated")
+    add("--quick", action="store_true", help="with --offline: a run of two minutes that tests everything")
     add("--data", type=Path, metavar="DIR", help="folder of the data sets")
     add("--checkpoint", help="file of the pre-trained weights, or 'download', or 'random'")
-    add("--model", help=f"of timm; default {FACTS['recipe']['model']}")
+    add("--model", help=f"model of timm; default {FACTS['recipe']['model']}")
     add(
         "--out",
         type=Path,
-        help="folder for results, tables, charts; default benchmarks/results/vtab1k or vtab1k_offline",
+        help="folder for results, tables and charts; default benchmarks/results/vtab1k or vtab1k_offline",
     )
     add("--datasets", nargs="+", metavar="NAME", help="default: all")
-    add("--methods", nargs="+", metavar="NAME", help=f"out of {', '.join(FACTS['methods'])}; default: all")
-    add("--seeds", type=int, help="how many; default 3")
+    add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(FACTS['methods'])}; default: all")
+    add("--seeds", type=int, help="number of seeds; default 3")
     add("--epochs", type=int, help="default 100, --offline 5")
-    add("--cores", choices=["per_block", "shared"], help="of EFFT; the released runs of efft2 used shared cores")
+    add("--cores", choices=["per_block", "shared"], help="cores of EFFT; the released runs of efft2 used shared ones")
     add("--sweep", nargs="+", choices=["scale", "rank"], help="search these on validation images instead of testing")
-    add("--tuned", action="store_true", help="test with what sweeps into --out found best on validation images")
+    add("--tuned", action="store_true", help="test with the best settings of the sweeps in --out")
     add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
-    add("--trials", type=int, help="of this process, per data set and method; default: until the grid is done")
-    add("--workers", type=int, help="runs at a time; default: one, on a CPU one per core")
+    add("--trials", type=int, help="trials of this process, per data set and method; default: until the grid is done")
+    add("--workers", type=int, help="runs at the same time; default: one on a GPU, one per core on a CPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--report", action="store_true", help="tables and charts of the results that are there, no runs")
+    add("--report", action="store_true", help="only write tables and charts of the existing results")
     args = parser.parse_args(arguments)
     known = set(FACTS["methods"])
     for name in args.methods or ():
         if name not in known:
-            parser.error(f"--methods must be out of {', '.join(FACTS['methods'])}, got {name!r}")
+            parser.error(f"--methods must be of {', '.join(FACTS['methods'])}, got {name!r}")
     for option in ("seeds", "epochs", "trials", "workers"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option} must be at least 1, got {value}")
     if args.quick and not args.offline:
         parser.error("--quick needs --offline")
     if args.sweep and args.tuned:
-        parser.error("--tuned tests what an earlier --sweep found: two commands")
+        parser.error("--tuned tests the settings of an earlier --sweep: run one command after the other")
     if args.offline and (args.data or args.checkpoint or args.model or args.sweep or args.tuned):
-        parser.error("--offline brings data, weights and model along and chooses its settings by itself")
+        parser.error("--offline has its own data, weights, model and settings")
     if not args.offline and not args.report and (args.data is None or args.checkpoint is None):
         parser.error("--data and --checkpoint are needed, or --offline, or --report")
     if args.data and not args.data.is_dir():
@@ -103,7 +103,7 @@ def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]
     missing, drawn = {}, set()
     for name in wanted or ():
         if name not in names:
-            raise ValueError(f"--datasets must be out of {', '.join(FACTS['classes'])}, got {name!r}")
+            raise ValueError(f"--datasets must be of {', '.join(FACTS['classes'])}, got {name!r}")
     for name in wanted or FACTS["classes"]:
         lists = [
             f"{part}.txt" for part in ("train800", "val200", "test") if not (data / name / f"{part}.txt").is_file()
@@ -156,7 +156,7 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
     for name, why in missing.items():
         print(f"left out: {name}: {why}")
     if drawn:
-        print(f"drawn, with pixels of their own: {', '.join(sorted(drawn))}")
+        print(f"generated, so pixels differ from VTAB's: {', '.join(sorted(drawn))}")
     if not groups:
         raise ValueError(f"--data must hold at least one data set, {args.data} has none")
     names = [name for members in groups.values() for name in members]
@@ -199,7 +199,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
         places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
         for method in methods:
             if method not in SWEPT:
-                raise ValueError(f"--methods of a sweep must have a rank and a scale, {method} has not")
+                raise ValueError(f"--methods of a sweep must have a rank and a scale, {method} does not")
 
             def objective(trial, name=name, method=method) -> float:
                 chosen = {key: trial.suggest_categorical(key, values) for key, values in space.items()}
@@ -264,7 +264,7 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
         from efft_kernels.finetune.data import SOURCES
 
         if unknown := [name for name in args.datasets if name not in SOURCES]:
-            raise ValueError(f"--datasets must be out of {', '.join(SOURCES)}, got {unknown[0]!r}")
+            raise ValueError(f"--datasets must be of {', '.join(SOURCES)}, got {unknown[0]!r}")
         groups = {"Chosen": args.datasets}
     names = [name for members in groups.values() for name in members]
     recipe = {"model": found.model, "checkpoint": plan["weights"], **plan["recipe"]}
@@ -287,7 +287,7 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
     selection = sorted((run for runs in grids.values() if len(runs) > 1 for run in runs), key=order)
     _, failures = complete(share(selection), store, places, args.workers, "choosing settings")
     if WORLD > 1 and (undone := [run for run in selection if store.get(run) is None]):
-        print(f"{len(undone)} runs of other processes are not done yet: start again for the tests")
+        print(f"{len(undone)} runs of other processes are missing: start again when they are done, for the tests")
         return [], groups, failures
     final = {}
     for (method, name), runs in grids.items():
@@ -395,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vtab1k: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vtab1k: stopped; the same command goes on with what is missing", file=sys.stderr)
+        print("vtab1k: stopped; the same command continues with the missing runs", file=sys.stderr)
         return 75
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)

@@ -38,23 +38,30 @@ struct HopperPassTile {
   static constexpr bool DP = DP_;
   static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // bytes; P of one stage
   static constexpr int INBOX = DP ? PASS_ROWS * RANKS * 4 : 0;                         // bytes of a warpgroup's
-  // stages of dy for each warpgroup, and stages of p for as many rows as these stages hold
-  static constexpr int EACH = (TILES + 1) / 2;
-  static constexpr int p_stages(int stages) { return stages / EACH + 2; }
+  static constexpr int EACH = (TILES + 1) / 2;  // tiles of the first warpgroup; the second may have one fewer
+  // stages of dy for each warpgroup, and of p for more rows than these can hold: p of a row has been read long before
+  // its stage is filled again, because the tiles of that row had to be read for the tiles loaded since
+  static constexpr int p_stages(int stages) { return stages / (TILES / 2) + 2; }
   static constexpr int bytes(int stages) {
     return CONSUMERS * stages * PASS_TILE + UP + p_stages(stages) * P + 2 * CONSUMERS * INBOX;
   }
   static constexpr int LEFT = HOPPER_SHARED - ALIGNMENT - 512;
   static constexpr int STAGES = bytes(8) <= LEFT ? 8 : bytes(7) <= LEFT ? 7 : 6, P_STAGES = p_stages(STAGES);
   static constexpr int SHARED = bytes(STAGES) + ALIGNMENT + 512;
-  static constexpr int BARRIERS = 2 * CONSUMERS * STAGES + 2 * P_STAGES + 1 + 2 * CONSUMERS;
+  static constexpr int BARRIERS = 2 * CONSUMERS * STAGES + P_STAGES + 1 + 2 * CONSUMERS;
   static_assert(bytes(STAGES) <= LEFT && BARRIERS * 8 <= 512 && TILES > 1, "the tiles fit");
 };
 
-// rows 16 * k16 and the 15 after them of a tile of p [64, RANKS]: terms of the sum, so it is not k-major
+// a tile of p [64, RANKS], whose rows are the terms of the sum
 template <int RANKS>
-__device__ __forceinline__ uint64_t p_operand(uint32_t tile, int k16) {
-  return descriptor(tile + k16 * 32 * RANKS, 16, 16 * RANKS, 2 * RANKS);
+__device__ __forceinline__ uint64_t p_operand(uint32_t tile) {
+  return descriptor(tile, 16, 16 * RANKS, 2 * RANKS);
+}
+
+// the descriptor of what lies `bytes` further on: one addition to its low half, because shared memory ends before the
+// field of the address does
+__device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
+  return (operand & ~uint64_t(0xffffffff)) | uint32_t(uint32_t(operand) + uint32_t(bytes >> 4));
 }
 
 template <class T, class Tile>
@@ -71,22 +78,23 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   unsigned char* const inboxes = shared + (p_tiles - dy_tiles) + P_STAGES * Tile::P;
   uint64_t* const full = reinterpret_cast<uint64_t*>(inboxes + 2 * CONSUMERS * Tile::INBOX);
   uint64_t *const empty = full + CONSUMERS * STAGES, *const p_full = empty + CONSUMERS * STAGES;
-  uint64_t *const p_empty = p_full + P_STAGES, *const up_full = p_empty + P_STAGES, *const dp_full = up_full + 1;
+  uint64_t *const up_full = p_full + P_STAGES, *const dp_full = up_full + 1;
   const auto dy_tile = [&](int consumer, int stage) { return dy_tiles + (consumer * STAGES + stage) * PASS_TILE; };
   // two inboxes for each warpgroup, used in turn, and a barrier for each
   const auto inbox = [&](int consumer, int turn) { return inboxes + (consumer * 2 + turn) * Tile::INBOX; };
 
   const int part = int(blockIdx.x) % g.parts, first = int(blockIdx.x) / g.parts * g.tiles;
   const int count = least(g.tiles, cdiv(g.M, PASS_ROWS) - first);
+  if (threadIdx.x == CONSUMERS * WARPGROUP) {
+    prefetch_map(&g.dy), prefetch_map(&g.p);
+    if constexpr (DP) prefetch_map(&g.up);
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < CONSUMERS * STAGES; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, 1);
     }
-    for (int i = 0; i < P_STAGES; ++i) {
-      barrier_init(p_full + i, 1);
-      barrier_init(p_empty + i, CONSUMERS);
-    }
+    for (int i = 0; i < P_STAGES; ++i) barrier_init(p_full + i, 1);
     barrier_init(up_full, 1);
     for (int i = 0; i < 2 * CONSUMERS; ++i) barrier_init(dp_full + i, 1);
     barrier_init_fence();
@@ -98,7 +106,6 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 
   if (threadIdx.x >= CONSUMERS * WARPGROUP) {
     if (threadIdx.x == CONSUMERS * WARPGROUP) {
-      prefetch_map(&g.dy), prefetch_map(&g.p);
       const int n0 = part * TILES * CELLS;
       if constexpr (DP) {
         barrier_expect(up_full, Tile::UP);
@@ -116,7 +123,6 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 #pragma unroll 1
       for (int row = 0; row < count; ++row, p_ring.next()) {
         const int m0 = (first + row) * PASS_ROWS;
-        barrier_wait(p_empty + p_ring.stage, p_ring.parity ^ 1);
         barrier_expect(p_full + p_ring.stage, Tile::P);
         tma_load(p_tiles + p_ring.stage * Tile::P, &g.p, 0, m0, p_full + p_ring.stage);
 #pragma unroll 1
@@ -171,8 +177,9 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
     group_sync(1 + consumer, WARPGROUP);
   };
 
-  const auto consume = [&](auto tiles) {
-    constexpr int COUNT = decltype(tiles)::value;
+  // compiled for each warpgroup, so that addresses of tiles are the same in all its threads as the compiler sees it
+  const auto consume = [&](auto number) {
+    constexpr int CONSUMER = decltype(number)::value, COUNT = (TILES + 1 - CONSUMER) / 2;
     float dup[COUNT][RANKS / 2] = {};
     Ring<STAGES> ring;
     Ring<P_STAGES> p_ring;
@@ -183,37 +190,39 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 #pragma unroll 1
     for (int row = 0; row < count; ++row, p_ring.next()) {
       [[maybe_unused]] float dp[RANKS / 2];
-      const uint32_t p = p_tiles + p_ring.stage * Tile::P;
+      const uint64_t columns_of_p = p_operand<RANKS>(p_tiles + p_ring.stage * Tile::P);
       barrier_wait(p_full + p_ring.stage, p_ring.parity);
       int last = 0;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i, ring.next()) {
-        const uint32_t dy = dy_tile(consumer, ring.stage);
-        [[maybe_unused]] const uint32_t up = up_tiles + (CONSUMERS * i + consumer) * RANKS * LINE;
-        barrier_wait(full + consumer * STAGES + ring.stage, ring.parity);
+        const uint32_t dy = dy_tile(CONSUMER, ring.stage);
+        [[maybe_unused]] const uint32_t up = up_tiles + (CONSUMERS * i + CONSUMER) * RANKS * LINE;
+        [[maybe_unused]] const uint64_t rows_of_dy = operand<true>(dy, 0, 0), rows_of_up = operand<true>(up, 0, 0);
+        const uint64_t columns_of_dy = operand<false>(dy, 0, PASS_ROWS);
+        barrier_wait(full + CONSUMER * STAGES + ring.stage, ring.parity);
         hold(dup[i]);
         if constexpr (DP) hold(dp);
         wgmma_fence();
 #pragma unroll
         for (int k16 = 0; k16 < PASS_ROWS / 16; ++k16) {
           if constexpr (DP)
-            Wgmma<T, RANKS>::template shared<true>(dp, operand<true>(dy, k16, 0), operand<true>(up, k16, 0),
+            Wgmma<T, RANKS>::template shared<true>(dp, further(rows_of_dy, k16 * 32), further(rows_of_up, k16 * 32),
                                                    i > 0 || k16 > 0);
-          WgmmaTransposed<T, RANKS>::shared(dup[i], operand<false>(dy, k16, PASS_ROWS), p_operand<RANKS>(p, k16));
+          WgmmaTransposed<T, RANKS>::shared(dup[i], further(columns_of_dy, k16 * 16 * LINE),
+                                            further(columns_of_p, k16 * 32 * RANKS));
         }
         wgmma_commit();
         if (i > 0) {
           // one tile stays under way; the one before it has been read
           wgmma_wait<1>();
-          release(empty + consumer * STAGES + last);
+          release(empty + CONSUMER * STAGES + last);
         }
         last = ring.stage;
       }
       wgmma_wait<0>();
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) hold(dup[i]);
-      release(empty + consumer * STAGES + last);
-      release(p_empty + p_ring.stage);
+      release(empty + CONSUMER * STAGES + last);
       if constexpr (DP) {
         hold(dp);
         exchange(dp, row);
@@ -226,14 +235,13 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       for (int v = 0; v < RANKS / 8; ++v) {
         uint4 four;
         memcpy(&four, dup[i] + v * 4, 16);
-        slot[((CONSUMERS * i + consumer) * (RANKS / 8) + v) * WARPGROUP + thread] = four;
+        slot[((CONSUMERS * i + CONSUMER) * (RANKS / 8) + v) * WARPGROUP + thread] = four;
       }
   };
-  // an odd number of tiles leaves the second warpgroup one tile fewer
-  if (TILES % 2 == 0 || consumer == 0)
-    consume(Count<Tile::EACH>());
+  if (consumer == 0)
+    consume(Count<0>());
   else
-    consume(Count<TILES / 2>());
+    consume(Count<1>());
 #endif
 }
 

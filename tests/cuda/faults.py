@@ -98,15 +98,16 @@ HOPPER = {
 
 # name: (what stands in hopper_pass.h once, what is planted in its place)
 HOPPER_PASS = {
-    "no_wait_for_dy": ("        barrier_wait(full + consumer * STAGES + ring.stage, ring.parity);\n", ""),
+    "no_wait_for_dy": ("        barrier_wait(full + CONSUMER * STAGES + ring.stage, ring.parity);\n", ""),
     "no_wait_for_p": ("      barrier_wait(p_full + p_ring.stage, p_ring.parity);\n", ""),
     "no_wait_for_up": ("    if constexpr (DP) barrier_wait(up_full, 0);\n", ""),
     "dy_over_what_is_read": ("        barrier_wait(empty + i, ring.parity ^ 1);\n", ""),
     "released_too_early": ("          wgmma_wait<1>();\n", ""),
     "dp_before_its_sum": ("      wgmma_wait<0>();\n", ""),
     "dp_of_the_rows_before": ("i > 0 || k16 > 0);", "row > 0 || i > 0 || k16 > 0);"),
-    "a_tile_that_is_not_transposed": ("operand<false>(dy, k16, PASS_ROWS)", "operand<true>(dy, k16, PASS_ROWS)"),
-    "wrong_tile_of_up": ("(CONSUMERS * i + consumer) * RANKS * LINE", "(CONSUMERS * i) * RANKS * LINE"),
+    "too_few_stages_of_p": ("stages / (TILES / 2) + 2; }", "2; }"),
+    "rows_for_columns": ("further(columns_of_dy, k16 * 16 * LINE)", "further(columns_of_dy, k16 * 32)"),
+    "wrong_tile_of_up": ("(CONSUMERS * i + CONSUMER) * RANKS * LINE", "CONSUMERS * i * RANKS * LINE"),
     "parts_not_awaited": ("    barrier_wait_cluster(arrived + turn, row / 2 % 2);\n", ""),
     "parts_of_one_block": ("me = CONSUMERS * rank + consumer;", "me = consumer;"),
     "one_inbox": (
@@ -120,6 +121,6 @@ HOPPER_PASS = {
     ),
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": ("  cluster_sync();\n", ""),
-    "wrong_slot": ("((CONSUMERS * i + consumer) * (RANKS / 8) + v)", "((COUNT * consumer + i) * (RANKS / 8) + v)"),
+    "wrong_slot": ("((CONSUMERS * i + CONSUMER) * (RANKS / 8) + v)", "((COUNT * CONSUMER + i) * (RANKS / 8) + v)"),
     "the_rows_of_the_first_run": ("const int m0 = (first + row) * PASS_ROWS;", "const int m0 = row * PASS_ROWS;"),
 }
