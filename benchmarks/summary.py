@@ -285,10 +285,7 @@ def gpu() -> Table:
             rows.append([*about, digits(1e3 * row["ms"]), *cells])
     head = ["GPU", "Linear, bfloat16, R = 16", "pass", "backend", "µs"]
     head += [f"/ {name}" for name in ("merged weight", "plain torch", "LoRA as PEFT")]
-    note = (
-        "EFFT's time over that of the alternative; plain torch in its faster order; of the merged weight the backward is "
-        "dx alone."
-    )
+    note = "EFFT's time over that of each alternative; the merged weight's backward is dx, plain torch's order the faster."
     return Table(head, rows, note, records, 4)
 
 
