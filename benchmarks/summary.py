@@ -270,6 +270,25 @@ def load_test() -> Table:
     return Table(["load test of the service", ""], rows, note, [name], 2)
 
 
+def gpu() -> Table:
+    """EFFT as it is chosen automatically on every GPU that gpu.py recorded, against merged, plain torch and PEFT"""
+    rows, records = [], []
+    for path in sorted(RESULTS.glob("*/gpu.json")):
+        run = read_run(path)
+        if run.get("dry"):
+            continue
+        records.append(path.parent.name)
+        for row in (row for row in run["results"] if row["variant"] == "auto"):
+            layer = f"{row['model']} {row['layer']} {row['K']} → {row['N']}, M = {row['M']}"
+            cells = [digits(row.get(f"ratio_{other}")) for other in ("merged", "torch", "peft")]
+            about = [run["machine"]["gpu"]["name"], layer, row["pass"], row["backend"]]
+            rows.append([*about, digits(1e3 * row["ms"]), *cells])
+    head = ["GPU", "Linear, bfloat16, R = 16", "pass", "backend", "µs"]
+    head += [f"/ {name}" for name in ("merged weight", "plain torch", "LoRA as PEFT")]
+    note = "EFFT's time over that of each alternative; the merged weight's backward is dx, plain torch's order the faster."
+    return Table(head, rows, note, records, 4)
+
+
 GPU = "nvidia_h200/first_run"
 
 
@@ -376,8 +395,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
         train_step, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
-        inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_plans, gpu_predictions, gpu_train_step,
-        gpu_profile, vtab1k,
+        inference_operations, serving, load_test, gpu, gpu_forward, gpu_backward, gpu_plans, gpu_predictions,
+        gpu_train_step, gpu_profile, vtab1k,
     )
 }  # fmt: skip
 
