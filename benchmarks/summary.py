@@ -285,7 +285,7 @@ def gpu() -> Table:
             rows.append([*about, digits(1e3 * row["ms"]), *cells])
     head = ["GPU", "Linear, bfloat16, R = 16", "pass", "backend", "µs"]
     head += [f"/ {name}" for name in ("merged weight", "plain torch", "LoRA as PEFT")]
-    note = "EFFT's time over each alternative's: of the merged weight the backward is dx, of plain torch the faster order."
+    note = "EFFT's time over that of each alternative; of the merged weight the backward is dx alone."
     return Table(head, rows, note, records, 4)
 
 
