@@ -142,7 +142,7 @@ class Variant(NamedTuple):
     compiled: bool = False
 
 
-class _Dense(torch.autograd.Function):
+class ExternalLinear(torch.autograd.Function):
     """y = product(x), dx = back(dy): a Linear of a library without autograd formulas"""
 
     @staticmethod
@@ -166,7 +166,7 @@ def _onednn(prepare):
             return Call(lambda: onednn(i.x, w, i.bias), ())
         wt = prepare(i.merged.t().contiguous(), i.x.shape[0])
         product, back = (lambda x: onednn(x, w, i.bias)), (lambda dy: onednn(dy, wt, None))
-        return Call(lambda: _Dense.apply(i.x, product, back), ())
+        return Call(lambda: ExternalLinear.apply(i.x, product, back), ())
 
     return build
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import efft_kernels
-from baselines import _Dense, onednn
+from baselines import ExternalLinear, onednn
 from efft_kernels import EFFTConfig, FacTConfig, LoRAConfig
 from efft_kernels.extras import timm
 
@@ -185,7 +185,7 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias
-        return _Dense.apply(x, lambda x: onednn(x, weight, bias), lambda dy: onednn(dy, self.transposed, None))
+        return ExternalLinear.apply(x, lambda x: onednn(x, weight, bias), lambda dy: onednn(dy, self.transposed, None))
 
 
 def merged_onednn(base: nn.Module, o: "Options") -> nn.Module:

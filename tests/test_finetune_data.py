@@ -1,4 +1,4 @@
-"""Data for fine-tuning: folders, lists and registered sources, and a sentence for what can be wrong with them."""
+"""Data for fine-tuning: folders, lists and registered sources, and the errors for malformed ones."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def folder(root, parts=("",), classes=("cat", "dog"), n=5):
 
 
 def lists(root, name="cifar", n=4):
-    """NOAH's layout, with a name that has a space"""
+    """VTAB-1K in NOAH's layout, with a file name that contains a space."""
     root = root / name
     for part, count in (("train800", n), ("val200", 2), ("test", 3)):
         lines = []
@@ -85,7 +85,7 @@ def test_source(monkeypatch):
 
 
 def test_whole_picture_resized(tmp_path):
-    """no crop: the four corners of a picture that is wide are there"""
+    """Nothing is cropped: the four corners of a wide image are present."""
     path = tmp_path / "a" / "0.png"
     path.parent.mkdir()
     pixels = np.zeros((20, 60, 3), np.uint8)
@@ -128,7 +128,7 @@ def test_photographs_are_turned_upright(tmp_path):
     image = Image.new("RGB", (40, 20))
     image.paste((255, 255, 255), (0, 0, 20, 20))  # white on the left
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top is on the right
+    exif[0x0112] = 6  # the top of the image is on its right side
     image.save(tmp_path / "a/0.jpg", exif=exif)
     found = np.asarray(open_data(tmp_path, 8, test_fraction=0.0).train.images.load(0))
     assert found.shape == (40, 20, 3) and found[:18].min() > 240 and found[-18:].max() < 15
@@ -214,7 +214,7 @@ def test_label_beyond_all_images(tmp_path):
     assert len(open_data(lists(tmp_path, "other"), 16).classes) == 4
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of decoders, about what is damaged
+@pytest.mark.filterwarnings("ignore::UserWarning")  # decoders warn about damaged files
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])
 def test_damage_is_a_sentence_or_still_an_image(kind, tmp_path):
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""The methods that are compared: published parameter counts, what they train, files."""
+"""The methods that can be compared: published parameter counts, trained parameters, files."""
 
 import copy
 
@@ -19,19 +19,19 @@ SMALL = {
     **{name: {"rank": 4, "scale": 1.0} for name in ("fact-tt", "fact-tk", "efft1", "efft2")},
     "noah": {"bottleneck": (4, 0), "lora_rank": (0, 2), "tokens": (2, 0)},
 }
-# trained parameters on ViT-B/16 without the head: formulas of the papers, printed figures in millions
+# trained parameters on ViT-B/16 without the head: formulas of the papers, published figures in millions
 COUNTS = [
     ("full", {}, 85_798_656, 85.8),
     ("linear", {}, 0, 0.0),
     # per block 3d + d + 4d + d biases of Linears and 2d of norms; patch embedding and last norm
     ("bitfit", {}, 12 * 11 * 768 + 2 * 768, 0.103),
-    ("vpt-shallow", {"tokens": 82}, 82 * 768, 0.063),  # lengths are tuned per task: this one gives the mean
+    ("vpt-shallow", {"tokens": 82}, 82 * 768, 0.063),  # lengths are tuned per task; this one gives the mean
     ("vpt-deep", {"tokens": 50}, 12 * 50 * 768, None),
     ("adapter", {}, 12 * (2 * 768 * 8 + 8 + 768), 0.157),
     ("adapter", {"placement": "houlsby"}, 24 * (2 * 768 * 8 + 8 + 768), None),
     ("adaptformer", {}, 12 * (2 * 768 * 8 + 8 + 768), 0.157),
     ("lora", {}, 294_912, 0.295),
-    # 11 d per block, patch embedding, last norm; the printed 0.24 counts heads, of 49.5 classes in the mean
+    # 11 d per block, patch embedding, last norm; the published 0.24 includes heads, of 49.5 classes on average
     ("ssf", {}, 2 * (12 * 11 + 2) * 768, None),
     ("fact-tt", {"rank": 16}, 2 * 768 * 16 + 144 * 16**2, None),
     ("fact-tk", {"rank": 32}, 2 * 768 * 32 + 144 * 32 + 32**3, None),
@@ -61,7 +61,7 @@ def test_published_counts(name, options, formula, printed):
     methods.apply(name, model, options)
     assert methods.count(model) == formula
     if printed is not None:
-        # 0.2458 is printed as 0.245: cut, not rounded
+        # 0.2458 is published as 0.245: truncated, not rounded
         assert abs(formula / 1e6 - printed) < (0.05 if printed > 1 else 0.001)
 
 
@@ -89,7 +89,7 @@ def prepared(name, **options):
     return methods.apply(name, vit(num_classes=4, **options), SMALL.get(name))
 
 
-# what may change, by the end of its name; besides the head
+# the parameters that may change in addition to the head, by the end of their names
 TRAINED = {
     "linear": (),
     "bitfit": ("bias",),
@@ -168,7 +168,7 @@ def test_a_copy_is_of_its_own(name):
 
 
 def test_prompts_by_hand():
-    """VPT-deep is attention over tokens that every block gets anew, whatever their place"""
+    """VPT-deep is attention over tokens that each block replaces, in any position."""
     model = prepared("vpt-deep")
     x = images()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Models for fine-tuning by name, with weights from files in the formats that people have."""
+"""Models for fine-tuning by name, with weights from files in the common formats."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIZES = dict(embed_dim=32, num_heads=2, depth=2)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """vit and swin by the names of the large ones, with few and narrow blocks"""
+    """ViT and Swin under the names of the large models, with few and narrow blocks."""
     library = timm()
     create = library.create_model
 
@@ -62,7 +62,7 @@ def test_same_number_of_classes_keeps_no_head(tmp_path):
 
 
 def npz_of(model, path):
-    """the format of the original ViT (JAX): kernels [in, out], attention split into heads"""
+    """A file in the format of the original ViT (JAX): kernels [in, out], attention split into heads."""
     s, d, h = model.state_dict(), 32, 2
     out = {
         "embedding/kernel": s["patch_embed.proj.weight"].permute(2, 3, 1, 0),
@@ -98,7 +98,7 @@ def test_npz_of_the_original_vit(tmp_path):
     npz_of(source, tmp_path / "ViT-B_16.npz")
     model = make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "ViT-B_16.npz"))
     assert_loaded(model, source)
-    # for larger images the positions are interpolated
+    # positions are interpolated for larger images
     assert logits(make_model("vit_base_patch16_224", 5, 64, str(tmp_path / "ViT-B_16.npz")), images(size=64)).shape == (
         2,
         5,

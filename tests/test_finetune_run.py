@@ -1,6 +1,6 @@
-"""Runs of efft-finetune: interrupted in every way and resumed, cut into parts and processes, with a full disk.
+"""Runs of efft-finetune: interrupted and resumed, divided into parts and processes, on a full disk.
 
-``python tests/test_finetune_run.py 10`` kills a run at ten random moments, resumes each time, and compares the end.
+``python tests/test_finetune_run.py 10`` kills a run at ten random moments, resumes it, and compares the results.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ def photos(tmp_path_factory):
 
 
 def tiny(data, out, **changes) -> Settings:
-    """24 images, 3 steps an epoch, everything random that can be"""
+    """Settings of a run on 24 images, 3 steps per epoch, with every source of randomness."""
     fixed = dict(model="test_vit", checkpoint="random", image_size=32, batch_size=8, epochs=6, lr=3e-3, rank=4)
     random_ = dict(augment="flip", drop_path=0.2, workers=0, save_every=2, device="cpu")
     return Settings(str(data), str(out), **{**fixed, **random_, **changes})
 
 
 def end(out) -> dict:
-    """everything that must be the same, however the run came to its end"""
+    """The results of a run, which must not depend on interruptions."""
     record = json.loads((Path(out) / "metrics.json").read_text())
     weights = load_file(Path(out) / "adapter.safetensors")
     assert not checkpoints.states(Path(out)) and not list(Path(out).glob(".partial*"))
@@ -57,14 +57,14 @@ def end(out) -> dict:
         "metrics": record["result"]["metrics"],
         "epoch": record["result"]["epoch"],
         "history": record["history"],
-        # not the bytes of the file, whose metadata stand in any order
+        # not the bytes of the file, because the order of its metadata is arbitrary
         "adapter": {key: (str(t.dtype), t.shape, t.numpy().tobytes()) for key, t in weights.items()},
     }
 
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
-    """the end of a run that nothing interrupted"""
+    """The results of a run that was not interrupted."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
     train(tiny(photos, out), progress=False)
@@ -91,8 +91,9 @@ def start(settings, prepare=lambda number: None, number=0):
 
 
 def killed_and_resumed(settings, kills: int, seed: int, seconds: float) -> int:
-    """Kill a run that often, at random moments up to some seconds after it has taken a step, or, one time in four, at
-    at a moment of its start; then let it end. The number of kills that met it alive.
+    """Kill a run repeatedly, then let it finish; returns the number of kills that found it running.
+
+    A kill comes up to ``seconds`` after the run has written a checkpoint, or sometimes at a moment of its start.
     """
     draw, met = random.Random(seed), 0
     for _ in range(kills):
@@ -116,7 +117,7 @@ def test_killed_at_random_moments_and_resumed(photos, whole, tmp_path):
 
 
 def _die_in(module, name):
-    """at the n-th call of this function the process is killed, half of them after what it does"""
+    """Kill the process at the n-th call of a function: before the call if n is odd, after it if n is even."""
 
     def prepare(number):
         original, calls = getattr(module, name), [0]
@@ -137,7 +138,7 @@ def _die_in(module, name):
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
-    # the last calls belong to the adapter, the curves and the metrics
+    # the last calls write the adapter, the curves and the metrics
     for number in (1, 4, 9, 10, 11, 12) if name == "replace" else (3, 20):
         process = start(tiny(photos, tmp_path), _die_in(os, name), number)
         process.join()
@@ -167,14 +168,14 @@ FLAGS = (
 
 
 def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
-    """the command itself, with worker processes: stopped, then run again"""
+    """The command is stopped and run again, with worker processes."""
     flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
     process = command(*flags, "--memory", "0")
     while not checkpoints.states(tmp_path) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    if process.returncode != 0:  # it may have been at its end
+    if process.returncode != 0:  # zero if it had finished already
         assert process.returncode == cli.INTERRUPTED, err
         last = err.strip().splitlines()[-1]
         assert "stopped after step" in last and "the same command" in last
@@ -209,7 +210,7 @@ def test_sigterm_in_the_same_process(photos, whole, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """a small file system of its own, where this process may mount one"""
+    """A small file system, if this process may mount one."""
     path = tmp_path / "disk"
     path.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(path)], capture_output=True)
@@ -253,12 +254,12 @@ def test_full_disk(disk, photos, whole, capfd):
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 @pytest.mark.parametrize("number", [2, 10, 11, 12])
 def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
-    """a state, the adapter, the curves, the metrics: each may fail, and nothing written is lost"""
+    """Writing a checkpoint, the adapter, the curves or the metrics fails, and no file that was written is lost."""
     original, calls = getattr(os, name), []
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (number if name == "replace" else 2 * number - 1):  # the folder is brought to the disk, too
+        if len(calls) == (number if name == "replace" else 2 * number - 1):  # every file is followed by its folder
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args, **kwargs)
 
@@ -290,7 +291,7 @@ def exact(photos, tmp_path_factory):
 
 
 def assert_close_runs(out, want):
-    """metrics equal but for the rounding of the loss; weights after 9 steps of AdamW to 1e-6"""
+    """Metrics are equal except for the rounding of the loss, and weights within 1e-6 after 9 steps of AdamW."""
     got, exact_ = end(out), end(want)
     for part, found in got["metrics"].items():
         for name, value in found.items():
@@ -432,7 +433,7 @@ def test_wrong_settings_end_with_2_and_a_sentence(flags, words, photos, tmp_path
 def test_another_run_is_not_overwritten(photos, tmp_path):
     settings = tiny(photos, tmp_path / "out", epochs=2)
     first = train(settings, progress=False)
-    assert train(replace(settings, save_every=7), progress=False).metrics == first.metrics  # it is read
+    assert train(replace(settings, save_every=7), progress=False).metrics == first.metrics  # read, not trained again
     with pytest.raises(ValueError, match=r"differs in lr \(0.003 there, 0.1 now\)"):
         train(replace(settings, lr=0.1), progress=False)
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
@@ -447,7 +448,7 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
 
 
 def test_an_image_that_is_damaged_later(photos, tmp_path):
-    """found by a worker process in the middle of an epoch: still one sentence"""
+    """A worker process finds it in the middle of an epoch; the error is one line."""
     root = folder(tmp_path / "photos", ("train", "test"))
     settings = tiny(root, tmp_path / "out", workers=1, batch_size=4)
     original = prepared.read_images
@@ -526,7 +527,7 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
 
 
 def test_accuracy_over_classes_is_of_those_that_have_images(tmp_path):
-    """a class that is taken for another's, but has no test image, counts for nothing"""
+    """A class without test images does not count, even if images of other classes are taken for it."""
     import numpy as np
 
     root = folder(tmp_path / "photos", ("train",), ("a", "b", "c"), n=8)
@@ -596,7 +597,7 @@ def test_weights_that_have_moved(photos, tmp_path):
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "a.pth")
     out = train(tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1), progress=False).out
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, set checkpoint to its new place"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, set checkpoint to its new"):
         restore(out)
     restore(out, str(tmp_path / "b.pth"))
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "c.pth")
@@ -636,7 +637,7 @@ def test_help_names_what_there_is(capsys):
 
 
 def test_model_of_transformers_from_a_folder(photos, tmp_path):
-    """trained with all that changes on the way, used again, merged into a file that transformers loads"""
+    """Train with bf16 and accumulation, restore, and merge into a file that transformers loads."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=16)
     config = transformers.ViTConfig(image_size=32, num_labels=7, **sizes)
@@ -695,7 +696,7 @@ def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
 
 
 def test_learns(tmp_path):
-    """two kinds of picture that differ: all of the test part is right in the end"""
+    """Dark and light images: every test image is classified correctly in the end."""
     import numpy as np
     from PIL import Image
 

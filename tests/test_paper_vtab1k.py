@@ -1,4 +1,4 @@
-"""The VTAB-1K benchmark: what runs there are, that interruption loses none, what tables say, and the offline run."""
+"""The VTAB-1K benchmark: its runs, their resumption after interruptions, its tables, and the offline experiment."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_offline_methods_have_equal_budgets():
 
 def test_a_run_is_named_after_all_of_itself():
     one = run(lr=0.1, scale=2)
-    assert one.name == run(scale=2, lr=0.1).name  # the order of settings is none
+    assert one.name == run(scale=2, lr=0.1).name  # the order of settings does not matter
     others = [run(lr=0.1, scale=3), run(lr=0.1), run(seed=1, lr=0.1, scale=2), run(part="val", lr=0.1, scale=2),
               run(data="dtd", lr=0.1, scale=2), run(method="efft1", lr=0.1, scale=2)]  # fmt: skip
     assert len({r.name for r in [one, *others]}) == 7
@@ -180,7 +180,7 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
 
 
 def test_what_a_run_trains_on_and_is_measured_by():
-    import sources  # noqa: F401, registers what is asked for
+    import sources  # noqa: F401, registers the source
     from efft_kernels.finetune.data import SOURCES
 
     whole = SOURCES["dsprites_loc"]()
@@ -191,7 +191,7 @@ def test_what_a_run_trains_on_and_is_measured_by():
     assert numbers(test.train) == numbers(whole.train) | numbers(whole.val)
     assert len(test.test) == 300 and numbers(test.test) < numbers(whole.test)
     again = SOURCES[runs.opened(run("dsprites_loc", seed=7), Places(), 300)]()
-    assert numbers(again.test) == numbers(test.test)  # not of the seed
+    assert numbers(again.test) == numbers(test.test)  # independent of the seed
     assert test.val is None and val.val is None  # nothing left to choose by
 
 
@@ -199,7 +199,7 @@ GROUPS = {"A": ["x", "y"], "B": ["z"]}
 
 
 def rows_of(values):
-    """{data: [top-1 by seed]} -> records"""
+    """Records of {data: [top-1 by seed]}."""
     return [record(run(data, seed=seed), top1) for data, found in values.items() for seed, top1 in enumerate(found)]
 
 
@@ -248,12 +248,12 @@ def test_charts(tmp_path):
     tables.sweep(tmp_path / "s.png", {"x": {"m": {0.1: [1.0, 2.0], 10: [3.0], 100: [None]}}}, "scale", "t")
     assert all((tmp_path / f"{name}.png").stat().st_size > 2000 for name in "as")
     tables.sweep(tmp_path / "none.png", {}, "scale", "t")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "s.png"]  # and nothing temporary
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "s.png"]  # no temporary file is left
 
 
 @pytest.fixture
 def lists(tmp_path):
-    """two data sets in the layout of NOAH, with an image each"""
+    """Two data sets of one image each, in the layout of NOAH."""
     for name in ("svhn", "kitti"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for part in ("train800", "val200", "train800val200", "test"):
@@ -285,7 +285,7 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     assert len(kept) == 2 * 2 * 4
     released = next(r for r in kept if r["run"]["method"] == "efft2" and r["run"]["data"] == "svhn")["run"]["settings"]
     assert (released["rank"], released["scale"], released["zero_init"]) == (32, 80, "vu")
-    # what is there is not done again
+    # existing results are not computed again
     monkeypatch.setattr(runs, "measure", lambda *_: pytest.fail("again"))
     assert vtab1k.main([*common, "--methods", "linear", "efft2", "--seeds", "2"]) == 0
     assert vtab1k.main(["--out", str(tmp_path / "out"), "--report"]) == 0
@@ -325,7 +325,7 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     assert vtab1k.main(command) == 0 and len(done) == 15
     assert (tmp_path / "out/scale.png").exists() and (tmp_path / "out/rank.png").exists()
 
-    # and what it found best is tested, beside what was released
+    # the best setting is tested, in addition to the released one
     monkeypatch.setattr(runs, "measure", fake)
     test = ["--workers", "1", "--seeds", "2", *command[:6], *command[9:]]
     assert vtab1k.main(test) == vtab1k.main([*test, "--tuned"]) == 0
@@ -341,7 +341,7 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
 
 
 def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, capsys):
-    """with an invented accuracy that is best at lr 3e-3, scale 1 on validation, and worst there on test"""
+    """The experiment with an invented accuracy: best at lr 3e-3, scale 1 on validation images, worst there on test."""
     import sources
 
     monkeypatch.setattr(sources, "weights", lambda name: sources.Weights("vit_tiny_patch16_224", tmp_path / "w.pt", ""))
@@ -357,7 +357,7 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
     assert vtab1k.main(["--offline", "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
     val, test = ([one for one in done if one.part == part] for part in ("val", "test"))
     assert len(val) == 2 * 6 * 3 and {one.seed for one in val} == {0}
-    assert done == val + test  # nothing is tested before all is chosen
+    assert done == val + test  # nothing is tested before everything is chosen
     assert len(test) == 2 * (6 * 3 + 1) and all(one.settings["epochs"] == 5 for one in test)
     for one in test:
         wanted = {"full": (1e-4, None), "linear": (1e-4, None)}.get(one.method, (3e-3, 1.0))
@@ -423,7 +423,7 @@ if __name__ == "__main__":
 
 
 def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
-    """kill -9 of the parent: no torn record, no orphan, and what is there is not repeated"""
+    """kill -9 of the parent leaves no incomplete record and no orphan, and finished runs are not repeated."""
     script = tmp_path / "series.py"
     settings = dict(TINY, method="efft2", test_images=64, epochs=2)
     script.write_text(SERIES.format(paper=str(PAPER), settings=settings))
@@ -444,13 +444,13 @@ def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
     found, failures = runs.complete(todo, Store(out), Places(None, None, "cpu"))
     assert len(found) == len(lines()) == 6 and not failures
     assert lines()[: len(kept)] == kept
-    again = Run(**Store(out).all()[0]["run"])  # what a worker found is what is found here
+    again = Run(**Store(out).all()[0]["run"])  # the result of a worker process equals the one of this process
     once = runs.measure(again, Places(None, None, "cpu"))
     assert Store(out).get(again)["loss"] == pytest.approx(once["loss"], rel=1e-5)
 
 
 def _alive(session: int) -> bool:
-    """whether a process of that session is left"""
+    """Whether a process of the session is still alive."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
@@ -476,12 +476,12 @@ def test_probe_learns_where_a_linear_head_can():
     }
     pytest.importorskip("sklearn")
     found = runs.measure(Run("digits", "linear", 0, "test", settings | {"test_images": 400}), Places(None, None, "cpu"))
-    assert found["top1"] > 60  # random features of digits tell them apart; chance is 10 %
+    assert found["top1"] > 60  # random features separate digits; chance is 10 %
     assert found["parameters"] == 0 and found["head_parameters"] == 192 * 10 + 10
 
 
 def few_images(monkeypatch):
-    """runs train on the first 96 images of their 1000"""
+    """Let runs train on the first 96 of their 1000 images."""
     from dataclasses import replace
 
     from efft_kernels.finetune.data import SOURCES
@@ -499,7 +499,7 @@ def few_images(monkeypatch):
 
 
 def test_offline_quick(tmp_path, capsys, monkeypatch):
-    """the whole experiment, small: weights of a package, six methods, test, table and chart; of 96 training images"""
+    """The whole experiment on 96 training images: weights of a package, six methods, test, table and chart."""
     from sources import weights
 
     few_images(monkeypatch)
