@@ -108,7 +108,7 @@ def test_npz_of_the_original_vit(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (lambda: b"no weights", "no file of weights"),
+        (lambda: b"no weights", "not a file of weights"),
         (lambda: {"blocks.0.attn.qkv.weight": torch.zeros(3, 3)}, "must hold blocks.0.attn.qkv.weight"),
         (
             lambda: {k: t for k, t in vit(**SIZES).state_dict().items() if "blocks.1.mlp.fc2.bias" != k},

