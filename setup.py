@@ -19,18 +19,9 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-
-
-def cuda_home() -> str | None:
-    """The first folder with both nvcc and its headers. An nvcc on PATH may be a wrapper script far away from them."""
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
-    candidates += ["/usr/local/cuda"]
-    for home in filter(None, candidates):
-        if Path(home, "bin/nvcc").exists() and Path(home, "include/cuda_runtime.h").exists():
-            return str(home)
-    return None
+_spec = importlib.util.spec_from_file_location("build", ROOT / "efft_kernels" / "kernels" / "build.py")
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
 
 
 def find_torch():
@@ -59,7 +50,7 @@ def wants_cuda(torch) -> str | None:
     wanted = os.environ.get("EFFT_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"EFFT_CUDA must be 0, 1 or unset, got {wanted!r}")
-    home = cuda_home() if wanted == "1" or (wanted == "" and torch.version.cuda) else None
+    home = build.cuda_home() if wanted == "1" or (wanted == "" and torch.version.cuda) else None
     if wanted == "1" and home is None:
         sys.exit("EFFT_CUDA=1, but no folder with bin/nvcc and include/cuda_runtime.h was found; set CUDA_HOME to it")
     return home
@@ -67,9 +58,6 @@ def wants_cuda(torch) -> str | None:
 
 def sources(part: str) -> str:
     """A C++ file with the digest of csrc/PART, by which the library is known to be of these sources"""
-    spec = importlib.util.spec_from_file_location("build", ROOT / "efft_kernels" / "kernels" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
     file, text = Path("build", f"sources_{part}.cpp"), build.mark(ROOT / "csrc" / part)
     file.parent.mkdir(exist_ok=True)
     if not file.exists() or file.read_text() != text:

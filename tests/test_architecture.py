@@ -30,8 +30,8 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 KERNELS = {
     "kernels": set(),
     "kernels.reference": set(),
-    "kernels.build": set(),
-    "kernels.cpu": {"kernels", "kernels.reference", "kernels.build", "kernels.tuning.table", "storage"},
+    "kernels.build": {"storage"},
+    "kernels.cpu": {"kernels", "kernels.reference", "kernels.build", "kernels.tuning.table"},
     "kernels.triton": {"kernels.build", "kernels.tuning.table"},
     "kernels.cuda": {"kernels.build", "kernels.tuning.table"},
     "kernels.tuning": {"kernels.tuning.run"},

@@ -14,7 +14,7 @@ import torch
 from accuracy import (
     assert_accurate, check_group_update, check_lowrank_linear, check_mixed_linear, wide,
 )  # fmt: skip
-from efft_kernels.kernels import cpu, reference
+from efft_kernels.kernels import build, cpu, reference
 
 if reason := cpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -390,9 +390,9 @@ def compiler(tmp_path, monkeypatch):
 def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
     if cxx is not None:
         monkeypatch.setenv("CXX", cxx)
-    cpu._compile()
+    build.compile_library("cpu", "the CPU kernels")
     *compiled, linked = compiler()
-    assert len(compiled) == 6 and all(call.startswith(f"{first} ") for call in compiled)
+    assert len(compiled) == 7 and all(call.startswith(f"{first} ") for call in compiled)
     assert linked.startswith(first.replace("-std=c++17", "-shared"))
 
 
@@ -408,20 +408,35 @@ def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
 def test_where_a_compiled_library_is_kept(variable, value, folder, compiler, tmp_path, monkeypatch):
     if variable:
         monkeypatch.setenv(variable, value and str(tmp_path / value))
-    library = cpu._compile()
+    library = build.compile_library("cpu", "the CPU kernels")
     assert library.parent == tmp_path / folder and library.exists()
     calls = len(compiler())
-    assert cpu._compile() == library and len(compiler()) == calls  # once
+    assert build.compile_library("cpu", "the CPU kernels") == library and len(compiler()) == calls  # once
 
 
 def test_a_compiler_that_fails_or_is_missing(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(RuntimeError, match="false failed"):
-        cpu._compile()
+        build.compile_library("cpu", "the CPU kernels")
     assert not list((tmp_path / ".cache" / "efft_kernels").iterdir())
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-        cpu._compile()
+        build.compile_library("cpu", "the CPU kernels")
+
+
+def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
+    """by the digest that is compiled in, whatever the times of the files are"""
+    library = tmp_path / "_cpu.so"
+    monkeypatch.setattr(cpu, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(build, "compile_library", lambda part, about: "compiled")
+    library.write_bytes(b"\x7fELF" + build.MARK + build.digest(build.csrc() / "cpu").encode() + b"\0")
+    assert cpu._library() == library
+    build.carried.cache_clear()
+    library.write_bytes(b"\x7fELF" + build.MARK + b"0" * 32 + b"\0")
+    assert cpu._library() == "compiled"
+    build.carried.cache_clear()
+    library.write_bytes(b"\x7fELF")
+    assert cpu._library() == "compiled"
 
 
 # -- choice -----------------------------------------------------------------------------------------------------------

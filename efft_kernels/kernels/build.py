@@ -1,13 +1,21 @@
-"""The digest of a backend's sources, by which a compiled library and a proof are known to belong to them.
+"""Compiles csrc/, and the digest of sources by which a library and a proof are known to belong to them.
 
-setup.py compiles a digest into each library and runs this file by its path before torch is there: it imports the
-standard library only.
+setup.py runs this file by its path, also where torch and the rest of the package cannot be imported: at its top it imports
+the standard library only.
 """
 
 import ast
 import functools
 import hashlib
+import logging
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -75,3 +83,84 @@ def belongs(library: Path, part: str) -> bool:
     """Whether a library was compiled from csrc/cpu or csrc/cuda as they are here; true where these are not there."""
     folder = csrc()
     return folder is None or not (folder / part).is_dir() or carried(library) == digest(folder / part)
+
+
+def cuda_home() -> Path | None:
+    """The first folder with both nvcc and its headers: of the environment, or of the wheels of the extra "cuda".
+
+    An nvcc on PATH may be a wrapper script far away from its headers.
+    """
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    candidates += ["/usr/local/cuda", Path(sysconfig.get_path("purelib"), "nvidia", "cu13")]
+    for home in map(Path, filter(None, candidates)):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def compiled(part: str, arch: str | None = None) -> Path:
+    """Where csrc/PART, compiled for this torch and architecture, lies in the user's cache; it may not exist yet."""
+    import torch
+
+    from ..storage import cache_folder
+
+    key = hashlib.sha256(f"{digest(csrc() / part)} {torch.__version__} {arch}".encode()).hexdigest()[:16]
+    return cache_folder() / f"{part}-{key}.so"
+
+
+def compile_library(part: str, about: str, home: Path | None = None, arch: str | None = None) -> Path:
+    """Compile csrc/cpu, or with the toolkit at home csrc/cuda, into the user's cache, and say so in one line of the log.
+
+    There is no lock: of two processes that compile at once the last one's file stays, and none ever waits for one that
+    was killed.
+
+    Raises:
+        RuntimeError: there are no sources or no compiler, or it fails.
+    """
+    import torch
+
+    sources = csrc()
+    if sources is None:
+        raise RuntimeError(f"no compiled library in {PACKAGE} and no csrc/ to compile one from")
+    library, cxx = compiled(part, arch), compiler()
+    if library.exists():
+        return library
+    if shutil.which(cxx[0]) is None:
+        raise RuntimeError("no compiled library, and no C++ compiler (c++, or the environment variable CXX) to make one")
+    logging.getLogger("efft_kernels").warning("compiling %s, once, to %s", about, library)
+    include, lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+    common = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        marked = Path(folder, "sources.cpp")
+        marked.write_text(mark(sources / part))
+        objects, jobs = [], []
+        for source in [*files(sources / part), marked]:
+            if source.suffix in (".cpp", ".cu"):
+                objects.append(Path(folder, source.name + ".o"))
+                command = [*cxx, *common, "-fPIC", "-Wno-psabi", f"-I{include}"]
+                if source.suffix == ".cu":
+                    command = [home / "bin" / "nvcc", *common, "-Xcompiler", "-fPIC", f"-I{include}"]
+                    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+                jobs.append([*command, "-c", source, "-o", objects[-1]])
+        list(pool.map(_run, jobs))
+        links = [f"-L{lib}", "-ltorch_cpu"]
+        if home:
+            # libtorch is needed for the libtorch_cuda behind it, where there is one
+            links += ["-Wl,--no-as-needed", "-ltorch", f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static"]
+            links += ["-lrt", "-lpthread", "-ldl"]
+        _run([*cxx, "-shared", *objects, "-o", Path(folder, "library.so"), *links])
+        os.replace(Path(folder, "library.so"), library)
+    return library
+
+
+def _run(command: list) -> None:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {(done.stderr or done.stdout)[-2000:]}")

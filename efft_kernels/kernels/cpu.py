@@ -9,77 +9,40 @@ weight frees its copies. Changes are seen by autograd's version counter. Writes 
 """
 
 import functools
-import hashlib
-import logging
-import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..storage import cache_folder
-from . import decisions
+from . import build, decisions
 from .reference import amd_processor
+from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _compile() -> Path:
-    """Compile csrc/cpu into the user's cache, for installs that ran before torch was there.
+def _library() -> Path:
+    """What setup.py built, if it is of the sources that are here; else csrc/cpu is compiled into the user's cache.
 
-    The library is named by a hash of the sources and torch's version. There is no lock: of two processes that compile
-    at once, the last one's file stays, and none ever waits for one that was killed.
+    The latter is for installs that ran before torch was there, and for a checkout whose csrc/cpu has changed.
     """
-    csrc = next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (d / "cpu").is_dir()), None)
-    if csrc is None:
-        raise RuntimeError(f"no compiled library in {_PACKAGE} and no csrc/ to compile one from")
-    sources = sorted((csrc / "cpu").glob("*.cpp"))
-    text = b"".join(f.read_bytes() for f in sources + _headers(csrc))
-    key = hashlib.sha256(text + torch.__version__.encode()).hexdigest()[:16]
-    cache = cache_folder()
-    library = cache / f"cpu-{key}.so"
-    if library.exists():
-        return library
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(command[0]) is None:
-        raise RuntimeError("no compiled library, and no C++ compiler (c++, or the environment variable CXX) to make one")
-    logging.getLogger("efft_kernels").warning("compiling the CPU kernels, once, to %s", library)
-    include, lib = (Path(torch.__file__).parent / d for d in ("include", "lib"))
-
-    def run(*arguments):
-        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
-
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        flags = "-std=c++17", "-O3", "-fPIC", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}"
-        objects = [Path(folder, source.stem + ".o") for source in sources]
-        list(pool.map(lambda pair: run(*flags, "-c", pair[0], "-o", pair[1]), zip(sources, objects)))
-        run("-shared", *objects, "-o", Path(folder, "cpu.so"), f"-L{lib}", "-ltorch_cpu")
-        os.replace(Path(folder, "cpu.so"), library)
-    return library
-
-
-def _built() -> Path | None:
-    """The library that setup.py built, unless this is a checkout whose csrc/cpu has changed since"""
     library = next(_PACKAGE.glob("_cpu*.so"), None)
-    csrc = _PACKAGE.parent / "csrc"
-    sources = [*csrc.glob("cpu/*.cpp"), *_headers(csrc)] if library else ()
-    return None if any(f.stat().st_mtime > library.stat().st_mtime for f in sources) else library
+    if library and build.belongs(library, "cpu"):
+        return library
+    return build.compile_library("cpu", "the CPU kernels")
 
 
-def _headers(csrc: Path) -> list[Path]:
-    """The headers of csrc/cpu"""
-    return sorted([*csrc.glob("cpu/*.h"), *csrc.glob("cpu/*.inl")])
+@functools.cache
+def sources() -> str:
+    """The digest of the sources that the library is made from."""
+    folder = build.csrc()
+    return build.digest(folder / "cpu") if folder else build.carried(_library()) or "none"
+
+
+table.SOURCES["cpu"] = sources
 
 
 @functools.cache
@@ -88,7 +51,7 @@ def _load():
     if sys.platform == "win32":
         return None, "the C++ kernels are not built on Windows"
     try:
-        torch.ops.load_library(str(_built() or _compile()))
+        torch.ops.load_library(str(_library()))
     except Exception as error:
         return None, f"the C++ kernels could not be loaded: {error}"
     return torch.ops.efft_cpu, None

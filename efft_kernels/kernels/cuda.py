@@ -25,14 +25,17 @@ HOPPER_TILES, HOPPER_TILES_BESIDE, HOPPER_RANK_BESIDE = (128, 192, 256), (96, 12
 RIDGE = {8: 180, 9: 184}
 
 
+ARCHITECTURES = {(8, 0): "80", (9, 0): "90a"}  # of csrc/cuda, by compute capability
+
+
 @functools.cache
 def _load():
-    """(the library's operators, None), or (None, why there are none)"""
+    """(the library's operators, None), (None, None) where it is compiled at first use, or (None, why there are none)"""
     library = next(_PACKAGE.glob("_cuda*.so"), None)
-    if library is None:
-        return None, "it is not built: nvcc and a CUDA build of torch are needed when efft_kernels is installed"
-    if not build.belongs(library, "cuda"):
-        return None, "csrc/cuda has changed since it was built: python setup.py build_ext --inplace"
+    if library is None or not build.belongs(library, "cuda"):
+        library, reason = _compiled()
+        if library is None:
+            return None, reason
     try:
         torch.ops.load_library(str(library))
     except Exception as error:
@@ -40,8 +43,38 @@ def _load():
     return torch.ops.efft_cuda, None
 
 
-def _ops():
-    return _load()[0]
+def _compiled() -> tuple[Path | None, str | None]:
+    """(the library in the user's cache, None), (None, None) if it can be compiled, or (None, why it cannot)"""
+    if build.csrc() is None:
+        return None, "it is not built, and there is no csrc/ to compile it from"
+    if not torch.cuda.is_available():
+        return None, "it is not built for these sources, and torch sees no GPU to compile it for"
+    if (capability := torch.cuda.get_device_capability()) not in ARCHITECTURES:
+        return None, f"its kernels are for compute capability 8.0 and 9.0, not {capability[0]}.{capability[1]}"
+    library = build.compiled("cuda", ARCHITECTURES[capability])
+    if library.exists():
+        return library, None
+    if build.cuda_home() is None:
+        return None, "it is not built, and there is no nvcc to compile it: pip install 'efft_kernels[cuda]' brings one"
+    return None, None
+
+
+@functools.cache
+def load():
+    """The operators; compiled for the GPU at hand where they are not yet, which takes minutes.
+
+    Raises:
+        RuntimeError: they cannot be had.
+    """
+    found, reason = _load()
+    if reason:
+        raise RuntimeError(reason)
+    if found is None:
+        arch = ARCHITECTURES[torch.cuda.get_device_capability()]
+        about = f"the CUDA kernels for {torch.cuda.get_device_name()} (sm_{arch}; about two minutes on eight cores)"
+        torch.ops.load_library(str(build.compile_library("cuda", about, build.cuda_home(), arch)))
+        found = torch.ops.efft_cuda
+    return found
 
 
 @functools.cache

@@ -124,6 +124,11 @@ class _Tuner:
                 reason = None if self.simulated else plans.module(name).unavailable()
             except ImportError as error:
                 reason = str(error)
+            if reason is None and name == "cuda" and not self.simulated:
+                try:
+                    plans.module(name).load()  # compiled here, and not by each child
+                except RuntimeError as error:
+                    reason = str(error)
             if reason:
                 self.say(f"{name}: {reason}")
             else:
