@@ -318,7 +318,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def everything(found: Run, out: Path, args) -> int:
     here = [sys.executable, str(Path(__file__).resolve()), *(["--dry"] if args.dry else []), "--step"]
-    about = found.step("info", [*here, "info"], 60)
+    patience = 10 if args.dry else 1
+    about = found.step("info", [*here, "info"], 60 * patience)
     sizes = [(layer.tokens * (4 if args.dry else BATCH), layer.K, layer.N, R) for _, layer in chosen_layers(args.dry)]
     report = run.tune(
         dict.fromkeys(sizes), [torch.float16] if args.dry else [torch.bfloat16, torch.float16][: 1 + (args.minutes > 12)],
@@ -326,8 +327,8 @@ def everything(found: Run, out: Path, args) -> int:
         worker=[*here, "worker"] if args.dry else children.WORKER, simulated=args.dry,
         say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
     )  # fmt: skip
-    measured = found.step("ratios", [*here, "ratios"], 120)
-    stressed = found.step("stress", [*here, "stress"], 60)
+    measured = found.step("ratios", [*here, "ratios"], 120 * patience)
+    stressed = found.step("stress", [*here, "stress"], 60 * patience)
     step = [] if args.no_train else train(found, out, args.dry, "reference" if args.dry else None)
     if table.user_file().exists():
         shutil.copyfile(table.user_file(), out / "tuned.json")

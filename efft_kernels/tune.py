@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("python -m efft_kernels.tune", description=__doc__.partition("\n")[0])
     known = ", ".join(MODELS)
     p.add_argument("--model", nargs="+", default=[], metavar="NAME", help=f"whose Linears: {known}, or a name of timm's")
-    p.add_argument("--batch", nargs="+", type=positive, default=[64], metavar="B", help="images (default: 64)")
+    p.add_argument("--batch", nargs="+", type=positive, metavar="B", help="images (default: 64, on a CPU 4)")
     p.add_argument("--rank", nargs="+", type=positive, default=[16], metavar="R", help="of the adapter (default: 16)")
     p.add_argument("--shapes", nargs="+", type=shape, default=[], metavar="M,K,N,R", help="rows, inputs, outputs, rank")
     dtypes = "bfloat16", "float16", "float32"
@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         models = args.model or ([] if args.shapes else ["vit_b"])
-        shapes = args.shapes + [s for m in models for B in args.batch for R in args.rank for s in model_shapes(m, B, R)]
+        on_cpu = str(args.device).startswith("cpu") or args.device is None and not torch.cuda.is_available()
+        batches = args.batch or [4 if on_cpu else 64]
+        shapes = args.shapes + [s for m in models for B in batches for R in args.rank for s in model_shapes(m, B, R)]
         found = run.tune(
             dict.fromkeys(shapes), [getattr(torch, name) for name in args.dtype], backends=args.backend,
             device=args.device, minutes=args.minutes, say=lambda line: print(line, flush=True),

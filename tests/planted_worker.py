@@ -57,8 +57,8 @@ def faulty(fault, op, tensors):
     if fault == "fast":  # what was computed before is there at once
         key = op, *(None if t is None else t.data_ptr() for t in tensors)
         if key not in kept:
-            kept[key] = compute(op, tensors)
-        return kept[key]
+            kept[key] = compute(op, tensors), tensors  # held, or others would get their addresses
+        return kept[key][0]
     results = compute(op, tensors)
     if fault == "wrong" and results[0].numel() > 4096:
         results[0][:16, :16] = 0

@@ -13,7 +13,7 @@ import torch
 
 from efft_kernels import tune as command
 from efft_kernels.kernels import build, cuda
-from efft_kernels.kernels.tuning import children, plans, run, shapes, table, tune
+from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, tune
 
 CPU = torch.device("cpu")
 PLAN = {"single_pass": True, "hopper": False, "tile": 128}
@@ -320,6 +320,53 @@ def test_a_child_that_cannot_start_proves_nothing(quick):
 def test_when_time_is_up_nothing_new_is_started(quick):
     report = tune([(8, 8, 8, 8)], backends=["cuda"], device="cpu", simulated=True, worker=planted(), minutes=1e-4)
     assert not report.timed and len(report.left) >= 7
+
+
+def test_a_cpu_is_tuned_by_instruction_set(monkeypatch):
+    """each against plain torch; what is measured goes before the rules, and deleting the file brings them back"""
+    from efft_kernels.kernels import cpu
+
+    if cpu.unavailable():
+        pytest.skip(cpu.unavailable())
+    monkeypatch.setattr(prove, "SHAPES", prove.SHAPES[:1])
+    before, said = cpu.isa(), []
+    worker = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from efft_kernels.kernels.tuning import worker; worker.main()"]
+    report = tune([(24, 40, 48, 5)], [torch.float32], device="cpu", simulated=True, worker=worker, say=said.append)
+    assert report.proven["cpu"].keys() == {f"{isa}" for isa in cpu.isas()} and not report.dropped["cpu"]
+    assert len(report.timed) == 3 and any("instruction set" in line for line in said)
+    (plan,) = {json.dumps(each.choice.plans["cpu"]) for each in report.timed}
+    assert table.recorded_isa() == json.loads(plan)["isa"]
+    given = [torch.zeros(size) for size in ((24, 40), (48, 40), (48,), (40, 5), (5, 48))]
+    monkeypatch.setattr(cpu, "_rules", functools.cache(lambda: "a rule"))
+    chosen = report.timed[0].choice.backend
+    try:
+        cpu.set_isa(table.recorded_isa())
+        reason = cpu.slower(table.LINEAR, *given)
+        assert reason is None if chosen == "cpu" else "measured here" in reason
+        table.user_file().unlink()
+        table.invalidate()
+        assert cpu.slower(table.LINEAR, *given) == "a rule"
+    finally:
+        cpu.set_isa(before)
+
+
+def test_an_unproven_gpu_is_told_of_the_command_once(monkeypatch, caplog):
+    from efft_kernels.ops import dispatch
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(table, "gpu", lambda index: ("Some GPU", "sm_90"))
+    for module in (cuda, plans.module("triton")):
+        monkeypatch.setattr(module, "unavailable", lambda: None)
+        monkeypatch.setattr(module, "unproven", lambda device: "of a planted reason")
+    dispatch._advise.cache_clear()
+    with caplog.at_level("WARNING", "efft_kernels"):
+        assert [dispatch.candidates(device), table.invalidate(), dispatch.candidates(device)] == [[], None, []]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "Some GPU" in line and table.COMMAND in line
+    # with a record it is chosen in the same process
+    monkeypatch.setattr(cuda, "unproven", lambda device: None)
+    table.invalidate()
+    assert dispatch.candidates(device) == [cuda]
 
 
 def test_bad_arguments():

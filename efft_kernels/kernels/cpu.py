@@ -54,6 +54,8 @@ def _load():
         torch.ops.load_library(str(_library()))
     except Exception as error:
         return None, f"the C++ kernels could not be loaded: {error}"
+    if (wanted := table.recorded_isa()) in torch.ops.efft_cpu.isas().split():
+        torch.ops.efft_cpu.set_isa(wanted)
     return torch.ops.efft_cpu, None
 
 
@@ -73,7 +75,12 @@ def unproven(device: torch.device) -> str | None:
 
 
 def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
-    """By shape and dtype alone, from measurements against reference.py with one thread"""
+    """As measured by the tuner on this processor if that is on record, else by rules.
+
+    The rules go by shape and dtype alone, from measurements against reference.py with one thread.
+    """
+    if table.recorded_isa() == isa() and table.on_record(op, tensors, needs):
+        return table.slower("cpu", op, tensors, needs)
     rules = _rules()
     return rules if isinstance(rules, str) else rules(op, *tensors)
 

@@ -1,6 +1,8 @@
 """The plans that are proven and timed: how each backend may compute an op."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 
 import torch
 
@@ -29,6 +31,25 @@ def all_plans(backend: str, device: torch.device) -> list[dict]:
     if backend == "cpu":
         return linear_plans(backend, device)
     return linear_plans(backend, device) + [{"op": op} for op in ops]
+
+
+@contextlib.contextmanager
+def active(backend: str, plan: dict) -> Iterator[None]:
+    """Calls of the backend go by this plan; on a CPU that is an instruction set, which all calls of the process share."""
+    if backend != "cpu":
+        with table.override(backend, plan):
+            yield
+        return
+    cpu = module("cpu")
+    before = cpu.isa()
+    if before == plan["isa"]:
+        yield
+        return
+    cpu.set_isa(plan["isa"])
+    try:
+        yield
+    finally:
+        cpu.set_isa(before)
 
 
 def takes(backend: str, plan: dict, op: str, tensors: tuple, needs: list[bool] | None) -> bool:

@@ -35,7 +35,7 @@ def shapes(backend: str, device: torch.device, simulated: bool) -> list[tuple[in
     if simulated:
         return SMALL_SHAPES
     if backend == "cpu":
-        return [shape for shape in SHAPES if shape[0] * shape[1] * shape[2] < 2e9]
+        return [shape for shape in SHAPES if shape[0] * shape[1] * shape[2] < 5e8]
     return TRITON_SHAPES if backend == "triton" else SHAPES
 
 
@@ -51,13 +51,14 @@ def linear_inputs(M: int, K: int, N: int, R: int, dtype: torch.dtype, device: to
 
 
 def error(got: Tensor, plain: Tensor, exact: Tensor) -> float:
-    """The error over what is granted, twice plain torch's and one rounding of the largest value; up to 1 is right."""
+    """The error over what is granted, twice plain torch's and a few roundings; up to 1 is right."""
     if got.shape != exact.shape or got.dtype != plain.dtype or not torch.isfinite(got).all():
         return float("inf")
     off, own = (got.double() - exact).abs(), (plain.double() - exact).abs()
-    few = torch.finfo(got.dtype).eps * exact.abs().max()  # of few numbers plain torch may be exact by luck
-    largest = off.max() / (2 * own.max() + few + 1e-30)
-    norm = off.norm() / (2 * own.norm() + few * (8 if got.numel() < 64 else 1) + 1e-30)
+    # plain torch may be nearly exact by luck, above all of few terms: a few roundings of the largest value are granted
+    rounding = (2 if got.dtype.itemsize == 2 else 8) * torch.finfo(got.dtype).eps * exact.abs().max()
+    largest = off.max() / (2 * own.max() + rounding + 1e-30)
+    norm = off.norm() / (2 * own.norm() + rounding * (8 if got.numel() < 64 else 1) + 1e-30)
     return max(largest.item(), norm.item())
 
 
@@ -126,7 +127,7 @@ def prove_linear(backend: str, given: list[dict], dtypes, device: torch.device, 
                     what += "" if needs is None else f" needs {needs}"
                     yield {"at": plan, "case": what}
                     try:
-                        with table.override(backend, plan):
+                        with plans.active(backend, plan):
                             call = lambda: list(getattr(kernels, op)(*tensors, *([needs] if needs else [])))
                             worst[i] = max(worst[i], check(what, call, plain, exact, device))
                         cases[i] += 1

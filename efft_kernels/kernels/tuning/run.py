@@ -91,6 +91,7 @@ def tune(
     tuner.use(backends)
     tuner.prove()
     tuner.time(shapes)
+    tuner.choose_isa()
     table.invalidate()
     return tuner.report()
 
@@ -229,7 +230,8 @@ class _Tuner:
             for dtype in self.dtypes
             for shape in shapes
         ]
-        jobs += [(op, sizes, dtype, None) for op, sizes in _other_ops(shapes) for dtype in self.dtypes]
+        if self.backends != ["cpu"]:  # there, rules hold for the other ops
+            jobs += [(op, sizes, dtype, None) for op, sizes in _other_ops(shapes) for dtype in self.dtypes]
         each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs)) / 3))
         try:
             for op, shape, dtype, needs in jobs:
@@ -274,6 +276,24 @@ class _Tuner:
                 return
             self.drop(death.at["backend"], guilty, f"{death.at['case']}: {death.reason}")
             candidates = [(b, plan) for b, plan in candidates if (b, plan) != (death.at["backend"], guilty)]
+
+    def choose_isa(self) -> None:
+        """On a CPU: the one instruction set with which all that was timed takes least, where plain torch is the way out"""
+        timed = [each for each in self.timed if any(name.startswith("cpu: ") for name in each.us)]
+        if not timed:
+            return
+        names = set.intersection(*({name for name in each.us if name.startswith("cpu: ")} for each in timed))
+        if not names:
+            return
+        torch_us = lambda each: min(us for name, us in each.us.items() if name.startswith("product"))
+        best = min(sorted(names), key=lambda name: sum(min(each.us[name], torch_us(each)) for each in timed))
+        plan = {"isa": best.removeprefix("cpu: ")}
+        for each in timed:
+            self.save(measured={each.entry: {str(each.M): {"torch": torch_us(each), "cpu": {"us": each.us[best], "plan": plan}}}})
+        self.timed = [each._replace(choice=table.choice(self.device, each.entry, each.M)) for each in self.timed]
+        self.say(f"cpu: instruction set {plan['isa']}")
+        if not self.simulated:
+            plans.module("cpu").set_isa(plan["isa"])
 
     def report(self) -> Report:
         proven = {backend: table.proof(backend, self.device)["plans"] for backend in self.backends}

@@ -71,15 +71,16 @@ def invalidate() -> None:
 @contextlib.contextmanager
 def override(backend: str, plan: dict) -> Iterator[None]:
     """Calls of this backend use this plan, wherever it can run. For the battery and the timing; not thread-safe."""
+    before = _overrides.get(backend)
     _overrides[backend] = plan
     try:
         yield
     finally:
-        del _overrides[backend]
+        _overrides[backend] = before
 
 
 def overridden(backend: str) -> dict | None:
-    return _overrides.get(backend) if _overrides else None
+    return _overrides.get(backend)
 
 
 @functools.lru_cache(maxsize=None)
@@ -284,6 +285,24 @@ def slower(backend: str, op: str, tensors: tuple, needs: list[bool] | None = Non
         if found.backend != backend:
             faster = f"{found.backend} {found.us[found.backend]:.4g} us" if found.backend else "too small a gain"
             return f"measured here: {found.us[backend]:.4g} us, plain torch {found.torch_us:.4g} us, {faster}"
+    return None
+
+
+def on_record(op: str, tensors: tuple, needs: list[bool] | None = None) -> bool:
+    """Whether a call at these sizes was measured, or lies between two that were chosen alike."""
+    entries = _entries(op, tensors, needs)
+    return bool(entries) and all(choice(tensors[0].device, entry, M) for entry, M in entries)
+
+
+@cached
+def recorded_isa() -> str | None:
+    """The CPU's instruction set that the tuner chose for this processor and this number of threads, or None."""
+    device = torch.device("cpu")
+    for devices in _files():
+        for rows in devices.get(device_name(device), {}).get("measured", {}).values():
+            for row in rows.values():
+                if "cpu" in _proven(row, device):
+                    return row["cpu"]["plan"]["isa"]
     return None
 
 

@@ -78,14 +78,18 @@ def time_linear(
         yield {"at": plan, "backend": backend, "case": f"{op} M{M} K{K} N{N} R{R}"}
         call = _called(backend, plan, op, needs)
         try:
-            prove.check(f"{op} M{M} K{K} N{N} R{R}", lambda: list(call(*copies[0])), *judged, device)
+            with plans.active(backend, plan):
+                prove.check(f"{op} M{M} K{K} N{N} R{R}", lambda: list(call(*copies[0])), *judged, device)
         except prove.Wrong as reason:
             yield {"backend": backend, "plan": plan, "dropped": str(reason)}
             continue
         made[f"{backend}: {table.plan_name(plan)}"] = backend, plan
         variants[f"{backend}: {table.plan_name(plan)}"] = call
     yield {"at": {}}
-    us = interleaved(variants, copies, device, budget)
+    if any(backend == "cpu" for backend, _ in made.values()):
+        us = _by_isa(variants, made, copies, device, budget)
+    else:
+        us = interleaved(variants, copies, device, budget)
     row: dict = {"torch": min(us[name] for name in plain_names)}
     for name, (backend, plan) in made.items():
         if backend not in row or us[name] < row[backend]["us"]:
@@ -131,6 +135,8 @@ def _called(backend: str, plan: dict, op: str, needs) -> Callable:
     function = getattr(plans.module(backend), op)
 
     def call(*given):
+        if backend == "cpu":  # its instruction set is chosen outside: to change it throws packed weights away
+            return function(*given, *([] if needs is None else [needs]))
         with table.override(backend, plan):
             return function(*given, *([] if needs is None else [needs]))
 
@@ -162,6 +168,20 @@ def interleaved(variants: dict[str, Callable], copies: list[tuple], device: torc
         if number >= 2 and time.monotonic() > end:
             break
     return {name: float(f"{statistics.median(found):.4g}") for name, found in times.items()}
+
+
+def _by_isa(variants, made, copies, device, budget: float) -> dict[str, float]:
+    """One instruction set after the other, each in turn with plain torch, whose first time is everybody's measure"""
+    plain = {name: call for name, call in variants.items() if name not in made}
+    us: dict[str, float] = {}
+    for name, (backend, plan) in made.items():
+        with plans.active(backend, plan):
+            found = interleaved(plain | {name: variants[name]}, copies, device, budget / len(made))
+        for other in plain:
+            us.setdefault(other, found[other])
+        first = next(iter(plain))
+        us[name] = float(f"{found[name] * us[first] / found[first]:.4g}")
+    return us
 
 
 def _replays(call: Callable, copies: list[tuple], device: torch.device, pool) -> Callable[[], float]:
