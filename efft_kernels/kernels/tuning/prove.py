@@ -44,10 +44,14 @@ def make(*shape: int, std: float, like: torch.Generator, dtype: torch.dtype) -> 
 
 
 def linear_inputs(M: int, K: int, N: int, R: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple:
-    """x, weight, bias, down, up, dy; the adapter's part is as large as the weight's, so that a missing one is seen"""
+    """x, weight, bias, down, up, dy; the adapter's part is as large as the weight's, so that a missing one is seen.
+
+    down has K contiguous, as groups hand it to the kernels of a GPU.
+    """
     g = torch.Generator(device).manual_seed(seed)
-    sizes = ((M, K), 1), ((N, K), K**-0.5), ((N,), 1), ((K, R), K**-0.5), ((R, N), R**-0.5), ((M, N), 1)
-    return tuple(make(*size, std=std, like=g, dtype=dtype) for size, std in sizes)
+    sizes = ((M, K), 1), ((N, K), K**-0.5), ((N,), 1), ((R, K), K**-0.5), ((R, N), R**-0.5), ((M, N), 1)
+    x, weight, bias, down, up, dy = (make(*size, std=std, like=g, dtype=dtype) for size, std in sizes)
+    return x, weight, bias, down.t(), up, dy
 
 
 def error(got: Tensor, plain: Tensor, exact: Tensor) -> float:
