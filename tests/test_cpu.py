@@ -1,4 +1,4 @@
-"""The C++ kernels: every instruction set at hand against float64, bit-equality, and the panels kept of frozen weights."""
+"""The C++ kernels: every instruction set of this processor against float64, bit-equality, and the panels kept of frozen weights."""
 
 import copy
 import gc
@@ -38,7 +38,7 @@ def threads():
 
 
 def make(M, K, N, R, dtype=torch.float32):
-    """x, weight, bias, down, up, dy, every one with entries of y about 1"""
+    """x, weight, bias, down, up, dy, scaled so that entries of y are about 1"""
     x, weight, bias, down, up, dy = (
         torch.randn(M, K), torch.randn(N, K) / math.sqrt(K), torch.randn(N),
         torch.randn(K, R) / math.sqrt(K), torch.randn(R, N) / math.sqrt(R), torch.randn(M, N),
@@ -46,13 +46,13 @@ def make(M, K, N, R, dtype=torch.float32):
     return tuple(t.to(dtype) for t in (x, weight, bias, down, up, dy))
 
 
-def turned(t):
-    """The same values, columns side by side in memory"""
+def transposed(t):
+    """The same values in column-major memory"""
     return t.t().contiguous().t()
 
 
 def sliced(t):
-    """The same values as every other column of a wider buffer"""
+    """The same values in every second column of a wider buffer, nan in the others"""
     wide = torch.full((t.shape[0] + 1, 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype)
     wide[1:, 1:-2:2] = t
     return wide[1:, 1:-2:2]
@@ -64,9 +64,6 @@ SHAPES = [
 ]  # fmt: skip
 
 
-# -- values -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lowrank_linear(isa, shape, dtype):
@@ -75,7 +72,7 @@ def test_lowrank_linear(isa, shape, dtype):
     check_lowrank_linear(cpu, x, weight, None, down, up, dy, needs=(False, False, False, True, False))
 
 
-@pytest.mark.parametrize("layout", [turned, sliced])
+@pytest.mark.parametrize("layout", [transposed, sliced])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(isa, layout, dtype):
     x, weight, bias, down, up, dy = make(13, 45, 70, 5, dtype)
@@ -101,7 +98,7 @@ MIXED = [
 
 
 def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
-    """x, weight, bias, down, up, ids, dy; neighbours that share an adapter, samples and adapters without the other"""
+    """x, weight, bias, down, up, ids, dy; some neighbours share an adapter, some samples have none, one adapter has no sample"""
     x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype)
     down, up = (torch.randn(*s).div(math.sqrt(s[1])).to(dtype) for s in ((A, K, R), (A, R, N)))
     return x, weight, bias, down, up, (torch.arange(B) // 2 * 5) % (A + 1) - 1, dy
@@ -113,7 +110,7 @@ def test_mixed_linear(isa, shape, dtype):
     x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype)
     check_mixed_linear(cpu, x, weight, bias, down, up, ids, dy)
     few = (False, False, False, True, False)
-    check_mixed_linear(cpu, turned(x), weight, None, down.mT.contiguous().mT, up[..., ::1], ids, dy, few)
+    check_mixed_linear(cpu, transposed(x), weight, None, down.mT.contiguous().mT, up[..., ::1], ids, dy, few)
 
 
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
@@ -142,7 +139,7 @@ def test_group_update(isa, S, P, Q, N, dtype):
     sigma, v, dup = (torch.randn(*s).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
     check_group_update(cpu, sigma, v, 0.3, dup)
     # fc2: the factors change places
-    check_group_update(cpu, sigma.transpose(1, 2).contiguous().transpose(1, 2), turned(v), 0.3, dup)
+    check_group_update(cpu, sigma.transpose(1, 2).contiguous().transpose(1, 2), transposed(v), 0.3, dup)
     check_group_update(cpu, sigma, v, 0.3, dup.transpose(0, 1).contiguous().transpose(0, 1), needs=(False, True))
 
 
@@ -150,7 +147,7 @@ def test_group_update(isa, S, P, Q, N, dtype):
 def test_merge(isa, dtype):
     tasks = [make(1, K, N, R, dtype)[1:5] for K, N, R in ((100, 33, 1), (7, 300, 17), (64, 64, 300))]
     weights, downs, ups = ([t[i] for t in tasks] for i in (0, 2, 3))
-    weights[1] = turned(weights[1])
+    weights[1] = transposed(weights[1])
     exact = [wide(w) + (wide(d) @ wide(u)).T for w, d, u in zip(weights, downs, ups)]
     plain = [w.clone() for w in weights]
     reference.merge_(plain, downs, ups)
@@ -185,9 +182,6 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(isa, dtype):
     assert torch.equal(y, product.to(dtype))
 
 
-# -- bit-equality -----------------------------------------------------------------------------------------------------
-
-
 def everything(x, weight, bias, down, up, dy):
     y, p = cpu.lowrank_linear(x, weight, bias, down, up)
     return y, p, *cpu.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])
@@ -220,9 +214,6 @@ def test_concurrent_calls(threads):
     [w.start() for w in workers]
     [w.join() for w in workers]
     assert not failures
-
-
-# -- panels of frozen weights -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -290,7 +281,7 @@ def test_weights_that_the_garbage_collector_frees_at_any_moment(kept):
 
 
 def test_panels_under_many_threads(kept, monkeypatch):
-    """weights that come and go, and panels that are dropped and counted, while others compute"""
+    """weights are created and freed, and panels dropped and counted, while other threads compute"""
     wrong, stop = [], time.monotonic() + 1
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: wrong.append(raised.exc_value))  # in a weak reference
     x, _, bias, down, up, dy = make(3, 8, 8, 2)
@@ -367,12 +358,9 @@ def test_inference_tensors_and_copies(kept):
     assert right(*tensors)
 
 
-# -- compiled at first use --------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """a c++ that writes down what it was called with, and an empty file; a home folder of its own"""
+    """a c++ that logs its arguments and writes an empty file, and a separate home folder"""
     script = tmp_path / "c++"
     script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
                       'while [ "$1" != -o ]; do shift; done\n: > "$2"\n')  # fmt: skip
@@ -437,9 +425,6 @@ def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
     build.carried.cache_clear()
     library.write_bytes(b"\x7fELF")
     assert cpu._library() == "compiled"
-
-
-# -- choice -----------------------------------------------------------------------------------------------------------
 
 
 def test_refusals():

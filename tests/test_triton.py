@@ -34,7 +34,7 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """memory that no kernel writes is nan, or no index and no address, rather than zero by luck"""
+    """memory that no kernel writes is nan, or an integer that is no index and no address, instead of an accidental zero"""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -46,7 +46,7 @@ def poison(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_table(monkeypatch, tmp_path):
-    """no test reads or writes the table of the person who runs it"""
+    """no test reads or writes the record of the user who runs it"""
     with monkeypatch.context() as patch:
         patch.setenv("EFFT_CACHE", str(tmp_path))
         table.invalidate()
@@ -55,7 +55,7 @@ def own_table(monkeypatch, tmp_path):
 
 
 def force(monkeypatch, single: bool) -> None:
-    """p beside y in one pass, or in a pass of its own, whatever the rule says (where the tiles allow the first)"""
+    """compute p inside the matmul or in a separate pass, whatever the rule says (where the tiles allow the first)"""
     monkeypatch.setattr(linear, "single_pass", lambda *sizes: single)
     linear.strategy.cache_clear()
 

@@ -1,11 +1,11 @@
 """C++ kernels of csrc/cpu: one pass over x, W packed once, p kept in cache; AVX2 and AVX-512, threads from torch.
 
-The kernels read W as panels. Those of a weight that does not require grad are made at the first call and kept: one copy
-for the forward and one for the backward, each as large as the weight (twice as large for float16, which is widened).
-``packed_bytes()`` says how much is held, ``keep_packed(False)`` packs at every call instead, and freeing or changing the
-weight frees its copies. Changes are seen by autograd's version counter. Writes that bypass it (``weight.data``,
-``weight.numpy()``) are detected by a sample of every row and every column; code that writes single values that way needs
-``keep_packed(False)``.
+The kernels read W as panels. Those of a weight that does not require grad are made at the first call and kept: one
+copy for the forward and one for the backward, each as large as the weight (twice as large for float16, which is
+widened). ``packed_bytes()`` says how much is held, ``keep_packed(False)`` packs at every call instead, and freeing or
+changing the weight frees its copies. Changes are seen by autograd's version counter. Writes that bypass it
+(``weight.data``, ``weight.numpy()``) are detected by a sample of every row and every column; code that writes single
+values that way needs ``keep_packed(False)``.
 """
 
 import functools

@@ -37,7 +37,8 @@ def amd_processor() -> bool:
 @functools.cache
 def _onednn_leads() -> bool:
     """Whether oneDNN has the faster float32 product: MKL, torch's default, does not use AVX-512 on AMD processors"""
-    return amd_processor() and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return amd_processor() and torch.backends.mkldnn.is_available() and avx512
 
 
 def _product(

@@ -1,6 +1,6 @@
-"""The operators: argument checks, choice of a backend, shapes for tracing, autocast and gradients. One file per operator.
+"""The operators: argument checks, choice of a backend, shapes for tracing, autocast and gradients.
 
-Each operator is registered with torch as ``torch.ops.efft_kernels.<name>``. A call passes through
+One file per operator. Each is registered with torch as ``torch.ops.efft_kernels.<name>``. A call passes through
 
     autocast   casts the inputs of a forward to the autocast dtype
     autograd   records one node, which saves only what the requested gradients read

@@ -11,6 +11,11 @@ def _check(x, weight, u, sigma, v) -> None:
     check_tensors(x=x, weight=weight, u=u, sigma=sigma, v=v)
     if sigma.dim() == 2:
         sigma = sigma.unsqueeze(0)
+    # one expression for the good case: this runs at every call, the sentences below only before an error
+    if sigma.dim() == u.dim() + 1 == v.dim() + 1 == weight.dim() + 1 == 3:
+        (S, P, Q), (q, N), (K, p) = sigma.shape, v.shape, u.shape
+        if p == P and q == Q and weight.shape == (S * N, K) and S * P * Q * N * K > 0:
+            return
     check_shape("sigma", sigma, "S", "P", "Q")
     S, P, Q = sigma.shape
     check_shape("v", v, Q, "N")

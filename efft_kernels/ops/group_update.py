@@ -5,7 +5,17 @@ from torch import Tensor
 
 from ..kernels import decisions
 from .checks import check_floats, check_scale, check_shape, check_tensors
-from .dispatch import below_autograd, check_backend, decide, direct, once, records, refuse_transforms, register, signature
+from .dispatch import (
+    below_autograd,
+    check_backend,
+    decide,
+    direct,
+    once,
+    records,
+    refuse_transforms,
+    register,
+    signature,
+)
 
 
 def _check(sigma, v, scale) -> None:

@@ -9,7 +9,8 @@ from .dispatch import check_backend, register, select
 
 def _check(weights, downs, ups) -> None:
     if not len(weights) == len(downs) == len(ups):
-        raise ValueError(f"weights, downs and ups must be of equal length, got {len(weights)}, {len(downs)}, {len(ups)}")
+        lengths = f"{len(weights)}, {len(downs)}, {len(ups)}"
+        raise ValueError(f"weights, downs and ups must be of equal length, got {lengths}")
     for i, (weight, down, up) in enumerate(zip(weights, downs, ups)):
         check_floats("weights[0]", weights[0], **{f"weights[{i}]": weight, f"downs[{i}]": down, f"ups[{i}]": up})
         check_shape(f"weights[{i}]", weight, "N", "K")
@@ -32,7 +33,11 @@ def _merge_fake(weights, downs, ups, backend=None):
     return None
 
 
-_op = register("merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str? backend=None) -> ()", _merge, _merge_fake)
+_op = register(
+    "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str? backend=None) -> ()",
+    _merge,
+    _merge_fake,
+)
 
 
 def merge_(

@@ -7,7 +7,17 @@ from torch import Tensor
 
 from ..kernels import decisions
 from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
-from .dispatch import below_autograd, check_backend, decide, direct, once, records, refuse_transforms, register, signature
+from .dispatch import (
+    below_autograd,
+    check_backend,
+    decide,
+    direct,
+    once,
+    records,
+    refuse_transforms,
+    register,
+    signature,
+)
 
 
 def _check(x, weight, bias, down, up, ids) -> None:
@@ -41,7 +51,7 @@ def _check_backward(dy, x, weight, down, up, p, ids, needs) -> None:
 
 
 def _check_values(ids: Tensor, A: int) -> None:
-    """On a CPU only: a GPU's host would have to wait for the values. The kernels there skip ids that are out of range."""
+    """On a CPU only: a GPU's host would have to wait for the values. Kernels there skip ids that are out of range."""
     if ids.device.type == "cpu" and ids.numel():
         first, last = ids.aminmax()
         if first < -1 or last >= A:
@@ -143,11 +153,11 @@ def mixed_linear(
     Differentiable once, in all five float arguments; gradients of adapters that no id names are zero.
 
     Args:
-        x, weight, bias: as :func:`lowrank_linear`. The number of rows is a multiple of B: x is [B, T, K] for images, and
+        x, weight, bias: as :func:`lowrank_linear`. The number of rows is a multiple of B: x is [B, T, K] for images,
             [B * W, T, K] where the W windows of each image follow each other.
         down: [A, K, R], up: [A, R, N], the factors of A adapters, any strides.
-        ids: [B] of int64, each from -1 to A - 1. On a GPU the host does not read them; an id that is out of range counts
-            as -1 there.
+        ids: [B] of int64, each from -1 to A - 1. On a GPU the host does not read them; an id that is out of range
+            counts as -1 there.
         backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
 
     Returns:

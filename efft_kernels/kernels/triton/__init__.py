@@ -1,8 +1,8 @@
 """The contract in Triton, for NVIDIA GPUs from compute capability 8.0 on. Importing this file needs triton.
 
-Every kernel gives each output element to one program and sums in an order that the shapes alone decide, without atomics,
-so two runs are bit-equal. Tile sizes are data (``tuning/triton_configs.json``); nothing is tuned at a first call.
-Under TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
+Every kernel gives each output element to one program and sums in an order that the shapes alone decide, without
+atomics, so two runs are bit-equal. Tile sizes are data (``tuning/triton_configs.json``); nothing is tuned at a first
+call. Under TRITON_INTERPRET=1 the same code runs on CPU tensors, for tests.
 """
 
 import functools

@@ -82,7 +82,7 @@ def sum_slots(slots, out, pid, size, count, BLOCK: tl.constexpr):
 
 
 def reduce_slots(*pairs: tuple[Tensor, Tensor]) -> None:
-    """out = slots.sum(0) for each (slots, out), in one launch for up to two pairs; a pair whose slots are out is complete"""
+    """out = slots.sum(0) for each (slots, out), in one launch for up to two pairs; nothing to do where slots is out"""
     pairs = [(slots, out) for slots, out in pairs if slots is not out]
     if not pairs:
         return
@@ -96,8 +96,7 @@ def reduce_slots(*pairs: tuple[Tensor, Tensor]) -> None:
 
 
 def splits(M: int, N: int, R: int, BM: int, BN: int) -> int:
-    """The number of runs of rows that a pass over dy [M, N] is split into; from shapes alone, so that sums are the same on
-    every GPU.
+    """The number of runs of rows that a pass over dy [M, N] is split into, from shapes alone: the same on every GPU.
 
     Enough for two programs on each of 132 multiprocessors, as long as a run has 64 * block(R) rows: its slot of dup is
     written and read in float32, 8 * R * N bytes compared to 2 * rows * N of dy, at most a sixteenth of the traffic.

@@ -31,7 +31,7 @@ def precision(tensor: Tensor) -> str:
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can address it: contiguous rows that do not overlap, everything aligned to 16 bytes"""
+    """Whether a tensor descriptor can address it: contiguous rows that do not overlap, all aligned to 16 bytes"""
     rows, columns = matrix.stride()
     apart = rows >= matrix.shape[1] and rows * matrix.element_size() % 16 == 0
     return columns == 1 and apart and matrix.data_ptr() % 16 == 0

@@ -1,4 +1,4 @@
-"""y = x @ weight.T + bias + (x @ down) @ up, with p = x @ down formed beside y or by a separate pass, and its backward."""
+"""y = x @ weight.T + bias + p @ up, with p = x @ down inside the matmul or in a separate pass, and its backward."""
 
 import functools
 
@@ -82,8 +82,8 @@ def lowrank_p(
 def adapter_of(ids, sample, samples, A):
     """(the adapter of a sample, whether it has one); a sample past the last has none"""
     adapter = tl.load(ids + sample, mask=sample < samples, other=-1)
-    # `True &` is for Triton's interpreter: there a comparison has the type of its left operand, and from 3.9 on an int32
-    # block cannot be a mask. The compiler removes it.
+    # `True &` is for Triton's interpreter: there a comparison has the type of its left operand, and from 3.9 on an
+    # int32 block cannot be a mask. The compiler removes it.
     known = True & (adapter >= 0) & (adapter < A)
     return tl.where(known, adapter, 0), known
 
@@ -108,8 +108,8 @@ def lowrank_linear_kernel(
     """p = x @ down    y = x @ w + bias + p @ up
 
     x [M, K], w [K, N], bias [N] or None, down [K, R], up [R, N] -> y [M, N], p [M, R]
-    OWN_P: every program computes its rows of p from the tiles of x that it loads for y; the first column of tiles stores
-    p. Otherwise p is an input and the sum over K is extended by R: y = [x | p] @ [w ; up] + bias.
+    OWN_P: every program computes its rows of p from the tiles of x that it loads for y; the first column of tiles
+    stores p. Otherwise p is an input and the sum over K is extended by R: y = [x | p] @ [w ; up] + bias.
     TMA: x and w are tensor descriptors; W_ROWS says which dimension of w has the rows in memory ("k" or "n").
     ids: every run of T rows uses its own adapter of down [A, K, R] and up [A, R, N]. With OWN_P a tile has rows of at
     most two samples (T >= BM), and the matmul with both downs is computed for all of its rows.
@@ -247,17 +247,24 @@ def planned_single_pass(op: str, x: Tensor, weight: Tensor, R: int, needs: list[
     """
     N, K = weight.shape
     columns = N if needs is None else K
-    plan = table.overridden("triton")
-    if plan is None and (found := table.choice(x.device, table.key(op, x.dtype, K, N, R, needs), len(x))):
-        plan = found.plans.get("triton")
+    plan = table.overridden("triton") or _recorded(op, x.device, x.dtype, len(x), N, K, R, needs and tuple(needs))
     if plan is None:
         return prefers_single_pass(x, columns, R, bool(needs and needs[4]))
     use = lookup("single_pass", architecture(x), kind_of(x), len(x), columns, R)
     return plan.get("way") == "single_pass" and use is not None
 
 
+@table.cached
+def _recorded(
+    op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, needs: tuple | None
+) -> dict | None:
+    """The plan on record for these sizes, or None"""
+    found = table.choice(device, table.key(op, dtype, K, N, R, needs and list(needs)), M)
+    return found and found.plans.get("triton")
+
+
 def mixed_rank(R: int) -> int:
-    """The rank whose tiles leave the registers that a mixed batch needs, for two accumulators of p and two tiles of up"""
+    """The rank whose tiles leave a mixed batch its registers, for two accumulators of p and two tiles of up"""
     return 4 * block(R)
 
 

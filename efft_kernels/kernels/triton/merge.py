@@ -57,7 +57,10 @@ def merge_kernel(
     tl.store(w_tile, acc.to(like.dtype.element_ty), mask=n_ok & k_ok)
 
 
-@triton.jit(do_not_specialize=["n", "weight", "down", "up", "N", "K", "R", "swn", "swk", "sdk", "sdr", "sur", "sun", "start"])
+NUMBERS = ["n", "weight", "down", "up", "N", "K", "R", "swn", "swk", "sdk", "sdr", "sur", "sun", "start"]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def merge_row_kernel(table, starts, n, weight, down, up, N, K, R, swn, swk, sdk, sdr, sur, sun, start):
     """table[n] = (weight, down, up, N, K, R, strides), starts[n] = start; weight, down and up are addresses"""
     tl.store(starts + n, start)
