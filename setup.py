@@ -1,7 +1,7 @@
 """Builds the compiled libraries of csrc/ against the torch that is installed. Everything else is in pyproject.toml.
 
 pip's build isolation hides the environment's packages from sys.path but not from sysconfig, so the torch that will run
-the library is found there. Without one nothing is compiled now; efft_kernels/kernels/cpu.py compiles at first use.
+the library is found there. Without one nothing is compiled now; efft_kernels/kernels/build.py compiles at first use.
 
 csrc/cuda becomes a library of its own, where torch is a CUDA build and nvcc is found; no GPU is needed. The environment
 variable EFFT_CUDA says otherwise: 0 leaves it out, 1 builds it whatever torch is installed (it is the same library).

@@ -92,7 +92,7 @@ def time_linear(
         us = interleaved(variants, copies, device, budget)
     row: dict = {"torch": min(us[name] for name in plain_names)}
     for name, (backend, plan) in made.items():
-        if backend not in row or us[name] < row[backend]["us"]:
+        if name in us and (backend not in row or us[name] < row[backend]["us"]):
             row[backend] = {"us": us[name], "plan": plan}
     entry = table.key(op, dtype, K, N, R, needs)
     yield {"row": row, "entry": entry, "M": M, "us": us}
@@ -155,11 +155,15 @@ def _judge(op: str, given: tuple, needs) -> tuple[list, list]:
 
 def interleaved(variants: dict[str, Callable], copies: list[tuple], device: torch.device, budget: float) -> dict[str, float]:
     """Median microseconds of one call of each variant."""
-    if device.type == "cuda":
-        pool = torch.cuda.graph_pool_handle()  # one for all: no result is read
-        runs = {name: _replays(call, copies, device, pool) for name, call in variants.items()}
-    else:
-        runs = {name: _loops(call, copies) for name, call in variants.items()}
+    runs = {}
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all: no result is read
+    for name, call in variants.items():
+        try:
+            runs[name] = _replays(call, copies, device, pool) if pool else _loops(call, copies)
+        except RuntimeError:
+            if pool is None or name.startswith("product"):
+                raise
+            torch.cuda.synchronize(device)  # what cannot be captured is not timed, and so not chosen
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.monotonic() + budget
     for number in range(ROUNDS):
