@@ -205,7 +205,12 @@ def stress(dry: bool) -> None:
             if table.plan_name(plan) not in proven or not plans.takes(backend, plan, table.LINEAR, given, None):
                 continue
             with table.override(backend, plan):
-                emit(backend=backend, plan=table.plan_name(plan), runs=count, differ=_differing(backend, given, count, dry))
+                emit(
+                    backend=backend,
+                    plan=table.plan_name(plan),
+                    runs=count,
+                    differ=_differing(backend, given, count, dry),
+                )
 
 
 def _differing(backend: str, given: tuple, count: int, dry: bool) -> int:
@@ -253,7 +258,15 @@ def goals(rows: list[dict], step: list[dict]) -> list[dict]:
                 values = {"all": sum(ours for ours, _ in times) / sum(merged for _, merged in times)}
         else:
             values = _step_ratios(step, of)
-        found.append({"goal": name, "what": what, "at_most": limit, "cases": values, "measured": max(values.values(), default=None)})
+        found.append(
+            {
+                "goal": name,
+                "what": what,
+                "at_most": limit,
+                "cases": values,
+                "measured": max(values.values(), default=None),
+            }
+        )
     return found + [{"goal": "G8", "what": "kernel time / LoRAFusion's", "at_most": 1.0, "cases": {}, "measured": None}]
 
 
@@ -281,7 +294,13 @@ def train(found: Run, out: Path, dry: bool, backend: str | None) -> list[dict]:
             continue
         folder = out / name
         command = [sys.executable, "benchmarks/bench_train_step.py", *device, *more, "--methods", *METHODS]
-        command += ["--seconds", "5" if dry else "45", "--out", str(folder), *(["--backend", backend] if backend else [])]
+        command += [
+            "--seconds",
+            "5" if dry else "45",
+            "--out",
+            str(folder),
+            *(["--backend", backend] if backend else []),
+        ]
         found.step(name, command, 300 if dry else 110)
         for path in (folder / "train_step.csv", folder / "train_step.json"):
             if path.exists():
@@ -346,7 +365,9 @@ def everything(found: Run, out: Path, args) -> int:
     lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
     print("\n" + record.text_table(["goal", "what", "at most", "worst", "cases"], lines))
     for backend, found_plans in report.proven.items():
-        print(f"{backend}: proven {', '.join(found_plans) or 'nothing'}; dropped {report.dropped.get(backend) or 'nothing'}")
+        print(
+            f"{backend}: proven {', '.join(found_plans) or 'nothing'}; dropped {report.dropped.get(backend) or 'nothing'}"
+        )
     print(f"\nwritten: {out}")
     return int(any(report.dropped.values()) or any(each.get("differ") for each in stressed))
 

@@ -35,7 +35,9 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("python -m efft_kernels.tune", description=__doc__.partition("\n")[0])
     known = ", ".join(MODELS)
-    p.add_argument("--model", nargs="+", default=[], metavar="NAME", help=f"whose Linears: {known}, or a name of timm's")
+    p.add_argument(
+        "--model", nargs="+", default=[], metavar="NAME", help=f"whose Linears: {known}, or a name of timm's"
+    )
     p.add_argument("--batch", nargs="+", type=positive, metavar="B", help="images (default: 64, on a CPU 4)")
     p.add_argument("--rank", nargs="+", type=positive, default=[16], metavar="R", help="of the adapter (default: 16)")
     p.add_argument("--shapes", nargs="+", type=shape, default=[], metavar="M,K,N,R", help="rows, inputs, outputs, rank")

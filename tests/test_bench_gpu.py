@@ -61,9 +61,23 @@ def test_a_step_that_hangs_or_fails_ends_alone(tmp_path, monkeypatch):
 
 
 def test_table_of_the_goals():
-    size = {"model": "vit_b", "M": 8, "K": 4, "N": 4, "R": 2, "slices": 1, "dtype": "bfloat16", "count": 12, "backend": "cuda"}
+    size = {
+        "model": "vit_b",
+        "M": 8,
+        "K": 4,
+        "N": 4,
+        "R": 2,
+        "slices": 1,
+        "dtype": "bfloat16",
+        "count": 12,
+        "backend": "cuda",
+    }
     us = {"product first": 30.0, "product last": 25.0, "auto": 20.0, "merged": 16.0, "peft": 40.0}
-    cases = [{**size, "layer": layer, "pass": kind, "us": us} for layer in ("qkv", "proj") for kind in ("forward", "backward")]
+    cases = [
+        {**size, "layer": layer, "pass": kind, "us": us}
+        for layer in ("qkv", "proj")
+        for kind in ("forward", "backward")
+    ]
     cases[2]["us"] = us | {"auto": 26.0}
     rows = gpu.rows_of(cases)
     steps = [

@@ -17,7 +17,9 @@ def toolkit(tmp_path, monkeypatch) -> Path:
         folder.mkdir(parents=True)
     (home / "include" / "cuda_runtime.h").write_text("")
     for script in (home / "bin" / "nvcc", tmp_path / "path" / "c++"):
-        script.write_text(f'#!/bin/sh\necho "$0 $@" >> {tmp_path}/calls\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+        script.write_text(
+            f'#!/bin/sh\necho "$0 $@" >> {tmp_path}/calls\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n'
+        )
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "path"), prepend=":")
     monkeypatch.setenv("EFFT_CACHE", str(tmp_path / "cache"))
@@ -40,7 +42,7 @@ def test_csrc_cuda_is_compiled_at_first_use_for_the_gpu_at_hand(toolkit, tmp_pat
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     assert cuda.unavailable() is None and not (tmp_path / "calls").exists()  # asking compiles nothing
     with caplog.at_level(logging.WARNING, "efft_kernels"):
-        cuda.load()
+        assert cuda._ops() is torch.ops.efft_cuda
     (line,) = [record.getMessage() for record in caplog.records]
     assert "compiling the CUDA kernels for Some GPU (sm_90a; about" in line and str(tmp_path / "cache") in line
     calls = (tmp_path / "calls").read_text().splitlines()

@@ -69,7 +69,11 @@ def planned(M=200, needs=None):
 
 
 def test_ranks_that_cost_the_same_share_an_entry():
-    assert table.key("a", torch.float16, 96, 768, 5) == table.key("a", torch.float16, 96, 768, 16) == "a float16 K96 N768 R16"
+    assert (
+        table.key("a", torch.float16, 96, 768, 5)
+        == table.key("a", torch.float16, 96, 768, 16)
+        == "a float16 K96 N768 R16"
+    )
     assert table.key("a", torch.float16, 96, 768, 17).endswith("R32")
     assert table.key("a", torch.float16, 9, 7, 1, [False, False, True, True, True]).endswith("needs down,up")
 
@@ -95,7 +99,9 @@ def test_a_record_is_void_once_what_it_was_made_with_has_changed(changed, own_fi
     assert table.unproven("cuda", CPU) is None and planned() == cuda.KernelPlan(**PLAN)
     write(table.user_file(), proof(PLAN, **{changed: "another"}), {FORWARD: {"200": row()}})
     reason = table.unproven("cuda", CPU)
-    assert ("other sources" if changed == "sources" else f"with {changed} another") in reason and table.COMMAND in reason
+    assert (
+        "other sources" if changed == "sources" else f"with {changed} another"
+    ) in reason and table.COMMAND in reason
     assert table.choice(CPU, FORWARD, 200) is None and planned() == cuda.KernelPlan(True, False, 64)
     # a shipped record was made elsewhere, with whatever driver was there
     table.user_file().unlink()
@@ -115,7 +121,9 @@ def test_the_users_file_goes_first_and_deleting_it_undoes_the_choice():
 
 
 def test_a_new_proof_takes_the_times_of_other_sources_away():
-    write(table.user_file(), proof(PLAN, sources="old"), {FORWARD: {"200": row() | {"triton": {"us": 3.0, "plan": {}}}}})
+    write(
+        table.user_file(), proof(PLAN, sources="old"), {FORWARD: {"200": row() | {"triton": {"us": 3.0, "plan": {}}}}}
+    )
     table.save(name(), proof({"op": "merge_"}))
     found = json.loads(table.user_file().read_text())["devices"][name()]
     assert found["proof"]["cuda"]["plans"] == {"merge_": 40}
@@ -232,7 +240,9 @@ def test_a_hopper_plan_goes_by_the_operands(single):
 def test_a_plan_that_this_gpu_cannot_run_is_an_error_that_names_the_file():
     for plan in (PLAN | {"tile": 96}, PLAN | {"hopper": True, "tile": 64}, {"single_pass": True}):
         write(table.user_file(), proof(plan), {FORWARD: {"200": row(plan)}})
-        with pytest.raises(ValueError, match=f"{table.user_file()}: the plan of lowrank_linear for M 200.* must be one of"):
+        with pytest.raises(
+            ValueError, match=f"{table.user_file()}: the plan of lowrank_linear for M 200.* must be one of"
+        ):
             planned()
 
 
@@ -261,7 +271,9 @@ def test_slower_unless_on_record_as_faster():
 def test_entries_of_the_other_ops():
     sigma, v = torch.zeros(12, 4, 5), torch.zeros(5, 7)
     assert table._entries("group_update", (sigma, v), None) == [("group_update float32 P4 Q5 N7", 12)]
-    assert table._entries("group_update_backward", (sigma, sigma, v), None) == [("group_update_backward float32 P4 Q5 N7", 12)]
+    assert table._entries("group_update_backward", (sigma, sigma, v), None) == [
+        ("group_update_backward float32 P4 Q5 N7", 12)
+    ]
     one, two = torch.zeros(8, 4), torch.zeros(6, 4)
     downs, ups = [torch.zeros(4, 3)] * 3, [torch.zeros(3, 8), torch.zeros(3, 6), torch.zeros(3, 8)]
     found = table._entries("merge_", (one, two, one, *downs, *ups), None)
@@ -269,18 +281,37 @@ def test_entries_of_the_other_ops():
 
 
 def planted(**faults) -> list[str]:
-    return [sys.executable, str(WORKER), json.dumps({name.replace("_", " ").replace("single ", "single_"): f for name, f in faults.items()})]
+    return [
+        sys.executable,
+        str(WORKER),
+        json.dumps({name.replace("_", " ").replace("single ", "single_"): f for name, f in faults.items()}),
+    ]
 
 
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setitem(run.STEP_LIMIT, "cuda", 8.0)
-    monkeypatch.setattr(cuda, "plans", lambda arch, R: [cuda.KernelPlan(*p) for p in ((True, False, 64), (False, False, 64), (False, False, 128), (False, True, 128), (False, True, 192))])
+    monkeypatch.setattr(
+        cuda,
+        "plans",
+        lambda arch, R: [
+            cuda.KernelPlan(*p)
+            for p in (
+                (True, False, 64),
+                (False, False, 64),
+                (False, False, 128),
+                (False, True, 128),
+                (False, True, 192),
+            )
+        ],
+    )
 
 
 def test_wrong_and_hanging_plans_are_dropped_and_named_and_the_rest_is_chosen(quick):
-    worker = planted(single_pass_tile64="wrong", tile64="hang", tile128="die", hopper_tile128="unequal", hopper_tile192="fast")
+    worker = planted(
+        single_pass_tile64="wrong", tile64="hang", tile128="die", hopper_tile128="unequal", hopper_tile192="fast"
+    )
     said = []
     report = tune([(160, 64, 96, 5)], backends=["cuda"], device="cpu", simulated=True, worker=worker, say=said.append)
     dropped = report.dropped["cuda"]
@@ -302,7 +333,11 @@ def test_wrong_and_hanging_plans_are_dropped_and_named_and_the_rest_is_chosen(qu
 
 
 def test_a_plan_that_hangs_while_it_is_timed_is_dropped_too(quick, monkeypatch):
-    write(table.user_file(), proof(*(plan._asdict() for plan in cuda.plans("", 5)), {"op": "merge_"}, {"op": "group_update"}), {})
+    write(
+        table.user_file(),
+        proof(*(plan._asdict() for plan in cuda.plans("", 5)), {"op": "merge_"}, {"op": "group_update"}),
+        {},
+    )
     monkeypatch.setitem(run.STEP_LIMIT, "cuda", 3.0)
     worker = planted(tile64="hang", hopper_tile192="fast", single_pass_tile64="slow", tile128="slow")
     report = tune([(160, 64, 96, 5)], backends=["cuda"], device="cpu", simulated=True, worker=worker)
@@ -330,7 +365,11 @@ def test_a_cpu_is_tuned_by_instruction_set(monkeypatch):
         pytest.skip(cpu.unavailable())
     monkeypatch.setattr(prove, "SHAPES", prove.SHAPES[:1])
     before, said = cpu.isa(), []
-    worker = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from efft_kernels.kernels.tuning import worker; worker.main()"]
+    worker = [
+        sys.executable,
+        "-c",
+        "import torch; torch.set_num_threads(1); from efft_kernels.kernels.tuning import worker; worker.main()",
+    ]
     report = tune([(24, 40, 48, 5)], [torch.float32], device="cpu", simulated=True, worker=worker, say=said.append)
     assert report.proven["cpu"].keys() == {f"{isa}" for isa in cpu.isas()} and not report.dropped["cpu"]
     assert len(report.timed) == 3 and any("instruction set" in line for line in said)
@@ -393,7 +432,12 @@ def test_the_command(quick, monkeypatch, capsys):
 
 def test_sizes_of_models():
     M = 2 * 197
-    assert shapes.model_shapes("vit_b", 2, 8) == [(M, 768, 2304, 8), (M, 768, 768, 8), (M, 768, 3072, 8), (M, 3072, 768, 8)]
+    assert shapes.model_shapes("vit_b", 2, 8) == [
+        (M, 768, 2304, 8),
+        (M, 768, 768, 8),
+        (M, 768, 3072, 8),
+        (M, 3072, 768, 8),
+    ]
     assert len(set(shapes.model_shapes("swin_t", 64, 16))) == 16
     pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
     assert shapes.model_shapes("vit_base_patch16_224", 2, 8) == shapes.model_shapes("vit_b", 2, 8)

@@ -1,7 +1,8 @@
 """CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that goes on over R.
 
-Built by setup.py where nvcc is found, for compute capability 8.0 and 9.0. They are chosen automatically on a GPU on which
-``python -m efft_kernels.tune`` proved them and found them faster than plain torch (tuning/), and run elsewhere when named.
+Built by setup.py where nvcc is found, else at first use, for compute capability 8.0 and 9.0. They are chosen
+automatically on a GPU on which ``python -m efft_kernels.tune`` proved them and found them faster than plain torch
+(tuning/), and run elsewhere when named.
 """
 
 import functools
@@ -77,6 +78,10 @@ def load():
     return found
 
 
+def _ops():
+    return load()
+
+
 @functools.cache
 def sources() -> str:
     """The digest of the sources that the library was compiled from."""
@@ -149,7 +154,9 @@ def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) ->
         if not _as_tuned(x) or not _as_tuned(weight):
             return "it has not been measured with rows apart or not on 16 bytes"
         w = weight.t() if op == table.LINEAR else weight
-        if not allows(x, w, _recorded(op, x.device, x.dtype, len(x), *weight.shape, _rank(op, tensors), _wanted(op, needs))):
+        if not allows(
+            x, w, _recorded(op, x.device, x.dtype, len(x), *weight.shape, _rank(op, tensors), _wanted(op, needs))
+        ):
             return "the plan that was measured does not take these operands"
     return reason
 
@@ -282,9 +289,7 @@ def arch(device: torch.device) -> str:
     return table.gpu(device.index)[1] if device.type == "cuda" else "sm_90"
 
 
-def _plan(
-    op: str, x: Tensor, weight: Tensor, R: int, needs: list[bool] | None = None
-) -> KernelPlan:
+def _plan(op: str, x: Tensor, weight: Tensor, R: int, needs: list[bool] | None = None) -> KernelPlan:
     """As measured for these sizes on this GPU if that is on record, else by the formula.
 
     x is the op's first tensor, weight [N, K]; the product is x @ weight.T in the forward and dy @ weight in the backward.

@@ -21,7 +21,11 @@ SHAPES = [
 ]  # fmt: skip
 # Triton compiles its kernels anew for sizes and strides of another divisibility, seconds each
 TRITON_SHAPES = [SHAPES[i] for i in (0, 3, 4, 6, 10, 12, 13, 19)]
-SMALL_SHAPES = [(70, 48, 64, 5), (33, 40, 24, 16), (16, 16, 128, 1)]  # for a simulator, which takes seconds for a large one
+SMALL_SHAPES = [
+    (70, 48, 64, 5),
+    (33, 40, 24, 16),
+    (16, 16, 128, 1),
+]  # for a simulator, which takes seconds for a large one
 # (x, down, up): all three, a first layer's, a frozen adapter's, each factor alone
 NEEDS = [table.ALL, [False, False, False, True, True], [True, False, False, False, False], [False, False, False, True, False],
          [True, False, False, False, True]]  # fmt: skip
@@ -166,19 +170,32 @@ def op_cases(op: str, kernels, dtype, device, simulated: bool) -> Iterator[tuple
     new = lambda *shape, std=1.0: make(*shape, std=std, like=g, dtype=dtype)
     plain = lambda name, *args: _list(getattr(reference, name)(*args))
     wide = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
-    sizes = [(3, 5, 7, 40), (2, 16, 16, 64)] if simulated else [(12, 16, 16, 768), (36, 16, 16, 3072), (3, 5, 7, 41), (1, 64, 48, 2304)]
+    sizes = (
+        [(3, 5, 7, 40), (2, 16, 16, 64)]
+        if simulated
+        else [(12, 16, 16, 768), (36, 16, 16, 3072), (3, 5, 7, 41), (1, 64, 48, 2304)]
+    )
     if op == "group_update":
         for S, P, Q, N in sizes:
             given = new(S, P, Q, std=Q**-0.5), new(Q, N), 0.7
             dup = new(S, P, N)
-            yield f"{op} {S, P, Q, N}", lambda: [kernels.group_update(*given)], plain(op, *given), plain(op, *map(wide, given))
+            yield (
+                f"{op} {S, P, Q, N}",
+                lambda: [kernels.group_update(*given)],
+                plain(op, *given),
+                plain(op, *map(wide, given)),
+            )
             for needs in ([True, True], [True, False], [False, True]):
                 back = dup, *given, needs
                 exact = plain("group_update_backward", *map(wide, back))
                 call = lambda: kernels.group_update_backward(*back)
                 yield f"{op}_backward {S, P, Q, N}", call, plain("group_update_backward", *back), exact
     elif op == "merge_":
-        shapes = [[(40, 24, 3), (33, 17, 16)]] if simulated else [[(768, 768, 16)] * 12 + [(2304, 768, 16), (33, 17, 5)], [(3072, 768, 64)]]
+        shapes = (
+            [[(40, 24, 3), (33, 17, 16)]]
+            if simulated
+            else [[(768, 768, 16)] * 12 + [(2304, 768, 16), (33, 17, 5)], [(3072, 768, 64)]]
+        )
         for group in shapes:
             weights = [new(N, K, std=K**-0.5) for N, K, _ in group]
             downs, ups = [new(K, R, std=K**-0.5) for _, K, R in group], [new(R, N, std=R**-0.5) for N, _, R in group]
@@ -196,7 +213,12 @@ def op_cases(op: str, kernels, dtype, device, simulated: bool) -> Iterator[tuple
             ids = torch.arange(B, device=device) % 4 - 1
             given = x, weight, bias, down, up, ids
             p = plain(op, *given)[1]
-            yield f"{op} {B, T, K, N, R}", lambda: list(kernels.mixed_linear(*given)), plain(op, *given), plain(op, *map(wide, given))
+            yield (
+                f"{op} {B, T, K, N, R}",
+                lambda: list(kernels.mixed_linear(*given)),
+                plain(op, *given),
+                plain(op, *map(wide, given)),
+            )
             back = dy, x, weight, down, up, p, ids, table.ALL
             exact = plain("mixed_linear_backward", *map(wide, back))
             call = lambda: kernels.mixed_linear_backward(*back)

@@ -87,7 +87,9 @@ def tune(
     for name in backends or ():
         if name not in BACKENDS:
             raise ValueError(f"backends must be of {BACKENDS}, got {name!r}")
-    tuner = _Tuner(_device(device), dtypes, time.monotonic() + 60 * minutes, worker or children.WORKER, simulated, say, note)
+    tuner = _Tuner(
+        _device(device), dtypes, time.monotonic() + 60 * minutes, worker or children.WORKER, simulated, say, note
+    )
     tuner.use(backends)
     tuner.prove()
     tuner.time(shapes)
@@ -289,7 +291,11 @@ class _Tuner:
         best = min(sorted(names), key=lambda name: sum(min(each.us[name], torch_us(each)) for each in timed))
         plan = {"isa": best.removeprefix("cpu: ")}
         for each in timed:
-            self.save(measured={each.entry: {str(each.M): {"torch": torch_us(each), "cpu": {"us": each.us[best], "plan": plan}}}})
+            self.save(
+                measured={
+                    each.entry: {str(each.M): {"torch": torch_us(each), "cpu": {"us": each.us[best], "plan": plan}}}
+                }
+            )
         self.timed = [each._replace(choice=table.choice(self.device, each.entry, each.M)) for each in self.timed]
         self.say(f"cpu: instruction set {plan['isa']}")
         if not self.simulated:

@@ -221,7 +221,11 @@ def unproven(backend: str, device: torch.device) -> str | None:
 
 def plan_name(plan: dict) -> str:
     """{"single_pass": True, "hopper": False, "tile": 64} -> "single_pass tile64" """
-    parts = (key if value is True else value if isinstance(value, str) else f"{key}{value}" for key, value in plan.items() if value is not False)
+    parts = (
+        key if value is True else value if isinstance(value, str) else f"{key}{value}"
+        for key, value in plan.items()
+        if value is not False
+    )
     return " ".join(parts)
 
 
@@ -323,7 +327,9 @@ def _entries(op: str, tensors: tuple, needs: list[bool] | None) -> list[tuple[st
     return []
 
 
-def save(device: str, proof: dict[str, dict] | None = None, measured: dict[str, dict[str, dict]] | None = None) -> str | None:
+def save(
+    device: str, proof: dict[str, dict] | None = None, measured: dict[str, dict[str, dict]] | None = None
+) -> str | None:
     """Add to the user's file; from then on it counts in this process. Returns why it could not be written, or None.
 
     Processes that write at once wait for each other, so each finds the other's entries. A record that cannot be written

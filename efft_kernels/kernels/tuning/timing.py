@@ -153,7 +153,9 @@ def _judge(op: str, given: tuple, needs) -> tuple[list, list]:
     return reference.lowrank_linear_backward(*given, needs), reference.lowrank_linear_backward(*wide, needs)
 
 
-def interleaved(variants: dict[str, Callable], copies: list[tuple], device: torch.device, budget: float) -> dict[str, float]:
+def interleaved(
+    variants: dict[str, Callable], copies: list[tuple], device: torch.device, budget: float
+) -> dict[str, float]:
     """Median microseconds of one call of each variant."""
     runs = {}
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # one for all: no result is read
