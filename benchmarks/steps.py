@@ -119,7 +119,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def predict(images: Tensor) -> Tensor:
         return model(images)
 
-    # Dynamo keeps what it compiled per code object and gives up after eight: every model gets a code object of its own
+    # Dynamo keeps what it compiled per code object and gives up after eight, so every model gets a separate one
     predict.__code__ = predict.__code__.replace(co_name=f"predict_{id(model)}")
     return torch.compile(predict, dynamic=False)
 

@@ -182,6 +182,6 @@ def alone(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"out must be a folder of its own, but another process is training into {folder}"
+                f"out must be a separate folder, but another process is training into {folder}"
             ) from error
         yield
