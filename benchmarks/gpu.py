@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --dry --out DIR          # every step without a GPU: simulator and interpreter, small sizes
 
 Each step is a process of its own with a limit, so that a hang or an illegal address ends that step and not the run, and
-each result is a line of gpu.jsonl as soon as it is known. At the end stand gpu.csv and gpu.json as results/README.md has
-them, tuned.json, which `python -m efft_kernels.tune` uses and the package ships, train_step.csv and .json, eager and, with
+each result is a line of gpu.jsonl as soon as it is known. At the end stand gpu.csv and gpu.json (results/README.md),
+tuned.json, which `python -m efft_kernels.tune` uses and the package ships, train_step.csv and .json, eager and, with
 _graph in their names, replayed from CUDA graphs. The libraries travel prebuilt: nothing is compiled here but Triton's
 kernels.
 """

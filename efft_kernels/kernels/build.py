@@ -1,7 +1,7 @@
 """Compiles csrc/, and the digest of sources by which a library and a proof are known to belong to them.
 
-setup.py runs this file by its path, also where torch and the rest of the package cannot be imported: at its top it imports
-the standard library only.
+setup.py runs this file by its path, also where torch and the rest of the package cannot be imported: at its top it
+imports the standard library only.
 """
 
 import ast
@@ -133,7 +133,7 @@ def compile_library(part: str, about: str, home: Path | None = None, arch: str |
         return library
     if shutil.which(cxx[0]) is None:
         raise RuntimeError(
-            "no compiled library, and no C++ compiler (c++, or the environment variable CXX) to make one"
+            "no compiled library, and no C++ compiler (c++, or the variable CXX) to make one"
         )
     logging.getLogger("efft_kernels").warning("compiling %s, once, to %s", about, library)
     include, lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))

@@ -35,7 +35,7 @@ def all_plans(backend: str, device: torch.device) -> list[dict]:
 
 @contextlib.contextmanager
 def active(backend: str, plan: dict) -> Iterator[None]:
-    """Calls of the backend go by this plan; on a CPU that is an instruction set, which all calls of the process share."""
+    """Calls of the backend go by this plan; on a CPU that is an instruction set, which the whole process shares."""
     if backend != "cpu":
         with table.override(backend, plan):
             yield

@@ -1,7 +1,7 @@
 """The battery: what a plan must get right on the device itself before it may be chosen.
 
-Every result is compared with float64 on the same device, and its error with that of plain torch in the same dtype. Memory
-that results will be written to holds nan before, and each call is made twice and must give the same bits.
+Every result is compared with float64 on the same device, and its error with that of plain torch in the same dtype.
+Memory that results will be written to holds nan before, and each call is made twice and must give the same bits.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from . import plans, table
 
-# M, K, N, R: ragged in every direction, one row of tiles, one step of the sum, ranks at the ends, more tiles than blocks
+# M, K, N, R: ragged in every direction, one row of tiles, one step of the sum, ranks at the ends, many tiles
 SHAPES = [
     (300, 456, 408, 16), (128, 64, 128, 16), (1, 64, 64, 16), (129, 72, 200, 16), (12608, 768, 768, 16),
     (12608, 768, 2304, 16), (999, 1000, 1000, 1), (512, 768, 768, 8), (512, 768, 768, 24), (512, 768, 768, 32),
@@ -27,7 +27,8 @@ SMALL_SHAPES = [
     (16, 16, 128, 1),
 ]  # for a simulator, which takes seconds for a large one
 # (x, down, up): all three, a first layer's, a frozen adapter's, each factor alone
-NEEDS = [table.ALL, [False, False, False, True, True], [True, False, False, False, False], [False, False, False, True, False],
+NEEDS = [table.ALL, [False, False, False, True, True], [True, False, False, False, False],
+         [False, False, False, True, False],
          [True, False, False, False, True]]  # fmt: skip
 
 

@@ -31,7 +31,8 @@ class Timed(NamedTuple):
         best = min(self.us, key=self.us.get)
         chosen = self.choice and self.choice.backend or "plain torch"
         plain = min(us for name, us in self.us.items() if name.startswith("product"))
-        return f"{self.entry} M{self.M}: plain torch {plain:.4g} us, fastest {best} {self.us[best]:.4g} us, chosen: {chosen}"
+        times = f"plain torch {plain:.4g} us, fastest {best} {self.us[best]:.4g} us"
+        return f"{self.entry} M{self.M}: {times}, chosen: {chosen}"
 
 
 class Report(NamedTuple):
@@ -280,7 +281,7 @@ class _Tuner:
             candidates = [(b, plan) for b, plan in candidates if (b, plan) != (death.at["backend"], guilty)]
 
     def choose_isa(self) -> None:
-        """On a CPU: the one instruction set with which all that was timed takes least, where plain torch is the way out"""
+        """On a CPU: the instruction set with which all that was timed takes least; plain torch where that is faster"""
         timed = [each for each in self.timed if any(name.startswith("cpu: ") for name in each.us)]
         if not timed:
             return

@@ -15,6 +15,7 @@ Times are microseconds of one call. ``prove.py`` and ``timing.py`` make these re
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 import re
@@ -193,6 +194,9 @@ def _checked(devices: dict[str, dict]) -> dict[str, dict]:
 @cached
 def proof(backend: str, device: torch.device) -> dict[str, dict]:
     """{"plans": {name: cases}, "dropped": {name: reason}} on record for this device as it is now; the user's first."""
+    if backend not in SOURCES and backend in ("cuda", "triton", "cpu"):
+        with contextlib.suppress(ImportError):  # what is not installed is not proven
+            importlib.import_module(f"{__package__.rpartition('.')[0]}.{backend}")
     if backend in SOURCES:
         now, name = conditions(backend, device), device_name(device)
         anywhere = {key: value for key, value in now.items() if key != "driver"}
@@ -276,7 +280,7 @@ def _choice(row: dict, device: torch.device) -> Choice:
 
 
 def slower(backend: str, op: str, tensors: tuple, needs: list[bool] | None = None) -> str | None:
-    """Why plain torch, or another backend, is the better choice for this call, or None; as the contract's ``slower``."""
+    """Why plain torch, or another backend, is the better choice for this call, or None."""
     entries = _entries(op, tensors, needs)
     if not entries:
         return "it has not been measured"

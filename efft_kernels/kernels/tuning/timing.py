@@ -1,7 +1,7 @@
 """How long each plan takes for one op at one size, beside plain torch in both of its orders.
 
-The variants take turns, and so do several copies of the inputs: what drifts, drifts for all of them, and no variant finds
-its inputs in the cache because it ran before. On a GPU graphs are replayed, which leaves out the host's share.
+The variants take turns, and so do several copies of the inputs: what drifts, drifts for all of them, and no variant
+finds its inputs in the cache because it ran before. On a GPU graphs are replayed, which leaves out the host's share.
 """
 
 import statistics
@@ -99,7 +99,7 @@ def time_linear(
 
 
 def time_op(op: str, sizes: tuple, dtype, device, candidates: list[tuple[str, dict]], budget: float) -> Iterator[dict]:
-    """The same for an op that each backend computes in one way: (S, P, Q, N) of a group, (count, N, K, R) of a merge."""
+    """The same for an op with one way in each backend: (S, P, Q, N) of a group, (count, N, K, R) of a merge."""
     g = torch.Generator(device).manual_seed(0)
     new = lambda *shape: prove.make(*shape, std=1, like=g, dtype=dtype)
     yield {"at": {}}
