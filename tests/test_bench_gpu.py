@@ -37,7 +37,8 @@ def test_a_dry_run_exercises_every_step(tmp_path):
     record = json.loads((out / "gpu.json").read_text())
     assert record["dry"] and record["proven"]["cuda"].keys() >= {"single_pass tile64", "hopper tile128", "merge_"}
     assert record["proven"]["triton"].keys() >= {"single_pass", "extended_k"} and not any(record["dropped"].values())
-    assert len(record["stress"]) == 4 and not any(each["differ"] for each in record["stress"])
+    assert {each["backend"] for each in record["stress"]} == {"cuda", "triton"}
+    assert not any(each["differ"] for each in record["stress"])
     rows = [*csv.DictReader((out / "gpu.csv").open())]
     variants = {row["variant"] for row in rows}
     assert variants == {"product first", "product last", "auto", "merged", "peft"}
