@@ -205,8 +205,10 @@ HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp) {
     best.runs = cdiv(rows, each), best.ranks = ranks;
   };
   if (dp) {
-    for (int parts : {4, 2, 1})
-      for (int tiles : {2, 3, 6, 9, 12, ranks == 16 ? 16 : 12}) consider(tiles, parts, parts == 4 ? BLOCKS_IN_FOURS : BLOCKS_AT_ONCE);
+    // never one part: st.async in a launch without clusters is an illegal instruction (seen on an H200)
+    for (int parts : {4, 2})
+      for (int tiles : {2, 3, 6, 9, 12, ranks == 16 ? 16 : 12})
+        consider(tiles, parts, parts == 4 ? BLOCKS_IN_FOURS : BLOCKS_AT_ONCE);
   } else {
     for (int tiles : {6, 4, 3, 2}) consider(tiles, cdiv(columns, tiles), BLOCKS_AT_ONCE);
   }

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 
   // sums the parts of dp of `row`, one from each warpgroup of the cluster, and stores it
   const auto exchange = [&](const float(&dp)[RANKS / 2], int row) {
-    const int sources = CONSUMERS * g.parts, me = CONSUMERS * rank + consumer;  // sources: 2, 4 or 8
+    const int sources = CONSUMERS * g.parts, me = CONSUMERS * rank + consumer;  // sources: 4 or 8
     // a piece is what a warp holds of 8 ranks, 16 bytes in each lane. the parts of a piece lie side by side in the
     // inbox of its owner
     const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };

@@ -252,6 +252,7 @@ inline uint32_t map_shared(uint32_t address, int rank) { return address | uint32
 
 inline void store_async(uint32_t to, const float* v, uint32_t barrier) {
   if (to % 16) sim::fail("an asynchronous store that is not on 16 bytes");
+  if (sim::cluster->blocks.size() == 1) sim::fail("an illegal instruction: st.async in a launch without clusters");
   unsigned char *const place = sim::at(to), *const counts = sim::at(barrier);
   const float a = v[0], b = v[1], c = v[2], d = v[3];
   sim::engine([=] {
