@@ -39,7 +39,7 @@ from efft_kernels.kernels.tuning import children, plans, prove, run, table, timi
 ROOT = Path(__file__).resolve().parents[1]
 SIMULATOR = ROOT / "build" / "simulator"
 BATCH, R = 64, 16
-DRY = [Layer("qkv", 48, 144, 3, 10, 12), Layer("stage1.fc2", 96, 24, 1, 20, 2)]  # instead of real layers
+DRY = [Layer("qkv", 48, 72, 3, 10, 12)]  # instead of real layers
 # goal, what it is, which layers or methods, and at most what ratio
 GOALS = [
     ("G1", "forward / merged, qkv and fc1", ("forward", ("qkv", "fc1"), "merged"), 1.15),
