@@ -9,22 +9,20 @@ In a page a table stands between `<!-- table: NAME -->` and `<!-- end -->`, each
 """
 
 import argparse
-import json
-import os
 import re
 import statistics
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from efft_kernels.storage import write_bytes
 from forward_rows import summary
+from gpu_tables import gpu_backward, gpu_changes, gpu_forward, gpu_other_kernels, gpu_predictions, gpu_profile
+from markdown_table import RESULTS, Table
 from record import digits, read_csv, read_run
 
 HERE = Path(__file__).resolve().parent
-ROOT, RESULTS = HERE.parent, HERE / "results"
+ROOT = HERE.parent
 MARKERS = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 PROCESSORS = {"zen5": "AMD Zen 5 (AVX-512)", "zen3": "AMD Zen 3 (AVX2)", "nvidia_h200": "NVIDIA H200"}
 VARIANTS = {
@@ -52,42 +50,26 @@ METHODS = {
 }
 
 
-class Table(NamedTuple):
-    head: list[str]
-    rows: list[list[str]]
-    note: str
-    records: list[str]  # folders or files of results/ that the numbers come from
-    words: int = 1  # leading columns of text, aligned left; the others hold numbers
-
-    def markdown(self, page: Path) -> str:
-        """The table, its note and links to its records, relative to the folder of a page."""
-        rule = ["---"] * self.words + ["---:"] * (len(self.head) - self.words)
-        lines = ["| " + " | ".join(line) + " |" for line in [self.head, rule, *self.rows]]
-        links = [f"[{n}]({os.path.relpath(RESULTS / name, page.parent)})" for n, name in enumerate(self.records, 1)]
-        note = f"{self.note} Record{'s' * (len(links) > 1)}: {', '.join(links)}."
-        wrapped = textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False)
-        return "\n".join(lines) + f"\n\n{wrapped}\n"
-
-
 # Every table is a function without arguments, its docstring what --list says of it.
 
 
 def train_step() -> Table:
     """training step of ViT-B, time and memory, per processor"""
     records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
-    records += ["nvidia_h200/train_cuda"]
+    records += ["nvidia_h200/train_untuned"]
     head, columns, rounds = ["training step of ViT-B"], [], set()
-    for name in records:
-        run, steps = _steps(name)
+    for name, kind in [*((name, "train_step") for name in records), (records[-1], "train_step_graph")]:
+        run, steps = _steps(name, kind)
         arguments = run["arguments"]
-        head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}")
+        graph = ", CUDA graph" if arguments.get("graph") else ""
+        head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}{graph}")
         rounds |= {row["rounds"] for row in steps.values()}
         columns.append({method: f"{digits(r['ms'])} ms, {_mib(_memory(r))} MiB" for method, r in steps.items()})
     methods = ["efft2", "peft_lora", "full", "released_efft"]
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
         f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, "
-        "plus optimizer state and packed weights. Zen 3: an earlier commit. H200: `backend=\"cuda\"`."
+        "plus optimizer state and packed weights. Zen 3: an earlier commit. H200: before tuning, EFFT2 is plain torch."
     )
     return Table(head, rows, note, records)
 
@@ -107,15 +89,14 @@ def train_step_methods() -> Table:
 
 
 def gpu_train_step() -> Table:
-    """training step of ViT-B on the H200, backends cuda and triton"""
-    records, rows = ["nvidia_h200/train_cuda", "nvidia_h200/train_triton"], []
-    for name in records:
-        run, steps = _steps(name)
-        arguments = run["arguments"]
-        for method in (method for method in METHODS if method in steps):
-            where = f"backend {arguments['backend']}, {arguments['dtype'][0]}, batch {arguments['batch']}"
-            rows.append([where, METHODS[method], *_step(steps[method])])
-    return Table(["NVIDIA H200", *_STEP_HEAD[1:]], rows, _STEP_NOTE, records, 2)
+    """training step of ViT-B on the H200 before tuning, eager and from CUDA graphs"""
+    name, rows = "nvidia_h200/train_untuned", []
+    for kind, mode in (("train_step", "eager"), ("train_step_graph", "CUDA graph")):
+        run, steps = _steps(name, kind)
+        where = f"{mode}, {run['arguments']['dtype'][0]}, batch {run['arguments']['batch']}"
+        rows += [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
+    note = f"EFFT2 is plain torch here: no kernel was chosen. {_STEP_NOTE}"
+    return Table(["NVIDIA H200", *_STEP_HEAD[1:]], rows, note, [name], 2)
 
 
 def lora() -> Table:
@@ -289,90 +270,6 @@ def gpu() -> Table:
     return Table(head, rows, note, records, 4)
 
 
-GPU = "nvidia_h200/first_run"
-
-
-def gpu_forward() -> Table:
-    """H200, forward of one Linear: microseconds and ratio to the merged weight"""
-    return _gpu("forward")
-
-
-def gpu_backward() -> Table:
-    """the same, backward"""
-    return _gpu("backward")
-
-
-def _gpu(part: str) -> Table:
-    rows, plans = [], {"C++": ("h", "mma"), "Triton": ("triton",)}
-    for layer, us in _gpu_us(part).items():
-        cells = [digits(us["merged"]), digits(us["unfused"]), digits(us["peft"]) if "peft" in us else "–"]
-        for prefixes in plans.values():
-            best = min((name for name in us if name.startswith(prefixes)), key=us.get)
-            cells += [f"{digits(us[best])} ({best})", digits(us[best] / us["merged"])]
-        rows.append([layer, *cells])
-    head = [f"{part}, bfloat16, R = 16", "merged weight", "plain torch", "LoRA as PEFT"]
-    head += [text for kind in plans for text in (f"{kind} (best plan)", "/ merged")]
-    note = (
-        "Microseconds per call, median of 8 rounds of CUDA graphs; backward: dx and the gradients of both factors, for "
-        "the merged weight dx alone. Batch 64 of ViT-B; stages of Swin-T."
-    )
-    return Table(head, rows, note, [f"{GPU}/timings.csv"])
-
-
-def gpu_plans() -> Table:
-    """every CUDA and Triton plan on the H200, forward and backward"""
-    rows = []
-    meanings = json.loads((RESULTS / GPU / "first_run.json").read_text())["variants"]
-    layers = list(_gpu_us("forward"))
-    for part in ("forward", "backward"):
-        found = _gpu_us(part)
-        for name in dict.fromkeys(name for us in found.values() for name in us):
-            rows.append([part, f"`{name}`", meanings[name], *(digits(found[layer].get(name)) for layer in layers)])
-    return Table(["pass", "plan", "", *layers], rows, "Microseconds per call.", [f"{GPU}/timings.csv"], 3)
-
-
-def gpu_predictions() -> Table:
-    """H200: predicted and measured ratio of the forward to the merged weight"""
-    predicted = {"qkv": ("h192p", 1.10), "proj": ("h192p", 1.10), "fc1": ("h256p", 1.08), "fc2": ("h192p", 1.09)}
-    rows = []
-    for layer, us in _gpu_us("forward").items():
-        if (name := layer.partition(" ")[0]) in predicted:
-            plan, ratio = predicted[name]
-            measured = [digits(us[variant] / us["merged"]) for variant in (plan, "v192p")]
-            rows.append([f"ViT-B {layer}", f"`{plan}`", f"{ratio:.2f}", *measured])
-    head = ["layer", "plan", "predicted / merged weight", "measured", "`v192p`, p inside the product"]
-    return Table(head, rows, "Batch 64, bfloat16, rank 16.", [f"{GPU}/timings.csv"], 2)
-
-
-def _gpu_us(part: str) -> dict[str, dict[str, float]]:
-    """{layer with its sizes: {variant: microseconds}}"""
-    found = {}
-    for row in read_csv(RESULTS / GPU / "timings.csv"):
-        if row["pass"] == part:
-            layer = f"{row['layer']} {row['K']} → {row['N']}, M = {row['M']}"
-            found.setdefault(layer, {})[row["variant"]] = 1e3 * row["ms"]
-    return found
-
-
-def gpu_profile() -> Table:
-    """Nsight Compute on two kernels of the H200"""
-    profiles = read_csv(RESULTS / GPU / "profile.csv")
-    figures = {
-        "duration, µs": lambda p: digits(1e3 * p["ms"]),
-        "multiprocessors busy": lambda p: f"{p['sm_busy_percent']:.0f} %",
-        "tensor pipe": lambda p: f"{p['tensor_pipe_percent']:.0f} %",
-        "L2 throughput": lambda p: f"{p['l2_percent']:.0f} %",
-        "L2 hits": lambda p: f"{p['l2_hit_percent']:.0f} %",
-        "DRAM": lambda p: f"{p['dram_percent']:.0f} %, {p['dram_gbytes']:.0f} GB/s",
-        "registers per thread": lambda p: f"{p['registers']}",
-        "shared memory per block": lambda p: f"{p['shared_bytes'] / 1024:.0f} KiB",
-    }
-    rows = [[name, *(figure(p) for p in profiles)] for name, figure in figures.items()]
-    note = "Nsight Compute, one launch, clocks not fixed; percentages of the peak."
-    head = ["forward of ViT-B's qkv, bfloat16", *(f"`{p['variant']}`" for p in profiles)]
-    return Table(head, rows, note, [f"{GPU}/profile.csv"])
-
-
 def vtab1k() -> Table:
     """offline VTAB experiment: parameters and top-1 per data set"""
     name = "vtab1k_offline/runs.csv"
@@ -395,8 +292,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
         train_step, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
-        inference_operations, serving, load_test, gpu, gpu_forward, gpu_backward, gpu_plans, gpu_predictions,
-        gpu_train_step, gpu_profile, vtab1k,
+        inference_operations, serving, load_test, gpu, gpu_forward, gpu_backward, gpu_train_step, gpu_other_kernels,
+        gpu_changes, gpu_predictions, gpu_profile, vtab1k,
     )
 }  # fmt: skip
 
@@ -455,7 +352,7 @@ def refreshed(page: Path) -> str:
         name = match[1]
         if name not in TABLES:
             raise ValueError(f"{page}: expected a table out of {', '.join(TABLES)}, got {name!r}")
-        return f"<!-- table: {name} -->\n\n{TABLES[name]().markdown(page)}\n<!-- end -->"
+        return f"<!-- table: {name} -->\n\n{TABLES[name]().markdown(page, RESULTS)}\n<!-- end -->"
 
     found = MARKERS.sub(table, text)
     if text.count("<!-- table:") != len(MARKERS.findall(text)):

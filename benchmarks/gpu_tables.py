@@ -1,0 +1,150 @@
+"""The tables of what was measured on one NVIDIA H200, for summary.py."""
+
+from collections.abc import Iterator
+
+from markdown_table import RESULTS, Table
+from record import digits, read_csv
+
+FIRST, KERNEL, TUNE = "nvidia_h200/first_run", "nvidia_h200/hopper_kernel", "nvidia_h200/tune"
+
+
+def gpu_forward() -> Table:
+    """H200, forward of every Linear: the tuner's best plan, against merged weight, PEFT and plain torch"""
+    now, rows = _us(f"{KERNEL}/hopper_kernel.csv", "forward", 2), []
+    for model, layer, size, us, tuned in _tuned("forward", "lowrank_linear", None):
+        in_one_run = now.get(layer, {})
+        best = min((name for name in in_one_run if name.startswith("e")), key=in_one_run.get, default=None)
+        ratio = f"{digits(in_one_run[best] / in_one_run['merged'])} (tile {best[1:-1]})" if best else "–"
+        cells = [digits(us["merged"]), digits(us["peft"]), digits(tuned["torch_us"]), digits(tuned["cuda_us"])]
+        plan = tuned["plan"].removeprefix("single_pass hopper ")
+        cells += [plan, *(digits(tuned["cuda_us"] / other) for other in (tuned["torch_us"], us["merged"]))]
+        rows.append([f"{model} {layer} {size}", *cells, ratio])
+    head = [
+        "forward, bfloat16, R = 16",
+        "merged weight",
+        "LoRA as PEFT",
+        "plain torch",
+        "CUDA",
+        "plan",
+        "/ plain torch",
+    ]
+    note = (
+        "Microseconds per call, batch 64. Plain torch: its faster order. Plan: p inside the product of y, columns of a "
+        "tile. Merged weight and PEFT: timed in another process after the tuner. Last column: another run, in which "
+        "merged weight and kernel take turns, and its best tile."
+    )
+    records = [f"{TUNE}/tune.csv", f"{TUNE}/plain_torch.csv", f"{KERNEL}/hopper_kernel.csv"]
+    return Table([*head, "/ merged", "/ merged, in one run"], rows, note, records)
+
+
+def gpu_backward() -> Table:
+    """the same, backward"""
+    rows = []
+    for model, layer, size, us, tuned in _tuned("backward", "lowrank_linear_backward", "x down up"):
+        cells = [digits(us["merged"]), digits(tuned["torch_us"]), digits(tuned["cuda_us"]), tuned["plan"]]
+        ratios = [digits(tuned["cuda_us"] / other) for other in (tuned["torch_us"], us["merged"])]
+        rows.append([f"{model} {layer} {size}", *cells, *ratios, {"torch": "plain torch"}.get(tuned["chosen"], "CUDA")])
+    head = ["backward, bfloat16, R = 16", "dx, merged weight", "plain torch", "CUDA", "plan", "/ plain torch"]
+    note = (
+        "Microseconds per call, batch 64: dx and the gradients of both factors, by passes over dy and x that have been "
+        "replaced since. Plain torch: its faster order. A kernel is chosen where it gains at least 3 %."
+    )
+    records = [f"{TUNE}/tune.csv", f"{TUNE}/plain_torch.csv"]
+    return Table([*head, "/ dx, merged", "chosen"], rows, note, records)
+
+
+def gpu_other_kernels() -> Table:
+    """first run on the H200: the kernels for every architecture, C++ and Triton"""
+    rows = []
+    for part in ("forward", "backward"):
+        for layer, us in _us(f"{FIRST}/timings.csv", part).items():
+            cells = [digits(us["merged"]), digits(min(us["unfused"], us["beta"]))]
+            for kind in ("mma", "triton"):
+                best = min(us[name] for name in us if name.startswith(kind))
+                cells += [digits(best), digits(best / us["merged"])]
+            rows.append([part, layer, *cells])
+    head = ["pass", "Linear", "merged weight", "plain torch", "C++, mma.sync", "/ merged", "Triton", "/ merged"]
+    note = "Microseconds per call, bfloat16, R = 16, batch 64, best plan of each; of the merged weight dx alone."
+    return Table(head, rows, note, [f"{FIRST}/timings.csv"], 2)
+
+
+CHANGES = [  # what it is, what was expected, the run (None: the first one), the variant with it and the one without it
+    ("p inside the product of y", "−4 to −7 %", None, "v192p", "h192p"),
+    ("the second consumer starts two steps later, tile 192", "−5 to −8 % at K = 768", 1, "a192p", "b192p"),
+    ("the same, tile 128", "the same", 1, "a128p", "b128p"),
+    ("programmatic launches", "not written down", 1, "a192p", "d192p"),
+    ("tiles of 128 in clusters of two", "not written down", 1, "c128p", "a128p"),
+    ("two consumers alternate between tiles of 128", "−5 to −8 % at K = 768; p costs twice", 2, "f128p", "a128p"),
+    ("these in clusters of two, where K ≥ 512", "not written down", 2, "e128p", "f128p"),
+]
+
+
+def gpu_changes() -> Table:
+    """H200: changes of the forward, what was expected and what was measured"""
+    layers, rows = ["qkv", "proj", "fc1", "fc2", "stage1.qkv", "stage2.qkv"], []
+    for what, expected, run, one, other in CHANGES:
+        us = _us(f"{KERNEL}/hopper_kernel.csv", "forward", run) if run else _us(f"{FIRST}/timings.csv", "forward")
+        cells = [f"{us[layer][one] / us[layer][other] - 1:+.1%}".replace("-", "−") for layer in layers]
+        rows.append([what, expected, f"`{one}`, `{other}`", *cells])
+    note = (
+        "Change of the time of a forward, both variants in one run: bfloat16, rank 16, batch 64. A letter is a library "
+        "of hopper_kernel.json or a variant of the first run, a number the columns of a tile."
+    )
+    records = [f"{FIRST}/timings.csv", f"{KERNEL}/hopper_kernel.csv"]
+    return Table(["change", "expected", "with, without", *layers], rows, note, records, 3)
+
+
+def gpu_predictions() -> Table:
+    """H200: predicted and measured ratio of the forward to the merged weight"""
+    predicted = {"qkv": ("h192p", 1.10), "proj": ("h192p", 1.10), "fc1": ("h256p", 1.08), "fc2": ("h192p", 1.09)}
+    rows = []
+    first, now = _us(f"{FIRST}/timings.csv", "forward"), _us(f"{KERNEL}/hopper_kernel.csv", "forward", 2)
+    for layer, (plan, ratio) in predicted.items():
+        best = min(us for name, us in now[layer].items() if name.startswith("e"))
+        measured = [first[layer][plan] / first[layer]["merged"], best / now[layer]["merged"]]
+        rows.append([f"ViT-B {layer}", f"`{plan}`", f"{ratio:.2f}", *(f"{value:.2f}" for value in measured)])
+    head = ["layer", "plan", "predicted / merged weight", "first run", "now, best tile"]
+    records = [f"{FIRST}/timings.csv", f"{KERNEL}/hopper_kernel.csv"]
+    return Table(head, rows, "Batch 64, bfloat16, rank 16.", records, 2)
+
+
+def gpu_profile() -> Table:
+    """Nsight Compute on the forward of the H200, first version and now"""
+    records = [f"{FIRST}/profile.csv", f"{KERNEL}/profile.csv"]
+    profiles = [row for name in records for row in read_csv(RESULTS / name) if row["variant"] != "v192p"]
+    figures = {
+        "duration, µs": lambda p: digits(1e3 * p["ms"]),
+        "multiprocessors busy": lambda p: f"{p['sm_busy_percent']:.0f} %",
+        "tensor pipe": lambda p: f"{p['tensor_pipe_percent']:.0f} %",
+        "L2 throughput": lambda p: f"{p['l2_percent']:.0f} %",
+        "L2 hits": lambda p: f"{p['l2_hit_percent']:.0f} %",
+        "DRAM": lambda p: f"{p['dram_percent']:.0f} %, {p['dram_gbytes']:.0f} GB/s",
+        "registers per thread": lambda p: f"{p['registers']}",
+        "shared memory per block": lambda p: f"{p['shared_bytes'] / 1024:.0f} KiB",
+    }
+    rows = [[name, *(figure(p) for p in profiles)] for name, figure in figures.items()]
+    note = "Nsight Compute, one launch, clocks not fixed; percentages of the peak."
+    head = ["forward of ViT-B's qkv, bfloat16", *(f"`{p['variant']}`" for p in profiles)]
+    return Table(head, rows, note, records)
+
+
+def _us(name: str, part: str, run: int | None = None) -> dict[str, dict[str, float]]:
+    """{layer: {variant: microseconds}} of a record, which may hold several runs"""
+    found = {}
+    for row in read_csv(RESULTS / name):
+        if row["pass"] == part and row.get("run") == run:
+            found.setdefault(row["layer"], {})[row["variant"]] = 1e3 * row["ms"]
+    return found
+
+
+def _tuned(part: str, op: str, needs: str | None) -> Iterator[tuple[str, str, str, dict[str, float], dict]]:
+    """(model, layer, its size, {variant: microseconds} beside the tuner, the tuner's row) of every Linear"""
+    rows = read_csv(RESULTS / TUNE / "tune.csv")
+    tuned = {(r["M"], r["K"], r["N"]): r for r in rows if (r["op"], r["needs"]) == (op, needs)}
+    layers = {}
+    for r in read_csv(RESULTS / TUNE / "plain_torch.csv"):
+        if r["pass"] == part:
+            layers.setdefault((r["model"], r["layer"], r["M"], r["K"], r["N"]), {})[r["variant"]] = 1e3 * r["ms"]
+    names = {"vit_b": "ViT-B", "swin_t": "Swin-T"}
+    for (model, layer, M, K, N), us in layers.items():
+        yield names[model], layer, f"{K} → {N}, M = {M}", us, tuned[M, K, N]
