@@ -195,9 +195,7 @@ def show(record: dict) -> None:
         changes += [[]] if changes else []
         for row in own[len(forwards) :]:
             quartiles = f"{digits(row['q1'])}-{digits(row['q3'])}"
-            changes.append(
-                [dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))]
-            )
+            changes.append([dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))])
     print(f"\n{text_table(HEAD, table)}\n")
     print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
     print_meanings(record, {row["method"] for row in rows})

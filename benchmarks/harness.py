@@ -134,9 +134,7 @@ class FacTLinear(nn.Module):
         self.linear, self.shared, self.slot, self.scale = linear, (shared,), slot, scale
         r, n = shared["v"].shape[0], len(slot.parts) // len(slot.site.parts)
         shape = (n * r, r) if slot.transposed else (r, n * r)
-        self.sigma = nn.ParameterList(
-            nn.init.xavier_uniform_(linear.weight.new_empty(shape)) for _ in slot.site.parts
-        )
+        self.sigma = nn.ParameterList(nn.init.xavier_uniform_(linear.weight.new_empty(shape)) for _ in slot.site.parts)
 
     def forward(self, x: Tensor) -> Tensor:
         (shared,) = self.shared

@@ -38,9 +38,7 @@ def layers(model: str) -> list[Layer]:
         return _block("", width, tokens, depth)
     width, depths = _SWIN[model]
     return [
-        layer
-        for s, depth in enumerate(depths)
-        for layer in _block(f"stage{s + 1}.", width << s, (56 >> s) ** 2, depth)
+        layer for s, depth in enumerate(depths) for layer in _block(f"stage{s + 1}.", width << s, (56 >> s) ** 2, depth)
     ]
 
 

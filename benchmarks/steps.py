@@ -183,5 +183,3 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
     @property
     def bytes(self) -> int:
         return sum(size for address, size in self.sizes.items() if address not in self.own)
-
-

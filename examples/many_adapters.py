@@ -1,7 +1,7 @@
 """One batch whose images use different adapters, each with its own head: AdapterBank.
 
-    pip install -e ".[finetune]"
-    python examples/many_adapters.py                # two adapters of a small random ViT, seconds on a CPU
+pip install -e ".[finetune]"
+python examples/many_adapters.py                # two adapters of a small random ViT, seconds on a CPU
 """
 
 import argparse

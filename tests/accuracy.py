@@ -99,9 +99,7 @@ def exactly(name: str, arguments, change=lambda t: t) -> list[Wide]:
     """The needed results of one function of the contract, with ``change`` applied to its floating-point tensors."""
     needs = arguments[-1] if name.endswith("backward") else None
     given = arguments if needs is None else arguments[:-1]
-    found = [
-        (wide(change(a)) if a.is_floating_point() else a.numpy()) if isinstance(a, Tensor) else a for a in given
-    ]
+    found = [(wide(change(a)) if a.is_floating_point() else a.numpy()) if isinstance(a, Tensor) else a for a in given]
     results = getattr(_Exact, name)(*found)
     return results if needs is None else [result for result, need in zip(results, needs) if need]
 

@@ -44,7 +44,18 @@ KERNELS = {
     "kernels.tuning.worker": {f"kernels.tuning.{name}" for name in ("plans", "prove", "table", "timing")},
     "kernels.tuning.run": {f"kernels.tuning.{name}" for name in ("children", "plans", "table")},
 }
-HEAVY = ["triton", "timm", "transformers", "peft", "safetensors", "torchvision", "matplotlib", "torch._dynamo", "ray", "PIL"]
+HEAVY = [
+    "triton",
+    "timm",
+    "transformers",
+    "peft",
+    "safetensors",
+    "torchvision",
+    "matplotlib",
+    "torch._dynamo",
+    "ray",
+    "PIL",
+]
 
 
 def module_name(path: Path) -> str:
@@ -99,7 +110,9 @@ def test_no_import_circle():
     while free := [name for name, needs in left.items() if not needs & left.keys()]:
         for name in free:
             del left[name]
-    assert not left, f"these import one another: {({name: sorted(needs & left.keys()) for name, needs in left.items()})}"
+    assert not left, (
+        f"these import one another: { ({name: sorted(needs & left.keys()) for name, needs in left.items()}) }"
+    )
 
 
 def test_files_are_short():

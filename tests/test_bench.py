@@ -14,9 +14,9 @@ sys.path.append(str(BENCHMARKS))
 
 import baselines  # noqa: E402
 import bench_forward  # noqa: E402
-import timing  # noqa: E402
 import record  # noqa: E402
 import shapes  # noqa: E402
+import timing  # noqa: E402
 
 TINY = ["--model", "swin_t", "--layer", "stage1.qkv", "--rows", "5", "--rank", "3"]
 TINY += ["--repeats", "4", "--seconds", "600"]

@@ -20,11 +20,11 @@ sys.path.append(str(BENCHMARKS))
 import bench_inference  # noqa: E402
 import bench_lora  # noqa: E402
 import bench_train_step  # noqa: E402
+import harness  # noqa: E402
 import steps  # noqa: E402
 import timing  # noqa: E402
 import whole_model  # noqa: E402
 from record import read_run, spread_of  # noqa: E402
-import harness  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402
 
@@ -367,9 +367,7 @@ def test_a_method_that_cannot_run_is_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness, "methods", lambda device: (found, left_out))
     assert bench_train_step.main([*SIZES, "--methods", "peft_lora", "--out", str(tmp_path)]) == 0
     assert "peft_lora        left out of float32: no package of this name" in capsys.readouterr().out
-    assert read_run(tmp_path / "train_step.json")["left_out"] == {
-        "peft_lora": {"float32": "no package of this name"}
-    }
+    assert read_run(tmp_path / "train_step.json")["left_out"] == {"peft_lora": {"float32": "no package of this name"}}
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def test_every_table_is_made_and_every_record_in_it_is_there():
     page = ROOT / "docs" / "page.md"
     for name, table in summary.TABLES.items():
         made = table()
-        assert table.__doc__ and (made.rows or name == "gpu") and all(len(row) == len(made.head) for row in made.rows), name
+        assert (
+            table.__doc__ and (made.rows or name == "gpu") and all(len(row) == len(made.head) for row in made.rows)
+        ), name
         links = re.findall(r"\]\(([^)]*)\)", made.markdown(page))
         assert (links or name == "gpu") and all((page.parent / link).exists() for link in links), name
 

@@ -13,8 +13,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_forward  # noqa: E402
-import timing  # noqa: E402
 import roofline  # noqa: E402
+import timing  # noqa: E402
 from record import read_run, write_csv  # noqa: E402
 
 

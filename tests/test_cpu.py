@@ -10,10 +10,14 @@ import time
 
 import pytest
 import torch
-
 from accuracy import (
-    assert_accurate, check_group_update, check_lowrank_linear, check_mixed_linear, wide,
+    assert_accurate,
+    check_group_update,
+    check_lowrank_linear,
+    check_mixed_linear,
+    wide,
 )  # fmt: skip
+
 from efft_kernels.kernels import build, cpu, reference
 
 if reason := cpu.unavailable():

@@ -264,7 +264,9 @@ def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(os, name, failing)
-    with pytest.raises(checkpoints.StorageError, match="no space left in .* could not be written; .* same command") as error:
+    with pytest.raises(
+        checkpoints.StorageError, match="no space left in .* could not be written; .* same command"
+    ) as error:
         train(tiny(photos, tmp_path), progress=False)
     assert "\n" not in str(error.value)
     monkeypatch.undo()

@@ -74,9 +74,11 @@ def strided(draw, shape, dtype):
 @pytest.mark.parametrize("name", HERE)
 def test_any_shape_strides_and_ids(name, data):
     size = st.sampled_from([1, 2, 3, 7, 16, 33, 64])
-    B, T, K, N = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([0, 1, 2, 5, 13, 40])), *[
-        data.draw(size) for _ in range(2)
-    ]
+    B, T, K, N = (
+        data.draw(st.sampled_from([1, 2, 3, 8])),
+        data.draw(st.sampled_from([0, 1, 2, 5, 13, 40])),
+        *[data.draw(size) for _ in range(2)],
+    )
     R, A = data.draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), data.draw(st.sampled_from([1, 2, 3, 9]))
     dtype = data.draw(st.sampled_from(FLOATS))
     shapes = (B * T, K), (N, K), (A, K, R), (A, R, N), (B * T, N)

@@ -90,17 +90,25 @@ def test_gradcheck(backend, device):
     assert torch.autograd.gradcheck(lambda *a: group_update(*a, 1.5, backend=backend), (sigma, v))
     u = torch.randn(5, 3, dtype=torch.float64, device=device, requires_grad=True)
     wide = torch.randn(10, 5, dtype=torch.float64, device=device)
-    assert torch.autograd.gradcheck(lambda *a: efft_linear(a[0], wide, None, *a[1:], 0.7, backend=backend), (x, u, sigma, v))
+    assert torch.autograd.gradcheck(
+        lambda *a: efft_linear(a[0], wide, None, *a[1:], 0.7, backend=backend), (x, u, sigma, v)
+    )
 
 
 def test_efft_linear_equals_the_dense_formula(backend, device):
     x = torch.randn(2, 3, 6, dtype=torch.float64, device=device)
-    weight, bias = torch.randn(15, 6, dtype=torch.float64, device=device), torch.randn(15, dtype=torch.float64, device=device)
+    weight, bias = (
+        torch.randn(15, 6, dtype=torch.float64, device=device),
+        torch.randn(15, dtype=torch.float64, device=device),
+    )
     u, v = torch.randn(6, 2, dtype=torch.float64, device=device), torch.randn(4, 5, dtype=torch.float64, device=device)
     sigma = torch.randn(3, 2, 4, dtype=torch.float64, device=device)
     dw = torch.cat([10 * u @ core @ v for core in sigma], dim=1)
     torch.testing.assert_close(
-        efft_linear(x, weight, bias, u, sigma, v, 10.0, backend=backend), x @ weight.T + bias + x @ dw, rtol=1e-12, atol=1e-12
+        efft_linear(x, weight, bias, u, sigma, v, 10.0, backend=backend),
+        x @ weight.T + bias + x @ dw,
+        rtol=1e-12,
+        atol=1e-12,
     )
     one = efft_linear(x, weight[:5], None, u, sigma[0], v, 10.0, backend=backend)
     torch.testing.assert_close(one, x @ weight[:5].T + x @ dw[:, :5], rtol=1e-12, atol=1e-12)
@@ -158,7 +166,9 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
 
 def test_second_derivatives_are_refused(backend):
     tensors = make(grad=True)
-    (dx,) = torch.autograd.grad(lowrank_linear(*tensors, backend=backend).square().sum(), tensors[:1], create_graph=True)
+    (dx,) = torch.autograd.grad(
+        lowrank_linear(*tensors, backend=backend).square().sum(), tensors[:1], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -275,7 +285,10 @@ def test_opcheck(backend):
     plain = [t.detach() for t in (torch.randn(37, 48), x, weight, down, up, torch.randn(37, 5))]
     for needs in ([True] * 5, [True, False, False, True, True], [False] * 4 + [True]):
         opcheck(names.lowrank_linear_backward.default, (*plain, needs, backend))
-    opcheck(names.group_update_backward.default, (torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True], backend))
+    opcheck(
+        names.group_update_backward.default,
+        (torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True], backend),
+    )
     opcheck(names.merge_.default, ([weight.detach().clone()], [down.detach()], [up.detach()], backend))
 
 
@@ -379,13 +392,25 @@ def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
         (dict(x=torch.randn(3, 41)), ValueError, r"x must be \[..., 40\] for weight \[48, 40\], got \[3, 41\]"),
         (dict(x=torch.tensor(1.0)), ValueError, r"x must be \[..., 40\]"),
         (dict(x=[1.0]), TypeError, "x must be a torch.Tensor, got list"),
-        (dict(x=torch.ones(3, 40, dtype=torch.int64)), TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int64"),
+        (
+            dict(x=torch.ones(3, 40, dtype=torch.int64)),
+            TypeError,
+            "x must be float32, bfloat16, float16 or float64, got torch.int64",
+        ),
         (dict(weight=torch.randn(48)), ValueError, r"weight must be \[N, K\].*, got \[48\]"),
-        (dict(weight=torch.randn(48, 40).double()), TypeError, "weight must have the dtype of x, torch.float32, got torch.float64"),
+        (
+            dict(weight=torch.randn(48, 40).double()),
+            TypeError,
+            "weight must have the dtype of x, torch.float32, got torch.float64",
+        ),
         (dict(bias=torch.randn(47)), ValueError, r"bias must be \[48\], got \[47\]"),
         (dict(bias=3.0), TypeError, "bias must be a torch.Tensor, got float"),
         (dict(down=torch.randn(41, 5)), ValueError, r"down must be \[40, R\].*, got \[41, 5\]"),
-        (dict(down=torch.randn(40, 0)), ValueError, r"down must be \[40, R\] with every letter at least 1, got \[40, 0\]"),
+        (
+            dict(down=torch.randn(40, 0)),
+            ValueError,
+            r"down must be \[40, R\] with every letter at least 1, got \[40, 0\]",
+        ),
         (dict(down=torch.randn(40, 5, device="meta")), ValueError, "down must be on the device of x, cpu, got meta"),
         (dict(up=torch.randn(4, 48)), ValueError, r"up must be \[5, 48\], got \[4, 48\]"),
         (dict(up=torch.randn(5, 48).half()), TypeError, "up must have the dtype of x"),
@@ -470,7 +495,14 @@ def test_a_numpy_scalar_is_a_scale(backend, kind):
 
 
 def test_efft_linear_refuses(backend):
-    good = dict(x=torch.randn(3, 6), weight=torch.randn(10, 6), bias=None, u=torch.randn(6, 2), sigma=torch.randn(2, 2, 4), v=torch.randn(4, 5))
+    good = dict(
+        x=torch.randn(3, 6),
+        weight=torch.randn(10, 6),
+        bias=None,
+        u=torch.randn(6, 2),
+        sigma=torch.randn(2, 2, 4),
+        v=torch.randn(4, 5),
+    )
     assert efft_linear(**good, backend=backend).shape == (3, 10)
     for change, message in [
         (dict(u=torch.randn(6, 3)), r"u must be \[6, 2\], got \[6, 3\]"),

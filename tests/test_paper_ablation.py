@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 
 import ablation  # noqa: E402
 import subspace  # noqa: E402
-from runs import Run  # noqa: E402
 from record import read_csv, read_run  # noqa: E402, found because runs put benchmarks/ on the path
+from runs import Run  # noqa: E402
 from test_paper_vtab1k import few_images  # noqa: E402
 
 import efft_kernels as ek  # noqa: E402

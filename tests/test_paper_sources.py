@@ -23,6 +23,7 @@ from packages import Package, unpacked  # noqa: E402
 
 from efft_kernels.finetune.data import SOURCES, open_data  # noqa: E402
 
+
 def test_latents_are_the_published_grid():
     assert dsprites.TOTAL == np.prod(dsprites.COUNTS) == 737280
     index = np.arange(0, dsprites.TOTAL, 997)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from models import timm  # noqa: E402
 
 timm()
@@ -181,6 +180,7 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
 
 def test_what_a_run_trains_on_and_is_measured_by():
     import sources  # noqa: F401, registers the source
+
     from efft_kernels.finetune.data import SOURCES
 
     whole = SOURCES["dsprites_loc"]()

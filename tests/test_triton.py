@@ -163,7 +163,13 @@ def make_mixed(B, T, K, N, R, A, dtype, device):
 @pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
 @pytest.mark.parametrize(
     "shape",
-    [(5, 197, 33, 40, 3, 3), (4, 70, 64, 96, 16, 2), (3, 65, 48, 24, 33, 4), (13, 5, 40, 24, 17, 6), (40, 1, 16, 8, 1, 5)],
+    [
+        (5, 197, 33, 40, 3, 3),
+        (4, 70, 64, 96, 16, 2),
+        (3, 65, 48, 24, 33, 4),
+        (13, 5, 40, 24, 17, 6),
+        (40, 1, 16, 8, 1, 5),
+    ],
     ids=lambda shape: "B{}-T{}-K{}-N{}-R{}-A{}".format(*shape),
 )
 def test_mixed_linear_either_way(shape, single, dtype, device, monkeypatch, launches):
@@ -265,7 +271,11 @@ def test_which_way_p_is_formed(M, N, K, R, dup, expected):
 @pytest.mark.parametrize("way", [True, False], ids=["single_pass", "extended_k"])
 def test_the_measured_way_goes_before_the_rule(way, device, launches, monkeypatch):
     x, weight, bias, down, up, dy = make(40, 48, 64, 5, torch.float16, device)
-    monkeypatch.setattr(table, "choice", lambda *of: table.Choice("triton", 2.0, {"triton": 1.0}, {"triton": {"way": kernels.WAYS[not way]}}))
+    monkeypatch.setattr(
+        table,
+        "choice",
+        lambda *of: table.Choice("triton", 2.0, {"triton": 1.0}, {"triton": {"way": kernels.WAYS[not way]}}),
+    )
     kernels.lowrank_linear(x, weight, bias, down, up)
     assert len(launches) == (1 if way else 2)
     launches.clear()

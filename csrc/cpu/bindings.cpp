@@ -145,8 +145,8 @@ int64_t fingerprint(const Tensor& t) {
 }
 
 // p = x @ down        y = x @ weight.T + bias + p @ up
-std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,       // [M, K]
-                                          const Tensor& packed,  // weight.T [K, N]
+std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [M, K]
+                                          const Tensor& packed,               // weight.T [K, N]
                                           const std::optional<Tensor>& bias,  // [N]
                                           const Tensor& down,                 // [K, R]
                                           const Tensor& up) {                 // [R, N]
@@ -220,8 +220,8 @@ void set_adapters(LowRank& g, const Tensor& ids, int64_t A) {
 }
 
 // lowrank_linear where the M / B rows of each sample use the down and up of its id
-std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,       // [M, K]
-                                        const Tensor& packed,  // weight.T [K, N]
+std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,                    // [M, K]
+                                        const Tensor& packed,               // weight.T [K, N]
                                         const std::optional<Tensor>& bias,  // [N]
                                         const Tensor& down,                 // [A, K, R]
                                         const Tensor& up,                   // [A, R, N]
@@ -372,8 +372,7 @@ STABLE_TORCH_LIBRARY(efft_cpu, m) {
   m.def("pack(Tensor weight, bool for_backward) -> Tensor");
   m.def("fingerprint(Tensor weight) -> int");
   m.def("lowrank_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)");
-  m.def(
-      "lowrank_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
+  m.def("lowrank_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
   m.def("mixed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up, Tensor ids) -> (Tensor, Tensor)");
   m.def(
       "mixed_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p, Tensor ids) -> "

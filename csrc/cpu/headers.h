@@ -15,8 +15,7 @@
 
 #define EFFT_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define EFFT_TARGET_BEGIN(isa) \
-  EFFT_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define EFFT_TARGET_BEGIN(isa) EFFT_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define EFFT_TARGET_END EFFT_PRAGMA(clang attribute pop)
 #else
 #define EFFT_TARGET_BEGIN(isa) EFFT_PRAGMA(GCC push_options) EFFT_PRAGMA(GCC target(isa))

@@ -35,20 +35,20 @@ struct View {
 // a null pointer means that an output is not wanted or an input is absent.
 struct LowRank {
   int64_t M = 0, K = 0, N = 0, R = 0;
-  View a;                   // [M, K]
-  const void* b = nullptr;  // [K, N] as packed by pack()
-  View d;                   // [K, R]
-  View u;                   // [R, N]; null: c has no low-rank term
-  View bias;                // [1, N]
-  View q;                   // [M, R]
-  View x;                   // [M, N]
-  double scale = 1.0;       // multiplies every output
-  bool c_adds = false;      // c += instead of c =; not together with a bias
-  View c;                   // [M, N]
-  void* p = nullptr;        // [M, R]  contiguous
-  void* qa = nullptr;       // [R, K]  contiguous; [A, R, K] if mixed
-  void* xp = nullptr;       // [N, R]  contiguous; [A, N, R] if mixed
-  const int64_t* ids = nullptr;         // [B]  adapter of each sample, negative for none; null: not a mixed batch
+  View a;                        // [M, K]
+  const void* b = nullptr;       // [K, N] as packed by pack()
+  View d;                        // [K, R]
+  View u;                        // [R, N]; null: c has no low-rank term
+  View bias;                     // [1, N]
+  View q;                        // [M, R]
+  View x;                        // [M, N]
+  double scale = 1.0;            // multiplies every output
+  bool c_adds = false;           // c += instead of c =; not together with a bias
+  View c;                        // [M, N]
+  void* p = nullptr;             // [M, R]  contiguous
+  void* qa = nullptr;            // [R, K]  contiguous; [A, R, K] if mixed
+  void* xp = nullptr;            // [N, R]  contiguous; [A, N, R] if mixed
+  const int64_t* ids = nullptr;  // [B]  adapter of each sample, negative for none; null: not a mixed batch
   int64_t A = 1, B = 0;
   int64_t d_adapter = 0, u_adapter = 0;  // stride between the d (u) of adapters, in elements
 };

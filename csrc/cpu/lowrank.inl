@@ -20,7 +20,8 @@ struct Chunks {
 // memory for intermediate results. it never shrinks: each thread reuses its own in every call
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : data_(static_cast<char*>(operator new(bytes, std::align_val_t(64)))), bytes_(bytes) {}
+  explicit Scratch(size_t bytes)
+      : data_(static_cast<char*>(operator new(bytes, std::align_val_t(64)))), bytes_(bytes) {}
   ~Scratch() { operator delete(data_, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   void* at_least(size_t bytes) {
@@ -46,9 +47,9 @@ class LowRankPass {
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
   // part of the L2 cache, which the panels stream through as well: it has at least 512 KB, with AVX-512 at least 1 MB
   static constexpr int64_t BLOCK_BYTES = (VB == 64 ? 480 : 320) * 1024;
-  static constexpr size_t MOST_KEPT = 16 << 20;       // bytes of memory kept per calling thread
-  static constexpr int64_t MOST_SPLITS = 16;          // partial results of a sum over rows
-  static constexpr int64_t MOST_JOINED = 64;          // largest R whose steps continue a chunk of a
+  static constexpr size_t MOST_KEPT = 16 << 20;  // bytes of memory kept per calling thread
+  static constexpr int64_t MOST_SPLITS = 16;     // partial results of a sum over rows
+  static constexpr int64_t MOST_JOINED = 64;     // largest R whose steps continue a chunk of a
 
  public:
   explicit LowRankPass(const LowRank& g)
@@ -408,7 +409,7 @@ class LowRankPass {
   const Chunks chunks_, r_chunks_;
   const int64_t panels_;
   const int64_t r_width_, r_panels_;  // panels over R are narrow if one vector holds all columns
-  const bool blocked_;  // K needs several blocks: partial sums of all panels are kept
+  const bool blocked_;                // K needs several blocks: partial sums of all panels are kept
   std::vector<Adapter> adapters_;
   std::vector<Split> splits_;
   Panel<T>* d_ = nullptr;  // [slot][r panel][K][r_width]

@@ -44,7 +44,8 @@ EFFT_NOINLINE void pack_chunk(const View& a, int64_t row0, int64_t rows, int64_t
 template <class T>
 void pack_sums(const Sum<T>* sums, int64_t count, Cell<T>* to) {
   if constexpr (dots<T>) {
-    for (int64_t j = 0; j < count; j += Shape<T>::VL) store_sum(reinterpret_cast<T*>(to) + j, load<Vec<float>>(sums + j));
+    for (int64_t j = 0; j < count; j += Shape<T>::VL)
+      store_sum(reinterpret_cast<T*>(to) + j, load<Vec<float>>(sums + j));
   } else {
     std::copy_n(sums, count, to);
   }

@@ -20,10 +20,10 @@ using Panel = std::conditional_t<std::is_same_v<T, Bf16> && !dots<T>, Bf16, Cell
 template <class T>
 struct Shape {
   using S = Sum<T>;
-  static constexpr int VL = VB / sizeof(S);    // accumulators, or cells, in a vector
-  static constexpr int NR = 2 * VL;            // columns of a wide panel: two vectors
-  static constexpr int PER = dots<T> ? 2 : 1;  // numbers in a cell
-  static constexpr int KC = 1024 / sizeof(S);  // a panel of KC steps and MR rows of a chunk fit into L1 together
+  static constexpr int VL = VB / sizeof(S);          // accumulators, or cells, in a vector
+  static constexpr int NR = 2 * VL;                  // columns of a wide panel: two vectors
+  static constexpr int PER = dots<T> ? 2 : 1;        // numbers in a cell
+  static constexpr int KC = 1024 / sizeof(S);        // a panel of KC steps and MR rows of a chunk fit into L1 together
   static constexpr int PITCH = KC + 64 / sizeof(S);  // a cache line more: otherwise all rows map to the same sets
   static constexpr int RT = std::min(VB == 64 ? 8 : 4, VL);  // rows of a tile of sums_tile()
 };
@@ -190,7 +190,8 @@ EFFT_NOINLINE void transposed_tiles(const Cell<T>* a, const Cell<T>* q, int64_t 
     }
   }
   for (; k + NR <= end; k += NR) {
-    for (int64_t r = 0; r < R; r += RT) sums_tile<T, 2>(a + k / PER, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
+    for (int64_t r = 0; r < R; r += RT)
+      sums_tile<T, 2>(a + k / PER, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
   }
   if constexpr (RT == 4) {
     for (; k < end; k += VL) {

@@ -181,7 +181,5 @@ def alone(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
-                f"out must be a separate folder, but another process is training into {folder}"
-            ) from error
+            raise ValueError(f"out must be a separate folder, but another process is training into {folder}") from error
         yield

@@ -106,9 +106,7 @@ def _load(model: nn.Module, file: Path) -> None:
         )
 
 
-def _of_transformers(
-    name: str, classes: int, image_size: int, checkpoint: str | None, drop_path: float
-) -> nn.Module:
+def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str | None, drop_path: float) -> nn.Module:
     timm()  # transformers imports torchvision, too
     need("transformers")
     from transformers import AutoConfig, AutoModelForImageClassification

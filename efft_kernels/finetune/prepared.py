@@ -149,9 +149,7 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
             f"{', '.join(f'{len(part)} {name}' for name, part in data.parts().items())} images of "
             f"{len(data.classes)} classes"
         )
-    made = Prepared(
-        s, accelerator, out, show, data, model, unused, mean, std, parameters, head_parameters, identity
-    )
+    made = Prepared(s, accelerator, out, show, data, model, unused, mean, std, parameters, head_parameters, identity)
     return made, saved
 
 

@@ -132,9 +132,7 @@ def compile_library(part: str, about: str, home: Path | None = None, arch: str |
     if library.exists():
         return library
     if shutil.which(cxx[0]) is None:
-        raise RuntimeError(
-            "no compiled library, and no C++ compiler (c++, or the variable CXX) to make one"
-        )
+        raise RuntimeError("no compiled library, and no C++ compiler (c++, or the variable CXX) to make one")
     logging.getLogger("efft_kernels").warning("compiling %s, once, to %s", about, library)
     include, lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
     common = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

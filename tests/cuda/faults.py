@@ -31,11 +31,13 @@ HOPPER = {
         "        barrier_wait(shared.full + ring.stage, ring.parity);\n        hand_over();\n",
         "        hand_over();\n",
     ),
-    "begun_before_the_other_has_seen_its_copies": ("      if (Tile::ALTERNATE && set != first) group_sync", "      if (false) group_sync"),
+    "begun_before_the_other_has_seen_its_copies": (
+        "      if (Tile::ALTERNATE && set != first) group_sync",
+        "      if (false) group_sync",
+    ),
     "never_handed_over": ("          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);\n", "          {}\n"),
     "no_wait_for_p": (
-        "          barrier_wait(shared.full + ring.stage, ring.parity);\n"
-        "          const uint32_t a",
+        "          barrier_wait(shared.full + ring.stage, ring.parity);\n          const uint32_t a",
         "          const uint32_t a",
     ),
     "no_wait_for_readers": (
@@ -73,7 +75,10 @@ HOPPER = {
     "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
     "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
     "rows_of_another_warp": ("n, m0 + warp_row + block * 64)", "n, m0 + block * 64)"),
-    "blocks_of_y_turned": ("lane % 16, chunk = 2 * j + lane / 16;", "lane / 16 * 8 + lane % 8, chunk = 2 * j + lane / 8 % 2;"),
+    "blocks_of_y_turned": (
+        "lane % 16, chunk = 2 * j + lane / 16;",
+        "lane / 16 * 8 + lane % 8, chunk = 2 * j + lane / 8 % 2;",
+    ),
     "wrong_stride": (
         "descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE)",
         "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)",
@@ -83,7 +88,10 @@ HOPPER = {
     "the_other_tile_not_skipped": ("      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);", "      "),
     "both_start_at_once": ("    if (Tile::ALTERNATE && consumer == 1) ring.skip(k_steps + r_steps);\n", ""),
     "the_ring_comes_round_unseen": ("    parity ^= stage / STAGES & 1;\n", ""),
-    "the_first_block_twice": ("operand<true>(a + block * 64 * LINE, k16, 0),\n                                                                operand<W_K_MAJOR>", "operand<true>(a, k16, 0),\n                                                                operand<W_K_MAJOR>"),
+    "the_first_block_twice": (
+        "operand<true>(a + block * 64 * LINE, k16, 0),\n                                                                operand<W_K_MAJOR>",
+        "operand<true>(a, k16, 0),\n                                                                operand<W_K_MAJOR>",
+    ),
     "released_for_two": ("Tile::READERS * CLUSTER", "CONSUMERS * CLUSTER"),
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": (

@@ -80,8 +80,8 @@ struct Matrix {
     uint32_t bits = 0;
     std::memcpy(&bits, at(i, j), size());
     if (dtype == Dtype::f16) {
-      const double magnitude = (bits & 0x7c00) ? std::ldexp(1024 + (bits & 1023), int(bits >> 10 & 31) - 25)
-                                               : std::ldexp(bits & 1023, -24);
+      const double magnitude =
+          (bits & 0x7c00) ? std::ldexp(1024 + (bits & 1023), int(bits >> 10 & 31) - 25) : std::ldexp(bits & 1023, -24);
       return bits & 0x8000 ? -magnitude : magnitude;
     }
     if (dtype == Dtype::bf16) bits <<= 16;
@@ -180,7 +180,8 @@ void run_mixed(const Kernels& k, Dtype dtype, int64_t B, int64_t T, int64_t K, i
     for (int64_t r = 0; id >= 0 && r < R; ++r) {
       double& p_mr = P[m * R + r];
       for (int64_t i = 0; i < K; ++i) p_mr += a(m, i) * d(id * K + i, r), QA[(id * R + r) * K + i] += q(m, r) * a(m, i);
-      for (int64_t n = 0; n < N; ++n) C[m * N + n] += p_mr * u(id * R + r, n), XP[(id * N + n) * R + r] += x(m, n) * p_mr;
+      for (int64_t n = 0; n < N; ++n)
+        C[m * N + n] += p_mr * u(id * R + r, n), XP[(id * N + n) * R + r] += x(m, n) * p_mr;
     }
   }
   expect("mixed p", k, p, K, P);
@@ -194,9 +195,9 @@ void run_mixed(const Kernels& k, Dtype dtype, int64_t B, int64_t T, int64_t K, i
 int main() {
   std::vector<const Kernels*> all{&wide_kernels, &wide_bf16_kernels};
   for (auto k = available_kernels(); *k; ++k) all.push_back(*k);
-  const int64_t shapes[][4] = {{0, 3, 5, 1},   {1, 1, 1, 1},    {2, 100, 33, 3},  {5, 7, 7, 17},
+  const int64_t shapes[][4] = {{0, 3, 5, 1},      {1, 1, 1, 1},    {2, 100, 33, 3},   {5, 7, 7, 17},
                                {13, 33, 100, 16}, {97, 40, 49, 5}, {30, 1100, 20, 9}, {25, 20, 300, 270}};
-  const int64_t mixed[][6] = {{3, 0, 5, 3, 1, 2},    {1, 1, 1, 1, 1, 1},    {9, 1, 40, 33, 3, 4},
+  const int64_t mixed[][6] = {{3, 0, 5, 3, 1, 2},     {1, 1, 1, 1, 1, 1},      {9, 1, 40, 33, 3, 4},
                               {4, 15, 33, 49, 16, 3}, {5, 31, 1100, 20, 9, 6}, {2, 25, 20, 300, 270, 2}};
   for (const Kernels* k : all) {
     for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
