@@ -83,7 +83,7 @@ def variants(device: str) -> tuple[list[Method], dict[str, str]]:
     chosen.append(Method("merged", "efft2, merged into the weights by efft_kernels", _merged))
     for name in ("peft_lora", "released_efft", "fact_tt", "efft2", "efft1", "efft_lora", "efft_fact"):
         chosen.append(known[name])
-    return chosen, {"base_onednn": reason for reason in left_out.values()}
+    return chosen, {"base_onednn": reason for reason in left_out.values()}  # noqa: B035  at most one
 
 
 def operations(base: nn.Module, o: Options, image: Tensor, folder: Path) -> dict[str, Stages]:

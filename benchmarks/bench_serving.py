@@ -181,7 +181,7 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
     options = Options(args.rank, args.lora_rank, args.backend)
     calls, facts = {}, {}
     for K, method in itertools.product(args.adapters, METHODS):
-        if args.methods is not None and method.name not in args.methods or method.single and K != args.adapters[0]:
+        if (args.methods is not None and method.name not in args.methods) or (method.single and K != args.adapters[0]):
             continue
         if method.name == "switched" and K > args.most_switches:
             left_out.setdefault(f"switched at {K}", {})[dtype] = f"more than --most-switches {args.most_switches}"

@@ -341,7 +341,8 @@ def everything(found: Run, out: Path, args) -> int:
     about = found.step("info", [*here, "info"], 60 * patience)
     sizes = [(layer.tokens * (4 if args.dry else BATCH), layer.K, layer.N, R) for _, layer in chosen_layers(args.dry)]
     report = run.tune(
-        dict.fromkeys(sizes), [torch.float16] if args.dry else [torch.bfloat16, torch.float16][: 1 + (args.minutes > 12)],
+        dict.fromkeys(sizes),
+        [torch.float16] if args.dry else [torch.bfloat16, torch.float16][: 1 + (args.minutes > 12)],
         backends=("cuda", "triton"), device="cpu" if args.dry else None, minutes=max(0.1, min(4.0, found.left() / 120)),
         worker=[*here, "worker"] if args.dry else children.WORKER, simulated=args.dry,
         say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
@@ -358,15 +359,16 @@ def everything(found: Run, out: Path, args) -> int:
     reached = goals(rows, step)
     record.write_run(out, {
         "benchmark": "gpu", "format": record.FORMAT, "date": datetime.date.today().isoformat(), "dry": args.dry,
-        "complete": not report.left, "machine": record.machine(), "versions": record.versions(), "commit": record.commit(),
-        "info": about, "proven": report.proven, "dropped": report.dropped, "not_done": report.left, "stress": stressed,
-        "goals": reached, "results": rows,
+        "complete": not report.left, "machine": record.machine(), "versions": record.versions(),
+        "commit": record.commit(), "info": about, "proven": report.proven, "dropped": report.dropped,
+        "not_done": report.left, "stress": stressed, "goals": reached, "results": rows,
     })  # fmt: skip
     lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
     print("\n" + record.text_table(["goal", "what", "at most", "worst", "cases"], lines))
     for backend, found_plans in report.proven.items():
         print(
-            f"{backend}: proven {', '.join(found_plans) or 'nothing'}; dropped {report.dropped.get(backend) or 'nothing'}"
+            f"{backend}: proven {', '.join(found_plans) or 'nothing'}; "
+            f"dropped {report.dropped.get(backend) or 'nothing'}"
         )
     print(f"\nwritten: {out}")
     return int(any(report.dropped.values()) or any(each.get("differ") for each in stressed))

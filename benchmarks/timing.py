@@ -102,7 +102,7 @@ class TimeCuda:
             events[-1].record()
         del value
         torch.cuda.synchronize()
-        device = [start.elapsed_time(end) * 1e-3 for start, end in zip(events, events[1:])]
+        device = [start.elapsed_time(end) * 1e-3 for start, end in itertools.pairwise(events)]
 
         self.flush.zero_()
         torch.cuda.synchronize()

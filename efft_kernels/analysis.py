@@ -79,7 +79,7 @@ def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Ten
     """The leading left singular vectors [d, count], float64."""
     pair = isinstance(matrix, tuple | list)
     parts = [part.detach().double() for part in (matrix if pair else (matrix,))]
-    if any(part.ndim != 2 for part in parts) or pair and (len(parts) != 2 or parts[0].shape[1] != parts[1].shape[0]):
+    if any(part.ndim != 2 for part in parts) or (pair and (len(parts) != 2 or parts[0].shape[1] != parts[1].shape[0])):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(f"{name} must be a matrix [d, n] or a pair [d, r], [r, n], got {shapes}")
     if not all(torch.isfinite(part).all() for part in parts):

@@ -63,7 +63,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         for path, weight in weights.items():
             launches.setdefault((weight.dtype, weight.device), []).append(path)
         # one of several launches may fail after another has written
-        keep = {path for path in weights if keep_weights and path not in own or path in low or len(launches) > 1}
+        keep = {path for path in weights if (keep_weights and path not in own) or path in low or len(launches) > 1}
         kept = {path: weights[path].clone() for path in weights if path in keep}
         try:
             for (dtype, _), paths in launches.items():

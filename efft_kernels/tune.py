@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         models = args.model or ([] if args.shapes else ["vit_b"])
-        on_cpu = str(args.device).startswith("cpu") or args.device is None and not torch.cuda.is_available()
+        on_cpu = str(args.device).startswith("cpu") or (args.device is None and not torch.cuda.is_available())
         batches = args.batch or [4 if on_cpu else 64]
         shapes = args.shapes + [s for m in models for B in batches for R in args.rank for s in model_shapes(m, B, R)]
         found = run.tune(

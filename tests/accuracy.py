@@ -39,7 +39,7 @@ def assert_accurate(
     if got.numel() == 0:
         return
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    judged = got.dtype != torch.float64 or _WIDER and not isinstance(exact, Tensor)
+    judged = got.dtype != torch.float64 or (_WIDER and not isinstance(exact, Tensor))
     exact, summed = (wide(t) if isinstance(t, Tensor) else t for t in (exact, summed))
     error, own = abs(wide(got) - exact), abs(wide(plain) - exact)
     few = got.numel() < 64 and summed is not None

@@ -14,6 +14,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Marks as slow what runs CUDA kernels: the simulator of a GPU takes a minute to compile."""
+    for item in items:
+        if item.path.name == "test_cuda.py" and {"device", "built"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

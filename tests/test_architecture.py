@@ -127,7 +127,10 @@ def test_arrow_walk_sees_an_import():
 
 
 def test_import_is_light():
-    code = f"import sys, torch; before = set(sys.modules); import efft_kernels; print([m for m in {HEAVY} if m in set(sys.modules) - before])"
+    code = (
+        "import sys, torch; before = set(sys.modules); import efft_kernels; "
+        f"print([m for m in {HEAVY} if m in set(sys.modules) - before])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -12,11 +12,11 @@ for module in ("matplotlib", "tabulate", "tqdm"):
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-import baselines  # noqa: E402
-import bench_forward  # noqa: E402
-import record  # noqa: E402
-import shapes  # noqa: E402
-import timing  # noqa: E402
+import baselines
+import bench_forward
+import record
+import shapes
+import timing
 
 TINY = ["--model", "swin_t", "--layer", "stage1.qkv", "--rows", "5", "--rank", "3"]
 TINY += ["--repeats", "4", "--seconds", "600"]

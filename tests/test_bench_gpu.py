@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: a dry run of every step, what a step that hangs leaves, and the table of the goals."""
+"""benchmarks/gpu.py without a GPU: a dry run of every step, what a step that hangs leaves, the table of the goals."""
 
 import csv
 import json
@@ -14,12 +14,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 sys.path.append(str(Path(__file__).parent / "cuda"))
 
-import gpu  # noqa: E402
-import simulator  # noqa: E402
+import gpu
+import simulator
 
-from efft_kernels.kernels.tuning import table  # noqa: E402
+from efft_kernels.kernels.tuning import table
 
 
+@pytest.mark.slow
 def test_a_dry_run_exercises_every_step(tmp_path):
     if simulator.compiler() is None:
         pytest.skip("the simulator needs a C++ compiler")
@@ -50,7 +51,10 @@ def test_a_dry_run_exercises_every_step(tmp_path):
 
 def test_a_step_that_hangs_or_fails_ends_alone(tmp_path, monkeypatch):
     run = gpu.Run(tmp_path, 5)
-    never = "import json, subprocess; print('@@' + json.dumps(dict(a=1))); print('b', flush=True); subprocess.run(['sleep', '600'])"
+    never = (
+        "import json, subprocess; print('@@' + json.dumps(dict(a=1))); print('b', flush=True); "
+        "subprocess.run(['sleep', '600'])"
+    )
     assert run.step("hangs", [sys.executable, "-c", never], 5) == [{"a": 1}]
     assert run.step("fails", [sys.executable, "-c", "raise SystemExit('why')"], 60) == []
     run.end = run.start

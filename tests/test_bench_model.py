@@ -11,22 +11,22 @@ import torch.nn.functional as F
 
 for module in ("matplotlib", "tabulate", "tqdm"):
     pytest.importorskip(module)
-from models import timm  # noqa: E402
+from models import timm
 
 timm()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-import bench_inference  # noqa: E402
-import bench_lora  # noqa: E402
-import bench_train_step  # noqa: E402
-import harness  # noqa: E402
-import steps  # noqa: E402
-import timing  # noqa: E402
-import whole_model  # noqa: E402
-from record import read_run, spread_of  # noqa: E402
+import bench_inference
+import bench_lora
+import bench_train_step
+import harness
+import steps
+import timing
+import whole_model
+from record import read_run, spread_of
 
-import efft_kernels as ek  # noqa: E402
+import efft_kernels as ek
 
 VIT = ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48}, 16)
 SWIN = ("swin_tiny_patch4_window7_224", dict(window_size=4, embed_dim=32, depths=(2, 1), num_heads=(2, 4)), 32)
@@ -226,6 +226,7 @@ def fake_compiler(monkeypatch, backend):
     monkeypatch.setattr(steps.torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
+@pytest.mark.slow
 def test_compiled_steps(tmp_path, capsys, monkeypatch):
     fake_compiler(monkeypatch, "aot_eager")
     chosen = ["released_efft", "efft2_p0"]
@@ -237,6 +238,7 @@ def test_compiled_steps(tmp_path, capsys, monkeypatch):
         assert row["ops"] is None and row["saved_bytes"] is None and row["peak_bytes"] > 0 and row["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_step_computes_the_same():
     base, batches = backbone("vit_b"), [(torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1]))]
     losses = []

@@ -15,8 +15,8 @@ for module in ("matplotlib", "tabulate", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import record  # noqa: E402
-import summary  # noqa: E402
+import record
+import summary
 
 
 def test_a_run_is_two_files(tmp_path):
@@ -61,7 +61,8 @@ def test_a_load_test_is_a_run_with_a_row_per_kind_of_answer(tmp_path):
 
     load = SimpleNamespace(
         seconds=[0.2, 0.1], counts=Counter(sent=2), statuses=Counter({"200": 2}), again=Counter(), problems=[],
-        refusals={"empty": Counter({"400": 3}), "a line": Counter({"422": 1, "400": 1})}, memory={7: [(0, 10), (1, 11)]},
+        refusals={"empty": Counter({"400": 3}), "a line": Counter({"422": 1, "400": 1})},
+        memory={7: [(0, 10), (1, 11)]},
     )  # fmt: skip
     found = load_test.summary(load, SimpleNamespace(rate=1.0), 0)
     record.write_run(tmp_path, {"benchmark": "load_test", "format": record.FORMAT, **found})

@@ -12,10 +12,10 @@ for module in ("matplotlib", "tabulate", "tqdm"):
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-import bench_forward  # noqa: E402
-import roofline  # noqa: E402
-import timing  # noqa: E402
-from record import read_run, write_csv  # noqa: E402
+import bench_forward
+import roofline
+import timing
+from record import read_run, write_csv
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The C++ kernels: every instruction set of this processor against float64, bit-equality, and the panels kept of frozen weights."""
+"""The C++ kernels: each instruction set of this processor against float64, bit-equality, kept panels of weights."""
 
 import copy
 import gc
@@ -102,7 +102,7 @@ MIXED = [
 
 
 def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
-    """x, weight, bias, down, up, ids, dy; some neighbours share an adapter, some samples have none, one adapter has no sample"""
+    """x, weight, bias, down, up, ids, dy; neighbours share adapters, some samples have none, one adapter is unused"""
     x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype)
     down, up = (torch.randn(*s).div(math.sqrt(s[1])).to(dtype) for s in ((A, K, R), (A, R, N)))
     return x, weight, bias, down, up, (torch.arange(B) // 2 * 5) % (A + 1) - 1, dy
@@ -504,7 +504,6 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
 def test_rules_of_the_other_products(isa, rules, dtype):
     if isa in ("avx512", "portable"):
         return
-    half, fp16 = dtype in (torch.bfloat16, torch.float16), dtype == torch.float16
     rows = lambda M: make(M, 768, 256, 4, dtype)
 
     def mixed(rows_each):

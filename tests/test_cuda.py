@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from accuracy import assert_accurate, check_group_update, check_lowrank_linear
 from efft_kernels.kernels import cuda, reference
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-import faults  # noqa: E402
-import simulator  # noqa: E402
+import faults
+import simulator
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 shapes = lambda *given: pytest.mark.parametrize("shape", given, ids=lambda s: "M{}-K{}-N{}-R{}".format(*s))
@@ -464,27 +465,54 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
 # -- planted faults ---------------------------------------------------------------------------------------------------
 
 
+def planted() -> dict[str, tuple[str, str, str]]:
+    """file, what stands there once and what is planted in its place; two change a comment only"""
+    found = dict(faults.LINEAR)
+    found |= {f"hopper_{name}": ("hopper.h", *fault) for name, fault in faults.HOPPER.items()}
+    found |= {f"pass_{name}": ("hopper_pass.h", *fault) for name, fault in faults.HOPPER_PASS.items()}
+    sound = "    take_registers<CONSUMER_REGISTERS>();\n"
+    found["hopper_sound"] = "hopper.h", sound, sound + "    // the same\n"
+    sound = "  cluster_sync();\n"
+    found["pass_sound"] = "hopper_pass.h", sound, sound + "  // the same\n"
+    return found
+
+
+PLANTED = planted()
+faulty_kernels = lambda *prefixes: pytest.mark.parametrize(
+    "faulty", [name for name in PLANTED if name.startswith(prefixes) and not name.endswith("_sound")], indirect=True
+)
+
+
 @pytest.fixture(scope="session")
-def faulty(built, tmp_path_factory):
+def faulty_libraries(built, tmp_path_factory, request):
+    """A future of each library with a fault. Those that the session will ask for are compiled while tests run."""
     folder = tmp_path_factory.mktemp("faults")
     objects = Path(built.library._name).parent
+    names = [item.callspec.params.get("faulty") for item in request.session.items if hasattr(item, "callspec")]
+    simulator.compile_all([simulator.bindings(folder, simulator.ANY)])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            name: pool.submit(simulator.build_faulty, folder, number, name, *PLANTED[name], objects)
+            for number, name in enumerate(dict.fromkeys(filter(None, names)))
+        }
+        pool.shutdown(cancel_futures=True)
 
-    def load(name: str, file: str, sound: str, wrong: str) -> Simulated:
-        return Simulated(simulator.build_faulty(folder, name, file, sound, wrong, objects), name)
 
-    return load
+@pytest.fixture
+def faulty(faulty_libraries, request) -> Simulated:
+    """csrc/cuda with the fault that the test's parameter names"""
+    return Simulated(*faulty_libraries[request.param].result())
 
 
-@pytest.mark.parametrize("fault", faults.LINEAR)
-def test_a_planted_fault_is_seen(fault, faulty, monkeypatch):
-    kernels = faulty(fault, *faults.LINEAR[fault])
-    monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
+@pytest.mark.parametrize("faulty", faults.LINEAR, indirect=True)
+def test_a_planted_fault_is_seen(faulty, monkeypatch):
+    monkeypatch.setattr(cuda, "_ops", lambda: faulty.ops)
     x, weight, bias, _, _, dy = make(130, 330, 100, 16, torch.bfloat16)
     x, weight = LAYOUTS["aligned"](*x.shape, x.dtype, "cpu"), LAYOUTS["aligned"](*weight.shape, x.dtype, "cpu")
     down, up = torch.randn(330, 16).div(18).bfloat16(), torch.randn(16, 100).div(10).bfloat16()
     for single, mode in itertools.product((True, False), Simulated.MODES):
         plan(monkeypatch, single, False)
-        kernels.mode(*mode)
+        faulty.mode(*mode)
         try:
             check_lowrank_linear(cuda, x, weight, bias, down, up, dy, (False,) * 5)
         except AssertionError:
@@ -520,15 +548,14 @@ def hopper_deviates(kernels, monkeypatch) -> bool:
     return False
 
 
+@pytest.mark.parametrize("faulty", ["hopper_sound"], indirect=True)
 def test_no_fault_is_seen_where_there_is_none(faulty, monkeypatch):
-    sound = "    take_registers<CONSUMER_REGISTERS>();\n"
-    assert not hopper_deviates(faulty("hopper_sound", "hopper.h", sound, sound + "    // the same\n"), monkeypatch)
+    assert not hopper_deviates(faulty, monkeypatch)
 
 
-@pytest.mark.parametrize("fault", faults.HOPPER)
-def test_a_fault_planted_in_hopper_is_seen(fault, faulty, monkeypatch):
-    kernels = faulty(f"hopper_{fault}", "hopper.h", *faults.HOPPER[fault])
-    assert hopper_deviates(kernels, monkeypatch)
+@faulty_kernels("hopper_")
+def test_a_fault_planted_in_hopper_is_seen(faulty, monkeypatch):
+    assert hopper_deviates(faulty, monkeypatch)
 
 
 def hopper_passes_deviate(kernels) -> bool:
@@ -552,14 +579,14 @@ def hopper_passes_deviate(kernels) -> bool:
     return False
 
 
+@pytest.mark.parametrize("faulty", ["pass_sound"], indirect=True)
 def test_no_fault_is_seen_in_the_passes_where_there_is_none(faulty):
-    sound = "  cluster_sync();\n"
-    assert not hopper_passes_deviate(faulty("pass_sound", "hopper_pass.h", sound, sound + "  // the same\n"))
+    assert not hopper_passes_deviate(faulty)
 
 
-@pytest.mark.parametrize("fault", faults.HOPPER_PASS)
-def test_a_fault_planted_in_the_passes_is_seen(fault, faulty):
-    assert hopper_passes_deviate(faulty(f"pass_{fault}", "hopper_pass.h", *faults.HOPPER_PASS[fault]))
+@faulty_kernels("pass_")
+def test_a_fault_planted_in_the_passes_is_seen(faulty):
+    assert hopper_passes_deviate(faulty)
 
 
 # -- which kernel, and refusals ---------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from models import timm
 from safetensors.torch import load_file
 
@@ -36,6 +35,7 @@ def run(name: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_finetune_timm(tmp_path):
     printed = run("finetune_timm.py", tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
@@ -45,6 +45,7 @@ def test_finetune_timm(tmp_path):
     assert head["head/head.weight"].shape[0] == 2
 
 
+@pytest.mark.slow
 def test_peft_trainer(tmp_path):
     pytest.importorskip("peft")
     printed = run("peft_trainer.py", tmp_path)
@@ -53,6 +54,7 @@ def test_peft_trainer(tmp_path):
     assert (tmp_path / "peft_example" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_many_adapters(tmp_path):
     printed = run("many_adapters.py", tmp_path)
     assert "refused: " in printed

@@ -12,11 +12,11 @@ from models import timm
 
 pytest.importorskip("PIL")
 timm()
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from efft_kernels.finetune import data as data_module  # noqa: E402
-from efft_kernels.finetune.data import Source, open_data, source  # noqa: E402
-from efft_kernels.finetune.images import Arrays, DataError  # noqa: E402
+from efft_kernels.finetune import data as data_module
+from efft_kernels.finetune.data import Source, open_data, source
+from efft_kernels.finetune.images import Arrays, DataError
 
 
 def picture(path, value=0, size=(20, 12)):

@@ -24,13 +24,13 @@ from models import timm
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
     pytest.importorskip(package)
-from safetensors.torch import load_file  # noqa: E402
-from test_finetune_data import folder, lists  # noqa: E402
+from safetensors.torch import load_file
+from test_finetune_data import folder, lists
 
-from efft_kernels.finetune import checkpoints, cli, loop, prepared  # noqa: E402
-from efft_kernels.finetune.loop import Interrupted, train  # noqa: E402
-from efft_kernels.finetune.models import make_model  # noqa: E402
-from efft_kernels.finetune.settings import Settings  # noqa: E402
+from efft_kernels.finetune import checkpoints, cli, loop, prepared
+from efft_kernels.finetune.loop import Interrupted, train
+from efft_kernels.finetune.models import make_model
+from efft_kernels.finetune.settings import Settings
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,7 @@ def killed_and_resumed(settings, kills: int, seed: int, seconds: float) -> int:
     return met
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(photos, whole, tmp_path):
     assert killed_and_resumed(tiny(photos, tmp_path / "out"), 3, seed=0, seconds=0.15) >= 1
     assert end(tmp_path / "out") == whole
@@ -136,6 +137,7 @@ def _die_in(module, name):
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
     # the last calls write the adapter, the curves and the metrics
@@ -167,6 +169,7 @@ FLAGS = (
 ).split()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     """The command is stopped and run again, with worker processes."""
     flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
@@ -220,6 +223,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk(disk, photos, whole, capfd):
     def fill(number):
         original, saves = checkpoints.save, []
@@ -309,6 +313,7 @@ def test_accumulated_parts_equal_the_batch(photos, exact, tmp_path):
     assert_close_runs(tmp_path, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", ["false", "true"], ids=["ddp", "fsdp"])
 def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
     run = [
@@ -370,6 +375,7 @@ def test_val_is_held_out_to_choose_by(tmp_path):
         train(tiny(root, tmp_path / "other", batch_size=7, select="val"), progress=False)
 
 
+@pytest.mark.slow
 def test_val_selection_survives_a_kill(photos, tmp_path):
     for folder_, number in ((tmp_path / "a", 0), (tmp_path / "b", 6)):
         start(tiny(photos, folder_, select="val"), _die_in(os, "replace"), number).join()
@@ -498,6 +504,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine(whole):
     assert found == pytest.approx([1e-5 + (3e-3 - 1e-5) * (1 + math.cos(math.pi * t / 18)) / 2 for t in steps])
 
 
+@pytest.mark.slow
 def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
     seen = {}
 
@@ -697,6 +704,7 @@ def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
     assert torch.equal(finished.restore(tmp_path)[0].mask_token, torch.ones(3))
 
 
+@pytest.mark.slow
 def test_learns(tmp_path):
     """Dark and light images: every test image is classified correctly in the end."""
     import numpy as np

@@ -9,7 +9,6 @@ from torch.library import opcheck
 
 import efft_kernels
 from efft_kernels import lowrank_linear, mixed_linear
-from efft_kernels.kernels import cpu, reference
 from efft_kernels.ops import dispatch
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -160,8 +159,8 @@ def test_nan_stays_within_its_sample_and_adapter(backend, device):
 def test_ids_of_any_stride(backend, device):
     *inputs, ids = make(device=device, grad=True)
     results = []
-    for given in (ids, torch.stack([ids, ids + 5], 1)[:, 0], ids.flip(0).clone().flip(0)):
-        y = mixed_linear(*inputs, given, backend=backend)
+    for same in (ids, torch.stack([ids, ids + 5], 1)[:, 0], ids.flip(0).clone().flip(0)):
+        y = mixed_linear(*inputs, same, backend=backend)
         results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
     assert all(torch.equal(t, first) for other in results[1:] for t, first in zip(other, results[0]))
 

@@ -14,6 +14,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize(
     "config", [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig()], ids=["efft", "fact", "lora"]
@@ -37,6 +38,7 @@ def test_compiled_whole_model(make, config):
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_compiled_with_dropout():
     model = adapted(DROPPED).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -75,6 +77,7 @@ def test_merged_model_exports():
     torch.testing.assert_close(exported.module()(x), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_merged_model_exports_to_onnx():
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")

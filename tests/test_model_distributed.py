@@ -61,6 +61,7 @@ def _fsdp(model):
     return model, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one(wrap, tmp_path):
     context = torch.multiprocessing.get_context("spawn")

@@ -12,13 +12,13 @@ for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
     pytest.importorskip(module)
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 
-import ablation  # noqa: E402
-import subspace  # noqa: E402
-from record import read_csv, read_run  # noqa: E402, found because runs put benchmarks/ on the path
-from runs import Run  # noqa: E402
-from test_paper_vtab1k import few_images  # noqa: E402
+import ablation
+import subspace
+from record import read_csv, read_run
+from runs import Run
+from test_paper_vtab1k import few_images
 
-import efft_kernels as ek  # noqa: E402
+import efft_kernels as ek
 
 
 def record(method, top1, data="x", seed=0):

@@ -16,12 +16,12 @@ pytest.importorskip("PIL")
 PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
 sys.path.append(str(PAPER))
 
-import dsprites  # noqa: E402
-import packages  # noqa: E402
-import sources  # noqa: E402
-from packages import Package, unpacked  # noqa: E402
+import dsprites
+import packages
+import sources
+from packages import Package, unpacked
 
-from efft_kernels.finetune.data import SOURCES, open_data  # noqa: E402
+from efft_kernels.finetune.data import SOURCES, open_data
 
 
 def test_latents_are_the_published_grid():

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import timm  # noqa: E402
+from models import timm
 
 timm()
 for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
@@ -19,10 +19,10 @@ for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
 PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
 sys.path.append(str(PAPER))
 
-import runs  # noqa: E402
-import tables  # noqa: E402
-import vtab1k  # noqa: E402
-from runs import Places, Run, Store  # noqa: E402
+import runs
+import tables
+import vtab1k
+from runs import Places, Run, Store
 
 FACTS = vtab1k.FACTS
 ALL = [name for members in FACTS["groups"].values() for name in members]
@@ -307,6 +307,7 @@ def test_a_signal_stops_the_series_with_a_sentence(lists, tmp_path, monkeypatch,
     assert len(done) == 1 and not Store(tmp_path / "out").all()
 
 
+@pytest.mark.slow
 def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     done = []
@@ -422,6 +423,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_series_goes_on_to_the_same_results(tmp_path):
     """kill -9 of the parent leaves no incomplete record and no orphan, and finished runs are not repeated."""
     script = tmp_path / "series.py"
@@ -467,6 +469,7 @@ def test_divergence_is_a_result():
     assert found["top1"] is None and "loss of step" in found["diverged"]
 
 
+@pytest.mark.slow
 def test_probe_learns_where_a_linear_head_can():
     settings = {
         "model": "vit_tiny_patch16_224",
@@ -498,6 +501,7 @@ def few_images(monkeypatch):
     monkeypatch.setattr(runs, "opened", few)
 
 
+@pytest.mark.slow
 def test_offline_quick(tmp_path, capsys, monkeypatch):
     """The whole experiment on 96 training images: weights of a package, six methods, test, table and chart."""
     from sources import weights

@@ -19,8 +19,8 @@ timm()  # declares what torchvision, which PEFT imports, may lack
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from efft_kernels import groups, ops  # noqa: E402
-from efft_kernels.peft import EFFTPeftConfig, EFFTPeftLinear, FastLoraLinear, accelerate_lora, fused, restore_lora  # noqa: E402
+from efft_kernels import groups, ops
+from efft_kernels.peft import EFFTPeftConfig, EFFTPeftLinear, FastLoraLinear, accelerate_lora, fused, restore_lora
 
 SMALL = {"rank": 4, "scale": 2.0, "factor_dropout": 0.0}
 FACTORS = [f"{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")]

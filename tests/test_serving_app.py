@@ -539,6 +539,7 @@ def test_a_stop_waits_until_no_request_is_under_way(busy, least, most, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_deployment_on_loopback(served, tmp_path):
     """Answers, refusals, a killed replica, clients that leave, overload, and a stop with requests under way."""
     pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")

@@ -15,9 +15,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from efft_kernels.kernels import triton as kernels  # noqa: E402
-from efft_kernels.kernels.triton import launch  # noqa: E402
-from efft_kernels.kernels.tuning import table  # noqa: E402
+from efft_kernels.kernels import triton as kernels
+from efft_kernels.kernels.triton import launch
+from efft_kernels.kernels.tuning import table
 
 # modules, whose names the package gives to functions
 linear, dy_pass = (importlib.import_module(f"{kernels.__name__}.{name}") for name in ("lowrank_linear", "dy_pass"))
@@ -34,7 +34,7 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """memory that no kernel writes is nan, or an integer that is no index and no address, instead of an accidental zero"""
+    """memory that no kernel writes is nan, or an integer that is no index and no address, and never zero by luck"""
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -323,6 +323,6 @@ def test_every_default_is_complete():
         for kernel in kernels.DEFAULTS["defaults"][arch]:
             use = launch.lookup(kernel, arch, kind, M, N, R)
             # without a row for it, p is not formed beside y
-            assert use or kernel == "single_pass" and (R > 64 or kind == "fp32"), (arch, kernel, kind, R)
+            assert use or (kernel == "single_pass" and (R > 64 or kind == "fp32")), (arch, kernel, kind, R)
             assert arch == "interpreter" or not use or {"num_warps", "num_stages"} <= use.keys()
         assert isinstance(linear.strategy(arch, kind, M, 768, N, R, False), bool)

@@ -1,4 +1,4 @@
-"""Proof and tuning: what is recorded, when a record counts, what is chosen, and what a wrong or hanging kernel does to it."""
+"""Proof and tuning: what is recorded, when a record counts, what is chosen, and what a wrong or hanging kernel does."""
 
 import errno
 import functools
@@ -165,7 +165,8 @@ for i in range(20):
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "[]", '{"format": 1, "devices": {}}', '{"format": 2, "devices": [1]}', '{"format": 2, "devices": {"a": {}}}',
+        "{", "[]",
+        '{"format": 1, "devices": {}}', '{"format": 2, "devices": [1]}', '{"format": 2, "devices": {"a": {}}}',
         '{"format": 2, "devices": {"a": {"proof": {"cuda": {}}, "measured": {}}}}',
         '{"format": 2, "devices": {"a": {"proof": {}, "measured": {"b": {"1": {"torch": "fast"}}}}}}',
         '{"format": 2, "devices": {"a": {"proof": {}, "measured": {"b": {"1": {"torch": 1, "cuda": {"us": 1}}}}}}}',
@@ -308,6 +309,7 @@ def quick(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_wrong_and_hanging_plans_are_dropped_and_named_and_the_rest_is_chosen(quick):
     worker = planted(
         single_pass_tile64="wrong", tile64="hang", tile128="die", hopper_tile128="unequal", hopper_tile192="fast"
@@ -332,6 +334,7 @@ def test_wrong_and_hanging_plans_are_dropped_and_named_and_the_rest_is_chosen(qu
     assert again.dropped["cuda"] == dropped and not any("is right in" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_plan_that_hangs_while_it_is_timed_is_dropped_too(quick, monkeypatch):
     write(
         table.user_file(),
@@ -357,6 +360,7 @@ def test_when_time_is_up_nothing_new_is_started(quick):
     assert not report.timed and len(report.left) >= 7
 
 
+@pytest.mark.slow
 def test_a_cpu_is_tuned_by_instruction_set(monkeypatch):
     """each against plain torch; what is measured goes before the rules, and deleting the file brings them back"""
     from efft_kernels.kernels import cpu
@@ -418,6 +422,7 @@ def test_bad_arguments():
         tune([(8, 8, 8, 8)], minutes=0)
 
 
+@pytest.mark.slow
 def test_the_command(quick, monkeypatch, capsys):
     monkeypatch.setattr(children, "WORKER", planted(hopper_tile192="fast"))
     monkeypatch.setattr(run, "tune", functools.partial(run.tune, simulated=True))

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import prepare_folder  # noqa: E402
-from efft_kernels.storage import write_bytes  # noqa: E402
-import tables  # noqa: E402
-from runs import Places, Run, Store, complete  # noqa: E402
-from vtab1k import FACTS  # noqa: E402
+from record import prepare_folder
+from efft_kernels.storage import write_bytes
+import tables
+from runs import Places, Run, Store, complete
+from vtab1k import FACTS
 
 HERE = Path(__file__).parent
 BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
@@ -115,7 +115,7 @@ def depth(model: str) -> int:
 
 def fits(method: str, settings: dict) -> bool:
     """Whether a method takes the settings: efft1 has one group, so one letter of zero_init and no separate FFN rank."""
-    return method == "efft2" or "ffn_rank" not in settings and len(settings.get("zero_init", "v")) == 1
+    return method == "efft2" or ("ffn_rank" not in settings and len(settings.get("zero_init", "v")) == 1)
 
 
 def change(found: list[dict], base: list[dict] | None = None) -> tables.Cell:

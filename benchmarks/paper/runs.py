@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import FORMAT, commit, machine, versions, write_csv, write_json  # noqa: E402
+from record import FORMAT, commit, machine, versions, write_csv, write_json
 
 
 @dataclass(frozen=True)

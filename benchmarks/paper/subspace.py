@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import FORMAT, commit, machine, prepare_folder, versions, write_figure, write_run  # noqa: E402
-from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates  # noqa: E402
-from efft_kernels.storage import write_bytes  # noqa: E402
-from vtab1k import FACTS  # noqa: E402
+from record import FORMAT, commit, machine, prepare_folder, versions, write_figure, write_run
+from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
+from efft_kernels.storage import write_bytes
+from vtab1k import FACTS
 
 HERE = Path(__file__).parent
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": ("attn", "mlp")}
@@ -101,7 +101,7 @@ def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, st
     from efft_kernels.finetune.settings import Settings
 
     found = {}
-    for name, targets in tqdm.tqdm([(n, t) for n, t in TARGETS.items()], desc="training", unit="target"):
+    for name, targets in tqdm.tqdm(list(TARGETS.items()), desc="training", unit="target"):
         for seed in (0, 1):
             made = Settings(**common, targets=targets, seed=seed, out=out / f"{name}.{seed}", save_every=10**9)
             try:
@@ -137,7 +137,7 @@ def maps(found: dict, blocks: list[int]) -> dict[str, dict[int, Tensor]]:
         }
     down, up = found["joint", 0][blocks[0], "q"]
     random = control(down.shape[0], up.shape[1], down.shape[1])
-    return made | {CONTROL: {block: random for block in blocks}}
+    return made | {CONTROL: dict.fromkeys(blocks, random)}
 
 
 def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:

@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.workers is None:
         import torch
 
-        on_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
+        on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
         args.workers = 1 if on_gpu else os.cpu_count() or 1
     return args
 
@@ -290,7 +290,7 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
         print(f"{len(undone)} runs of other processes are missing: start again when they are done, for the tests")
         return [], groups, failures
     final = {}
-    for (method, name), runs in grids.items():
+    for (method, _), runs in grids.items():
         chosen = choose(runs, store) if len(runs) > 1 else runs[0]
         for seed in range(args.seeds or plan["seeds"]):
             final.setdefault(method, []).append(tested(chosen, seed, epochs=recipe["epochs"]))
@@ -316,7 +316,7 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
     rows = [tables.row(title(method), found, groups) for method, found in records if found]
     shown = list(rows)
     if not args.offline:
-        for method, found in records:
+        for method, _ in records:
             name = FACTS["methods"][method.partition(",")[0]]["published"]
             entry = next((p for p in FACTS["published"] if p["name"] == name), None)
             if entry and not any(row.name == f"published: {name}" for row in shown):

@@ -115,7 +115,7 @@ def compiled(part: str, arch: str | None = None) -> Path:
 
 
 def compile_library(part: str, about: str, home: Path | None = None, arch: str | None = None) -> Path:
-    """Compile csrc/cpu, or with the toolkit at home csrc/cuda, into the user's cache, and say so in one line of the log.
+    """Compile csrc/cpu, or with the toolkit at home csrc/cuda, into the user's cache, and log one line about it.
 
     There is no lock: of two processes that compile at once the last one's file stays, and none ever waits for one that
     was killed.

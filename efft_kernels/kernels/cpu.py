@@ -104,7 +104,7 @@ def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
         return "one product per weight is as fast" if wide else None
     if op.startswith("group"):
         S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
-        if S * P * N > 8192 and (first.dtype == torch.float32 or wide and op == "group_update"):
+        if S * P * N > 8192 and (first.dtype == torch.float32 or (wide and op == "group_update")):
             return f"one plain product is as fast for {S} slices of [{P}, {N}]"
         return None
     weight = tensors[2 if op.endswith("backward") else 1]
@@ -113,7 +113,7 @@ def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
         return f"{M // max(1, len(tensors[-1]))} rows a sample are less than a tile"
     if M < (4 if wide else 2):
         return f"{M} rows are as fast row by row"
-    if first.dtype == torch.float32 and (N * K < 65536 or N * K < 131072 and M < 1024):
+    if first.dtype == torch.float32 and (N * K < 65536 or (N * K < 131072 and M < 1024)):
         return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
     if first.dtype == torch.float32 and op.endswith("_linear") and K > 1024 and M >= 512:
         return f"a sum over {K} passes through memory in blocks, which plain torch does as fast"

@@ -86,7 +86,7 @@ def _ops():
 def sources() -> str:
     """The digest of the sources that the library was compiled from."""
     library, folder = next(_PACKAGE.glob("_cuda*.so"), None), build.csrc()
-    return library and build.carried(library) or (build.digest(folder / "cuda") if folder else "none")
+    return (library and build.carried(library)) or (build.digest(folder / "cuda") if folder else "none")
 
 
 table.SOURCES["cuda"] = sources
@@ -196,16 +196,16 @@ def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
     if dup:
         return False
     # few tiles, which all run at once: the time is that of launching, and of one block walking along K
-    return _cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE or block * N < ridge * BN
+    return (_cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE) or block * N < ridge * BN
 
 
 def hopper_tile(M: int, N: int, K: int, R: int, single_pass: bool) -> int:
     """Columns of a tile with which y [M, N], summed over K terms, takes the least time on 132 multiprocessors.
 
-    Counted in columns of the tensor cores, with constants fitted to an H200: a step of 64 terms costs the columns of the
-    tile, with p beside y those of p in addition. Tiles of 192 and 256 columns go to two blocks side by side, and each
-    pays for storing y after its sum. With 96 and 128 columns one tile is stored while the next is summed, so that only a
-    short sum waits for the store of the tile before.
+    Counted in columns of the tensor cores, with constants fitted to an H200: a step of 64 terms costs the columns of
+    the tile, with p beside y those of p in addition. Tiles of 192 and 256 columns go to two blocks side by side, and
+    each pays for storing y after its sum. With 96 and 128 columns one tile is stored while the next is summed, so that
+    only a short sum waits for the store of the tile before.
     """
     steps = _cdiv(K, 64) + (not single_pass) * _cdiv(R, 64)
 
@@ -260,7 +260,7 @@ def plans(arch: str, R: int) -> list[KernelPlan]:
 
 def allows(x: Tensor, w: Tensor, plan: KernelPlan) -> bool:
     """whether the operands of y [M, N] = x [M, K] @ w are as this plan needs them"""
-    return not plan.hopper or _hopper_takes(x, w) and (w.stride(0) == 1 or not plan.single_pass)
+    return not plan.hopper or (_hopper_takes(x, w) and (w.stride(0) == 1 or not plan.single_pass))
 
 
 @table.cached
@@ -292,7 +292,8 @@ def arch(device: torch.device) -> str:
 def _plan(op: str, x: Tensor, weight: Tensor, R: int, needs: list[bool] | None = None) -> KernelPlan:
     """As measured for these sizes on this GPU if that is on record, else by the formula.
 
-    x is the op's first tensor, weight [N, K]; the product is x @ weight.T in the forward and dy @ weight in the backward.
+    x is the op's first tensor, weight [N, K]; the product is x @ weight.T in the forward and dy @ weight in the
+    backward.
     """
     w = weight.t() if needs is None else weight
     if forced := table.overridden("cuda"):

@@ -1,8 +1,8 @@
 """Hugging Face PEFT: EFFT as one of its methods, and its LoRA adapters on the kernels of this library."""
 
 try:
-    import peft  # noqa: F401
-    import transformers.pytorch_utils  # noqa: F401
+    import peft
+    import transformers.pytorch_utils
 except ImportError as error:
     raise ImportError(f'efft_kernels.peft needs PEFT: pip install "efft_kernels[peft]" ({error})') from error
 

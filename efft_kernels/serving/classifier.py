@@ -52,7 +52,7 @@ class Classifier:
         model, 503 if there is no room for it next to the adapters in use.
         """
         with contextlib.ExitStack() as stack:
-            held: dict[str | None, str | None | Refused] = {}
+            held: dict[str | None, str | Refused | None] = {}
             for adapter in dict.fromkeys(adapters):
                 try:
                     held[adapter] = stack.enter_context(self._hold(adapter))

@@ -12,6 +12,7 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
+ANY = "efft_faulty_any"  # stands in compiled bindings for the name of a library with a fault
 
 
 def compiler() -> list[str] | None:
@@ -55,20 +56,27 @@ def build(folder: Path) -> Path:
     return link([target for _, target, _ in jobs], folder / "efft_cuda_sim.so")
 
 
-def build_faulty(folder: Path, name: str, file: str, sound: str, faulty: str, objects: Path) -> Path:
-    """csrc/cuda with the one occurrence of `sound` in `file` replaced, as torch.ops.NAME
+def build_faulty(
+    folder: Path, number: int, name: str, file: str, sound: str, faulty: str, objects: Path
+) -> tuple[Path, str]:
+    """csrc/cuda with the one occurrence of `sound` in `file` replaced: the library, and its name in torch.ops
 
-    Of the kernel in question it has what its one_*.cu has, in bfloat16; the rest is from the objects
-    of a sound build.
+    Of the kernel in question it has what its one_*.cu has, in bfloat16; the rest is from the objects of a sound build.
+    The bindings were compiled once into `folder` as ANY. They include none of the kernels, so that in their object only
+    the name changes, to another of the same length.
     """
     csrc = folder / name
     shutil.copytree(CSRC, csrc)
     text = (csrc / file).read_text()
     assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
+    assert file != "kernels.h", "the bindings include kernels.h: compile them too"
     (csrc / file).write_text(text.replace(sound, faulty))
     kernel = file.removesuffix(".h") if file.startswith("hopper") else "linear"
-    jobs = [(HERE / f"one_{kernel}.cu", csrc / f"one_{kernel}.o", [f"-I{csrc}"]), bindings(folder, name, csrc)]
-    compile_all(jobs)
+    target = csrc / f"one_{kernel}.o"
+    compile_all([(HERE / f"one_{kernel}.cu", target, [f"-I{csrc}"])])
+    library = f"{ANY[:-3]}{number:03}"
+    names = csrc / "bindings.o"
+    names.write_bytes((folder / f"{ANY}_bindings.o").read_bytes().replace(ANY.encode(), library.encode()))
     stems = {"sim", *(source.stem for source in CSRC.glob("*.cu"))} - {f"{kernel}_bf16"}
     rest = [objects / f"{stem}.o" for stem in sorted(stems)]
-    return link([target for _, target, _ in jobs] + rest, folder / f"{name}.so")
+    return link([target, names, *rest], folder / f"{library}.so"), library

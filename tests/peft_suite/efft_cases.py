@@ -8,7 +8,7 @@ from models import timm
 
 timm()  # makes torchvision, which PEFT imports, importable next to a CPU torch
 
-from efft_kernels.peft import EFFTPeftConfig  # noqa: E402
+from efft_kernels.peft import EFFTPeftConfig
 
 torch.set_num_threads(1)
 

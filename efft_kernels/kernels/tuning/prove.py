@@ -114,7 +114,7 @@ def linear_cases(backend: str, shape, dtype, device) -> Iterator[tuple[str, tupl
     p = plain[1]
     yield table.LINEAR, forward, None, plain, exact_linear(*forward, dy, p)
     # Triton compiles other kernels for other gradients
-    few = len(x) * weight.numel() > 1e10 or backend == "triton" and shape not in (*TRITON_SHAPES[:1], *SMALL_SHAPES)
+    few = len(x) * weight.numel() > 1e10 or (backend == "triton" and shape not in (*TRITON_SHAPES[:1], *SMALL_SHAPES))
     for needs in NEEDS[:1] if few else NEEDS:
         given = dy, x if needs[1] or needs[3] else None, weight, down, up, p if needs[4] else None
         plain = reference.lowrank_linear_backward(*given, needs)

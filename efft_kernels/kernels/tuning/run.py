@@ -29,7 +29,7 @@ class Timed(NamedTuple):
 
     def __str__(self) -> str:
         best = min(self.us, key=self.us.get)
-        chosen = self.choice and self.choice.backend or "plain torch"
+        chosen = (self.choice and self.choice.backend) or "plain torch"
         plain = min(us for name, us in self.us.items() if name.startswith("product"))
         times = f"plain torch {plain:.4g} us, fastest {best} {self.us[best]:.4g} us"
         return f"{self.entry} M{self.M}: {times}, chosen: {chosen}"

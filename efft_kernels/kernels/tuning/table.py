@@ -84,7 +84,7 @@ def overridden(backend: str) -> dict | None:
     return _overrides.get(backend)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gpu(index: int | None) -> tuple[str, str]:
     """(name, architecture class) of a CUDA device; of Triton's interpreter for None"""
     if index is None:
@@ -95,7 +95,7 @@ def gpu(index: int | None) -> tuple[str, str]:
     return torch.cuda.get_device_name(index), arch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def processor() -> str:
     """the CPU's model name"""
     try:
@@ -111,7 +111,7 @@ def device_name(device: torch.device) -> str:
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def driver() -> str:
     """The version of the GPU's driver, or of the CUDA that it speaks; "none" without one."""
     try:
@@ -392,7 +392,7 @@ def _exclusive() -> Iterator[None]:
 def lines(value, indent: str = "") -> str:
     """JSON with an entry, or a row of defaults, on one line"""
     text, height = json.dumps(value), _height(value)
-    if height == 0 or height <= 3 and len(text) <= 180:
+    if height == 0 or (height <= 3 and len(text) <= 180):
         return text
     inner = indent + "  "
     if isinstance(value, dict):

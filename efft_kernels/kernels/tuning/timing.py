@@ -71,7 +71,7 @@ def time_linear(
     judged = _judge(op, copies[0], needs)
     made = {}
     if needs and not needs[0]:  # plans are of the product dx: without it they are all one
-        candidates = [*dict((backend, (backend, plan)) for backend, plan in reversed(candidates)).values()]
+        candidates = [*{backend: (backend, plan) for backend, plan in reversed(candidates)}.values()]
     for backend, plan in candidates:
         if not plans.takes(backend, plan, op, copies[0], needs):
             continue
