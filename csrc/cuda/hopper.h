@@ -424,8 +424,6 @@ const char* hopper_by_operands(const Linear& g, void* stream) {
 template <class T>
 const char* hopper_linear(const Linear& g, int32_t tile, void* stream) {
   if (tile == 96) return hopper_by_operands<T, 96, 1, true>(g, stream);
-  // side by side where that leaves no block without columns, and where x is read often enough to matter
-  if (tile == 128 && cdiv(g.N, 128) % 2 == 0 && g.K >= 512) return hopper_by_operands<T, 128, 2, true>(g, stream);
   if (tile == 128) return hopper_by_operands<T, 128, 1, true>(g, stream);
   if (tile == 192) return hopper_by_operands<T, 192, 2, false>(g, stream);
   return hopper_by_operands<T, 256, 2, false>(g, stream);

@@ -11,7 +11,7 @@ const char* one(const Linear& g, void* stream) {
 }
 
 const char* hopper_linear_bf16(const Linear& g, int32_t tile, void* stream) {
-  return tile == 192 ? one<192, 2, false>(g, stream) : one<128, 2, true>(g, stream);
+  return tile == 192 ? one<192, 2, false>(g, stream) : one<128, 1, true>(g, stream);
 }
 
 }  // namespace efft::cuda
