@@ -1,7 +1,8 @@
-// the CUDA operators torch sees: checks, allocation, the order of launches, registration. as ../bindings.cpp, which
-// shares no library with this one: the CPU kernels load where a GPU, its driver or this file's compiler is missing.
+// The CUDA operators that torch sees: checks, allocation, the order of launches, registration. Like
+// ../cpu/bindings.cpp, but in a separate library: the CPU kernels must load where a GPU, its driver or the compiler of
+// this file is missing.
 //
-// which tiles are used, and where p is formed, is the caller's choice (efft_kernels/kernels/cuda.py)
+// The caller chooses the tiles and whether p is computed inside the matmul (efft_kernels/kernels/cuda.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,12 +18,12 @@
 #include "kernels.h"
 
 #ifdef EFFT_SIM
-#define EFFT_DEVICE CPU  // the simulator's; it has a name of its own for EFFT_LIBRARY
+#define EFFT_DEVICE CPU  // The simulator's tensors are on the CPU; EFFT_LIBRARY gives its library a separate name.
 #else
 #define EFFT_LIBRARY efft_cuda
 #define EFFT_DEVICE CUDA
 #include <torch/csrc/stable/accelerator.h>
-// weak: the library is built and loads with a torch without CUDA as well
+// A weak symbol, so that the library also builds and loads with a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
 
@@ -38,7 +39,7 @@ Dtype dtype_of(const Tensor& t) {
   return type == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
 }
 
-// of one dtype and device with `like`, of this shape, and with sizes and strides that the kernels' 32 bits hold
+// Checks that t has the dtype and device of `like`, this shape, and sizes and strides that fit the kernels' 32 bits.
 void check(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
 #ifdef EFFT_SIM
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
@@ -67,7 +68,7 @@ void check_sizes(std::initializer_list<int64_t> sizes) {
 Tensor empty(std::vector<int64_t> shape, const Tensor& like, std::optional<ScalarType> type = std::nullopt) {
   Tensor t = torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
 #ifdef EFFT_SIM
-  memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());  // nan: what no kernel writes is seen
+  memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());  // nan, so that elements no kernel writes show up in tests
 #endif
   return t;
 }
@@ -76,7 +77,7 @@ Tensor zeros(std::vector<int64_t> shape, const Tensor& like) {
   return torch::stable::new_zeros(like, {shape.data(), shape.size()});
 }
 
-// the device of a tensor, for as long as this lives, and its current stream
+// Makes the device of a tensor current for as long as this object lives, and gives its current stream.
 class Stream {
  public:
 #ifdef EFFT_SIM
@@ -100,9 +101,7 @@ void launched(const char* error) {
   STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "");
 }
 
-// -- operands ---------------------------------------------------------------------------------------------------------
-
-// a matrix in memory, element (i, j) at (i / group) * outer + (i % group) * row + j * col
+// A matrix in memory. Element (i, j) is at (i / group) * outer + (i % group) * row + j * col.
 struct View {
   const void* data;
   int64_t row, col, group = UNGROUPED, outer = 0;
@@ -112,11 +111,11 @@ View view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1
 
 View transposed(const View& v) { return {v.data, v.col, v.row}; }
 
-// [S, P, Q] as rows p * S + s, or s * P + p
+// [S, P, Q] as a matrix with rows p * S + s, or s * P + p.
 View rows_by_p(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(2), t.size(0), t.stride(1)}; }
 View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2), t.size(1), t.stride(0)}; }
 
-// copied row by row
+// The operand is copied row by row.
 Operand rows(const View& v) {
   Operand g;
   g.data = v.data, g.row = int32_t(v.row), g.col = int32_t(v.col);
@@ -125,23 +124,21 @@ Operand rows(const View& v) {
   return g;
 }
 
-// rows and columns of a product's factor: `terms` are the columns, what is summed over
+// A factor of a product as its rows and columns: the columns are the `terms`, which the product sums over.
 Operand by_rows(const View& v) {
   Operand g = rows(v);
   g.k_major = true;
   return g;
 }
 
-// the same the other way round: `v` has the terms as rows
+// The transposed case: the rows of `v` are the terms.
 Operand by_terms(const View& v) { return rows(v); }
 
-// v [rows of the result, terms], whichever way it can be copied eight numbers at a time
+// v [rows of the result, terms], in whichever orientation it can be copied eight numbers at a time.
 Operand either(const View& v) {
   const Operand straight = by_rows(v), turned = by_terms(transposed(v));
   return straight.vector || (!turned.vector && v.col <= v.row) ? straight : turned;
 }
-
-// -- passes -----------------------------------------------------------------------------------------------------------
 
 Product product(const Operand& a, const Operand& b, const Tensor& c, int64_t M, int64_t N, int64_t K, double scale) {
   Product g;
@@ -150,7 +147,7 @@ Product product(const Operand& a, const Operand& b, const Tensor& c, int64_t M, 
   return g;
 }
 
-// p = x @ down
+// Computes p = x @ down.
 Tensor form_p(const Tensor& x,   // [M, K]
               const View& down,  // [K, R]
               int64_t R, void* stream) {
@@ -160,10 +157,10 @@ Tensor form_p(const Tensor& x,   // [M, K]
   return p;
 }
 
-// whether the copy engine can address a matrix of so many columns
+// Whether TMA can address a matrix with this many columns.
 bool describable(const View& v, int64_t columns) { return v.row >= columns && rows(v).vector; }
 
-// t [rows, columns], or a copy of it whose rows are on 16 bytes
+// Returns t [rows, columns], or a copy of it whose rows are aligned to 16 bytes.
 Tensor on_16_bytes(const Tensor& t) {
   if (describable(view(t), t.size(1))) return t;
   Tensor wider = empty({t.size(0), (t.size(1) + 7) / 8 * 8}, t);
@@ -172,7 +169,7 @@ Tensor on_16_bytes(const Tensor& t) {
   return copy;
 }
 
-// how y is computed, as kernels/cuda.py plans it
+// How y is computed, as planned by kernels/cuda.py.
 struct Plan {
   bool single_pass, hopper;
   int64_t tile;
@@ -186,9 +183,9 @@ void check_plan(const Plan& plan, int64_t R) {
   STD_TORCH_CHECK(!plan.single_pass || R <= most, "p beside y must have at most ", most, " ranks, got ", R);
 }
 
-// gives g the operands as the kernel for compute capability 9.0 takes them: down and up with rows on 16 bytes and both
-// the same way round, p with rows on 16 bytes, the bias side by side. the copies that takes are kept in `copies`; x and
-// w are large, and refused instead
+// Sets the operands of g as the kernel for compute capability 9.0 needs them: down and up in the same orientation and
+// with rows aligned to 16 bytes, p with rows aligned to 16 bytes, the bias contiguous. The copies that this takes are
+// kept alive in `copies`. x and w are too large to copy, so they are refused instead.
 void fit_hopper(Linear& g, const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& down, const Tensor& up, const Tensor& p, std::vector<Tensor>& copies) {
   const auto fitted = [&](const Tensor& t) { return copies.emplace_back(on_16_bytes(t)); };
@@ -197,7 +194,7 @@ void fit_hopper(Linear& g, const Tensor& x, const Tensor& w, const std::optional
   STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
   STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
   if (down) {
-    // weight and down are one operand of the tensor cores, so down lies as weight does
+    // weight and down are one operand of the tensor cores, so down is laid out like weight.
     g.down = by_rows(view(fitted(torch::stable::transpose(*down, 0, 1))));
     g.up = by_terms(view(fitted(up)));
   } else {
@@ -213,11 +210,11 @@ void fit_hopper(Linear& g, const Tensor& x, const Tensor& w, const std::optional
   }
 }
 
-// y = [x | p] @ [w ; up] + bias, with p = x @ down
+// Computes y = [x | p] @ [w ; up] + bias, with p = x @ down.
 Tensor linear(const Tensor& x,  // [M, K]
               const Tensor& w,  // [K, N]
               const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& down,  // [K, R], or none: p is given
+              const std::optional<Tensor>& down,  // [K, R], or none if p is given
               const Tensor& up,                   // [R, N]
               const Tensor& p,                    // [M, R]
               const Plan& plan, void* stream) {
@@ -241,11 +238,12 @@ Tensor linear(const Tensor& x,  // [M, K]
   return y;
 }
 
-// how many runs the rows of a pass over dy [M, N] are split into: by its shape alone, never by the GPU at hand.
+// The number of runs that the rows of a pass over dy [M, N] are split into. It depends on the shape alone, never on the
+// GPU at hand.
 //
-// enough for two blocks on each of 132 multiprocessors, as long as a run has 64 rows per rank: its slot of dup is
-// written and read in float32, 8 R N bytes against 2 N per row of dy, so at most a sixteenth of the traffic. 64 runs
-// are allowed in any case, because slots that few stay in the L2 cache, and none is shorter than a tile
+// There are enough runs for two blocks on each of 132 multiprocessors, as long as a run has 64 rows per rank: its slot
+// of dup is written and read in float32, 8 R N bytes against 2 N per row of dy, so at most a sixteenth of the traffic.
+// 64 runs are always allowed, because that few slots stay in the L2 cache, and no run is shorter than a tile.
 int64_t runs(int64_t M, int64_t N, int64_t R) {
   const auto cdiv = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t chunks = cdiv(N, dy_pass_columns(int32_t(R)));
@@ -253,15 +251,15 @@ int64_t runs(int64_t M, int64_t N, int64_t R) {
   return std::max<int64_t>(1, std::min(wanted, cdiv(M, DY_PASS_ROWS)));
 }
 
-// a sum and what it is the sum of; without slots it is complete
+// A sum and the slots to add up for it; without slots it is complete.
 struct Sum {
   Tensor out;
   std::optional<Tensor> slots;
-  Reduction layout;  // of the slots, where they are not as `out`
+  Reduction layout;  // of the slots, where it differs from that of `out`
 };
 
-// the same as pass() by the kernel for compute capability 9.0, or nothing where it does not take the operands. up and p
-// are copied if their rows are not on 16 bytes
+// Like pass(), by the kernel for compute capability 9.0; returns nothing where that kernel does not take the operands.
+// up and p are copied if their rows are not aligned to 16 bytes.
 std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Tensor& dy, const Tensor* up, const Tensor& p,
                                                                bool turned, void* stream) {
   const int64_t M = dy.size(0), N = dy.size(1), R = p.size(1);
@@ -277,7 +275,7 @@ std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Tensor& dy,
   dup.layout.row = int32_t(turned ? 1 : N), dup.layout.col = int32_t(turned ? R : 1);
   std::optional<Sum> dp;
   if (up) {
-    // rows on 16 bytes, as the kernels that read it want them
+    // Rows are aligned to 16 bytes, because the kernels that read dp need that.
     g.dp_row = int32_t((R + 7) / 8 * 8);
     Tensor wider = empty({M, g.dp_row}, dy);
     dp = Sum{torch::stable::narrow(wider, 1, 0, R), std::nullopt};
@@ -287,7 +285,7 @@ std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Tensor& dy,
   return std::make_tuple(dup, dp);
 }
 
-// dup = p.T @ dy, [N, R] if turned; and dp = dy @ up.T if up is there
+// Computes dup = p.T @ dy, stored as [N, R] if `turned` is set, and dp = dy @ up.T if up is given.
 std::tuple<Sum, std::optional<Sum>> pass(const Tensor& dy,  // [M, N]
                                          const Tensor* up,  // [R, N], or null
                                          const Tensor& p,   // [M, R]
@@ -316,7 +314,7 @@ std::tuple<Sum, std::optional<Sum>> pass(const Tensor& dy,  // [M, N]
   return {dup, dp};
 }
 
-// completes up to two of them
+// Completes up to two sums in one launch.
 void complete(const std::vector<Sum>& sums, void* stream) {
   Reductions all;
   int n = 0;
@@ -328,8 +326,6 @@ void complete(const std::vector<Sum>& sums, void* stream) {
   }
   if (n) launched(reduce(dtype_of(sums[0].out), all, stream));
 }
-
-// -- the operators ----------------------------------------------------------------------------------------------------
 
 // p = x @ down        y = x @ weight.T + bias + p @ up
 std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [M, K]
@@ -358,7 +354,7 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
-// each of dx, ddown, dup if what only it reads is there: weight, x, p
+// Each of dx, ddown and dup is computed if the tensor that only it reads is given: weight, x, p.
 std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
                                             const std::optional<Tensor>& x,       // [M, K]
                                             const std::optional<Tensor>& weight,  // [N, K]
@@ -390,7 +386,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   const bool need_dp = weight || x;
   std::optional<Tensor> dp, dx;
   std::vector<Sum> sums;
-  // the forward's product with other operands
+  // dx is the forward's matmul with other operands.
   const Tensor up_turned = torch::stable::transpose(up, 0, 1), down_turned = torch::stable::transpose(down, 0, 1);
   const auto form_dx = [&](const std::optional<Tensor>& beside) {
     dx = linear(dy, *weight, std::nullopt, beside, down_turned, *dp, plan, stream);
@@ -400,7 +396,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
     form_dx(up_turned);
   }
   if (p) {
-    // dup, and dp from the same read of dy
+    // dup, and dp from the same read of dy.
     auto [dup, partial] = pass(dy, need_dp && !dp ? &up : nullptr, *p, false, hopper, stream);
     sums.push_back(dup);
     if (partial) {
@@ -411,14 +407,14 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
     dp = form_p(dy, view(up_turned), R, stream);
   }
   if (weight && !dx) form_dx(std::nullopt);
-  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, hopper, stream)));  // (dp.T @ x).T
+  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, hopper, stream)));  // ddown is computed as (dp.T @ x).T.
   complete(sums, stream);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);
   return grads;
 }
 
-// p = x @ down
+// Computes p = x @ down.
 Tensor lowrank_p(const Tensor& x,       // [M, K]
                  const Tensor& down) {  // [K, R]
   check_dim("x", x, 2);

@@ -1,4 +1,5 @@
-// the instructions that the kernels are made of, a function each. tests/cuda/sim.h defines the same names on the host.
+// The instructions that the kernels are made of, one function each. tests/cuda/sim.h defines the same names on the
+// host.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +12,17 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// dynamic shared memory, as it is named in every kernel
+// Declares the dynamic shared memory under the name that a kernel gives it.
 #define EFFT_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace efft::cuda {
 
-// blocks of one to a multiprocessor that run at the same time on an H100 or H200, and those of them that clusters of
-// four surely find: work is split by these constants on every GPU, so that results do not depend on it
+// The number of blocks, one per multiprocessor, that run at the same time on an H100 or H200, and how many of them are
+// certain to fit as clusters of four. Work is split by these constants on every GPU, so that results do not depend on
+// the GPU.
 constexpr int BLOCKS_AT_ONCE = 132, BLOCKS_IN_FOURS = 120;
 
-// d += a @ b for one 16 x 8 x 16 product of a warp, of 16-bit numbers and summed in float32
+// d += a @ b for one 16 x 8 x 16 product of a warp, of 16-bit numbers summed in float32 (mma.sync.m16n8k16).
 #define EFFT_MMA(type)                                                                                                 \
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {               \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "          \
@@ -53,7 +55,8 @@ struct F16 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes of shared memory: `bytes` of them from `from`, on 16 bytes, and zeros. done after a wait and a barrier
+// Fills 16 bytes of shared memory with `bytes` bytes from `from`, which is aligned to 16 bytes, and zeros after them
+// (cp.async.cg). The copy is complete after a cp_async_wait() and a barrier.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, int bytes) {
   const uint32_t at = shared_address(to);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
@@ -61,14 +64,15 @@ __device__ __forceinline__ void cp_async16(void* to, const void* from, int bytes
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// waits for all but the last N groups that this thread committed
+// Waits for all but the last N groups that this thread committed (cp.async.wait_group).
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// four 8 x 8 matrices of 16-bit numbers, the row addresses of matrix i from lanes 8 i to 8 i + 7. lane l gets of each
-// matrix the elements (l / 4, 2 (l % 4) + {0, 1}), or with TRANSPOSED those of its transpose
+// Loads four 8 x 8 matrices of 16-bit numbers (ldmatrix.x4). Lanes 8 i to 8 i + 7 give the row addresses of matrix i.
+// Lane l receives the elements (l / 4, 2 (l % 4) + {0, 1}) of each matrix, or of its transpose with TRANSPOSED
+// (.trans).
 template <bool TRANSPOSED>
 __device__ __forceinline__ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
   if constexpr (TRANSPOSED)
@@ -83,11 +87,12 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) 
                  : "memory");
 }
 
-// all lanes of a warp, and what they wrote to shared memory
+// Synchronizes the lanes of a warp, including what they wrote to shared memory (bar.warp.sync).
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
-// The kernel after this one in the stream may start as soon as all blocks of this one have come here (griddepcontrol,
-// compute capability 9.0). Every kernel waits for its prerequisites before it touches what another may read or write.
+// The next kernel in the stream may start as soon as all blocks of this one have called launch_dependents()
+// (griddepcontrol.launch_dependents, compute capability 9.0). Every kernel calls wait_for_prerequisites()
+// (griddepcontrol.wait) before it touches memory that another kernel may read or write.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -99,7 +104,8 @@ __device__ __forceinline__ void wait_for_prerequisites() {
 #endif
 }
 
-// null, or why the launch failed. cluster: blocks side by side that share memory, compute capability 9.0
+// Returns null, or why the launch failed. `cluster` is the number of adjacent blocks that share memory (compute
+// capability 9.0).
 template <class Arguments>
 const char* launch_clusters(void (*kernel)(Arguments), dim3 grid, int cluster, int threads, int shared, void* stream,
                             const Arguments& g) {

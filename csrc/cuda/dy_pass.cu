@@ -1,4 +1,5 @@
-// dp = dy @ up.T and dup = p.T @ dy from one read of dy; ddown.T = dp.T @ x is the second alone. and the sum of slots
+// dp = dy @ up.T and dup = p.T @ dy from one read of dy; ddown.T = dp.T @ x is the second product alone. And the sum of
+// slots.
 #include <cstring>
 
 #include "tile.h"
@@ -6,8 +7,8 @@
 namespace efft::cuda {
 namespace {
 
-// a block takes BM rows of dy at a time, in BN columns, for BR of the ranks. a wide BN makes few slots of dp, a large
-// BR few reads of dy, and both are paid for in registers
+// A block processes BM rows of dy at a time, in BN columns, for BR of the ranks. A wide BN means few slots of dp, a
+// large BR few reads of dy; both cost registers.
 template <int BN_, int BR_>
 struct PassTile {
   static constexpr int BM = DY_PASS_ROWS, BN = BN_, BR = BR_, WARPS = BM / 16, THREADS = WARPS * WARP, STAGES = 3;
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_
   wait_for_prerequisites();
   constexpr int BM = Tile::BM, BN = Tile::BN, BR = Tile::BR, NJ = Tile::WN / 8;
   EFFT_SHARED(shared);
-  uint16_t* const up_tile = reinterpret_cast<uint16_t*>(shared);  // [BR, BN], for as long as the block lives
+  uint16_t* const up_tile = reinterpret_cast<uint16_t*>(shared);  // [BR, BN], for the lifetime of the block
   uint16_t* const tiles = up_tile + (DP ? BR * BN : 0);
   const auto dy_tile = [&](int stage) { return tiles + stage * Tile::STAGE; };  // [BM, BN]
   const auto p_tile = [&](int stage) { return dy_tile(stage) + BM * BN; };      // [BM, BR]
@@ -32,10 +33,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, wn = warp * Tile::WN;
   const int run = blockIdx.x, chunk = blockIdx.y, n0 = chunk * BN, r0 = blockIdx.z * BR;
   const int begin = run * g.rows, end = least(begin + g.rows, g.M);
-  // blocks of 16 ranks and of 16 columns that are there
+  // The number of blocks of 16 ranks and of 16 columns that exist.
   const int r_blocks = least(cdiv(g.R - r0, 16), BR / 16), n_blocks = least(cdiv(g.N - n0, 16), BN / 16);
 
-  // with the first group of copies
+  // This copy belongs to the first group of copies.
   if constexpr (DP) load<BR, BN, Tile::THREADS, false>(up_tile, g.up, r0, n0, g.R, g.N);
   const auto load_rows = [&](int step, int stage) {
     load<BM, BN, Tile::THREADS, false>(dy_tile(stage), g.dy, begin + step * BM, n0, end, g.N);
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_
   const auto use = [&](int step, int stage) {
     const uint16_t *const dy = dy_tile(stage), *const p = p_tile(stage);
     if constexpr (DP) {
-      // every warp has 16 rows, and all columns: the sum over them
+      // Every warp has 16 rows and all columns, which dp sums over.
       float dp[BR / 8][4] = {};
 #pragma unroll 4
       for (int n = 0; n < n_blocks; ++n) {
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1) dy_pass_kernel(const __grid_
             static_cast<float*>(g.dp_slots)[(int64_t(chunk) * g.M + m) * g.R + r] = dp[j][e];
         }
     }
-    // every warp has WN columns, and all rows: the sum over them
+    // Every warp has WN columns and all rows, which dup sums over.
 #pragma unroll
     for (int m = 0; m < BM; m += 16) {
       uint32_t fa[BR / 16][4], fb[4];
@@ -124,8 +125,8 @@ const char* pass_by_rank(const DyPass& g, void* stream) {
   return pass<T, WidePass>(g, stream);
 }
 
-// a block of reduce_kernel sums SUMMED vectors of four numbers, one in each lane. its warps take every SUM_WARPS-th
-// slot, so that reads of many slots are under way at once, and the first adds up the sums of the others
+// A block of reduce_kernel sums SUMMED vectors of four numbers, one in each lane. Its warps take every SUM_WARPS-th
+// slot, so that reads of many slots are in flight at once, and the first warp adds up the sums of the others.
 constexpr int SUMMED = WARP, SUM_WARPS = 8, SUM_THREADS = SUM_WARPS * WARP, SUM_SHARED = SUM_THREADS * 16;
 
 int64_t vectors(const Reduction& g) { return (g.size + 3) / 4; }
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(SUM_THREADS) reduce_kernel(const __grid_consta
       if (at + e < g.size) out[at + e] = T::round(sum[e]);
     return;
   }
-  // vector i of accumulators: of thread i % 128, 8 ranks and 64 columns
+  // Vector i of the accumulators belongs to thread i % 128, 8 ranks and 64 columns.
   const int thread = int(vector % 128), eights = g.ranks / 8;
   const int n0 = int(vector / 128 / eights) * HOPPER_PASS_COLUMNS + thread / WARP * 16;
   const int r0 = int(vector / 128 % eights) * 8;
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(SUM_THREADS) reduce_kernel(const __grid_consta
 
 int32_t dy_pass_columns(int32_t R) { return R <= MiddlePass::BR ? MiddlePass::BN : WidePass::BN; }
 
-// by a count of what the slowest block does, in tiles of 64 x 64 numbers: those of its rows, for each 64 rows the read
-// of p and the exchange of dp, and its part of a slot, which is written and read in float32
+// Minimizes the work of the slowest block, counted in tiles of 64 x 64 numbers: the tiles of its rows, for each 64 rows
+// the read of p and the exchange of dp, and its part of a slot, which is written and read in float32.
 HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp) {
   HopperPassPlan best;
   if (R > HOPPER_PASS_RANK) return best;
@@ -205,7 +206,7 @@ HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp) {
     best.runs = cdiv(rows, each), best.ranks = ranks;
   };
   if (dp) {
-    // never one part: st.async in a launch without clusters is an illegal instruction (seen on an H200)
+    // parts is never 1: st.async in a launch without clusters is an illegal instruction (seen on an H200).
     for (int parts : {4, 2})
       for (int tiles : {2, 3, 6, 9, 12, ranks == 16 ? 16 : 12})
         consider(tiles, parts, parts == 4 ? BLOCKS_IN_FOURS : BLOCKS_AT_ONCE);

@@ -1,10 +1,9 @@
-// y = [x | p] @ [w ; up] + bias for compute capability 9.0. compiled once per dtype, hopper_*.cu
+// y = [x | p] @ [w ; up] + bias for compute capability 9.0. Compiled once per dtype, in hopper_*.cu.
 //
-// blocks stay and take tile after tile. one warp lets the copy engine fill stages of shared memory, two warpgroups
-// multiply from there, 64 rows of the tile each, so copies of the next tile go on while one is stored. where p is
-// formed beside y, two blocks of a cluster, side by side, have the rows of x in common: each copies half of them for
-// both, and forms p from half of the terms; then they exchange their halves. so p costs a block what the least product
-// of the tensor cores costs at half of the steps, whatever the number of tiles beside one another.
+// The kernel is persistent: blocks process tile after tile. One thread fills stages of shared memory by TMA and two
+// consumer warpgroups multiply from there, so that the copies of the next tile go on while y of the last one is stored.
+// Where p is computed inside the matmul, down is stacked below w: p takes RANKS more columns of the same wgmma
+// instructions, in every block.
 #pragma once
 
 #include <cstring>
@@ -15,15 +14,15 @@
 
 namespace efft::cuda {
 
-constexpr int HOPPER_SHARED = 227 << 10;  // bytes that a block may have at compute capability 9.0
+constexpr int HOPPER_SHARED = 227 << 10;  // bytes per block at compute capability 9.0
 constexpr int WARPGROUP = 128, CONSUMERS = 2, HOPPER_THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232, REGISTERS = 168;  // of a thread; at the start
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232, REGISTERS = 168;  // per thread; the last one at launch
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * REGISTERS,
               "else they never come");
 constexpr int LINE = 128;         // bytes of a row of a tile, and of the widest swizzle
-constexpr int CELLS = LINE / 2;   // 16-bit numbers in it
-constexpr int ALIGNMENT = 1024;   // of tiles: the swizzle goes by bits 4 to 9 of an address
-constexpr int WARP_ROWS = 16;     // of y, which a warp of a consumer holds and stores
+constexpr int CELLS = LINE / 2;   // 16-bit numbers in a LINE
+constexpr int ALIGNMENT = 1024;   // of tiles, in bytes: the swizzle depends on bits 4 to 9 of an address
+constexpr int WARP_ROWS = 16;     // rows of y that a warp of a consumer holds and stores
 constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
 static_assert(CELLS == BK, "a row of a tile has the terms of a step");
 
@@ -35,25 +34,26 @@ struct HopperLinear {
   int32_t p_row;
 };
 
-// A tile of y: 128 rows by BN columns. RANKS as in linear.h: p is formed for up to that many ranks, or read (0).
+// A tile of y: 128 rows by BN columns. RANKS as in linear.h: p is computed for up to that many ranks, or read (0).
 //
-// CLUSTER blocks side by side share the rows of x. Either the two consumers take 64 rows each of one tile, or each takes
-// tiles of its own in turn (ALTERNATE), so that one stores y while the other keeps the tensor cores busy; that needs
-// twice the accumulators, so the columns are fewer.
+// CLUSTER adjacent blocks share the rows of x, each copying a part of them to all (multicast). The two consumers either
+// take 64 rows each of one tile, or take whole tiles in turn (ALTERNATE), so that one stores y while the other keeps
+// the tensor cores busy; that needs twice the accumulators, so the tile has fewer columns.
 template <int BN_, int CLUSTER_, int RANKS_, bool ALTERNATE_>
 struct HopperTile {
   static constexpr int BM = 128, BN = BN_, CLUSTER = CLUSTER_, RANKS = RANKS_;
   static constexpr bool ALTERNATE = ALTERNATE_;
-  // w and down, one below the other, are one operand: p is formed by more columns of the same instruction
+  // w and down are stacked into one operand: p takes more columns of the same instruction.
   static constexpr int COLUMNS = BN + RANKS;
   static constexpr int X = BM * LINE, W = COLUMNS * LINE, STAGE = X + W;  // bytes
-  static constexpr int BLOCKS = ALTERNATE ? 2 : 1;                        // of 64 rows that a consumer has
-  static constexpr int READERS = ALTERNATE ? 1 : CONSUMERS;               // of a stage
-  // a warp stores its rows of y in parts, as wide as a swizzle allows
+  static constexpr int BLOCKS = ALTERNATE ? 2 : 1;                        // blocks of 64 rows per consumer
+  static constexpr int READERS = ALTERNATE ? 1 : CONSUMERS;               // consumers that read a stage
+  // A warp stores its rows of y in parts, which are as wide as a swizzle allows.
   static constexpr int PART_COLS = BN % 64 == 0 ? 64 : 32, PART_LINE = 2 * PART_COLS, PART = WARP_ROWS * PART_LINE;
   static constexpr int ALL_PARTS = BN / PART_COLS, EXTRA = 2 * 8 * 8 + ALIGNMENT;
   static constexpr int STAGES = least((HOPPER_SHARED - EXTRA - 2 * CONSUMER_WARPS * PART) / STAGE, 6);
-  // places for parts of y: the more, the fewer waits for an earlier store; a tile starts where the last one did
+  // The number of buffers for parts of y: with more of them, fewer parts wait for an earlier store. It divides the
+  // number of parts, so that every tile starts at the first buffer.
   static constexpr int FITTING = (HOPPER_SHARED - EXTRA - STAGES * STAGE) / (CONSUMER_WARPS * PART);
   static constexpr int PARTS = FITTING >= ALL_PARTS ? ALL_PARTS : ALL_PARTS % 2 == 0 && FITTING >= 2 ? 2 : 1;
   static_assert(COLUMNS <= 256 && STAGES >= 3 && STAGE % ALIGNMENT == 0 && X % ALIGNMENT == 0 && PART % ALIGNMENT == 0,
@@ -72,7 +72,7 @@ struct HopperShared {
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// a stage of the ring, and how often it came round
+// The current stage of the ring, and the parity of the number of rounds.
 template <int STAGES>
 struct Ring {
   int stage = 0, parity = 0;
@@ -86,22 +86,23 @@ struct Ring {
   }
 };
 
-// what the tensor cores are told of a tile: where it starts, the bytes from one group of its rows (or columns) to the
-// next, and its swizzle. k-major, `stride` leads from eight rows to the next eight; else it leads from eight terms to
-// the next eight, and `leading` from one swizzle's width of rows to the next
+// The matrix descriptor that wgmma reads a tile by: its start address, the bytes from one group of its rows (or
+// columns) to the next, and its swizzle. For a k-major tile `stride` leads from eight rows to the next eight. Otherwise
+// `stride` leads from eight terms to the next eight, and `leading` from one swizzle width of rows to the next.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading, int stride, int swizzle) {
   const uint64_t kind = swizzle == 128 ? 1 : swizzle == 64 ? 2 : 3;
   return uint64_t(address >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | kind << 62;
 }
 
-// term 16 * k16 of a tile [rows, 64 terms], or of a tile [64 terms or `terms`, rows] in parts of 64 rows
+// The descriptor of term 16 * k16 of a tile [rows, 64 terms], or of a tile [64 terms or `terms`, rows] in parts of 64
+// rows.
 template <bool K_MAJOR>
 __device__ __forceinline__ uint64_t operand(uint32_t tile, int k16, int terms) {
   return K_MAJOR ? descriptor(tile + k16 * 32, 16, 8 * LINE, LINE)
                  : descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE);
 }
 
-// rows m and m + 8 of p, columns col, col + 1, col + 8, ...: a thread's part of it
+// Stores a thread's part of p: rows m and m + 8, columns col, col + 1, col + 8, ...
 template <int RANKS>
 __device__ __forceinline__ void store_p(const HopperLinear& g, const uint32_t (&p)[RANKS / 16][4], int m, int col) {
 #pragma unroll
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
   constexpr int UP_TERMS = RANKS ? RANKS : BK;  // rows of a tile of up that is not k-major
   static_assert(RANKS == 0 || (W_K_MAJOR && !LOW_K_MAJOR), "w and down are one operand, up has its columns side by side");
   EFFT_SHARED(raw);
-  // the same offset in every block of the cluster, because a multicast copy goes to one offset in all of them
+  // The offset is the same in every block of the cluster, because a multicast copy goes to one offset in all of them.
   const uint32_t skip = (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
   auto& shared = *reinterpret_cast<HopperShared<Tile>*>(raw + skip);
   const uint32_t stages = shared_address(shared.stages);
@@ -141,11 +142,11 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
     barrier_init_fence();
   }
   cluster_sync();
-  // what is above may run beside the kernel before this one, what is below reads what that kernel wrote
+  // The code above may run concurrently with the previous kernel; the code below reads what that kernel wrote.
   launch_dependents();
   wait_for_prerequisites();
 
-  const int tiles_m = cdiv(g.M, BM), sets_n = cdiv(cdiv(g.N, BN), CLUSTER);  // sets of tiles, one for each block
+  const int tiles_m = cdiv(g.M, BM), sets_n = cdiv(cdiv(g.N, BN), CLUSTER);  // sets of CLUSTER tiles, one tile per block
   const int k_steps = cdiv(g.K, BK), r_steps = RANKS ? 1 : cdiv(g.R, BK);
   const int first = blockIdx.x / CLUSTER, step_of_sets = gridDim.x / CLUSTER;
 
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         else
           tma_load(to, map, col, m0, shared.full + ring.stage);
       };
-      // a tile of w or up, in one box or in one for every 64 columns
+      // Loads a tile of w or up, in one box or in one box per 64 columns.
       const auto load_columns = [&](const TensorMap* map, bool k_major, int n0, int k0, int terms) {
         if (k_major) {
           tma_load(w_tile(ring.stage), map, k0, n0, shared.full + ring.stage);
@@ -197,18 +198,18 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         }
       }
     }
-    // a block stays until no other block of the cluster can still arrive at its barriers
+    // A block stays until no other block of the cluster can still arrive at its barriers.
     cluster_sync();
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const int consumer = group - 1, thread = threadIdx.x % WARPGROUP, warp = thread / WARP, lane = threadIdx.x % WARP;
-    // rows of the tile: those of this warp and of d[0], in the first block of 64 rows
+    // Rows of the tile: the first of this warp, and that of d[0], in the first block of 64 rows.
     const int warp_row = (Tile::ALTERNATE ? 0 : consumer * 64) + warp * WARP_ROWS, row = warp_row + lane / 4;
-    const int col = lane % 4 * 2;  // of d[0]
+    const int col = lane % 4 * 2;  // the column of d[0]
     const uint32_t a_offset = Tile::ALTERNATE ? 0 : consumer * 64 * LINE;
     unsigned char* const y_parts = shared.y[consumer * WARPGROUP / WARP + warp][0];
     Ring<STAGES> ring;
-    // in both blocks of the cluster, because each fills half of the other's x
+    // Releases the stage in every block of the cluster, because each of them fills a part of the others' x.
     const auto release = [&](int stage) {
       if (thread < CLUSTER) barrier_arrive(shared.empty + stage, thread);
     };
@@ -222,15 +223,15 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
       tile_of(set, tiles_m, sets_n, tm, tn);
       const int m0 = tm * BM, n0 = (tn * CLUSTER + rank) * BN;
       float acc[Tile::BLOCKS][Tile::COLUMNS / 2];  // y, then p
-      // Consumers that alternate begin a tile when the other has seen all copies of the tile before: a barrier's parity
-      // tells only one round of the ring from the next.
+      // Consumers that alternate begin a tile when the other has seen all copies of the previous tile: the parity of a
+      // barrier distinguishes only one round of the ring from the next.
       const auto hand_over = [&] {
         if (Tile::ALTERNATE && set + step_of_sets < tiles_m * sets_n)
           group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);
       };
       if (Tile::ALTERNATE && set != first) group_sync(1 + consumer, CONSUMERS * WARPGROUP);
 
-      int last = 0;  // the stage that is still being read
+      int last = 0;  // the stage that the tensor cores still read
 #pragma unroll 1
       for (int step = 0; step < k_steps; ++step, ring.next()) {
         barrier_wait(shared.full + ring.stage, ring.parity);
@@ -244,13 +245,13 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
             Wgmma<T, Tile::COLUMNS>::template shared<W_K_MAJOR>(acc[block], operand<true>(a + block * 64 * LINE, k16, 0),
                                                                 operand<W_K_MAJOR>(b, k16, BK), step > 0 || k16 > 0);
         wgmma_commit();
-        // one step stays under way, the one before it has been read
+        // One step stays in flight; the tensor cores are done with the stage before it.
         wgmma_wait<1>();
         if (step > 0) release(last);
         last = ring.stage;
       }
 
-      // a thread's columns of the bias, read while the last products are under way
+      // The bias of a thread's columns is read while the last matmuls are in flight.
       uint32_t bias[BN / 8];
       const auto read_bias = [&] {
 #pragma unroll
@@ -265,8 +266,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         wgmma_wait<0>();
         for (auto& d : acc) hold(d);
         release(last);
-        // y uses p as rounded for storage, so that it is the y of the p that the backward sees. Beyond R it would be
-        // nan where x is infinite, because the copies fill down with zeros there
+        // y uses p as rounded for storage, which is the p that the backward reads. Beyond R it would be nan where x is
+        // infinite, because TMA fills down with zeros there.
         uint32_t p[Tile::BLOCKS][RANKS / 16][4], stored[Tile::BLOCKS][RANKS / 16][4];
 #pragma unroll
         for (int block = 0; block < Tile::BLOCKS; ++block)
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
             const int r = i / 2 * 8 + col;
             p[block][i / 4][i % 4] = T::pack(r < g.R ? sum[0] : 0, r + 1 < g.R ? sum[1] : 0);
           }
-        // p is stored while the products are under way, from other registers than these read
+        // p is stored while the matmuls are in flight, from other registers than the ones they read.
         memcpy(stored, p, sizeof p);
 #pragma unroll
         for (int block = 0; block < Tile::BLOCKS; ++block)
@@ -301,7 +302,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         for (int step = 0; step < r_steps; ++step, ring.next()) {
           barrier_wait(shared.full + ring.stage, ring.parity);
           const uint32_t a = x_tile(ring.stage) + a_offset, b = w_tile(ring.stage);
-          // that many in a row without a branch between them, which would make the tensor cores wait
+          // Issues `count` steps in a row without a branch between them, because a branch would make the tensor cores
+          // wait.
           const auto products = [&](auto count) {
             for (auto& d : acc) hold(d);
             wgmma_fence();
@@ -329,10 +331,10 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
       wgmma_wait<0>();
       for (auto& d : acc) hold(d);
       release(last);
-      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);  // the other consumer's tile
+      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);  // skips the other consumer's tile
 
-      // y in parts, by way of shared memory and TMA; every warp stores its own rows, so that warps never wait here for
-      // one another
+      // y goes through shared memory to TMA in parts. Every warp stores its own rows, so that warps never wait for each
+      // other here.
 #pragma unroll
       for (int block = 0; block < Tile::BLOCKS; ++block)
 #pragma unroll
@@ -342,7 +344,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
           warp_sync();
 #pragma unroll
           for (int j = 0; j < Tile::PART_COLS / 16; ++j) {
-            // four squares of 8 x 8: columns 16 j and 16 j + 8, rows 0 and 8 of the warp
+            // Four blocks of 8 x 8: columns 16 j and 16 j + 8, rows 0 and 8 of the warp.
             uint32_t packed[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
@@ -370,7 +372,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
 #endif
 }
 
-// rows of the tile by 64 terms; for an operand that is not k-major a box of terms by 64 of its rows
+// A box has the rows of the tile by 64 terms, or for an operand that is not k-major the terms by 64 of the rows.
 inline const char* map_operand(TensorMap* map, const Operand& g, int rows, int terms, int box_rows, int box_terms = BK,
                                int narrow = LINE) {
   if (g.k_major) return make_map(map, g.data, rows, terms, g.row, box_rows, BK, LINE);
@@ -380,7 +382,7 @@ inline const char* map_operand(TensorMap* map, const Operand& g, int rows, int t
 template <class T, class Tile, bool W_K_MAJOR, bool LOW_K_MAJOR>
 const char* launch_hopper(const Linear& g, void* stream) {
   constexpr int BN = Tile::BN, RANKS = Tile::RANKS, ROWS = Tile::BM / Tile::CLUSTER;
-  // it would wait for other bytes than come
+  // A kernel compiled for another layout would wait for a number of bytes that never arrives.
   const bool as_compiled = g.w.k_major == W_K_MAJOR && g.up.k_major == LOW_K_MAJOR && (RANKS == 0) == !g.down.data &&
                            (RANKS == 0 || g.down.k_major);
   if (!as_compiled) return "operands lie otherwise than the kernel takes them";

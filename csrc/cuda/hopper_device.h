@@ -1,7 +1,7 @@
-// the instructions of compute capability 9.0 that hopper.h is made of, a function each. tests/cuda/sim_hopper.h defines
-// the same names on the host.
+// The instructions of compute capability 9.0 that hopper.h and hopper_pass.h are made of, one function each.
+// tests/cuda/sim_hopper.h defines the same names on the host.
 //
-// addresses of shared memory are 32 bits here; with map_shared() also those of another block of the cluster.
+// Addresses of shared memory are 32 bits here; map_shared() gives those of another block of the cluster.
 #pragma once
 
 #include "device.h"
@@ -12,7 +12,7 @@
 
 #include <cuda.h>
 
-// code of these instructions is compiled for sm_90a only; elsewhere the kernels are empty, and never launched
+// These instructions compile for sm_90a only; for other architectures the kernels are empty and never launched.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define EFFT_HOPPER
 #endif
@@ -21,26 +21,26 @@ namespace efft::cuda {
 
 using TensorMap = CUtensorMap;
 
-// -- barriers: count arrivals and bytes, and flip a phase when all have come ------------------------------------------
+// Barriers count arrivals and bytes; their phase flips when all of them have arrived (mbarrier.init).
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// the copy engine and the other blocks see barriers that were made before this
+// Makes barriers that were initialized before this visible to TMA and the other blocks (fence.mbarrier_init).
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// arrives, and lets the phase wait for so many bytes more
+// Arrives, and makes the phase wait for this many more bytes (mbarrier.arrive.expect_tx).
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-// arrives at the barrier that block `rank` of the cluster has at the same place (mapa, mbarrier.arrive). Its default
-// semantics order what TMA and the tensor cores do; plain stores to another block would need .release.cluster, a fence
-// of the whole GPU
+// Arrives at the barrier that block `rank` of the cluster has at the same offset (mapa, mbarrier.arrive). The default
+// semantics order accesses by TMA and the tensor cores; plain stores to another block would need .release.cluster, a
+// fence of the whole GPU.
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 at;\n"
@@ -50,7 +50,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
       : "memory");
 }
 
-// until the phase of this parity is over (mbarrier.try_wait.parity)
+// Waits until the phase of this parity is over (mbarrier.try_wait.parity).
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred over;\n"
@@ -63,7 +63,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// the same, and plain reads that follow see what other blocks of the cluster wrote before
+// Does the same, and plain reads that follow see what other blocks of the cluster wrote before
+// (mbarrier.try_wait.parity.acquire.cluster).
 __device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred over;\n"
@@ -76,16 +77,16 @@ __device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int pari
       : "memory");
 }
 
-// `threads` threads of the block, of whole warps; id 1 to 15
+// Synchronizes `threads` threads of the block, in whole warps (bar.sync); id is 1 to 15.
 __device__ __forceinline__ void group_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// the same, without waiting for the others (bar.arrive)
+// Arrives at the same barrier without waiting for the others (bar.arrive).
 __device__ __forceinline__ void group_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// -- the cluster ------------------------------------------------------------------------------------------------------
+// The rank of this block in its cluster (%cluster_ctarank).
 
 __device__ __forceinline__ int cluster_rank() {
   int rank;
@@ -93,20 +94,21 @@ __device__ __forceinline__ int cluster_rank() {
   return rank;
 }
 
-// all threads of all blocks of the cluster
+// Synchronizes all threads of all blocks of the cluster (barrier.cluster.arrive, barrier.cluster.wait).
 __device__ __forceinline__ void cluster_sync() {
-  __syncwarp();  // a warp arrives as one
+  __syncwarp();  // The lanes of a warp arrive together.
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// the address in the shared memory of block `rank` (mapa)
+// Maps an address to the shared memory of block `rank` of the cluster (mapa).
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {
   uint32_t mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
 
-// 16 bytes to any block of the cluster, counted by a barrier of that block (st.async); both addresses mapped
+// Stores 16 bytes to any block of the cluster, counted by a barrier of that block (st.async); both addresses are
+// mapped.
 __device__ __forceinline__ void store_async(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
@@ -114,7 +116,7 @@ __device__ __forceinline__ void store_async(uint32_t to, const float* v, uint32_
       : "memory");
 }
 
-// registers per thread, from now on, for all threads of a warpgroup
+// Sets the registers per thread from now on, for all threads of a warpgroup (setmaxnreg.inc, setmaxnreg.dec).
 template <int COUNT>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -124,13 +126,14 @@ __device__ __forceinline__ void leave_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// -- the copy engine --------------------------------------------------------------------------------------------------
+// Prefetches the descriptor that TMA needs (prefetch.tensormap).
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// a box of the matrix from (row, col) on, zeros beyond its ends; the barrier counts its bytes
+// Copies a box of the matrix, from (row, col) on, by TMA; beyond the ends of the matrix it is zero, and the barrier
+// counts its bytes (cp.async.bulk.tensor.2d, to shared memory).
 __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -139,7 +142,8 @@ __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap* map, int 
       : "memory");
 }
 
-// the same to one place in all blocks of `mask`, and to the barrier of each
+// Copies the same box to one offset in all blocks of `mask`, and counts at the barrier of each (cp.async.bulk.tensor.2d
+// with .multicast::cluster).
 __device__ __forceinline__ void tma_load_all(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier,
                                              int mask) {
   asm volatile(
@@ -149,7 +153,8 @@ __device__ __forceinline__ void tma_load_all(uint32_t to, const TensorMap* map, 
       : "memory");
 }
 
-// a box back to the matrix, but for what is beyond its ends. the caller commits
+// Copies a box back to the matrix, except for what is beyond its ends (cp.async.bulk.tensor.2d, to global memory). The
+// caller commits (cp.async.bulk.commit_group).
 __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t from, int col, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col),
                "r"(row), "r"(from)
@@ -158,37 +163,38 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, uint32_t from, i
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// until all but the last N groups of stores of this thread have read shared memory
+// Waits until all but the last N groups of stores of this thread have read shared memory
+// (cp.async.bulk.wait_group.read).
 template <int N>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-// four blocks of 8 x 8 16-bit numbers (stmatrix): the row addresses of block i from lanes 8 i to 8 i + 7; lane l has of
-// each block the elements (l / 4, 2 (l % 4) + {0, 1})
+// Stores four 8 x 8 matrices of 16-bit numbers (stmatrix.x4). Lanes 8 i to 8 i + 7 give the row addresses of matrix i;
+// lane l holds the elements (l / 4, 2 (l % 4) + {0, 1}) of each matrix.
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
                "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
-// what this thread stored to shared memory is seen by TMA once it has fenced (fence.proxy.async)
+// Makes what this thread stored to shared memory visible to TMA (fence.proxy.async).
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// -- the tensor cores: a warpgroup's products, of tiles that stay in shared memory
-// --------------------------------------
+// The functions below wrap wgmma: matmuls of a warpgroup whose operands stay in shared memory.
 
-// registers and shared memory as they are now, before the products that follow
+// Orders earlier accesses to registers and shared memory before the matmuls that follow (wgmma.fence). wgmma_commit()
+// closes a group of matmuls (wgmma.commit_group).
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// until all but the last N groups are done
+// Waits until all but the last N groups are done (wgmma.wait_group).
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// keeps the compiler from moving what is done with these registers across this line: it does not see that a product
-// goes on changing them
+// Keeps the compiler from moving accesses to these registers across this line: it does not see that a matmul in flight
+// still changes them.
 template <int COUNT>
 __device__ __forceinline__ void hold(float (&d)[COUNT]) {
 #pragma unroll
@@ -239,7 +245,8 @@ struct Wgmma;
 #define EFFT_D120 EFFT_D112 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define EFFT_D128 EFFT_D120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d [64, N] (+)= a [64, 16] @ b [16, N], of the registers REGS = N / 2 and the operands after them
+// d [64, N] (+)= a [64, 16] @ b [16, N] (wgmma.mma_async), with REGS = N / 2 registers of d and the operands after
+// them.
 //   shared     a and b by descriptors, a k-major; d is overwritten unless `add`
 //   registers  a in registers
 #define EFFT_WGMMA(T, TYPE, N, REGS, O0, O1, O2, O3, O4, O5)                                                 \
@@ -282,7 +289,7 @@ EFFT_WGMMAS(F16, "f16")
 #undef EFFT_WGMMAS
 #undef EFFT_WGMMA
 
-// wgmma with both operands transposed: a lies as [16 terms, 64 rows] and b as [16 terms, N] in shared memory.
+// wgmma.mma_async with both operands transposed: a is [16 terms, 64 rows] and b is [16 terms, N] in shared memory.
 // d [64, N] += a.T @ b
 template <class T, int N>
 struct WgmmaTransposed;
@@ -305,14 +312,12 @@ EFFT_WGMMA_TRANSPOSED(F16, "f16", 32, 16, "16", "17")
 
 #undef EFFT_WGMMA_TRANSPOSED
 
-// -- the host's part --------------------------------------------------------------------------------------------------
-
-// how boxes of a matrix of 16-bit numbers are copied; null, or why not
+// Describes to TMA how boxes of a matrix of 16-bit numbers are copied. Returns null, or why it cannot.
 inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
                             int box_rows, int box_cols, int swizzle_bytes) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
-    // the driver's, found at run time: the library is loaded, and built, where there is none
+    // The driver's function is looked up at run time, because the library is built and loaded without a driver too.
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
     const cudaError_t error =
@@ -325,14 +330,14 @@ inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int6
   const CUtensorMapSwizzle swizzle = swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
-  // of 16-bit numbers only the bits are copied: bfloat16 serves for both
+  // TMA copies the bits of 16-bit numbers, so bfloat16 serves for both dtypes.
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides, box,
                                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "a tensor map was refused";
 }
 
-// multiprocessors of the current device, or 0 if it is not of compute capability 9.0
+// Returns the multiprocessors of the current device, or 0 if it is not of compute capability 9.0.
 inline int multiprocessors() {
   int device = 0, major = 0, minor = 0, count = 0;
   const bool known = cudaGetDevice(&device) == cudaSuccess &&

@@ -19,15 +19,15 @@
 
 namespace efft::cuda {
 
-constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;  // the last warp loads
+constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;  // The last warp issues the TMA loads.
 constexpr int PASS_ROWS = 64, PASS_TILE = PASS_ROWS * LINE;  // rows and bytes of a tile of dy
 static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS, "bindings.cpp sizes the slots by these");
 
 struct HopperPass {
   TensorMap dy, up, p;
   int32_t M, R;
-  int32_t tiles, parts;  // tiles of 64 rows in a run; blocks across the columns, with dp the blocks of a cluster
-  uint16_t* dp;          // [M, R], rows dp_row apart, at an even distance
+  int32_t tiles, parts;  // tiles of 64 rows per run; blocks across the columns, which form a cluster for dp
+  uint16_t* dp;          // [M, R], rows dp_row apart; dp_row is even
   int32_t dp_row;
   float* slots;  // [runs, parts, TILES, RANKS / 8, WARPGROUP, 4]: accumulators as the threads hold them
 };
@@ -36,11 +36,12 @@ template <int TILES_, int RANKS_, bool DP_>
 struct HopperPassTile {
   static constexpr int TILES = TILES_, RANKS = RANKS_;
   static constexpr bool DP = DP_;
-  static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // bytes; P of one stage
-  static constexpr int INBOX = DP ? PASS_ROWS * RANKS * 4 : 0;                         // bytes of a warpgroup's
+  static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // in bytes; P for one stage
+  static constexpr int INBOX = DP ? PASS_ROWS * RANKS * 4 : 0;                         // bytes per warpgroup
   static constexpr int EACH = (TILES + 1) / 2;  // tiles of the first warpgroup; the second may have one fewer
-  // stages of dy for each warpgroup, and of p for more rows than these can hold: p of a row has been read long before
-  // its stage is filled again, because the tiles of that row had to be read for the tiles loaded since
+  // Given the stages of dy for each warpgroup, the stages of p, for more rows than those of dy can hold: p of a row has
+  // been read long before its stage is filled again, because the tiles of that row had to be read for the tiles loaded
+  // since.
   static constexpr int p_stages(int stages) { return stages / (TILES / 2) + 2; }
   static constexpr int bytes(int stages) {
     return CONSUMERS * stages * PASS_TILE + UP + p_stages(stages) * P + 2 * CONSUMERS * INBOX;
@@ -52,14 +53,14 @@ struct HopperPassTile {
   static_assert(bytes(STAGES) <= LEFT && BARRIERS * 8 <= 512 && TILES > 1, "the tiles fit");
 };
 
-// a tile of p [64, RANKS], whose rows are the terms of the sum
+// The descriptor of a tile of p [64, RANKS], whose rows are the terms of the sum.
 template <int RANKS>
 __device__ __forceinline__ uint64_t p_operand(uint32_t tile) {
   return descriptor(tile, 16, 16 * RANKS, 2 * RANKS);
 }
 
-// the descriptor of what lies `bytes` further on: one addition to its low half, because shared memory ends before the
-// field of the address does
+// The descriptor of the data `bytes` further on. One addition to the low half is enough, because shared memory ends
+// before the address field of the descriptor does.
 __device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
   return (operand & ~uint64_t(0xffffffff)) | uint32_t(uint32_t(operand) + uint32_t(bytes >> 4));
 }
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   constexpr int TILES = Tile::TILES, RANKS = Tile::RANKS, STAGES = Tile::STAGES, P_STAGES = Tile::P_STAGES;
   constexpr bool DP = Tile::DP;
   EFFT_SHARED(raw);
-  // at the same offset in every block of the cluster, because peers address each other's inbox
+  // The offset is the same in every block of the cluster, because peers address each other's inbox.
   unsigned char* const shared = raw + (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
   const uint32_t dy_tiles = shared_address(shared);
   const uint32_t up_tiles = dy_tiles + CONSUMERS * STAGES * PASS_TILE;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   uint64_t *const empty = full + CONSUMERS * STAGES, *const p_full = empty + CONSUMERS * STAGES;
   uint64_t *const up_full = p_full + P_STAGES, *const dp_full = up_full + 1;
   const auto dy_tile = [&](int consumer, int stage) { return dy_tiles + (consumer * STAGES + stage) * PASS_TILE; };
-  // two inboxes for each warpgroup, used in turn, and a barrier for each
+  // Each warpgroup has two inboxes, used in turn, and a barrier for each.
   const auto inbox = [&](int consumer, int turn) { return inboxes + (consumer * 2 + turn) * Tile::INBOX; };
 
   const int part = int(blockIdx.x) % g.parts, first = int(blockIdx.x) / g.parts * g.tiles;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
     barrier_init_fence();
   }
   cluster_sync();
-  // what is above may run beside the kernel before this one, what is below reads what that kernel wrote
+  // The code above may run concurrently with the previous kernel; the code below reads what that kernel wrote.
   launch_dependents();
   wait_for_prerequisites();
 
@@ -139,11 +140,11 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   const int warp = thread / WARP, lane = threadIdx.x % WARP;
   const int rank = DP ? cluster_rank() : 0;
 
-  // sums the parts of dp of `row`, one from each warpgroup of the cluster, and stores it
+  // Sums the parts of dp of `row`, one from each warpgroup of the cluster, and stores the result.
   const auto exchange = [&](const float(&dp)[RANKS / 2], int row) {
     const int sources = CONSUMERS * g.parts, me = CONSUMERS * rank + consumer;  // sources: 4 or 8
-    // a piece is what a warp holds of 8 ranks, 16 bytes in each lane. the parts of a piece lie side by side in the
-    // inbox of its owner
+    // A piece is what a warp holds of 8 ranks, 16 bytes in each lane. The parts of a piece are adjacent in the inbox of
+    // its owner.
     const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };
     const int turn = row % 2;
     uint64_t* const arrived = dp_full + consumer * 2;
@@ -173,11 +174,11 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
           *reinterpret_cast<uint32_t*>(g.dp + int64_t(m + half * 8) * g.dp_row + r) =
               T::pack(sum[half * 2], sum[half * 2 + 1]);
     }
-    // what a peer receives next from here tells it that this inbox has been read
+    // The next part that this warpgroup sends tells the peer that this inbox has been read.
     group_sync(1 + consumer, WARPGROUP);
   };
 
-  // compiled for each warpgroup, so that addresses of tiles are the same in all its threads as the compiler sees it
+  // Compiled once per warpgroup, so that the compiler sees that all its threads have the same addresses of tiles.
   const auto consume = [&](auto number) {
     constexpr int CONSUMER = decltype(number)::value, COUNT = (TILES + 1 - CONSUMER) / 2;
     float dup[COUNT][RANKS / 2] = {};
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
         }
         wgmma_commit();
         if (i > 0) {
-          // one tile stays under way; the one before it has been read
+          // One tile stays in flight; the tensor cores are done with the one before it.
           wgmma_wait<1>();
           release(empty + CONSUMER * STAGES + last);
         }
@@ -273,7 +274,7 @@ const char* hopper_pass_by_tiles(const DyPass& g, const HopperPassPlan& plan, vo
   if (plan.tiles == 3) return launch_hopper_pass<T, 3, RANKS, true>(g, plan, stream);
   if (plan.tiles == 6) return launch_hopper_pass<T, 6, RANKS, true>(g, plan, stream);
   if (plan.tiles == 9) return launch_hopper_pass<T, 9, RANKS, true>(g, plan, stream);
-  if constexpr (RANKS == 16)  // more accumulators than a thread has registers for otherwise
+  if constexpr (RANKS == 16)  // With more ranks a thread has too few registers for the accumulators.
     if (plan.tiles == 16) return launch_hopper_pass<T, 16, RANKS, true>(g, plan, stream);
   return launch_hopper_pass<T, 12, RANKS, true>(g, plan, stream);
 }

@@ -1,6 +1,6 @@
-// what bindings.cpp may launch. shapes are comments, torch and CUDA stay out.
+// What bindings.cpp may launch. Shapes are comments; torch and CUDA headers stay out.
 //
-// all numbers in memory are of one 16-bit type, sums are float32. every launcher returns null, or why it failed.
+// All numbers in memory have one 16-bit type, sums are float32. Every launcher returns null, or why it failed.
 #pragma once
 
 #include <cstdint>
@@ -12,25 +12,25 @@ enum class Dtype { bf16, f16 };
 
 constexpr int32_t UNGROUPED = std::numeric_limits<int32_t>::max();
 
-// a matrix as the rows and columns in which it is copied to shared memory. element (i, j) lies at
+// A matrix as the rows and columns in which it is copied to shared memory. Element (i, j) is at
 //     (i / group) * outer + (i % group) * row + j * col
-// elements: `group` lets two leading dimensions with strides of their own serve as one dimension of rows.
+// elements. `group` lets two leading dimensions with separate strides serve as one dimension of rows.
 struct Operand {
   const void* data = nullptr;
   int32_t row = 0, col = 0;
   int32_t group = UNGROUPED, outer = 0;
-  bool vector = false;   // columns side by side, every row on 16 bytes: eight numbers are copied at a time
-  bool k_major = false;  // rows are those (or columns) of the result and columns the terms of its sums, or reversed
+  bool vector = false;   // contiguous columns, rows aligned to 16 bytes: eight numbers are copied at a time
+  bool k_major = false;  // rows are rows (or columns) of the result and columns the terms of its sums, or reversed
 };
 
-// y = [x | p] @ [w ; up] + bias, where p = x @ down is formed beside y and stored, or read if down is not there
+// y = [x | p] @ [w ; up] + bias, where p = x @ down is computed in the same launch and stored, or read if down is null.
 //
 // forward:  x, w = weight.T, down, up              backward:  x = dy, w = weight, down = up.T, up = down.T: y is dx
 struct Linear {
   int32_t M = 0, N = 0, K = 0, R = 0;
   Operand x;                 // [M, K]
   Operand w;                 // [K, N]
-  Operand down;              // [K, R], of at most 64 ranks
+  Operand down;              // [K, R], with at most 64 ranks
   Operand up;                // [R, N]
   const void* bias = nullptr;  // [N], or null
   int32_t bias_stride = 0;
@@ -41,19 +41,19 @@ struct Linear {
 
 constexpr int LARGE_TILE = 128, SMALL_TILE = 64, MAX_RANK_BESIDE = 64;
 
-// the most work for the compiler: a source file for each dtype
+// Compiling these takes longest, so each dtype has a separate source file.
 const char* lowrank_linear_bf16(const Linear&, int32_t tile, void* stream);
 const char* lowrank_linear_f16(const Linear&, int32_t tile, void* stream);
 
-// the same for compute capability 9.0, with tiles of 128 rows and 128, 192 or 256 columns. rows of every operand, of p
-// if it is read, and of y are on 16 bytes (Operand::vector); down and up are both k-major, or neither; the bias has its
-// numbers side by side, on 4 bytes. p is formed beside y only with a k-major w
+// The same for compute capability 9.0, with tiles of 128 rows and 128, 192 or 256 columns. Rows of every operand, of p
+// if it is read, and of y are aligned to 16 bytes (Operand::vector); down and up are both k-major, or neither; the bias
+// is contiguous and aligned to 4 bytes. p is computed in the same launch only with a k-major w.
 constexpr int HOPPER_RANK_BESIDE = 32;
 
 const char* hopper_linear_bf16(const Linear&, int32_t tile, void* stream);
 const char* hopper_linear_f16(const Linear&, int32_t tile, void* stream);
 
-// c = scale * a @ b, or with `adds` c += scale * a @ b
+// c = scale * a @ b, or with `adds` c += scale * a @ b.
 struct Product {
   int32_t M = 0, N = 0, K = 0;
   float scale = 1;
@@ -65,62 +65,64 @@ struct Product {
   int32_t first_tile = 0;  // set by products()
 };
 
-// all of them, up to 256 in one launch
+// Launches all of the products, up to 256 in one launch.
 const char* products(Dtype, Product*, int32_t count, void* stream);
 
-// over runs of `rows` rows of dy, and chunks of `columns()` columns:
+// The pass over dy, in runs of `rows` rows and chunks of `columns()` columns:
 //
 //     dup_slots[run] = p.T @ dy  of the rows of the run        dp_slots[chunk] = dy @ up.T  of the columns of the chunk
 //
-// with a single run (chunk) the slot is the result, 16-bit; else slots are float32, and reduce() sums them.
+// With a single run (chunk) the slot is the 16-bit result; otherwise slots are float32, and reduce() sums them.
 struct DyPass {
   int32_t M = 0, N = 0, R = 0, rows = 0;
   Operand dy;                 // [M, N]  columns n
-  Operand up;                 // [R, N]  columns n; its data null: no dp
+  Operand up;                 // [R, N]  columns n; no dp if its data is null
   Operand p;                  // [M, R]  columns r
   void* dp_slots = nullptr;   // [chunks, M, R]  contiguous
   void* dup_slots = nullptr;  // [runs, R, N], element (r, n) at r * dup_row + n * dup_col
   int32_t dup_row = 0, dup_col = 0;
-  int32_t dp_row = 0;  // of hopper_pass() only: numbers from one row of dp to the next
+  int32_t dp_row = 0;  // hopper_pass() only: numbers from one row of dp to the next
 };
 
-// columns of a chunk, rows of a tile
+// The columns of a chunk and the rows of a tile.
 int32_t dy_pass_columns(int32_t R);
 constexpr int DY_PASS_ROWS = 64;
 
 const char* dy_pass(Dtype, const DyPass&, void* stream);
 
-// the same for compute capability 9.0 and up to 32 ranks. rows of dy, up and p are on 16 bytes (Operand::vector).
+// The same for compute capability 9.0 and up to 32 ranks. Rows of dy, up and p are aligned to 16 bytes
+// (Operand::vector).
 //
 //     dp_slots = dp, 16-bit, complete        dup_slots = a slot for each run, which reduce() sums (Reduction::ranks)
 //
-// how the work is split among blocks: `parts` blocks across the columns, each of `tiles` tiles of 64 columns, and
-// `runs` of `rows` rows. it follows from the shape alone, so that results do not depend on the GPU
+// The plan splits the work among blocks: `parts` blocks across the columns, each with `tiles` tiles of 64 columns, and
+// `runs` runs of `rows` rows. It follows from the shape alone, so that results do not depend on the GPU.
 constexpr int32_t HOPPER_PASS_RANK = 32, HOPPER_PASS_ROWS = 64, HOPPER_PASS_COLUMNS = 64;
 
 struct HopperPassPlan {
   int32_t tiles = 0, parts = 0, runs = 0, rows = 0;
-  int32_t ranks = 0;  // of an accumulator, 16 or 32
+  int32_t ranks = 0;  // ranks of an accumulator, 16 or 32
   int64_t slot() const { return int64_t(parts) * tiles * HOPPER_PASS_COLUMNS * ranks; }  // numbers of a slot
 };
 
-// without tiles where the kernel does not take the shape
+// Returns a plan without tiles where the kernel does not take the shape.
 HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp);
 
 const char* hopper_pass_bf16(const DyPass&, const HopperPassPlan&, void* stream);
 const char* hopper_pass_f16(const DyPass&, const HopperPassPlan&, void* stream);
 
-// out = sum of slots, rounded. the order of the sum follows from `count` alone
+// out = sum of slots, rounded. The order of the sum follows from `count` alone.
 struct Reduction {
   const float* slots = nullptr;  // [count, size]
   void* out = nullptr;           // [size], or as row and col say
   int64_t size = 0;
   int32_t count = 0;
-  // slots of hopper_pass(): accumulators of so many ranks. their element (n, r) is stored at out[n * col + r * row]
+  // For slots of hopper_pass(): accumulators of this many ranks, whose element (n, r) is stored at out[n * col + r *
+  // row].
   int32_t ranks = 0, N = 0, R = 0, row = 0, col = 0;
 };
 
-// both in one launch; the second may be empty
+// Both sums are computed in one launch; the second may be empty.
 struct Reductions {
   Reduction of[2];
 };

@@ -1,12 +1,13 @@
-// y = [x | p] @ [w ; up] + bias, with p = x @ down formed beside y or given. compiled once per dtype, linear_*.cu
+// y = [x | p] @ [w ; up] + bias, with p = x @ down computed in the same launch or given. Compiled once per dtype, in
+// linear_*.cu.
 #pragma once
 
 #include "tile.h"
 
 namespace efft::cuda {
 
-// a block computes BM x BN of y with BM / 16 warps, WARPS_M of them one above the other. MIN_BLOCKS of it should fit a
-// multiprocessor: what the compiler spends registers by
+// A block computes BM x BN of y with BM / 16 warps, WARPS_M of them above each other. MIN_BLOCKS blocks should fit on a
+// multiprocessor, which sets the compiler's register limit.
 template <int BM_, int BN_, int WARPS_M, int MIN_BLOCKS_>
 struct LinearTile {
   static constexpr int BM = BM_, BN = BN_, MIN_BLOCKS = MIN_BLOCKS_, STAGES = 3;
@@ -17,15 +18,15 @@ struct LinearTile {
 using LargeTile = LinearTile<LARGE_TILE, LARGE_TILE, 2, 1>;
 using SmallTile = LinearTile<SMALL_TILE, SMALL_TILE, 2, 2>;
 
-// numbers of a pipeline stage: x, w, down
+// The size of a pipeline stage in numbers: x, w, down.
 template <class Tile, int RANKS>
 __host__ __device__ constexpr int stage_size() {
   return (Tile::BM + Tile::BN + RANKS) * BK;
 }
 
-// RANKS > 0: p is formed beside y, for up to so many ranks. every column of blocks does, which costs up to RANKS / BN
-// of the product and saves a second pass over x; the first column stores it. RANKS = 0: p is read, and the sum over K
-// goes on over R. W_K_MAJOR: w has the terms of the sum side by side in memory, as weight.T has
+// RANKS > 0: p is computed next to y, for up to that many ranks. Every column of blocks computes it, which costs up to
+// RANKS / BN of the matmul and saves a second pass over x; the first column stores it. RANKS = 0: p is read, and the
+// sum over K continues over R. W_K_MAJOR: the terms of the sum are adjacent in w, as in weight.T.
 template <class T, class Tile, int RANKS, bool W_K_MAJOR>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     lowrank_linear_kernel(const __grid_constant__ Linear g) {
@@ -67,14 +68,14 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     if (step < k_steps) {
       const int steps = step + 1 < k_steps ? BK / 16 : cdiv(g.K - step * BK, 16);
       multiply<T, BM, BN, 4>(acc, a, true, wm, b, W_K_MAJOR, wn, steps, lane);
-      // every warp has 16 rows of p
+      // Every warp has 16 rows of p.
       if constexpr (RANKS > 0)
         multiply<T, BM, RANKS, 4>(acc_p, a, true, warp * 16, down_tile(stage), g.down.k_major, 0, steps, lane,
                                   cdiv(g.R, 16));
       return;
     }
     if constexpr (RANKS > 0) {
-      // p takes the place of x. y uses it as rounded for storage, so that it is the y of the p that backward sees
+      // p takes the place of x. y uses it as rounded for storage, which is the p that the backward reads.
       uint16_t* const to = x_tile(stage);
       uint16_t* const p = static_cast<uint16_t*>(g.p);
 #pragma unroll
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         for (int e = 0; e < 4; ++e) {
           const int row = warp * 16 + accumulator_row(lane, e), r = j * 8 + accumulator_col(lane, e);
           const uint16_t value = T::round(acc_p[0][j][e]);
-          // beyond R it is nan where x is infinite, times the zeros of down
+          // Beyond R it is nan where x is infinite, because down is zero there.
           to[swizzled<BK>(row, r / 8) + r % 8] = r < g.R ? value : uint16_t(0);
           if (tn == 0 && m0 + row < g.M && r < g.R) p[int64_t(m0 + row) * g.p_row + r] = value;
         }
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
   };
   pipeline<Tile::STAGES>(k_steps + r_steps, load, use);
 
-  // y by way of shared memory, so that whole rows are stored and not the eight columns of a fragment
+  // y goes through shared memory, so that whole rows are stored instead of the eight columns of a fragment.
   const uint16_t* const bias = static_cast<const uint16_t*>(g.bias);
   __syncthreads();
 #pragma unroll
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
   }
   __syncthreads();
   uint16_t* const y = static_cast<uint16_t*>(g.y);
-  const bool vector = g.N % 8 == 0;  // y is ours, and on 16 bytes
+  const bool vector = g.N % 8 == 0;  // y was allocated by us, aligned to 16 bytes
 #pragma unroll 1
   for (int i = threadIdx.x; i < BM * BN / 8; i += Tile::THREADS) {
     const int row = i / (BN / 8), chunk = i % (BN / 8), left = least(g.N - n0 - chunk * 8, 8);

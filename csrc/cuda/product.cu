@@ -1,4 +1,4 @@
-// c = scale * a @ b, several of them in one launch: p = x @ down, the group update, its backward, the merge of a group
+// c = scale * a @ b, several of them in one launch: p = x @ down, the group update, its backward, the merge of a group.
 #include "tile.h"
 
 namespace efft::cuda {
@@ -7,7 +7,7 @@ namespace {
 constexpr int BM = SMALL_TILE, BN = SMALL_TILE, WARPS = 4, THREADS = WARPS * WARP, STAGES = 3;
 constexpr int STAGE = (BM + BN) * BK;
 
-// what one launch takes. few are the common case, and arguments are copied at every launch
+// The number of products that one launch takes. A few are the common case, and arguments are copied at every launch.
 constexpr int FEW = 2, MANY = 256;
 
 template <int MOST>
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_const
   wait_for_prerequisites();
   EFFT_SHARED(shared);
   uint16_t* const tiles = reinterpret_cast<uint16_t*>(shared);
-  // the last product whose first tile is not beyond this block's
+  // Finds the last product whose first tile is not beyond this block's.
   int low = 0, high = all.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_const
         const int m = m0 + wm + i * 16 + accumulator_row(lane, e), n = n0 + wn + j * 8 + accumulator_col(lane, e);
         if (m >= g.M || n >= g.N) continue;
         uint16_t* const to = c + int64_t(m) * g.c_row + int64_t(n) * g.c_col;
-        // one rounding for the whole formula
+        // The whole formula is rounded once.
         *to = T::round(acc[i][j][e] * g.scale + (g.adds ? T::widen(*to) : 0.0f));
       }
 }
