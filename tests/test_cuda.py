@@ -1,4 +1,4 @@
-"""The CUDA kernels: on a GPU where there is one, and everywhere on the host, in a simulator of their instructions."""
+"""The CUDA kernels: on a GPU where there is one, and always on the host, in a simulator of their instructions."""
 
 import ctypes
 import itertools
@@ -25,9 +25,9 @@ ways = pytest.mark.parametrize("single", [True, False], ids=["single_pass", "ext
 
 
 class Simulated:
-    """The simulator's library, and what a test sets and asks of it"""
+    """The simulator's library, and what a test sets and queries."""
 
-    # what a GPU may do at any time is done at the worst: which warp runs ahead, when a cp.async copies
+    # What a GPU may do at any time is done at the worst time: which warp runs ahead, when a cp.async copies.
     MODES = list(itertools.product((False, True), repeat=2))
     BY_CHANCE = [(seed, eager) for seed in range(2, 5) for eager in (False, True)]
 
@@ -45,7 +45,7 @@ class Simulated:
         return self.library.efft_sim_launches() - before
 
     def shared(self, call, *arguments) -> int:
-        """bytes of shared memory that a block of any of its launches asks for"""
+        """The most bytes of shared memory that a block of any of its launches requests."""
         self.library.efft_sim_shared()
         call(*arguments)
         return self.library.efft_sim_shared()
@@ -60,7 +60,7 @@ def built(tmp_path_factory) -> Simulated:
 
 @pytest.fixture
 def simulated(built, monkeypatch) -> Simulated:
-    """the backend module with the simulator's operators"""
+    """The backend module with the simulator's operators."""
     monkeypatch.setattr(cuda, "_ops", lambda: built.ops)
     built.mode(False, False)
     return built
@@ -68,7 +68,7 @@ def simulated(built, monkeypatch) -> Simulated:
 
 @pytest.fixture(params=["simulator"] if cuda.unavailable() else ["simulator", "gpu"])
 def device(request) -> str:
-    """where the tensors of a test are; the backend module runs there"""
+    """The device of a test's tensors, on which the backend module runs."""
     if request.param == "gpu":
         return "cuda"
     request.getfixturevalue("simulated")
@@ -77,7 +77,7 @@ def device(request) -> str:
 
 @pytest.fixture
 def hopper_device(device) -> str:
-    """the same, where the kernel for compute capability 9.0 runs"""
+    """The same, if the kernel for compute capability 9.0 runs on it."""
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it is for compute capability 9.0")
     return device
@@ -93,7 +93,7 @@ hopper_plans = pytest.mark.parametrize("tile, single", HOPPER, ids=lambda v: str
 
 
 def hopper(monkeypatch, single: bool, tile: int) -> None:
-    """the kernel for compute capability 9.0; its backward never forms dp beside dx"""
+    """The kernel for compute capability 9.0; its backward never computes dp in the launch of dx."""
 
     def made(op, x, weight, R, needs=None):
         beside = single and (weight.t() if needs is None else weight).stride(0) == 1
@@ -103,19 +103,16 @@ def hopper(monkeypatch, single: bool, tile: int) -> None:
 
 
 def make(M, K, N, R, dtype, device="cpu"):
-    """x, weight, bias, down, up, dy"""
+    """Returns x, weight, bias, down, up, dy."""
     sizes = (M, K), (N, K), (N,), (K, R), (R, N), (M, N)
     return [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype) for s in sizes]
 
 
 def within(rows, cols, dtype, device, left=3):
-    """a slice of a wider buffer that is nan elsewhere"""
+    """A slice of a wider buffer that is nan elsewhere."""
     buffer = torch.full((rows + 4, cols + 9), float("nan"), dtype=dtype, device=device)
     buffer[1 : 1 + rows, left : left + cols] = torch.randn(rows, cols, device=device).mul_(cols**-0.5).to(dtype)
     return buffer[1 : 1 + rows, left : left + cols]
-
-
-# -- the low-rank linear ----------------------------------------------------------------------------------------------
 
 
 @dtypes
@@ -131,7 +128,7 @@ def test_lowrank_linear(shape, large, single, dtype, device, monkeypatch):
 @pytest.mark.parametrize("mode", Simulated.MODES, ids=lambda mode: "-".join(map(str, map(int, mode))))
 @shapes((130, 328, 72, 16), (70, 200, 136, 40))
 def test_any_order_of_warps_and_copies(shape, mode, single, simulated, monkeypatch):
-    """more steps than stages of the pipeline, and tiles in both directions"""
+    """More steps than stages of the pipeline, and tiles in both directions."""
     plan(monkeypatch, single, False)
     simulated.mode(*mode)
     check_lowrank_linear(cuda, *make(*shape, torch.bfloat16))
@@ -152,7 +149,8 @@ def test_only_the_gradients_asked_for(needs, single, device, monkeypatch):
     check_lowrank_linear(cuda, *make(40, 33, 48, 5, torch.bfloat16, device), needs)
 
 
-# eight numbers at a time where rows start on 16 bytes, one by one elsewhere; weight, down and up either way round
+# Copies take eight numbers at a time where rows are aligned to 16 bytes, and one otherwise; weight, down and up have
+# either orientation.
 LAYOUTS = {
     "aligned": lambda rows, cols, *at: within(rows, -(-cols // 8) * 8 + 7, *at, left=8)[:, :cols],
     "slices": within,
@@ -171,7 +169,7 @@ def test_any_strides(layout, single, device, monkeypatch):
     M, K, N, R = (72, 48, 80, 16) if layout == "turned" else (67, 50, 70, 17)
     bias = within(N, 1, *at)[:, 0]
     x, weight, down, up, dy = (LAYOUTS[layout](*size, *at) for size in ((M, K), (N, K), (K, R), (R, N), (M, N)))
-    if layout == "repeated":  # what is summed up would grow with the rows
+    if layout == "repeated":  # otherwise the sums would grow with the rows
         weight, down, up = weight / N, down / K, up / R
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
 
@@ -193,7 +191,7 @@ def test_no_rows(device):
 @ways
 def test_two_runs_are_bit_equal(single, device, monkeypatch):
     plan(monkeypatch, single, False)
-    # many runs of rows, several chunks of columns
+    # Many runs of rows, several chunks of columns.
     x, weight, bias, down, up, dy = make(500, 32, 280, 16, torch.float16, device)
 
     def run():
@@ -202,9 +200,6 @@ def test_two_runs_are_bit_equal(single, device, monkeypatch):
 
     assert all(torch.equal(first, second) for first, second in zip(run(), run()))
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
-
-
-# -- the same for compute capability 9.0 ------------------------------------------------------------------------------
 
 
 @dtypes
@@ -217,7 +212,7 @@ def test_hopper(shape, tile, single, dtype, hopper_device, monkeypatch):
 
 @hopper_plans
 def test_hopper_in_any_order(tile, single, hopper_device, monkeypatch, request):
-    """the same bits, of more steps than stages, more tiles than blocks, a block of a cluster beyond the last column"""
+    """The same bits, with more steps than stages, more tiles than blocks, a block of a cluster past the last column."""
     hopper(monkeypatch, single, tile)
     x, weight, bias, down, up, dy = make(300, 456, 2 * tile + 24, 16, torch.bfloat16, hopper_device)
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy, (True, False, False, True, True))
@@ -240,7 +235,7 @@ def test_hopper_at_any_rank(R, hopper_device, monkeypatch):
         check_lowrank_linear(cuda, x, weight, None, down, up, dy, (True, False, False, True, True))
 
 
-# how down [K, R] and up [R, N] lie in memory: what is not on 16 bytes, or not as the other, is copied
+# Layouts of down [K, R] and up [R, N] in memory: one that is not aligned to 16 bytes, or unlike the other, is copied.
 LOW = {
     "as it is": (lambda down: down, lambda up: up),
     "both transposed": (lambda down: down.t().contiguous().t(), lambda up: up.t().contiguous().t()),
@@ -263,7 +258,7 @@ def test_hopper_with_factors_of_any_strides(low, R, single, hopper_device, monke
     x, dy = wider(x, 8, 16), wider(dy, 16, 8)
     weight, bias = wider(weight, 0, 8), bias.repeat_interleave(2)[::2]
     check_lowrank_linear(cuda, x, weight, bias, LOW[low][0](down), LOW[low][1](up), dy)
-    if not single:  # weight as it lies in memory, or turned
+    if not single:  # weight as it is in memory, or transposed
         check_lowrank_linear(cuda, x, weight.t().contiguous().t(), bias, LOW[low][0](down), LOW[low][1](up), dy)
 
 
@@ -299,13 +294,10 @@ def test_hopper_refuses_what_it_cannot_address(simulated):
         ops.lowrank_linear(x, weight, bias, down, up, True, False, 192)
 
 
-# -- the passes of its backward: dp and dup, ddown ---------------------------------------------------------------------
-
-
 def check_passes(ops, dy, x, up, p) -> None:
-    """dp, ddown and dup by the kernel for compute capability 9.0, against the contract"""
+    """Checks dp, ddown and dup of the kernel for compute capability 9.0 against the contract."""
     R = p.shape[1]
-    # dx is dp: the identity as down, followed by zeros
+    # With the identity as down, followed by zeros, dx is dp.
     K = -(-R // 8) * 8
     eye, weight = torch.eye(K, R, dtype=dy.dtype, device=dy.device), torch.zeros(dy.shape[1], K, dtype=dy.dtype)
     dp, _ = ops.lowrank_linear_backward(dy, None, weight.to(dy.device), eye, up, p, False, True, 128)
@@ -319,7 +311,7 @@ def check_passes(ops, dy, x, up, p) -> None:
 
 
 def make_passes(M, K, N, R, dtype, device="cpu"):
-    """dy, x, up, p"""
+    """Returns dy, x, up, p."""
     x, _, _, _, up, dy = make(M, K, N, R, dtype, device)
     return dy, x, up, torch.randn(M, R, device=device).to(dtype)
 
@@ -352,7 +344,7 @@ def test_hopper_passes_at_any_rank(R, hopper_device):
 
 @pytest.mark.parametrize("shape", [(900, 384, 128, 16), (700, 136, 72, 24), (900, 768, 200, 14), (260, 2304, 768, 16)])
 def test_hopper_passes_in_any_order(shape, hopper_device, request):
-    """the same bits, of more tiles than stages and more rows than inboxes"""
+    """The same bits, with more tiles than stages and more rows than inboxes."""
     M, N, K, R = shape
     dy, x, up, p = make_passes(M, K, N, R, torch.bfloat16, hopper_device)
     runs = []
@@ -364,7 +356,7 @@ def test_hopper_passes_in_any_order(shape, hopper_device, request):
 
 
 def test_hopper_passes_with_any_strides(hopper_device):
-    """rows of dy and x apart on 16 bytes; up and p are copied where they are not"""
+    """Strided rows of dy and x are aligned to 16 bytes; up and p are copied where they are not."""
     ops, at = cuda._ops(), (torch.bfloat16, hopper_device)
     dy, x, up, p = make_passes(300, 136, 200, 12, *at)
     check_passes(ops, wider(dy, 8, 16), wider(x, 16, 8), wider(up, 1, 9), wider(p, 3, 2))
@@ -373,11 +365,8 @@ def test_hopper_passes_with_any_strides(hopper_device):
 
 @pytest.mark.parametrize("sizes", [(24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)])
 def test_other_passes_where_those_of_hopper_do_not_fit(sizes, hopper_device):
-    """too many columns of dy for a cluster, too many ranks, rows of x that are not on 16 bytes"""
+    """Too many columns of dy for a cluster, too many ranks, rows of x that are not aligned to 16 bytes."""
     check_passes(cuda._ops(), *make_passes(*sizes, torch.bfloat16, hopper_device))
-
-
-# -- the group --------------------------------------------------------------------------------------------------------
 
 
 @dtypes
@@ -393,7 +382,7 @@ def test_group_update(ranks, dtype, device):
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 17, 20, 50), (4, 16, 24, 72)], ids=str)
 def test_group_update_of_the_transposed_product(sizes, needs, device):
-    # fc2: sigma.T and u.T, one slice of every second; its gradient comes in as a slice of a wider one
+    # fc2: sigma.T and u.T, one slice of every second; its gradient arrives as a slice of a wider one.
     S, P, Q, N = sizes
     at = torch.bfloat16, device
     sigma = torch.randn(2 * S, Q, P, device=device).to(torch.bfloat16)[::2].transpose(1, 2)
@@ -414,7 +403,7 @@ def test_merge_of_several_weights(dtype, device):
     cuda.merge_(weights, downs, ups)
     for triple in zip(weights, plain, exact):
         assert_accurate(*triple, "weight")
-    # nothing beside the weights was written
+    # Nothing outside the weights was written.
     assert torch.isfinite(weights[0]._base).sum() == weights[0].numel()
     cuda.merge_([], [], [])
 
@@ -458,15 +447,12 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
     most["group_update"] = simulated.shared(cuda.group_update, down[None], up, 1.0)
     budget = json.loads(Path(simulator.HERE, "budget.json").read_text())["shared"]
     assert most == budget, json.dumps(most, indent=4)
-    for name, size in most.items():  # what a block may have at compute capability 9.0, and 8.0
+    for name, size in most.items():  # the limits per block at compute capability 9.0, and 8.0
         assert size <= (227 if name.startswith("hopper") else 163) * 1024
 
 
-# -- planted faults ---------------------------------------------------------------------------------------------------
-
-
 def planted() -> dict[str, tuple[str, str, str]]:
-    """file, what stands there once and what is planted in its place; two change a comment only"""
+    """By name: file, text that occurs in it once, text that replaces it. Two change a comment only."""
     found = dict(faults.LINEAR)
     found |= {f"hopper_{name}": ("hopper.h", *fault) for name, fault in faults.HOPPER.items()}
     found |= {f"pass_{name}": ("hopper_pass.h", *fault) for name, fault in faults.HOPPER_PASS.items()}
@@ -500,7 +486,7 @@ def faulty_libraries(built, tmp_path_factory, request):
 
 @pytest.fixture
 def faulty(faulty_libraries, request) -> Simulated:
-    """csrc/cuda with the fault that the test's parameter names"""
+    """csrc/cuda with the fault that the test's parameter names."""
     return Simulated(*faulty_libraries[request.param].result())
 
 
@@ -521,9 +507,9 @@ def test_a_planted_fault_is_seen(faulty, monkeypatch):
 
 
 def hopper_deviates(kernels, monkeypatch) -> bool:
-    """whether any order of things shows a wrong number, or ends a launch"""
+    """Whether any order of events gives a wrong number, or ends a launch."""
     monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
-    # a ring that comes round, a block without columns; many tiles of one step each; what is not finite
+    # A ring that wraps around and a block without columns; many tiles of one step each; numbers that are not finite.
     cases = ((300, 328, 456, 14), True, False), ((900, 64, 384, 14), False, False), ((128, 64, 64, 14), False, True)
     for sizes, backward, infinite in cases:
         x, weight, bias, down, up, dy = (t.abs() if infinite else t for t in make(*sizes, torch.bfloat16))
@@ -541,7 +527,7 @@ def hopper_deviates(kernels, monkeypatch) -> bool:
                     needs = [True, False, False, False, False]
                     pairs += [(*cuda.lowrank_linear_backward(dy, x, weight, down, up, p, needs), dx_plain)]
             except RuntimeError as error:
-                assert "could not be launched: block" in str(error), error  # the simulator's
+                assert "could not be launched: block" in str(error), error  # the simulator's message
                 return True
             if not all(torch.allclose(a, b, rtol=0.05, atol=0.05, equal_nan=True) for a, b in pairs):
                 return True
@@ -559,8 +545,8 @@ def test_a_fault_planted_in_hopper_is_seen(faulty, monkeypatch):
 
 
 def hopper_passes_deviate(kernels) -> bool:
-    """whether any order of things shows a wrong number, or ends a launch"""
-    # one block across the columns, a cluster of four, and the rings come round
+    """Whether any order of events gives a wrong number, or ends a launch."""
+    # One block across the columns, a cluster of four; the rings wrap around.
     for M, N in ((1300, 192), (660, 768), (1000, 512)):
         dy, x, up, p = make_passes(M, 128, N, 14, torch.bfloat16)
         dp = (dy.double() @ up.double().t()).to(dy.dtype).double()
@@ -572,7 +558,7 @@ def hopper_passes_deviate(kernels) -> bool:
                     dy, x, None, x[:1].t().expand(-1, 14), up, p, False, True, 128
                 )
             except RuntimeError as error:
-                assert "could not be launched: block" in str(error), error  # the simulator's
+                assert "could not be launched: block" in str(error), error  # the simulator's message
                 return True
             if not all((a.double() - b).norm() <= 0.01 * b.norm() for a, b in zip(found, exact)):
                 return True
@@ -589,9 +575,6 @@ def test_a_fault_planted_in_the_passes_is_seen(faulty):
     assert hopper_passes_deviate(faulty)
 
 
-# -- which kernel, and refusals ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "M, N, R, dup, expected",
     [
@@ -599,9 +582,9 @@ def test_a_fault_planted_in_the_passes_is_seen(faulty):
         (12608, 2304, 16, False, False),  # qkv: 16 * 2304 > 184 * 128
         (12608, 768, 64, False, False),
         (200704, 96, 64, False, True),  # one tile spans the columns
-        (12608, 96, 65, False, False),  # no accumulator for it
+        (12608, 96, 65, False, False),  # no accumulators for so many ranks
         (197, 2304, 16, False, True),  # few tiles
-        (12608, 768, 16, True, False),  # the pass for dup forms dp
+        (12608, 768, 16, True, False),  # the pass for dup computes dp
         (200704, 96, 16, True, True),
     ],
 )
@@ -612,7 +595,7 @@ def test_where_p_is_formed(M, N, R, dup, expected):
 @pytest.mark.parametrize(
     "M, N, K, single, measured",
     [
-        (12608, 2304, 768, True, (192, 128)),  # qkv of ViT-B: within 1 % of one another
+        (12608, 2304, 768, True, (192, 128)),  # qkv of ViT-B: within 1 % of each other
         (12608, 768, 768, True, (192,)),
         (12608, 3072, 768, True, (128,)),
         (12608, 768, 3072, True, (192,)),
@@ -640,7 +623,7 @@ def test_refusals():
     single = [t.float() for t in (x, weight, bias, down, up)]
     assert "bfloat16 and float16 tensors, not torch.float32" in ask("lowrank_linear", *single)
     assert ask("lowrank_linear", x, weight, bias, down, up) == "it needs CUDA tensors, these are on cpu"
-    # as if these were on a GPU
+    # The module treats these tensors as if they were on a GPU.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_unsupported_device", lambda device: None)
         assert ask("lowrank_linear", x, weight, bias, down, up) is None

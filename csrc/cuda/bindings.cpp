@@ -68,7 +68,7 @@ void check_sizes(std::initializer_list<int64_t> sizes) {
 Tensor empty(std::vector<int64_t> shape, const Tensor& like, std::optional<ScalarType> type = std::nullopt) {
   Tensor t = torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
 #ifdef EFFT_SIM
-  memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());  // nan, so that elements no kernel writes show up in tests
+  memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());  // nan, to show what no kernel writes
 #endif
   return t;
 }
@@ -407,7 +407,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
     dp = form_p(dy, view(up_turned), R, stream);
   }
   if (weight && !dx) form_dx(std::nullopt);
-  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, hopper, stream)));  // ddown is computed as (dp.T @ x).T.
+  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, hopper, stream)));  // (dp.T @ x).T
   complete(sums, stream);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);

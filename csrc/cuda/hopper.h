@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
   launch_dependents();
   wait_for_prerequisites();
 
-  const int tiles_m = cdiv(g.M, BM), sets_n = cdiv(cdiv(g.N, BN), CLUSTER);  // sets of CLUSTER tiles, one tile per block
+  const int tiles_m = cdiv(g.M, BM), sets_n = cdiv(cdiv(g.N, BN), CLUSTER);  // sets of CLUSTER tiles, one per block
   const int k_steps = cdiv(g.K, BK), r_steps = RANKS ? 1 : cdiv(g.R, BK);
   const int first = blockIdx.x / CLUSTER, step_of_sets = gridDim.x / CLUSTER;
 

@@ -22,7 +22,6 @@ namespace efft::cuda {
 using TensorMap = CUtensorMap;
 
 // Barriers count arrivals and bytes; their phase flips when all of them have arrived (mbarrier.init).
-
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -87,7 +86,6 @@ __device__ __forceinline__ void group_arrive(int id, int threads) {
 }
 
 // The rank of this block in its cluster (%cluster_ctarank).
-
 __device__ __forceinline__ int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -127,7 +125,6 @@ __device__ __forceinline__ void leave_registers() {
 }
 
 // Prefetches the descriptor that TMA needs (prefetch.tensormap).
-
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

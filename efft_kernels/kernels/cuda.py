@@ -1,4 +1,4 @@
-"""CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that goes on over R.
+"""CUDA C++ kernels of csrc/cuda for bfloat16 and float16: one pass over x, or p and a sum over K that continues over R.
 
 Built by setup.py where nvcc is found, else at first use, for compute capability 8.0 and 9.0. They are chosen
 automatically on a GPU on which ``python -m efft_kernels.tune`` proved them and found them faster than plain torch
@@ -17,12 +17,12 @@ from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 MAX_RANK = 256
-MAX_SIZE = 1 << 30  # of dimensions and strides: the kernels count them in 32 bits
-# of csrc/cuda/kernels.h
+MAX_SIZE = 1 << 30  # of dimensions and strides, which the kernels count in 32 bits
+# As in csrc/cuda/kernels.h.
 LARGE_TILE, SMALL_TILE, MAX_RANK_BESIDE = 128, 64, 64
-# columns of a tile of y, of which p takes some where it is formed beside y
+# Columns of a tile of y; p takes additional ones where it is computed inside the matmul.
 HOPPER_TILES, HOPPER_TILES_BESIDE, HOPPER_RANK_BESIDE = (128, 192, 256), (96, 128, 192), 32
-# FLOP per byte at which memory and tensor cores take equally long, by the major compute capability
+# FLOP per byte at which memory and tensor cores take equally long, by the major compute capability.
 RIDGE = {8: 180, 9: 184}
 
 
@@ -62,10 +62,10 @@ def _compiled() -> tuple[Path | None, str | None]:
 
 @functools.cache
 def load():
-    """The operators; compiled for the GPU at hand where they are not yet, which takes minutes.
+    """The operators, compiled for the current GPU if they are not yet, which takes minutes.
 
     Raises:
-        RuntimeError: they cannot be had.
+        RuntimeError: they are not built and cannot be compiled, or could not be loaded.
     """
     found, reason = _load()
     if reason:
@@ -90,9 +90,6 @@ def sources() -> str:
 
 
 table.SOURCES["cuda"] = sources
-
-
-# -- what can run, what should ----------------------------------------------------------------------------------------
 
 
 def unavailable() -> str | None:
@@ -124,14 +121,14 @@ def _unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device}"
     capability = torch.cuda.get_device_capability(device)
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, earlier ones no cp.async; on 10.x Triton is faster
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block, earlier ones no cp.async; on 10.x Triton is faster.
     if capability not in ((8, 0), (9, 0)):
         return f"its kernels are for compute capability 8.0 and 9.0, not {capability[0]}.{capability[1]}"
     return None
 
 
 def _rank(op: str, tensors: tuple) -> int:
-    """the largest rank among the arguments of an op"""
+    """The largest rank among the arguments of an op."""
     if op == "group_update":  # sigma, v
         return max(tensors[0].shape[1:])
     if op == "group_update_backward":  # dup, sigma, v
@@ -162,40 +159,37 @@ def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) ->
 
 
 def _as_tuned(matrix: Tensor) -> bool:
-    """whether it is read as the contiguous ones are that tune.py makes: eight numbers at a time, if they can be"""
+    """Whether it is read like the contiguous operands that were tuned: eight numbers at a time if they allow it."""
     return _describable(matrix) if matrix.shape[1] % 8 == 0 else matrix.is_contiguous()
 
 
-# -- which kernel -----------------------------------------------------------------------------------------------------
-
-
 class KernelPlan(NamedTuple):
-    """How y [M, N] is computed: the last arguments of the library's operators"""
+    """How y [M, N] is computed: the last arguments of the library's operators."""
 
-    single_pass: bool  # p is formed beside y, instead of by a pass of its own over x
+    single_pass: bool  # p is computed inside the matmul, instead of in a separate pass over x
     hopper: bool  # by the kernel for compute capability 9.0, instead of the one for all
     tile: int  # columns of a tile of y
 
 
 def tile(M: int, N: int) -> int:
-    """128 x 128 where these are enough for every multiprocessor, else 64 x 64"""
+    """128 x 128 where that gives every multiprocessor a tile, otherwise 64 x 64."""
     return LARGE_TILE if _cdiv(M, LARGE_TILE) * _cdiv(N, LARGE_TILE) >= 128 else SMALL_TILE
 
 
 def single_pass(M: int, N: int, R: int, ridge: int, dup: bool = False) -> bool:
-    """Whether p is formed inside the product y [M, N] = x @ w, instead of by a pass of its own over x.
+    """Whether p is computed inside the matmul y [M, N] = x @ w, rather than in a separate pass over x.
 
-    Inside, p costs ``block`` / BN of the product again, once per column of tiles. A pass of its own re-reads x, which
-    costs ridge / N of the product, unless dup needs a pass over x (which is then dy) anyway: p comes out of that one.
+    Inside, p costs ``block`` / BN of the matmul, repeated for every column of tiles. A separate pass reads x a second
+    time, which costs ridge / N of the matmul, unless dup needs a pass over x (then dy) anyway: that pass yields p too.
     """
-    if R > MAX_RANK_BESIDE:  # the accumulator of p would not fit the registers beside that of y
+    if R > MAX_RANK_BESIDE:  # the accumulators of p and y would not fit into the registers together
         return False
     BN, block = tile(M, N), _cdiv(R, 16) * 16
-    if N <= BN:  # one tile spans the columns: nothing is formed twice
+    if N <= BN:  # one tile spans the columns: nothing is computed twice
         return True
     if dup:
         return False
-    # few tiles, which all run at once: the time is that of launching, and of one block walking along K
+    # Few tiles, which all run at once: the time is that of a launch plus one block's loop over K.
     return (_cdiv(M, BN) * _cdiv(N, BN) <= 264 and BN == SMALL_TILE) or block * N < ridge * BN
 
 
@@ -203,9 +197,9 @@ def hopper_tile(M: int, N: int, K: int, R: int, single_pass: bool) -> int:
     """Columns of a tile with which y [M, N], summed over K terms, takes the least time on 132 multiprocessors.
 
     Counted in columns of the tensor cores, with constants fitted to an H200: a step of 64 terms costs the columns of
-    the tile, with p beside y those of p in addition. Tiles of 192 and 256 columns go to two blocks side by side, and
+    the tile, plus those of p if it is computed inside. Tiles of 192 and 256 columns go to pairs of adjacent blocks, and
     each pays for storing y after its sum. With 96 and 128 columns one tile is stored while the next is summed, so that
-    only a short sum waits for the store of the tile before.
+    only a short sum waits for the store of the previous tile.
     """
     steps = _cdiv(K, 64) + (not single_pass) * _cdiv(R, 64)
 
@@ -219,7 +213,7 @@ def hopper_tile(M: int, N: int, K: int, R: int, single_pass: bool) -> int:
 
 
 def hopper_plan(M: int, N: int, K: int, R: int, w_k_major: bool) -> KernelPlan:
-    """p beside y where the kernel can form it there: on an H200 that was faster at every size measured"""
+    """p inside the matmul where the kernel can compute it there: on an H200 that was faster at every size measured."""
     single = w_k_major and R <= HOPPER_RANK_BESIDE
     return KernelPlan(single, True, hopper_tile(M, N, K, R, single))
 
@@ -232,13 +226,13 @@ def _formula(x: Tensor, w: Tensor, R: int, dup: bool) -> KernelPlan:
 
 
 def _hopper_takes(x: Tensor, w: Tensor) -> bool:
-    """whether x, w and y have rows, of w either way round, on 16 bytes"""
+    """Whether the rows of x, y and w, or of w transposed, are aligned to 16 bytes."""
     rows = w.t() if w.stride(0) == 1 else w
     return w.shape[1] % 8 == 0 and _describable(x) and _describable(rows)
 
 
 def _describable(matrix: Tensor) -> bool:
-    """whether the copy engine can address it: rows contiguous and apart, everything on 16 bytes"""
+    """Whether TMA can address it: contiguous rows that do not overlap, all aligned to 16 bytes."""
     rows, columns = matrix.stride()
     return columns == 1 and rows >= matrix.shape[1] and rows % 8 == 0 and matrix.data_ptr() % 16 == 0
 
@@ -249,7 +243,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def plans(arch: str, R: int) -> list[KernelPlan]:
-    """all that a GPU of this class can run, as far as the operands allow"""
+    """All plans that a GPU of this class can run, as far as the operands allow."""
     found = [KernelPlan(False, False, tile) for tile in (SMALL_TILE, LARGE_TILE)]
     found += [KernelPlan(True, False, tile) for tile in (SMALL_TILE, LARGE_TILE) if R <= MAX_RANK_BESIDE]
     if arch == "sm_90":
@@ -259,7 +253,7 @@ def plans(arch: str, R: int) -> list[KernelPlan]:
 
 
 def allows(x: Tensor, w: Tensor, plan: KernelPlan) -> bool:
-    """whether the operands of y [M, N] = x [M, K] @ w are as this plan needs them"""
+    """Whether the operands of y [M, N] = x [M, K] @ w are as this plan needs them."""
     return not plan.hopper or (_hopper_takes(x, w) and (w.stride(0) == 1 or not plan.single_pass))
 
 
@@ -267,7 +261,7 @@ def allows(x: Tensor, w: Tensor, plan: KernelPlan) -> bool:
 def _recorded(
     op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, needs: tuple | None
 ) -> KernelPlan | None:
-    """the fastest plan on record for a weight [N, K]; ValueError for one that this GPU cannot run"""
+    """The fastest plan on record for a weight [N, K]; ValueError for one that this GPU cannot run."""
     found = table.choice(device, table.key(op, dtype, K, N, R, needs), M)
     if found is None or "cuda" not in found.plans:
         return None
@@ -285,14 +279,14 @@ def _wanted(op: str, needs: list[bool] | None) -> tuple | None:
 
 
 def arch(device: torch.device) -> str:
-    """the architecture class; of the simulator on the CPU, which can run every plan, that of Hopper"""
+    """The architecture class; Hopper for the simulator on the CPU, which can run every plan."""
     return table.gpu(device.index)[1] if device.type == "cuda" else "sm_90"
 
 
 def _plan(op: str, x: Tensor, weight: Tensor, R: int, needs: list[bool] | None = None) -> KernelPlan:
-    """As measured for these sizes on this GPU if that is on record, else by the formula.
+    """The plan measured for these sizes on this GPU if on record, otherwise by the formula.
 
-    x is the op's first tensor, weight [N, K]; the product is x @ weight.T in the forward and dy @ weight in the
+    x is the op's first tensor, weight [N, K]; the matmul is x @ weight.T in the forward and dy @ weight in the
     backward.
     """
     w = weight.t() if needs is None else weight
@@ -310,9 +304,6 @@ def _ridge(device: torch.device) -> int:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-# -- the contract -----------------------------------------------------------------------------------------------------
 
 
 def group_update(
@@ -361,7 +352,7 @@ def lowrank_linear_backward(
     low = [x if need_down else None, weight if need_x else None, down, up, p if need_up else None]
     fused = iter(_ops().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
     grads = [next(fused)] if need_x else []
-    # nothing low-rank about these two, and only a trained weight or bias asks for them
+    # these two have no low-rank part, and only a trained weight or bias needs them
     if need_weight:
         grads.append(torch.mm(dy.t(), x))
     if need_bias:

@@ -1,11 +1,11 @@
-"""Build csrc/cuda as setup.py does, for GPUs that need not be there, and hold what the compiler made of each kernel to
-budget.json: registers, and no stack (a kernel has no local arrays: any stack is spilled registers).
+"""Build csrc/cuda as setup.py does, which needs no GPU, and check each compiled kernel against budget.json: registers,
+and no stack (a kernel has no local arrays, so any stack is spilled registers).
 
     python tests/cuda/check.py             # prints a table; exit status 1 if anything is over; skips without nvcc
     python tests/cuda/check.py --update    # writes what it found as the new budget, if nothing spills
 
-The library must load, and all of it compile within three minutes on two cores. Shared memory, which is asked for at a
-launch, is held to the same budget by tests/test_cuda.py.
+The library must load, and all of it compile within three minutes on two cores. Shared memory, which is requested at
+launch, is checked against the same budget by tests/test_cuda.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import triton.backends.nvidia
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = Path(__file__).with_name("budget.json")
-CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"  # a toolkit may come without
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"  # not every toolkit has one
 CORES, SECONDS = 2, 180
 LOADS = """
 import sys, torch
@@ -40,28 +40,28 @@ def nvcc() -> str | None:
 
 
 def build() -> Path:
-    """the library; what has not changed since the last time is not compiled again"""
+    """Builds the library; sources that have not changed since the last time are not compiled again."""
     folder, objects = ROOT / "build" / "check", ROOT / "build" / "objects"
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", objects]
     environment = os.environ | {"EFFT_CUDA": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the build failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    # what ptxas had to add for products that are under way
+    # Warnings of ptxas about waits that it had to add for matmuls in flight.
     if remarks := [line for line in (done.stdout + done.stderr).splitlines() if "(C75" in line]:
         sys.exit("products of the tensor cores wait for one another:\n" + "\n".join(remarks[:3]))
     return next(folder.glob("efft_kernels/_cuda*.so"))
 
 
 def label(symbol: str) -> str:
-    """lowrank_linear_kernel<Bf16, LinearTile<128, 128, 2, 1>, 16, true> and the like, of a mangled name"""
+    """A mangled name as lowrank_linear_kernel<Bf16, LinearTile<128, 128, 2, 1>, 16, true> and the like."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"\((int|bool)\)|efft::cuda::|\(anonymous namespace\)::|_GLOBAL__N__\w+::|^void ", "", name)
     return re.sub(r"\([^()]*\)$", "", name)
 
 
 def kernels(library: Path) -> dict[str, dict[str, dict]]:
-    """{architecture: {kernel: registers and stack}}"""
+    """Returns {architecture: {kernel: registers and stack}}."""
     dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
     found, arch = {}, None
     for line in dump.stdout.splitlines():
@@ -71,13 +71,13 @@ def kernels(library: Path) -> dict[str, dict[str, dict]]:
             name = label(match[1])
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
             numbers = [int(number) for number in match.groups()]
-            if not name.startswith("hopper") or arch == "sm_90a":  # elsewhere it is empty, and never launched
+            if not name.startswith("hopper") or arch == "sm_90a":  # empty for other architectures, never launched
                 found.setdefault(arch, {})[name] = {"registers": numbers[0], "stack": numbers[1] + numbers[2]}
     return found
 
 
 def faults(found: dict, budget: dict | None) -> list[str]:
-    """budget: of this kernel, None to hold it to nothing but the stack"""
+    """Checks a kernel against its budget, or with None only for the stack."""
     wrong = [f"{found['stack']} bytes spilled"] if found["stack"] else []
     if budget is not None and found["registers"] > budget.get("registers", 0):
         wrong.append(f"over the budget of {budget['registers']}" if budget else "not in the budget")
@@ -112,7 +112,7 @@ def main() -> int:
     if missing := {"sm_80", "sm_90a"} - set(found):
         bad += 1
         print(f"FAULT: not compiled for {', '.join(sorted(missing))}")
-    # processor time, as others may be at work here
+    # Processor time, because other programs may be running on this machine.
     count = sum(map(len, found.values()))
     print(f"{count} kernels, {bad} at fault; built in {cpu:.0f} s of processor time, {wall:.0f} s here")
     if cpu > CORES * SECONDS:
@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def written(version: str, shared: dict, found: dict) -> str:
-    """the budget as JSON, one kernel per line"""
+    """The budget as JSON, one kernel per line."""
     lines = lambda entries: ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in entries)
     archs = ",\n".join(f'    "{arch}": {{\n{lines(sorted(of_arch.items()))}\n    }}' for arch, of_arch in found.items())
     memory = ",\n".join(f"    {json.dumps(name)}: {value}" for name, value in shared.items())

@@ -1,6 +1,6 @@
 """Faults that a person could make in csrc/cuda; the tests plant them one at a time, and must fail."""
 
-# name: (file, what stands there once, what is planted in its place)
+# name: (file, text that occurs in it once, the faulty text that replaces it)
 LINEAR = {
     "no_wait": ("tile.h", "    cp_async_wait<STAGES - 2>();\n", ""),
     "no_barrier": ("tile.h", "    __syncthreads();\n", ""),
@@ -21,7 +21,7 @@ LINEAR = {
     "no_barrier_after_y": ("linear.h", "  }\n  __syncthreads();\n", "  }\n"),
 }
 
-# name: (what stands in hopper.h once, what is planted in its place)
+# name: (text that occurs in hopper.h once, the faulty text that replaces it)
 HOPPER = {
     "no_wait_for_copies": (
         "        barrier_wait(shared.full + ring.stage, ring.parity);\n        for (auto& d : acc) hold(d);\n        wgmma_fence();\n",
@@ -104,7 +104,7 @@ HOPPER = {
     ),
 }
 
-# name: (what stands in hopper_pass.h once, what is planted in its place)
+# name: (text that occurs in hopper_pass.h once, the faulty text that replaces it)
 HOPPER_PASS = {
     "no_wait_for_dy": ("        barrier_wait(full + CONSUMER * STAGES + ring.stage, ring.parity);\n", ""),
     "no_wait_for_p": ("      barrier_wait(p_full + p_ring.stage, p_ring.parity);\n", ""),

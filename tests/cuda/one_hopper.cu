@@ -1,4 +1,5 @@
-// Two tiles of the kernel for compute capability 9.0, p formed and read: compiled again for every fault planted there.
+// Two tiles of the kernel for compute capability 9.0, with p computed and read: recompiled for every fault planted
+// there.
 #include "hopper.h"
 
 namespace efft::cuda {

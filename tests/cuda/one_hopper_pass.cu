@@ -1,4 +1,4 @@
-// a few tiles of the passes for compute capability 9.0: compiled again for every fault planted there
+// A few tiles of the passes for compute capability 9.0: recompiled for every fault planted there.
 #include "hopper_pass.h"
 
 namespace efft::cuda {

@@ -1,4 +1,4 @@
-// one tile of the linear kernel, both ways to form p: what is compiled again for every planted fault
+// One tile of the linear kernel, with both ways to compute p: recompiled for every planted fault.
 #include "linear.h"
 
 namespace efft::cuda {

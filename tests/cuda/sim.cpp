@@ -1,4 +1,4 @@
-// what a test sets and asks of the simulator
+// The simulator's interface for tests: what they set and query.
 #include "sim.h"
 
 extern "C" {
@@ -9,7 +9,7 @@ void efft_sim_mode(int order, int eager) {
 
 long efft_sim_launches() { return efft::sim::launches; }
 
-// of the launches since the last time
+// The maximum over the launches since the last call.
 int efft_sim_shared() {
   const int most = efft::sim::most_shared;
   efft::sim::most_shared = 0;

@@ -1,12 +1,12 @@
-// csrc/cuda/device.h for the host: the same kernels, compiled by a C++ compiler and run on the CPU. for tests only.
+// csrc/cuda/device.h for the host: the same kernels, compiled by a C++ compiler and run on the CPU. For tests only.
 //
-// every thread of a block is a fiber, clusters of blocks run one after the other. what real hardware may do at any time
-// is done at the worst time (efft_sim_mode):
-//   order  which warp runs as far as it can, up to a barrier, before the next: the first, or the last. or one of many
-//          orders by chance, in which some warps are slow and the copy engine does any of its work at any time
-//   eager  whether a copy is done at once, over what others may still read, or as late as can be: a cp.async when its
-//          thread waits for it, one of the copy engine when no thread can go on without it
-// shared memory is nan before a block writes it. a barrier that not all threads reach ends the launch with an error.
+// Every thread of a block is a fiber; clusters of blocks run one after the other. What hardware may do at any time is
+// done at the worst time (efft_sim_mode):
+//   order  which warp runs as far as it can, up to a barrier, before the next: the first, or the last. Or one of many
+//          random orders, in which some warps are slow and TMA does any of its pending work at any time
+//   eager  whether a copy is done at once, over what others may still read, or as late as possible: a cp.async when its
+//          thread waits for it, a TMA copy when no thread can continue without it
+// Shared memory is nan before a block writes it. A barrier that not all threads reach ends the launch with an error.
 #pragma once
 
 #include <setjmp.h>
@@ -54,7 +54,7 @@ struct Copy {
 enum class At { ready, meeting, block, cluster, wait, end };
 
 constexpr size_t STACK = 128 << 10, WARP_SIZE = 32, GROUP_SIZE = 128;
-constexpr size_t BASE = 128;  // where dynamic shared memory starts, of 1024 bytes: no more is promised
+constexpr size_t BASE = 128;  // offset of dynamic shared memory, modulo 1024 bytes: no more is guaranteed
 
 struct Block;
 
@@ -64,21 +64,21 @@ struct Thread {
   bool started = false;
   At at = At::ready;
   Block* block = nullptr;
-  int number = 0;  // in its block
+  int number = 0;  // index in its block
   dim3 index;
-  // what a lane brings to an instruction of its warp
+  // the operands of a lane for an instruction of its warp
   const void* in[2] = {};
   void* out = nullptr;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
-  std::function<bool()> waits_for;                   // At::wait: until this holds
-  std::vector<std::pair<void*, uint32_t>> unfenced;  // stores that the copy engine does not see yet
+  std::function<bool()> waits_for;                   // At::wait: until this returns true
+  std::vector<std::pair<void*, uint32_t>> unfenced;  // stores that TMA does not see yet
 };
 
-// threads that an instruction, or a barrier of some of them, brings together
+// The threads that meet at an instruction, or at a barrier of some of them.
 struct Meeting {
   std::vector<Thread*> there;
-  std::vector<Thread*> passing;  // arrived, and went on
+  std::vector<Thread*> passing;  // arrived without waiting
 };
 
 struct Block {
@@ -89,7 +89,7 @@ struct Block {
   std::vector<Meeting> warps, groups, named;
 };
 
-// blocks that run together; without clusters there is one at a time
+// The blocks that run together; without clusters there is one at a time.
 struct Cluster {
   dim3 size, grid;
   std::vector<Block> blocks;
@@ -98,14 +98,14 @@ struct Cluster {
   jmp_buf scheduler, given_up;
   std::string failure;
   Thread* current = nullptr;
-  // what the copy engine has not done yet
+  // pending work of TMA
   std::deque<std::function<void()>> engine;
 };
 
 inline Cluster* cluster;
-inline int mode_order = 0, mode_eager = 0;  // order: 0, 1, or what chance starts from
+inline int mode_order = 0, mode_eager = 0;  // order: 0, 1, or the seed of a random order
 inline long launches = 0;
-inline int most_shared = 0;  // bytes, of all launches
+inline int most_shared = 0;  // bytes, the maximum over all launches
 
 inline Thread& self() { return *cluster->current; }
 inline Block& block() { return *self().block; }
@@ -129,7 +129,7 @@ inline void step(Thread& t) {
   setcontext(&t.context);
 }
 
-// ends the launch, as far as it came
+// Ends the launch, with what it has done so far.
 [[noreturn]] inline void fail(const char* what) {
   const dim3 at = cluster->current ? block().index : dim3();
   cluster->failure =
@@ -138,7 +138,7 @@ inline void step(Thread& t) {
   _longjmp(cluster->given_up, 1);
 }
 
-// runs a warp until none of its threads can go on
+// Runs a warp until none of its threads can continue.
 inline bool run_warp(size_t warp) {
   bool moved = false;
   for (bool ready = true; ready;) {
@@ -149,7 +149,7 @@ inline bool run_warp(size_t warp) {
   return moved;
 }
 
-// lets all of these go on if all are at the same barrier
+// Lets all of these threads continue if all are at the same barrier.
 template <class Threads>
 inline bool pass(Threads begin, Threads end, At at) {
   for (auto t = begin; t != end; ++t)
@@ -165,7 +165,7 @@ inline uint32_t chance(uint32_t below) {
   return below ? uint32_t(state >> 20) % below : 0;
 }
 
-// what the copy engine does next: what came first, or last, or any
+// Does one piece of TMA's pending work: the first, the last, or any.
 inline void run_engine() {
   auto& todo = cluster->engine;
   const size_t i = mode_order > 1 ? chance(uint32_t(todo.size())) : mode_order ? todo.size() - 1 : 0;
@@ -178,7 +178,7 @@ inline void run_cluster() {
   auto& threads = cluster->threads;
   const size_t warps = threads.size() / WARP_SIZE, each = threads.size() / cluster->blocks.size();
   const bool by_chance = mode_order > 1;
-  std::vector<bool> slow(warps);  // these go on when nothing else does
+  std::vector<bool> slow(warps);  // these continue when nothing else can
   for (size_t w = 0; w < warps; ++w) slow[w] = by_chance && !chance(4);
   for (;;) {
     bool moved = false;
@@ -199,7 +199,7 @@ inline void run_cluster() {
       moved |= pass(threads.begin() + b * each, threads.begin() + (b + 1) * each, At::block);
     moved |= pass(threads.begin(), threads.end(), At::cluster);
     if (moved) continue;
-    // only now, when nobody can do anything without it
+    // TMA works only now, when no thread can continue without it.
     if (!cluster->engine.empty()) {
       run_engine();
       continue;
@@ -210,7 +210,7 @@ inline void run_cluster() {
   if (!cluster->engine.empty()) fail("the kernel ends before the copy engine does");
 }
 
-// null, or what went wrong
+// Returns null, or what went wrong.
 inline const char* run(dim3 grid, int threads, size_t shared, std::function<void()> kernel, int blocks = 1) {
   static std::string failure;
   static std::vector<std::unique_ptr<char[]>> stacks;
@@ -254,7 +254,8 @@ inline const char* run(dim3 grid, int threads, size_t shared, std::function<void
   return nullptr;
 }
 
-// what `count` threads do together: the last to arrive does it for all, who are given in their order
+// Runs an instruction of `count` threads together: the last to arrive executes it for all of them, given in their
+// order.
 template <class Instruction>
 inline void meet(Meeting& meeting, size_t count, Instruction instruction) {
   meeting.there.push_back(&self());
@@ -267,7 +268,7 @@ inline void meet(Meeting& meeting, size_t count, Instruction instruction) {
   for (Thread* t : there) t->at = At::ready;
 }
 
-// the same of a thread that does not wait for the others
+// Arrives for a thread that does not wait for the others.
 inline void arrive_at(Meeting& meeting, size_t count) {
   meeting.passing.push_back(&self());
   if (meeting.there.size() + meeting.passing.size() < count) return;
@@ -275,7 +276,7 @@ inline void arrive_at(Meeting& meeting, size_t count) {
   meeting.there.clear(), meeting.passing.clear();
 }
 
-// the lanes of a warp
+// Runs an instruction of the lanes of a warp.
 template <class Instruction>
 inline void together(Instruction instruction) {
   meet(block().warps[self().number / WARP_SIZE], WARP_SIZE, instruction);
@@ -294,7 +295,7 @@ namespace efft::cuda {
 
 constexpr int BLOCKS_AT_ONCE = 8, BLOCKS_IN_FOURS = 8;  // few, so that a block has many rows
 
-// d += a @ b of a warp. lane l holds
+// d += a @ b of a warp. Lane l holds
 //   a [16, 16]  in register i, half h: row l / 4 + i % 2 * 8, column l % 4 * 2 + h + i / 2 * 8
 //   b [16, 8]   in register i, half h: row l % 4 * 2 + h + i * 8, column l / 4
 //   d [16, 8]   in register i: row l / 4 + i / 2 * 8, column l % 4 * 2 + i % 2
@@ -333,7 +334,7 @@ struct Bf16 : Numbers<Bf16> {
     memcpy(&f, &bits, 4);
     return f;
   }
-  static uint16_t round(float v) {  // to the nearest, ties to even
+  static uint16_t round(float v) {  // Rounds to nearest, ties to even.
     uint32_t bits;
     memcpy(&bits, &v, 4);
     return v != v ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);

@@ -1,8 +1,9 @@
-// csrc/cuda/hopper_device.h for the host: barriers, clusters, the copy engine and the warpgroups' products.
+// csrc/cuda/hopper_device.h for the host: barriers, clusters, TMA and the matmuls of warpgroups.
 //
-// products are done when their group waits for them, not before, so that what is overwritten too early is seen. shared
-// memory is addressed as the hardware does it, by descriptors and with the swizzles in the address bits, and what a
-// thread stores is there when it has fenced. not covered: wgmma_fence() and hold(), which the compiler is for.
+// Matmuls are executed when their group is waited for, not before, so that operands overwritten too early are detected.
+// Shared memory is addressed as the hardware does it, by descriptors and with the swizzles in the address bits, and
+// what a thread stores is visible once it has fenced. Not covered: wgmma_fence() and hold(), which only the compiler
+// needs.
 #pragma once
 
 #include <map>
@@ -13,7 +14,7 @@
 
 namespace efft::sim {
 
-// a barrier, in its eight bytes
+// A barrier, in its eight bytes.
 struct Bits {
   uint16_t count, pending;
   int32_t bytes : 31;
@@ -21,10 +22,10 @@ struct Bits {
 };
 static_assert(sizeof(Bits) == 8, "as large as the hardware's");
 
-// barriers that not all threads of the cluster can count on yet: those made, and those made and fenced
+// Barriers that not all threads of the cluster can rely on yet: initialized, or initialized and fenced.
 inline std::map<unsigned char*, bool> fresh;
 
-// from an address, of this block or mapped
+// The memory at an address of this block, or at a mapped one.
 inline unsigned char* at(uint32_t address) {
   Block& b = address >> 24 ? cluster->blocks[(address >> 24) - 1] : block();
   bool ended = true;
@@ -60,7 +61,7 @@ inline void complete(unsigned char* barrier, int bytes) {
   settle(b);
 }
 
-// at once, or when no thread can go on without it
+// Does work of TMA at once, or when no thread can continue without it.
 inline void engine(std::function<void()> work) {
   if (mode_eager)
     work();
@@ -68,7 +69,7 @@ inline void engine(std::function<void()> work) {
     cluster->engine.push_back(std::move(work));
 }
 
-// address bits 4 and up, exclusive or with bits 7 and up: one of them for rows of 32 bytes, two for 64, three for 128
+// Address bits 4 and up are XORed with bits 7 and up: one bit for rows of 32 bytes, two for 64, three for 128.
 inline uint32_t swizzled(uint32_t address, int bytes) { return address ^ (address >> 7 & (bytes / 16 - 1)) << 4; }
 
 struct Map {
@@ -81,7 +82,7 @@ inline void check_box(const Map& map, uint32_t address) {
   if (address % 128 || (address & 0xffffff) % (map.swizzle * 8)) fail("a box that is not where its swizzle starts");
 }
 
-// element by element: f(its place in shared memory, its place in the matrix or null)
+// Visits the elements of a box one by one: f(its place in shared memory, its place in the matrix or null).
 template <class F>
 void box(const Map& map, unsigned char* shared, uint32_t address, int col, int row, F f) {
   for (int i = 0; i < map.box_rows; ++i)
@@ -101,7 +102,7 @@ inline void load_box(const Map& map, Block& b, uint32_t address, int col, int ro
   });
 }
 
-// a group of boxes that a thread stores; done when the engine comes to it, or when the thread waits
+// A group of boxes that a thread stores; done when TMA gets to it, or when the thread waits.
 struct Store {
   std::vector<std::function<void()>> boxes;
   bool done = false;
@@ -118,7 +119,7 @@ struct Stores {
 };
 inline std::map<Thread*, Stores> stores;
 
-// a warpgroup's product that was issued
+// A matmul that a warpgroup has issued.
 struct Product {
   int columns;
   float (*widen)(uint16_t);
@@ -126,7 +127,7 @@ struct Product {
   uint64_t a, b;
   Thread* threads[GROUP_SIZE];
   float* d[GROUP_SIZE];
-  const uint32_t* registers[GROUP_SIZE];  // a's, or null
+  const uint32_t* registers[GROUP_SIZE];  // of a, or null
   bool a_k_major = true;
   void run() const;
 };
@@ -146,7 +147,7 @@ struct Descriptor {
     swizzle = kinds[bits >> 62];
     if (!swizzle) fail("a descriptor without a swizzle");
   }
-  // element (i, k) of an operand with rows (or columns) i and terms k
+  // Element (i, k) of an operand with rows (or columns) i and terms k.
   const uint16_t* at(const Block& b, bool k_major, int i, int k) const {
     const int width = swizzle / 2;
     const uint32_t offset = k_major ? i / 8 * stride + i % 8 * swizzle + k * 2
@@ -347,7 +348,7 @@ void wgmma_wait() {
 
 template <int COUNT>
 void hold(float (&d)[COUNT]) {
-  asm volatile("" : : "r"(d) : "memory");  // its elements are written by others
+  asm volatile("" : : "r"(d) : "memory");  // other threads write its elements
 }
 
 template <int COUNT>
@@ -374,7 +375,7 @@ struct WgmmaTransposed {
   }
 };
 
-// null, or why not: what the driver would refuse
+// Returns null, or the reason why the driver would refuse.
 inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
                             int box_rows, int box_cols, int swizzle_bytes) {
   *map = {data, rows, cols, row_stride, box_rows, box_cols, swizzle_bytes};
@@ -383,7 +384,7 @@ inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int6
   return rows > 0 && cols > 0 && row_stride >= cols ? nullptr : "a matrix without rows";
 }
 
-inline int multiprocessors() { return 4; }  // few, so that blocks take one tile after the other
+inline int multiprocessors() { return 4; }  // few, so that blocks take several tiles
 
 template <class Arguments>
 const char* launch_clusters(void (*kernel)(Arguments), dim3 grid, int cluster, int threads, int shared, void*,

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the host, with sim.h in the place of the GPU: the operators of bindings.cpp for CPU tensors."""
+"""Builds csrc/cuda for the host, with sim.h in place of the GPU: the operators of bindings.cpp for CPU tensors."""
 
 import os
 import shlex
@@ -21,12 +21,12 @@ def compiler() -> list[str] | None:
 
 
 def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
-    """(source, object, flags) of each"""
+    """Compiles jobs of (source, object, flags)."""
 
     def run(job):
         source, target, flags = job
         command = [*compiler(), "-x", "c++", "-O2", "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
-        command += ["-fno-strict-aliasing"]  # as CUDA has it: two numbers are read and written as one
+        command += ["-fno-strict-aliasing"]  # as in CUDA: the kernels read and write pairs of numbers as one
         command += ["-Wno-unknown-pragmas", "-c", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -36,7 +36,7 @@ def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
 
 
 def bindings(folder: Path, library: str, csrc: Path = CSRC) -> tuple[Path, Path, list[str]]:
-    """the job that registers the operators as torch.ops.LIBRARY"""
+    """The job that registers the operators as torch.ops.LIBRARY."""
     flags = [f"-DEFFT_LIBRARY={library}", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{TORCH / 'include'}"]
     return csrc / "bindings.cpp", folder / f"{library}_bindings.o", flags
 
@@ -49,7 +49,7 @@ def link(objects: list[Path], library: Path) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """the whole library, as torch.ops.efft_cuda_sim; its objects stay beside it"""
+    """Builds the whole library, as torch.ops.efft_cuda_sim; its objects stay next to it."""
     sources = [HERE / "sim.cpp", *sorted(CSRC.glob("*.cu"))]
     jobs = [(source, folder / f"{source.stem}.o", []) for source in sources] + [bindings(folder, "efft_cuda_sim")]
     compile_all(jobs)
@@ -59,11 +59,11 @@ def build(folder: Path) -> Path:
 def build_faulty(
     folder: Path, number: int, name: str, file: str, sound: str, faulty: str, objects: Path
 ) -> tuple[Path, str]:
-    """csrc/cuda with the one occurrence of `sound` in `file` replaced: the library, and its name in torch.ops
+    """Builds csrc/cuda with the one occurrence of `sound` in `file` replaced: the library, and its name in torch.ops.
 
-    Of the kernel in question it has what its one_*.cu has, in bfloat16; the rest is from the objects of a sound build.
-    The bindings were compiled once into `folder` as ANY. They include none of the kernels, so that in their object only
-    the name changes, to another of the same length.
+    The library has the kernel in question as its one_*.cu has it, in bfloat16, and the rest from the objects of a sound
+    build. The bindings were compiled once into `folder` as ANY. They include no kernel, so only the name in their
+    object changes, to another of the same length.
     """
     csrc = folder / name
     shutil.copytree(CSRC, csrc)
