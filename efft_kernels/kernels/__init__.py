@@ -25,6 +25,18 @@ from torch import Tensor
 decisions: dict[tuple, "Kernels"] = {}
 
 
+def largest_rank(op: str, tensors: tuple) -> int:
+    """The largest rank among the arguments of an op, given in the op's order."""
+    if op == "group_update":  # sigma, v
+        return max(tensors[0].shape[1:])
+    if op == "group_update_backward":  # dup, sigma, v
+        return max(tensors[1].shape[1:])
+    if op == "merge_":  # all weights, all downs, all ups
+        count = len(tensors) // 3
+        return max(down.shape[1] for down in tensors[count : 2 * count])
+    return tensors[3].shape[-1]
+
+
 class Kernels(Protocol):
     """A backend: a module with these functions, whose parameters may be without annotations there."""
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import build
+from . import build, largest_rank
 from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -108,7 +108,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
             return f"it takes strided bfloat16 and float16 tensors, not {t.dtype} {t.layout}"
     if reason := _unsupported_device(given[0].device):
         return reason
-    if (R := _rank(op, tensors)) > MAX_RANK:
+    if (R := largest_rank(op, tensors)) > MAX_RANK:
         return f"it goes to rank {MAX_RANK}, not {R}"
     for t in given:
         if max(*t.shape, *t.stride()) > MAX_SIZE:
@@ -127,18 +127,6 @@ def _unsupported_device(device: torch.device) -> str | None:
     return None
 
 
-def _rank(op: str, tensors: tuple) -> int:
-    """The largest rank among the arguments of an op."""
-    if op == "group_update":  # sigma, v
-        return max(tensors[0].shape[1:])
-    if op == "group_update_backward":  # dup, sigma, v
-        return max(tensors[1].shape[1:])
-    if op == "merge_":  # all weights, all downs, all ups
-        count = len(tensors) // 3
-        return max(down.shape[1] for down in tensors[count : 2 * count])
-    return tensors[3].shape[-1]
-
-
 def unproven(device: torch.device) -> str | None:
     return table.unproven("cuda", device)
 
@@ -152,7 +140,7 @@ def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) ->
             return "it has not been measured with rows apart or not on 16 bytes"
         w = weight.t() if op == table.LINEAR else weight
         if not allows(
-            x, w, _recorded(op, x.device, x.dtype, len(x), *weight.shape, _rank(op, tensors), _wanted(op, needs))
+            x, w, _recorded(op, x.device, x.dtype, len(x), *weight.shape, largest_rank(op, tensors), _wanted(op, needs))
         ):
             return "the plan that was measured does not take these operands"
     return reason

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import build
+from .. import build, largest_rank
 from ..tuning import table
 from ..tuning.table import gpu
 from .group_update import group_update, group_update_backward
@@ -68,25 +68,13 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
         return f"triton needs CUDA tensors, these are on {device}"
     elif gpu(device.index)[1] not in DEFAULTS["defaults"]:
         return f"triton kernels need compute capability 8.0, {gpu(device.index)[0]} is older"
-    R = rank(op, tensors)
+    R = largest_rank(op, tensors)
     if R > MAX_RANK:
         return f"triton kernels go to rank {MAX_RANK}, not {R}"
     stride = max(max(tensor.stride()[-2:]) for tensor in given)  # slices and adapters are counted in 64 bits
     if stride > MAX_STRIDE:
         return f"triton kernels address strides up to {MAX_STRIDE} elements, not {stride}"
     return None
-
-
-def rank(op: str, tensors: tuple) -> int:
-    """The largest rank among the arguments of an op"""
-    if op == "group_update":  # sigma, v
-        return max(tensors[0].shape[1:])
-    if op == "group_update_backward":  # dup, sigma, v
-        return max(tensors[1].shape[1:])
-    if op == "merge_":  # all weights, all downs, all ups
-        count = len(tensors) // 3
-        return max(down.shape[1] for down in tensors[count : 2 * count])
-    return tensors[3].shape[-1]
 
 
 def unproven(device: torch.device) -> str | None:
