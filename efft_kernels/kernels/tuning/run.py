@@ -230,13 +230,12 @@ class _Tuner:
         jobs = [
             (op, shape, dtype, needs)
             for op, needs in ((table.LINEAR, None), (table.BACKWARD, table.ALL), (table.BACKWARD, FIRST_LAYER))
-            if needs is not FIRST_LAYER or not self.simulated
             for dtype in self.dtypes
             for shape in shapes
         ]
         if self.backends != ["cpu"]:  # there, rules hold for the other ops
             others = _other_ops(shapes[:1] if self.simulated else shapes, (1,) if self.simulated else (1, 12, 48))
-        jobs += [(op, sizes, dtype, None) for op, sizes in others for dtype in self.dtypes]
+            jobs += [(op, sizes, dtype, None) for op, sizes in others for dtype in self.dtypes]
         each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs)) / 3))
         try:
             for op, shape, dtype, needs in jobs:
