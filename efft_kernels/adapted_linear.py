@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         adapters, path = self.efft
-        pair = adapters.pair(path)
+        pair = adapters.pair(path, self)
         if pair is None:
             return super().forward(x)
         parameters = self._parameters  # self.weight would take a Python frame of nn.Module.__getattr__ at each use

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .groups import EFFTGroup, make_group
 from .inject import Plan, adapters
+from .precision import beside
 
 Matrix = Tensor | tuple[Tensor, Tensor]  # a matrix, or (left, right) for left @ right
 
@@ -119,7 +120,7 @@ class Cost(NamedTuple):
     train_flops: int  # of the frozen products, forward and backward: no gradient of a frozen weight
     adapter_train_flops: int  # of (x down) up, forward and backward
     bytes: int  # of the frozen weights
-    adapter_bytes: int  # of the trained factors; AdamW's state is twice that in float32
+    adapter_bytes: int  # of the trained factors, which are float32 beside narrower weights; AdamW's state is twice that
 
 
 def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
@@ -145,5 +146,5 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
     size = dtype.itemsize
     return Cost(
         plan.parameters, frozen, 2 * rows * frozen, 2 * rows * added, update,
-        4 * rows * frozen, 6 * rows * added, size * frozen, size * plan.parameters,
+        4 * rows * frozen, 6 * rows * added, size * frozen, beside(dtype, torch.float32).itemsize * plan.parameters,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .precision import autocast_dtype
+
 _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
@@ -77,13 +79,21 @@ def tensors(linear: nn.Linear) -> Iterator[nn.Parameter]:
 
 def kept_in(linear: nn.Linear) -> tuple[torch.dtype | None, torch.device]:
     """The dtype and device for factors of this Linear; the dtype is None where only its inputs will tell."""
-    device = next(tensors(linear)).device
+    first = next(tensors(linear))
+    device = first.device
     if not _bitsandbytes(type(linear)):
-        return linear.weight.dtype, device
+        # a parametrized weight would be computed to read its dtype
+        return linear._parameters.get("weight", first).dtype, device
     for holder in (linear.bias, getattr(linear.weight, "quant_state", None), linear.weight):
         if holder is not None and holder.dtype.is_floating_point:
             return holder.dtype, device
     return None, device
+
+
+def computes_in(linear: nn.Linear) -> torch.dtype | None:
+    """The dtype of this Linear's matmul at present; None where only its output will tell."""
+    dtype, device = kept_in(linear)
+    return dtype if dtype == torch.float64 else autocast_dtype(device) or dtype
 
 
 @torch.no_grad()

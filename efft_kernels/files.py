@@ -88,6 +88,7 @@ def load_adapter(
     *,
     name: str = "default",
     head: str | int | nn.Module = "train",
+    factor_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> nn.Module:
     """Load an adapter from a file, put it on a model, in place, and make it the active one.
@@ -100,6 +101,7 @@ def load_adapter(
             it; if the file has none, the model's own is trained. "keep" leaves the model's head unchanged. A number of
             classes or a module replaces it as in :func:`inject`, which needs a plain model. If the head was a custom
             module when the file was written, the model must have that module before loading.
+        factor_dtype: as :func:`inject`. A file holds factors in the dtype that they had; they are cast when loaded.
         backend: as :func:`inject`; needs a plain model.
 
     Returns:
@@ -114,7 +116,7 @@ def load_adapter(
     config, metadata, tensors, state = read(path)
     check_name(name)
     check_backend(backend)
-    groups = filled(model, config, metadata, tensors, path)
+    groups = filled(model, config, metadata, tensors, path, factor_dtype)
     if isinstance(getattr(model, "efft", None), Adapters):
         if head not in ("train", "keep") or backend is not None:
             raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
@@ -158,8 +160,15 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
         )
 
 
-def filled(model: nn.Module, config: MethodConfig, metadata: dict, tensors: dict[str, Tensor], path) -> nn.ModuleDict:
-    """Groups for this model with the factors of a file, in the model's dtype and on its device.
+def filled(
+    model: nn.Module,
+    config: MethodConfig,
+    metadata: dict,
+    tensors: dict[str, Tensor],
+    path,
+    factor_dtype: torch.dtype = torch.float32,
+) -> nn.ModuleDict:
+    """Groups for this model with the factors of a file, on its device; ``factor_dtype`` as for inject.
 
     Raises:
         ValueError: the file is for another model, or a factor is missing or has another shape.
@@ -170,7 +179,7 @@ def filled(model: nn.Module, config: MethodConfig, metadata: dict, tensors: dict
             f"{path} is an adapter of {metadata['base_model'] or metadata['model']}, whose Linears or shapes differ "
             f"from those of this {type(model).__name__}"
         )
-    groups = build(made, model, empty=True)
+    groups = build(made, model, factor_dtype, empty=True)
     own = groups.state_dict()
     wanted = {key: tuple(t.shape) for key, t in own.items()}
     found = {key: tuple(t.shape) for key, t in tensors.items()}
@@ -225,12 +234,15 @@ def _name_of(model: nn.Module) -> str:
     return next((name for name in names if name), "")
 
 
-def add_adapter(model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
+def add_adapter(
+    model: nn.Module, config: MethodConfig, name: str, *, factor_dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Put another adapter on an injected model, with new factors, and make it the active one.
 
     Args:
         model, config: as :func:`plan`.
         name: of the new adapter.
+        factor_dtype: as :func:`inject`.
 
     Raises:
         ValueError, TypeError: as :func:`plan`; a model without adapters, or a name that is taken. The model is
@@ -238,7 +250,7 @@ def add_adapter(model: nn.Module, config: MethodConfig, name: str) -> nn.Module:
     """
     adapters(model)
     check_name(name)
-    _mount_new(model, name, build(plan(model, config), model))
+    _mount_new(model, name, build(plan(model, config), model, factor_dtype))
     return set_adapter(model, name)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .columns import ColumnPlan, plan_columns
 from .configs import EFFTConfig, FacTConfig, GroupSpec, LoRAConfig, LoRAXSConfig, MethodConfig, Slot, VeRAConfig
 from .ops import group_update
+from .precision import at_least, floor, narrowed, without_autocast
 
 
 class Pair(NamedTuple):
@@ -31,8 +32,11 @@ class Group(nn.Module):
     Args:
         spec: shapes and slots.
         config: the options of the method.
-        weights: path -> frozen weight [N, K] of each slot, for device, dtype and the SVD of LoRA-XS. Empty tensors
-            suffice for a group whose factors are about to be loaded.
+        weights: path -> frozen weight [N, K] of each slot, in the dtype and on the device that the factors are to
+            have; LoRA-XS takes its SVD. Empty tensors suffice for a group whose factors are about to be loaded.
+
+    Attributes:
+        floor: the factors are never cast to a narrower dtype together with their model.
     """
 
     def __init__(self, spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]):
@@ -41,16 +45,22 @@ class Group(nn.Module):
         self.slots = {slot.site.path: slot for slot in spec.slots}
         weight = weights[spec.slots[0].site.path]
         self._like = {"device": weight.device, "dtype": weight.dtype}
+        self.floor = floor(weight.dtype)
 
     def _parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(*shape, **self._like))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Group":
+        return super()._apply(at_least(fn, self.floor), recurse)
 
     @property
     def drops(self) -> bool:
         """Whether the next call of low_rank_pairs draws dropout masks."""
         return False
 
-    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+    def low_rank_pairs(
+        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Pair]:
         """The (down, up) of all Linears of the group at once, by path, or of one alone; differentiable in the factors.
 
         A stack of A adapters gives down [A, K, R] and up [A, R, N]; dimensions are counted from the last for that.
@@ -58,14 +68,19 @@ class Group(nn.Module):
         Args:
             backend: of the group update, as for :func:`efft_kernels.group_update`.
             path: of the one Linear; None for all.
+            dtype: that the Linears compute in. Wider factors are cast to it once for all Linears; None casts none.
         """
         raise NotImplementedError
 
     def pairs_without_dropout(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
-        """As :meth:`low_rank_pairs` in eval mode, whatever mode the group is in."""
+        """As :meth:`low_rank_pairs` in eval mode and in the dtype of the factors, whatever mode the group is in.
+
+        Autocast has no effect, so that a merge is not rounded to its dtype.
+        """
         training = self.training
         try:
-            return self.eval().low_rank_pairs(backend, path)
+            with without_autocast(next(self.parameters()).device):
+                return self.eval().low_rank_pairs(backend, path)
         finally:
             self.train(training)
 
@@ -136,9 +151,18 @@ class EFFTGroup(Group):
     def drops(self) -> bool:
         return self.training and self.factor_dropout > 0
 
-    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+    def low_rank_pairs(
+        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Pair]:
         (plan,) = self._column_plans(path)
-        return self._fold(plan, self.u, self.cores(), self.v, backend)
+        return self._fold(plan, *self._factors(dtype), backend)
+
+    def _factors(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+        """u, the cores times a trained scale, v"""
+        sigma = self.cores()
+        if isinstance(self.scale, Tensor):
+            sigma = (sigma * self.scale).to(sigma.dtype)
+        return narrowed(self.u, dtype), narrowed(sigma, dtype), narrowed(self.v, dtype)
 
     def _column_plans(self, path: str | None) -> tuple[ColumnPlan, ...]:
         key = path, self.drops
@@ -154,11 +178,7 @@ class EFFTGroup(Group):
 
     def _fold(self, plan: ColumnPlan, u: Tensor, sigma: Tensor, v: Tensor, backend: str | None) -> dict[str, Pair]:
         """(u, sigma v) for each slot; (sigma v).T and u.T for a transposed one, which needs no second launch."""
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            sigma, scale = (sigma * scale).to(sigma.dtype), 1.0
-        if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-            u = u.to(torch.get_autocast_dtype(u.device.type))  # once, not in every Linear
+        scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
         if self.drops:
             u, pieces = _masked(plan, u, sigma, v, scale, self.factor_dropout)
         else:
@@ -181,13 +201,16 @@ class FacTGroup(EFFTGroup):
     of the group (V.T, Sigma.T, U.T).
     """
 
-    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
-        sigma, pairs = self.cores(), {}
+    def low_rank_pairs(
+        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Pair]:
+        u, sigma, v = self._factors(dtype)
+        pairs = {}
         for plan in self._column_plans(path):
             if plan.slots[0].transposed:
-                pairs |= self._fold(plan, self.v.mT, sigma.mT, self.u.mT, backend)
+                pairs |= self._fold(plan, v.mT, sigma.mT, u.mT, backend)
             else:
-                pairs |= self._fold(plan, self.u, sigma, self.v, backend)
+                pairs |= self._fold(plan, u, sigma, v, backend)
         return pairs
 
     def _make_plans(self, slots: list[Slot]) -> tuple[ColumnPlan, ...]:
@@ -213,14 +236,9 @@ class LoRAGroup(Group):
 
     def __init__(self, spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]):
         super().__init__(spec, config, weights)
-        chosen = [i for i, part in enumerate(spec.slots[0].parts) if part.core is not None]
-        place = torch.zeros(len(chosen), 1, len(spec.slots[0].parts), 1, **self._like)
-        for row, column in enumerate(chosen):
-            place[row, 0, column, 0] = 1.0
-        # places the m matrices among all matrices of the Linear: up[l, m, r, part, n] = b[l, m, r, n] * place
-        self.register_buffer("place", place * self.scale, persistent=False)
+        self.chosen = [i for i, part in enumerate(spec.slots[0].parts) if part.core is not None]
         self.index = {path: i for i, path in enumerate(self.slots)}
-        self.make(len(spec.slots), chosen, weights)
+        self.make(len(spec.slots), self.chosen, weights)
 
     def make(self, L: int, chosen: list[int], weights: Mapping[str, Tensor]) -> None:
         """Create and initialise the factors; ``chosen`` are the adapted parts of each Linear."""
@@ -234,16 +252,32 @@ class LoRAGroup(Group):
         """a and b of some of the Linears"""
         return _rows(self.a, rows), _rows(self.b, rows)
 
-    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+    def low_rank_pairs(
+        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Pair]:
         rows, slots = self._rows_of(path)
         a, b = self.factors(rows)
+        a, b = narrowed(a, dtype), narrowed(self._scaled(b), dtype)
         if _k_contiguous(a):
             down = a.mT.contiguous().flatten(-3, -2).mT  # [l, K, m R]
         else:
             down = a.transpose(-3, -2).flatten(-2)
-        up = (b.unsqueeze(-2) * self._placed(b)).flatten(-2).flatten(-3, -2)  # [l, m R, parts N]
-        pairs = zip(down.unbind(-3), up.unbind(-3))
+        pairs = zip(down.unbind(-3), self._beside_zeros(b).unbind(-3))
         return {slot.site.path: Pair(*pair) for slot, pair in zip(slots, pairs)}
+
+    def _scaled(self, b: Tensor) -> Tensor:
+        """b times the scale, which a stack has one of for each adapter"""
+        if isinstance(self.scale, Tensor):
+            return (b * self.scale.unsqueeze(-1)).to(b.dtype)
+        return b if self.scale == 1.0 else b * self.scale
+
+    def _beside_zeros(self, b: Tensor) -> Tensor:  # [l, m, R, N] -> [l, m R, parts N]
+        """each of the m matrices in its own rows, and in the columns of its part of the Linear"""
+        N, last = self.spec.N, len(self.spec.slots[0].parts) - 1
+        if not last:
+            return b.squeeze(-3)
+        parts = zip(self.chosen, b.unbind(-3))
+        return torch.cat([F.pad(part, (column * N, (last - column) * N)) for column, part in parts], -2)
 
     def _rows_of(self, path: str | None) -> tuple[slice, tuple[Slot, ...]]:
         """rows of the factors, and slots, of all Linears or of one"""
@@ -251,10 +285,6 @@ class LoRAGroup(Group):
             return slice(None), self.spec.slots
         first = self.index[path]
         return slice(first, first + 1), self.spec.slots[first : first + 1]
-
-    def _placed(self, b: Tensor) -> Tensor:
-        """place, with a dimension for the Linears if there is one for the adapters"""
-        return self.place if b.dim() == 4 else self.place.unsqueeze(1)
 
 
 class LoRAXSGroup(LoRAGroup):
@@ -290,15 +320,21 @@ class VeRAGroup(LoRAGroup):
         nn.init.constant_(self.d, 0.1)
         nn.init.zeros_(self.b)
 
-    def low_rank_pairs(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
+    def low_rank_pairs(
+        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Pair]:
         rows, slots = self._rows_of(path)
         d, b = (t[..., rows, :, :].unsqueeze(dim) for t, dim in ((self.d, -1), (self.b, -2)))
-        v = self.v if self.v.dim() == 2 else self.v[:, None, None]
-        up = d * v * b  # [l, m, R, N]
-        # all matrices of a Linear use the same x u, so their rows are added instead of stacked
-        up = (up.unsqueeze(-2) * self._placed(up)).sum(-4).flatten(-2)
-        down = self.u.mT.contiguous().mT if _k_contiguous(self.u) else self.u
-        return {slot.site.path: Pair(down, row) for slot, row in zip(slots, up.unbind(-3))}
+        u, v, d, b = (narrowed(t, dtype) for t in (self.u, self.v, d, b))
+        up = self._scaled(d * (v if v.dim() == 2 else v[:, None, None]) * b)  # [l, m, R, N]
+        down = u.mT.contiguous().mT if _k_contiguous(u) else u
+        return {slot.site.path: Pair(down, row) for slot, row in zip(slots, self._beside_zeros(up).unbind(-3))}
+
+    def _beside_zeros(self, up: Tensor) -> Tensor:  # [l, m, R, N] -> [l, R, parts N]
+        """all matrices of a Linear use the same x u, so they share rows"""
+        of_part = dict(zip(self.chosen, up.unbind(-3)))
+        zeros = None if len(of_part) == len(self.spec.slots[0].parts) else torch.zeros_like(up.select(-3, 0))
+        return torch.cat([of_part.get(part, zeros) for part in range(len(self.spec.slots[0].parts))], -1)
 
 
 def _fact_group(spec: GroupSpec, config: FacTConfig, weights: Mapping[str, Tensor]) -> FacTGroup:

@@ -14,6 +14,7 @@ from .groups import make_group
 from .layouts import HEADS, LINEARS, check_called, classifiers_of, find_sites, heads_of, norms_outside, tell_classes
 from .ops import check_backend
 from .passes import Adapters
+from .precision import beside, check_factor_dtype
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def inject(
     *,
     name: str = "default",
     head: str | int | nn.Module = "train",
+    factor_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> nn.Module:
     """Put adapters on a model, in place, and freeze the rest. Outputs do not change: the updates start at zero.
@@ -122,6 +124,10 @@ def inject(
         name: of the adapter; :func:`efft_kernels.add_adapter` puts further ones on the model.
         head: the classifier is trained ("train"), left unchanged and frozen ("keep"), or replaced and trained (a number
             of classes, or a module).
+        factor_dtype: of the factors, and so of the optimizer's state. Float32, the default, keeps them float32 beside
+            bfloat16 and float16 weights, whose few digits would swallow small steps, also when the model is cast to
+            these later; beside float64 weights it means float64. A forward casts them once to the dtype of the weights,
+            or of autocast.
         backend: a name from :func:`efft_kernels.backends`, or None for the fastest proven one.
 
     Returns:
@@ -129,16 +135,19 @@ def inject(
 
     Raises:
         TypeError, ValueError: as :func:`plan`; a model that is already injected or merged, a name that cannot be used,
-            no head to replace. The model is unchanged then.
+            no head to replace, a factor_dtype that is no floating-point dtype. The model is unchanged then.
     """
     check_bare(model)
     check_name(name)
     check_backend(backend)
-    return install(model, name, build(plan(model, config), model), head, backend)
+    return install(model, name, build(plan(model, config), model, factor_dtype), head, backend)
 
 
-def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict:
+def build(
+    made: Plan, model: nn.Module, factor_dtype: torch.dtype = torch.float32, *, empty: bool = False
+) -> nn.ModuleDict:
     """The groups of a plan, not yet on the model, with new factors; ``empty`` if these are about to be loaded."""
+    check_factor_dtype(factor_dtype)
     groups = nn.ModuleDict()
     for spec in made.groups:
         linears = {slot.site.path: model.get_submodule(slot.site.path) for slot in spec.slots}
@@ -147,7 +156,8 @@ def build(made: Plan, model: nn.Module, *, empty: bool = False) -> nn.ModuleDict
         if len(dtypes) > 1 or len(devices) > 1:
             kinds = ", ".join(sorted(map(str, dtypes | devices)))
             raise ValueError(f"the Linears of group {spec.name!r} must be of one dtype and device, got {kinds}")
-        dtype, device = *dtypes, *devices
+        (dtype,), (device,) = dtypes, devices
+        dtype = beside(dtype, factor_dtype)
         weights = DenseWeights(linears, dtype)
         if empty:
             weights = dict.fromkeys(linears, torch.empty(0, dtype=dtype, device=device))
@@ -254,7 +264,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _before(model: nn.Module, args) -> None:
-    model.efft.begin()
+    model.efft.begin(model)
 
 
 def _after(model: nn.Module, args, output) -> None:

@@ -1,5 +1,6 @@
 """EFFTLinear: a Linear with its own tensor-train adapter, in place of nn.Linear."""
 
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .base_linears import add_low_rank, has_own_forward, kind
 from .ops import check_backend, check_scale, efft_linear, group_update, merge_
+from .precision import at_least, autocast_dtype, beside, check_factor_dtype, floor, without_autocast
 
 
 class EFFTLinear(nn.Linear):
@@ -27,12 +29,16 @@ class EFFTLinear(nn.Linear):
             per call. Masks come from torch's generator, so seeding it, or checkpointing, reproduces them.
         zero_init: the factor that starts at zero, "v" or "u"; the other two are Xavier uniform, sigma slice by slice.
         backend: a name from :func:`efft_kernels.backends`, or None for the fastest proven one.
+        factor_dtype: of u, sigma and v. Float32, the default, keeps them float32 beside bfloat16 and float16 weights,
+            also when the layer is cast to these later, and float64 beside float64 weights. They are cast to the dtype
+            of the weight, or of autocast, where they are used.
 
     Attributes:
         weight [out_features, in_features], bias [out_features] or None: frozen; set requires_grad to train them.
         u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
 
     Raises:
+        TypeError: factor_dtype is no floating-point dtype of the four above.
         ValueError: in_features, out_features, rank, slices, scale, factor_dropout, zero_init or backend is outside the
             range stated above.
     """
@@ -51,15 +57,18 @@ class EFFTLinear(nn.Linear):
         backend: str | None = None,
         device=None,
         dtype=None,
+        factor_dtype: torch.dtype = torch.float32,
     ):
         r1, r2 = _check(in_features, out_features, rank, slices, factor_dropout, zero_init)
         scale = check_scale(scale)
         check_backend(backend)
+        check_factor_dtype(factor_dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        like = {"device": self.weight.device, "dtype": beside(self.weight.dtype, factor_dtype)}
+        self._floor = floor(like["dtype"])
         self.scale, self.factor_dropout, self.zero_init, self.backend = scale, float(factor_dropout), zero_init, backend
         self.u = nn.Parameter(torch.empty(in_features, r1, **like))
         self.sigma = nn.Parameter(torch.empty(slices, r1, r2, **like))
@@ -73,7 +82,7 @@ class EFFTLinear(nn.Linear):
         Args:
             linear: an nn.Linear with plain parameters, or with a weight quantized by torchao, whose forward then runs
                 unchanged and has the update added to its result.
-            options: rank, scale, slices, factor_dropout, zero_init, backend as in the constructor.
+            options: rank, scale, slices, factor_dropout, zero_init, backend, factor_dtype as in the constructor.
 
         Raises:
             TypeError: linear is not exactly an nn.Linear (a subclass may compute something else), or is parametrized;
@@ -101,6 +110,18 @@ class EFFTLinear(nn.Linear):
             self.bias.requires_grad_(False)
         return self.train(linear.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EFFTLinear":
+        factors = [self.u, self.sigma, self.v]
+        of_factors = {id(t) for t in (*factors, *(factor.grad for factor in factors))}
+        wide = at_least(fn, self._floor)
+        return super()._apply(lambda t: wide(t) if id(t) in of_factors else fn(t), recurse)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as nn.Linear does, and the factors as :meth:`reset_factors` does."""
+        super().reset_parameters()
+        if "v" in self._parameters:  # nn.Linear's constructor calls this before there are factors
+            self.reset_factors()
+
     @torch.no_grad()
     def reset_factors(self) -> None:
         """Initialise u, sigma and v: one zero, the others Xavier uniform. The layer then equals its frozen Linear."""
@@ -113,6 +134,9 @@ class EFFTLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         u, sigma, v = self.u, self.sigma, self.v
+        if u.dtype != (dtype := self.weight.dtype):
+            dtype = dtype if dtype == torch.float64 else autocast_dtype(x.device) or dtype
+            u, sigma, v = u.to(dtype), sigma.to(dtype), v.to(dtype)
         if self.training and self.factor_dropout:
             u, sigma, v = (F.dropout(factor, self.factor_dropout) for factor in (u, sigma, v))
         if u.device.type != "cpu":
@@ -138,8 +162,10 @@ class EFFTLinear(nn.Linear):
         linear.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
-        up = group_update(self.sigma, self.v, self.scale, backend=self.backend)
-        merge_([linear.weight], [self.u], [up.transpose(0, 1).flatten(1)], backend=self.backend)
+        with without_autocast(self.u.device):
+            up = group_update(self.sigma, self.v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            merge_([linear.weight], [self.u.to(wide)], [up.to(wide)], backend=self.backend)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

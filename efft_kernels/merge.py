@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear
-from .base_linears import dense, has_own_forward, kind
+from .base_linears import dense, has_own_forward, kept_in, kind
 from .inject import adapters, attach, detach
 from .ops import merge_
 from .passes import Adapters
@@ -54,7 +54,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
     _check_unshared(model, {path: linear for path, linear in linears.items() if path not in own})
     with torch.no_grad():
         pairs = {path: pair for g in owner.groups() for path, pair in g.pairs_without_dropout(owner.backend).items()}
-        plain = {path: _plain(linear, pairs[path].down.dtype) for path, linear in own.items()}
+        plain = {path: _plain(linear, kept_in(linear)[0] or torch.float32) for path, linear in own.items()}
         weights = {path: plain.get(path, linear).weight for path, linear in linears.items()}
         if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
             raise ValueError("the weights were created under inference_mode and cannot be changed outside of it")
@@ -67,7 +67,8 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         kept = {path: weights[path].clone() for path in weights if path in keep}
         try:
             for (dtype, _), paths in launches.items():
-                downs, ups = ([pair.to(dtype) for pair in side] for side in zip(*(pairs[path][:2] for path in paths)))
+                wide = torch.promote_types(dtype, torch.float32)
+                downs, ups = ([pair.to(wide) for pair in side] for side in zip(*(pairs[path][:2] for path in paths)))
                 merge_([weights[path] for path in paths], downs, ups, backend=owner.backend)
         except BaseException:
             for path, weight in kept.items():

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from .base_linears import computes_in
 from .groups import Pair
 
 
@@ -77,21 +78,29 @@ class Passes:
         task = torch._C._current_graph_task_id()
         return task, _replays.get((task, id(self)))
 
-    def pair(self, path: str) -> Pair | None:
+    def linear_at(self, model: nn.Module, path: str) -> nn.Linear:
+        """The Linear of the model at this path."""
+        return model.get_submodule(path)
+
+    def dtype_for(self, linear: nn.Linear) -> torch.dtype | None:
+        """The dtype in which this Linear takes its pair; None for that of the factors."""
+        return computes_in(linear)
+
+    def pair(self, path: str, linear: nn.Linear) -> Pair | None:
         """What the Linear at this path adds now, or None."""
         now = self._traced if torch.compiler.is_compiling() else self._thread.current
         if now is not None and now.recorded and torch.is_grad_enabled():
             return now.pairs.get(path)  # a training step: once for every Linear
-        return self._other_pair(now, path)
+        return self._other_pair(now, path, linear)
 
-    def _other_pair(self, now: _Pass | None, path: str) -> Pair | None:
+    def _other_pair(self, now: _Pass | None, path: str, linear: nn.Linear) -> Pair | None:
         """without gradients, in a recomputation, or outside of a forward of the model"""
         inside, tracing = now is not None, torch.compiler.is_compiling()
         if not inside and self.active is not None and not tracing:
             now = self._replay[1]
         # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
         if now is None or (not now.recorded and self._recording()):
-            return self._own_pair(path)
+            return self._own_pair(path, linear)
         if now.recorded and not tracing:
             if inside and not torch.is_grad_enabled():
                 now.unrecorded.add(path)
@@ -102,25 +111,29 @@ class Passes:
                         "factor dropout cannot be reproduced under reentrant checkpointing: use use_reentrant=False, "
                         "or factor_dropout=0"
                     )
-                return self._own_pair(path)
+                return self._own_pair(path, linear)
         return now.pairs.get(path)
 
-    def _own_pair(self, path: str) -> Pair | None:
+    def _own_pair(self, path: str, linear: nn.Linear) -> Pair | None:
         for group in self.groups():
             if path in group.slots:
-                return group.low_rank_pairs(self.backend, path)[path]
+                return group.low_rank_pairs(self.backend, path, self.dtype_for(linear))[path]
         return None
 
     def _recording(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for group in self.groups() for p in group.parameters())
 
-    def begin(self) -> None:
-        """Store the pair of every Linear of the active adapter, by path, for a forward of the model."""
+    def begin(self, model: nn.Module) -> None:
+        """Store the pair of every Linear of the active adapter, by path, for a forward of the model.
+
+        They are in the dtype of the group's first Linear, so that no Linear casts its own.
+        """
         self._enter(None)
         if self.active is not None:
             pairs = {}
             for group in self.groups():
-                pairs.update(group.low_rank_pairs(self.backend))
+                dtype = self.dtype_for(self.linear_at(model, next(iter(group.slots))))
+                pairs.update(group.low_rank_pairs(self.backend, dtype=dtype))
             self._enter(_Pass(pairs, self._recording()))
 
     def end(self, output) -> None:

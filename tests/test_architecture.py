@@ -14,6 +14,7 @@ PACKAGE = Path(efft_kernels.__file__).parent
 FLOORS = [
     {"storage", "extras"},
     {"kernels"},
+    {"precision"},
     {"ops", "configs", "base_linears", "tune"},
     {"layouts", "columns"},
     {"groups", "linear"},

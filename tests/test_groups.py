@@ -132,3 +132,18 @@ def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
         for down, up, _ in pairs.values():
             dropped = [(t == 0) for t in (down if (down == 0).any() else up)]
             assert 0.1 < dropped[0].double().mean() < 0.9 and not torch.equal(*dropped)
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_made_on_meta_computes_what_the_state_says(method, how):
+    source = adapted(METHODS[method])
+    with torch.device("meta"):
+        model = vit()
+    ek.inject(model, METHODS[method])
+    if how == "to_empty":
+        model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict(), strict=True, assign=how == "assign")
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), source(x))

@@ -79,7 +79,7 @@ def test_from_linear_adopts_the_parameters():
     weight, bias = linear.weight, linear.bias
     layer = EFFTLinear.from_linear(linear, rank=(2, 5))
     assert layer.weight is weight and layer.bias is bias and not weight.requires_grad and not bias.requires_grad
-    assert not layer.training and all(f.dtype == torch.bfloat16 for f in factors(layer))
+    assert not layer.training and all(f.dtype == torch.float32 for f in factors(layer))
     assert EFFTLinear.from_linear(nn.Linear(3, 4, bias=False), rank=1).bias is None
 
 

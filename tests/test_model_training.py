@@ -93,7 +93,7 @@ def test_dropout_keeps_the_mean_and_masks_factors():
 
 def test_one_draw_per_attention_call_and_one_per_ffn_linear():
     model = adapted(DROPPED).train()
-    model.efft.begin()
+    model.efft.begin(model)
     pairs = model.efft._pass.pairs
     down = lambda path: pairs[path].down
     assert torch.equal(down("blocks.0.attn.qkv"), down("blocks.0.attn.proj"))
@@ -122,7 +122,7 @@ def test_a_forward_without_gradients_elsewhere_costs_none():
     run = lambda: gradients(model, model.forward_head(model.forward_features(x)).square().sum())
     want = run()
     with torch.no_grad():
-        model.efft.begin()
+        model.efft.begin(model)
     got = run()
     model.efft.end(None)
     assert_same(got, want)
@@ -132,7 +132,7 @@ def test_nothing_outlives_a_backward_or_a_broken_forward():
     model = adapted()
     loss_of(model, images()).backward()
     assert model.efft._replay == (-1, None) and not passes._replays
-    model.efft.begin()  # without an end, as if KeyboardInterrupt had stopped the forward
+    model.efft.begin(model)  # without an end, as if KeyboardInterrupt had stopped the forward
     with ek.disable_adapter(model):
         plain = model(images())
     assert model.efft._pass is None and plain.isfinite().all()

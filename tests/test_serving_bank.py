@@ -140,7 +140,8 @@ def test_a_model_of_transformers():
 def test_a_model_in_16_bits(dtype):
     bank, models = filled(dtype=dtype)
     x = images(6, dtype)
-    assert {p.dtype for name in "abc" for p in bank.parameters(name)} == {dtype}
+    trained = [p for name in "abc" for p in bank.parameters(name)]
+    assert {p.dtype for p in trained} == {torch.float32, dtype}, "factors, and heads as the model's"
     with bank.use(BATCH):
         y = bank.model(x)
     exact = one_by_one({name: copy.deepcopy(model).double() for name, model in models.items()}, BATCH, x.double())
@@ -150,7 +151,7 @@ def test_a_model_in_16_bits(dtype):
     ours, theirs = ((t.double() - exact)[finite].norm() for t in (y, plain))
     assert y.dtype == dtype and ours < 2 * theirs, (ours, theirs)
     y[finite].float().square().sum().backward()
-    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for name in "abc" for p in bank.parameters(name))
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in trained)
 
 
 def test_batches_with_one_adapter_or_none():

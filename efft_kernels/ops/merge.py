@@ -3,16 +3,19 @@
 import torch
 from torch import Tensor
 
+from ..precision import LOW
 from .checks import check_floats, check_shape, check_tensors
 from .dispatch import check_backend, register, select
 
 
-def _check(weights, downs, ups) -> None:
+def _check(weights, downs, ups, like) -> None:
+    """like: has the dtype and device that downs and ups must have"""
     if not len(weights) == len(downs) == len(ups):
         lengths = f"{len(weights)}, {len(downs)}, {len(ups)}"
         raise ValueError(f"weights, downs and ups must be of equal length, got {lengths}")
     for i, (weight, down, up) in enumerate(zip(weights, downs, ups)):
-        check_floats("weights[0]", weights[0], **{f"weights[{i}]": weight, f"downs[{i}]": down, f"ups[{i}]": up})
+        check_floats("weights[0]", weights[0], **{f"weights[{i}]": weight})
+        check_floats("weights[0]" if like is weights[0] else "downs[0]", like, **{f"downs[{i}]": down, f"ups[{i}]": up})
         check_shape(f"weights[{i}]", weight, "N", "K")
         check_shape(f"downs[{i}]", down, weight.shape[1], "R")
         check_shape(f"ups[{i}]", up, down.shape[1], weight.shape[0])
@@ -23,7 +26,7 @@ def _check(weights, downs, ups) -> None:
 
 
 def _merge(weights, downs, ups, backend=None):
-    _check(weights, downs, ups)
+    _check(weights, downs, ups, weights[0] if weights else None)
     if weights:
         select("merge_", backend, *weights, *downs, *ups).merge_(weights, downs, ups)
         torch.autograd.graph.increment_version(weights)  # kernels write through pointers, which autograd does not see
@@ -54,6 +57,8 @@ def merge_(
 
     Args:
         weights, downs, ups: lists of equal length, one dtype and one device; the sizes may differ from entry to entry.
+            Beside bfloat16 or float16 weights downs and ups may be float32: each weight is then merged by itself,
+            through a float32 copy, so that nothing but the sum is rounded.
         backend: as in :func:`group_update`.
 
     Raises:
@@ -64,4 +69,11 @@ def merge_(
     if backend is not None:
         check_backend(backend)
     with torch.no_grad():
+        if weights and downs and weights[0].dtype in LOW and downs[0].dtype == torch.float32:
+            _check(weights, downs, ups, downs[0])
+            for weight, down, up in zip(weights, downs, ups):
+                wide = weight.float()
+                _op([wide], [down], [up], backend)
+                weight.copy_(wide)
+            return
         _op(list(weights), list(downs), list(ups), backend)

@@ -29,14 +29,14 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base_linears import computes_in
 from ..configs import ATTENTION, EFFTConfig, GroupSpec, Part, Site, Slot, fitting_rank, scaled_rank
 from ..groups import EFFTGroup
 from ..layouts import check_called, find_sites
 from ..ops import merge_
 from ..passes import Adapters
-from .fused import FLOATS, add_update
-
-_LOW = (torch.bfloat16, torch.float16)
+from ..precision import LOW
+from .fused import FLOATS, add_update, is_plain
 
 
 def _register_type(name: str) -> None:
@@ -177,6 +177,12 @@ class _Factors(Adapters):
     def groups(self) -> list[nn.Module]:
         return list(self.values())
 
+    def linear_at(self, model: nn.Module, path: str) -> nn.Module:
+        return model.get_submodule(path).get_base_layer()
+
+    def dtype_for(self, linear: nn.Module) -> torch.dtype | None:
+        return computes_in(linear) if is_plain(linear) else None
+
     def group_of(self, path: str) -> EFFTGroup:
         return next(group for group in self.values() if path in group.slots)
 
@@ -231,7 +237,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        pairs = [self.efft_factors[name].pair(self.path) for name in self.adding()]
+        pairs = [self.efft_factors[name].pair(self.path, self.get_base_layer()) for name in self.adding()]
         if not pairs:
             return self.base_layer(x, *args, **kwargs)
         if len(pairs) == 1:
@@ -244,6 +250,12 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
         down, up = self.efft_factors[adapter].pair_without_dropout(self.path)
         delta = down @ up
         return delta if isinstance(self.get_base_layer(), Conv1D) else delta.mT
+
+    def _pair_beside(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """(down, up) of an adapter for merging: float32 beside bfloat16 and float16 weights"""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        down, up = self.efft_factors[name].pair_without_dropout(self.path)
+        return down.to(weight.device, dtype), up.to(weight.device, dtype)
 
     def _weight(self) -> Tensor:  # [N, K]
         """A view of the base layer's weight, for writing."""
@@ -277,7 +289,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
                 before = weight.clone() if not self.merged else None
             else:
                 before = self._kept[0]
-            down, up = (t.to(weight) for t in self.efft_factors[name].pair_without_dropout(self.path))
+            down, up = self._pair_beside(weight, name)
             merged = weight.clone() if safe_merge else weight
             merge_([merged], [down], [up])
             if safe_merge:
@@ -298,7 +310,7 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
             weight.copy_(self._kept[0])
         else:
             for name in reversed(self.merged_adapters):
-                down, up = (t.to(weight) for t in self.efft_factors[name].pair_without_dropout(self.path))
+                down, up = self._pair_beside(weight, name)
                 merge_([weight], [-down], [up])
         self.merged_adapters.clear()
         self._kept = None
@@ -411,8 +423,8 @@ class EFFTPeftModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:
             for group in self.efft_factors[adapter_name].groups():
-                if group.u.dtype in _LOW or group._like["dtype"] in _LOW:
-                    group._like["dtype"] = torch.float32
+                if group.floor in LOW:
+                    group.floor = group._like["dtype"] = torch.float32
                     group.to(torch.float32)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -471,7 +483,7 @@ class EFFTPeftModel(BaseTuner):
 
 def _begin(tuner: EFFTPeftModel, model: nn.Module, args) -> None:
     for name in dict.fromkeys(name for layer in tuner._layers for name in layer.adding()):
-        tuner.efft_factors[name].begin()
+        tuner.efft_factors[name].begin(model)
 
 
 def _end(tuner: EFFTPeftModel, model: nn.Module, args, output) -> None:

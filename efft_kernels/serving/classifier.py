@@ -27,7 +27,7 @@ class Classifier:
         torch.set_num_threads(settings.threads)
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
         self.model, self.transform = base_model(settings)
-        self.bank = AdapterBank(self.model, backend=settings.backend or None)
+        self.bank = AdapterBank(self.model, backend=settings.backend or None, factor_dtype=self.dtype)
         self.folder = AdapterFolder(self.bank, settings.adapters, settings.adapter_bytes)
         self.own_labels = _lines(settings.labels) if settings.labels else []
 
