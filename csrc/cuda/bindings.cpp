@@ -39,8 +39,15 @@ Dtype dtype_of(const Tensor& t) {
   return type == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
 }
 
-// Checks that t has the dtype and device of `like`, this shape, and sizes and strides that fit the kernels' 32 bits.
-void check(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
+template <class Sizes>
+std::string joined(const Sizes& sizes) {
+  std::string text;
+  for (int64_t s : sizes) text += (text.empty() ? "" : ", ") + std::to_string(s);
+  return text;
+}
+
+// Checks that t has the dtype and device of `like`, and sizes and strides that fit the kernels' 32 bits.
+void check_size(const char* name, const Tensor& t, const Tensor& like) {
 #ifdef EFFT_SIM
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
 #else
@@ -48,13 +55,18 @@ void check(const char* name, const Tensor& t, const Tensor& like, std::initializ
   STD_TORCH_CHECK(there, name, " must be on the GPU of the others");
 #endif
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
-  std::string wanted, got;
-  for (int64_t s : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(s);
-  for (int64_t s : t.sizes()) got += (got.empty() ? "" : ", ") + std::to_string(s);
-  STD_TORCH_CHECK(wanted == got, name, " must be [", wanted, "], got [", got, "]");
+  const auto sizes = t.sizes(), strides = t.strides();
   constexpr int64_t most = int64_t(1) << 30;
-  for (int64_t i = 0; i < t.dim(); ++i)
-    STD_TORCH_CHECK(t.size(i) <= most && t.stride(i) <= most, name, " must have sizes and strides up to ", most);
+  for (size_t i = 0; i < sizes.size(); ++i)
+    STD_TORCH_CHECK(sizes[i] <= most && strides[i] <= most, name, " must have sizes and strides up to ", most);
+}
+
+// Checks the shape as well.
+void check(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
+  check_size(name, t, like);
+  const auto sizes = t.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()))
+    STD_TORCH_CHECK(false, name, " must be [", joined(shape), "], got [", joined(sizes), "]");
 }
 
 void check_dim(const char* name, const Tensor& t, int64_t dim) {
@@ -65,8 +77,20 @@ void check_sizes(std::initializer_list<int64_t> sizes) {
   for (int64_t s : sizes) STD_TORCH_CHECK(s >= 1, "every dimension but the rows of x must be at least 1");
 }
 
-Tensor empty(std::vector<int64_t> shape, const Tensor& like, std::optional<ScalarType> type = std::nullopt) {
-  Tensor t = torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+// Returns uninitialised memory. torch::stable::new_empty would look its operator up by name at each call, which takes
+// longer than the allocation.
+Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, bool float32 = false) {
+  int32_t type, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (float32) type = aoti_torch_dtype_float32();
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type, device,
+                                                  index, &made));
+  Tensor t(made);
 #ifdef EFFT_SIM
   memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());  // nan, to show what no kernel writes
 #endif
@@ -111,6 +135,45 @@ View view(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1
 
 View transposed(const View& v) { return {v.data, v.col, v.row}; }
 
+// A tensor [..., columns], or the transpose of one with two dimensions, as a matrix.
+struct Matrix {
+  const Tensor* of;
+  View view;
+  int64_t rows, columns;
+  bool turned = false;
+
+  // In torch's form, which only copies need.
+  Tensor tensor() const { return turned ? torch::stable::transpose(*of, 0, 1) : *of; }
+};
+
+Matrix matrix(const Tensor& t) { return {&t, view(t), t.size(0), t.size(1)}; }
+
+Matrix transposed(const Matrix& m) { return {m.of, transposed(m.view), m.columns, m.rows, !m.turned}; }
+Matrix transposed(const Tensor& t) { return {&t, transposed(view(t)), t.size(1), t.size(0), true}; }
+
+// Flattens the leading dimensions.
+Matrix flat(const char* name, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int last = int(sizes.size()) - 1;
+  STD_TORCH_CHECK(last >= 1, name, " must have at least 2 dimensions, got ", last + 1);
+  int64_t rows = 1, row = sizes[last];
+  for (int i = last - 1; i >= 0 && rows; --i) {
+    if (sizes[i] == 1) continue;
+    if (rows == 1) row = strides[i];
+    STD_TORCH_CHECK(!sizes[i] || strides[i] == row * rows, name, " must have one step from row to row");
+    rows *= sizes[i];
+  }
+  return {&t, {t.const_data_ptr(), row, strides[last]}, rows, sizes[last]};
+}
+
+// The shape [..., columns] with the leading dimensions of t.
+std::vector<int64_t> shape_like(const Tensor& t, int64_t columns) {
+  const auto sizes = t.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = columns;
+  return shape;
+}
+
 // [S, P, Q] as a matrix with rows p * S + s, or s * P + p.
 View rows_by_p(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(2), t.size(0), t.stride(1)}; }
 View rows_by_s(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2), t.size(1), t.stride(0)}; }
@@ -148,25 +211,26 @@ Product product(const Operand& a, const Operand& b, const Tensor& c, int64_t M, 
 }
 
 // Computes p = x @ down.
-Tensor form_p(const Tensor& x,   // [M, K]
-              const View& down,  // [K, R]
-              int64_t R, void* stream) {
-  Tensor p = empty({x.size(0), R}, x);
-  Product g = product(by_rows(view(x)), either(transposed(down)), p, x.size(0), R, x.size(1), 1);
-  launched(products(dtype_of(x), &g, 1, stream));
+Tensor form_p(const Matrix& x,     // [M, K]
+              const Matrix& down,  // [K, R]
+              void* stream) {
+  Tensor p = empty({x.rows, down.columns}, *x.of);
+  Product g = product(by_rows(x.view), either(transposed(down.view)), p, x.rows, down.columns, x.columns, 1);
+  launched(products(dtype_of(p), &g, 1, stream));
   return p;
 }
 
 // Whether TMA can address a matrix with this many columns.
 bool describable(const View& v, int64_t columns) { return v.row >= columns && rows(v).vector; }
 
-// Returns t [rows, columns], or a copy of it whose rows are aligned to 16 bytes.
-Tensor on_16_bytes(const Tensor& t) {
-  if (describable(view(t), t.size(1))) return t;
-  Tensor wider = empty({t.size(0), (t.size(1) + 7) / 8 * 8}, t);
-  Tensor copy = torch::stable::narrow(wider, 1, 0, t.size(1));
-  torch::stable::copy_(copy, t);
-  return copy;
+// Returns the view of m [rows, columns], or of a copy of it, kept in `copies`, whose rows are aligned to 16 bytes.
+View on_16_bytes(const Matrix& m, std::vector<Tensor>& copies) {
+  if (describable(m.view, m.columns)) return m.view;
+  Tensor wider = empty({m.rows, (m.columns + 7) / 8 * 8}, *m.of);
+  Tensor copy = torch::stable::narrow(wider, 1, 0, m.columns);
+  torch::stable::copy_(copy, m.tensor());
+  copies.push_back(copy);
+  return view(copy);
 }
 
 // How y is computed, as planned by kernels/cuda.py.
@@ -186,53 +250,52 @@ void check_plan(const Plan& plan, int64_t R) {
 // Sets the operands of g as the kernel for compute capability 9.0 needs them: down and up in the same orientation and
 // with rows aligned to 16 bytes, p with rows aligned to 16 bytes, the bias contiguous. The copies that this takes are
 // kept alive in `copies`. x and w are too large to copy, so they are refused instead.
-void fit_hopper(Linear& g, const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& down, const Tensor& up, const Tensor& p, std::vector<Tensor>& copies) {
-  const auto fitted = [&](const Tensor& t) { return copies.emplace_back(on_16_bytes(t)); };
-  const bool fits = describable(view(x), g.K) && g.N % 8 == 0 &&
-                    (g.w.k_major ? describable(transposed(view(w)), g.K) : describable(view(w), g.N));
+void fit_hopper(Linear& g, const Matrix& x, const Matrix& w, const std::optional<Tensor>& bias, const Matrix* down,
+                const Matrix& up, const Matrix& p, std::vector<Tensor>& copies) {
+  const bool fits = describable(x.view, g.K) && g.N % 8 == 0 &&
+                    (g.w.k_major ? describable(transposed(w.view), g.K) : describable(w.view, g.N));
   STD_TORCH_CHECK(fits, "hopper needs x, w and y with rows on 16 bytes");
   STD_TORCH_CHECK(!down || g.w.k_major, "hopper forms p beside y only where weight has its rows side by side");
   if (down) {
     // weight and down are one operand of the tensor cores, so down is laid out like weight.
-    g.down = by_rows(view(fitted(torch::stable::transpose(*down, 0, 1))));
-    g.up = by_terms(view(fitted(up)));
+    g.down = by_rows(on_16_bytes(transposed(*down), copies));
+    g.up = by_terms(on_16_bytes(up, copies));
   } else {
-    const bool turned = describable(transposed(view(up)), g.R) && !describable(view(up), g.N);
-    g.up = turned ? by_rows(transposed(view(up))) : by_terms(view(fitted(up)));
-    const Tensor rows = fitted(p);
-    g.p = rows.mutable_data_ptr(), g.p_row = int32_t(rows.stride(0));
+    const bool turned = describable(transposed(up.view), g.R) && !describable(up.view, g.N);
+    g.up = turned ? by_rows(transposed(up.view)) : by_terms(on_16_bytes(up, copies));
+    const View rows = on_16_bytes(p, copies);
+    g.p = const_cast<void*>(rows.data), g.p_row = int32_t(rows.row);  // only read
   }
   if (bias && (g.bias_stride != 1 || reinterpret_cast<uintptr_t>(g.bias) % 4)) {
-    Tensor copy = copies.emplace_back(empty({g.N}, x));
+    Tensor copy = copies.emplace_back(empty({g.N}, *x.of));
     torch::stable::copy_(copy, *bias);
     g.bias = copy.const_data_ptr(), g.bias_stride = 1;
   }
 }
 
-// Computes y = [x | p] @ [w ; up] + bias, with p = x @ down.
-Tensor linear(const Tensor& x,  // [M, K]
-              const Tensor& w,  // [K, N]
+// Computes y = [x | p] @ [w ; up] + bias, with p = x @ down, in the leading dimensions of x.
+Tensor linear(const Matrix& x,  // [M, K]
+              const Matrix& w,  // [K, N]
               const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& down,  // [K, R], or none if p is given
-              const Tensor& up,                   // [R, N]
-              const Tensor& p,                    // [M, R]
+              const Matrix* down,  // [K, R], or null if p is given
+              const Matrix& up,    // [R, N]
+              Tensor& p,           // [M, R]
               const Plan& plan, void* stream) {
-  Tensor y = empty({x.size(0), up.size(1)}, x);
+  Tensor y = empty(shape_like(*x.of, up.columns), *x.of);
   Linear g;
-  g.M = int32_t(x.size(0)), g.N = int32_t(up.size(1)), g.K = int32_t(x.size(1)), g.R = int32_t(up.size(0));
-  g.x = by_rows(view(x)), g.w = either(transposed(view(w)));
+  g.M = int32_t(x.rows), g.N = int32_t(up.columns), g.K = int32_t(x.columns), g.R = int32_t(up.rows);
+  g.x = by_rows(x.view), g.w = either(transposed(w.view));
   if (bias) g.bias = bias->const_data_ptr(), g.bias_stride = int32_t(bias->stride(0));
   g.p = p.mutable_data_ptr(), g.p_row = int32_t(p.stride(0)), g.y = y.mutable_data_ptr();
-  const bool bf16 = dtype_of(x) == Dtype::bf16;
+  const bool bf16 = dtype_of(y) == Dtype::bf16;
   auto launch = bf16 ? lowrank_linear_bf16 : lowrank_linear_f16;
   std::vector<Tensor> copies;
   if (plan.hopper) {
-    fit_hopper(g, x, w, bias, down, up, p, copies);
+    fit_hopper(g, x, w, bias, down, up, matrix(p), copies);
     launch = bf16 ? hopper_linear_bf16 : hopper_linear_f16;
   } else {
-    g.up = either(transposed(view(up)));
-    if (down) g.down = either(transposed(view(*down)));
+    g.up = either(transposed(up.view));
+    if (down) g.down = either(transposed(down->view));
   }
   launched(launch(g, int32_t(plan.tile), stream));
   return y;
@@ -260,16 +323,17 @@ struct Sum {
 
 // Like pass(), by the kernel for compute capability 9.0; returns nothing where that kernel does not take the operands.
 // up and p are copied if their rows are not aligned to 16 bytes.
-std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Tensor& dy, const Tensor* up, const Tensor& p,
+std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Matrix& dy, const Matrix* up, const Matrix& p,
                                                                bool turned, void* stream) {
-  const int64_t M = dy.size(0), N = dy.size(1), R = p.size(1);
+  const int64_t M = dy.rows, N = dy.columns, R = p.columns;
   const HopperPassPlan plan = plan_hopper_pass(int32_t(M), int32_t(N), int32_t(R), up);
-  if (!plan.tiles || !describable(view(dy), N)) return std::nullopt;
-  const Tensor p_rows = on_16_bytes(p), up_rows = up ? on_16_bytes(*up) : p;
+  if (!plan.tiles || !describable(dy.view, N)) return std::nullopt;
+  std::vector<Tensor> copies;
+  const Tensor& like = *dy.of;
   DyPass g;
   g.M = int32_t(M), g.N = int32_t(N), g.R = int32_t(R);
-  g.dy = rows(view(dy)), g.p = rows(view(p_rows));
-  Sum dup{turned ? empty({N, R}, dy) : empty({R, N}, dy), empty({plan.runs, plan.slot()}, dy, ScalarType::Float)};
+  g.dy = rows(dy.view), g.p = rows(on_16_bytes(p, copies));
+  Sum dup{turned ? empty({N, R}, like) : empty({R, N}, like), empty({plan.runs, plan.slot()}, like, true), {}};
   g.dup_slots = dup.slots->mutable_data_ptr();
   dup.layout.ranks = plan.ranks, dup.layout.N = g.N, dup.layout.R = g.R;
   dup.layout.row = int32_t(turned ? 1 : N), dup.layout.col = int32_t(turned ? R : 1);
@@ -277,40 +341,41 @@ std::optional<std::tuple<Sum, std::optional<Sum>>> hopper_pass(const Tensor& dy,
   if (up) {
     // Rows are aligned to 16 bytes, because the kernels that read dp need that.
     g.dp_row = int32_t((R + 7) / 8 * 8);
-    Tensor wider = empty({M, g.dp_row}, dy);
-    dp = Sum{torch::stable::narrow(wider, 1, 0, R), std::nullopt};
-    g.up = rows(view(up_rows)), g.dp_slots = dp->out.mutable_data_ptr();
+    Tensor wider = empty({M, g.dp_row}, like);
+    dp = Sum{g.dp_row == R ? wider : torch::stable::narrow(wider, 1, 0, R), std::nullopt, {}};
+    g.up = rows(on_16_bytes(*up, copies)), g.dp_slots = dp->out.mutable_data_ptr();
   }
-  launched((dtype_of(dy) == Dtype::bf16 ? hopper_pass_bf16 : hopper_pass_f16)(g, plan, stream));
+  launched((dtype_of(like) == Dtype::bf16 ? hopper_pass_bf16 : hopper_pass_f16)(g, plan, stream));
   return std::make_tuple(dup, dp);
 }
 
 // Computes dup = p.T @ dy, stored as [N, R] if `turned` is set, and dp = dy @ up.T if up is given.
-std::tuple<Sum, std::optional<Sum>> pass(const Tensor& dy,  // [M, N]
-                                         const Tensor* up,  // [R, N], or null
-                                         const Tensor& p,   // [M, R]
+std::tuple<Sum, std::optional<Sum>> pass(const Matrix& dy,  // [M, N]
+                                         const Matrix* up,  // [R, N], or null
+                                         const Matrix& p,   // [M, R]
                                          bool turned, bool hopper, void* stream) {
   if (hopper)
     if (auto done = hopper_pass(dy, up, p, turned, stream)) return *done;
-  const int64_t M = dy.size(0), N = dy.size(1), R = p.size(1);
+  const int64_t M = dy.rows, N = dy.columns, R = p.columns;
   const int64_t tiles = (M + DY_PASS_ROWS - 1) / DY_PASS_ROWS, split = runs(M, N, R);
+  const Tensor& like = *dy.of;
   DyPass g;
   g.M = int32_t(M), g.N = int32_t(N), g.R = int32_t(R);
   g.rows = int32_t((tiles + split - 1) / split * DY_PASS_ROWS);  // whole tiles, and no run without rows
-  g.dy = rows(view(dy)), g.p = rows(view(p));
+  g.dy = rows(dy.view), g.p = rows(p.view);
   g.dup_row = int32_t(turned ? 1 : N), g.dup_col = int32_t(turned ? R : 1);
   const int64_t count = (M + g.rows - 1) / g.rows, columns = dy_pass_columns(g.R), chunks = (N + columns - 1) / columns;
 
-  Sum dup{turned ? empty({N, R}, dy) : empty({R, N}, dy), std::nullopt};
-  if (count > 1) dup.slots = empty({count, R, N}, dy, ScalarType::Float);
+  Sum dup{turned ? empty({N, R}, like) : empty({R, N}, like), std::nullopt, {}};
+  if (count > 1) dup.slots = empty({count, R, N}, like, true);
   g.dup_slots = (dup.slots ? *dup.slots : dup.out).mutable_data_ptr();
   std::optional<Sum> dp;
   if (up) {
-    dp = Sum{empty({M, R}, dy), std::nullopt};
-    if (chunks > 1) dp->slots = empty({chunks, M, R}, dy, ScalarType::Float);
-    g.up = rows(view(*up)), g.dp_slots = (dp->slots ? *dp->slots : dp->out).mutable_data_ptr();
+    dp = Sum{empty({M, R}, like), std::nullopt, {}};
+    if (chunks > 1) dp->slots = empty({chunks, M, R}, like, true);
+    g.up = rows(up->view), g.dp_slots = (dp->slots ? *dp->slots : dp->out).mutable_data_ptr();
   }
-  launched(dy_pass(dtype_of(dy), g, stream));
+  launched(dy_pass(dtype_of(like), g, stream));
   return {dup, dp};
 }
 
@@ -328,17 +393,17 @@ void complete(const std::vector<Sum>& sums, void* stream) {
 }
 
 // p = x @ down        y = x @ weight.T + bias + p @ up
-std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [M, K]
+std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [..., K]: M rows
                                           const Tensor& weight,               // [N, K]
                                           const std::optional<Tensor>& bias,  // [N]
                                           const Tensor& down,                 // [K, R]
                                           const Tensor& up,                   // [R, N]
                                           bool single_pass, bool hopper, int64_t tile) {
-  check_dim("x", x, 2);
+  const Matrix rows = flat("x", x);
   check_dim("up", up, 2);
-  const int64_t M = x.size(0), K = x.size(1), R = up.size(0), N = up.size(1);
+  const int64_t M = rows.rows, K = rows.columns, R = up.size(0), N = up.size(1);
   check_sizes({K, R, N});
-  check("x", x, x, {M, K});
+  check_size("x", x, x);
   check("weight", weight, x, {N, K});
   if (bias) check("bias", *bias, x, {N});
   check("down", down, x, {K, R});
@@ -346,28 +411,35 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   dtype_of(x);
   const Plan plan{single_pass, hopper, tile};
   check_plan(plan, R);
-  if (!M) return {empty({0, N}, x), empty({0, R}, x)};
+  if (!M) return {empty(shape_like(x, N), x), empty({0, R}, x)};
   const Stream stream(x);
-  const Tensor p = single_pass ? empty({M, R}, x) : form_p(x, view(down), R, stream);
-  const std::optional<Tensor> beside = single_pass ? std::optional<Tensor>(down) : std::nullopt;
-  return {linear(x, torch::stable::transpose(weight, 0, 1), bias, beside, up, p, plan, stream), p};
+  const Matrix factor = matrix(down);
+  Tensor p = single_pass ? empty({M, R}, x) : form_p(rows, factor, stream);
+  Tensor y = linear(rows, transposed(weight), bias, single_pass ? &factor : nullptr, matrix(up), p, plan, stream);
+  return {y, p};
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
 // Each of dx, ddown and dup is computed if the tensor that only it reads is given: weight, x, p.
-std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
-                                            const std::optional<Tensor>& x,       // [M, K]
+std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [..., N]: M rows
+                                            const std::optional<Tensor>& x,       // [..., K]
                                             const std::optional<Tensor>& weight,  // [N, K]
                                             const Tensor& down,                   // [K, R]
                                             const Tensor& up,                     // [R, N]
                                             const std::optional<Tensor>& p,       // [M, R]
                                             bool single_pass, bool hopper, int64_t tile) {
-  check_dim("dy", dy, 2);
+  const Matrix rows = flat("dy", dy);
   check_dim("down", down, 2);
-  const int64_t M = dy.size(0), N = dy.size(1), K = down.size(0), R = down.size(1);
+  const int64_t M = rows.rows, N = rows.columns, K = down.size(0), R = down.size(1);
   check_sizes({N, K, R});
-  check("dy", dy, dy, {M, N});
-  if (x) check("x", *x, dy, {M, K});
+  check_size("dy", dy, dy);
+  std::optional<Matrix> x_rows;
+  if (x) {
+    x_rows = flat("x", *x);
+    check_size("x", *x, dy);
+    STD_TORCH_CHECK(x_rows->rows == M && x_rows->columns == K, "x must have ", M, " rows of ", K, ", got ",
+                    x_rows->rows, " of ", x_rows->columns);
+  }
   if (weight) check("weight", *weight, dy, {N, K});
   check("down", down, dy, {K, R});
   check("up", up, dy, {R, N});
@@ -377,7 +449,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   check_plan(plan, R);
   std::vector<Tensor> grads;
   if (!M) {
-    if (weight) grads.push_back(empty({0, K}, dy));
+    if (weight) grads.push_back(empty(shape_like(dy, K), dy));
     if (x) grads.push_back(zeros({K, R}, dy));
     if (p) grads.push_back(zeros({R, N}, dy));
     return grads;
@@ -387,27 +459,28 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   std::optional<Tensor> dp, dx;
   std::vector<Sum> sums;
   // dx is the forward's matmul with other operands.
-  const Tensor up_turned = torch::stable::transpose(up, 0, 1), down_turned = torch::stable::transpose(down, 0, 1);
-  const auto form_dx = [&](const std::optional<Tensor>& beside) {
-    dx = linear(dy, *weight, std::nullopt, beside, down_turned, *dp, plan, stream);
+  const Matrix factor = matrix(up), up_turned = transposed(up), down_turned = transposed(down);
+  const auto form_dx = [&](const Matrix* beside) {
+    dx = linear(rows, matrix(*weight), std::nullopt, beside, down_turned, *dp, plan, stream);
   };
   if (weight && single_pass) {
     dp = empty({M, R}, dy);
-    form_dx(up_turned);
+    form_dx(&up_turned);
   }
   if (p) {
     // dup, and dp from the same read of dy.
-    auto [dup, partial] = pass(dy, need_dp && !dp ? &up : nullptr, *p, false, hopper, stream);
+    auto [dup, partial] = pass(rows, need_dp && !dp ? &factor : nullptr, matrix(*p), false, hopper, stream);
     sums.push_back(dup);
     if (partial) {
       complete({*partial}, stream);
       dp = partial->out;
     }
   } else if (need_dp && !dp) {
-    dp = form_p(dy, view(up_turned), R, stream);
+    dp = form_p(rows, up_turned, stream);
   }
-  if (weight && !dx) form_dx(std::nullopt);
-  if (x) sums.insert(sums.begin(), std::get<0>(pass(*x, nullptr, *dp, true, hopper, stream)));  // (dp.T @ x).T
+  if (weight && !dx) form_dx(nullptr);
+  if (x)  // (dp.T @ x).T
+    sums.insert(sums.begin(), std::get<0>(pass(*x_rows, nullptr, matrix(*dp), true, hopper, stream)));
   complete(sums, stream);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);
@@ -423,7 +496,7 @@ Tensor lowrank_p(const Tensor& x,       // [M, K]
   check("down", down, x, {x.size(1), down.size(1)});
   check_sizes({down.size(0), down.size(1)});
   dtype_of(x);
-  return x.size(0) ? form_p(x, view(down), down.size(1), Stream(x)) : empty({0, down.size(1)}, x);
+  return x.size(0) ? form_p(matrix(x), matrix(down), Stream(x)) : empty({0, down.size(1)}, x);
 }
 
 // up[s] = scale * sigma[s] @ v, as [P, S, N]

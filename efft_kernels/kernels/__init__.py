@@ -15,14 +15,16 @@ by shape alone and reduced in a fixed order, so two runs are bit-equal. Results 
 Backends know nothing of methods, models or modules, and import torch only. Their arguments were checked (ops/).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# call -> the backend that ops/ chose for it. A backend empties it when something changes that `unsupported` or `slower`
-# depend on besides their arguments, such as a table of measurements
-decisions: dict[tuple, "Kernels"] = {}
+# call -> what computes it: the backend that ops/ chose for it, or a function bound to that backend. A backend empties
+# it when something changes that `unsupported` or `slower` depend on besides their arguments, such as a table of
+# measurements
+decisions: dict[tuple, "Kernels | Callable"] = {}
 
 
 def largest_rank(op: str, tensors: tuple) -> int:

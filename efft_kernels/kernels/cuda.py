@@ -6,6 +6,7 @@ automatically on a GPU on which ``python -m efft_kernels.tune`` proved them and 
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -323,6 +324,46 @@ def lowrank_linear(
 ) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
     return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
+
+
+def bind_lowrank_linear(x: Tensor, weight: Tensor, up: Tensor) -> Callable | None:
+    """The forward with the plan for calls like this one, of x [..., K]; None where x has no one step from row to row.
+
+    On the host a call is then one call of the library's operator.
+    """
+    rows = _rows(x)
+    if rows is None or table.overridden("cuda"):
+        return None
+    operator, plan = _ops().lowrank_linear.default, _plan(table.LINEAR, rows, weight, up.shape[0])
+    return lambda x, weight, bias, down, up: operator(x, weight, bias, down, up, *plan)
+
+
+def bind_lowrank_linear_backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor, up: Tensor, needs: list[bool]
+) -> Callable | None:
+    """The same for the backward, of dy [..., N] and x [..., K], where weight and bias are frozen."""
+    need_x, need_weight, need_bias, need_down, need_up = needs
+    rows = _rows(dy)
+    if need_weight or need_bias or not (need_x or need_down or need_up) or table.overridden("cuda"):
+        return None
+    if rows is None or (need_down and _rows(x) is None):
+        return None
+    operator, plan = _ops().lowrank_linear_backward.default, _plan(table.BACKWARD, rows, weight, up.shape[0], needs)
+
+    def backward(dy, x, weight, down, up, p, needs):
+        return operator(
+            dy, x if need_down else None, weight if need_x else None, down, up, p if need_up else None, *plan
+        )
+
+    return backward
+
+
+def _rows(t: Tensor) -> Tensor | None:
+    """t as [rows, columns], or None where that takes a copy"""
+    try:
+        return t.view(-1, t.shape[-1])
+    except RuntimeError:
+        return None
 
 
 def lowrank_linear_backward(

@@ -105,10 +105,15 @@ def decide(key: tuple, *tensors: Tensor | None, needs: list[bool] | None = None)
     key: (op, backend, and all that the checks and the choice depend on).
     """
     op, backend, *_ = key
+    return remember(key, select(op, backend, *tensors, needs=needs))
+
+
+def remember(key: tuple, decision: Kernels | Callable) -> Kernels | Callable:
+    """Keep what computes the calls of this key"""
     if len(decisions) >= _REMEMBERED:
         decisions.clear()
-    module = decisions[key] = select(op, backend, *tensors, needs=needs)
-    return module
+    decisions[key] = decision
+    return decision
 
 
 class Backend(NamedTuple):

@@ -1,13 +1,24 @@
 """lowrank_linear: y = x @ weight.T + bias + (x @ down) @ up, without forming down @ up."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..kernels import decisions
+from ..kernels import Kernels, decisions
 from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
-from .dispatch import below_autograd, check_backend, decide, direct, once, records, refuse_transforms, register
+from .dispatch import (
+    below_autograd,
+    check_backend,
+    direct,
+    once,
+    records,
+    refuse_transforms,
+    register,
+    remember,
+    select,
+)
 
 
 def _check_backward(dy, x, weight, down, up, p, needs) -> None:
@@ -26,14 +37,27 @@ def _forward(x, weight, bias, down, up, backend=None):
         *(down.shape, down.stride(), down.dtype, down.device, up.shape, up.stride(), up.dtype, up.device),
         bias if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
     )
-    kernels = decisions.get(key)
-    if kernels is None:
+    compute = decisions.get(key)
+    if compute is None:
         check_linear(x, weight, bias, down, up)
-        kernels = decide(key, as_rows(x), weight, bias, down, up)
+        kernels = select("lowrank_linear", backend, as_rows(x), weight, bias, down, up)
+        compute = remember(key, _bound_forward(kernels, x, weight, up))
+    return compute(x, weight, bias, down, up)
+
+
+def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, up: Tensor) -> Callable:
+    """The backend's forward for calls like this one, with x [..., K]"""
+    bind = getattr(kernels, "bind_lowrank_linear", None)
+    if bind and (bound := bind(x, weight, up)):
+        return bound
     if x.dim() == 2:
-        return kernels.lowrank_linear(x, weight, bias, down, up)
-    y, p = kernels.lowrank_linear(x.reshape(-1, x.shape[-1]), weight, bias, down, up)
-    return y.view(*x.shape[:-1], weight.shape[0]), p
+        return lambda *given: kernels.lowrank_linear(*given)
+
+    def forward(x, weight, bias, down, up):
+        y, p = kernels.lowrank_linear(x.reshape(-1, x.shape[-1]), weight, bias, down, up)
+        return y.view(*x.shape[:-1], weight.shape[0]), p
+
+    return forward
 
 
 def _backward(dy, x, weight, down, up, p, needs, backend=None):
@@ -44,17 +68,28 @@ def _backward(dy, x, weight, down, up, p, needs, backend=None):
         x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15),
         p if p is None else (p.shape, p.stride(), p.dtype, p.device),
     )
-    kernels = decisions.get(key)
-    if kernels is None:
+    compute = decisions.get(key)
+    if compute is None:
         _check_backward(dy, x, weight, down, up, p, needs)
-        kernels = decide(key, as_rows(dy), as_rows(x), weight, down, up, p, needs=needs)
-    if dy.dim() == 2:
-        return kernels.lowrank_linear_backward(dy, as_rows(x), weight, down, up, p, needs)
-    rows = dy.reshape(-1, dy.shape[-1])
-    grads = kernels.lowrank_linear_backward(rows, as_rows(x), weight, down, up, p, needs)
-    if needs[0]:
-        grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
-    return grads
+        rows = as_rows(dy), as_rows(x), weight, down, up, p
+        kernels = select("lowrank_linear_backward", backend, *rows, needs=needs)
+        compute = remember(key, _bound_backward(kernels, dy, x, weight, up, needs))
+    return compute(dy, x, weight, down, up, p, needs)
+
+
+def _bound_backward(kernels: Kernels, dy: Tensor, x: Tensor | None, weight: Tensor, up: Tensor, needs) -> Callable:
+    """The backend's backward for calls like this one, with dy [..., N] and x [..., K]"""
+    bind = getattr(kernels, "bind_lowrank_linear_backward", None)
+    if bind and (bound := bind(dy, x, weight, up, needs)):
+        return bound
+
+    def backward(dy, x, weight, down, up, p, needs):
+        grads = kernels.lowrank_linear_backward(as_rows(dy), as_rows(x), weight, down, up, p, needs)
+        if needs[0] and dy.dim() != 2:
+            grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
+        return grads
+
+    return backward
 
 
 def _forward_fake(x, weight, bias, down, up, backend=None):
