@@ -321,9 +321,11 @@ def make_passes(M, K, N, R, dtype, device="cpu"):
     (1, 8, 8, 1),
     (63, 136, 72, 3),
     (197, 96, 96, 16),
-    (1100, 200, 192, 14),  # one block across the columns, the last run with fewer rows
-    (1000, 72, 384, 16),  # a cluster of two
-    (530, 64, 768, 8),  # of four
+    (1100, 200, 192, 14),  # a run for each warpgroup; the last block has one only
+    (1000, 72, 520, 16),
+    (21000, 8, 64, 16),  # runs of several tiles of rows, the last one shorter
+    (1000, 72, 640, 16),  # a cluster of two
+    (530, 64, 768, 8),
     (70, 328, 1536, 16),
     (70, 1000, 2304, 16),
     (140, 776, 3072, 31),
@@ -546,8 +548,8 @@ def test_a_fault_planted_in_hopper_is_seen(faulty, monkeypatch):
 
 def hopper_passes_deviate(kernels) -> bool:
     """Whether any order of events gives a wrong number, or ends a launch."""
-    # One block across the columns, a cluster of four; the rings wrap around.
-    for M, N in ((1300, 192), (660, 768), (1000, 512)):
+    # A run for each warpgroup, a cluster of two and of four; the rings wrap around.
+    for M, N in ((17000, 128), (1300, 600), (660, 1536)):
         dy, x, up, p = make_passes(M, 128, N, 14, torch.bfloat16)
         dp = (dy.double() @ up.double().t()).to(dy.dtype).double()
         exact = [x.double().t() @ dp, p.double().t() @ dy.double()]

@@ -44,8 +44,11 @@ def proof(*proven: dict, **other) -> dict:
     return {"cuda": found | {"plans": {table.plan_name(plan): 40 for plan in proven}} | other}
 
 
-def row(plan=PLAN, us=1.0, torch_us=2.0) -> dict:
-    return {"torch": torch_us, "cuda": {"us": us, "plan": plan}}
+def row(plan=PLAN, us=1.0, torch_us=2.0, host=None, torch_host=None) -> dict:
+    found = {"torch": torch_us, "cuda": {"us": us, "plan": plan}}
+    if host:
+        found |= {"torch_host": torch_host, "cuda": {"us": us, "host": host, "plan": plan}}
+    return found
 
 
 def write(path: Path, proof: dict, measured: dict) -> None:
@@ -81,6 +84,18 @@ def test_ranks_that_cost_the_same_share_an_entry():
 def test_a_choice_needs_a_gain_of_three_percent():
     write(table.user_file(), proof(PLAN), {FORWARD: {"200": row(us=1.95), "100": row(us=1.9)}})
     assert table.choice(CPU, FORWARD, 200).backend is None and table.choice(CPU, FORWARD, 100).backend == "cuda"
+
+
+def test_a_choice_keeps_the_host_no_longer_than_plain_torch_does_unless_the_device_takes_longer():
+    rows = {
+        "100": row(host=3.0, torch_host=2.5),
+        "200": row(host=2.0, torch_host=1.0),
+        "300": row(host=3, torch_host=3),
+    }
+    write(table.user_file(), proof(PLAN), {FORWARD: rows})
+    assert [table.choice(CPU, FORWARD, M).backend for M in (100, 200, 300)] == [None, "cuda", "cuda"]
+    x, weight, bias, down, up, _, _ = make(100, 96, 64, 8)
+    assert "the host longer" in table.slower("cuda", table.LINEAR, (x, weight, bias, down, up))
 
 
 def test_between_two_sizes_that_are_chosen_alike_it_is_chosen_too():

@@ -195,23 +195,30 @@ HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp) {
   if (R > HOPPER_PASS_RANK) return best;
   const int rows = cdiv(M, HOPPER_PASS_ROWS), columns = cdiv(N, HOPPER_PASS_COLUMNS), ranks = R <= 16 ? 16 : 32;
   double least_cost = 0;
-  const auto consider = [&](int tiles, int parts, int at_once) {
+  const auto consider = [&](int tiles, int parts, int at_once, double step, double rest) {
     const int wanted = at_once / parts;
     if (!wanted || tiles * parts < columns) return;
-    const int each = cdiv(rows, least(wanted, rows)), eighths = ranks / 2;
-    const double cost = each * (tiles + 0.03 * eighths) + tiles * ranks / 16;
+    const int each = cdiv(rows, least(wanted, rows));
+    const double cost = each * step + rest;
     if (best.tiles && cost >= least_cost) return;
     least_cost = cost;
     best.tiles = tiles, best.parts = parts, best.rows = each * HOPPER_PASS_ROWS;
     best.runs = cdiv(rows, each), best.ranks = ranks;
   };
+  // A cost is counted in tiles loaded by a block, plus what its p and its slots cost.
+  const double p = 0.015 * ranks, slot = ranks / 16.0;
   if (dp) {
-    // parts is never 1: st.async in a launch without clusters is an illegal instruction (seen on an H200).
-    for (int parts : {4, 2})
-      for (int tiles : {2, 3, 6, 9, 12, ranks == 16 ? 16 : 12})
-        consider(tiles, parts, parts == 4 ? BLOCKS_IN_FOURS : BLOCKS_AT_ONCE);
+    // Up to 9 tiles (with 32 ranks 6), beyond which clusters were as fast on an H200; below, the exchange of dp took most
+    // of their time.
+    for (int tiles : {2, 3, 5, 6, ranks == 16 ? 9 : 6})
+      consider(tiles, 1, HOPPER_PASS_WORKERS * BLOCKS_AT_ONCE, HOPPER_PASS_WORKERS * (tiles + p),
+               HOPPER_PASS_WORKERS * tiles * slot);
+    // Clusters, never of one block: st.async in a launch without clusters is an illegal instruction (seen on an H200).
+    for (int parts : {2, 4})
+      for (int tiles : {6, 9, 12, ranks == 16 ? 16 : 12})
+        consider(tiles, parts, parts == 4 ? BLOCKS_IN_FOURS : BLOCKS_AT_ONCE, tiles + p, tiles * slot);
   } else {
-    for (int tiles : {6, 4, 3, 2}) consider(tiles, cdiv(columns, tiles), BLOCKS_AT_ONCE);
+    for (int tiles : {6, 4, 3, 2}) consider(tiles, cdiv(columns, tiles), BLOCKS_AT_ONCE, tiles + p, tiles * slot);
   }
   return best;
 }

@@ -1,16 +1,18 @@
 // dup = p.T @ dy and dp = dy @ up.T from one read of dy, for compute capability 9.0. Compiled once per dtype,
 // hopper_pass_*.cu. ddown.T = dp.T @ x is the first of the two products alone.
 //
-// A block owns TILES tiles of 64 columns and a run of rows. One thread loads tiles of 64 x 64 numbers by TMA; two
-// warpgroups share the columns (even and odd tiles) and keep dup of all their columns in registers for the whole run.
-// A tile in shared memory is the A operand of both products: k-major for dp, transposed for dup, whose rows are the
-// columns of dy. Both products have only 16 or 32 columns, the ranks, so every byte of dy is read from global memory
-// once and from shared memory twice.
+// One thread loads tiles of 64 x 64 numbers of dy by TMA; two warpgroups read them from shared memory. A tile is the A
+// operand of both products: k-major for dp, transposed for dup, whose rows are the columns of dy. Both products have only
+// 16 or 32 columns, the ranks, so every byte of dy is read from global memory once and from shared memory twice. dup
+// stays in registers for a whole run of rows; each run then writes a slot of float32 numbers, and reduce() sums the
+// slots. There are two ways to share the work:
 //
-// dp sums over all columns, which belong to several warpgroups, and to several blocks where dy is wide. These blocks
-// form a cluster. After each 64 rows every warpgroup sends its part of dp to its peers (st.async): each peer adds up
-// the parts of some of the elements, in the order of the warpgroups, and stores the result. So dp is complete when the
-// kernel ends. dup is not: each run writes a slot of float32 numbers, and reduce() sums the slots.
+// ROWS      Where dy is narrow, each warpgroup has runs of its own with all columns. dp is complete in its registers.
+//
+// columns   A block has TILES tiles of 64 columns and one run; its warpgroups take the even and the odd tiles. dp then
+//           sums over several warpgroups, and several blocks where dy is wide, which form a cluster. After each 64 rows
+//           every warpgroup sends its part of dp to its peers (st.async); each peer adds up the parts of some of the
+//           elements, in the order of the warpgroups, and stores the result.
 #pragma once
 
 #include <cstring>
@@ -21,7 +23,8 @@ namespace efft::cuda {
 
 constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;  // The last warp issues the TMA loads.
 constexpr int PASS_ROWS = 64, PASS_TILE = PASS_ROWS * LINE;  // rows and bytes of a tile of dy
-static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS, "bindings.cpp sizes the slots by these");
+static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS && CONSUMERS == HOPPER_PASS_WORKERS,
+              "the plan and bindings.cpp count by these");
 
 struct HopperPass {
   TensorMap dy, up, p;
@@ -32,24 +35,24 @@ struct HopperPass {
   float* slots;  // [runs, parts, TILES, RANKS / 8, WARPGROUP, 4]: accumulators as the threads hold them
 };
 
-template <int TILES_, int RANKS_, bool DP_>
+template <int TILES_, int RANKS_, bool DP_, bool ROWS_ = false>
 struct HopperPassTile {
   static constexpr int TILES = TILES_, RANKS = RANKS_;
-  static constexpr bool DP = DP_;
+  static constexpr bool DP = DP_, ROWS = ROWS_;
   static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // in bytes; P for one stage
-  static constexpr int INBOX = DP ? PASS_ROWS * RANKS * 4 : 0;                         // bytes per warpgroup
-  static constexpr int EACH = (TILES + 1) / 2;  // tiles of the first warpgroup; the second may have one fewer
+  static constexpr int INBOX = DP && !ROWS ? PASS_ROWS * RANKS * 4 : 0;  // bytes per warpgroup
+  static constexpr int P_RINGS = ROWS ? CONSUMERS : 1;                   // of the tiles of p
   // Given the stages of dy for each warpgroup, the stages of p, for more rows than those of dy can hold: p of a row has
   // been read long before its stage is filled again, because the tiles of that row had to be read for the tiles loaded
   // since.
-  static constexpr int p_stages(int stages) { return stages / (TILES / 2) + 2; }
+  static constexpr int p_stages(int stages) { return stages / (ROWS ? TILES : TILES / 2) + 2; }
   static constexpr int bytes(int stages) {
-    return CONSUMERS * stages * PASS_TILE + UP + p_stages(stages) * P + 2 * CONSUMERS * INBOX;
+    return CONSUMERS * stages * PASS_TILE + UP + P_RINGS * p_stages(stages) * P + 2 * CONSUMERS * INBOX;
   }
   static constexpr int LEFT = HOPPER_SHARED - ALIGNMENT - 512;
   static constexpr int STAGES = bytes(8) <= LEFT ? 8 : bytes(7) <= LEFT ? 7 : 6, P_STAGES = p_stages(STAGES);
   static constexpr int SHARED = bytes(STAGES) + ALIGNMENT + 512;
-  static constexpr int BARRIERS = 2 * CONSUMERS * STAGES + P_STAGES + 1 + 2 * CONSUMERS;
+  static constexpr int BARRIERS = 2 * CONSUMERS * STAGES + P_RINGS * P_STAGES + 1 + 2 * CONSUMERS;
   static_assert(bytes(STAGES) <= LEFT && BARRIERS * 8 <= 512 && TILES > 1, "the tiles fit");
 };
 
@@ -69,23 +72,28 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __grid_constant__ HopperPass g) {
 #if defined(EFFT_HOPPER)
   constexpr int TILES = Tile::TILES, RANKS = Tile::RANKS, STAGES = Tile::STAGES, P_STAGES = Tile::P_STAGES;
-  constexpr bool DP = Tile::DP;
+  constexpr bool DP = Tile::DP, ROWS = Tile::ROWS;
   EFFT_SHARED(raw);
   // The offset is the same in every block of the cluster, because peers address each other's inbox.
   unsigned char* const shared = raw + (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
   const uint32_t dy_tiles = shared_address(shared);
   const uint32_t up_tiles = dy_tiles + CONSUMERS * STAGES * PASS_TILE;
   const uint32_t p_tiles = up_tiles + Tile::UP;
-  unsigned char* const inboxes = shared + (p_tiles - dy_tiles) + P_STAGES * Tile::P;
+  unsigned char* const inboxes = shared + (p_tiles - dy_tiles) + Tile::P_RINGS * P_STAGES * Tile::P;
   uint64_t* const full = reinterpret_cast<uint64_t*>(inboxes + 2 * CONSUMERS * Tile::INBOX);
   uint64_t *const empty = full + CONSUMERS * STAGES, *const p_full = empty + CONSUMERS * STAGES;
-  uint64_t *const up_full = p_full + P_STAGES, *const dp_full = up_full + 1;
+  uint64_t *const up_full = p_full + Tile::P_RINGS * P_STAGES, *const dp_full = up_full + 1;
   const auto dy_tile = [&](int consumer, int stage) { return dy_tiles + (consumer * STAGES + stage) * PASS_TILE; };
   // Each warpgroup has two inboxes, used in turn, and a barrier for each.
   const auto inbox = [&](int consumer, int turn) { return inboxes + (consumer * 2 + turn) * Tile::INBOX; };
 
-  const int part = int(blockIdx.x) % g.parts, first = int(blockIdx.x) / g.parts * g.tiles;
-  const int count = least(g.tiles, cdiv(g.M, PASS_ROWS) - first);
+  const int part = int(blockIdx.x) % g.parts;
+  // The run of a warpgroup, its first tile of rows, and how many of these it has.
+  const auto run_of = [&](int consumer) {
+    return ROWS ? CONSUMERS * int(blockIdx.x) + consumer : int(blockIdx.x) / g.parts;
+  };
+  const auto first_of = [&](int consumer) { return run_of(consumer) * g.tiles; };
+  const auto count_of = [&](int consumer) { return least(g.tiles, cdiv(g.M, PASS_ROWS) - first_of(consumer)); };
   if (threadIdx.x == CONSUMERS * WARPGROUP) {
     prefetch_map(&g.dy), prefetch_map(&g.p);
     if constexpr (DP) prefetch_map(&g.up);
@@ -95,7 +103,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       barrier_init(full + i, 1);
       barrier_init(empty + i, 1);
     }
-    for (int i = 0; i < P_STAGES; ++i) barrier_init(p_full + i, 1);
+    for (int i = 0; i < Tile::P_RINGS * P_STAGES; ++i) barrier_init(p_full + i, 1);
     barrier_init(up_full, 1);
     for (int i = 0; i < 2 * CONSUMERS; ++i) barrier_init(dp_full + i, 1);
     barrier_init_fence();
@@ -121,15 +129,21 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
         tma_load(dy_tile(consumer, ring.stage), &g.dy, n0 + tile * CELLS, m0, full + i);
         ring.next();
       };
+      const auto load_p = [&](int ring, int m0) {
+        const int i = ring * P_STAGES + p_ring.stage;
+        barrier_expect(p_full + i, Tile::P);
+        tma_load(p_tiles + i * Tile::P, &g.p, 0, m0, p_full + i);
+      };
 #pragma unroll 1
-      for (int row = 0; row < count; ++row, p_ring.next()) {
-        const int m0 = (first + row) * PASS_ROWS;
-        barrier_expect(p_full + p_ring.stage, Tile::P);
-        tma_load(p_tiles + p_ring.stage * Tile::P, &g.p, 0, m0, p_full + p_ring.stage);
+      for (int row = 0; row < count_of(0); ++row, p_ring.next()) {  // The second warpgroup has no more than the first.
+        const int m0 = (first_of(0) + row) * PASS_ROWS, m1 = (first_of(1) + row) * PASS_ROWS;
+        const bool second = row < count_of(1);
+        load_p(0, m0);
+        if (ROWS && second) load_p(1, m1);
 #pragma unroll 1
-        for (int tile = 0; tile < TILES; tile += 2) {
+        for (int tile = 0; tile < TILES; tile += ROWS ? 1 : 2) {
           load(even, 0, tile, m0);
-          if (tile + 1 < TILES) load(odd, 1, tile + 1, m0);
+          if (ROWS ? second : tile + 1 < TILES) load(odd, 1, ROWS ? tile : tile + 1, m1);
         }
       }
     }
@@ -138,16 +152,27 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 
   const int consumer = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
   const int warp = thread / WARP, lane = threadIdx.x % WARP;
-  const int rank = DP ? cluster_rank() : 0;
+  const int rank = DP && !ROWS ? cluster_rank() : 0;
+  const int run = run_of(consumer), first = first_of(consumer), count = count_of(consumer);
 
-  // Sums the parts of dp of `row`, one from each warpgroup of the cluster, and stores the result.
-  const auto exchange = [&](const float(&dp)[RANKS / 2], int row) {
-    const int sources = CONSUMERS * g.parts, me = CONSUMERS * rank + consumer;  // sources: 4 or 8
-    // A piece is what a warp holds of 8 ranks, 16 bytes in each lane. The parts of a piece are adjacent in the inbox of
-    // its owner.
-    const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };
+  // Stores 4 numbers of dp as the accumulators hold them: ranks v * 8 to v * 8 + 7 of the rows of `row`.
+  const auto store_dp = [&](const float* four, int row, int v) {
+    const int m = (first + row) * PASS_ROWS + warp * 16 + lane / 4, r = v * 8 + lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (m + half * 8 < g.M && r < g.R)
+        *reinterpret_cast<uint32_t*>(g.dp + int64_t(m + half * 8) * g.dp_row + r) =
+            T::pack(four[half * 2], four[half * 2 + 1]);
+  };
+
+  // dp of 64 rows has a part from each warpgroup of the cluster. A piece is what a warp holds of 8 ranks, 16 bytes in
+  // each lane. The parts of a piece are adjacent in the inbox of its owner.
+  const int sources = CONSUMERS * g.parts, me = CONSUMERS * rank + consumer;  // sources: 4 or 8
+  const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };
+  uint64_t* const arrived = dp_full + consumer * 2;
+
+  const auto send = [&](const float(&dp)[RANKS / 2], int row) {
     const int turn = row % 2;
-    uint64_t* const arrived = dp_full + consumer * 2;
     if (thread == 0) barrier_expect(arrived + turn, Tile::INBOX);
 #pragma unroll
     for (int v = 0; v < RANKS / 8; ++v) {
@@ -155,6 +180,11 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       store_async(map_shared(shared_address(inbox(its, turn)) + place(piece, me), peer), dp + v * 4,
                   map_shared(shared_address(dp_full + its * 2 + turn), peer));
     }
+  };
+
+  // Sums the parts of the pieces that this warpgroup owns, and stores the sums.
+  const auto receive = [&](int row) {
+    const int turn = row % 2;
     barrier_wait_cluster(arrived + turn, row / 2 % 2);
 #pragma unroll
     for (int v = 0; v < RANKS / 8; ++v) {
@@ -167,20 +197,16 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[e] += one[e];
       }
-      const int m = (first + row) * PASS_ROWS + warp * 16 + lane / 4, r = v * 8 + lane % 4 * 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (m + half * 8 < g.M && r < g.R)
-          *reinterpret_cast<uint32_t*>(g.dp + int64_t(m + half * 8) * g.dp_row + r) =
-              T::pack(sum[half * 2], sum[half * 2 + 1]);
+      store_dp(sum, row, v);
     }
-    // The next part that this warpgroup sends tells the peer that this inbox has been read.
+    // The next part that this warpgroup sends tells its peers that this inbox has been read.
     group_sync(1 + consumer, WARPGROUP);
   };
 
   // Compiled once per warpgroup, so that the compiler sees that all its threads have the same addresses of tiles.
   const auto consume = [&](auto number) {
-    constexpr int CONSUMER = decltype(number)::value, COUNT = (TILES + 1 - CONSUMER) / 2;
+    constexpr int CONSUMER = decltype(number)::value, COUNT = ROWS ? TILES : (TILES + 1 - CONSUMER) / 2;
+    constexpr int FIRST = ROWS ? 0 : CONSUMER, STEP = ROWS ? 1 : CONSUMERS, P_RING = ROWS ? CONSUMER : 0;
     float dup[COUNT][RANKS / 2] = {};
     Ring<STAGES> ring;
     Ring<P_STAGES> p_ring;
@@ -191,13 +217,14 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 #pragma unroll 1
     for (int row = 0; row < count; ++row, p_ring.next()) {
       [[maybe_unused]] float dp[RANKS / 2];
-      const uint64_t columns_of_p = p_operand<RANKS>(p_tiles + p_ring.stage * Tile::P);
-      barrier_wait(p_full + p_ring.stage, p_ring.parity);
+      const int p_tile = P_RING * P_STAGES + p_ring.stage;
+      const uint64_t columns_of_p = p_operand<RANKS>(p_tiles + p_tile * Tile::P);
+      barrier_wait(p_full + p_tile, p_ring.parity);
       int last = 0;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i, ring.next()) {
         const uint32_t dy = dy_tile(CONSUMER, ring.stage);
-        [[maybe_unused]] const uint32_t up = up_tiles + (CONSUMERS * i + CONSUMER) * RANKS * LINE;
+        [[maybe_unused]] const uint32_t up = up_tiles + (STEP * i + FIRST) * RANKS * LINE;
         [[maybe_unused]] const uint64_t rows_of_dy = operand<true>(dy, 0, 0), rows_of_up = operand<true>(up, 0, 0);
         const uint64_t columns_of_dy = operand<false>(dy, 0, PASS_ROWS);
         barrier_wait(full + CONSUMER * STAGES + ring.stage, ring.parity);
@@ -226,17 +253,25 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       release(empty + CONSUMER * STAGES + last);
       if constexpr (DP) {
         hold(dp);
-        exchange(dp, row);
+        if constexpr (ROWS) {
+#pragma unroll
+          for (int v = 0; v < RANKS / 8; ++v) store_dp(dp + v * 4, row, v);
+        } else {
+          send(dp, row);
+          receive(row);
+        }
       }
     }
-    uint4* const slot = reinterpret_cast<uint4*>(g.slots) + int64_t(blockIdx.x) * TILES * (RANKS / 8) * WARPGROUP;
+    if (count < 1) return;  // the second warpgroup of the last block
+    uint4* const slot = reinterpret_cast<uint4*>(g.slots) +
+                        int64_t(run * g.parts + part) * TILES * (RANKS / 8) * WARPGROUP;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
 #pragma unroll
       for (int v = 0; v < RANKS / 8; ++v) {
         uint4 four;
         memcpy(&four, dup[i] + v * 4, 16);
-        slot[((CONSUMERS * i + CONSUMER) * (RANKS / 8) + v) * WARPGROUP + thread] = four;
+        slot[((STEP * i + FIRST) * (RANKS / 8) + v) * WARPGROUP + thread] = four;
       }
   };
   if (consumer == 0)
@@ -246,37 +281,46 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
 #endif
 }
 
-template <class T, int TILES, int RANKS, bool DP>
+template <class T, class Tile>
 const char* launch_hopper_pass(const DyPass& g, const HopperPassPlan& plan, void* stream) {
-  using Tile = HopperPassTile<TILES, RANKS, DP>;
+  constexpr int RANKS = Tile::RANKS;
   HopperPass h{};
   h.M = g.M, h.R = g.R, h.tiles = plan.rows / PASS_ROWS, h.parts = plan.parts;
   h.dp = static_cast<uint16_t*>(g.dp_slots), h.dp_row = g.dp_row;
   h.slots = static_cast<float*>(g.dup_slots);
   const char* error = make_map(&h.dy, g.dy.data, g.M, g.N, g.dy.row, PASS_ROWS, CELLS, LINE);
   if (!error) error = make_map(&h.p, g.p.data, g.M, g.R, g.p.row, PASS_ROWS, RANKS, 2 * RANKS);
-  if (DP && !error) error = make_map(&h.up, g.up.data, g.R, g.N, g.up.row, RANKS, CELLS, LINE);
+  if (Tile::DP && !error) error = make_map(&h.up, g.up.data, g.R, g.N, g.up.row, RANKS, CELLS, LINE);
   if (!error && !multiprocessors()) error = "this kernel is for compute capability 9.0";
   if (error) return error;
-  return launch_clusters(hopper_pass_kernel<T, Tile>, plan.runs * plan.parts, DP ? plan.parts : 1, PASS_THREADS,
-                         Tile::SHARED, stream, h);
+  const int blocks = Tile::ROWS ? cdiv(plan.runs, CONSUMERS) : plan.runs * plan.parts;
+  return launch_clusters(hopper_pass_kernel<T, Tile>, blocks, Tile::DP ? plan.parts : 1, PASS_THREADS, Tile::SHARED,
+                         stream, h);
 }
 
 template <class T, int RANKS>
 const char* hopper_pass_by_tiles(const DyPass& g, const HopperPassPlan& plan, void* stream) {
+  const auto launch = [&](auto tile) { return launch_hopper_pass<T, decltype(tile)>(g, plan, stream); };
   if (!g.up.data) {
-    if (plan.tiles == 2) return launch_hopper_pass<T, 2, RANKS, false>(g, plan, stream);
-    if (plan.tiles == 3) return launch_hopper_pass<T, 3, RANKS, false>(g, plan, stream);
-    if (plan.tiles == 4) return launch_hopper_pass<T, 4, RANKS, false>(g, plan, stream);
-    return launch_hopper_pass<T, 6, RANKS, false>(g, plan, stream);
+    if (plan.tiles == 2) return launch(HopperPassTile<2, RANKS, false>());
+    if (plan.tiles == 3) return launch(HopperPassTile<3, RANKS, false>());
+    if (plan.tiles == 4) return launch(HopperPassTile<4, RANKS, false>());
+    return launch(HopperPassTile<6, RANKS, false>());
   }
-  if (plan.tiles == 2) return launch_hopper_pass<T, 2, RANKS, true>(g, plan, stream);
-  if (plan.tiles == 3) return launch_hopper_pass<T, 3, RANKS, true>(g, plan, stream);
-  if (plan.tiles == 6) return launch_hopper_pass<T, 6, RANKS, true>(g, plan, stream);
-  if (plan.tiles == 9) return launch_hopper_pass<T, 9, RANKS, true>(g, plan, stream);
-  if constexpr (RANKS == 16)  // With more ranks a thread has too few registers for the accumulators.
-    if (plan.tiles == 16) return launch_hopper_pass<T, 16, RANKS, true>(g, plan, stream);
-  return launch_hopper_pass<T, 12, RANKS, true>(g, plan, stream);
+  // With more ranks a thread has too few registers for the accumulators of more tiles.
+  if (plan.parts == 1) {
+    if (plan.tiles == 2) return launch(HopperPassTile<2, RANKS, true, true>());
+    if (plan.tiles == 3) return launch(HopperPassTile<3, RANKS, true, true>());
+    if constexpr (RANKS == 16)
+      if (plan.tiles == 9) return launch(HopperPassTile<9, RANKS, true, true>());
+    if (plan.tiles == 5) return launch(HopperPassTile<5, RANKS, true, true>());
+    return launch(HopperPassTile<6, RANKS, true, true>());
+  }
+  if (plan.tiles == 6) return launch(HopperPassTile<6, RANKS, true>());
+  if (plan.tiles == 9) return launch(HopperPassTile<9, RANKS, true>());
+  if constexpr (RANKS == 16)
+    if (plan.tiles == 16) return launch(HopperPassTile<16, RANKS, true>());
+  return launch(HopperPassTile<12, RANKS, true>());
 }
 
 template <class T>

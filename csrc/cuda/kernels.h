@@ -96,8 +96,9 @@ const char* dy_pass(Dtype, const DyPass&, void* stream);
 //     dp_slots = dp, 16-bit, complete        dup_slots = a slot for each run, which reduce() sums (Reduction::ranks)
 //
 // The plan splits the work among blocks: `parts` blocks across the columns, each with `tiles` tiles of 64 columns, and
-// `runs` runs of `rows` rows. It follows from the shape alone, so that results do not depend on the GPU.
-constexpr int32_t HOPPER_PASS_RANK = 32, HOPPER_PASS_ROWS = 64, HOPPER_PASS_COLUMNS = 64;
+// `runs` runs of `rows` rows. With dp and one part, each of the HOPPER_PASS_WORKERS warpgroups of a block has a run. The
+// plan follows from the shape alone, so that results do not depend on the GPU.
+constexpr int32_t HOPPER_PASS_RANK = 32, HOPPER_PASS_ROWS = 64, HOPPER_PASS_COLUMNS = 64, HOPPER_PASS_WORKERS = 2;
 
 struct HopperPassPlan {
   int32_t tiles = 0, parts = 0, runs = 0, rows = 0;

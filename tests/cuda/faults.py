@@ -107,15 +107,15 @@ HOPPER = {
 # name: (text that occurs in hopper_pass.h once, the faulty text that replaces it)
 HOPPER_PASS = {
     "no_wait_for_dy": ("        barrier_wait(full + CONSUMER * STAGES + ring.stage, ring.parity);\n", ""),
-    "no_wait_for_p": ("      barrier_wait(p_full + p_ring.stage, p_ring.parity);\n", ""),
+    "no_wait_for_p": ("      barrier_wait(p_full + p_tile, p_ring.parity);\n", ""),
     "no_wait_for_up": ("    if constexpr (DP) barrier_wait(up_full, 0);\n", ""),
     "dy_over_what_is_read": ("        barrier_wait(empty + i, ring.parity ^ 1);\n", ""),
     "released_too_early": ("          wgmma_wait<1>();\n", ""),
     "dp_before_its_sum": ("      wgmma_wait<0>();\n", ""),
     "dp_of_the_rows_before": ("i > 0 || k16 > 0);", "row > 0 || i > 0 || k16 > 0);"),
-    "too_few_stages_of_p": ("stages / (TILES / 2) + 2; }", "2; }"),
+    "too_few_stages_of_p": ("stages / (ROWS ? TILES : TILES / 2) + 2; }", "2; }"),
     "rows_for_columns": ("further(columns_of_dy, k16 * 16 * LINE)", "further(columns_of_dy, k16 * 32)"),
-    "wrong_tile_of_up": ("(CONSUMERS * i + CONSUMER) * RANKS * LINE", "CONSUMERS * i * RANKS * LINE"),
+    "wrong_tile_of_up": ("(STEP * i + FIRST) * RANKS * LINE", "STEP * i * RANKS * LINE"),
     "parts_not_awaited": ("    barrier_wait_cluster(arrived + turn, row / 2 % 2);\n", ""),
     "parts_of_one_block": ("me = CONSUMERS * rank + consumer;", "me = consumer;"),
     "one_inbox": (
@@ -129,6 +129,12 @@ HOPPER_PASS = {
     ),
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": ("  cluster_sync();\n", ""),
-    "wrong_slot": ("((CONSUMERS * i + CONSUMER) * (RANKS / 8) + v)", "((COUNT * CONSUMER + i) * (RANKS / 8) + v)"),
-    "the_rows_of_the_first_run": ("const int m0 = (first + row) * PASS_ROWS;", "const int m0 = row * PASS_ROWS;"),
+    "wrong_slot": ("((STEP * i + FIRST) * (RANKS / 8) + v)", "((COUNT * FIRST + i) * (RANKS / 8) + v)"),
+    "the_rows_of_the_first_run": ("const int m0 = (first_of(0) + row) * PASS_ROWS", "const int m0 = row * PASS_ROWS"),
+    "the_rows_of_the_other_warpgroup": ("m1 = (first_of(1) + row) * PASS_ROWS", "m1 = (first_of(0) + row) * PASS_ROWS"),
+    "dp_of_the_first_warpgroup": (
+        "const int m = (first + row) * PASS_ROWS",
+        "const int m = (first_of(0) + row) * PASS_ROWS",
+    ),
+    "a_slot_for_both": ("int64_t(run * g.parts + part)", "int64_t(run / 2 * g.parts + part)"),
 }

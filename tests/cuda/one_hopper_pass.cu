@@ -4,9 +4,10 @@
 namespace efft::cuda {
 
 const char* hopper_pass_bf16(const DyPass& g, const HopperPassPlan& plan, void* stream) {
-  if (plan.tiles == 2 && !g.up.data) return launch_hopper_pass<Bf16, 2, 16, false>(g, plan, stream);
-  if (plan.tiles == 2) return launch_hopper_pass<Bf16, 2, 16, true>(g, plan, stream);
-  if (plan.tiles == 3 && g.up.data) return launch_hopper_pass<Bf16, 3, 16, true>(g, plan, stream);
+  const auto launch = [&](auto tile) { return launch_hopper_pass<Bf16, decltype(tile)>(g, plan, stream); };
+  if (plan.tiles == 2 && !g.up.data) return launch(HopperPassTile<2, 16, false>());
+  if (plan.tiles == 2) return launch(HopperPassTile<2, 16, true, true>());
+  if (plan.tiles == 6 && g.up.data) return launch(HopperPassTile<6, 16, true>());
   return "the test's sizes need other tiles";
 }
 

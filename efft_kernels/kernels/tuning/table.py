@@ -7,10 +7,12 @@ with the package.
         "proof": {"cuda": {"sources": ..., "driver": ..., "torch": ..., "triton": ..., "date": ...,
                            "plans": {"hopper 192 single_pass": 40}, "dropped": {"mma 64 extended_k": "..."}}},
         "measured": {"lowrank_linear bfloat16 K768 N2304 R16": {"12608": {
-            "torch": 114.9, "cuda": {"us": 81.0, "plan": {...}}, "triton": {"us": 96.4, "plan": {...}}}}}}}}
+            "torch": 114.9, "torch_host": 65.1, "cuda": {"us": 81.0, "host": 29.3, "plan": {...}},
+            "triton": {"us": 96.4, "host": 125.0, "plan": {...}}}}}}}}
 
 A proof counts where its sources, driver, torch and triton are those at hand; in the shipped file the driver may differ.
-Times are microseconds of one call. ``prove.py`` and ``timing.py`` make these records.
+Times are microseconds of one call, on the device, and on the host where that is not the device. ``prove.py`` and
+``timing.py`` make these records.
 """
 
 import contextlib
@@ -182,8 +184,10 @@ def _checked(devices: dict[str, dict]) -> dict[str, dict]:
             {**record["plans"], **record["dropped"]}
         for entry, rows in device["measured"].items():
             for M, row in rows.items():
-                times = [row["torch"], *(value["us"] for value in row.values() if isinstance(value, dict))]
-                plans = [value["plan"] for value in row.values() if isinstance(value, dict)]
+                found = [value for value in row.values() if isinstance(value, dict)]
+                times = [row["torch"], row.get("torch_host", 1), *(value["us"] for value in found)]
+                times += [value.get("host", 1) for value in found]
+                plans = [value["plan"] for value in found]
                 if int(M) < 1 or not all(isinstance(t, int | float) and t > 0 for t in times):
                     raise ValueError(f"{entry} M {M}: times must be positive numbers, got {times}")
                 if not all(isinstance(plan, dict) for plan in plans):
@@ -274,9 +278,18 @@ def _proven(row: dict, device: torch.device) -> dict[str, dict]:
 def _choice(row: dict, device: torch.device) -> Choice:
     found = _proven(row, device)
     us = {backend: value["us"] for backend, value in found.items()}
-    best = min(us, key=us.get)
-    backend = best if us[best] <= GAIN * row["torch"] else None
+    able = [b for b, value in found.items() if us[b] <= GAIN * row["torch"] and _keeps_up(value, row)]
+    backend = min(able, key=us.get, default=None)
     return Choice(backend, row["torch"], us, {backend: value["plan"] for backend, value in found.items()})
+
+
+def _keeps_up(value: dict, row: dict) -> bool:
+    """Whether a single call takes no longer than one of plain torch, on the host or on the device.
+
+    Without a CUDA graph the host may be what a model waits for, and one call of a Triton kernel costs it more than the
+    two or three calls of plain torch.
+    """
+    return max(value["us"], value.get("host", 0)) <= max(row["torch"], row.get("torch_host", float("inf")))
 
 
 def slower(backend: str, op: str, tensors: tuple, needs: list[bool] | None = None) -> str | None:
@@ -292,6 +305,8 @@ def slower(backend: str, op: str, tensors: tuple, needs: list[bool] | None = Non
             return f"none of its plans is on record for {entry}, M {M}"
         if found.backend != backend:
             faster = f"{found.backend} {found.us[found.backend]:.4g} us" if found.backend else "too small a gain"
+            if found.us[backend] <= GAIN * found.torch_us and backend == min(found.us, key=found.us.get):
+                faster = "but one call takes the host longer"
             return f"measured here: {found.us[backend]:.4g} us, plain torch {found.torch_us:.4g} us, {faster}"
     return None
 

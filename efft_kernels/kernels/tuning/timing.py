@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .. import reference
 from . import plans, prove, table
 
-ROUNDS, CALLS = 8, 12
+ROUNDS, CALLS, HOST_ROUNDS = 8, 12, 5
 
 
 def plain_orders(op: str, needs: list[bool] | None) -> dict[str, Callable]:
@@ -70,8 +70,8 @@ def time_linear(
     plain_names = list(variants)
     judged = _judge(op, copies[0], needs)
     made = {}
-    if needs and not needs[0]:  # plans are of the product dx: without it they are all one
-        candidates = [*{backend: (backend, plan) for backend, plan in reversed(candidates)}.values()]
+    if needs and not needs[0]:  # plans are of the product dx: without it those with the same passes are one
+        candidates = [*{(b, plan.get("hopper")): (b, plan) for b, plan in reversed(candidates)}.values()]
     for backend, plan in candidates:
         if not plans.takes(backend, plan, op, copies[0], needs):
             continue
@@ -94,6 +94,8 @@ def time_linear(
     for name, (backend, plan) in made.items():
         if name in us and (backend not in row or us[name] < row[backend]["us"]):
             row[backend] = {"us": us[name], "plan": plan}
+    best = {backend: _called(backend, row[backend]["plan"], op, needs) for backend in row if backend != "torch"}
+    _add_host(row, {name: variants[name] for name in plain_names}, best, copies, device)
     entry = table.key(op, dtype, K, N, R, needs)
     yield {"row": row, "entry": entry, "M": M, "us": us}
 
@@ -123,6 +125,8 @@ def time_op(op: str, sizes: tuple, dtype, device, candidates: list[tuple[str, di
         variants[backend] = getattr(kernels, op)
     us = interleaved(variants, copies, device, budget)
     row = {"torch": us["product first"]} | {b: {"us": us[b], "plan": plan} for b, plan in candidates if b in us}
+    plain = {"product first": variants["product first"]}
+    _add_host(row, plain, {b: variants[b] for b, _ in candidates if b in us}, copies, device)
     yield {"row": row, "entry": entry, "M": M, "us": us}
 
 
@@ -173,6 +177,30 @@ def interleaved(
             times[name].append(runs[name]())
         if number >= 2 and time.monotonic() > end:
             break
+    return {name: float(f"{statistics.median(found):.4g}") for name, found in times.items()}
+
+
+def _add_host(row: dict, plain: dict, best: dict[str, Callable], copies: list[tuple], device: torch.device) -> None:
+    """Add what one call takes of the host's time, where the host is not the device."""
+    if device.type == "cuda":
+        us = host_times(plain | best, copies, device)
+        row["torch_host"] = min(us[name] for name in plain)
+        for backend in best:
+            row[backend]["host"] = us[backend]
+
+
+def host_times(variants: dict[str, Callable], copies: list[tuple], device: torch.device) -> dict[str, float]:
+    """Median microseconds of the host for one call of each variant, which the GPU executes later."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.cuda.device(device):
+        for _ in range(HOST_ROUNDS):
+            for name, call in variants.items():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for number in range(CALLS):
+                    call(*copies[number % len(copies)])
+                times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+        torch.cuda.synchronize()
     return {name: float(f"{statistics.median(found):.4g}") for name, found in times.items()}
 
 
