@@ -5,9 +5,9 @@
 
 Each step is a process of its own with a limit, so that a hang or an illegal address ends that step and not the run, and
 each result is a line of gpu.jsonl as soon as it is known. At the end stand gpu.csv and gpu.json (results/README.md),
-tuned.json, which `python -m efft_kernels.tune` uses and the package ships, train_step.csv and .json, eager and, with
-_graph in their names, replayed from CUDA graphs. The libraries travel prebuilt: nothing is compiled here but Triton's
-kernels.
+tuned.json, which `python -m efft_kernels.tune` uses and the package ships, and a CSV and a JSON for each kind of
+training step: eager, replayed from CUDA graphs, compiled. The time that is left goes to other batches. The libraries
+travel prebuilt: nothing is compiled here but Triton's kernels and, for the compiled step, models.
 """
 
 import argparse
@@ -54,6 +54,15 @@ GOALS = [
     ("G14", "worst / plain torch in its better order", "worst", 1.00),
 ]  # fmt: skip
 METHODS = ["merged", "peft_lora", "released_efft", "efft2"]
+TRAIN = {  # name of the files -> options beside the methods
+    "train_step": [],
+    "train_step_graph": ["--graph"],
+    "swin_t_train_step": ["--model", "swin_t"],
+    "swin_t_train_step_graph": ["--model", "swin_t", "--graph"],
+    "train_step_compile": ["--compile"],
+}
+OTHER_BATCHES = [1, 8, 32, 128, 16, 256]  # tuned with what is left of the time, in this order
+SMALL = [(197, 96, 288, 16), (70, 200, 1000, 13), (330, 768, 72, 32)]  # M, K, N, R for the memory checker
 
 
 class Run:
@@ -227,6 +236,25 @@ def _differing(backend: str, given: tuple, count: int, dry: bool) -> int:
     return int(differ)
 
 
+def small(dry: bool) -> None:
+    """Every plan of the CUDA kernels once, forward and backward, for a checker of memory accesses"""
+    device, dtype = (torch.device("cpu"), torch.float16) if dry else (torch.device("cuda", 0), torch.bfloat16)
+    if dry:
+        simulate()
+    for shape in SMALL:
+        x, weight, bias, down, up, dy = prove.linear_inputs(*shape, dtype, device)
+        for plan in plans.linear_plans("cuda", device):
+            for op, given, needs in (
+                (table.LINEAR, (x, weight, bias, down, up), None),
+                (table.BACKWARD, (dy, x, weight, down, up, x @ down), table.ALL),
+            ):
+                if plans.takes("cuda", plan, op, given, needs):
+                    with table.override("cuda", plan):
+                        getattr(plans.module("cuda"), op)(*given, *([needs] if needs else []))
+                    prove.wait(device)
+    emit(shapes=SMALL)
+
+
 def rows_of(found: list[dict]) -> list[dict]:
     """The rows of gpu.csv"""
     rows = []
@@ -272,7 +300,7 @@ def goals(rows: list[dict], step: list[dict]) -> list[dict]:
 
 def _step_ratios(step: list[dict], other: str) -> dict[str, float]:
     """our method's step over another's; "peak": its peak memory over that of PEFT's LoRA"""
-    rows = {(row["file"], row["method"]): row for row in step if row["pass"] == "step"}
+    rows = {(row["file"], row["method"]): row for row in step if row["pass"] == "step" and row["model"] == "vit_b"}
     found = {}
     for (file, method), row in rows.items():
         against = rows.get((file, "peft_lora" if other == "peak" else other))
@@ -284,23 +312,18 @@ def _step_ratios(step: list[dict], other: str) -> dict[str, float]:
 
 
 def train(found: Run, out: Path, dry: bool, backend: str | None) -> list[dict]:
-    """The rows of train_step.csv, eager and from a graph, with the file's name"""
+    """The rows of all training steps, with the file's name"""
     device = ["--device", "cpu", "--batch", "1", "--dtype", "float32", "--image", "32"] if dry else [
         "--device", "cuda", "--batch", str(BATCH), "--dtype", "bfloat16"
     ]  # fmt: skip
     rows = []
-    for name, more in (("train_step", []), ("train_step_graph", ["--graph"])):
+    for name, more in TRAIN.items():
         if dry and more:
             continue
         folder = out / name
         command = [sys.executable, "benchmarks/bench_train_step.py", *device, *more, "--methods", *METHODS]
-        command += [
-            "--seconds",
-            "5" if dry else "45",
-            "--out",
-            str(folder),
-            *(["--backend", backend] if backend else []),
-        ]
+        command += ["--seconds", "5" if dry else "45", "--out", str(folder)]
+        command += ["--backend", backend] if backend else []
         found.step(name, command, 300 if dry else 110)
         for path in (folder / "train_step.csv", folder / "train_step.json"):
             if path.exists():
@@ -317,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/ and the GPU's name")
     p.add_argument("--dry", action="store_true", help="without a GPU: every step, small, in simulator and interpreter")
     p.add_argument("--no-train", action="store_true", help="without whole training steps")
-    p.add_argument("--step", choices=("info", "ratios", "stress", "worker"), help=argparse.SUPPRESS)
+    p.add_argument("--step", choices=("info", "ratios", "stress", "small", "worker"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.step:
         worker() if args.step == "worker" else globals()[args.step](args.dry)
@@ -338,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
 def everything(found: Run, out: Path, args) -> int:
     here = [sys.executable, str(Path(__file__).resolve()), *(["--dry"] if args.dry else []), "--step"]
     patience = 10 if args.dry else 1
+    commit = record.commit()  # before the shipped record changes
     about = found.step("info", [*here, "info"], 60 * patience)
     sizes = [(layer.tokens * (4 if args.dry else BATCH), layer.K, layer.N, R) for _, layer in chosen_layers(args.dry)]
     report = run.tune(
@@ -349,7 +373,12 @@ def everything(found: Run, out: Path, args) -> int:
     )  # fmt: skip
     measured = found.step("ratios", [*here, "ratios"], 120 * patience)
     stressed = found.step("stress", [*here, "stress"], 60 * patience)
+    checker = shutil.which("compute-sanitizer")
+    checked = [checker, "--tool", "memcheck", "--error-exitcode", "3"] if checker and not args.dry else []
+    found.step("memcheck" if checked else "small", [*checked, *here, "small"], 90 * patience)
     step = [] if args.no_train else train(found, out, args.dry, "reference" if args.dry else None)
+    if not args.dry:
+        tune_other_batches(found)
     if table.user_file().exists():
         shutil.copyfile(table.user_file(), out / "tuned.json")
         if not args.dry:
@@ -360,7 +389,7 @@ def everything(found: Run, out: Path, args) -> int:
     record.write_run(out, {
         "benchmark": "gpu", "format": record.FORMAT, "date": datetime.date.today().isoformat(), "dry": args.dry,
         "complete": not report.left, "machine": record.machine(), "versions": record.versions(),
-        "commit": record.commit(), "info": about, "proven": report.proven, "dropped": report.dropped,
+        "commit": commit, "info": about, "proven": report.proven, "dropped": report.dropped,
         "not_done": report.left, "stress": stressed, "goals": reached, "results": rows,
     })  # fmt: skip
     lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
@@ -372,6 +401,18 @@ def everything(found: Run, out: Path, args) -> int:
         )
     print(f"\nwritten: {out}")
     return int(any(report.dropped.values()) or any(each.get("differ") for each in stressed))
+
+
+def tune_other_batches(found: Run) -> None:
+    """As `python -m efft_kernels.tune` would, for the record that is shipped"""
+    for batch in OTHER_BATCHES:
+        if found.left() < 60:
+            break
+        sizes = [(layer.tokens * batch, layer.K, layer.N, R) for _, layer in chosen_layers(False)]
+        run.tune(
+            dict.fromkeys(sizes), [torch.bfloat16], backends=("cuda", "triton"), minutes=found.left() / 60,
+            say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
+        )  # fmt: skip
 
 
 def _digits(value: float | None) -> str:

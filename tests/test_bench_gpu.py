@@ -33,7 +33,7 @@ def test_a_dry_run_exercises_every_step(tmp_path):
     (end,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert end["outcome"] == "passed", end
     lines = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
-    assert {"info", "tune", "ratios", "stress"} == {line["step"] for line in lines}
+    assert {"info", "tune", "ratios", "stress", "small"} == {line["step"] for line in lines}
     assert not [line for line in lines if line.get("outcome", "passed") != "passed"]
     record = json.loads((out / "gpu.json").read_text())
     assert record["dry"] and record["proven"]["cuda"].keys() >= {"single_pass tile64", "hopper tile128", "merge_"}
@@ -86,7 +86,7 @@ def test_table_of_the_goals():
     cases[2]["us"] = us | {"auto": 26.0}
     rows = gpu.rows_of(cases)
     steps = [
-        {"file": "train_step", "pass": "step", "method": method, "ms": ms, "peak_bytes": peak}
+        {"file": "train_step", "model": "vit_b", "pass": "step", "method": method, "ms": ms, "peak_bytes": peak}
         for method, ms, peak in (("merged", 10.0, 5), ("peft_lora", 30.0, 8), ("efft2", 12.0, 6))
     ]
     found = {(goal["goal"], goal["what"].partition(",")[0]): goal["measured"] for goal in gpu.goals(rows, steps)}
