@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_linears import add_low_rank, has_own_forward, pin_layout, unpin_layout
+from .base_linears import (
+    add_low_rank,
+    change_class,
+    has_own_forward,
+    is_parametrized_class,
+    pin_layout,
+    unpin_layout,
+)
 from .groups import Pair
 from .ops import lowrank_linear
 from .passes import Adapters
@@ -25,13 +32,14 @@ class AdaptedLinear(nn.Linear):
     def adopt(linear: nn.Linear, path: str, adapters: Adapters) -> None:
         """Turn a Linear into an adapted one, in place."""
         pin_layout(linear)
-        linear.__class__ = _adapted(type(linear))
+        cls = type(linear)
+        change_class(linear, _adapted(cls.__bases__[0] if is_parametrized_class(cls) else cls))
         linear.efft = (adapters, path)  # a tuple, which registers nothing
 
     def release(self) -> None:
         """Turn it back into the Linear it was, in place."""
         del self.efft
-        self.__class__ = self.base
+        change_class(self, self.base)
         unpin_layout(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,16 +48,18 @@ class AdaptedLinear(nn.Linear):
         if pair is None:
             return super().forward(x)
         parameters = self._parameters  # self.weight would take a Python frame of nn.Module.__getattr__ at each use
-        weight = parameters.get("weight")
+        weight, bias = parameters.get("weight"), parameters.get("bias", self)  # self: there is none, not even None
         # a plain Parameter in a plain Linear needs no further question
-        if (type(weight) is not nn.Parameter or self.base is not nn.Linear) and has_own_forward(self, self.base):
-            return self._add_to_own(x, pair)
+        if type(weight) is not nn.Parameter or bias is self or self.base is not nn.Linear:
+            if has_own_forward(self, self.base):
+                return self._add_to_own(x, pair)
+            weight = self.weight
         down, up, dropout = pair
         if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(weight.dtype), up.to(weight.dtype)
         if dropout and self.training:
-            return F.linear(x, weight, parameters["bias"]) + F.dropout(x @ down, dropout) @ up
-        return lowrank_linear(x, weight, parameters["bias"], down, up, backend=adapters.backend)
+            return F.linear(x, weight, bias) + F.dropout(x @ down, dropout) @ up
+        return lowrank_linear(x, weight, bias, down, up, backend=adapters.backend)
 
     def _add_to_own(self, x: Tensor, pair: Pair) -> Tensor:
         """the update added to what the base's own forward returns"""

@@ -6,7 +6,8 @@ plain nn.Linear), bitsandbytes' Linear4bit and Linear8bitLt, and torch's own par
 norm and pruning.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,12 @@ def has_own_forward(linear: nn.Linear, base: type = nn.Linear) -> bool:
         linear: any Linear.
         base: its class, or, for an adapted Linear, the class it had before.
     """
+    if base is not nn.Linear or "bias" not in linear._parameters:
+        return True
     weight = linear._parameters.get("weight")
-    return base is not nn.Linear or weight is None or _wraps(weight)
+    if weight is None:  # remove_parametrizations leaves a frozen weight as a buffer
+        weight = linear._buffers.get("weight")
+    return weight is None or _wraps(weight)
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:  # [..., N], [..., K], [K, R], [R, N]
@@ -54,14 +59,28 @@ def kind(linear: nn.Linear) -> str | None:
     return None
 
 
+def untrainable(linear: nn.Linear) -> str | None:
+    """Why the weight of this Linear cannot be trained, for an error message; None if it can be."""
+    if what := kind(linear):
+        return f"is quantized ({what})"
+    return "is offloaded by accelerate" if _offload(linear) is not None else None
+
+
 def refusal(linear: nn.Linear, base: type) -> str | None:
     """Why this Linear of class ``base`` cannot be adapted, and what to do about it; None if it can be."""
+    if (own := linear.__dict__.get("forward")) is not None and not _reaches(linear, own, base):
+        return (
+            f"has a forward of its own, {getattr(own, '__qualname__', own)!r}, set on the instance, which would bypass "
+            "the adapter; remove it, and set it again afterwards if it calls the forward that it replaces"
+        )
+    if is_parametrized_class(base):
+        (base,) = base.__bases__
     if base is nn.Linear:
         weight = linear.weight
         if not weight.dtype.is_floating_point:
             return f"must have a floating-point weight, got {weight.dtype}"
         return None
-    if _bitsandbytes(base) or (parametrize.is_parametrized(linear) and base.__bases__ == (nn.Linear,)):
+    if _bitsandbytes(base):
         return None
     if base is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "is read past its forward by nn.MultiheadAttention; leave it out with targets= or blocks="
@@ -79,15 +98,24 @@ def tensors(linear: nn.Linear) -> Iterator[nn.Parameter]:
 
 def kept_in(linear: nn.Linear) -> tuple[torch.dtype | None, torch.device]:
     """The dtype and device for factors of this Linear; the dtype is None where only its inputs will tell."""
-    first = next(tensors(linear))
-    device = first.device
+    # the parameters of a parametrized weight, which would be computed to read its dtype
+    weight = next(tensors(linear), None)
+    weight = linear.weight if weight is None else weight
+    device = weight.device
+    if (hook := _offload(linear)) is not None:
+        device = torch.device(hook.execution_device)
     if not _bitsandbytes(type(linear)):
-        # a parametrized weight would be computed to read its dtype
-        return linear._parameters.get("weight", first).dtype, device
+        return weight.dtype, device
     for holder in (linear.bias, getattr(linear.weight, "quant_state", None), linear.weight):
         if holder is not None and holder.dtype.is_floating_point:
             return holder.dtype, device
     return None, device
+
+
+def _offload(linear: nn.Linear):
+    """the hook with which accelerate brings the weight to a device for each forward, and None if there is none"""
+    hook = linear.__dict__.get("_hf_hook")
+    return next((part for part in getattr(hook, "hooks", (hook,)) if getattr(part, "offload", False)), None)
 
 
 def computes_in(linear: nn.Linear) -> torch.dtype | None:
@@ -113,6 +141,8 @@ def dense(linear: nn.Linear) -> Tensor:
         return int8_vectorwise_dequant(weight.data, scales)
     if _wraps(weight) and hasattr(weight, "dequantize"):
         return weight.dequantize()
+    if weight.is_meta and (hook := _offload(linear)) is not None:
+        return hook.weights_map["weight"]
     return weight.detach()
 
 
@@ -120,6 +150,35 @@ def _unpack(linear: nn.Linear) -> None:
     """Bring a Linear4bit whose weight is packed for inference back to the layout that can be dequantized."""
     if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
         linear.state_dict()  # unpacks as a side effect
+
+
+def is_parametrized_class(cls: type) -> bool:
+    """Whether a class is one that torch makes for a single module, with a property for each parametrized tensor."""
+    return cls.__module__ == parametrize.__name__ and cls.__name__.startswith("Parametrized")
+
+
+def change_class(linear: nn.Linear, cls: type) -> None:
+    """Make a Linear one of this class, in place, with its parametrizations and all that is set on the instance."""
+    old = type(linear).forward
+    if is_parametrized_class(type(linear)):
+        # as torch would have made it of cls, so that its own remove_parametrizations works
+        own = {key: value for key, value in vars(type(linear)).items() if key not in ("__dict__", "__weakref__")}
+        linear.__class__ = type(f"Parametrized{cls.__name__}", (cls,), own)
+    else:
+        linear.__class__ = cls
+    for key, value in list(linear.__dict__.items()):
+        if _is_bound(value, linear, old):  # as accelerate's hooks keep the forward that they replace
+            linear.__dict__[key] = MethodType(cls.forward, linear)
+
+
+def _is_bound(value, linear: nn.Linear, function: Callable) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is linear and value.__func__ is function
+
+
+def _reaches(linear: nn.Linear, forward: Callable, base: type) -> bool:
+    """whether a forward set on the instance is that of its class, or a hook of accelerate that calls it"""
+    kept = linear.__dict__.get("_old_forward") if "_hf_hook" in linear.__dict__ else forward
+    return any(_is_bound(kept, linear, cls.forward) for cls in (base, type(linear)))
 
 
 def pin_layout(linear: nn.Linear) -> None:
@@ -142,13 +201,13 @@ def unpin_layout(linear: nn.Linear) -> None:
 
 
 class DenseWeights(Mapping):
-    """path -> dense weight of these Linears in one dtype; made when asked for, and not kept."""
+    """path -> dense weight of these Linears in one dtype, on one device; made when asked for, and not kept."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], dtype: torch.dtype):
-        self.linears, self.dtype = linears, dtype
+    def __init__(self, linears: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device):
+        self.linears, self.dtype, self.device = linears, dtype, device
 
     def __getitem__(self, path: str) -> Tensor:
-        return dense(self.linears[path]).to(self.dtype)
+        return dense(self.linears[path]).to(self.device, self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.linears)

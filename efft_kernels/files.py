@@ -126,6 +126,11 @@ def load_adapter(
     else:
         check_bare(model)
         state = state if head == "train" else {}
+        if lost := [key for key, t in head_state(model).items() if t.is_meta and state]:
+            raise ValueError(
+                f"{lost[0]} is on the meta device, where the head of {path} would be lost: load the weights of the "
+                "model first, or the adapter with head='keep'"
+            )
         install(model, name, groups, _fitting(model, state, path) if state else head, backend)
         _fill_head(model, state)
     set_adapter(model, name)
@@ -160,6 +165,7 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
         )
 
 
+@torch.inference_mode(False)
 def filled(
     model: nn.Module,
     config: MethodConfig,
@@ -186,7 +192,8 @@ def filled(
     if wanted != found:
         key = sorted(wanted.items() ^ found.items())[0][0]
         raise ValueError(f"{path} must hold {key} of shape {wanted.get(key)}, got {found.get(key)}")
-    groups.load_state_dict({key: t.to(own[key]) for key, t in tensors.items()}, assign=True)
+    # copies: a tensor of a file that was read under inference_mode could not be trained
+    groups.load_state_dict({key: t.to(own[key], copy=True) for key, t in tensors.items()}, assign=True)
     return groups
 
 
@@ -257,14 +264,15 @@ def add_adapter(
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make this adapter the active one: its update is added and its factors are trained. The others are frozen.
 
+    Outputs that were computed before with another adapter still give gradients to its factors, so that one loss may
+    compare two adapters.
+
     Raises:
         ValueError: a model without an adapter of this name.
     """
     owner = adapters(model)
     _known(owner, name)
-    for other, groups in owner.items():
-        groups.requires_grad_(other == name)
-    owner.active = name
+    owner.activate(name)
     return model
 
 

@@ -48,10 +48,14 @@ class Group(nn.Module):
         self.floor = floor(weight.dtype)
 
     def _parameter(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(*shape, **self._like))
+        return nn.Parameter(torch.empty(shape, **self._like))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Group":
         return super()._apply(at_least(fn, self.floor), recurse)
+
+    def reset_parameters(self) -> None:
+        """Initialise the factors as those of a new group, so that the update is zero: after ``to_empty``, say."""
+        raise NotImplementedError
 
     @property
     def drops(self) -> bool:
@@ -131,17 +135,26 @@ class EFFTGroup(Group):
         self.u = self._parameter(spec.K, P)
         self._make_cores(spec.cores, P, Q)
         self.v = self._parameter(Q, spec.N)
+        self.initial_scale = self.scale
         if getattr(config, "trainable_scale", False):
-            self.scale = nn.Parameter(torch.tensor(self.scale, **self._like))
-        with torch.no_grad():
-            for name in ("u", "v"):
-                factor = getattr(self, name)
-                nn.init.zeros_(factor) if name == spec.zero else nn.init.xavier_uniform_(factor)
+            self.scale = self._parameter()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self._reset_cores()
+        for name in ("u", "v"):
+            factor = getattr(self, name)
+            nn.init.zeros_(factor) if name == self.spec.zero else nn.init.xavier_uniform_(factor)
+        if isinstance(self.scale, Tensor):
+            self.scale.fill_(self.initial_scale)
 
     def _make_cores(self, S: int, P: int, Q: int) -> None:
         self.sigma = self._parameter(S, P, Q)
+
+    def _reset_cores(self) -> None:
         # slice by slice: on the whole tensor Xavier would read the trailing dimension as a receptive field
-        for core in self.sigma.detach():
+        for core in self.sigma:
             nn.init.xavier_uniform_(core)
 
     def cores(self) -> Tensor:  # [S, P, Q]
@@ -223,9 +236,11 @@ class FacTTuckerGroup(FacTGroup):
 
     def _make_cores(self, S: int, P: int, Q: int) -> None:
         self.c, self.p = self._parameter(P, P, Q), self._parameter(S, P)
-        for core in self.c.detach():
+
+    def _reset_cores(self) -> None:
+        for core in self.c:
             nn.init.xavier_uniform_(core)
-        nn.init.xavier_uniform_(self.p.detach())
+        nn.init.xavier_uniform_(self.p)
 
     def cores(self) -> Tensor:
         return (self.p @ self.c.flatten(-2)).unflatten(-1, self.c.shape[-2:])
@@ -244,7 +259,11 @@ class LoRAGroup(Group):
         """Create and initialise the factors; ``chosen`` are the adapted parts of each Linear."""
         m, R = len(chosen), self.spec.rank[0]
         self.a, self.b = self._parameter(L, m, self.spec.K, R), self._parameter(L, m, R, self.spec.N)
-        for matrix in self.a.detach().flatten(0, 1):
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for matrix in self.a.flatten(0, 1):
             nn.init.xavier_uniform_(matrix)
         nn.init.zeros_(self.b)
 
@@ -305,6 +324,17 @@ class LoRAXSGroup(LoRAGroup):
         self.sigma = self._parameter(L, len(chosen), R, R)
         nn.init.zeros_(self.sigma)
 
+    def reset_parameters(self) -> None:
+        """Refuse: a and v come from the weights of the model, which a group does not hold.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "the factors of LoRA-XS cannot be initialised without the weights they come from: load a state dict or an "
+            "adapter file, or inject a model that has its weights"
+        )
+
     def factors(self, rows: slice) -> tuple[Tensor, Tensor]:
         return _rows(self.a, rows), _rows(self.sigma, rows) @ _rows(self.v, rows)
 
@@ -314,9 +344,15 @@ class VeRAGroup(LoRAGroup):
 
     def make(self, L: int, chosen: list[int], weights: Mapping[str, Tensor]) -> None:
         K, N, R = self.spec.K, self.spec.N, self.spec.rank[0]
-        self.register_buffer("u", nn.init.kaiming_uniform_(torch.empty(K, R, **self._like)))
-        self.register_buffer("v", nn.init.kaiming_uniform_(torch.empty(R, N, **self._like)))
+        self.register_buffer("u", torch.empty(K, R, **self._like))
+        self.register_buffer("v", torch.empty(R, N, **self._like))
         self.d, self.b = self._parameter(L, len(chosen), R), self._parameter(L, len(chosen), N)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.u)
+        nn.init.kaiming_uniform_(self.v)
         nn.init.constant_(self.d, 0.1)
         nn.init.zeros_(self.b)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapted_linear import AdaptedLinear
-from .base_linears import DenseWeights, kept_in, kind, refusal, tensors
+from .base_linears import DenseWeights, kept_in, refusal, tensors, untrainable
 from .configs import GroupSpec, MethodConfig
 from .groups import make_group
 from .layouts import HEADS, LINEARS, check_called, classifiers_of, find_sites, heads_of, norms_outside, tell_classes
@@ -143,6 +143,7 @@ def inject(
     return install(model, name, build(plan(model, config), model, factor_dtype), head, backend)
 
 
+@torch.inference_mode(False)  # a server may start under it, but an inference tensor could never be trained
 def build(
     made: Plan, model: nn.Module, factor_dtype: torch.dtype = torch.float32, *, empty: bool = False
 ) -> nn.ModuleDict:
@@ -158,7 +159,7 @@ def build(
             raise ValueError(f"the Linears of group {spec.name!r} must be of one dtype and device, got {kinds}")
         (dtype,), (device,) = dtypes, devices
         dtype = beside(dtype, factor_dtype)
-        weights = DenseWeights(linears, dtype)
+        weights = DenseWeights(linears, dtype, device)
         if empty:
             weights = dict.fromkeys(linears, torch.empty(0, dtype=dtype, device=device))
         groups[spec.name] = make_group(spec, made.config, weights)
@@ -288,6 +289,7 @@ def check_bare(model: nn.Module) -> None:
         raise ValueError(f"the model already has an attribute 'efft', a {type(model.efft).__name__}")
 
 
+@torch.inference_mode(False)
 def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Module, str, nn.Module]]:
     """(owner, attribute, new module) for each head to replace"""
     if head in ("train", "keep"):
@@ -318,8 +320,8 @@ def _check_trainable(model: nn.Module, heads: list[str], replaced: list[nn.Modul
     gone = {id(part) for module in replaced for part in module.modules()}
     for path, module in model.named_modules():
         if path.partition(".")[0] in heads and id(module) not in gone:
-            if isinstance(module, nn.Linear) and (what := kind(module)):
+            if isinstance(module, nn.Linear) and (why := untrainable(module)):
                 raise ValueError(
-                    f"{path} is quantized ({what}) and cannot be trained: exclude the head from quantization, or pass "
-                    "head='keep' or a number of classes for a new head"
+                    f"{path} {why} and cannot be trained: exclude the head from that, or pass head='keep' or a number "
+                    "of classes for a new head"
                 )

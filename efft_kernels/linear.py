@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base_linears import add_low_rank, has_own_forward, kind
+from .base_linears import add_low_rank, has_own_forward, kind, refusal
 from .ops import check_backend, check_scale, efft_linear, group_update, merge_
 from .precision import at_least, autocast_dtype, beside, check_factor_dtype, floor, without_autocast
 
@@ -67,13 +67,8 @@ class EFFTLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like = {"device": self.weight.device, "dtype": beside(self.weight.dtype, factor_dtype)}
-        self._floor = floor(like["dtype"])
         self.scale, self.factor_dropout, self.zero_init, self.backend = scale, float(factor_dropout), zero_init, backend
-        self.u = nn.Parameter(torch.empty(in_features, r1, **like))
-        self.sigma = nn.Parameter(torch.empty(slices, r1, r2, **like))
-        self.v = nn.Parameter(torch.empty(r2, out_features // slices, **like))
-        self.reset_factors()
+        self._make_factors((r1, r2), slices, self.weight.device, beside(self.weight.dtype, factor_dtype))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "EFFTLinear":
@@ -97,18 +92,26 @@ class EFFTLinear(nn.Linear):
                 "linear must own its weight as a plain parameter, got a parametrized or normed weight; inject adapts "
                 "it within a model"
             )
-        if not linear.weight.dtype.is_floating_point:
-            raise TypeError(f"linear must have a floating-point weight, got {linear.weight.dtype}")
+        if reason := refusal(linear, nn.Linear):
+            raise TypeError(f"linear {reason}")
         # built without storage for weight and bias, which the Linear's own replace
         self = cls(linear.in_features, linear.out_features, False, device="meta", dtype=linear.weight.dtype, **options)
         self.weight, self.bias = linear.weight, linear.bias
-        for name in ("u", "sigma", "v"):
-            setattr(self, name, nn.Parameter(torch.empty_like(getattr(self, name), device=linear.weight.device)))
-        self.reset_factors()
+        slices, r1, r2 = self.sigma.shape
+        self._make_factors((r1, r2), slices, linear.weight.device, self.u.dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         return self.train(linear.training)
+
+    @torch.inference_mode(False)  # an inference tensor could never be trained
+    def _make_factors(self, rank: tuple[int, int], slices: int, device: torch.device, dtype: torch.dtype) -> None:
+        like = {"device": device, "dtype": dtype}
+        self._floor = floor(dtype)
+        self.u = nn.Parameter(torch.empty(self.in_features, rank[0], **like))
+        self.sigma = nn.Parameter(torch.empty(slices, *rank, **like))
+        self.v = nn.Parameter(torch.empty(rank[1], self.out_features // slices, **like))
+        self.reset_factors()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EFFTLinear":
         factors = [self.u, self.sigma, self.v]

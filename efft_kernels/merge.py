@@ -58,6 +58,10 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         weights = {path: plain.get(path, linear).weight for path, linear in linears.items()}
         if any(weight.is_inference() for weight in weights.values()) and not torch.is_inference_mode_enabled():
             raise ValueError("the weights were created under inference_mode and cannot be changed outside of it")
+        if away := [path for path, weight in weights.items() if weight.is_meta]:
+            raise ValueError(
+                f"{away[0]}.weight is on the meta device, offloaded or not loaded yet: nothing can be added to it"
+            )
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
         launches = {}
         for path, weight in weights.items():

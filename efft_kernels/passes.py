@@ -1,9 +1,9 @@
 """One forward of an injected model: how its Linears get their (down, up) from the groups that the model owns."""
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class _Thread(threading.local):
 
 
 # (id of a backward, id of a model's Passes) -> the forward that it recomputes, kept alive by the graph of its output
-_replays: WeakValueDictionary[tuple[int, int], _Pass] = WeakValueDictionary()
+_replays: weakref.WeakValueDictionary[tuple[int, int], _Pass] = weakref.WeakValueDictionary()
 
 
 class Passes:
@@ -165,7 +165,19 @@ class Adapters(Passes, nn.ModuleDict):
         self.frozen_norms = frozen_norms  # batch norms that stay in eval mode; a tuple does not register them
         self.requires_grad_before: dict[str, bool] = {}  # of the model's parameters, before it was injected
         self.hooks: tuple = ()  # on the model, around its forward
+        self._late_hooks: dict[str, list] = {}  # of frozen adapters that outputs may still depend on
         self._reset()
+
+    def activate(self, name: str) -> None:
+        """Make an adapter the active one, whose factors are trained, and freeze those of the others."""
+        for other, groups in self.items():
+            if other == name:
+                for handle in self._late_hooks.pop(other, ()):
+                    handle.remove()
+            elif trained := [p for p in groups.parameters() if p.requires_grad]:
+                self._late_hooks[other] = [handle for p in trained for handle in _take_late_gradients(p)]
+            groups.requires_grad_(other == name)
+        self.active = name
 
     def train(self, mode: bool = True) -> "Adapters":
         super().train(mode)
@@ -174,16 +186,27 @@ class Adapters(Passes, nn.ModuleDict):
         return self
 
     def __getstate__(self) -> dict:
-        # tensors with a graph, and thread-locals, can be neither copied nor pickled
-        return {key: value for key, value in self.__dict__.items() if key not in ("_traced", "_thread")}
+        # tensors with a graph, thread-locals and hooks can be neither copied nor pickled
+        return {key: value for key, value in self.__dict__.items() if key not in ("_traced", "_thread", "_late_hooks")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._late_hooks = {}
         self._reset()
 
     def groups(self) -> list[nn.Module]:
         """The groups of the active adapter."""
         return [] if self.active is None else list(self[self.active].values())
+
+
+def _take_late_gradients(p: nn.Parameter) -> tuple:
+    """Let a parameter that is about to be frozen accumulate gradients of outputs that were computed before."""
+    parameter = weakref.ref(p)
+
+    def thaw(grad: Tensor) -> None:
+        parameter().requires_grad_(True)  # autograd drops the gradient of a leaf that does not require it
+
+    return p.register_hook(thaw), p.register_post_accumulate_grad_hook(lambda p: p.requires_grad_(False))
 
 
 def _tensors(tree) -> Iterator[Tensor]:

@@ -156,6 +156,7 @@ def _unproven(module: Kernels) -> str | None:
 # all the private names of torch that the package needs
 _modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._get_tracing_state  # torch.jit.trace records the op, not what its kernel is made of
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _Exclude, _KeySet, _Key = torch._C._ExcludeDispatchKeyGuard, torch._C.DispatchKeySet, torch._C.DispatchKey
@@ -166,7 +167,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}  # other subclasses may want t
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors may skip the dispatcher: only autograd could have anything to do there"""
-    if torch.compiler.is_compiling() or _modes() or _any_autocast():
+    if torch.compiler.is_compiling() or _modes() or _any_autocast() or _tracing():
         return False
     if forward_ad._current_level >= 0 or _functorch_level() is not None:
         return False

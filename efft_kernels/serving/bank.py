@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapted_linear import AdaptedLinear
-from ..base_linears import has_own_forward, kind
+from ..base_linears import change_class, has_own_forward, kept_in, kind
 from ..files import filled, read, trained_head, write
 from ..groups import Pair, stack
 from ..inject import adapters, check_bare
@@ -252,7 +252,7 @@ class AdapterBank:
     def _adopt(self, linear: nn.Linear, path: str, kind: type) -> None:
         # before the class changes, because other threads run the model; a tuple, so that nothing is registered
         linear.efft = self, path
-        linear.__class__ = kind
+        change_class(linear, kind)
         self._paths.append(path)
 
     def _current_use(self) -> "_Use | None":
@@ -321,11 +321,11 @@ class AdapterBank:
             raise ValueError(f"the head in {source} does not fit: {error}") from error
         own, heads, rest = head_state(self.model), {}, set(state)
         for path, linear in classifiers_of(self.model):
-            weight = state[f"{path}.weight"]
+            weight, (dtype, device) = state[f"{path}.weight"], kept_in(linear)
             made = nn.Linear(linear.in_features, len(weight), linear.bias is not None, device="meta")
-            made.weight = nn.Parameter(weight.to(linear.weight, copy=True))
+            made.weight = nn.Parameter(weight.to(device, dtype, copy=True))
             if linear.bias is not None:
-                made.bias = nn.Parameter(state[f"{path}.bias"].to(linear.weight, copy=True))
+                made.bias = nn.Parameter(state[f"{path}.bias"].to(device, dtype, copy=True))
             heads[path] = made
             rest -= {f"{path}.weight", f"{path}.bias"}
         for key in sorted(rest):

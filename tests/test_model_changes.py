@@ -1,0 +1,275 @@
+"""What programs do to a model besides training it, before and after it is injected: the adapter works or says why."""
+
+import copy
+import warnings
+from types import MethodType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import METHODS, PLAIN, adapted, images, shake, vit
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import efft_kernels as ek
+from efft_kernels.serving import AdapterBank
+
+
+class Half(nn.Module):
+    def forward(self, t):
+        return t * 0.5
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_parametrization_is_taken_off_an_injected_model(when):
+    model, x = vit(), images()
+    linears = [model.blocks[0].mlp.fc1, model.blocks[1].attn.qkv]
+    if when == "after":
+        shake(ek.inject(model, PLAIN))
+    for linear in linears:
+        parametrizations.weight_norm(linear)
+    parametrize.register_parametrization(linears[0], "bias", Half())
+    if when == "before":
+        shake(ek.inject(model, PLAIN))
+    want = model(x)
+    parametrize.remove_parametrizations(linears[0], "weight")
+    torch.testing.assert_close(model(x), want)
+    parametrize.remove_parametrizations(linears[0], "bias")
+    parametrize.remove_parametrizations(linears[1], "weight")
+    torch.testing.assert_close(model(x), want)
+    want = model(x)
+    torch.testing.assert_close(ek.merge(model)(x), want, rtol=1e-4, atol=1e-5)
+    ek.delete_adapter(ek.unmerge(model), "default")
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("leave", ["delete", "merge", "release"])
+def test_a_parametrization_put_on_after_inject_stays_when_the_adapter_leaves(part, leave):
+    model, x = vit(), images()
+    if leave == "release":
+        bank = AdapterBank(model)
+        bank.add("a", adapted(PLAIN))
+    else:
+        ek.inject(model, PLAIN)
+    linear = model.blocks[0].attn.qkv
+    parametrize.register_parametrization(linear, part, Half())
+    want = model(x)
+    if leave == "delete":
+        ek.delete_adapter(model, "default")
+    elif leave == "merge":
+        ek.unmerge(ek.merge(model, dequantize=True))
+    else:
+        bank.release()
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(copy.deepcopy(model)(x), want)
+    assert parametrize.is_parametrized(linear, part)
+    parametrize.remove_parametrizations(linear, part)
+    torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reset_parameters_makes_groups_new_again(method):
+    with torch.device("meta"):
+        model = ek.inject(vit(), METHODS[method])
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for t in (*model.efft.parameters(), *model.efft.buffers()):
+            t.fill_(float("nan"))
+    model.load_state_dict(vit().state_dict(), strict=False)
+    reset = [module for module in model.efft.modules() if hasattr(module, "reset_parameters")]
+    assert {id(p) for m in reset for p in m.parameters()} == {id(p) for p in model.efft.parameters()}
+    if method == "lora-xs":
+        with pytest.raises(RuntimeError, match="cannot be initialised without the weights"):
+            reset[0].reset_parameters()
+        return
+    for module in reset:
+        module.reset_parameters()
+    x = images()
+    want = model.eval()(x).detach()
+    with ek.disable_adapter(model):
+        torch.testing.assert_close(model(x), want)
+    shake(model)
+    assert not torch.allclose(model(x), want)
+
+
+@pytest.mark.parametrize("method", ["efft2", "fact-tk", "lora-xs", "vera"])
+def test_what_is_made_under_inference_mode_can_be_trained(method, tmp_path):
+    config, model, other, x = METHODS[method], vit(), vit(), images()
+    with torch.inference_mode():
+        ek.inject(model, config, head=4)
+        ek.add_adapter(model, config, "b")
+        ek.save_adapter(model, tmp_path / "a.safetensors")
+        loaded = ek.load_adapter(other, tmp_path / "a.safetensors")
+        layer = ek.EFFTLinear.from_linear(nn.Linear(8, 8), rank=2)
+    assert not any(p.is_inference() for p in (layer.u, layer.sigma, layer.v))
+    for made in (model, loaded):
+        made.train()(x).sum().backward()
+        trained = ek.adapter_parameters(made)
+        assert all(p.grad is not None for p in trained) and made.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_two_adapters_in_one_loss_get_the_gradients_of_two_models(features):
+    model = ek.inject(vit(), PLAIN, name="a")
+    ek.add_adapter(model, PLAIN, "b")
+    shake(model)
+    x = images()
+    run = (lambda m: m.forward_features(x).mean(1)) if features else (lambda m: m(x))
+    alone = {name: copy.deepcopy(ek.set_adapter(model, name)) for name in "ab"}
+    sum_of = lambda one, two: (one - 2 * two).square().sum()
+    sum_of(*(run(alone[name]) for name in "ab")).backward()
+    for _ in range(2):
+        outputs = [run(ek.set_adapter(model, name)) for name in "ab"]
+        sum_of(*outputs).backward()
+        for name in "ab":
+            for key, p in model.efft[name].named_parameters():
+                torch.testing.assert_close(p.grad, alone[name].efft[name].get_parameter(key).grad)
+                assert p.requires_grad == (name == "b"), "frozen again after the backward"
+        model.zero_grad()
+    ek.set_adapter(model, "a")
+    assert not any(p.requires_grad or p.grad is not None for p in model.efft["b"].parameters())
+    run(model).sum().backward()
+    assert all(p.grad is not None and p.requires_grad for p in model.efft["a"].parameters())
+    assert not any(p.grad is not None for p in model.efft["b"].parameters())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", ["efft2", "fact-tk", "lora"])
+def test_a_traced_model_holds_the_operators_and_the_factors(method, grad, tmp_path):
+    model = adapted(METHODS[method])
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, images())
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    loaded, x = torch.jit.load(tmp_path / "traced.pt"), images(3)
+    assert str(traced.inlined_graph).count("efft_kernels::lowrank_linear") == sum(map(len, slots(model)))
+    for run in (traced, loaded):
+        torch.testing.assert_close(run(x), model(x))
+    shake(model)
+    torch.testing.assert_close(traced(x), model(x), msg="factors are parameters, not constants")
+    got = torch.autograd.grad(traced(x).square().sum(), list(model.efft.parameters()))
+    want = torch.autograd.grad(model(x).square().sum(), list(model.efft.parameters()))
+    torch.testing.assert_close(got, want)
+
+
+def slots(model):
+    return [group.slots for group in model.efft["default"].values()]
+
+
+def _own_formula(linear):
+    linear.forward = lambda x: F.linear(x, linear.weight, linear.bias)
+
+
+def _compiled_forward(linear):
+    linear.forward = torch.compile(linear.forward, backend="eager")
+
+
+@pytest.mark.parametrize("hide", [_own_formula, _compiled_forward])
+def test_a_forward_on_the_instance_that_would_hide_the_adapter_is_refused(hide, tmp_path):
+    model = vit()
+    hide(model.blocks[1].mlp.fc2)
+    ek.save_adapter(ek.inject(vit(), PLAIN), tmp_path / "a.safetensors")
+    for attempt in (
+        lambda: ek.plan(model, PLAIN),
+        lambda: ek.inject(model, PLAIN),
+        lambda: ek.load_adapter(model, tmp_path / "a.safetensors"),
+        lambda: AdapterBank(model).add("a", tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(TypeError, match=r"blocks.1.mlp.fc2 has a forward of its own, .* set on the instance"):
+            attempt()
+        if hasattr(model, "efft"):
+            model.efft.release()
+    assert type(model.blocks[0].mlp.fc2) is nn.Linear
+    with pytest.raises(TypeError, match="has a forward of its own"):
+        ek.EFFTLinear.from_linear(model.blocks[1].mlp.fc2, rank=2)
+
+
+def _bound(model):
+    for linear in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        linear.forward = linear.forward  # as accelerate leaves it when it removes its hooks
+
+
+def _align_devices(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.attach_align_device_hook(model, execution_device=torch.device("cpu"))
+    for module in model.modules():
+        if not hasattr(module, "_hf_hook"):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+
+
+def _offload(model):
+    pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prepare", [_bound, _align_devices, _offload])
+def test_forwards_that_other_programs_put_on_the_instance_run_the_adapter(prepare):
+    plain, x = vit(), images()
+    before = plain(x)
+    want = shake(ek.inject(copy.deepcopy(plain), PLAIN))
+    model = copy.deepcopy(plain)
+    prepare(model)
+    if prepare is _offload:
+        with pytest.raises(ValueError, match="head is offloaded by accelerate and cannot be trained"):
+            ek.inject(model, PLAIN)
+    ek.inject(model, PLAIN, head="keep" if prepare is _offload else "train")
+    assert not any(p.is_meta for p in model.efft.parameters())
+    model.efft.load_state_dict(want.efft.state_dict())
+    torch.testing.assert_close(model(x), want(x))
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.efft.parameters())
+    if prepare is _offload:
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight is on the meta device"):
+            ek.merge(model)
+        low_rank = ek.LoRAXSConfig(rank=2)
+        ek.add_adapter(model, low_rank, "xs")
+        xs = ek.inject(copy.deepcopy(plain), low_rank)
+        torch.testing.assert_close(model.efft["xs"].state_dict(), xs.efft["default"].state_dict())
+        ek.delete_adapter(model, "xs")
+    else:
+        torch.testing.assert_close(ek.merge(model)(x), want(x), rtol=1e-4, atol=1e-5)
+        ek.unmerge(model)
+    ek.delete_adapter(model, "default")
+    torch.testing.assert_close(model(x), before)
+    bank = AdapterBank(model)
+    bank.add("a", want)
+    with bank.use(["a", None]):
+        mixed = bank.model(x)
+    torch.testing.assert_close(mixed, torch.stack([want(x)[0], before[1]]))
+    bank.release()
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("remove", ["while injected", "after"])
+def test_hooks_of_accelerate_come_and_go(remove):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = vit(), images()
+    before = model(x)
+    hooks.add_hook_to_module(model.blocks[0].mlp.fc1, hooks.AlignDevicesHook("cpu"))
+    shake(ek.inject(model, PLAIN))
+    hooks.add_hook_to_module(model.blocks[1].mlp.fc1, hooks.AlignDevicesHook("cpu"))
+    want = model(x)
+    if remove == "while injected":
+        hooks.remove_hook_from_module(model, recurse=True)
+        assert torch.equal(model(x), want)
+    ek.delete_adapter(model, "default")
+    torch.testing.assert_close(model(x), before)
+    hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model(x), before)
+    assert not torch.allclose(shake(ek.inject(model, PLAIN))(x), before)
+
+
+def test_a_head_is_not_loaded_into_a_model_without_values(tmp_path):
+    ek.save_adapter(adapted(), tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        model = vit()
+    with pytest.raises(ValueError, match=r"head.weight is on the meta device, where the head of .* would be lost"):
+        ek.load_adapter(model, tmp_path / "a.safetensors")
+    ek.load_adapter(model, tmp_path / "a.safetensors", head="keep")
+
+
+def test_a_method_of_another_function_is_no_forward():
+    model = vit()
+    model.blocks[0].mlp.fc1.forward = MethodType(lambda self, x: x, model.blocks[0].mlp.fc1)
+    with pytest.raises(TypeError, match="has a forward of its own"):
+        ek.inject(model, PLAIN)
