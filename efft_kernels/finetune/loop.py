@@ -29,6 +29,7 @@ from ..extras import need, timm
 from . import checkpoints, methods
 from .checkpoints import Progress
 from .data import Data, Pictures, seed_all
+from .head_init import probe_head
 from .images import DataError
 from .models import logits, make_model
 from .prepared import Prepared, check_same, make_accelerator, make_identity, open_images, prepare
@@ -95,6 +96,8 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
         if result := _finished(settings, data, out, main):
             return result
         run, saved = prepare(settings, accelerator, out, data, progress and main)
+        if saved is None and settings.head_init == "probe":
+            probe_head(run)
         made, schedule = begin(run, saved)
         del saved  # as large as the optimizer
         writer = log_writer(out, made.step // run.steps + 1 if made.step else None) if main else None
@@ -278,12 +281,34 @@ def end_epoch(run: Prepared, progress: Progress, writer) -> None:
     if run.main:
         val = f", val {entry['val']['top1']:.2f} %" if "val" in entry else ""
         log.info(f"epoch {entry['epoch']}: loss {loss / n:.4f}, top-1 {100 * right / n:.2f} %{val}")
+        if warning := at_chance(s, entry["epoch"], loss / n, len(data.classes)):
+            log.warning(warning)
         with checkpoints.storing(run.out, "the logs"):
             for part in ("train", "val"):
                 for name, value in entry.get(part, {}).items():
                     writer.add_scalar(f"{part}/{name}", value, entry["epoch"])
             writer.add_scalar("lr", entry["lr"], entry["epoch"])
             writer.flush()
+
+
+def at_chance(settings: Settings, epoch: int, loss: float, classes: int) -> str | None:
+    """A warning if the loss of the first epoch that lies wholly after the warm-up is above that of guessing.
+
+    Stochastic depth on a frozen backbone, or steps that are too large, can drown what tells the classes apart.
+
+    Args:
+        epoch: that has ended, counted from 1.
+        loss: its mean in nats; guessing gives ln(classes).
+    """
+    s = settings
+    if epoch != math.ceil(s.warmup) + 1 or loss <= math.log(classes):
+        return None
+    scale = s.options.get("scale", methods.METHODS[s.method].options.get("scale"))
+    smaller = f"a smaller lr ({s.lr:g} now)" + (f" or scale ({scale:g} now)" if scale is not None else "")
+    return (
+        f"epoch {epoch}, the first after the warm-up, has a loss of {loss:.3f}, above the {math.log(classes):.3f} of "
+        f"guessing among {classes} classes: the run may never learn; try drop_path 0 ({s.drop_path:g} now), {smaller}"
+    )
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -161,6 +161,8 @@ def make_identity(settings: Settings, data: Data, weights: str) -> dict:
 
 def check_same(out: Path, there: dict, now: dict) -> None:
     """Raises ValueError with the names of what differs between the run in a folder and this one."""
+    # a folder of an earlier version lacks the settings that were added since; it was trained with their defaults
+    there = {field.name: field.default for field in fields(Settings) if field.name in now} | there
     if differing := [name for name in now if there.get(name) != now[name]]:
         known = {"data": "the images", "weights": "the frozen weights"}
         said = [known.get(n) or f"{n} ({there.get(n)!r} there, {now[n]!r} now)" for n in differing]

@@ -52,6 +52,8 @@ class Settings:
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end of the cosine schedule.
         drop_path: rate of stochastic depth of the backbone while training.
+        head_init: start of the classifier: "random", or "probe": a linear probe of the untouched model, trained
+            for a few seconds on its features of the training images.
         label_smoothing: label smoothing of the cross-entropy.
         clip_grad: largest norm of the gradient; None for no limit.
         image_size: side of the square that images are resized to, in pixels.
@@ -105,6 +107,7 @@ class Settings:
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     drop_path: float = 0.1
+    head_init: Literal["random", "probe"] = "random"
     label_smoothing: float = 0.0
     clip_grad: float | None = None
     image_size: int = 224
