@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .configs import MethodConfig
-from .inject import adapters, build, check_bare, check_name, eject, install, mount, plan
+from .inject import adapted_linears, adapters, as_before, build, check_bare, check_name, eject, install, mount, plan
 from .layouts import classes_of, head_state, heads_of
 from .ops import check_backend
 from .passes import Adapters
@@ -47,10 +48,15 @@ def save_adapter(
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
             without a head.
+        Warns a UserWarning if a Linear of the adapter was removed from the model or replaced.
         OSError: the file cannot be written; an existing one is unchanged then.
     """
     owner = adapters(model)
     groups = owner[_known(owner, owner.active if name is None else name)]
+    try:
+        adapted_linears(model, groups)
+    except ValueError as error:
+        warnings.warn(f"the file holds all factors of the adapter, but {error}", stacklevel=2)
     if head and not head_state(model):
         raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
     write(path, model, groups, trained_head(model) if head is None else head_state(model) if head else {}, base_model)
@@ -278,7 +284,9 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within this context the model computes what it did before it was injected.
+    """Within this context the model computes what it did before it was injected, with the head that it had then.
+
+    A model that was injected on the meta device keeps its head, which had no values then.
 
     Raises:
         ValueError: a model without adapters.
@@ -286,7 +294,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     owner = adapters(model)
     active, owner.active = owner.active, None
     try:
-        yield model
+        with as_before(model):
+            yield model
     finally:
         if owner.active is None and active in owner:  # neither switched nor deleted in between
             owner.active = active

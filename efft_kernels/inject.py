@@ -1,7 +1,10 @@
 """plan and inject: adapters on a model, in place."""
 
+import contextlib
+import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -174,6 +177,7 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     if head != "keep":
         _check_trainable(model, heads, [getattr(owner, key) for owner, key, _ in replacements])
     before = {key: p.requires_grad for key, p in model.named_parameters()}
+    modules_before = _copies(model, heads if head != "keep" else [])
 
     for owner, key, module in replacements:
         setattr(owner, key, module)
@@ -186,10 +190,49 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
         for key in heads:
             getattr(model, key).requires_grad_(True)
     attach(model, Adapters(backend, frozen_norms=tuple(norms_outside(model, heads))))
-    model.efft.requires_grad_before = before
+    model.efft.requires_grad_before, model.efft.modules_before = before, modules_before
     mount(model, name, groups)
     model.efft.active = name
     return model
+
+
+def _copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
+    """Frozen copies of modules that are about to be trained or replaced, of those that have values (not on meta)."""
+    found = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            continue
+        try:
+            found[path] = copy.deepcopy(module).requires_grad_(False)
+        except RuntimeError as error:  # a weight that a hook computes, as the older weight_norm does
+            raise ValueError(
+                f"{path} must be copied, for disable_adapter to restore it, but cannot be: {error}; use the "
+                "parametrizations of torch.nn.utils.parametrizations there, or head='keep'"
+            ) from error
+    return found
+
+
+@contextlib.contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Within this context the modules that are trained with the factors are replaced by those of before inject."""
+    trained = {}
+    for path, module in model.efft.modules_before.items():
+        trained[path] = now = model.get_submodule(path)
+        like = next(now.parameters(), None)
+        if like is not None:
+            module.to(like.device, like.dtype)
+        _put(model, path, module.train(now.training))
+    try:
+        yield
+    finally:
+        for path, module in trained.items():
+            _put(model, path, module)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
 
 
 def attach(model: nn.Module, owner: Adapters) -> None:
@@ -210,6 +253,25 @@ def detach(model: nn.Module) -> list[str]:
         hook.remove()
     del model.efft
     return paths
+
+
+def adapted_linears(model: nn.Module, groups: nn.ModuleDict) -> dict[str, AdaptedLinear]:
+    """path -> Linear, of those that the groups of an adapter adapt.
+
+    Raises:
+        ValueError: one of them was removed from the model or replaced.
+    """
+    found = {}
+    for path in (path for group in groups.values() for path in group.slots):
+        try:
+            linear = model.get_submodule(path)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, AdaptedLinear) or linear.efft[0] is not model.efft:
+            what = "nothing" if linear is None else f"a {type(linear).__name__}"
+            raise ValueError(f"{path} must be the Linear that inject adapted, but {what} is there now")
+        found[path] = linear
+    return found
 
 
 def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
@@ -269,7 +331,7 @@ def _before(model: nn.Module, args) -> None:
 
 
 def _after(model: nn.Module, args, output) -> None:
-    model.efft.end(output)
+    model.efft.end(model, output)
 
 
 def check_bare(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear
 from .base_linears import dense, has_own_forward, kept_in, kind
-from .inject import adapters, attach, detach
+from .inject import adapted_linears, adapters, attach, detach
 from .ops import merge_
 from .passes import Adapters
 
@@ -40,13 +40,14 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         UserWarning: weights are bfloat16 or float16; it says how much of the update their rounding lost.
 
     Raises:
-        ValueError: a model that has no adapters, is already merged, or whose adapter is disabled; a weight that is
+        ValueError: a model that has no adapters, is already merged, or whose adapter is disabled; an adapted Linear
+            that was removed or replaced; a weight that is on the meta device; a weight that is
             quantized or recomputed at every forward, or that is shared with a module that is not adapted.
     """
     owner = adapters(model)
     if owner.active is None:
         raise ValueError("merge needs an active adapter, but all are disabled")
-    linears = {path: model.get_submodule(path) for group in owner.groups() for path in group.slots}
+    linears = adapted_linears(model, owner[owner.active])
     own = {path: linear for path, linear in linears.items() if has_own_forward(linear, linear.base)}
     if own and not dequantize:
         path, linear = next(iter(own.items()))

@@ -1,6 +1,8 @@
 """One forward of an injected model: how its Linears get their (down, up) from the groups that the model owns."""
 
+import contextlib
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,6 +20,18 @@ class _Pass:
     def __init__(self, pairs: dict[str, Pair], recorded: bool):
         self.pairs, self.recorded = pairs, recorded
         self.unrecorded: set[str] = set()
+
+
+class _Watched(dict):
+    """The pairs of a forward, and which of them a Linear has asked for."""
+
+    def __init__(self, pairs: dict[str, Pair]):
+        super().__init__(pairs)
+        self.asked: set[str] = set()
+
+    def get(self, path: str) -> Pair | None:
+        self.asked.add(path)
+        return super().get(path)
 
 
 class _Thread(threading.local):
@@ -45,12 +59,16 @@ class Passes:
     them, restores nothing, and torch then reports that the recomputation differs from the forward.
     ``loss + 0 * output.sum()`` avoids this.
 
+    The first forward of each mode is watched: a Linear that it did not call, because a wrapper or a patched forward
+    bypasses it, would be adapted in name only.
+
     Nothing is cached from one forward to the next, because a factor may change without a trace. Several threads may
     run, and train, one model at the same time: each has its own forward.
     """
 
     backend: str | None
     active: str | None  # None: nothing is added anywhere
+    watched: set  # modes of which a forward was watched, and sets of Linears about which a warning was given
 
     def groups(self) -> list[nn.Module]:
         """The groups whose pairs the model uses now."""
@@ -79,7 +97,11 @@ class Passes:
         return task, _replays.get((task, id(self)))
 
     def linear_at(self, model: nn.Module, path: str) -> nn.Linear:
-        """The Linear of the model at this path."""
+        """The Linear of the model at this path.
+
+        Raises:
+            AttributeError: the model has none there any more.
+        """
         return model.get_submodule(path)
 
     def dtype_for(self, linear: nn.Linear) -> torch.dtype | None:
@@ -132,18 +154,57 @@ class Passes:
         if self.active is not None:
             pairs = {}
             for group in self.groups():
-                dtype = self.dtype_for(self.linear_at(model, next(iter(group.slots))))
-                pairs.update(group.low_rank_pairs(self.backend, dtype=dtype))
+                pairs.update(group.low_rank_pairs(self.backend, dtype=self._dtype_of(group, model)))
+            if not torch.compiler.is_compiling() and _mode(model) not in self.watched:
+                pairs = _Watched(pairs)
             self._enter(_Pass(pairs, self._recording()))
 
-    def end(self, output) -> None:
-        """Remove the pairs, and restore them when a gradient reaches the output."""
+    def _dtype_of(self, group: nn.Module, model: nn.Module) -> torch.dtype | None:
+        for path in group.slots:
+            try:
+                return self.dtype_for(self.linear_at(model, path))
+            except AttributeError:  # the block was removed from the model
+                continue
+        return None
+
+    def end(self, model: nn.Module, output) -> None:
+        """Remove the pairs, and restore them when a gradient reaches the output, which is None after an error.
+
+        Raises:
+            RuntimeError: an adapted Linear was not called, because a forward set on the instance replaced its own.
+
+        Warns:
+            UserWarning: adapted Linears were not called, once for the same ones.
+        """
         done = self._pass
         self._enter(None)
-        if done is not None and done.recorded and not torch.compiler.is_compiling():
+        if done is None or torch.compiler.is_compiling():
+            return
+        if isinstance(done.pairs, _Watched) and output is not None:
+            self._check_called(model, done.pairs)
+        if done.recorded:
             for t in _tensors(output):
                 if t.requires_grad:
                     t.register_hook(partial(self._restore, done))
+
+    def _check_called(self, model: nn.Module, pairs: _Watched) -> None:
+        left = [path for path in pairs if path not in pairs.asked]
+        for path in left:
+            with contextlib.suppress(AttributeError):
+                if "forward" in vars(self.linear_at(model, path)):
+                    raise RuntimeError(
+                        f"the forward set on the instance {path} does not call the one that it replaced, so the "
+                        "adapter has no effect there; remove it, or call that one"
+                    )
+        self.watched.add(_mode(model))
+        if left and frozenset(left) not in self.watched:
+            self.watched.add(frozenset(left))
+            more = f" and {len(left) - 1} more adapted Linears" if len(left) > 1 else ""
+            warnings.warn(
+                f"the forward of this {type(model).__name__} did not call {left[0]}{more}, so their updates had no "
+                "effect: something replaced or bypasses them",
+                stacklevel=5,
+            )
 
     def _restore(self, done: _Pass, grad: Tensor) -> None:
         task, replayed = self._replay
@@ -165,6 +226,8 @@ class Adapters(Passes, nn.ModuleDict):
         self.frozen_norms = frozen_norms  # batch norms that stay in eval mode; a tuple does not register them
         self.requires_grad_before: dict[str, bool] = {}  # of the model's parameters, before it was injected
         self.hooks: tuple = ()  # on the model, around its forward
+        self.watched = set()
+        self.modules_before: dict[str, nn.Module] = {}  # path -> what is trained with the factors, as it was before
         self._late_hooks: dict[str, list] = {}  # of frozen adapters that outputs may still depend on
         self._reset()
 
@@ -207,6 +270,10 @@ def _take_late_gradients(p: nn.Parameter) -> tuple:
         parameter().requires_grad_(True)  # autograd drops the gradient of a leaf that does not require it
 
     return p.register_hook(thaw), p.register_post_accumulate_grad_hook(lambda p: p.requires_grad_(False))
+
+
+def _mode(model: nn.Module) -> tuple[bool, bool]:
+    return model.training, torch.is_grad_enabled()
 
 
 def _tensors(tree) -> Iterator[Tensor]:

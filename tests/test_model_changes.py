@@ -273,3 +273,130 @@ def test_a_method_of_another_function_is_no_forward():
     model.blocks[0].mlp.fc1.forward = MethodType(lambda self, x: x, model.blocks[0].mlp.fc1)
     with pytest.raises(TypeError, match="has a forward of its own"):
         ek.inject(model, PLAIN)
+
+
+def _hidden(linear):
+    return lambda x: F.linear(x, linear.weight, linear.bias)
+
+
+def test_a_forward_set_after_inject_must_reach_the_adapter():
+    model, x = adapted(), images()
+    want = model(x)
+    linear = model.blocks[0].mlp.fc1
+    reached, linear.forward = linear.forward, lambda x: reached(x) + 0
+    torch.testing.assert_close(model(x), want)
+    linear.forward = _hidden(linear)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="forward set on the instance blocks.0.mlp.fc1 does not call the one"):
+            model(x)
+    del linear.forward
+    torch.testing.assert_close(model(x), want)
+
+
+def test_linears_that_a_forward_passes_by_are_named_once():
+    model, x = adapted(), images()
+    mlp = model.blocks[1].mlp
+    mlp.forward = lambda x: mlp.fc2(mlp.act(F.linear(x, mlp.fc1.weight, mlp.fc1.bias)))
+    for mode in (True, False):
+        model.train(mode)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(x), model(x)
+        said = [str(w.message) for w in caught]
+        assert len(said) == mode and all(
+            "did not call blocks.1.mlp.fc1, so their updates had no effect" in s for s in said
+        )
+    bank = AdapterBank(vit())
+    bank.add("a", adapted())
+    bank.model.blocks[1].mlp.forward = lambda x: x
+    with (
+        bank.use(["a", None]),
+        pytest.warns(UserWarning, match="did not call blocks.1.mlp.fc1 and 1 more adapted Linears"),
+    ):
+        bank.model(x)
+    with warnings.catch_warnings(), bank.use(["a", None]):
+        warnings.simplefilter("error")
+        bank.model(x)
+
+
+def test_a_forward_that_fails_names_no_linears():
+    model = adapted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((RuntimeError, AssertionError)):
+            model(torch.randn(2, 3, 7, 7))
+
+
+def _replace(model):
+    model.blocks[0].mlp.fc1 = nn.Linear(192, 768)
+
+
+def _prune(model):
+    model.prune_intermediate_layers([0], prune_norm=False, prune_head=False)
+
+
+@pytest.mark.parametrize("change, path", [(_replace, "blocks.0.mlp.fc1"), (_prune, "blocks.1.attn.qkv")])
+@pytest.mark.filterwarnings("ignore:the forward of this")
+def test_a_module_is_replaced_in_an_injected_model(change, path, tmp_path):
+    model, x = adapted(), images()
+    change(model)
+    want = model(x)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{path} must be the Linear that inject adapted, but .* is there now"):
+        ek.merge(model)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    with pytest.warns(UserWarning, match=f"the file holds all factors of the adapter, but {path} must be"):
+        ek.save_adapter(model, tmp_path / "a.safetensors")
+    torch.testing.assert_close(model(x), want)
+    ek.delete_adapter(model, "default")
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+def test_a_bank_releases_what_is_left_of_its_model():
+    model = vit()
+    bank = AdapterBank(model)
+    bank.add("a", adapted())
+    old, fc1 = model.head, model.blocks[0].mlp.fc1
+    model.reset_classifier(7)
+    _replace(model)
+    bank.release()
+    assert type(old) is type(fc1) is nn.Linear and not hasattr(model, "efft")
+    assert model(images()).shape == (2, 7)
+    AdapterBank(model).release()
+
+
+@pytest.mark.parametrize("head", ["train", 3, nn.Sequential(nn.LayerNorm(192), nn.Linear(192, 4)), "keep"], ids=str)
+def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, tmp_path):
+    model, x = vit(), images(4)
+    before, state = model(x).detach(), {key: t.clone() for key, t in model.state_dict().items()}
+    ek.inject(model, PLAIN, head=head)
+    optimizer = torch.optim.AdamW(ek.adapter_parameters(model), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(4) % 3).backward()
+        optimizer.step()
+    trained = model(x).detach()
+    for twice in range(2):
+        with ek.disable_adapter(model):
+            assert torch.equal(model(x), before)
+            assert {key: t.shape for key, t in model.state_dict().items() if "efft" not in key} == {
+                key: t.shape for key, t in state.items()
+            }
+        assert torch.equal(model(x), trained)
+        if not twice:
+            model = copy.deepcopy(model)
+    model.train()
+    with ek.disable_adapter(model):
+        assert model.head.training and not any(p.requires_grad for p in model.head.parameters())
+    assert head == "keep" or all(p.requires_grad for p in model.head.parameters())
+    model.eval().double()
+    with ek.disable_adapter(model):
+        torch.testing.assert_close(model(x.double()).float(), before)
+    ek.save_adapter(model.float(), tmp_path / "a.safetensors")
+    if not isinstance(head, nn.Module):
+        base = vit()
+        base.load_state_dict(state)
+        loaded = ek.load_adapter(base, tmp_path / "a.safetensors")
+        torch.testing.assert_close(loaded(x), trained)
+        with ek.disable_adapter(loaded):
+            assert torch.equal(loaded(x), before)

@@ -99,7 +99,7 @@ def test_one_draw_per_attention_call_and_one_per_ffn_linear():
     assert torch.equal(down("blocks.0.attn.qkv"), down("blocks.0.attn.proj"))
     assert not torch.equal(down("blocks.0.attn.qkv"), down("blocks.1.attn.qkv"))
     assert not torch.equal(down("blocks.0.mlp.fc1"), pairs["blocks.0.mlp.fc2"].up.T)
-    model.efft.end(None)
+    model.efft.end(model, None)
 
 
 def test_no_grad_and_inference_mode_agree_with_grad_mode():
@@ -124,7 +124,7 @@ def test_a_forward_without_gradients_elsewhere_costs_none():
     with torch.no_grad():
         model.efft.begin(model)
     got = run()
-    model.efft.end(None)
+    model.efft.end(model, None)
     assert_same(got, want)
 
 

@@ -488,7 +488,7 @@ def _begin(tuner: EFFTPeftModel, model: nn.Module, args) -> None:
 
 def _end(tuner: EFFTPeftModel, model: nn.Module, args, output) -> None:
     for factors in tuner.efft_factors.values():
-        factors.end(output)
+        factors.end(model, output)
 
 
 if PeftType.EFFT not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -84,7 +84,8 @@ class AdapterBank:
         check_bare(model)
         self.model, self.backend, self.factor_dtype = model, backend, factor_dtype
         self._adapters: dict[str, _Adapter] = {}
-        self._paths: list[str] = []  # Linears whose class was changed
+        self._changed: list[AdaptedLinear] = []  # Linears whose class was changed
+        self.watched: set = set()  # as for Passes
         self._replays = weakref.WeakValueDictionary()  # id of a backward -> the use whose forward it recomputes
         self._lock = threading.Lock()
         self._requires_grad_before = {key: p.requires_grad for key, p in model.named_parameters()}
@@ -240,20 +241,20 @@ class AdapterBank:
         """
         if not self._hooks:
             return
-        for path in self._paths:
-            self.model.get_submodule(path).release()
+        for linear in self._changed:  # also one that was replaced in the model
+            linear.release()
         for hook in self._hooks:
             hook.remove()
         for key, p in self.model.named_parameters():
             p.requires_grad_(self._requires_grad_before.get(key, p.requires_grad))
         del self.model.efft
-        self._paths, self._hooks = [], ()
+        self._changed, self._hooks = [], ()
 
     def _adopt(self, linear: nn.Linear, path: str, kind: type) -> None:
         # before the class changes, because other threads run the model; a tuple, so that nothing is registered
         linear.efft = self, path
         change_class(linear, kind)
-        self._paths.append(path)
+        self._changed.append(linear)
 
     def _current_use(self) -> "_Use | None":
         """The use that a layer running now belongs to: of the forward that backward recomputes, or the innermost."""
@@ -351,7 +352,7 @@ def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _after(model: nn.Module, args, output) -> None:
     if use := model.efft._current_use():
-        use.end(output)
+        use.end(model, output)
 
 
 class _Use(Passes):
@@ -363,6 +364,7 @@ class _Use(Passes):
         self.bank, self.backend, self.held, self.index = bank, bank.backend, held, index
         self.single = len(held) == 1 and -1 not in index
         self._ids: dict[torch.device, Tensor] = {}
+        self.watched = bank.watched
         self._reset()
         for option in ("factor_dropout", "activation_dropout"):
             found = {getattr(adapter.groups.plan.config, option, 0.0) for adapter in held}
