@@ -1,56 +1,64 @@
-"""The tables of what was measured on one NVIDIA H200, for summary.py."""
+"""The tables of what was measured on GPUs, for summary.py."""
 
 from collections.abc import Iterator
 
 from markdown_table import RESULTS, Table
-from record import digits, read_csv
+from record import digits, read_csv, read_run
 
 FIRST, KERNEL, TUNE = "nvidia_h200/first_run", "nvidia_h200/hopper_kernel", "nvidia_h200/tune"
+MODELS = {"vit_b": "ViT-B", "swin_t": "Swin-T"}
+
+
+def recorded() -> Iterator[tuple[str, dict]]:
+    """(folder, run) of every GPU that gpu.py recorded"""
+    for path in sorted(RESULTS.glob("*/gpu.json")):
+        run = read_run(path)
+        if not run.get("dry"):
+            yield path.parent.name, run
 
 
 def gpu_forward() -> Table:
-    """H200, forward of every Linear: the tuner's best plan, against merged weight, PEFT and plain torch"""
-    now, rows = _us(f"{KERNEL}/hopper_kernel.csv", "forward", 2), []
-    for model, layer, size, us, tuned in _tuned("forward", "lowrank_linear", None):
-        in_one_run = now.get(layer, {})
-        best = min((name for name in in_one_run if name.startswith("e")), key=in_one_run.get, default=None)
-        ratio = f"{digits(in_one_run[best] / in_one_run['merged'])} (tile {best[1:-1]})" if best else "–"
-        cells = [digits(us["merged"]), digits(us["peft"]), digits(tuned["torch_us"]), digits(tuned["cuda_us"])]
-        plan = tuned["plan"].removeprefix("single_pass hopper ")
-        cells += [plan, *(digits(tuned["cuda_us"] / other) for other in (tuned["torch_us"], us["merged"]))]
-        rows.append([f"{model} {layer} {size}", *cells, ratio])
-    head = [
-        "forward, bfloat16, R = 16",
-        "merged weight",
-        "LoRA as PEFT",
-        "plain torch",
-        "CUDA",
-        "plan",
-        "/ plain torch",
-    ]
-    note = (
-        "Microseconds per call, batch 64. Plain torch: its faster order. Plan: p inside the product of y, columns of a "
-        "tile. Merged weight and PEFT: timed in another process after the tuner. Last column: another run, in which "
-        "merged weight and kernel take turns, and its best tile."
-    )
-    records = [f"{TUNE}/tune.csv", f"{TUNE}/plain_torch.csv", f"{KERNEL}/hopper_kernel.csv"]
-    return Table([*head, "/ merged", "/ merged, in one run"], rows, note, records)
+    """forward of every Linear on every GPU that gpu.py recorded, as it is chosen there"""
+    return _chosen("forward", {"merged": "merged weight", "peft": "LoRA as PEFT", "torch": "plain torch"})
 
 
 def gpu_backward() -> Table:
     """the same, backward"""
+    return _chosen("backward", {"merged": "dx, merged weight", "torch": "plain torch"})
+
+
+def _chosen(part: str, others: dict[str, str]) -> Table:
+    rows, records = [], []
+    for folder, run in recorded():
+        records.append(f"{folder}/gpu.csv")
+        for row in (row for row in run["results"] if row["variant"] == "auto" and row["pass"] == part):
+            linear = f"{MODELS[row['model']]} {row['layer']} {row['K']} → {row['N']}, M = {row['M']}"
+            ratios = [row.get(f"ratio_{other}") for other in others]
+            times = [digits(1e3 * row["ms"] / ratio) for ratio in ratios]
+            about = [run["machine"]["gpu"]["name"].removeprefix("NVIDIA "), linear, *times]
+            rows.append([*about, digits(1e3 * row["ms"]), row["backend"], *map(digits, ratios)])
+    head = ["GPU", f"{part}, bfloat16, R = 16", *others.values(), "EFFT", "backend"]
+    head += [f"/ {name.removesuffix(' weight')}" for name in others.values()]
+    more = "" if part == "forward" else " EFFT and plain torch: dx and the gradients of both factors."
+    note = f"Microseconds per call, batch 64, in turns.{more} Plain torch: its faster order."
+    return Table(head, rows, note, records, 2)
+
+
+def gpu_passes() -> Table:
+    """H200, backward: the passes over dy and x of the first version and of now"""
+    now = {
+        (row["M"], row["K"], row["N"]): 1e3 * row["ms"]
+        for row in read_csv(RESULTS / "nvidia_h200/gpu.csv")
+        if row["variant"] == "auto" and row["pass"] == "backward"
+    }
     rows = []
     for model, layer, size, us, tuned in _tuned("backward", "lowrank_linear_backward", "x down up"):
-        cells = [digits(us["merged"]), digits(tuned["torch_us"]), digits(tuned["cuda_us"]), tuned["plan"]]
-        ratios = [digits(tuned["cuda_us"] / other) for other in (tuned["torch_us"], us["merged"])]
-        rows.append([f"{model} {layer} {size}", *cells, *ratios, {"torch": "plain torch"}.get(tuned["chosen"], "CUDA")])
-    head = ["backward, bfloat16, R = 16", "dx, merged weight", "plain torch", "CUDA", "plan", "/ plain torch"]
-    note = (
-        "Microseconds per call, batch 64: dx and the gradients of both factors, by passes over dy and x that have been "
-        "replaced since. Plain torch: its faster order. A kernel is chosen where it gains at least 3 %."
-    )
-    records = [f"{TUNE}/tune.csv", f"{TUNE}/plain_torch.csv"]
-    return Table([*head, "/ dx, merged", "chosen"], rows, note, records)
+        new = now[tuned["M"], tuned["K"], tuned["N"]]
+        cells = [digits(us["merged"]), digits(tuned["cuda_us"]), digits(new), f"{new / tuned['cuda_us'] - 1:+.0%}"]
+        rows.append([f"{model} {layer} {size}", *cells[:3], cells[3].replace("-", "−")])
+    head = ["backward, bfloat16, R = 16", "dx, merged weight", "former passes", "now", "change"]
+    records = [f"{TUNE}/tune.csv", f"{TUNE}/plain_torch.csv", "nvidia_h200/gpu.csv"]
+    return Table(head, rows, "Microseconds per call, batch 64, best CUDA plan; two runs on two days.", records)
 
 
 def gpu_other_kernels() -> Table:
@@ -145,6 +153,5 @@ def _tuned(part: str, op: str, needs: str | None) -> Iterator[tuple[str, str, st
     for r in read_csv(RESULTS / TUNE / "plain_torch.csv"):
         if r["pass"] == part:
             layers.setdefault((r["model"], r["layer"], r["M"], r["K"], r["N"]), {})[r["variant"]] = 1e3 * r["ms"]
-    names = {"vit_b": "ViT-B", "swin_t": "Swin-T"}
     for (model, layer, M, K, N), us in layers.items():
-        yield names[model], layer, f"{K} → {N}, M = {M}", us, tuned[M, K, N]
+        yield MODELS[model], layer, f"{K} → {N}, M = {M}", us, tuned[M, K, N]

@@ -74,9 +74,11 @@ def versions() -> dict:
 def commit() -> dict | None:
     """{id, dirty: whether tracked files other than records differ from it}, or None if it is not known.
 
-    Outside a repository, such as on a machine that got a copy of the sources, EFFT_COMMIT names the commit; a "-dirty"
-    at its end says that the sources differ from it.
+    On a machine that got a copy of the sources, EFFT_COMMIT names the commit, whatever repository is around them; a
+    "-dirty" at its end says that the sources differ from it.
     """
+    if given := os.environ.get("EFFT_COMMIT"):
+        return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
 
     def git(*args):
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -88,8 +90,7 @@ def commit() -> dict | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        given = os.environ.get("EFFT_COMMIT")
-        return {"id": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")} if given else None
+        return None
 
 
 def prepare_folder(folder: Path) -> None:

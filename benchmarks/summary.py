@@ -17,7 +17,17 @@ from pathlib import Path
 
 from efft_kernels.storage import write_bytes
 from forward_rows import summary
-from gpu_tables import gpu_backward, gpu_changes, gpu_forward, gpu_other_kernels, gpu_predictions, gpu_profile
+from gpu_tables import (
+    MODELS,
+    gpu_backward,
+    gpu_changes,
+    gpu_forward,
+    gpu_other_kernels,
+    gpu_passes,
+    gpu_predictions,
+    gpu_profile,
+    recorded,
+)
 from markdown_table import RESULTS, Table
 from record import digits, read_csv, read_run
 
@@ -56,9 +66,12 @@ METHODS = {
 def train_step() -> Table:
     """training step of ViT-B, time and memory, per processor"""
     records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
-    records += ["nvidia_h200/train_untuned"]
+    gpus = [folder for folder, _ in recorded()]
+    kinds = [(name, "train_step") for name in [*records, *gpus]]
+    kinds += [(name, "train_step_graph") for name in gpus if (RESULTS / name / "train_step_graph.json").exists()]
+    records += gpus
     head, columns, rounds = ["training step of ViT-B"], [], set()
-    for name, kind in [*((name, "train_step") for name in records), (records[-1], "train_step_graph")]:
+    for name, kind in kinds:
         run, steps = _steps(name, kind)
         arguments = run["arguments"]
         graph = ", CUDA graph" if arguments.get("graph") else ""
@@ -69,7 +82,7 @@ def train_step() -> Table:
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
         f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, "
-        "plus optimizer state and packed weights. Zen 3: an earlier commit. H200: before tuning, EFFT2 is plain torch."
+        "plus optimizer state and packed weights. Zen 3: an earlier commit."
     )
     return Table(head, rows, note, records)
 
@@ -89,14 +102,21 @@ def train_step_methods() -> Table:
 
 
 def gpu_train_step() -> Table:
-    """training step of ViT-B on the H200 before tuning, eager and from CUDA graphs"""
-    name, rows = "nvidia_h200/train_untuned", []
-    for kind, mode in (("train_step", "eager"), ("train_step_graph", "CUDA graph")):
-        run, steps = _steps(name, kind)
-        where = f"{mode}, {run['arguments']['dtype'][0]}, batch {run['arguments']['batch']}"
-        rows += [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
-    note = f"EFFT2 is plain torch here: no kernel was chosen. {_STEP_NOTE}"
-    return Table(["NVIDIA H200", *_STEP_HEAD[1:]], rows, note, [name], 2)
+    """training steps on every GPU that gpu.py recorded: eager, from CUDA graphs, compiled"""
+    rows, records = [], []
+    for folder, run in recorded():
+        gpu = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
+        for path in sorted((RESULTS / folder).glob("*train_step*.json")):
+            run, steps = _steps(folder, path.stem)
+            arguments = run["arguments"]
+            where = f"{gpu}, {MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"
+            records.append(f"{folder}/{path.stem}.csv")
+            rows += [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
+    return Table(["bfloat16", *_STEP_HEAD[1:]], rows, _STEP_NOTE, records, 2)
+
+
+def _mode(arguments: dict) -> str:
+    return "CUDA graph" if arguments.get("graph") else "torch.compile" if arguments.get("compile") else "eager"
 
 
 def lora() -> Table:
@@ -251,25 +271,6 @@ def load_test() -> Table:
     return Table(["load test of the service", ""], rows, note, [name], 2)
 
 
-def gpu() -> Table:
-    """EFFT as it is chosen automatically on every GPU that gpu.py recorded, against merged, plain torch and PEFT"""
-    rows, records = [], []
-    for path in sorted(RESULTS.glob("*/gpu.json")):
-        run = read_run(path)
-        if run.get("dry"):
-            continue
-        records.append(path.parent.name)
-        for row in (row for row in run["results"] if row["variant"] == "auto"):
-            layer = f"{row['model']} {row['layer']} {row['K']} → {row['N']}, M = {row['M']}"
-            cells = [digits(row.get(f"ratio_{other}")) for other in ("merged", "torch", "peft")]
-            about = [run["machine"]["gpu"]["name"], layer, row["pass"], row["backend"]]
-            rows.append([*about, digits(1e3 * row["ms"]), *cells])
-    head = ["GPU", "Linear, bfloat16, R = 16", "pass", "backend", "µs"]
-    head += [f"/ {name}" for name in ("merged weight", "plain torch", "LoRA as PEFT")]
-    note = "EFFT's time over that of each alternative; of the merged weight the backward is dx alone."
-    return Table(head, rows, note, records, 4)
-
-
 def vtab1k() -> Table:
     """offline VTAB experiment: parameters and top-1 per data set"""
     name = "vtab1k_offline/runs.csv"
@@ -292,8 +293,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
         train_step, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
-        inference_operations, serving, load_test, gpu, gpu_forward, gpu_backward, gpu_train_step, gpu_other_kernels,
-        gpu_changes, gpu_predictions, gpu_profile, vtab1k,
+        inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_train_step, gpu_other_kernels,
+        gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k,
     )
 }  # fmt: skip
 
