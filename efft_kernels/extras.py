@@ -8,8 +8,8 @@ import torch
 _declared = []  # a torch.library.Library is undone when it is collected
 
 
-def need(package: str, extra: str = "finetune"):
-    """Import a package of an extra.
+def need(package: str, extra: str | None = "finetune"):
+    """Import a package of an extra; None for one that is installed by its own name.
 
     Raises:
         ImportError: the package is not installed; the message has the command that installs it.
@@ -19,7 +19,8 @@ def need(package: str, extra: str = "finetune"):
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise
-        raise ImportError(f"{package} is missing: pip install 'efft_kernels[{extra}]'", name=package) from error
+        command = f"pip install 'efft_kernels[{extra}]'" if extra else f"pip install {package}"
+        raise ImportError(f"{package} is missing: {command}", name=package) from error
 
 
 def timm(extra: str = "finetune"):

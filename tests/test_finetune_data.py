@@ -15,6 +15,7 @@ timm()
 from PIL import Image
 
 from efft_kernels.finetune import data as data_module
+from efft_kernels.finetune import folders
 from efft_kernels.finetune.data import Source, open_data, source
 from efft_kernels.finetune.images import Arrays, DataError
 
@@ -235,7 +236,7 @@ def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
     def forbidden(*args):
         raise PermissionError(13, "Permission denied", "photos/cat")
 
-    monkeypatch.setattr(data_module, "_class_folders", forbidden)
+    monkeypatch.setattr(folders, "_class_folders", forbidden)
     with pytest.raises(DataError, match="photos/cat cannot be read: Permission denied"):
         open_data(folder(tmp_path), 16)
 
@@ -270,10 +271,10 @@ def test_wrong_folders(make, words, tmp_path):
 
 def test_wrong_names(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "SOURCES", {})
-    with pytest.raises(DataError, match="data must be a folder, got 'nowhere'"):
+    with pytest.raises(DataError, match="data must be a folder or a .csv file, got 'nowhere'"):
         open_data("nowhere")
     source("digits")(lambda: None)
-    with pytest.raises(DataError, match="data must be a folder or one of digits, got 'nowhere'"):
+    with pytest.raises(DataError, match="data must be a folder or a .csv file or one of digits, got 'nowhere'"):
         open_data("nowhere")
     with pytest.raises(DataError, match="classes must be at least the 2"):
         open_data(folder(tmp_path), classes=1)

@@ -49,7 +49,7 @@ def test_published_rows_agree_with_their_own_means():
 
 def test_released_settings_are_whole_and_possible():
     from efft_kernels import EFFTConfig
-    from efft_kernels.finetune.data import VTAB_CLASSES
+    from efft_kernels.finetune.lists import VTAB_CLASSES
     from efft_kernels.finetune.methods import METHODS
 
     assert FACTS["classes"] == VTAB_CLASSES and set(FACTS["methods"]) == set(METHODS)

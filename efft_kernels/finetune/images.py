@@ -1,21 +1,41 @@
 """Labelled images: files, arrays, parts and unions of these."""
 
 import contextlib
+import functools
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+log = logging.getLogger("efft_kernels.finetune")
+
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .mpo".split())
+Label = int | tuple[int, ...]  # a class, or with several labels per image the classes that it shows, ascending
+
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file and the line."""
 
 
+class BadImages(DataError):
+    """Images that cannot be used; ``sentences`` has one for each."""
+
+    def __init__(self, sentences: Sequence[str]):
+        self.sentences = list(sentences)
+        several = f"{len(self.sentences)} images cannot be used:\n  " if len(self.sentences) > 1 else ""
+        super().__init__(several + "\n  ".join(self.sentences))
+
+    def __reduce__(self):  # a DataLoader's worker sends it to the main process
+        return BadImages, (self.sentences,)
+
+
 class Images:
     """A sequence of labelled images. Subclasses define how one is loaded and what it is called."""
 
-    labels: Sequence[int]
+    labels: Sequence[Label]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,18 +58,17 @@ class Files(Images):
     """Image files."""
 
     root: Path
-    paths: tuple[str, ...]  # relative to root
-    labels: tuple[int, ...]
+    paths: tuple[str, ...]  # relative to root, or absolute
+    labels: tuple[Label, ...]
     lines: tuple[tuple[Path, int], ...] | None = None  # of each image: the list that names it, and its line there
 
     def load(self, i: int):
-        from PIL import Image
-
+        path = self.root / self.paths[i]
         try:
-            with Image.open(self.root / self.paths[i]) as image:
-                return _to_rgb(image)
+            return decode(path)
         except FileNotFoundError as error:
-            raise DataError(f"{self.where(i)} does not exist") from error
+            what = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+            raise DataError(f"{self.where(i)} {what}") from error
         except MemoryError:
             raise
         except Exception as error:  # decoders raise any exception for a damaged file
@@ -62,14 +81,26 @@ class Files(Images):
     def key(self, i: int) -> str:
         try:
             size = (self.root / self.paths[i]).stat().st_size
-        except OSError as error:
-            raise DataError(f"{self.where(i)} does not exist") from error
+        except OSError:
+            size = "missing"  # found and named when the images are read
         return f"{self.paths[i]} {size}"
 
 
+def decode(file):
+    """Read an image file: RGB, rotated as EXIF says, transparency on white.
+
+    Args:
+        file: a path or a binary file.
+    """
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return _to_rgb(image)
+
+
 def _to_rgb(image):
-    """Convert to RGB, rotated as EXIF says. 16-bit grey is scaled to 8 bits; convert() alone would clip it at 255."""
-    from PIL import ImageOps
+    """Convert to RGB. 16-bit grey is scaled to 8 bits; convert() alone would clip it at 255."""
+    from PIL import Image, ImageOps
 
     image.load()
     png = image.format == "PNG"
@@ -79,7 +110,17 @@ def _to_rgb(image):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels have 32 bits of unknown range (mode {image.mode}); save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            _say_white()
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+@functools.cache
+def _say_white() -> None:
+    log.info("transparent parts of images are shown on white")
 
 
 @dataclass(frozen=True)
@@ -107,8 +148,8 @@ class Subset(Images):
     index: tuple[tuple[int, int], ...]  # (which sequence, number in it)
 
     @property
-    def labels(self) -> list[int]:
-        return [int(self.of[part].labels[i]) for part, i in self.index]
+    def labels(self) -> list[Label]:
+        return [plain(self.of[part].labels[i]) for part, i in self.index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,16 +172,36 @@ def joined(*parts: Images) -> Images:
     return Subset(parts, tuple((part, i) for part, images in enumerate(parts) for i in range(len(images))))
 
 
+def plain(label) -> Label:
+    """A label as an int or a tuple of ints, whatever kind of number an array holds."""
+    return tuple(int(c) for c in label) if isinstance(label, tuple | list) else int(label)
+
+
 def held_out(images: Images, fraction: float) -> tuple[Images, Images]:
     """Split into (the rest, a fraction of each class), at least one image of each class that has two. The split is
-    always the same.
+    always the same. An image with several labels counts for the rarest of them.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    members, labels = {}, images.labels
+    members, labels = {}, [plain(label) for label in images.labels]
+    frequency = Counter(c for label in labels if isinstance(label, tuple) for c in label)
     for i in order:
-        members.setdefault(int(labels[i]), []).append(i)
+        label = labels[i]
+        key = min(label, key=lambda c: (frequency[c], c), default=-1) if isinstance(label, tuple) else label
+        members.setdefault(key, []).append(i)
     held = set()
     for found in members.values():
         held.update(found[: min(max(1, round(fraction * len(found))), len(found) - 1)])
     parts = [i for i in range(len(images)) if i not in held], sorted(held)
     return tuple(Subset((images,), tuple((0, i) for i in part)) for part in parts)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of a data set, before any of them is transformed."""
+
+    train: Images
+    val: Images | None
+    test: Images | None
+    classes: tuple[str, ...]  # their names
+    protocol: bool = False  # train on val as well unless it is needed to choose by, as VTAB-1K does
+    multilabel: bool = False  # labels are tuples of classes

@@ -28,7 +28,8 @@ from .. import storage
 from ..extras import need, timm
 from . import checkpoints, methods
 from .checkpoints import Progress
-from .data import Data, Pictures, seed_all
+from .data import SOURCES, Data, Pictures, seed_all
+from .folders import check_out
 from .head_init import probe_head
 from .images import DataError
 from .models import logits, make_model
@@ -80,6 +81,8 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
     out, main = Path(settings.out), accelerator.is_main_process
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, but {out} is a file")
+    if settings.data not in SOURCES:
+        check_out(settings.data, out)
     with contextlib.ExitStack() as stack:
         stack.callback(_reset_accelerate)
         with checkpoints.storing(out if out.is_dir() else Path.cwd(), f"the folder {out}"):

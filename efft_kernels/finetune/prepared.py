@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..extras import need
 from . import checkpoints, methods
 from .data import Data, open_data, seed_all
-from .images import DataError
+from .images import BadImages, DataError
 from .models import logits, make_model, normalisation
 from .report import bar
 from .settings import Settings
@@ -177,14 +177,17 @@ def read_images(data: Data, memory: float, show: bool, resumed: bool) -> None:
     Args:
         memory: GiB that the images may take.
         resumed: whether an earlier start of this run has read them; then only images to be kept are read.
+
+    Raises:
+        BadImages: images that cannot be read, all of them.
     """
     parts = data.parts()
     keep = sum(part.bytes for part in parts.values()) <= memory * 2**30
     if resumed and not keep:
         return
     with bar(show, sum(map(len, parts.values())), "reading images", "img") as shown:
-        for part in parts.values():
-            part.check(keep, shown.update)
+        if bad := [sentence for part in parts.values() for sentence in part.find_bad(keep, shown.update)]:
+            raise BadImages(list(dict.fromkeys(bad)))
 
 
 def _try_model(model: nn.Module, settings: Settings, accelerator, classes: int) -> list[nn.Parameter]:

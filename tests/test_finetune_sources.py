@@ -1,0 +1,247 @@
+"""Where images come from: links, folders of other programs, file formats, CSV lists, datasets on disk."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import timm
+
+pytest.importorskip("PIL")
+timm()
+from PIL import Image, features
+from test_finetune_data import folder, picture
+
+from efft_kernels.finetune import images as images_module
+from efft_kernels.finetune.data import open_data
+from efft_kernels.finetune.folders import check_out
+from efft_kernels.finetune.images import BadImages, DataError, Files
+
+
+def names(part):
+    return [part.images.where(i) for i in range(len(part))]
+
+
+def test_links_are_followed_and_circles_are_not(tmp_path):
+    root = folder(tmp_path / "photos")
+    folder(tmp_path / "elsewhere", classes=("bird", "more"), n=3)
+    (root / "bird").symlink_to(tmp_path / "elsewhere/bird")  # a class
+    (root / "cat/more").symlink_to(tmp_path / "elsewhere/more")  # a folder in a class
+    (root / "dog/circle").symlink_to(root / "dog")
+    (root / "dog/linked.png").symlink_to(tmp_path / "elsewhere/more/0.png")
+    found = open_data(root, 16, test_fraction=0.0)
+    assert found.classes == ("bird", "cat", "dog")
+    assert np.bincount(found.train.labels).tolist() == [3, 8, 6]
+    found.train.check(keep=True)
+
+
+def test_thumbnails_and_metadata_of_other_programs(tmp_path, caplog):
+    root = folder(tmp_path)
+    for place in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "cat/@eaDir/0.png", "dog/thumbs", "dog/.thumbnails", ".git"):
+        picture(root / place / "SYNOPHOTO_THUMB_M.jpg")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (root / "cat" / name).write_bytes(b"x")
+    found = open_data(root, 16, test_fraction=0.0)
+    assert found.classes == ("cat", "dog") and len(found.train) == 10
+    assert caplog.text.count("ignored") == 1 and "a folder of another program" in caplog.text
+    picture(root / "thumbs" / "0.png")  # up or down: a class may have this name
+    assert open_data(root, 16, test_fraction=0.0).classes == ("cat", "dog", "thumbs")
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPE", "avif", "mpo"])
+def test_other_names_of_formats(suffix, tmp_path):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    kind = {"avif": "AVIF", "mpo": "MPO"}.get(suffix, "JPEG")
+    for i in range(2):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (200, 30, 30)).save(tmp_path / "a" / f"{i}.{suffix}", format=kind)
+    train = open_data(tmp_path, 8, test_fraction=0.0).train
+    assert len(train) == 2 and abs(int(train[0][0][0, 4, 4]) - 200) < 10
+
+
+def test_transparency_is_on_white_and_said_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    images_module._say_white.cache_clear()
+    (tmp_path / "a").mkdir()
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    half.paste((255, 0, 0, 255), (0, 0, 4, 8))
+    half.save(tmp_path / "a/0.png")
+    half.quantize(4).save(tmp_path / "a/1.png")
+    Image.new("LA", (8, 8), (10, 0)).save(tmp_path / "a/2.png")
+    Image.new("RGBA", (8, 8), (10, 20, 30, 255)).save(tmp_path / "a/3.png")
+    grey = Image.new("L", (8, 8), 7)
+    grey.save(tmp_path / "a/4.png", transparency=7)
+    train = open_data(tmp_path, 8, test_fraction=0.0).train
+    pixel = lambda i, x: train.images.load(i).getpixel((x, 4))
+    for i in (0, 1):
+        assert pixel(i, 1) == (255, 0, 0) and pixel(i, 6) == (255, 255, 255)
+    assert pixel(2, 1) == pixel(4, 1) == (255, 255, 255) and pixel(3, 1) == (10, 20, 30)
+    assert caplog.text.count("white") == 1
+
+
+def test_all_bad_images_are_named_at_once(tmp_path):
+    root = folder(tmp_path)
+    (root / "cat/1.png").write_bytes(b"no image")
+    (root / "dog/3.png").write_bytes((root / "dog/3.png").read_bytes()[:60])
+    (root / "dog/9.png").symlink_to(root / "nowhere.png")
+    train = open_data(root, 16, test_fraction=0.0).train
+    for keep in (True, False):
+        with pytest.raises(BadImages) as error:
+            train.check(keep)
+        said = str(error.value)
+        assert said.startswith("3 images cannot be used:\n") and len(error.value.sentences) == 3
+        for words in (
+            "cat/1.png cannot be read",
+            "dog/3.png cannot be read",
+            "dog/9.png is a link to a file that does",
+        ):
+            assert words in said
+        assert train.kept is None
+
+
+def test_out_and_the_images(tmp_path):
+    root = folder(tmp_path / "photos")
+    (tmp_path / "far").mkdir()
+    (root / "cat/far").symlink_to(tmp_path / "far")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (root, root / "runs/1", root / "cat", tmp_path / "far/run", tmp_path / "runs/../photos/x"):
+        with pytest.raises(DataError, match="out must be outside of the images"):
+            check_out(str(root), out)
+    for out in (tmp_path / "run", tmp_path, tmp_path / "photos2"):
+        check_out(str(root), out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def csv_file(root, text):
+    for i in range(6):
+        picture(root / "images" / f"{i}.png", i)
+    (root / "list.csv").write_text(text)
+    return root / "list.csv"
+
+
+def test_csv_with_a_class_per_image(tmp_path):
+    lines = "".join(f"images/{i}.png,{'cat' if i % 2 else 'dog, wet'!r}\n".replace("'", '"') for i in range(6))
+    found = open_data(csv_file(tmp_path, "image,label\n" + lines), 16)
+    assert found.classes == ("cat", "dog, wet") and not found.multilabel
+    assert (len(found.train), len(found.test)) == (4, 2)
+    assert "list.csv, line 2)" in names(open_data(tmp_path / "list.csv", 16, test_fraction=0.0).train)[0]
+
+
+def test_csv_with_splits_and_semicolons(tmp_path):
+    splits = "train train train val test test".split()
+    lines = "".join(f"{tmp_path}/images/{i}.png;{i % 2};{split}\n" for i, split in enumerate(splits))
+    found = open_data(csv_file(tmp_path, "\ufeffFile;Class;Split\n" + lines), 16)
+    assert [len(part) for part in found.parts().values()] == [3, 1, 2] and found.classes == ("0", "1")
+
+
+def test_csv_with_several_labels(tmp_path):
+    words = ["sea", "sea|sky", "", "sky | sea", "tree", "tree;sky"]
+    flags = ["1,0,0", "1,1,0", "0,0,0", "1,1,0", "0,0,1", "0,1,1"]
+    named = csv_file(tmp_path, "image,labels\n" + "".join(f"images/{i}.png,{w}\n" for i, w in enumerate(words)))
+    marked = named.with_name("flags.csv")
+    marked.write_text("image,sea,sky,tree\n" + "".join(f"images/{i}.png,{w}\n" for i, w in enumerate(flags)))
+    a, b = (open_data(path, 16, test_fraction=0.0) for path in (named, marked))
+    assert a.classes == b.classes == ("sea", "sky", "tree") and a.multilabel and b.multilabel
+    assert a.train.labels == b.train.labels == [(0,), (0, 1), (), (0, 1), (2,), (1, 2)]
+    pixels, target = a.train[5]
+    assert pixels.dtype == torch.uint8 and target.tolist() == [0, 1, 1]
+    held = open_data(named, 16, test_fraction=0.3)
+    assert len(held.train) + len(held.test) == 6 and len(held.test) >= 2
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("image,label\n", ["header and a line"]),
+        ("a,b\n0.png,cat\n", ["must have a header with one of image", "got a, b"]),
+        ("image,label\nimages/0.png\n", ["line 2", "2 columns", "got 1"]),
+        ("image,label\nimages/0.png,\n", ["line 2", "must have a label"]),
+        ("image,label,split\nimages/0.png,a,train\nimages/1.png,a,later\n", ["line 3", "'later'"]),
+        ("image,label,split\nimages/0.png,a,train\nimages/1.png,b,test\n", ["line 3", "'b'", "no class"]),
+        ("image,label\nnone.png,a\nimages/0.png,a\nimages/no.png,b\n", ["2 images", "line 2) does", "line 4) does"]),
+        (
+            "image,label\nimages/0.png,a\nimages/0.png,b\n",
+            ["line 3) cannot be of class b", "as a train image of class a"],
+        ),
+        ('image,label\nimages/0.png,"a\n', ["is not CSV"]),
+        (
+            "image,label,split\nimages/0.png,a,train\nimages/0.png,a,test\n",
+            ["line 3) cannot be a test image", "line 2, has it as a train image"],
+        ),
+    ],
+)
+def test_wrong_csv(text, words, tmp_path):
+    with pytest.raises(DataError) as error:
+        open_data(csv_file(tmp_path, text), 16)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_files_may_have_absolute_paths(tmp_path):
+    path = picture(tmp_path / "0.png")
+    assert Files(tmp_path / "nowhere", (str(path),), (0,)).load(0).size == (20, 12)
+
+
+@pytest.fixture
+def library():
+    return pytest.importorskip("datasets")
+
+
+def rows(library, n, **columns):
+    images = [Image.new("RGB", (9, 9), (10 * i, 0, 0)) for i in range(n)]
+    kinds = {"photo": library.Image(), **{name: kind for name, (kind, _) in columns.items()}}
+    values = {name: found for name, (_, found) in columns.items()}
+    return library.Dataset.from_dict({"photo": images, **values}, features=library.Features(kinds))
+
+
+def test_datasets_on_disk(library, tmp_path):
+    label = library.ClassLabel(names=["cat", "dog"])
+    parts = {
+        "train": rows(library, 6, label=(label, [0, 1] * 3)),
+        "validation": rows(library, 2, label=(label, [1, 0])),
+    }
+    library.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    found = open_data(tmp_path / "both", 16, test_fraction=0.0)
+    assert found.classes == ("cat", "dog") and found.train.labels == [0, 1] * 3 and found.val.labels == [1, 0]
+    assert found.train[3][0][0, 8, 8] == 30 and "row 3 of train" in names(found.train)[3]
+    assert found.fingerprint() == open_data(tmp_path / "both", 16, test_fraction=0.0).fingerprint()
+    parts["train"].save_to_disk(tmp_path / "one")
+    assert len(open_data(tmp_path / "one", 16).test) == 2
+    loader = torch.utils.data.DataLoader(found.train, num_workers=1)
+    assert len(list(loader)) == 6
+
+
+def test_datasets_with_texts_and_several_labels(library, tmp_path):
+    text = library.Value("string")
+    rows(library, 4, label=(text, ["b", "a", "b", "a"])).save_to_disk(tmp_path / "text")
+    found = open_data(tmp_path / "text", 16, test_fraction=0.0)
+    assert found.classes == ("a", "b") and found.train.labels == [1, 0, 1, 0]
+    several = library.List(library.ClassLabel(names=["sea", "sky"]))
+    rows(library, 4, labels=(several, [[0], [0, 1], [], [1]])).save_to_disk(tmp_path / "several")
+    found = open_data(tmp_path / "several", 16, test_fraction=0.0)
+    assert found.multilabel and found.train.labels == [(0,), (0, 1), (), (1,)]
+    rows(library, 2, label=(text, ["a", None])).save_to_disk(tmp_path / "none")
+    with pytest.raises(DataError, match="class"):
+        open_data(tmp_path / "none", 16)
+    library.Dataset.from_dict({"x": [1, 2]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(DataError, match="column of images and a column label or labels, but has x"):
+        open_data(tmp_path / "other", 16)
+
+
+def test_a_run_is_refused_before_anything_is_written(tmp_path):
+    pytest.importorskip("accelerate")
+    from test_finetune_run import tiny
+
+    from efft_kernels.finetune.loop import train
+
+    root = folder(tmp_path / "photos", n=8)
+    settings = tiny(root, root / "runs/1")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="out must be outside of the images"):
+        train(settings, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    for name in ("cat/1.png", "dog/2.png"):
+        os.truncate(root / name, 50)
+    with pytest.raises(BadImages, match=r"^2 images cannot be used:\n  .*cat/1.png .*\n  .*dog/2.png "):
+        train(replace(settings, out=str(tmp_path / "run")), progress=False)
