@@ -14,6 +14,7 @@ import torch
 from accuracy import assert_accurate, check_group_update, check_lowrank_linear
 
 from efft_kernels.kernels import cuda, reference
+from efft_kernels.kernels.tuning import table
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import faults
@@ -363,6 +364,57 @@ def test_hopper_passes_with_any_strides(hopper_device):
     dy, x, up, p = make_passes(300, 136, 200, 12, *at)
     check_passes(ops, wider(dy, 8, 16), wider(x, 16, 8), wider(up, 1, 9), wider(p, 3, 2))
     check_passes(ops, dy, x, up.t().contiguous().t(), p.t().contiguous().t())
+
+
+LEADING = {  # a tensor [rows, columns] as one with other leading dimensions, and whether a step leads from row to row
+    "two": (lambda t: t.view(4, 6, -1), True),
+    "three": (lambda t: t.view(2, 1, 12, -1), True),
+    "apart": (lambda t: wider(t, 8, 8).unflatten(0, (4, 6)), True),
+    "one row for all": (lambda t: t[:1].expand(24, -1).unflatten(0, (4, 6)), True),
+    "every other": (lambda t: torch.cat([t, t], -1).view(4, 12, -1)[:, ::2], True),
+    "turned": (lambda t: t.view(6, 4, -1).transpose(0, 1), False),
+    "a part of each": (lambda t: t.view(4, 6, -1)[:, :5], False),
+    "none": (lambda t: t.view(4, 6, -1)[:0], True),
+}
+
+
+@pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_a_bound_call_takes_leading_dimensions(leading, hopper, hopper_device, monkeypatch):
+    """The operators of the library on x [..., K] and dy [..., N] give what they give on their rows."""
+    x, weight, _, down, up, dy = make(24, 40, 64, 8, torch.bfloat16, hopper_device)
+    bias = torch.randn(64, device=hopper_device).bfloat16()
+    hopper = hopper and leading != "one row for all"  # TMA reads no matrix whose rows overlap
+    chosen = cuda.KernelPlan(False, hopper, 128)
+    monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: chosen)
+    shape, stepped = LEADING[leading]
+    x, dy, needs = shape(x), shape(dy), [True, False, False, True, True]
+    forward = cuda.bind_lowrank_linear(x, weight, up)
+    backward = cuda.bind_lowrank_linear_backward(dy, x, weight, up, needs)
+    if not stepped:
+        assert forward is None and backward is None
+        return
+    y, p = forward(x, weight, bias, down, up)
+    rows, dy_rows = x.reshape(-1, 40).contiguous(), dy.reshape(-1, 64).contiguous()
+    plain = cuda.lowrank_linear(rows, weight, bias, down, up)
+    assert y.shape == (*x.shape[:-1], 64) and torch.equal(y.view(-1, 64), plain[0]) and torch.equal(p, plain[1])
+    dx, *grads = backward(dy, x, weight, down, up, p, needs)
+    dx_plain, *plain = cuda.lowrank_linear_backward(dy_rows, rows, weight, down, up, p, needs)
+    assert dx.shape == (*x.shape[:-1], 40) and torch.equal(dx.view(-1, 40), dx_plain)
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain))
+
+
+def test_calls_that_are_not_bound(simulated):
+    """A trained weight or bias, no gradient at all, a plan that is forced for a while."""
+    x, weight, _, down, up, dy = make(24, 40, 64, 8, torch.bfloat16)
+    for needs in ([True, True, False, True, True], [True, False, True, True, True], [False] * 5):
+        assert cuda.bind_lowrank_linear_backward(dy, x, weight, up, needs) is None
+    with table.override("cuda", cuda.KernelPlan(False, False, 64)._asdict()):
+        assert cuda.bind_lowrank_linear(x, weight, up) is None
+    with pytest.raises(RuntimeError, match="x must have one step from row to row"):
+        cuda._ops().lowrank_linear(x.view(6, 4, 40).transpose(0, 1), weight, None, down, up, False, False, 64)
+    with pytest.raises(RuntimeError, match="x must have 24 rows of 40, got 12 of 40"):
+        cuda._ops().lowrank_linear_backward(dy, x[:12], weight, down, up, None, False, False, 64)
 
 
 @pytest.mark.parametrize("sizes", [(24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)])
