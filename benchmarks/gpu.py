@@ -37,7 +37,6 @@ from efft_kernels.kernels import reference
 from efft_kernels.kernels.tuning import children, plans, prove, run, table, timing
 
 ROOT = Path(__file__).resolve().parents[1]
-SIMULATOR = ROOT / "build" / "simulator"
 BATCH, R = 64, 16
 DRY = [Layer("qkv", 48, 72, 3, 10, 12)]  # instead of real layers
 # goal, what it is, which layers or methods, and at most what ratio
@@ -174,17 +173,13 @@ def _with_needs(function, needs):
 
 
 def simulate() -> None:
-    """Let the CUDA backend run in the simulator of tests/cuda, which is built once for each version of csrc/cuda"""
+    """Let the CUDA backend run in the simulator of tests/cuda"""
     sys.path.insert(0, str(ROOT / "tests" / "cuda"))
     import simulator
 
-    from efft_kernels.kernels import build, cuda
+    from efft_kernels.kernels import cuda
 
-    folder = SIMULATOR / build.digest(ROOT / "csrc" / "cuda")
-    if not (folder / "efft_cuda_sim.so").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        simulator.build(folder)
-    torch.ops.load_library(str(folder / "efft_cuda_sim.so"))
+    torch.ops.load_library(str(simulator.built()))
     cuda._ops = lambda: torch.ops.efft_cuda_sim
     cuda.unavailable, cuda._unsupported_device = lambda: None, lambda device: None
     few = [cuda.KernelPlan(True, False, 64), cuda.KernelPlan(False, True, 128), cuda.KernelPlan(True, True, 192)]

@@ -1,5 +1,6 @@
 """Builds csrc/cuda for the host, with sim.h in place of the GPU: the operators of bindings.cpp for CPU tensors."""
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -8,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from efft_kernels.kernels.build import digest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
@@ -20,12 +23,12 @@ def compiler() -> list[str] | None:
     return command if shutil.which(command[0]) else None
 
 
-def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
+def compile_all(jobs: list[tuple[Path, Path, list[str]]], optimize: str = "-O2") -> None:
     """Compiles jobs of (source, object, flags)."""
 
     def run(job):
         source, target, flags = job
-        command = [*compiler(), "-x", "c++", "-O2", "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
+        command = [*compiler(), "-x", "c++", optimize, "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
         command += ["-fno-strict-aliasing"]  # as in CUDA: the kernels read and write pairs of numbers as one
         command += ["-Wno-unknown-pragmas", "-c", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -46,6 +49,17 @@ def link(objects: list[Path], library: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return library
+
+
+def built() -> Path:
+    """The whole library, built once for each version of csrc/cuda and of this folder, by whoever needs it first."""
+    folders = CSRC.parents[1] / "build" / "simulator"
+    folder = folders / f"{digest(CSRC)[:16]}-{digest(HERE)[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folders / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "efft_cuda_sim.so"
+        return library if library.exists() else build(folder)
 
 
 def build(folder: Path) -> Path:
@@ -73,7 +87,7 @@ def build_faulty(
     (csrc / file).write_text(text.replace(sound, faulty))
     kernel = file.removesuffix(".h") if file.startswith("hopper") else "linear"
     target = csrc / f"one_{kernel}.o"
-    compile_all([(HERE / f"one_{kernel}.cu", target, [f"-I{csrc}"])])
+    compile_all([(HERE / f"one_{kernel}.cu", target, [f"-I{csrc}"])], "-O1")  # compiling takes longer than running
     library = f"{ANY[:-3]}{number:03}"
     names = csrc / "bindings.o"
     names.write_bytes((folder / f"{ANY}_bindings.o").read_bytes().replace(ANY.encode(), library.encode()))
