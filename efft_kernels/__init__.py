@@ -3,9 +3,10 @@
 import sys
 
 from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
+from .averaging import average_adapters
 from .configs import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
 from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
-from .inject import Plan, adapter_parameters, inject, plan
+from .inject import Plan, adapter_parameter_groups, adapter_parameters, inject, plan
 from .linear import EFFTLinear
 from .merge import merge, unmerge
 from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear
@@ -14,9 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_", "mixed_linear"),
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
-    *("add_adapter", "delete_adapter", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
+    *("add_adapter", "average_adapters", "delete_adapter", "disable_adapter"),
+    *("load_adapter", "save_adapter", "set_adapter"),
     *("Cost", "cost", "subspace_map", "subspace_similarity", "updates"),
-    *("Plan", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
+    *("Plan", "adapter_parameter_groups", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
 ]
 
 # makes the statement `import efft_kernels.EFFTLinear` work as well

@@ -14,7 +14,7 @@ from .base_linears import (
     pin_layout,
     unpin_layout,
 )
-from .groups import Pair
+from .low_rank import Pair
 from .ops import lowrank_linear
 from .passes import Adapters
 

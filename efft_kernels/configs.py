@@ -90,12 +90,15 @@ class MethodConfig:
                 raise ValueError(f"{name} must be an int of at least 1 or a pair of them, got {rank!r}")
         if not _is_number(self.scale) or not abs(self.scale) <= sys.float_info.max:
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
-        for name in ("factor_dropout", "activation_dropout"):
+        for name in ("factor_dropout", "activation_dropout", "rank_dropout"):
             rate = getattr(self, name, 0.0)
             if not (_is_number(rate) and 0 <= rate < 1):
                 raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}")
-        if not isinstance(getattr(self, "trainable_scale", False), bool):
-            raise ValueError(f"trainable_scale must be True or False, got {self.trainable_scale!r}")
+        for name in ("trainable_scale", "rank_weights", "channel_scale", "rank_stabilized"):
+            if not isinstance(getattr(self, name, False), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if hasattr(self, "init"):
+            self._choice("init", "xavier", "released")
         targets, blocks = self.targets, self.blocks
         if not isinstance(targets, tuple) or not targets or not all(t in list(TARGETS) for t in targets):
             raise ValueError(f"targets must be a non-empty tuple out of {sorted(TARGETS)}, got {targets!r}")
@@ -159,6 +162,16 @@ class EFFTConfig(MethodConfig):
         blocks: numbers of the adapted blocks, counted over the whole model; None for all.
         trainable_scale: train one scale per group (suggested in section 4 of the paper).
         ffn_rank: rank of the FFN group of "efft2"; None for ``rank``, with r1 halved where stages differ in width.
+        init: "xavier" draws each factor and each core by Xavier's rule. "released" draws the cores as the released code
+            does, smaller by the root of the number of matrices in a block: the speed of an update is its scale times
+            the size of what multiplies the zero factor, so released scales belong to this start.
+        rank_dropout: probability of dropping a rank-1 term (U Sigma_s)[:, q] V[q, :] of a matrix while training, with
+            one mask per forward for all images (MLAE, arXiv 2405.18897).
+        rank_weights: train a coefficient for each of these terms, which starts at 1 (MLAE): r2 more numbers a core.
+        channel_scale: train a factor for each output of each adapted matrix, which starts at 1 and multiplies that
+            column of the update (Adapter+, arXiv 2406.06820): as many more numbers as the matrices have outputs.
+        rank_stabilized: divide ``scale`` by the root of the rank that is summed over, r2, or r1 if U starts at zero
+            (rsLoRA, arXiv 2312.03732), so that one scale fits all ranks.
     """
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -171,6 +184,11 @@ class EFFTConfig(MethodConfig):
     blocks: tuple[int, ...] | None = None
     trainable_scale: bool = False
     ffn_rank: Rank | None = None
+    init: Literal["xavier", "released"] = "xavier"
+    rank_dropout: float = 0.0
+    rank_weights: bool = False
+    channel_scale: bool = False
+    rank_stabilized: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -237,9 +255,12 @@ class FacTConfig(MethodConfig):
 
     Args:
         variant: "tt", a free core per matrix; or "tk" (Tucker), Sigma_s = sum_k P[s, k] C[k], which takes an int rank.
-        rank, scale, targets, blocks: as :class:`EFFTConfig`.
+        rank, scale, targets, blocks, rank_dropout, rank_weights, channel_scale, rank_stabilized: as
+            :class:`EFFTConfig`.
         activation_dropout: probability of dropping an entry of x @ down while training. The original drops x U Sigma;
             here q, k and v share one x U, and that is dropped. A value above 0 takes the unfused path in training.
+        init: "xavier" for each factor and core, or "released": uniform with the bound 1 / sqrt(inputs) of nn.Linear for
+            U and the cores of "tt", Xavier on the whole tensor C for "tk".
     """
 
     variant: Literal["tt", "tk"] = "tt"
@@ -248,6 +269,11 @@ class FacTConfig(MethodConfig):
     activation_dropout: float = 0.1
     targets: tuple[str, ...] = ("attn", "mlp")
     blocks: tuple[int, ...] | None = None
+    init: Literal["xavier", "released"] = "xavier"
+    rank_dropout: float = 0.0
+    rank_weights: bool = False
+    channel_scale: bool = False
+    rank_stabilized: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -308,25 +334,37 @@ class _PerMatrix(MethodConfig):
 
 @dataclass(frozen=True)
 class LoRAConfig(_PerMatrix):
-    """LoRA (arXiv 2106.09685): down = A, up = scale * B, both trained, for each matrix. Arguments as EFFTConfig's."""
+    """LoRA (arXiv 2106.09685): down = A, up = scale * B, both trained, for each matrix. Arguments as EFFTConfig's.
+
+    ``init="released"`` draws A uniformly with the bound 1 / sqrt(inputs) of nn.Linear, as LoRA's own code does. LoRA is
+    MLAE (arXiv 2405.18897) with rank_dropout and rank_weights, and rsLoRA (arXiv 2312.03732) with rank_stabilized.
+    """
 
     rank: int = 8
     scale: float = 1.0
     targets: tuple[str, ...] = ("q", "v")
     blocks: tuple[int, ...] | None = None
+    init: Literal["xavier", "released"] = "xavier"
+    rank_dropout: float = 0.0
+    rank_weights: bool = False
+    channel_scale: bool = False
+    rank_stabilized: bool = False
 
 
 @dataclass(frozen=True)
 class VeRAConfig(_PerMatrix):
     """VeRA (arXiv 2310.11454): scale * U diag(d) V diag(b), U and V frozen, random and shared by all blocks.
 
-    Arguments as EFFTConfig's.
+    Arguments as EFFTConfig's. Its d are coefficients of rank-1 terms, which rank_dropout drops, and its b scales of
+    output channels.
     """
 
     rank: int = 256
     scale: float = 1.0
     targets: tuple[str, ...] = ("q", "v")
     blocks: tuple[int, ...] | None = None
+    rank_dropout: float = 0.0
+    rank_stabilized: bool = False
 
 
 @dataclass(frozen=True)
@@ -341,6 +379,10 @@ class LoRAXSConfig(_PerMatrix):
     scale: float = 1.0
     targets: tuple[str, ...] = ("attn", "mlp")
     blocks: tuple[int, ...] | None = None
+    rank_dropout: float = 0.0
+    rank_weights: bool = False
+    channel_scale: bool = False
+    rank_stabilized: bool = False
 
 
 def _plain(value):

@@ -1,126 +1,22 @@
 """Groups: the trained factors of a set of Linears, and the (down, up) that each Linear gets from them.
 
 Every method computes y = x W + b + (x @ down) @ up for each Linear and differs only in where down and up come from. A
-config (configs.py) says which matrices form a group; the classes here hold the factors of one group.
+config (configs.py) says which matrices form a group; the classes here and in per_matrix.py hold the factors of one
+group.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import low_rank
 from .columns import ColumnPlan, plan_columns
 from .configs import EFFTConfig, FacTConfig, GroupSpec, LoRAConfig, LoRAXSConfig, MethodConfig, Slot, VeRAConfig
+from .low_rank import Group, Pair, drop
 from .ops import group_update
-from .precision import at_least, floor, narrowed, without_autocast
-
-
-class Pair(NamedTuple):
-    """What one Linear adds: (x @ down) @ up, with ``dropout`` on x @ down while training."""
-
-    down: Tensor  # [K, R]; on a GPU with K contiguous, as its kernels read it
-    up: Tensor  # [R, N]
-    dropout: float = 0.0
-
-
-class Group(nn.Module):
-    """The trained factors of one group of Linears, or of that group in several adapters: see :func:`stack`.
-
-    Args:
-        spec: shapes and slots.
-        config: the options of the method.
-        weights: path -> frozen weight [N, K] of each slot, in the dtype and on the device that the factors are to
-            have; LoRA-XS takes its SVD. Empty tensors suffice for a group whose factors are about to be loaded.
-
-    Attributes:
-        floor: the factors are never cast to a narrower dtype together with their model.
-    """
-
-    def __init__(self, spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]):
-        super().__init__()
-        self.spec, self.scale = spec, float(config.scale)
-        self.slots = {slot.site.path: slot for slot in spec.slots}
-        weight = weights[spec.slots[0].site.path]
-        self._like = {"device": weight.device, "dtype": weight.dtype}
-        self.floor = floor(weight.dtype)
-
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(shape, **self._like))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Group":
-        return super()._apply(at_least(fn, self.floor), recurse)
-
-    def reset_parameters(self) -> None:
-        """Initialise the factors as those of a new group, so that the update is zero: after ``to_empty``, say."""
-        raise NotImplementedError
-
-    @property
-    def drops(self) -> bool:
-        """Whether the next call of low_rank_pairs draws dropout masks."""
-        return False
-
-    def low_rank_pairs(
-        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Pair]:
-        """The (down, up) of all Linears of the group at once, by path, or of one alone; differentiable in the factors.
-
-        A stack of A adapters gives down [A, K, R] and up [A, R, N]; dimensions are counted from the last for that.
-
-        Args:
-            backend: of the group update, as for :func:`efft_kernels.group_update`.
-            path: of the one Linear; None for all.
-            dtype: that the Linears compute in. Wider factors are cast to it once for all Linears; None casts none.
-        """
-        raise NotImplementedError
-
-    def pairs_without_dropout(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
-        """As :meth:`low_rank_pairs` in eval mode and in the dtype of the factors, whatever mode the group is in.
-
-        Autocast has no effect, so that a merge is not rounded to its dtype.
-        """
-        training = self.training
-        try:
-            with without_autocast(next(self.parameters()).device):
-                return self.eval().low_rank_pairs(backend, path)
-        finally:
-            self.train(training)
-
-
-def stack(groups: list[Group]) -> Group:
-    """One group that gives the pairs of several adapters at once: each factor gets a leading dimension of adapters.
-
-    The stack is differentiable in the factors it was made of. Adapters of lower rank than the others are padded with
-    zeros, which changes no update. The stack is a snapshot of the current factors; do not keep it.
-
-    Args:
-        groups: of one class and one set of slots; ranks and scales may differ, dropout may not.
-    """
-    first = groups[0]
-    made = copy.copy(first)
-    made.__dict__ = {**first.__dict__, "_parameters": {}, "_buffers": {}}
-    names = {name: None for group in groups for name in (*group._parameters, *group._buffers) if name != "scale"}
-    for name in names:
-        made.__dict__[name] = _padded_stack([getattr(group, name) for group in groups])
-    scales = [group.scale for group in groups]
-    if len({scale if isinstance(scale, float) else id(scale) for scale in scales}) > 1 or isinstance(scales[0], Tensor):
-        # float32: a scale is not rounded to the dtype of the factors
-        like = next(first.parameters())
-        wide = torch.promote_types(like.dtype, torch.float32)
-        scales = [torch.as_tensor(scale, dtype=wide, device=like.device) for scale in scales]
-        made.__dict__["scale"] = torch.stack(scales).view(-1, 1, 1, 1)
-    return made
-
-
-def _padded_stack(tensors: list[Tensor]) -> Tensor:
-    sizes = [max(dims) for dims in zip(*(t.shape for t in tensors))]
-
-    def missing(t: Tensor) -> list[int]:
-        return [n for size, own in zip(reversed(sizes), reversed(t.shape)) for n in (0, size - own)]
-
-    return torch.stack([t if list(t.shape) == sizes else F.pad(t, missing(t)) for t in tensors])
+from .per_matrix import LoRAGroup, LoRAXSGroup, VeRAGroup
+from .precision import narrowed
 
 
 class EFFTGroup(Group):
@@ -128,6 +24,7 @@ class EFFTGroup(Group):
 
     def __init__(self, spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]):
         super().__init__(spec, config, weights)
+        self.init, self.starts_at_zero = getattr(config, "init", "xavier"), (spec.zero,)
         P, Q = spec.rank
         self.factor_dropout = getattr(config, "factor_dropout", 0.0)
         self.activation_dropout = getattr(config, "activation_dropout", 0.0)
@@ -145,14 +42,21 @@ class EFFTGroup(Group):
         self._reset_cores()
         for name in ("u", "v"):
             factor = getattr(self, name)
-            nn.init.zeros_(factor) if name == self.spec.zero else nn.init.xavier_uniform_(factor)
+            nn.init.zeros_(factor) if name == self.spec.zero else self._reset_outer(factor)
+        self._reset_optional()
         if isinstance(self.scale, Tensor):
             self.scale.fill_(self.initial_scale)
 
     def _make_cores(self, S: int, P: int, Q: int) -> None:
         self.sigma = self._parameter(S, P, Q)
 
+    def _reset_outer(self, factor: Tensor) -> None:
+        nn.init.xavier_uniform_(factor)
+
     def _reset_cores(self) -> None:
+        if self.init == "released":
+            nn.init.uniform_(self.sigma, -(bound := released_bound(self.spec)), bound)
+            return
         # slice by slice: on the whole tensor Xavier would read the trailing dimension as a receptive field
         for core in self.sigma:
             nn.init.xavier_uniform_(core)
@@ -160,25 +64,32 @@ class EFFTGroup(Group):
     def cores(self) -> Tensor:  # [S, P, Q]
         return self.sigma
 
+    def _terms(self) -> tuple[int, ...]:
+        return self.spec.cores, self.spec.rank[1]
+
     @property
     def drops(self) -> bool:
+        return self._drops_entries or super().drops
+
+    @property
+    def _drops_entries(self) -> bool:
         return self.training and self.factor_dropout > 0
 
-    def low_rank_pairs(
-        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Pair]:
+    def _pairs(self, backend: str | None, path: str | None, dtype: torch.dtype | None) -> dict[str, Pair]:
         (plan,) = self._column_plans(path)
         return self._fold(plan, *self._factors(dtype), backend)
 
     def _factors(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-        """u, the cores times a trained scale, v"""
+        """u, the cores times a trained scale and the coefficients of their rank-1 terms, v"""
         sigma = self.cores()
+        if (weights := self._masked_terms(self.rank_weights, sigma[..., 0, :])) is not None:
+            sigma = sigma * weights.unsqueeze(-2)
         if isinstance(self.scale, Tensor):
             sigma = (sigma * self.scale).to(sigma.dtype)
         return narrowed(self.u, dtype), narrowed(sigma, dtype), narrowed(self.v, dtype)
 
     def _column_plans(self, path: str | None) -> tuple[ColumnPlan, ...]:
-        key = path, self.drops
+        key = path, self._drops_entries
         plans = self._plans.get(key)
         if plans is None:
             plans = self._make_plans(list(self.slots.values()) if path is None else [self.slots[path]])
@@ -187,12 +98,12 @@ class EFFTGroup(Group):
         return plans
 
     def _make_plans(self, slots: list[Slot]) -> tuple[ColumnPlan, ...]:
-        return (plan_columns(slots, self.spec.N, masked=self.drops),)
+        return (plan_columns(slots, self.spec.N, masked=self._drops_entries),)
 
     def _fold(self, plan: ColumnPlan, u: Tensor, sigma: Tensor, v: Tensor, backend: str | None) -> dict[str, Pair]:
         """(u, sigma v) for each slot; (sigma v).T and u.T for a transposed one, which needs no second launch."""
         scale = 1.0 if isinstance(self.scale, Tensor) else self.scale
-        if self.drops:
+        if self._drops_entries:
             u, pieces = _masked(plan, u, sigma, v, scale, self.factor_dropout)
         else:
             u, pieces = u.unsqueeze(-3), _cut(plan, _updates(_select(sigma, plan.cores), v, scale, backend))
@@ -214,9 +125,21 @@ class FacTGroup(EFFTGroup):
     of the group (V.T, Sigma.T, U.T).
     """
 
-    def low_rank_pairs(
-        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Pair]:
+    def _reset_outer(self, factor: Tensor) -> None:
+        if self.init == "released":  # the default of nn.Linear(d, r)
+            nn.init.uniform_(factor, -(bound := self.spec.K**-0.5), bound)
+        else:
+            super()._reset_outer(factor)
+
+    def _reset_cores(self) -> None:
+        super()._reset_cores()
+        if self.init == "released":  # nn.Linear(r, r) for each matrix, (r, 4 r) for fc1, (4 r, r) for fc2
+            for slot in self.spec.slots:
+                fan = self.spec.rank[0] * (len(slot.parts) if slot.transposed else 1)
+                for core in slot.cores:
+                    nn.init.uniform_(self.sigma[core], -(bound := fan**-0.5), bound)
+
+    def _pairs(self, backend: str | None, path: str | None, dtype: torch.dtype | None) -> dict[str, Pair]:
         u, sigma, v = self._factors(dtype)
         pairs = {}
         for plan in self._column_plans(path):
@@ -238,139 +161,15 @@ class FacTTuckerGroup(FacTGroup):
         self.c, self.p = self._parameter(P, P, Q), self._parameter(S, P)
 
     def _reset_cores(self) -> None:
-        for core in self.c:
-            nn.init.xavier_uniform_(core)
+        if self.init == "released":  # Xavier on the whole tensor
+            nn.init.xavier_uniform_(self.c)
+        else:
+            for core in self.c:
+                nn.init.xavier_uniform_(core)
         nn.init.xavier_uniform_(self.p)
 
     def cores(self) -> Tensor:
         return (self.p @ self.c.flatten(-2)).unflatten(-1, self.c.shape[-2:])
-
-
-class LoRAGroup(Group):
-    """a [L, m, K, R], b [L, m, R, N]: L Linears of one kind, m adapted matrices in each."""
-
-    def __init__(self, spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tensor]):
-        super().__init__(spec, config, weights)
-        self.chosen = [i for i, part in enumerate(spec.slots[0].parts) if part.core is not None]
-        self.index = {path: i for i, path in enumerate(self.slots)}
-        self.make(len(spec.slots), self.chosen, weights)
-
-    def make(self, L: int, chosen: list[int], weights: Mapping[str, Tensor]) -> None:
-        """Create and initialise the factors; ``chosen`` are the adapted parts of each Linear."""
-        m, R = len(chosen), self.spec.rank[0]
-        self.a, self.b = self._parameter(L, m, self.spec.K, R), self._parameter(L, m, R, self.spec.N)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for matrix in self.a.flatten(0, 1):
-            nn.init.xavier_uniform_(matrix)
-        nn.init.zeros_(self.b)
-
-    def factors(self, rows: slice) -> tuple[Tensor, Tensor]:  # [l, m, K, R], [l, m, R, N]
-        """a and b of some of the Linears"""
-        return _rows(self.a, rows), _rows(self.b, rows)
-
-    def low_rank_pairs(
-        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Pair]:
-        rows, slots = self._rows_of(path)
-        a, b = self.factors(rows)
-        a, b = narrowed(a, dtype), narrowed(self._scaled(b), dtype)
-        if _k_contiguous(a):
-            down = a.mT.contiguous().flatten(-3, -2).mT  # [l, K, m R]
-        else:
-            down = a.transpose(-3, -2).flatten(-2)
-        pairs = zip(down.unbind(-3), self._beside_zeros(b).unbind(-3))
-        return {slot.site.path: Pair(*pair) for slot, pair in zip(slots, pairs)}
-
-    def _scaled(self, b: Tensor) -> Tensor:
-        """b times the scale, which a stack has one of for each adapter"""
-        if isinstance(self.scale, Tensor):
-            return (b * self.scale.unsqueeze(-1)).to(b.dtype)
-        return b if self.scale == 1.0 else b * self.scale
-
-    def _beside_zeros(self, b: Tensor) -> Tensor:  # [l, m, R, N] -> [l, m R, parts N]
-        """each of the m matrices in its own rows, and in the columns of its part of the Linear"""
-        N, last = self.spec.N, len(self.spec.slots[0].parts) - 1
-        if not last:
-            return b.squeeze(-3)
-        parts = zip(self.chosen, b.unbind(-3))
-        return torch.cat([F.pad(part, (column * N, (last - column) * N)) for column, part in parts], -2)
-
-    def _rows_of(self, path: str | None) -> tuple[slice, tuple[Slot, ...]]:
-        """rows of the factors, and slots, of all Linears or of one"""
-        if path is None:
-            return slice(None), self.spec.slots
-        first = self.index[path]
-        return slice(first, first + 1), self.spec.slots[first : first + 1]
-
-
-class LoRAXSGroup(LoRAGroup):
-    """sigma [L, m, R, R] trained; a = left and v = right singular vectors, a times the singular values, frozen."""
-
-    def make(self, L: int, chosen: list[int], weights: Mapping[str, Tensor]) -> None:
-        R, N, parts = self.spec.rank[0], self.spec.N, len(self.spec.slots[0].parts)
-        a = torch.empty(L, len(chosen), self.spec.K, R, **self._like)
-        v = torch.empty(L, len(chosen), R, N, **self._like)
-        for path, i in self.index.items():
-            for j, part in enumerate(chosen if weights[path].numel() else ()):
-                matrix = weights[path].detach().unflatten(0, (parts, N))[part].mT  # [K, N], y = x W
-                matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-                left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-                a[i, j], v[i, j] = left[:, :R] * values[:R], right[:R]
-        self.register_buffer("a", a)
-        self.register_buffer("v", v)
-        self.sigma = self._parameter(L, len(chosen), R, R)
-        nn.init.zeros_(self.sigma)
-
-    def reset_parameters(self) -> None:
-        """Refuse: a and v come from the weights of the model, which a group does not hold.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            "the factors of LoRA-XS cannot be initialised without the weights they come from: load a state dict or an "
-            "adapter file, or inject a model that has its weights"
-        )
-
-    def factors(self, rows: slice) -> tuple[Tensor, Tensor]:
-        return _rows(self.a, rows), _rows(self.sigma, rows) @ _rows(self.v, rows)
-
-
-class VeRAGroup(LoRAGroup):
-    """d [L, m, R] and b [L, m, N] trained; u [K, R] and v [R, N] frozen and random, shared by all Linears."""
-
-    def make(self, L: int, chosen: list[int], weights: Mapping[str, Tensor]) -> None:
-        K, N, R = self.spec.K, self.spec.N, self.spec.rank[0]
-        self.register_buffer("u", torch.empty(K, R, **self._like))
-        self.register_buffer("v", torch.empty(R, N, **self._like))
-        self.d, self.b = self._parameter(L, len(chosen), R), self._parameter(L, len(chosen), N)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.u)
-        nn.init.kaiming_uniform_(self.v)
-        nn.init.constant_(self.d, 0.1)
-        nn.init.zeros_(self.b)
-
-    def low_rank_pairs(
-        self, backend: str | None = None, path: str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Pair]:
-        rows, slots = self._rows_of(path)
-        d, b = (t[..., rows, :, :].unsqueeze(dim) for t, dim in ((self.d, -1), (self.b, -2)))
-        u, v, d, b = (narrowed(t, dtype) for t in (self.u, self.v, d, b))
-        up = self._scaled(d * (v if v.dim() == 2 else v[:, None, None]) * b)  # [l, m, R, N]
-        down = u.mT.contiguous().mT if _k_contiguous(u) else u
-        return {slot.site.path: Pair(down, row) for slot, row in zip(slots, self._beside_zeros(up).unbind(-3))}
-
-    def _beside_zeros(self, up: Tensor) -> Tensor:  # [l, m, R, N] -> [l, R, parts N]
-        """all matrices of a Linear use the same x u, so they share rows"""
-        of_part = dict(zip(self.chosen, up.unbind(-3)))
-        zeros = None if len(of_part) == len(self.spec.slots[0].parts) else torch.zeros_like(up.select(-3, 0))
-        return torch.cat([of_part.get(part, zeros) for part in range(len(self.spec.slots[0].parts))], -1)
 
 
 def _fact_group(spec: GroupSpec, config: FacTConfig, weights: Mapping[str, Tensor]) -> FacTGroup:
@@ -392,14 +191,20 @@ def make_group(spec: GroupSpec, config: MethodConfig, weights: Mapping[str, Tens
     return GROUPS[method](spec, config, weights)
 
 
-def _k_contiguous(factor: Tensor) -> bool:
-    """whether down must have K contiguous, because the GPU kernels would otherwise copy it at every call"""
-    return factor.device.type != "cpu"
+def released_bound(spec: GroupSpec) -> float:
+    """The bound of the uniform distribution that the released code of EFFT draws its cores from.
 
-
-def _rows(t: Tensor, rows: slice) -> Tensor:  # [..., L, m, K, R]
-    """some of the Linears"""
-    return t[..., rows, :, :, :]
+    It applies Xavier to the tensor of all cores, whose last two dimensions are then read as fans and receptive field:
+    [P, Q, n] in a ViT, with n = 4 cores for attention and 2 for the FFN of all blocks together, and [n, P, Q] in a
+    Swin, whose FFN has a core for each block of a stage. EFFT1, of which no code was released, has n = 3 here.
+    """
+    P, Q = spec.rank
+    kind = spec.name.rpartition("_")[2]
+    n = {"attn": 4, "ffn": 2}.get(kind, 3)
+    if not spec.name.startswith("stage"):
+        return (6 / (n * (P + Q))) ** 0.5
+    n = len({slot.site.block for slot in spec.slots}) if kind == "ffn" else n
+    return (6 / (P * Q + n * Q)) ** 0.5
 
 
 def _updates(sigma: Tensor, v: Tensor, scale: float, backend: str | None) -> Tensor:
@@ -423,20 +228,15 @@ def _masked(
     if scale != 1.0:
         sigma = sigma * scale
     if plan.cores == tuple(range(S)) * repeats:
-        sigma = _drop(_times(sigma, repeats, -4), dropout).flatten(-4, -3)
+        sigma = drop(_times(sigma, repeats, -4), dropout).flatten(-4, -3)
     else:
-        sigma = _drop(_select(sigma, plan.cores), dropout)
-    v = _drop(_times(v, draws), dropout)
+        sigma = drop(_select(sigma, plan.cores), dropout)
+    v = drop(_times(v, draws), dropout)
     ups = torch.matmul(sigma.unflatten(-3, (draws, n)).flatten(-3, -2), v)  # [draws, n P, N]
-    u = _drop(_times(u, plan.calls), dropout)
+    u = drop(_times(u, plan.calls), dropout)
     if plan.piece_per_core and n == 1:
         return u, _repeated(plan, ups.unbind(-3))
     return u, _cut(plan, ups.unflatten(-2, (n, -1)).movedim(-2, -4).flatten(-3))  # a copy, [P, draws n N]
-
-
-def _drop(t: Tensor, dropout: float) -> Tensor:
-    # F.dropout is several operations on a CPU; this is one on every device
-    return torch.native_dropout(t, dropout, True)[0]
 
 
 def _cut(plan: ColumnPlan, matrix: Tensor) -> list[Tensor]:
@@ -459,7 +259,7 @@ def _repeated(plan: ColumnPlan, cut: Sequence[Tensor]) -> list[Tensor]:
 
 def _downs(plan: ColumnPlan, u: Tensor) -> list[Tensor]:
     """each value of u [calls, K, P], as many times as slots share it, in the order that ``plan.downs`` counts in"""
-    turn = _k_contiguous(u)
+    turn = low_rank.k_contiguous(u)
     parts = u.split_with_sizes([count for count, _ in plan.shares], -3) if len(plan.shares) > 1 else (u,)
     downs = []
     for part, (count, size) in zip(parts, plan.shares):

@@ -326,6 +326,33 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in dict.fromkeys(found) if p.requires_grad]
 
 
+def adapter_parameter_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict]:
+    """The parameters of :func:`adapter_parameters` with two learning rates (LoRA+, arXiv 2402.12354).
+
+    >>> optimizer = torch.optim.AdamW(adapter_parameter_groups(model, lr=2e-4))
+
+    Args:
+        model: an injected model.
+        lr: learning rate of the factors that start at random, of optional ones that start at 1, and of the head.
+        ratio: of the learning rate of the factors that start at zero (V or U of EFFT, V of FacT, B of LoRA) to ``lr``.
+
+    Raises:
+        ValueError: a model without adapters, or a rate or ratio that is not a finite number above 0.
+    """
+    for name, value in (("lr", lr), ("ratio", ratio)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    late = starting_at_zero(model)
+    ids = {id(p) for p in late}
+    others = [p for p in adapter_parameters(model) if id(p) not in ids]
+    return [{"params": others, "lr": lr}, {"params": [p for p in late if p.requires_grad], "lr": lr * ratio}]
+
+
+def starting_at_zero(model: nn.Module) -> list[nn.Parameter]:
+    """The factors of the active adapter that start at zero, so that its update does."""
+    return [getattr(group, name) for group in adapters(model).groups() for name in group.starts_at_zero]
+
+
 def _before(model: nn.Module, args) -> None:
     model.efft.begin(model)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_linears import computes_in
-from .groups import Pair
+from .low_rank import Pair
 
 
 class _Pass:
@@ -131,7 +131,7 @@ class Passes:
                 if any(group.drops for group in self.groups()):
                     raise RuntimeError(
                         "factor dropout cannot be reproduced under reentrant checkpointing: use use_reentrant=False, "
-                        "or factor_dropout=0"
+                        "or factor_dropout=0 and rank_dropout=0"
                     )
                 return self._own_pair(path, linear)
         return now.pairs.get(path)

@@ -54,6 +54,10 @@ METHODS = {
     "lora-all": ek.LoRAConfig(rank=4, scale=2.0, targets=("attn", "mlp")),
     "vera": ek.VeRAConfig(rank=8, scale=2.0, targets=("attn", "mlp")),
     "lora-xs": ek.LoRAXSConfig(rank=4, scale=2.0, targets=("q", "v", "fc1")),
+    "efft2-options": ek.EFFTConfig(
+        rank=(4, 6), scale=2.0, factor_dropout=0.0, targets=("q", "v", "mlp"), rank_weights=True, channel_scale=True
+    ),
+    "lora-options": ek.LoRAConfig(rank=4, scale=2.0, rank_weights=True, channel_scale=True, rank_stabilized=True),
 }
 
 PLAIN = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.0)

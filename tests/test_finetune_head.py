@@ -104,10 +104,24 @@ def test_a_new_run_probes_and_a_resumed_one_does_not(photos, tmp_path, caplog):
     assert end(tmp_path / "killed") == end(tmp_path / "whole")
 
 
+def test_two_learning_rates_survive_a_kill(photos, tmp_path):
+    settings = tiny(photos, tmp_path / "whole", lr_ratio=8.0, rank_dropout=0.3, rank_weights=True, channel_scale=True)
+    run = begun(photos, tmp_path, lr_ratio=8.0)
+    progress, schedule = loop.begin(run, None)
+    schedule.step_update(4)
+    first, second = (group["lr"] for group in progress.optimizer.param_groups)
+    assert second == pytest.approx(8 * first)
+    train(settings, progress=False)
+    killed_and_resumed(replace(settings, out=str(tmp_path / "killed")), 1, seed=1, seconds=0.05)
+    assert end(tmp_path / "killed") == end(tmp_path / "whole")
+    with pytest.raises(ValueError, match="lr_ratio must be 1 for a method without low-rank factors"):
+        train(tiny(photos, tmp_path / "ssf", method="ssf", rank=None, lr_ratio=2.0), progress=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", ["false", "true"], ids=["ddp", "fsdp"])
 def test_the_probe_of_two_processes_is_that_of_one(fsdp, photos, tmp_path):
-    exact = dict(PROBE, dtype="float64", drop_path=0.0, factor_dropout=0.0, epochs=2)
+    exact = dict(PROBE, lr_ratio=4.0, dtype="float64", drop_path=0.0, factor_dropout=0.0, epochs=2)
     train(settings := tiny(photos, tmp_path / "one", **exact), progress=False)
     fixed = {"model", "checkpoint", "image_size", "batch_size", "lr", "rank", "workers", "save_every", "device", *exact}
     flags = [word for name in sorted(fixed) for word in (f"--{name}", str(getattr(settings, name)))]

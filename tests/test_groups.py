@@ -7,8 +7,8 @@ import torch
 from models import METHODS, adapted, shake, vit
 
 import efft_kernels as ek
-from efft_kernels import groups as groups_module
-from efft_kernels.groups import stack
+from efft_kernels import low_rank
+from efft_kernels.low_rank import stack
 
 
 @pytest.mark.parametrize("zero, attn, ffn", [("v", "v", "v"), ("u", "u", "u"), ("vu", "v", "u"), ("uv", "u", "v")])
@@ -67,7 +67,7 @@ def test_pairs_in_the_layout_for_gpus_are_the_same(method, dropout, monkeypatch)
     model = adapted(config).train()
     for group in model.efft["default"].values():
         plain = _pairs(group)
-        monkeypatch.setattr(groups_module, "_k_contiguous", lambda t: True)
+        monkeypatch.setattr(low_rank, "k_contiguous", lambda t: True)
         turned = _pairs(group)
         monkeypatch.undo()
         probes = {path: (torch.randn_like(down), torch.randn_like(up)) for path, (down, up, _) in plain.items()}

@@ -285,6 +285,7 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     assert len(kept) == 2 * 2 * 4
     released = next(r for r in kept if r["run"]["method"] == "efft2" and r["run"]["data"] == "svhn")["run"]["settings"]
     assert (released["rank"], released["scale"], released["zero_init"]) == (32, 80, "vu")
+    assert released["init"] == "released", "the start that released scales belong to"
     # existing results are not computed again
     monkeypatch.setattr(runs, "measure", lambda *_: pytest.fail("again"))
     assert vtab1k.main([*common, "--methods", "linear", "efft2", "--seeds", "2"]) == 0

@@ -127,6 +127,8 @@ def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
     if released := FACTS["released"].get(method):
         found = released[data]
         settings |= found if isinstance(found, dict) else dict(zip(("rank", "scale", "zero_init"), found))
+        if method in SWEPT:  # the released scales belong to the released start
+            settings["init"] = "released"
         if args.cores and method.startswith("efft"):
             settings["cores"] = args.cores
     return settings

@@ -176,7 +176,7 @@ def begin(run: Prepared, saved: dict | None) -> tuple[Progress, object]:
     timm()
     from timm.scheduler import CosineLRScheduler
 
-    optimizer = torch.optim.AdamW(methods.trainable_parameters(run.model), lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(methods.parameter_groups(run.model, s.lr_ratio), lr=s.lr, weight_decay=s.weight_decay)
     schedule = CosineLRScheduler(
         optimizer, t_initial=run.steps * s.epochs, lr_min=min(s.min_lr, s.lr), t_in_epochs=False,
         warmup_t=round(s.warmup * run.steps), warmup_lr_init=min(s.warmup_lr, s.lr),

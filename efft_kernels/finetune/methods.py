@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..configs import EFFTConfig, FacTConfig, LoRAConfig
 from ..files import load_adapter, save_adapter
-from ..inject import inject
+from ..inject import inject, starting_at_zero
 from ..layouts import head_state, heads_of
 from ..storage import write_bytes
 from . import baselines
@@ -149,6 +149,22 @@ def apply(name: str, model: nn.Module, options: Mapping[str, object] | None = No
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require gradients."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def parameter_groups(model: nn.Module, ratio: float) -> list[dict]:
+    """The trained parameters for an optimizer; those that start at zero with ``lr_scale``, for timm's schedules.
+
+    Raises:
+        ValueError: a ratio other than 1, and a method whose factors do not start at zero.
+    """
+    every = trainable_parameters(model)
+    if ratio == 1.0:
+        return [{"params": every}]
+    if not hasattr(model, "efft"):
+        raise ValueError(f"lr_ratio must be 1 for a method without low-rank factors that start at zero, got {ratio}")
+    late = {id(p) for p in starting_at_zero(model)}
+    first, second = ([p for p in every if (id(p) in late) == zero] for zero in (False, True))
+    return [{"params": first}, {"params": second, "lr_scale": ratio}]
 
 
 def count(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ _FREE = ("data", "checkpoint", "out", "device", "accumulate", "fsdp", "workers",
 _OPTIONS = (
     *("rank", "ffn_rank", "scale", "trainable_scale", "cores", "zero_init", "targets", "blocks"),
     *("factor_dropout", "activation_dropout", "tokens", "bottleneck", "placement", "lora_rank"),
+    *("init", "rank_dropout", "rank_weights", "channel_scale", "rank_stabilized"),
 )
 
 
@@ -40,6 +41,12 @@ class Settings:
         blocks: the numbers of the blocks that EFFT, FacT and LoRA adapt.
         factor_dropout: dropout on the entries of EFFT's factors.
         activation_dropout: dropout on the activations of FacT.
+        init: start of the factors of EFFT, FacT and LoRA: "xavier", or "released" for that of the authors' code, to
+            which released scales belong.
+        rank_dropout: dropout on whole rank-1 terms of EFFT, FacT and LoRA.
+        rank_weights: train a coefficient for each rank-1 term of EFFT, FacT and LoRA.
+        channel_scale: train a factor for each output of the matrices that EFFT, FacT and LoRA adapt.
+        rank_stabilized: divide the scale of EFFT, FacT and LoRA by the root of the rank.
         tokens: number of prompts of VPT and NOAH; for noah also a list with one number per block.
         bottleneck: width of Adapter, AdaptFormer and NOAH's adapter; for noah also a list with one number per block.
         placement: where Adapter adds bottlenecks: "pfeiffer", after each FFN, or "houlsby", also after each attention.
@@ -47,6 +54,7 @@ class Settings:
         epochs: passes over the training images.
         batch_size: images per step of the optimizer, over all processes and accumulated parts together.
         lr: learning rate after the warm-up.
+        lr_ratio: learning rate of the factors that start at zero, as a multiple of lr (LoRA+).
         weight_decay: weight decay of AdamW, on all trained parameters.
         warmup_epochs: length of the linear warm-up; None for a tenth of the epochs.
         warmup_lr: learning rate at the start of the warm-up.
@@ -95,6 +103,11 @@ class Settings:
     blocks: tuple[int, ...] | None = None
     factor_dropout: float | None = None
     activation_dropout: float | None = None
+    init: Literal["xavier", "released"] | None = None
+    rank_dropout: float | None = None
+    rank_weights: bool | None = None
+    channel_scale: bool | None = None
+    rank_stabilized: bool | None = None
     tokens: int | tuple[int, ...] | None = None
     bottleneck: int | tuple[int, ...] | None = None
     placement: Literal["pfeiffer", "houlsby"] | None = None
@@ -102,6 +115,7 @@ class Settings:
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-3
+    lr_ratio: float = 1.0
     weight_decay: float = 1e-4
     warmup_epochs: float | None = None
     warmup_lr: float = 1e-6
@@ -154,6 +168,8 @@ class Settings:
             value = getattr(self, name)
             ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
             self._need(name, ok, "a finite number of at least 0")
+        ok = isinstance(self.lr_ratio, int | float) and math.isfinite(self.lr_ratio) and self.lr_ratio > 0
+        self._need("lr_ratio", ok, "a finite number above 0")
         for name in ("drop_path", "label_smoothing", "test_fraction", "val_fraction"):
             value = getattr(self, name)
             self._need(name, isinstance(value, int | float) and 0 <= value < 1, "a number in [0, 1)")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..adapted_linear import AdaptedLinear
 from ..base_linears import change_class, has_own_forward, kept_in, kind
 from ..files import filled, read, trained_head, write
-from ..groups import Pair, stack
 from ..inject import adapters, check_bare
 from ..layouts import classes_of, classifiers_of, head_state
+from ..low_rank import Pair, stack
 from ..ops import check_backend, lowrank_linear, mixed_linear
 from ..passes import Passes
 from ..precision import check_factor_dtype
@@ -366,7 +366,7 @@ class _Use(Passes):
         self._ids: dict[torch.device, Tensor] = {}
         self.watched = bank.watched
         self._reset()
-        for option in ("factor_dropout", "activation_dropout"):
+        for option in ("factor_dropout", "activation_dropout", "rank_dropout"):
             found = {getattr(adapter.groups.plan.config, option, 0.0) for adapter in held}
             if bank.model.training and len(found) > 1:
                 raise ValueError(f"adapters of one training batch must have the same {option}, got {sorted(found)}")

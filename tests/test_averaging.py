@@ -1,0 +1,117 @@
+"""The mean of several adapters as one adapter."""
+
+import dataclasses
+
+import pytest
+import torch
+from models import METHODS, adapted, images, shake, swin, vit
+
+import efft_kernels as ek
+from efft_kernels.serving import AdapterBank
+
+EXACT = [m for m in METHODS if m not in ("vera", "efft2-options")]
+
+
+def others(config):
+    """the same method with another rank and scale"""
+    if isinstance(config, ek.LoRAXSConfig):
+        return dataclasses.replace(config, rank=2, scale=3.0)
+    rank = tuple(r + 1 for r in config.rank) if isinstance(config.rank, tuple) else config.rank + 1
+    return dataclasses.replace(config, rank=rank, scale=3.0)
+
+
+def written(folder, configs, make=vit, seed=7):
+    """adapters of one base model in float64, with heads of their own: (models, files)"""
+    models, files = [], []
+    for i, config in enumerate(configs):
+        torch.manual_seed(seed)
+        base = make().double()
+        torch.manual_seed(i)
+        model = shake(ek.inject(base, config), 0.1)
+        with torch.no_grad():
+            model.get_classifier().weight.add_(torch.randn_like(model.get_classifier().weight))
+        models.append(model)
+        files.append(folder / f"{i}.safetensors")
+        ek.save_adapter(model, files[-1])
+    torch.manual_seed(seed)
+    return make().double(), models, files
+
+
+def updates(model):
+    return {key: down @ up for key, (down, up) in ek.updates(model).items()}
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_the_update_is_the_mean_of_the_updates(method, tmp_path):
+    config = METHODS[method]
+    plain, models, files = written(tmp_path, [config, others(config), config])
+    before = {key: t.clone() for key, t in plain.state_dict().items()}
+    ek.average_adapters(plain, files, tmp_path / "mean", weights=[1, 2, 1])
+    assert all(torch.equal(t, before[key]) for key, t in plain.state_dict().items()) and not hasattr(plain, "efft")
+    ek.load_adapter(plain, tmp_path / "mean", factor_dtype=torch.float64)
+    parts = [updates(model) for model in models]
+    for key, update in updates(plain).items():
+        want = sum(w * part[key] for w, part in zip((0.25, 0.5, 0.25), parts))
+        # the file holds float32 beside float64 weights only if its factors were float32
+        torch.testing.assert_close(update, want, rtol=1e-10, atol=1e-12, msg=lambda m: f"{key}: {m}")
+    heads = [model.get_classifier().weight for model in models]
+    torch.testing.assert_close(plain.get_classifier().weight, (heads[0] + 2 * heads[1] + heads[2]) / 4)
+    x = images(dtype=torch.float64)
+    y = plain(x)
+    torch.testing.assert_close(ek.merge(plain)(x), y, rtol=1e-8, atol=1e-10)
+
+
+def test_the_mean_is_served_beside_others_and_trains_on(tmp_path):
+    config = METHODS["efft2"]
+    plain, _, files = written(tmp_path, [config] * 3)
+    ek.average_adapters(plain, files, tmp_path / "mean")
+    alone = ek.load_adapter(written(tmp_path, [config])[0], tmp_path / "mean")
+    assert ek.plan(vit(), alone.efft["default"].plan.config).groups[0].rank == (12, 18)
+    x = images(dtype=torch.float64)
+    bank = AdapterBank(plain)
+    bank.add("one", files[0])
+    bank.add("mean", tmp_path / "mean")
+    with torch.no_grad(), bank.use(["mean", "one"]):
+        torch.testing.assert_close(plain(x)[0], alone(x)[0])
+    alone.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in ek.adapter_parameters(alone))
+
+
+def test_ranks_of_stages_have_room(tmp_path):
+    """the rank of a narrow stage is rounded, so the sum of three is not the rank of three times as much"""
+    config = ek.EFFTConfig(rank=3, scale=2.0, factor_dropout=0.0)
+    plain, models, files = written(tmp_path, [config] * 3, swin)
+    ek.average_adapters(plain, files, tmp_path / "mean")
+    ek.load_adapter(plain, tmp_path / "mean")
+    parts = [updates(model) for model in models]
+    for key, update in updates(plain).items():
+        torch.testing.assert_close(update, sum(part[key] for part in parts) / 3, rtol=1e-6, atol=1e-8)
+
+
+def test_what_has_no_mean_is_named(tmp_path):
+    plain, _, files = written(tmp_path, [METHODS["efft2"], METHODS["lora"], METHODS["efft1"]])
+    mean = tmp_path / "mean"
+    for paths, words in (
+        ([], "paths must be a non-empty sequence"),
+        (str(files[0]), "paths must be a non-empty sequence"),
+        (files[:2], "1.safetensors must be of the method and for the Linears of .*0.safetensors"),
+        ([files[0], files[2]], "must be of the method and for the Linears"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ek.average_adapters(plain, paths, mean)
+    for weights in ([1.0], [1, -1], [1, float("nan")]):
+        with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
+            ek.average_adapters(plain, [files[0]] * 2, mean, weights=weights)
+    for method, what in (("vera", "VeRA"), ("efft2-options", "channel_scale")):
+        plain, _, files = written(tmp_path, [METHODS[method]])
+        with pytest.raises(ValueError, match=f"cannot be averaged: the mean of .*{what}"):
+            ek.average_adapters(plain, files * 2, mean)
+    plain, _, files = written(tmp_path, [ek.EFFTConfig("efft1", rank=100)] * 2)
+    with pytest.raises(ValueError, match="rank must be at most 192"):
+        ek.average_adapters(plain, files, mean)
+    model = adapted(METHODS["efft1"])
+    ek.save_adapter(model, tmp_path / "headless", head=False)
+    plain, _, files = written(tmp_path, [METHODS["efft1"]])
+    with pytest.raises(ValueError, match=r"headless must hold head head\.\w+ of shape .*, got None"):
+        ek.average_adapters(plain, [files[0], tmp_path / "headless"], mean)
+    assert not mean.exists()

@@ -1,0 +1,275 @@
+"""Options of the methods that other papers brought: released starts, rank-1 terms, output channels, rsLoRA's scale."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from models import METHODS, adapted, gradients, images, loss_of, shake, swin, timm, vit
+from torch import nn
+
+import efft_kernels as ek
+
+SEVERAL = ["efft1", "efft2", "efft2-shared", "fact-tt", "fact-tk", "lora", "lora-all", "lora-xs"]
+
+
+def with_(method, **options):
+    return dataclasses.replace(METHODS[method], **options)
+
+
+def updates(model, training=False) -> dict:
+    """path -> down @ up of every Linear, float64"""
+    found = {}
+    for group in model.efft["default"].train(training).values():
+        for path, (down, up, _) in group.low_rank_pairs().items():
+            found[path] = down.detach().double() @ up.detach().double()
+    return found
+
+
+def rms(t):
+    return t.double().square().mean().sqrt().item()
+
+
+def released_products(method, r, d=768):
+    """name -> what multiplies the zero factor, as the released codes start it (PETL-ViT, the code of EFFT, loralib)"""
+    if method.startswith("efft"):
+        u1, c1 = nn.init.xavier_uniform_(torch.empty(d, r)), nn.init.xavier_uniform_(torch.empty(r, r, 4))
+        u2, c2 = nn.init.xavier_uniform_(torch.empty(d, r)), nn.init.xavier_uniform_(torch.empty(r, r, 2))
+        return {
+            "attn": torch.cat([u1 @ c1[..., i] for i in range(4)]),
+            "ffn": torch.cat([u2 @ c2[..., i] for i in range(2)]),
+        }
+    if method == "lora":
+        a = nn.Parameter(torch.empty(8 * r, d))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        return {"q": a}
+    u = nn.Linear(d, r, bias=False).weight.T
+    if method == "fact-tt":
+        q, fc1, fc2 = (nn.Linear(*shape, bias=False).weight.T for shape in ((r, r), (r, 4 * r), (4 * r, r)))
+        return {"q": u @ q, "fc1": u @ fc1, "fc2": torch.cat([u @ part for part in fc2.split(r)])}
+    c, p = nn.init.xavier_uniform_(torch.empty(r, r, r)), nn.init.xavier_uniform_(torch.empty(r, 144))
+    return {"q": torch.cat([u @ core for core in (c @ p).permute(2, 0, 1)])}
+
+
+def library_products(method, r, init):
+    with torch.device("meta"):
+        model = timm().create_model("vit_base_patch16_224")
+    config = {
+        "efft2": ek.EFFTConfig("efft2", rank=r, init=init),
+        "fact-tt": ek.FacTConfig("tt", rank=r, init=init),
+        "fact-tk": ek.FacTConfig("tk", rank=r, init=init),
+        "lora": ek.LoRAConfig(rank=r, init=init, targets=("q",)),
+    }[method]
+    from efft_kernels.groups import make_group
+
+    made = ek.plan(model, config)
+    groups = {s.name: make_group(s, config, {slot.site.path: torch.empty(0) for slot in s.slots}) for s in made.groups}
+    if method == "efft2":
+        return {name: torch.cat([g.u @ core for core in g.sigma]) for name, g in groups.items()}
+    (group,) = groups.values()
+    if method == "lora":
+        return {"q": group.a}
+    of = {"q": 0, "fc1": 4, "fc2": None}
+    sigma, found = group.cores(), {}
+    if method == "fact-tk":
+        return {"q": torch.cat([group.u @ core for core in sigma])}
+    for name in of:
+        cores = [core for slot in group.spec.slots if name in slot.site.parts for core in slot.cores]
+        found[name] = torch.cat([group.u @ sigma[core] for core in cores])
+    return found
+
+
+@pytest.mark.parametrize(
+    "method, rank, ratios",
+    [
+        ("efft2", 16, {"attn": 2.0, "ffn": 2**0.5}),
+        ("fact-tt", 16, {"q": 4.2, "fc1": 4.2, "fc2": 8.4}),
+        ("fact-tk", 16, {"q": 9.7}),
+        ("fact-tk", 8, {"q": 6.9}),
+        ("lora", 8, {"q": 2.43}),
+    ],
+)
+def test_released_starts_have_the_size_of_the_released_codes(method, rank, ratios):
+    """the speed of an update is its scale times the rms of what multiplies the zero factor"""
+    torch.manual_seed(0)
+    # small tensors scatter, so a mean of many draws
+    want = {name: [] for name in ratios}
+    for _ in range(20):
+        for name, product in released_products(method, rank).items():
+            want[name].append(rms(product.detach()) ** 2)
+    want = {name: (sum(squares) / len(squares)) ** 0.5 for name, squares in want.items()}
+    for init, ratio in (("released", dict.fromkeys(ratios, 1.0)), ("xavier", ratios)):
+        draws = [library_products(method, rank, init) for _ in range(5 if method == "fact-tk" else 1)]
+        for name in ratios:
+            found = (sum(rms(draw[name].detach()) ** 2 for draw in draws) / len(draws)) ** 0.5
+            assert found / want[name] == pytest.approx(ratio[name], rel=0.08), (init, name)
+
+
+def test_released_cores_of_a_swin_are_those_of_its_code():
+    """[4, r, r] for the attention of a stage, [blocks, r1, r2] for its FFN"""
+    model = ek.inject(swin(), ek.EFFTConfig(rank=8, init="released"))
+    groups = model.efft["default"]
+    for name, shape in {"stage0_attn": (4, 4, 4), "stage0_ffn": (2, 2, 4), "stage1_ffn": (1, 4, 8)}.items():
+        bound = nn.init.xavier_uniform_(torch.empty(shape)).abs().max().item()
+        fans = nn.init._calculate_fan_in_and_fan_out(torch.empty(shape))
+        exact = (6 / sum(fans)) ** 0.5
+        assert bound <= exact and 0.7 * exact < groups[name].sigma.abs().max() <= exact, name
+
+
+@pytest.mark.parametrize("method", ["efft1", "efft2", "fact-tt", "fact-tk", "lora"])
+def test_a_released_start_is_a_start(method):
+    model = ek.inject(vit(), with_(method, init="released"))
+    assert not any(update.any() for update in updates(model).values())
+    for group in model.efft["default"].values():
+        zeros = {name for name, p in group.named_parameters() if not p.any()}
+        assert zeros == set(group.starts_at_zero) != set()
+
+
+def count(method, depth=2, **options):
+    with torch.device("meta"):
+        model = timm().create_model("vit_base_patch16_224", depth=depth)
+    return ek.plan(model, with_(method, **options)).parameters
+
+
+def test_options_cost_what_they_say():
+    d, L = 768, 2
+    outputs = L * (4 * d + 4 * d + d)  # q, k, v, o, fc1, fc2
+    for method, cores in (("efft1", 3 * L), ("efft2-shared", 6), ("fact-tt", 12 * L), ("fact-tk", 12 * L)):
+        plain = count(method)
+        assert count(method, rank_weights=True) == plain + 4 * cores
+        assert count(method, channel_scale=True) == plain + outputs
+    assert count("efft2", rank_weights=True) == count("efft2") + 6 * 6 * L  # the larger of the ranks 4 and 6
+    for method, matrices, width in (("lora", 2 * L, 2 * d * L), ("lora-xs", 3 * L, (2 * d + 4 * d) * L)):
+        assert count(method, rank_weights=True) == count(method) + 4 * matrices
+        assert count(method, channel_scale=True) == count(method) + width
+    for method in ("efft2", "lora", "vera"):
+        assert count(method, rank_dropout=0.5, rank_stabilized=True) == count(method)
+
+
+@pytest.mark.parametrize("method", SEVERAL)
+def test_the_update_of_all_options_is_the_sum_of_its_terms(method):
+    """against a dense sum over rank-1 terms, matrix by matrix, in float64"""
+    config = with_(method, rank_weights=True, channel_scale=True, rank_stabilized=True)
+    model = adapted(config).double()
+    found = updates(model)
+    for group in model.efft["default"].values():
+        scale = group.scale
+        q = group.spec.rank[1 if group.spec.zero == "v" else 0]
+        assert scale == pytest.approx(2.0 / q**0.5)
+        at = 0
+        for i, slot in enumerate(group.spec.slots):
+            site, dense = slot.site, torch.zeros(slot.site.in_features, slot.site.out_features, dtype=torch.float64)
+            for j, part in enumerate(p for p in slot.parts if p.core is not None):
+                if hasattr(group, "a"):
+                    up = group.b[i, j] if hasattr(group, "b") else group.sigma[i, j] @ group.v[i, j]
+                    term = sum(
+                        group.rank_weights[i, j, r] * torch.outer(group.a[i, j, :, r], up[r])
+                        for r in range(group.spec.rank[0])
+                    )
+                    columns = [n for n, p in enumerate(slot.parts) if p.core is not None][j] * site.width
+                    dense[:, columns : columns + site.width] = term
+                    continue
+                core = group.cores()[part.core] * group.rank_weights[part.core]
+                whole = group.u @ core @ group.v
+                if slot.transposed and "fact" in method:
+                    dense[j * group.spec.K : (j + 1) * group.spec.K] = whole
+                elif slot.transposed:
+                    dense = whole.T
+                else:
+                    whole = whole[:, part.start : part.start + part.width]
+                    dense[:, j * part.width : (j + 1) * part.width] = whole
+            channels = torch.ones(site.out_features, dtype=torch.float64)
+            for n, name in enumerate(site.parts):
+                if name in site.chosen:
+                    channels[n * site.width : (n + 1) * site.width] = group.channel_scale[at : at + site.width]
+                    at += site.width
+            torch.testing.assert_close(found[site.path], (scale * dense * channels).detach(), rtol=1e-9, atol=1e-12)
+        assert at == len(group.channel_scale)
+
+
+@pytest.mark.parametrize("method", [*SEVERAL, "vera"])
+def test_dropping_rank_1_terms(method):
+    """a mask per matrix and forward: terms are dropped whole, and those that stay are scaled up"""
+    model = adapted(with_(method, rank_dropout=0.5, targets=("q", "v"), blocks=(0,)), embed_dim=48).double()
+    whole = updates(model)
+    path = "blocks.0.attn.qkv"
+    assert list(whole) == [path]
+    torch.manual_seed(1)
+    draws = [updates(model, training=True)[path] for _ in range(200)]
+    width = whole[path].shape[1] // 3
+    ranks = [torch.linalg.matrix_rank(t[:, :width]).item() for t in (whole[path], *draws[:20])]
+    assert min(ranks[1:]) < ranks[0] and max(ranks[1:]) <= ranks[0]
+    assert not torch.equal(draws[0], draws[1])
+    assert rms(sum(draws) / len(draws) - whole[path]) < 0.15 * rms(whole[path])
+    for path, want in updates(model).items():
+        assert torch.equal(want, whole[path]), "nothing is dropped in evaluation"
+
+
+def test_a_dropped_term_gets_no_gradient_and_a_seed_repeats():
+    model = shake(ek.inject(vit(), with_("lora", rank_dropout=0.5, rank_weights=True))).train()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append(gradients(model, loss_of(model, images_of(3))))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(t, found[1][k]) for k, t in found[0].items())
+    zeros = {key: (t == 0) for key, t in found[0].items() if key.endswith("rank_weights")}
+    (dropped,) = zeros.values()
+    assert 0 < dropped.sum() < dropped.numel()
+    (b,) = (t for key, t in found[0].items() if key.endswith(".b"))
+    assert torch.equal((b == 0).all(-1), dropped)
+
+
+def images_of(seed):
+    torch.manual_seed(seed)
+    return images()
+
+
+@pytest.mark.parametrize("method", ["efft2", "lora-all"])
+def test_terms_of_a_recomputed_block_are_those_of_the_forward(method):
+    """checkpointing without reentry takes the masks of the forward; with reentry they cannot be reproduced"""
+    torch.manual_seed(0)
+    model = shake(ek.inject(vit(), with_(method, rank_dropout=0.5))).train()
+    x, found = images(), []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(2)
+        found.append(gradients(model, loss_of(model, x)))
+    for key, t in found[0].items():
+        torch.testing.assert_close(found[1][key], t, rtol=1e-4, atol=1e-6)
+    assert all(group.drops for group in model.efft["default"].values())
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: ek.EFFTConfig(init="kaiming"), "init must be one of 'xavier', 'released', got 'kaiming'"),
+        (lambda: ek.LoRAConfig(rank_dropout=1.0), r"rank_dropout must be a number in \[0, 1\), got 1.0"),
+        (lambda: ek.FacTConfig(rank_weights=1), "rank_weights must be True or False, got 1"),
+        (lambda: ek.EFFTConfig(channel_scale="yes"), "channel_scale must be True or False, got 'yes'"),
+        (lambda: ek.VeRAConfig(rank_stabilized=None), "rank_stabilized must be True or False, got None"),
+    ],
+)
+def test_a_bad_option_is_named(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("method", ["efft1", "efft2", "fact-tt", "lora", "lora-xs", "vera", "efft2-options"])
+def test_two_learning_rates(method):
+    """LoRA+: the factors that start at zero have the larger rate; each parameter is in one group"""
+    model = ek.inject(vit(), METHODS[method])
+    zero = {id(p) for p in model.efft.parameters() if not p.any()}
+    first, second = ek.adapter_parameter_groups(model, lr=1e-3, ratio=8)
+    assert {id(p) for p in second["params"]} == zero and (first["lr"], second["lr"]) == (1e-3, 8e-3)
+    together = [*first["params"], *second["params"]]
+    assert {id(p) for p in together} == {id(p) for p in ek.adapter_parameters(model)}
+    before = [p.detach().clone() for p in together]
+    optimizer = torch.optim.SGD([first, second])
+    loss_of(model, images()).backward()
+    grads = [p.grad.clone() for p in together]
+    optimizer.step()
+    for p, old, grad in zip(together, before, grads):
+        torch.testing.assert_close(p.detach(), old - (8e-3 if id(p) in zero else 1e-3) * grad)
+    for options in ({"lr": 0}, {"lr": 1e-3, "ratio": float("inf")}):
+        with pytest.raises(ValueError, match="must be a finite number above 0"):
+            ek.adapter_parameter_groups(model, **options)
