@@ -95,11 +95,14 @@ def _samples(rows, ids):
     return [(slice(i * each, (i + 1) * each), a) for i, a in enumerate(ids) if a >= 0]
 
 
-def exactly(name: str, arguments, change=lambda t: t) -> list[Wide]:
+def exactly(name: str, arguments, change=lambda t: t, dtype=np.longdouble) -> list[np.ndarray]:
     """The needed results of one function of the contract, with ``change`` applied to its floating-point tensors."""
     needs = arguments[-1] if name.endswith("backward") else None
     given = arguments if needs is None else arguments[:-1]
-    found = [(wide(change(a)) if a.is_floating_point() else a.numpy()) if isinstance(a, Tensor) else a for a in given]
+    found = [
+        (wide(change(a)).astype(dtype) if a.is_floating_point() else a.numpy()) if isinstance(a, Tensor) else a
+        for a in given
+    ]
     results = getattr(_Exact, name)(*found)
     return results if needs is None else [result for result, need in zip(results, needs) if need]
 

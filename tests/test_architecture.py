@@ -30,13 +30,14 @@ FLOORS = [
     {"deploy"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-# backends stand side by side: each may import the reference and the tables, none another backend
+# backends stand side by side: each may import the reference, the tables and the checks of memory, none another backend
 KERNELS = {
     "kernels": set(),
-    "kernels.reference": set(),
+    "kernels.memory": set(),
+    "kernels.reference": {"kernels.memory"},
     "kernels.build": {"storage"},
-    "kernels.cpu": {"kernels", "kernels.reference", "kernels.build", "kernels.tuning.table"},
-    "kernels.triton": {"kernels.build", "kernels.tuning.table"},
+    "kernels.cpu": {"kernels", "kernels.reference", "kernels.build", "kernels.memory", "kernels.tuning.table"},
+    "kernels.triton": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.cuda": {"kernels.build", "kernels.tuning.table"},
     "kernels.tuning": {"kernels.tuning.run"},
     "kernels.tuning.table": {"kernels", "storage"},

@@ -1,4 +1,5 @@
 // the torch operators: checks, allocation, registration. the only file that includes torch headers (the stable ABI's).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -68,6 +69,21 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
+// all entries of t must be inside its storage: it may have been freed or resized (FSDP, offloading) since t was made
+void check_memory(const char* name, const Tensor& t) {
+  int64_t bytes = 0, end = t.storage_offset() + 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  bool inside = true;
+  for (int64_t i = 0, step; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return;
+    inside = inside && !__builtin_mul_overflow(t.size(i) - 1, t.stride(i), &step) &&
+             !__builtin_add_overflow(end, step, &end);
+  }
+  STD_TORCH_CHECK(inside && end <= bytes / int64_t(t.element_size()), name,
+                  " must have memory for all of its entries, but its storage has ", bytes,
+                  " bytes: it was freed or resized");
+}
+
 void check(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors");
@@ -81,6 +97,7 @@ void check(const char* name, const Tensor& t, const Tensor& like, std::initializ
     wanted += (i++ ? ", " : "") + std::to_string(s);
   }
   STD_TORCH_CHECK(good, name, " must be [", wanted, "], got [", got, "]");
+  check_memory(name, t);
 }
 
 // to be called before the tensor's sizes are read
@@ -90,6 +107,18 @@ void check_dim(const char* name, const Tensor& t, int64_t dim) {
 
 void check_sizes(std::initializer_list<int64_t> sizes) {
   for (int64_t s : sizes) STD_TORCH_CHECK(s >= 1, "every dimension but the rows of x must be at least 1");
+}
+
+// the bytes of a copy with these sizes, padded to whole tiles, must be an int64. an expanded tensor can have any sizes
+void check_product(const char* name, std::initializer_list<int64_t> sizes) {
+  int64_t bytes = 64;
+  bool small = true;
+  std::string got;
+  for (int64_t s : sizes) {
+    small = small && s < INT64_MAX - 512 && !__builtin_mul_overflow(bytes, s + 512, &bytes);
+    got += (got.empty() ? "" : ", ") + std::to_string(s);
+  }
+  STD_TORCH_CHECK(small, name, " must fit into memory, got sizes [", got, "]");
 }
 
 Tensor empty(std::vector<int64_t> shape, const Tensor& like) {
@@ -109,7 +138,9 @@ View transposed(View v) {
 Tensor pack(const Tensor& weight, bool for_backward) {
   check_dim("weight", weight, 2);
   check_sizes({weight.size(0), weight.size(1)});
+  check_product("weight", {weight.size(0), weight.size(1)});
   STD_TORCH_CHECK(weight.is_cpu(), "weight must be on the CPU");
+  check_memory("weight", weight);
   const Dtype dtype = dtype_of(weight);
   const View b = for_backward ? view(weight) : transposed(view(weight));
   const int64_t K = weight.size(for_backward ? 0 : 1), N = weight.size(for_backward ? 1 : 0);
@@ -120,14 +151,17 @@ Tensor pack(const Tensor& weight, bool for_backward) {
 }
 
 void check_packed(const Tensor& packed, Dtype dtype, int64_t K, int64_t N) {
+  check_product("weight", {K, N});
   const bool plain = packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous();
   STD_TORCH_CHECK(plain && packed.numel() == kernels().packed_bytes(dtype, K, N),
                   "packed must be pack()'s result for this weight");
+  check_memory("packed", packed);
 }
 
 // a hash that changes with the values: FNV-1a over wrapped diagonals, which visit every row and every column
 int64_t fingerprint(const Tensor& t) {
   check_dim("weight", t, 2);
+  check_memory("weight", t);
   dtype_of(t);
   const View v = view(t);
   const int64_t rows = t.size(0), columns = t.size(1), bytes = int64_t(t.element_size());
@@ -155,6 +189,7 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   LowRank g;
   g.M = x.size(0), g.K = x.size(1), g.R = up.size(0), g.N = up.size(1);
   check_sizes({g.K, g.R, g.N});
+  check_product("down", {g.K, g.R}), check_product("up", {g.R, g.N});
   check("x", x, x, {g.M, g.K});
   check("down", down, x, {g.K, g.R});
   check("up", up, x, {g.R, g.N});
@@ -180,6 +215,7 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   check_dim("down", down, 2);
   const int64_t M = dy.size(0), N = dy.size(1), K = down.size(0), R = down.size(1);
   check_sizes({N, K, R});
+  check_product("down", {K, R}), check_product("up", {R, N});
   check("dy", dy, dy, {M, N});
   check("down", down, dy, {K, R});
   check("up", up, dy, {R, N});
@@ -214,8 +250,10 @@ void set_adapters(LowRank& g, const Tensor& ids, int64_t A) {
   check_dim("ids", ids, 1);
   STD_TORCH_CHECK(ids.is_cpu() && ids.scalar_type() == ScalarType::Long && ids.is_contiguous(),
                   "ids must be contiguous int64 on the CPU");
+  check_memory("ids", ids);
   g.A = A, g.B = ids.size(0), g.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   STD_TORCH_CHECK(g.B ? g.M % g.B == 0 : g.M == 0, "the rows must be a multiple of the ", g.B, " ids, got ", g.M);
+  check_product("the factors of the ids", {g.B, g.K, g.R}), check_product("the factors of the ids", {g.B, g.R, g.N});
   for (int64_t i = 0; i < g.B; ++i) STD_TORCH_CHECK(g.ids[i] < A, "ids must be below ", A, ", got ", g.ids[i]);
 }
 
@@ -320,6 +358,7 @@ std::vector<Tensor> group_update_backward(const Tensor& dup,    // [S, P, N]
   check_dim("v", v, 2);
   const int64_t S = sigma.size(0), P = sigma.size(1), Q = sigma.size(2), N = v.size(1);
   check_sizes({S, P, Q, N});
+  check_product("v", {Q, N});
   check("dup", dup, v, {S, P, N});
   check("sigma", sigma, v, {S, P, Q});
   check("v", v, v, {Q, N});

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import build, decisions
+from .memory import check_memory
 from .reference import amd_processor
 from .tuning import table
 
@@ -256,7 +257,10 @@ def _backward(kernel, dy, x, weight, down, up, p, needs, *ids) -> list[Tensor]:
     grads = iter(fused)
     found = [next(grads)] if need_x else []
     # these two have no low-rank part; only a weight or bias that is trained asks for them
+    if need_weight or need_bias:
+        check_memory("dy", dy)
     if need_weight:
+        check_memory("x", x)
         found.append(torch.mm(dy.t(), x))
     if need_bias:
         found.append(dy.sum(0))

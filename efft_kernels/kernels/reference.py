@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .memory import checked
+
 
 def unavailable() -> str | None:
     return None
@@ -41,15 +43,23 @@ def _onednn_leads() -> bool:
     return amd_processor() and torch.backends.mkldnn.is_available() and avx512
 
 
+def _rows_apart(t: Tensor) -> bool:
+    """Whether the rows of a matrix, or its columns, follow each other in memory without overlap"""
+    (rows, columns), (row, column) = t.shape, t.stride()
+    return columns * column <= row or rows * row <= column
+
+
 def _product(
     a: Tensor,  # [M, K]
     weight: Tensor,  # [N, K]
     bias: Tensor | None,  # [N]
 ) -> Tensor:  # [M, N]
     """a @ weight.T + bias"""
-    # for a few rows oneDNN is no faster, and costs more per call
-    if a.is_cpu and a.dtype == torch.float32 and a.shape[0] >= 8 and _onednn_leads():
-        return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
+    # for a few rows oneDNN is no faster, and costs more per call; it refuses rows that overlap
+    if a.is_cpu and a.dtype == torch.float32 and a.shape[0] >= 8 and _onednn_leads() and _rows_apart(weight):
+        # it reads the numbers of a bias as contiguous, and as they are in memory
+        own = bias if bias is None else bias.resolve_neg().contiguous()
+        return torch.ops.mkldnn._linear_pointwise(a, weight, own, "none", [], "")
     return F.linear(a, weight, bias)
 
 
@@ -75,6 +85,7 @@ def _sum(
     return _product(a, weight, bias).addmm_(p, up)
 
 
+@checked()
 def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
     S, P, Q = sigma.shape
@@ -84,6 +95,7 @@ def group_update(sigma, v, scale):
     return up.view(P, S, N).transpose(0, 1)
 
 
+@checked()
 def group_update_backward(dup, sigma, v, scale, needs):
     """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
     S, P, Q = sigma.shape
@@ -97,12 +109,14 @@ def group_update_backward(dup, sigma, v, scale, needs):
     return grads
 
 
+@checked()
 def lowrank_linear(x, weight, bias, down, up):
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
     p = torch.mm(x, down)
     return _sum(x, weight, bias, p, up), p
 
 
+@checked()
 def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
@@ -146,6 +160,7 @@ def _to_adapters(
     return total[:A].to(t.dtype)
 
 
+@checked()
 def mixed_linear(x, weight, bias, down, up, ids):
     """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
     y, (M, K), B = _product(x, weight, bias), x.shape, len(ids)
@@ -156,6 +171,7 @@ def mixed_linear(x, weight, bias, down, up, ids):
     return y, p.flatten(0, 1)
 
 
+@checked()
 def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
@@ -184,6 +200,7 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     return grads
 
 
+@checked()
 def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once"""
     for weight, down, up in zip(weights, downs, ups):

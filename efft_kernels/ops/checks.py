@@ -1,10 +1,13 @@
 """Checks of arguments that several operators share. Each raises a sentence that names the argument."""
 
+import math
 import numbers
 import sys
 
 import torch
 from torch import Tensor
+
+from ..kernels.memory import check_memory
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,6 +41,13 @@ def check_shape(name: str, t: Tensor, *dims: int | str) -> None:
         raise ValueError(f"{name} must be [{wanted}]{free}, got {list(t.shape)}")
 
 
+def check_product(name: str, like: Tensor, *sizes: int) -> None:
+    """These sizes, in the dtype of ``like``, are fewer than 2^63 bytes: an expanded tensor can have any sizes"""
+    # a symbolic size would be bounded for all later calls
+    if all(isinstance(n, int) for n in sizes) and math.prod(sizes) * like.itemsize >= 2**63:
+        raise ValueError(f"{name} must be of sizes that fit into memory, got {list(sizes)} in {like.dtype}")
+
+
 def check_scale(scale):
     """Returns scale; a numpy scalar, which torch.compile would treat as a tensor, is returned as a float"""
     if type(scale) not in (int, float, torch.SymInt, torch.SymFloat):
@@ -61,6 +71,12 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, u
         check_shape("bias", bias, N)
     check_shape("down", down, K, "R")
     check_shape("up", up, down.shape[1], N)
+    rows, R = math.prod(x.shape[:-1]), down.shape[1]
+    check_product("weight", weight, N, K)
+    check_product("down", down, K, R)
+    check_product("up", up, R, N)
+    for name, features in (("x", K), ("x and weight", N), ("x and down", R)):
+        check_product(name, x, rows, features)
 
 
 def check_dy(dy: Tensor, x: Tensor | None, weight: Tensor, p: Tensor | None, needs: list[bool]) -> None:
@@ -75,9 +91,17 @@ def check_dy(dy: Tensor, x: Tensor | None, weight: Tensor, p: Tensor | None, nee
     if dy.dim() < 1 or dy.shape[-1] != N:
         raise ValueError(f"dy must be [..., {N}] for weight {list(weight.shape)}, got {list(dy.shape)}")
     if x is not None:
-        check_shape("x", as_rows(x), as_rows(dy).shape[0], K)
+        check_shape("x", as_rows(x), as_rows(dy, "dy").shape[0], K)
 
 
-def as_rows(t: Tensor | None) -> Tensor | None:
-    """t with all leading dimensions flattened into one; a number without dimensions is left to the checks"""
-    return t if t is None or t.dim() == 2 or t.dim() == 0 else t.reshape(-1, t.shape[-1])
+def as_rows(t: Tensor | None, name: str = "x") -> Tensor | None:
+    """t with all leading dimensions flattened into one; a number without dimensions is left to the checks
+
+    Raises:
+        RuntimeError: t would be copied, and its storage was freed or resized.
+    """
+    if t is None or t.dim() == 2 or t.dim() == 0:
+        return t
+    if not t.is_contiguous():
+        check_memory(name, t)
+    return t.reshape(-1, t.shape[-1])

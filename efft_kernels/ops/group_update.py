@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import decisions
-from .checks import check_floats, check_scale, check_shape, check_tensors
+from .checks import check_floats, check_product, check_scale, check_shape, check_tensors
 from .dispatch import (
     below_autograd,
     check_backend,
@@ -22,6 +22,9 @@ def _check(sigma, v, scale) -> None:
     check_floats("sigma", sigma, v=v)
     check_shape("sigma", sigma, "S", "P", "Q")
     check_shape("v", v, sigma.shape[2], "N")
+    check_product("sigma", sigma, *sigma.shape)
+    check_product("v", v, *v.shape)
+    check_product("sigma and v", v, *sigma.shape[:2], v.shape[1])
     check_scale(scale)
 
 

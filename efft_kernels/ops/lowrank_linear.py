@@ -26,7 +26,7 @@ def _check_backward(dy, x, weight, down, up, p, needs) -> None:
     check_linear(dy.new_empty(0, weight.shape[1]) if x is None else x, weight, None, down, up)
     check_floats("weight", weight, dy=dy, p=p)
     if p is not None:
-        check_shape("p", p, as_rows(dy).shape[0], down.shape[1])
+        check_shape("p", p, as_rows(dy, "dy").shape[0], down.shape[1])
 
 
 def _forward(x, weight, bias, down, up, backend=None):
@@ -54,7 +54,7 @@ def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, up: Tensor) -> C
         return lambda *given: kernels.lowrank_linear(*given)
 
     def forward(x, weight, bias, down, up):
-        y, p = kernels.lowrank_linear(x.reshape(-1, x.shape[-1]), weight, bias, down, up)
+        y, p = kernels.lowrank_linear(as_rows(x), weight, bias, down, up)
         return y.view(*x.shape[:-1], weight.shape[0]), p
 
     return forward
@@ -71,7 +71,7 @@ def _backward(dy, x, weight, down, up, p, needs, backend=None):
     compute = decisions.get(key)
     if compute is None:
         _check_backward(dy, x, weight, down, up, p, needs)
-        rows = as_rows(dy), as_rows(x), weight, down, up, p
+        rows = as_rows(dy, "dy"), as_rows(x), weight, down, up, p
         kernels = select("lowrank_linear_backward", backend, *rows, needs=needs)
         compute = remember(key, _bound_backward(kernels, dy, x, weight, up, needs))
     return compute(dy, x, weight, down, up, p, needs)
@@ -84,7 +84,7 @@ def _bound_backward(kernels: Kernels, dy: Tensor, x: Tensor | None, weight: Tens
         return bound
 
     def backward(dy, x, weight, down, up, p, needs):
-        grads = kernels.lowrank_linear_backward(as_rows(dy), as_rows(x), weight, down, up, p, needs)
+        grads = kernels.lowrank_linear_backward(as_rows(dy, "dy"), as_rows(x), weight, down, up, p, needs)
         if needs[0] and dy.dim() != 2:
             grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
         return grads

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..kernels.memory import check_memory
 from ..precision import LOW
-from .checks import check_floats, check_shape, check_tensors
+from .checks import check_floats, check_product, check_shape, check_tensors
 from .dispatch import check_backend, register, select
+from .overlap import repeats, sharing
 
 
 def _check(weights, downs, ups, like) -> None:
@@ -19,10 +21,19 @@ def _check(weights, downs, ups, like) -> None:
         check_shape(f"weights[{i}]", weight, "N", "K")
         check_shape(f"downs[{i}]", down, weight.shape[1], "R")
         check_shape(f"ups[{i}]", up, down.shape[1], weight.shape[0])
-        if any(s == 0 and n > 1 for s, n in zip(weight.stride(), weight.shape)):
-            raise ValueError(f"weights[{i}] must have an address for each value, got an expanded tensor")
-    if len({weight.data_ptr() for weight in weights}) < len(weights):
-        raise ValueError("weights must be distinct, got the same memory twice")
+        check_product(f"weights[{i}]", weight, *weight.shape)
+        for name, t in (("weights", weight), ("downs", down), ("ups", up)):
+            check_memory(f"{name}[{i}]", t)
+        if repeats(weight):
+            raise ValueError(
+                f"weights[{i}] must have an address for each value, got an expanded or overlapping tensor with strides "
+                f"{weight.stride()}"
+            )
+    read = {f"{name}[{i}]": t for name, tensors in (("downs", downs), ("ups", ups)) for i, t in enumerate(tensors)}
+    if shared := sharing({f"weights[{i}]": weight for i, weight in enumerate(weights)}, read):
+        raise ValueError(
+            "weights must be distinct from each other and from what is read, but {} and {} share memory".format(*shared)
+        )
 
 
 def _merge(weights, downs, ups, backend=None):
@@ -68,6 +79,9 @@ def merge_(
         check_tensors(**{f"{what}[{i}]": t for i, t in enumerate(tensors)})
     if backend is not None:
         check_backend(backend)
+    for i, weight in enumerate(weights):
+        if weight.is_neg():
+            raise ValueError(f"weights[{i}] must hold its values, got a view that is negated when it is read")
     with torch.no_grad():
         if weights and downs and weights[0].dtype in LOW and downs[0].dtype == torch.float32:
             _check(weights, downs, ups, downs[0])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import decisions
-from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
+from ..kernels.memory import check_memory
+from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors
 from .dispatch import (
     below_autograd,
     check_backend,
@@ -24,7 +25,11 @@ def _check(x, weight, bias, down, up, ids) -> None:
     check_floats("x", x, down=down, up=up)
     check_shape("down", down, "A", "K", "R")
     check_shape("up", up, down.shape[0], down.shape[2], "N")
+    check_memory("down", down)
+    check_memory("up", up)
     check_linear(x, weight, bias, down[0], up[0])
+    check_product("down", down, *down.shape)
+    check_product("up", up, *up.shape)
     if ids.dtype != torch.int64:
         raise TypeError(f"ids must be int64, got {ids.dtype}")
     if ids.device != x.device:
@@ -44,7 +49,7 @@ def _check_backward(dy, x, weight, down, up, p, ids, needs) -> None:
     check_dy(dy, x, weight, p, needs)
     _check(dy.new_empty(0, weight.shape[1]) if x is None else x, weight, None, down, up, ids)
     check_floats("weight", weight, dy=dy, p=p)
-    M = as_rows(dy).shape[0]
+    M = as_rows(dy, "dy").shape[0]
     _check_runs(M, ids)
     if p is not None:
         check_shape("p", p, M, down.shape[2])
@@ -52,6 +57,7 @@ def _check_backward(dy, x, weight, down, up, p, ids, needs) -> None:
 
 def _check_values(ids: Tensor, A: int) -> None:
     """On a CPU only: a GPU's host would have to wait for the values. Kernels there skip ids that are out of range."""
+    check_memory("ids", ids)
     if ids.device.type == "cpu" and ids.numel():
         first, last = ids.aminmax()
         if first < -1 or last >= A:
@@ -74,9 +80,9 @@ def _backward(dy, x, weight, down, up, p, ids, needs, backend=None):
     kernels = decisions.get(key)
     if kernels is None:
         _check_backward(dy, x, weight, down, up, p, ids, needs)
-        kernels = decide(key, as_rows(dy), as_rows(x), weight, down, up, p, ids, needs=needs)
+        kernels = decide(key, as_rows(dy, "dy"), as_rows(x), weight, down, up, p, ids, needs=needs)
     _check_values(ids, down.shape[0])
-    grads = kernels.mixed_linear_backward(as_rows(dy), as_rows(x), weight, down, up, p, ids.contiguous(), needs)
+    grads = kernels.mixed_linear_backward(as_rows(dy, "dy"), as_rows(x), weight, down, up, p, ids.contiguous(), needs)
     if needs[0] and dy.dim() != 2:
         grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
     return grads

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..memory import checked
 from .launch import cdiv, config, precision
 
 
@@ -39,6 +40,7 @@ def group_update_kernel(
     )
 
 
+@checked(addresses=True)
 def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
     S, P, Q = sigma.shape
@@ -136,6 +138,7 @@ def group_update_backward_kernel(
         )  # fmt: skip
 
 
+@checked(addresses=True)
 def group_update_backward(dup, sigma, v, scale, needs):
     """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
     S, P, Q = sigma.shape

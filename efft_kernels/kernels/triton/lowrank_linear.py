@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..memory import checked
 from ..tuning import table
 from .dy_pass import dy_pass, reduce_slots
 from .launch import DEFAULTS, architecture, block, cdiv, config, describable, kind_of, lookup, precision
@@ -330,6 +331,7 @@ def lowrank_linear_extended_k(
     return lowrank_product(x, weight.t(), bias, None, up, lowrank_p(x, down))
 
 
+@checked(addresses=True)
 def lowrank_linear(x, weight, bias, down, up):
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
     if planned_single_pass(table.LINEAR, x, weight, up.shape[0]):
@@ -337,6 +339,7 @@ def lowrank_linear(x, weight, bias, down, up):
     return lowrank_linear_extended_k(x, weight, bias, down, up)
 
 
+@checked(addresses=True)
 def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..memory import checked
 from .launch import cdiv, config, describable
 
 
@@ -79,6 +80,7 @@ def merge_row_kernel(table, starts, n, weight, down, up, N, K, R, swn, swk, sdk,
     tl.store(table + 11, sun)
 
 
+@checked()
 def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 and rounded once"""
     if not weights:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..memory import checked
 from .dy_pass import dy_pass_kernel
 from .launch import block, cdiv, config, precision
 from .lowrank_linear import lowrank_product, mixed_rank, p_kernel, prefers_single_pass
@@ -50,6 +51,7 @@ def mixed_product(
     return lowrank_product(x, w, bias, None, up, mixed_p(x, down, ids), ids)
 
 
+@checked(addresses=True)
 def mixed_linear(x, weight, bias, down, up, ids):
     """a = ids[m // (M / B)];  p[m] = x[m] @ down[a];  y[m] = x[m] @ weight.T + bias + p[m] @ up[a]"""
     return mixed_product(x, weight.t(), bias, down, up, ids)
@@ -95,6 +97,7 @@ def mixed_dup(
     return dup
 
 
+@checked(addresses=True)
 def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs

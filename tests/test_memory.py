@@ -1,0 +1,150 @@
+"""Operands in every layout of memory: the right result in every backend, or an error that names the argument."""
+
+import fuzz
+import pytest
+import torch
+import torch.nn.functional as F
+
+import efft_kernels as ek
+from efft_kernels.kernels import memory, reference
+from efft_kernels.ops.overlap import repeats, share_memory
+
+
+@pytest.mark.parametrize("op", fuzz.OPS)
+def test_random_calls(op):
+    fast = [name for name in fuzz.backends() if name != "triton"]
+    done = fuzz.run(40, 0, fast, (op,))
+    assert done["computed"] >= 15 and done["freed"] >= 1
+
+
+@pytest.mark.skipif("triton" not in fuzz.backends(), reason="needs triton")
+def test_random_calls_of_triton():
+    assert fuzz.run(30, 0, ["triton"])["computed"] >= 5
+
+
+def arguments(op: str) -> dict:
+    r = torch.randn
+    linear = dict(weight=r(8, 4), down=r(4, 2), up=r(2, 8))
+    mixed = dict(weight=r(8, 4), down=r(3, 4, 2), up=r(3, 2, 8), ids=torch.tensor([0, 2, 1]))
+    backward = dict(dy=r(6, 8), x=r(6, 4), p=r(6, 2), needs=[True] * 5)
+    made = {
+        "lowrank_linear": dict(x=r(6, 4), bias=r(8), **linear),
+        "lowrank_linear_backward": backward | linear,
+        "mixed_linear": dict(x=r(6, 4), bias=r(8), **mixed),
+        "mixed_linear_backward": backward | mixed,
+        "group_update": dict(sigma=r(3, 2, 4), v=r(4, 8), scale=1.0),
+        "group_update_backward": dict(dup=r(3, 2, 8), sigma=r(3, 2, 4), v=r(4, 8), scale=1.0, needs=[True, True]),
+        "merge_": dict(weights=[r(8, 4)], downs=[r(4, 2)], ups=[r(2, 8)]),
+    }[op]
+    names = [a.name for a in getattr(torch.ops.efft_kernels, op).default._schema.arguments if a.name in made]
+    return {name: made[name] for name in names}
+
+
+@pytest.mark.parametrize("backend", fuzz.backends())
+@pytest.mark.parametrize("op", fuzz.OPS)
+def test_each_argument_without_its_memory_is_named(op, backend):
+    for name in arguments(op):
+        if name not in ("scale", "needs"):
+            for share, first in ((0.0, False), (1.0, True)):
+                fuzz.check_freed(backend, op, arguments(op), name, share, first)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_weight_that_is_freed_after_the_forward(backend):
+    if backend not in fuzz.backends():
+        pytest.skip("not built")
+    x, weight, down, up = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)
+    y = ek.lowrank_linear(x, weight, None, down, up, backend=backend)
+    held = weight.untyped_storage()
+    bytes_held = held.nbytes()
+    held.resize_(0)
+    with pytest.raises(RuntimeError, match="weight must have memory"):
+        y.sum().backward(retain_graph=True)
+    held.resize_(bytes_held)
+    with torch.autograd._unsafe_preserve_version_counter(weight):  # as FSDP gathers it again
+        weight.fill_(1)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (torch.ones(4, 8) @ (torch.ones(8, 8) + (down @ up).T)))
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+def test_sizes_whose_product_overflows(backend):
+    if backend not in (None, *fuzz.backends()):
+        pytest.skip("not built")
+    z, n = torch.zeros(1, 1), 2**31
+    wide = z.expand(1, n)
+    with pytest.raises(ValueError, match="weight must be of sizes that fit into memory"):
+        ek.lowrank_linear(wide, z.expand(n, n), None, wide.T, wide, backend=backend)
+    with pytest.raises(ValueError, match="down must be of sizes that fit into memory"):
+        ek.lowrank_linear(wide[:0], wide, None, z.expand(n, n), z.expand(n, 1), backend=backend)
+    with pytest.raises(ValueError, match="x and weight must be of sizes"):
+        ek.lowrank_linear(wide.T, wide.T, None, z, wide, backend=backend)
+    with pytest.raises(ValueError, match="sigma and v must be of sizes"):
+        ek.group_update(z.expand(n, 1, 1), wide, backend=backend)
+    with pytest.raises(ValueError, match=r"weights\[0\] must be of sizes"):
+        ek.merge_([z.expand(n, n)], [wide.T], [wide], backend=backend)
+
+
+@pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
+def test_the_compiled_operators_check_sizes_themselves():
+    z, n = torch.zeros(1, 1), 2**31
+    with pytest.raises(RuntimeError, match="weight must fit into memory"):
+        torch.ops.efft_cpu.pack(z.expand(n, n), False)
+    packed = torch.ops.efft_cpu.pack(z, False)
+    with pytest.raises(RuntimeError, match="down must fit into memory"):
+        torch.ops.efft_cpu.lowrank_linear(z[:0], packed, None, z.expand(1, 2**61), z.expand(2**61, 1))
+    packed.untyped_storage().resize_(1)
+    with pytest.raises(RuntimeError, match="packed must have memory"):
+        torch.ops.efft_cpu.lowrank_linear(z, packed, None, z, z)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_onednn_reads_any_bias_and_is_not_given_rows_that_overlap(monkeypatch):
+    monkeypatch.setattr(reference, "_onednn_leads", lambda: True)
+    x, down, up = torch.randn(16, 32), torch.randn(32, 4), torch.randn(4, 24)
+    weight, window = torch.randn(24, 32), torch.randn(600).as_strided((24, 32), (1, 1))
+    biases = torch.randn(24, 2)[:, 0], torch.ones(1).expand(24), torch.randn(30)[5:29], torch._neg_view(torch.randn(24))
+    for w, bias in [(weight, bias) for bias in biases] + [(window, None)]:
+        y = ek.lowrank_linear(x, w, bias, down, up, backend="reference")
+        torch.testing.assert_close(y, F.linear(x, w, bias) + x @ down @ up)
+
+
+def test_merge_refuses_weights_that_share_memory():
+    down, up, buffer = torch.randn(4, 2), torch.randn(2, 4), torch.randn(40)
+    square = lambda start: buffer[start : start + 16].view(4, 4)
+    halves = torch.randn(4, 8)
+    before = buffer.clone()
+    for weights, downs in (
+        ([buffer.as_strided((4, 4), (1, 1))], [down]),
+        ([buffer.as_strided((4, 4), (3, 1))], [down]),
+        ([square(0), square(15)], [down, down]),
+        ([square(0)], [buffer[15:23].view(4, 2)]),
+        ([torch._neg_view(square(0))], [down]),
+    ):
+        with pytest.raises(ValueError, match="weights"):
+            ek.merge_(weights, downs, [up] * len(weights))
+        assert torch.equal(buffer, before)
+    wanted = halves + torch.cat([(down @ up).T] * 2, 1)
+    ek.merge_([halves[:, :4], halves[:, 4:]], [down, down], [up, up])  # rows of one lie between rows of the other
+    torch.testing.assert_close(halves, wanted)
+
+
+def test_shared_entries_are_found_exactly():
+    buffer = torch.zeros(200)
+
+    def entries(t):
+        return [
+            t.storage_offset() + i * t.stride(0) + j * t.stride(1) for i in range(len(t)) for j in range(t.shape[1])
+        ]
+
+    generator = torch.Generator().manual_seed(0)
+    pick = lambda high: int(torch.randint(high, (), generator=generator))
+    for _ in range(400):
+        a, b = (buffer.as_strided((pick(5), pick(5)), (pick(9), pick(9)), pick(40)) for _ in range(2))
+        assert repeats(a) == (len(set(entries(a))) < a.numel())
+        if a.numel() and b.numel() and not repeats(a):
+            assert share_memory(a, b) == bool(set(entries(a)) & set(entries(b)))
+
+
+def test_tensors_without_a_storage_are_left_to_torch():
+    assert memory.within(torch.ones(3, 3).to_mkldnn()) if torch.backends.mkldnn.is_available() else True
