@@ -14,8 +14,10 @@ from .groups import EFFTGroup, FacTTuckerGroup
 from .inject import Plan, build, plan
 from .low_rank import Group
 from .per_matrix import LoRAGroup, LoRAXSGroup, VeRAGroup
+from .wrappers import on_unwrapped
 
 
+@on_unwrapped
 @torch.no_grad()
 def average_adapters(
     model: nn.Module,

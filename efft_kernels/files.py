@@ -22,12 +22,14 @@ from .layouts import classes_of, head_state, heads_of
 from .ops import check_backend
 from .passes import Adapters
 from .storage import write_bytes
+from .wrappers import before_parallel, on_unwrapped, unwrapped
 
 _FORMAT = "efft_kernels adapter 2"
 _HEADLESS = "efft_kernels adapter 1"  # the older format: the same without a head
 _HEAD = "head/"  # prefix of a tensor of the head; the rest is its name in the model's state_dict
 
 
+@on_unwrapped
 def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,
@@ -56,12 +58,13 @@ def save_adapter(
     try:
         adapted_linears(model, groups)
     except ValueError as error:
-        warnings.warn(f"the file holds all factors of the adapter, but {error}", stacklevel=2)
+        warnings.warn(f"the file holds all factors of the adapter, but {error}", stacklevel=3)
     if head and not head_state(model):
         raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
     write(path, model, groups, trained_head(model) if head is None else head_state(model) if head else {}, base_model)
 
 
+@on_unwrapped
 def trained_head(model: nn.Module) -> dict[str, Tensor]:
     """The state of the head if a parameter of it requires grad, else an empty dict."""
     trained = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
@@ -88,6 +91,7 @@ def write(
     write_bytes(Path(path), save(tensors, metadata))
 
 
+@before_parallel
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike,
@@ -247,6 +251,7 @@ def _name_of(model: nn.Module) -> str:
     return next((name for name in names if name), "")
 
 
+@before_parallel
 def add_adapter(
     model: nn.Module, config: MethodConfig, name: str, *, factor_dtype: torch.dtype = torch.float32
 ) -> nn.Module:
@@ -267,6 +272,7 @@ def add_adapter(
     return set_adapter(model, name)
 
 
+@on_unwrapped
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make this adapter the active one: its update is added and its factors are trained. The others are frozen.
 
@@ -294,13 +300,14 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     owner = adapters(model)
     active, owner.active = owner.active, None
     try:
-        with as_before(model):
+        with as_before(unwrapped(model)):
             yield model
     finally:
         if owner.active is None and active in owner:  # neither switched nor deleted in between
             owner.active = active
 
 
+@on_unwrapped
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Remove an adapter. If it was the active one, none is active afterwards.
 

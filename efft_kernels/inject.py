@@ -18,6 +18,7 @@ from .layouts import HEADS, LINEARS, check_called, classifiers_of, find_sites, h
 from .ops import check_backend
 from .passes import Adapters
 from .precision import beside, check_factor_dtype
+from .wrappers import before_parallel, module_at, named_modules, named_parameters, on_unwrapped, put_at, unwrapped
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Plan:
         )
 
 
+@on_unwrapped
 def plan(model: nn.Module, config: MethodConfig) -> Plan:
     """Which Linears of the model the config adapts, in which groups. Reads names and shapes; changes nothing.
 
@@ -89,7 +91,7 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
         )
     found = {}
     for site in sites:
-        module = model.get_submodule(site.path)
+        module = module_at(model, site.path)
         _check_linear(model, site.path, module)
         for tensor in tensors(module):
             if (other := found.setdefault(id(tensor), site.path)) != site.path:
@@ -108,6 +110,7 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
     check_called(model, path, module)
 
 
+@before_parallel
 def inject(
     model: nn.Module,
     config: MethodConfig,
@@ -154,7 +157,7 @@ def build(
     check_factor_dtype(factor_dtype)
     groups = nn.ModuleDict()
     for spec in made.groups:
-        linears = {slot.site.path: model.get_submodule(slot.site.path) for slot in spec.slots}
+        linears = {slot.site.path: module_at(model, slot.site.path) for slot in spec.slots}
         dtypes, devices = map(set, zip(*map(kept_in, linears.values())))
         dtypes = dtypes - {None} or {torch.float32}
         if len(dtypes) > 1 or len(devices) > 1:
@@ -176,7 +179,7 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     replacements = _replacements(model, heads, head)
     if head != "keep":
         _check_trainable(model, heads, [getattr(owner, key) for owner, key, _ in replacements])
-    before = {key: p.requires_grad for key, p in model.named_parameters()}
+    before = {key: p.requires_grad for key, p in named_parameters(model)}
     modules_before = _copies(model, heads if head != "keep" else [])
 
     for owner, key, module in replacements:
@@ -188,7 +191,7 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     model.requires_grad_(False)
     if head != "keep":
         for key in heads:
-            getattr(model, key).requires_grad_(True)
+            module_at(model, key).requires_grad_(True)
     attach(model, Adapters(backend, frozen_norms=tuple(norms_outside(model, heads))))
     model.efft.requires_grad_before, model.efft.modules_before = before, modules_before
     mount(model, name, groups)
@@ -200,7 +203,7 @@ def _copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
     """Frozen copies of modules that are about to be trained or replaced, of those that have values (not on meta)."""
     found = {}
     for path in paths:
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             continue
         try:
@@ -218,21 +221,16 @@ def as_before(model: nn.Module) -> Iterator[None]:
     """Within this context the modules that are trained with the factors are replaced by those of before inject."""
     trained = {}
     for path, module in model.efft.modules_before.items():
-        trained[path] = now = model.get_submodule(path)
+        trained[path] = now = module_at(model, path)
         like = next(now.parameters(), None)
         if like is not None:
             module.to(like.device, like.dtype)
-        _put(model, path, module.train(now.training))
+        put_at(model, path, module.train(now.training))
     try:
         yield
     finally:
         for path, module in trained.items():
-            _put(model, path, module)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
+            put_at(model, path, module)
 
 
 def attach(model: nn.Module, owner: Adapters) -> None:
@@ -246,13 +244,13 @@ def attach(model: nn.Module, owner: Adapters) -> None:
 
 def detach(model: nn.Module) -> list[str]:
     """Turn adapted Linears into plain ones and take the adapters off. Returns the paths of those Linears."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    for path in paths:
-        model.get_submodule(path).release()
+    linears = {path: module for path, module in named_modules(model) if isinstance(module, AdaptedLinear)}
+    for linear in linears.values():
+        linear.release()
     for hook in model.efft.hooks:
         hook.remove()
     del model.efft
-    return paths
+    return list(linears)
 
 
 def adapted_linears(model: nn.Module, groups: nn.ModuleDict) -> dict[str, AdaptedLinear]:
@@ -264,7 +262,7 @@ def adapted_linears(model: nn.Module, groups: nn.ModuleDict) -> dict[str, Adapte
     found = {}
     for path in (path for group in groups.values() for path in group.slots):
         try:
-            linear = model.get_submodule(path)
+            linear = module_at(model, path)
         except AttributeError:
             linear = None
         if not isinstance(linear, AdaptedLinear) or linear.efft[0] is not model.efft:
@@ -279,7 +277,7 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
     model.efft[name] = groups.train(model.training)
     for group in groups.values():
         for path in group.slots:
-            linear = model.get_submodule(path)
+            linear = module_at(model, path)
             if not isinstance(linear, AdaptedLinear):
                 AdaptedLinear.adopt(linear, path, model.efft)
 
@@ -288,7 +286,7 @@ def eject(model: nn.Module) -> None:
     """Take all adapters off and restore requires_grad of each parameter as it was before inject."""
     before = model.efft.requires_grad_before
     detach(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     for key in before.keys() & parameters.keys():  # a head that was replaced may have other names
         parameters[key].requires_grad_(before[key])
 
@@ -299,6 +297,7 @@ def adapters(model: nn.Module) -> Adapters:
     Raises:
         ValueError: any other model.
     """
+    model = unwrapped(model)
     if isinstance(getattr(model, "efft", None), Adapters):
         return model.efft
     state = "is merged, unmerge it first" if hasattr(model, "_efft_merged") else "has none, inject it first"
@@ -315,6 +314,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"name must be a non-empty word without dots that is no attribute of a module, got {name!r}")
 
 
+@on_unwrapped
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters for the optimizer: the factors of the active adapter, and the head if it is trained.
 
@@ -399,7 +399,7 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
         if new.bias is not None:
             nn.init.zeros_(new.bias)
         owner, _, attribute = path.rpartition(".")
-        found.append((model.get_submodule(owner), attribute, new.train(old.training)))
+        found.append((module_at(model, owner), attribute, new.train(old.training)))
     if not found:
         raise ValueError(f"{type(model).__name__} has no classifier Linear to replace among {HEADS}")
     return found
@@ -407,7 +407,7 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
 
 def _check_trainable(model: nn.Module, heads: list[str], replaced: list[nn.Module]) -> None:
     gone = {id(part) for module in replaced for part in module.modules()}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if path.partition(".")[0] in heads and id(module) not in gone:
             if isinstance(module, nn.Linear) and (why := untrainable(module)):
                 raise ValueError(

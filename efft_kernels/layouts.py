@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from .configs import MethodConfig, Site
+from .wrappers import module_at, named_modules, unwrapped
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
 # name inside a block -> the matrices that this Linear holds side by side
@@ -42,7 +43,7 @@ def find_sites(model: nn.Module, config: MethodConfig, named: dict[str, nn.Modul
         named: path -> module to search, None for all modules of the model.
     """
     linears = []  # (block prefix, container, path, parts, module)
-    for path, module in model.named_modules() if named is None else named.items():
+    for path, module in named_modules(model) if named is None else named.items():
         match = _BLOCK.match(path)
         parts = LINEARS.get(path[match.end() + 1 :]) if match else None
         if parts and (inner := _linear_at(path, module, config.chosen(parts))):
@@ -56,7 +57,7 @@ def find_sites(model: nn.Module, config: MethodConfig, named: dict[str, nn.Modul
     for prefix, container, path, parts, module in linears:
         if parts == ("fc1",) and module.out_features == 2 * hidden.get(prefix, 0):
             # a gated FFN in one Linear (SwiGLU)
-            gate_last = getattr(model.get_submodule(path.rpartition(".")[0]), "gate_last", False)
+            gate_last = getattr(module_at(model, path.rpartition(".")[0]), "gate_last", False)
             parts = ("fc1", "gate") if gate_last else ("gate", "fc1")
         block = blocks[prefix]
         chosen = config.chosen(parts) if config.blocks is None or block in config.blocks else ()
@@ -69,7 +70,7 @@ def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[s
     """(path, Linear) of a module that is named like a Linear: itself, or the only Linear in an nn.Sequential."""
     if isinstance(module, nn.Linear):
         return path, module
-    inside = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    inside = [(name, m) for name, m in named_modules(module) if isinstance(m, nn.Linear)]
     if type(module) is nn.Sequential and len(inside) == 1 and "." not in inside[0][0]:
         return f"{path}.{inside[0][0]}", inside[0][1]
     if chosen and (inside or hasattr(module, "in_features")):
@@ -88,7 +89,7 @@ def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
     """
     if module.out_features % 3 and path.endswith("qkv"):
         raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
-    parent = model.get_submodule(path.rpartition(".")[0])
+    parent = module_at(model, path.rpartition(".")[0])
     separate = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
     if path.endswith(".qkv") and separate:
         raise ValueError(
@@ -100,7 +101,8 @@ def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:
     """The classifier modules by name; empty for a model without any."""
-    return {key: getattr(model, key) for key in HEADS if isinstance(getattr(model, key, None), nn.Module)}
+    found = {key: getattr(model, key, None) for key in HEADS}
+    return {key: unwrapped(module) for key, module in found.items() if isinstance(module, nn.Module)}
 
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
@@ -136,7 +138,7 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
 
 def norms_outside(model: nn.Module, heads: list[str]) -> Iterator[nn.Module]:
     """The batch norms that are not part of a head."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and path.partition(".")[0] not in heads:
             yield module
 
@@ -144,7 +146,7 @@ def norms_outside(model: nn.Module, heads: list[str]) -> Iterator[nn.Module]:
 def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The last Linear of each head, whose outputs are the classes, by path."""
     for key in heads_of(model):
-        own = ((path, m) for path, m in model.named_modules() if f"{path}.".startswith(f"{key}."))
+        own = ((path, m) for path, m in named_modules(model) if f"{path}.".startswith(f"{key}."))
         yield from [(path, m) for path, m in own if isinstance(m, nn.Linear)][-1:]
 
 

@@ -11,6 +11,7 @@ from .base_linears import dense, has_own_forward, kept_in, kind
 from .inject import adapted_linears, adapters, attach, detach
 from .ops import merge_
 from .passes import Adapters
+from .wrappers import module_at, named_modules, on_unwrapped, put_at
 
 
 @dataclass
@@ -23,6 +24,7 @@ class _Merged:
     modules: dict[str, nn.Linear]  # those that a plain Linear has replaced
 
 
+@on_unwrapped
 def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = False) -> nn.Module:
     """Add the active adapter's updates to the weights and restore plain nn.Linears, in place: no cost at inference.
 
@@ -82,7 +84,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         loss = _loss([(kept[path], weights[path], pairs[path]) for path in low]) if low else 0.0
     names = detach(model)
     for path, linear in plain.items():
-        model.set_submodule(path, linear)
+        put_at(model, path, linear)
     before = {path: weight for path, weight in kept.items() if path not in own} if keep_weights else None
     record = _Merged(owner, names, before, own if keep_weights else {})
     model._efft_merged = (record,)  # a tuple, which registers nothing
@@ -90,7 +92,7 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
         warnings.warn(
             f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
             "model.float() before merge avoids it",
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
 
@@ -113,7 +115,7 @@ def _plain(linear: AdaptedLinear, dtype: torch.dtype) -> nn.Linear:
 
 def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
     merged = {id(linear.weight): path for path, linear in linears.items()}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for key, p in module._parameters.items():
             if id(p) in merged and module is not linears[merged[id(p)]]:
                 raise ValueError(
@@ -122,6 +124,7 @@ def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
                 )
 
 
+@on_unwrapped
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo :func:`merge`: restore the weights bit for bit, and put the adapters back on.
 
@@ -138,19 +141,19 @@ def unmerge(model: nn.Module) -> nn.Module:
     shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
     for path, shape in shapes.items():
-        found = model.get_submodule(path)
+        found = module_at(model, path)
         if type(found) is not nn.Linear or found.weight.shape != shape:
             raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
-    device = model.get_submodule(merged.names[0]).weight.device
+    device = module_at(model, merged.names[0]).weight.device
     with torch.no_grad():
         for path, weight in merged.weights.items():
-            model.get_submodule(path).weight.copy_(weight)
+            module_at(model, path).weight.copy_(weight)
     for path, linear in merged.modules.items():
-        model.set_submodule(path, linear.to(device).train(model.get_submodule(path).training))
+        put_at(model, path, linear.to(device).train(module_at(model, path).training))
     del model._efft_merged
     attach(model, merged.adapters.to(device))
     for path in merged.names:
-        AdaptedLinear.adopt(model.get_submodule(path), path, model.efft)
+        AdaptedLinear.adopt(module_at(model, path), path, model.efft)
     return model
 
 

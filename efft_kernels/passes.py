@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base_linears import computes_in
 from .low_rank import Pair
+from .wrappers import module_at
 
 
 class _Pass:
@@ -102,7 +103,7 @@ class Passes:
         Raises:
             AttributeError: the model has none there any more.
         """
-        return model.get_submodule(path)
+        return module_at(model, path)
 
     def dtype_for(self, linear: nn.Linear) -> torch.dtype | None:
         """The dtype in which this Linear takes its pair; None for that of the factors."""

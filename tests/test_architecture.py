@@ -14,7 +14,7 @@ PACKAGE = Path(efft_kernels.__file__).parent
 FLOORS = [
     {"storage", "extras"},
     {"kernels"},
-    {"precision"},
+    {"precision", "wrappers"},
     {"ops", "configs", "base_linears", "tune"},
     {"layouts", "columns"},
     {"low_rank"},

@@ -21,6 +21,7 @@ from ..low_rank import Pair, stack
 from ..ops import check_backend, lowrank_linear, mixed_linear
 from ..passes import Passes
 from ..precision import check_factor_dtype
+from ..wrappers import module_at, named_parameters, unwrapped
 
 # the uses that this thread or asyncio task has entered and not left, innermost last
 _uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())
@@ -81,6 +82,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module, *, backend: str | None = None, factor_dtype: torch.dtype = torch.float32):
         check_backend(backend)
         check_factor_dtype(factor_dtype)
+        model = unwrapped(model)
         check_bare(model)
         self.model, self.backend, self.factor_dtype = model, backend, factor_dtype
         self._adapters: dict[str, _Adapter] = {}
@@ -88,7 +90,7 @@ class AdapterBank:
         self.watched: set = set()  # as for Passes
         self._replays = weakref.WeakValueDictionary()  # id of a backward -> the use whose forward it recomputes
         self._lock = threading.Lock()
-        self._requires_grad_before = {key: p.requires_grad for key, p in model.named_parameters()}
+        self._requires_grad_before = {key: p.requires_grad for key, p in named_parameters(model)}
         model.requires_grad_(False)
         for path, linear in classifiers_of(model):
             if type(linear) is nn.Linear:
@@ -154,7 +156,7 @@ class AdapterBank:
                     f"{kept.groups.plan.config}, got {adapter.groups.plan.config}"
                 )
             for path in (path for group in adapter.groups.values() for path in group.slots):
-                linear = self.model.get_submodule(path)
+                linear = module_at(self.model, path)
                 if type(linear) is nn.Linear:
                     self._adopt(linear, path, _Linear)
             self._adapters[name] = adapter
@@ -245,7 +247,7 @@ class AdapterBank:
             linear.release()
         for hook in self._hooks:
             hook.remove()
-        for key, p in self.model.named_parameters():
+        for key, p in named_parameters(self.model):
             p.requires_grad_(self._requires_grad_before.get(key, p.requires_grad))
         del self.model.efft
         self._changed, self._hooks = [], ()
@@ -273,7 +275,7 @@ class AdapterBank:
 
     def _check_plain_weights(self, name: str, adapter: _Adapter) -> None:
         for path in [*(path for group in adapter.groups.values() for path in group.slots), *adapter.heads]:
-            linear = self.model.get_submodule(path)
+            linear = module_at(self.model, path)
             own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
             if has_own_forward(linear, own):
                 raise ValueError(
@@ -299,6 +301,7 @@ class AdapterBank:
 
     def _load(self, source) -> _Adapter:
         if isinstance(source, nn.Module):
+            source = unwrapped(source)
             owner = adapters(source)
             if owner.active is None:
                 raise ValueError(f"this {type(source).__name__} must have an active adapter, but all are disabled")

@@ -1,0 +1,104 @@
+"""Modules that torch puts around others (compile, checkpointing, parallel training), which are no part of a path."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_REDUCERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """what this module wraps, if it is a wrapper of torch"""
+    modules = module._modules
+    for key in _INSIDE:
+        if modules.get(key) is not None:
+            return modules[key]
+    return modules["module"] if isinstance(module, (*_REDUCERS, AveragedModel)) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers of torch around it; a module without any is returned itself."""
+    while (inside := _inside(module)) is not None:
+        module = inside
+    return module
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """As ``model.get_submodule(path)``, for a path without wrappers: the module inside those that are on the way.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = unwrapped(model)
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name)
+        if module is None:
+            raise AttributeError(f"this {type(model).__name__} has no module {path}")
+        module = unwrapped(module)
+    return module
+
+
+def put_at(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path without wrappers; those around the module that it replaces stay."""
+    parent, _, name = path.rpartition(".")
+    owner = module_at(model, parent)
+    while (wrapper := owner._modules.get(name)) is not None and _inside(wrapper) is not None:
+        owner, name = wrapper, next(key for key, inside in wrapper._modules.items() if inside is _inside(wrapper))
+    setattr(owner, name, module)
+
+
+def named_modules(model: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """As ``model.named_modules()``, without wrappers: neither among the modules nor in the paths."""
+    seen, model = set() if seen is None else seen, unwrapped(model)
+    if id(model) in seen:
+        return
+    seen.add(id(model))
+    yield path, model
+    for name, module in model._modules.items():
+        if module is not None:
+            yield from named_modules(module, f"{path}.{name}" if path else name, seen)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As ``model.named_parameters()``, with paths without wrappers."""
+    for path, module in named_modules(model):
+        yield from module.named_parameters(path, recurse=False)
+
+
+def on_unwrapped(function: Callable[P, R]) -> Callable[P, R]:
+    """Call a function on the model inside the wrappers of its first argument, which it returns in place of that."""
+
+    @functools.wraps(function)
+    def call(model, *args, **kwargs):
+        inside = unwrapped(model) if isinstance(model, nn.Module) else model
+        result = function(inside, *args, **kwargs)
+        return model if result is inside else result
+
+    return call
+
+
+def before_parallel(function: Callable[P, R]) -> Callable[P, R]:
+    """As :func:`on_unwrapped`, for a function that adds parameters: what reduces gradients would not know of these.
+
+    Raises:
+        ValueError: the model is, or contains, a wrapper for parallel training.
+    """
+    inner = on_unwrapped(function)
+
+    @functools.wraps(function)
+    def call(model, *args, **kwargs):
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            if isinstance(module, _REDUCERS) or "_fsdp_wrapped_module" in module._modules:
+                raise ValueError(
+                    f"adapters must be put on the model before it is wrapped in {type(module).__name__}, which would "
+                    "not reduce the gradients of new parameters"
+                )
+        return inner(model, *args, **kwargs)
+
+    return call
