@@ -226,12 +226,14 @@ def test_a_record_is_dirty_by_the_code_and_not_by_other_records(tmp_path, monkey
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     monkeypatch.setattr(record, "__file__", str(files["record.py"]))
-    monkeypatch.setenv("EFFT_COMMIT", "not asked for in a repository")
+    monkeypatch.delenv("EFFT_COMMIT", raising=False)
     assert record.commit()["dirty"] is False
     files["results/a.json"].write_text("2")
     assert record.commit()["dirty"] is False
     files["record.py"].write_text("2")
     assert record.commit()["dirty"] is True
+    monkeypatch.setenv("EFFT_COMMIT", "12ab")  # this is a copy of the sources, whatever repository is around it
+    assert record.commit() == {"id": "12ab", "dirty": False}
 
 
 def test_without_a_repository_the_environment_names_the_commit(tmp_path, monkeypatch):

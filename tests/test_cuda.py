@@ -389,8 +389,9 @@ def test_a_bound_call_takes_leading_dimensions(leading, hopper, hopper_device, m
     monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: chosen)
     shape, stepped = LEADING[leading]
     x, dy, needs = shape(x), shape(dy), [True, False, False, True, True]
-    forward = cuda.bind_lowrank_linear(x, weight, up)
-    backward = cuda.bind_lowrank_linear_backward(dy, x, weight, up, needs)
+    forward = cuda.bind_lowrank_linear(x, weight, bias, down, up)
+    p = torch.empty(x.numel() // 40, 8, device=hopper_device).bfloat16()
+    backward = cuda.bind_lowrank_linear_backward(dy, x, weight, down, up, p, needs)
     if not stepped:
         assert forward is None and backward is None
         return
@@ -408,13 +409,37 @@ def test_calls_that_are_not_bound(simulated):
     """A trained weight or bias, no gradient at all, a plan that is forced for a while."""
     x, weight, _, down, up, dy = make(24, 40, 64, 8, torch.bfloat16)
     for needs in ([True, True, False, True, True], [True, False, True, True, True], [False] * 5):
-        assert cuda.bind_lowrank_linear_backward(dy, x, weight, up, needs) is None
+        assert cuda.bind_lowrank_linear_backward(dy, x, weight, down, up, None, needs) is None
     with table.override("cuda", cuda.KernelPlan(False, False, 64)._asdict()):
-        assert cuda.bind_lowrank_linear(x, weight, up) is None
+        assert cuda.bind_lowrank_linear(x, weight, None, down, up) is None
+    # a view of complex numbers may have to be negated when it is read
+    half = torch.randn(24, 40, dtype=torch.complex32).conj().imag
+    assert cuda.bind_lowrank_linear(half, *(t.half() for t in (weight, weight[:, 0], down, up))) is None
     with pytest.raises(RuntimeError, match="x must have one step from row to row"):
         cuda._ops().lowrank_linear(x.view(6, 4, 40).transpose(0, 1), weight, None, down, up, False, False, 64)
     with pytest.raises(RuntimeError, match="x must have 24 rows of 40, got 12 of 40"):
         cuda._ops().lowrank_linear_backward(dy, x[:12], weight, down, up, None, False, False, 64)
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("bound", [True, False])
+def test_freed_memory_is_refused_by_name(number, bound, simulated):
+    x, weight, _, down, up, dy = make(24, 40, 64, 8, torch.bfloat16)
+    given, p = [x, weight, torch.randn(64).bfloat16(), down, up], x @ down
+    forward = cuda.bind_lowrank_linear(*given) if bound else cuda.lowrank_linear
+    backward = cuda.lowrank_linear_backward
+    needs = [True, False, False, True, True]
+    if bound:
+        backward = cuda.bind_lowrank_linear_backward(dy, x, weight, down, up, p, needs)
+    given[number] = given[number].clone()
+    given[number].untyped_storage().resize_(given[number].nbytes - 1)
+    name = ("x", "weight", "bias", "down", "up")[number]
+    with pytest.raises(RuntimeError, match=f"{name} must have memory for all of its entries"):
+        forward(*given)
+    if name != "bias":
+        x, weight, _, down, up = given
+        with pytest.raises(RuntimeError, match=f"{name} must have memory for all of its entries"):
+            backward(dy, x, weight, down, up, p, needs)
 
 
 @pytest.mark.parametrize("sizes", [(24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)])
@@ -563,8 +588,8 @@ def test_a_planted_fault_is_seen(faulty, monkeypatch):
 def hopper_deviates(kernels, monkeypatch) -> bool:
     """Whether any order of events gives a wrong number, or ends a launch."""
     monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
-    # Numbers that are not finite; many tiles of one step each; a ring that wraps around and a block without columns. The
-    # last takes longest.
+    # Numbers that are not finite; many tiles of one step each; a ring that wraps around and a block without columns,
+    # which takes longest.
     cases = ((128, 64, 64, 14), False, True), ((900, 64, 384, 14), False, False), ((300, 328, 456, 14), True, False)
     for sizes, backward, infinite in cases:
         x, weight, bias, down, up, dy = (t.abs() if infinite else t for t in make(*sizes, torch.bfloat16))

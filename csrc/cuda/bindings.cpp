@@ -3,6 +3,7 @@
 // this file is missing.
 //
 // The caller chooses the tiles and whether p is computed inside the matmul (efft_kernels/kernels/cuda.py).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,7 +47,21 @@ std::string joined(const Sizes& sizes) {
   return text;
 }
 
-// Checks that t has the dtype and device of `like`, and sizes and strides that fit the kernels' 32 bits.
+// Checks that all entries of t are inside its storage, which may have been freed or resized since t was made.
+void check_memory(const char* name, const Tensor& t) {
+  int64_t bytes = 0, end = t.storage_offset() + 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (!sizes[i]) return;
+    end += (sizes[i] - 1) * strides[i];  // at most 2^60, as sizes and strides are limited
+  }
+  STD_TORCH_CHECK(end <= bytes / int64_t(t.element_size()), name,
+                  " must have memory for all of its entries, but its storage has ", bytes,
+                  " bytes: it was freed or resized");
+}
+
+// Checks that t has the dtype and device of `like`, sizes and strides that fit the kernels' 32 bits, and its memory.
 void check_size(const char* name, const Tensor& t, const Tensor& like) {
 #ifdef EFFT_SIM
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
@@ -59,6 +74,7 @@ void check_size(const char* name, const Tensor& t, const Tensor& like) {
   constexpr int64_t most = int64_t(1) << 30;
   for (size_t i = 0; i < sizes.size(); ++i)
     STD_TORCH_CHECK(sizes[i] <= most && strides[i] <= most, name, " must have sizes and strides up to ", most);
+  check_memory(name, t);
 }
 
 // Checks the shape as well.

@@ -152,8 +152,8 @@ def read_csv(path: Path, test_fraction: float) -> Source:
     if image is None or (label is None and labels is None and not flags):
         raise DataError(
             f"{path} must have a header with one of {', '.join(_IMAGE)}, and with one of {', '.join(_LABEL)} (one "
-            f"class per image), one of {', '.join(_LABELS)} (classes separated by '|' or ';'), or a column of 0 and 1 for "
-            f"each class; got {', '.join(columns)}"
+            f"class per image), one of {', '.join(_LABELS)} (classes separated by '|' or ';'), or a column of 0 and 1 "
+            f"for each class; got {', '.join(columns)}"
         )
     multilabel = label is None
     found = []

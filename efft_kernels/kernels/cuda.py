@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import build, largest_rank
+from .memory import checked
 from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -295,6 +296,7 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@checked(addresses=True)
 def group_update(
     sigma: Tensor,  # [S, P, Q]
     v: Tensor,  # [Q, N]
@@ -304,6 +306,7 @@ def group_update(
     return _ops().group_update(sigma, v, scale).transpose(0, 1)
 
 
+@checked(addresses=True)
 def group_update_backward(
     dup: Tensor,  # [S, P, N]
     sigma: Tensor,  # [S, P, Q]
@@ -315,6 +318,7 @@ def group_update_backward(
     return _ops().group_update_backward(dup, sigma, v, scale, *needs)
 
 
+@checked(addresses=True)
 def lowrank_linear(
     x: Tensor,  # [M, K]
     weight: Tensor,  # [N, K]
@@ -326,27 +330,27 @@ def lowrank_linear(
     return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
 
 
-def bind_lowrank_linear(x: Tensor, weight: Tensor, up: Tensor) -> Callable | None:
+def bind_lowrank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Callable | None:
     """The forward with the plan for calls like this one, of x [..., K]; None where x has no one step from row to row.
 
-    On the host a call is then one call of the library's operator.
+    On the host a call is then one call of the library's operator, which checks its operands' memory.
     """
     rows = _rows(x)
-    if rows is None or table.overridden("cuda"):
+    if rows is None or table.overridden("cuda") or not _plain(x, weight, bias, down, up):
         return None
     operator, plan = _ops().lowrank_linear.default, _plan(table.LINEAR, rows, weight, up.shape[0])
     return lambda x, weight, bias, down, up: operator(x, weight, bias, down, up, *plan)
 
 
 def bind_lowrank_linear_backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor, up: Tensor, needs: list[bool]
+    dy: Tensor, x: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, p: Tensor | None, needs: list[bool]
 ) -> Callable | None:
     """The same for the backward, of dy [..., N] and x [..., K], where weight and bias are frozen."""
     need_x, need_weight, need_bias, need_down, need_up = needs
     rows = _rows(dy)
     if need_weight or need_bias or not (need_x or need_down or need_up) or table.overridden("cuda"):
         return None
-    if rows is None or (need_down and _rows(x) is None):
+    if rows is None or (need_down and _rows(x) is None) or not _plain(dy, x, weight, down, up, p):
         return None
     operator, plan = _ops().lowrank_linear_backward.default, _plan(table.BACKWARD, rows, weight, up.shape[0], needs)
 
@@ -358,6 +362,11 @@ def bind_lowrank_linear_backward(
     return backward
 
 
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether none is a view of complex numbers, whose values may have to be negated when they are read."""
+    return all(t is None or 1 in t.stride() or t.numel() == 0 for t in tensors)
+
+
 def _rows(t: Tensor) -> Tensor | None:
     """t as [rows, columns], or None where that takes a copy"""
     try:
@@ -366,6 +375,7 @@ def _rows(t: Tensor) -> Tensor | None:
         return None
 
 
+@checked(addresses=True)
 def lowrank_linear_backward(
     dy: Tensor,  # [M, N]
     x: Tensor,  # [M, K]
@@ -389,6 +399,7 @@ def lowrank_linear_backward(
     return grads + list(fused)
 
 
+@checked()
 def merge_(
     weights: list[Tensor],  # each [N, K]
     downs: list[Tensor],  # each [K, R]

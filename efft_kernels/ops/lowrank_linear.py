@@ -41,14 +41,14 @@ def _forward(x, weight, bias, down, up, backend=None):
     if compute is None:
         check_linear(x, weight, bias, down, up)
         kernels = select("lowrank_linear", backend, as_rows(x), weight, bias, down, up)
-        compute = remember(key, _bound_forward(kernels, x, weight, up))
+        compute = remember(key, _bound_forward(kernels, x, weight, bias, down, up))
     return compute(x, weight, bias, down, up)
 
 
-def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, up: Tensor) -> Callable:
+def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, *rest: Tensor | None) -> Callable:
     """The backend's forward for calls like this one, with x [..., K]"""
     bind = getattr(kernels, "bind_lowrank_linear", None)
-    if bind and (bound := bind(x, weight, up)):
+    if bind and (bound := bind(x, weight, *rest)):
         return bound
     if x.dim() == 2:
         return lambda *given: kernels.lowrank_linear(*given)
@@ -73,14 +73,14 @@ def _backward(dy, x, weight, down, up, p, needs, backend=None):
         _check_backward(dy, x, weight, down, up, p, needs)
         rows = as_rows(dy, "dy"), as_rows(x), weight, down, up, p
         kernels = select("lowrank_linear_backward", backend, *rows, needs=needs)
-        compute = remember(key, _bound_backward(kernels, dy, x, weight, up, needs))
+        compute = remember(key, _bound_backward(kernels, needs, dy, x, weight, down, up, p))
     return compute(dy, x, weight, down, up, p, needs)
 
 
-def _bound_backward(kernels: Kernels, dy: Tensor, x: Tensor | None, weight: Tensor, up: Tensor, needs) -> Callable:
+def _bound_backward(kernels: Kernels, needs: list[bool], dy: Tensor, *rest: Tensor | None) -> Callable:
     """The backend's backward for calls like this one, with dy [..., N] and x [..., K]"""
     bind = getattr(kernels, "bind_lowrank_linear_backward", None)
-    if bind and (bound := bind(dy, x, weight, up, needs)):
+    if bind and (bound := bind(dy, *rest, needs)):
         return bound
 
     def backward(dy, x, weight, down, up, p, needs):
