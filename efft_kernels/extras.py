@@ -24,7 +24,13 @@ def need(package: str, extra: str | None = "finetune"):
 
 
 def timm(extra: str = "finetune"):
-    """Import timm.
+    """Import timm, after :func:`torchvision_on_cpu`."""
+    torchvision_on_cpu()
+    return need("timm", extra)
+
+
+def torchvision_on_cpu() -> None:
+    """Import torchvision if it is installed, so that packages which import it can be imported, too.
 
     torchvision from PyPI fails to import next to a CPU build of torch unless two of its operators are declared first,
     which this does.
@@ -40,5 +46,4 @@ def timm(extra: str = "finetune"):
         for op in ("nms", "qnms"):
             _declared[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     except ImportError:
-        pass  # timm says what it needs
-    return need("timm", extra)
+        pass  # who needs it says so

@@ -1,6 +1,9 @@
 """Hugging Face PEFT: EFFT as one of its methods, and its LoRA adapters on the kernels of this library."""
 
+from ..extras import torchvision_on_cpu
+
 try:
+    torchvision_on_cpu()  # transformers imports torchvision, and PEFT imports transformers
     import peft
     import transformers.pytorch_utils
 except ImportError as error:

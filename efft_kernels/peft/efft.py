@@ -390,10 +390,13 @@ class EFFTPeftModel(BaseTuner):
             if (other := found.setdefault(id(base.weight), path)) != path:
                 raise ValueError(f"{path} and {other} share one weight; adapt neither, or untie them")
         specs = _arrange(model, peft_config, bases, linears) if linears else []
-        taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale"}
+        taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale", "model", "efft_factors", "modules_to_save"}
         taken |= {group for factors in self.efft_factors.values() for group in factors}
-        if adapter_name in taken:
-            raise ValueError(f"adapter_name must differ from the names of groups and factors, got {adapter_name!r}")
+        taken |= {name for path in bases for name in path.split(".")} - set(self.efft_factors)
+        if adapter_name in taken:  # PEFT leaves keys with such a part out of the files of the other adapters
+            raise ValueError(
+                f"adapter_name must differ from the names of groups, factors and modules, got {adapter_name!r}"
+            )
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             factors = _Factors(adapter_name, _build(peft_config, specs, linears))
         self.efft_factors[adapter_name] = factors.train(model.training)
