@@ -149,8 +149,9 @@ def test_folder_of_transformers(tmp_path):
     assert logits(model, images()).shape == logits(model, images(size=64)).shape == (2, 5)
     random = make_model(f"hf:{tmp_path}", 5, 64, "random")
     assert random.config.image_size == 64
-    with pytest.raises(ValueError, match="normalize must be 'imagenet' for this ViTForImageClassification"):
+    with pytest.raises(ValueError, match="normalize must be 'imagenet' or 'none' for this ViTForImageClassification"):
         normalisation(model, "model")
+    assert normalisation(model, "none") == ((0.0,) * 3, (1.0,) * 3)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0]}')
     for checkpoint in (None, "random"):
         assert normalisation(make_model(f"hf:{tmp_path}", 5, 32, checkpoint), "model")[1] == (0.25, 0.5, 1.0)

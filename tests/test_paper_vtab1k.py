@@ -85,7 +85,7 @@ def test_every_planned_run_has_valid_settings():
     from efft_kernels.finetune import methods
     from efft_kernels.finetune.settings import Settings
 
-    args = SimpleNamespace(model=None, checkpoint="some/ViT-B_16.npz", epochs=None, cores=None)
+    args = SimpleNamespace(normalize=None, model=None, checkpoint="some/ViT-B_16.npz", epochs=None, cores=None)
     made = [vtab1k.settings_of(m, d, args) for m in FACTS["methods"] for d in ALL]
     assert all(settings["checkpoint"] == "ViT-B_16.npz" for settings in made)  # no path of this machine
     plan = FACTS["offline"]
@@ -526,3 +526,48 @@ def test_offline_quick(tmp_path, capsys, monkeypatch):
     assert counts["efft1"] == 5 * d * r + 3 * L * r * r and counts["efft2"] == 7 * d * r + 6 * L * r * r
     assert counts["fact-tt"] == 2 * d * r + 12 * L * r * r and counts["lora"] == 2 * L * 2 * d * 8
     assert (tmp_path / "accuracy_parameters.png").stat().st_size > 2000
+
+
+def test_one_setting_for_all_data_sets(tmp_path):
+    """the setting with the smallest mean loss, although another one is best on one of the data sets"""
+    store, losses = Store(tmp_path), {"a": (0.2, 0.9, 0.4), "b": (1.5, 0.3, 0.5)}
+    grid = {data: [run(data=data, part="val", scale=scale) for scale in (1, 2, 3)] for data in losses}
+    for data, found in losses.items():
+        for one, loss in zip(grid[data], found):
+            store.put(one, record(one, 50.0) | {"loss": loss})
+    chosen = runs.choose_together(grid, store)
+    assert {data: one.settings["scale"] for data, one in chosen.items()} == {"a": 3, "b": 3}
+    store.put(grid["b"][2], record(grid["b"][2], None))  # a setting that diverged anywhere is not chosen
+    assert {one.settings["scale"] for one in runs.choose_together(grid, store).values()} == {2}
+    for one in (grid["a"][0], grid["a"][1]):
+        store.put(one, record(one, None))
+    with pytest.raises(ValueError, match="all 3 settings of .* diverged or failed on some data set"):
+        runs.choose_together(grid, store)
+
+
+def test_offline_settings_are_settings():
+    """every entry of the plan, the optional ones included, makes a run"""
+    from efft_kernels.finetune import methods
+    from efft_kernels.finetune.settings import Settings
+
+    plan = FACTS["offline"]
+    assert not set(plan["methods"]) & set(plan["optional"])
+    for how in (plan["methods"] | plan["optional"]).values():
+        for point in how["grid"] if how["method"] != "linear" else ():
+            recipe = {key: value for key, value in plan["recipe"].items() if key != "test_images"}
+            made = Settings("data", "out", method=how["method"], **recipe, **how.get("settings", {}), **point)
+            methods.check(made.method, made.options)
+
+
+def test_a_sweep_of_other_settings_by_another_sampler(lists, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    done = []
+    monkeypatch.setattr(vtab1k, "measure", lambda one, places: done.append(one) or fake(one, places))
+    common = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--datasets", "svhn"]
+    swept = ["--methods", "efft2", "--normalize", "model", "--sweep", "lr", "drop_path", "scale"]
+    assert vtab1k.main([*common, *swept, "--sampler", "tpe", "--trials", "4"]) == 0
+    assert 1 <= len(done) <= 4 and {one.settings["normalize"] for one in done} == {"model"}
+    assert all({"lr", "drop_path", "scale"} <= set(one.settings) for one in done)
+    with pytest.raises(SystemExit):
+        vtab1k.main([*common, *swept, "--sampler", "tpe"])
+    assert "--sampler tpe needs --sweep, and --trials" in capsys.readouterr().err

@@ -61,7 +61,8 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
 @torch.inference_mode()
 def _features(model: nn.Module, images: Pictures, settings: dict, device: str) -> tuple[Tensor, Tensor]:
     """The inputs of the model's head [n, d], and the labels [n]."""
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in normalisation(model, "imagenet"))
+    how = settings.get("normalize", "imagenet")
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in normalisation(model, how))
     loader = torch.utils.data.DataLoader(images, batch_size=settings.get("batch_size", 64))
     found = []
     for batch, _ in loader:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -288,6 +289,27 @@ def choose(runs: list[Run], store: Store) -> Run:
     if all(top1 is None for _, top1 in found):
         raise ValueError(f"all {len(runs)} settings of {runs[0].method} on {runs[0].data} diverged or failed")
     return max(found, key=lambda pair: -1 if pair[1] is None else pair[1])[0]
+
+
+def choose_together(runs: dict[str, list[Run]], store: Store) -> dict[str, Run]:
+    """For each data set the run with the setting whose mean loss on validation images over all data sets is smallest.
+
+    Args:
+        runs: data set -> a run for each setting, in the same order for all of them.
+
+    Raises:
+        ValueError: every setting diverged or failed on some data set.
+    """
+    points = list(zip(*runs.values(), strict=True))
+
+    def loss(point: tuple[Run, ...]) -> float:
+        found = [store.get(run) or {} for run in point]
+        return sum(math.inf if record.get("top1") is None else record["loss"] for record in found) / len(found)
+
+    best = min(points, key=loss)
+    if not math.isfinite(loss(best)):
+        raise ValueError(f"all {len(points)} settings of {best[0].method} diverged or failed on some data set")
+    return dict(zip(runs, best))
 
 
 def tested(run: Run, seed: int, **settings) -> Run:

@@ -19,6 +19,7 @@ Sweeps are Optuna studies: with --storage, any database URL, processes and machi
 
 --offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
 learning rate and a scale are chosen from equally many on 200 validation images, with seed 0; test images are used once.
+With --one-setting each method has one setting for all data sets, that of the smallest mean loss on validation images.
 """
 
 import argparse
@@ -37,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder  # noqa: E402
 from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
-from runs import Places, Run, Store, choose, complete, measure, tested  # noqa: E402
+from runs import Places, Run, Store, choose, choose_together, complete, measure, tested  # noqa: E402
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "vtab1k.json").read_text())
@@ -63,23 +64,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, help="number of seeds; default 3")
     add("--epochs", type=int, help="default 100, --offline 5")
     add("--cores", choices=["per_block", "shared"], help="cores of EFFT; the released runs of efft2 used shared ones")
-    add("--sweep", nargs="+", choices=["scale", "rank"], help="search these on validation images instead of testing")
+    add("--normalize", choices=["imagenet", "model", "none"], help="mean and deviation of images; default imagenet")
+    add("--sweep", nargs="+", choices=list(FACTS["sweep"]), help="search these on validation images instead of testing")
+    add(
+        "--sampler",
+        choices=["grid", "tpe", "random"],
+        default="grid",
+        help="of the sweep; tpe and random need --trials",
+    )
     add("--tuned", action="store_true", help="test with the best settings of the sweeps in --out")
     add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
     add("--trials", type=int, help="trials of this process, per data set and method; default: until the grid is done")
+    add("--one-setting", action="store_true", help="with --offline: one setting per method for all data sets")
     add("--workers", type=int, help="runs at the same time; default: one on a GPU, one per core on a CPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--report", action="store_true", help="only write tables and charts of the existing results")
     args = parser.parse_args(arguments)
-    known = set(FACTS["methods"])
+    known = [*FACTS["methods"], *(FACTS["offline"]["optional"] if args.offline else ())]
     for name in args.methods or ():
         if name not in known:
-            parser.error(f"--methods must be of {', '.join(FACTS['methods'])}, got {name!r}")
+            parser.error(f"--methods must be of {', '.join(known)}, got {name!r}")
     for option in ("seeds", "epochs", "trials", "workers"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option} must be at least 1, got {value}")
     if args.quick and not args.offline:
         parser.error("--quick needs --offline")
+    if args.one_setting and not args.offline:
+        parser.error("--one-setting needs --offline")
+    if args.sampler != "grid" and not (args.sweep and args.trials):
+        parser.error(f"--sampler {args.sampler} needs --sweep, and --trials, because it has no end of its own")
     if args.sweep and args.tuned:
         parser.error("--tuned tests the settings of an earlier --sweep: run one command after the other")
     if args.offline and (args.data or args.checkpoint or args.model or args.sweep or args.tuned):
@@ -124,6 +137,8 @@ def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
     settings["checkpoint"] = "random" if args.checkpoint == "random" else Path(args.checkpoint).name
     if args.epochs:
         settings["epochs"] = args.epochs
+    if args.normalize:
+        settings["normalize"] = args.normalize
     if released := FACTS["released"].get(method):
         found = released[data]
         settings |= found if isinstance(found, dict) else dict(zip(("rank", "scale", "zero_init"), found))
@@ -218,8 +233,16 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
                     heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
                 ),
                 study_name=f"{name} {method} {' '.join(space)}", direction="maximize", load_if_exists=True,
-                sampler=optuna.samplers.GridSampler(space, seed=0),
+                sampler={
+                    "grid": lambda: optuna.samplers.GridSampler(space, seed=0),
+                    "tpe": lambda: optuna.samplers.TPESampler(seed=RANK),
+                    "random": lambda: optuna.samplers.RandomSampler(seed=RANK),
+                }[args.sampler](),
             )  # fmt: skip
+            if args.sampler != "grid":
+                study.optimize(objective, args.trials)
+                best_of(study, name, method, failures)
+                continue
             # Optuna would start a finished grid again
             done = [t for t in study.trials if t.state.is_finished() and t.state.name != "FAIL"]
             points = {tuple(sorted(t.params.items())) for t in done}
@@ -228,12 +251,17 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
                 left *= len(values)
             if len(points) < left:
                 study.optimize(objective, args.trials)
-            try:
-                print(f"{name}, {method}: {study.best_value:.2f} % of validation with {study.best_params}")
-            except ValueError:
-                failures[f"{name} {method}"] = "all settings diverged"
+            best_of(study, name, method, failures)
     charts_of_sweep(args)
     return failures
+
+
+def best_of(study, name: str, method: str, failures: dict[str, str]) -> None:
+    """Print the best trial of a study, or add a failure if all diverged."""
+    try:
+        print(f"{name}, {method}: {study.best_value:.2f} % of validation with {study.best_params}")
+    except ValueError:
+        failures[f"{name} {method}"] = "all settings diverged"
 
 
 def charts_of_sweep(args: argparse.Namespace) -> None:
@@ -272,10 +300,13 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
     recipe = {"model": found.model, "checkpoint": plan["weights"], **plan["recipe"]}
     if args.epochs:
         recipe["epochs"] = args.epochs
+    if args.normalize:
+        recipe["normalize"] = args.normalize
     short = min(plan["select_epochs"], recipe["epochs"])
     places, store = Places(None, str(found.path), args.device), Store(args.out)
     grids = {}
-    for method, how in plan["methods"].items():
+    optional = {name: how for name, how in plan["optional"].items() if name in (args.methods or ())}
+    for method, how in (plan["methods"] | optional).items():
         if args.methods and method not in args.methods:
             continue
         for name in names:
@@ -291,9 +322,15 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
     if WORLD > 1 and (undone := [run for run in selection if store.get(run) is None]):
         print(f"{len(undone)} runs of other processes are missing: start again when they are done, for the tests")
         return [], groups, failures
-    final = {}
-    for (method, _), runs in grids.items():
-        chosen = choose(runs, store) if len(runs) > 1 else runs[0]
+    final, together = {}, {}
+    for method in dict.fromkeys(method for method, _ in grids) if args.one_setting else ():
+        found = choose_together({name: grids[method, name] for name in names}, store)
+        together |= {(method, name): run for name, run in found.items()}
+    for (method, name), runs in grids.items():
+        if len(runs) == 1:
+            chosen = runs[0]
+        else:
+            chosen = together[method, name] if together else choose(runs, store)
         for seed in range(args.seeds or plan["seeds"]):
             final.setdefault(method, []).append(tested(chosen, seed, epochs=recipe["epochs"]))
     if plan["control"] and (of := plan["control"]["of"]) in final:

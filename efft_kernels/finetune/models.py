@@ -157,16 +157,20 @@ def normalisation(model: nn.Module, how: str) -> tuple[tuple[float, ...], tuple[
     """Mean and standard deviation of images in [0, 1], per channel.
 
     Args:
-        how: "imagenet" for those of ImageNet, or "model" for those that the weights were trained with.
+        how: "imagenet" for those of ImageNet, "model" for those that the weights were trained with, or "none" for 0 and
+            1, which leaves images in [0, 1].
 
     Raises:
         ValueError: how="model", and the model does not state them.
     """
     if how == "imagenet":
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if how == "none":
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     own = getattr(model, "pretrained_cfg", None) or {}
     if not (own.get("mean") and own.get("std")):
         raise ValueError(
-            f"normalize must be 'imagenet' for this {type(model).__name__}, which states no mean and deviation"
+            f"normalize must be 'imagenet' or 'none' for this {type(model).__name__}, which states no mean and "
+            "deviation"
         )
     return tuple(own["mean"]), tuple(own["std"])

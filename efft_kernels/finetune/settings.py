@@ -66,7 +66,8 @@ class Settings:
         clip_grad: largest norm of the gradient; None for no limit.
         image_size: side of the square that images are resized to, in pixels.
         interpolation: interpolation of the resize.
-        normalize: "imagenet" for ImageNet's mean and deviation as in the paper, or "model" for those of the weights.
+        normalize: "imagenet" for ImageNet's mean and deviation "model" for those of the weights, or
+            "none" for pixels in [0, 1].
         augment: augmentation of training images: "none", "flip", "crop" (random crops and flips) or "rand" (RandAugment
             as well).
         select: the final weights: those after the "last" epoch, or those of the epoch that was best on "val". VTAB-1K's
@@ -126,7 +127,7 @@ class Settings:
     clip_grad: float | None = None
     image_size: int = 224
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    normalize: Literal["imagenet", "model"] = "imagenet"
+    normalize: Literal["imagenet", "model", "none"] = "imagenet"
     augment: Literal["none", "flip", "crop", "rand"] = "none"
     select: Literal["last", "val"] = "last"
     classes: int | None = None
