@@ -273,3 +273,33 @@ def test_two_learning_rates(method):
     for options in ({"lr": 0}, {"lr": 1e-3, "ratio": float("inf")}):
         with pytest.raises(ValueError, match="must be a finite number above 0"):
             ek.adapter_parameter_groups(model, **options)
+
+
+@pytest.mark.parametrize("method", ["efft2", "lora"])
+def test_adapters_with_and_without_options_share_a_batch(method):
+    """in a bank, what an adapter does not have counts as ones"""
+    from efft_kernels.serving import AdapterBank
+
+    torch.manual_seed(0)
+    plain = vit().double()
+    state = {key: t.clone() for key, t in plain.state_dict().items()}
+    bank, x, want = AdapterBank(plain), images(3, dtype=torch.float64), []
+    lower = with_(method, channel_scale=True, rank_stabilized=True, rank=2 if method == "lora" else (2, 3))
+    configs = [METHODS[method], with_(method, rank_weights=True), lower]
+    for i, config in enumerate(configs):
+        model = shake(ek.inject(base_of(state), config, head="keep"), 0.2)
+        bank.add(str(i), model)
+        want.append(model(x)[i])
+    with torch.no_grad(), bank.use(["0", "1", "2"]):
+        torch.testing.assert_close(plain(x), torch.stack(want))
+    bank.add("dropped", ek.inject(base_of(state), with_(method, rank_dropout=0.5), head="keep"))
+    plain.train()
+    with pytest.raises(ValueError, match=r"must have the same rank_dropout, got \[0.0, 0.5\]"):
+        with bank.use(["0", "dropped"]):
+            pass
+
+
+def base_of(state):
+    model = vit().double()
+    model.load_state_dict(state)
+    return model
