@@ -42,7 +42,7 @@ import torch
 from record import FORMAT, commit, machine, prepare_folder, text_table, versions, write_run
 
 import efft_kernels as ek
-from efft_kernels.serving.classifier import base_model
+from efft_kernels.serving.classifier import base_model, default_preparation
 from efft_kernels.serving.settings import Settings
 from efft_kernels.serving.uploads import decode
 
@@ -60,12 +60,12 @@ def make_adapters(folder: Path, classes: list[int]) -> Settings:
     adapters = folder / "adapters"
     adapters.mkdir()
     settings = Settings(model=MODEL, adapters=str(adapters), num_classes=10)
-    model, _ = base_model(settings)
+    model = base_model(settings)
     weights = folder / "base.safetensors"
     save_file(model.state_dict(), weights)
     settings = settings.model_copy(update={"weights": str(weights)})
     for i, count in enumerate(classes):
-        model, _ = base_model(settings)
+        model = base_model(settings)
         ek.inject(model, ek.EFFTConfig(rank=4, factor_dropout=0.0), head=count)
         torch.manual_seed(i + 1)
         with torch.no_grad():
@@ -102,7 +102,8 @@ def expected(settings: Settings, files: list[bytes]) -> dict[tuple[int, str | No
     found = {}
     names = [None, *sorted(path.stem for path in Path(settings.adapters).glob("*.safetensors"))]
     for name in names:
-        model, transform = base_model(settings)
+        model = base_model(settings)
+        transform = default_preparation(model).transform()  # the files of these adapters state none
         if name is not None:
             ek.load_adapter(model, Path(settings.adapters, f"{name}.safetensors"))
         model.eval()

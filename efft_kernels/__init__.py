@@ -2,6 +2,7 @@
 
 import sys
 
+from .adapter_file import AdapterFile, read_adapter
 from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
 from .averaging import average_adapters
 from .configs import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
@@ -10,6 +11,7 @@ from .inject import Plan, adapter_parameter_groups, adapter_parameters, inject, 
 from .linear import EFFTLinear
 from .merge import merge, unmerge
 from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear
+from .preparation import Preparation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
     *("add_adapter", "average_adapters", "delete_adapter", "disable_adapter"),
     *("load_adapter", "save_adapter", "set_adapter"),
+    *("AdapterFile", "Preparation", "read_adapter"),
     *("Cost", "cost", "subspace_map", "subspace_similarity", "updates"),
     *("Plan", "adapter_parameter_groups", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
 ]

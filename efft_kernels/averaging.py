@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .adapter_file import read_adapter, write
 from .configs import MethodConfig
-from .files import filled, read, write
+from .files import check_needs, filled
 from .groups import EFFTGroup, FacTTuckerGroup
 from .inject import Plan, build, plan
 from .low_rank import Group
@@ -47,16 +48,16 @@ def average_adapters(
             some are missing or differ in shape; ranks whose sum the matrices do not allow; a mean that is no adapter of
             its method: that of VeRA, or of adapters with channel_scale that share factors between layers.
         OSError: the file cannot be written; an existing one is unchanged then.
+
+    Warns a UserWarning of adapters that were trained on other weights than the model has.
     """
     if isinstance(paths, str | os.PathLike) or not (paths := list(paths)):
         raise ValueError(f"paths must be a non-empty sequence of adapter files, got {paths!r}")
     weights = _normalised(weights, len(paths))
-    adapters, heads, names = [], [], []
-    for path in paths:
-        config, metadata, tensors, head = read(path)
-        adapters.append(filled(model, config, metadata, tensors, path, torch.float64))
-        heads.append(head)
-        names.append(metadata["base_model"])
+    files = [read_adapter(path) for path in paths]
+    adapters, heads = [filled(model, file, torch.float64) for file in files], [file.head for file in files]
+    for file in files:
+        check_needs(model, file, strict=False)
     for adapter, head, path in zip(adapters, heads, paths):
         _check_alike(adapter, adapters[0], path, paths[0])
         shapes, first = ({key: tuple(t.shape) for key, t in h.items()} for h in (head, heads[0]))
@@ -71,7 +72,9 @@ def average_adapters(
         mean = _mean(group, [adapter[key] for adapter in adapters], weights)
         group.load_state_dict({name: mean[name].to(t) for name, t in own.items()}, assign=True)
     head = {key: sum(w * h[key].double() for w, h in zip(weights, heads)).to(t) for key, t in heads[0].items()}
-    write(out, model, made, head, names[0])
+    stated = {(file.preparation, file.classes) for file in files}
+    preparation, classes = stated.pop() if len(stated) == 1 else (None, None)
+    write(out, model, made, head, files[0].base_model, preparation, classes)
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:

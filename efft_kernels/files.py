@@ -1,32 +1,23 @@
-"""Adapter files, and several named adapters on one model.
-
-An adapter file is a safetensors file. It holds the factors, the head if it was trained with them, and as metadata the
-config, the fingerprint of the plan, the class and name of the base model and the version of this library. It holds no
-code.
-"""
+"""Save and load adapters, and keep several named ones on a model. adapter_file.py has the format of the files."""
 
 import contextlib
-import json
 import os
-import sys
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from . import frozen_weights
+from .adapter_file import AdapterFile, read_adapter, write
 from .configs import MethodConfig
 from .inject import adapted_linears, adapters, as_before, build, check_bare, check_name, eject, install, mount, plan
-from .layouts import classes_of, head_state, heads_of
+from .layouts import classes_of, classifiers_of, head_state, heads_of, input_size
 from .ops import check_backend
 from .passes import Adapters
-from .storage import write_bytes
+from .preparation import Preparation
+from .tensor_file import FLOATS
 from .wrappers import before_parallel, on_unwrapped, unwrapped
-
-_FORMAT = "efft_kernels adapter 2"
-_HEADLESS = "efft_kernels adapter 1"  # the older format: the same without a head
-_HEAD = "head/"  # prefix of a tensor of the head; the rest is its name in the model's state_dict
 
 
 @on_unwrapped
@@ -37,8 +28,13 @@ def save_adapter(
     name: str | None = None,
     base_model: str = "",
     head: bool | None = None,
+    preparation: Preparation | None = None,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Write one adapter, with the head that was trained with it, to a safetensors file, atomically.
+
+    The file also holds samples of the frozen weights, by which :func:`load_adapter` tells other weights of the same
+    shapes.
 
     Args:
         model: an injected model.
@@ -46,12 +42,17 @@ def save_adapter(
         name: of the adapter; None for the active one.
         base_model: name of the pre-trained model to record; empty for the name that timm or transformers gave it.
         head: whether to write the head; None writes it if it is trained, that is, if a parameter of it requires grad.
+        preparation: how the training images were prepared, for programs that predict with the file. None for that of
+            the file that this adapter was loaded from, if it states one; otherwise the new file states none.
+        classes: names of the head's classes, in the order of its outputs; None as with preparation.
 
     Raises:
+        TypeError: preparation or classes has another type.
         ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
-            without a head.
-        Warns a UserWarning if a Linear of the adapter was removed from the model or replaced.
-        OSError: the file cannot be written; an existing one is unchanged then.
+            without a head; another number of classes than the head has.
+        OSError: the file cannot be written, or is a device, a FIFO or a folder; an existing one is unchanged then.
+
+    Warns a UserWarning if a Linear of the adapter was removed from the model or replaced.
     """
     owner = adapters(model)
     groups = owner[_known(owner, owner.active if name is None else name)]
@@ -61,7 +62,20 @@ def save_adapter(
         warnings.warn(f"the file holds all factors of the adapter, but {error}", stacklevel=3)
     if head and not head_state(model):
         raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
-    write(path, model, groups, trained_head(model) if head is None else head_state(model) if head else {}, base_model)
+    state = trained_head(model) if head is None else head_state(model) if head else {}
+    if preparation is not None and not isinstance(preparation, Preparation):
+        raise TypeError(f"preparation must be an efft_kernels.Preparation, got {type(preparation).__name__}")
+    classes = _checked_names(model, classes) if classes is not None else groups.classes if state else None
+    write(path, model, groups, state, base_model, preparation or groups.preparation, classes)
+
+
+def _checked_names(model: nn.Module, classes: Sequence[str]) -> list[str]:
+    if isinstance(classes, str) or not all(isinstance(label, str) for label in classes):
+        raise TypeError(f"classes must be a sequence of names, got {classes!r}")
+    outputs = next((linear.out_features for _, linear in classifiers_of(model)), len(classes))
+    if len(classes) != outputs:
+        raise ValueError(f"classes must name the {outputs} classes of the head, got {len(classes)} names")
+    return list(classes)
 
 
 @on_unwrapped
@@ -69,26 +83,6 @@ def trained_head(model: nn.Module) -> dict[str, Tensor]:
     """The state of the head if a parameter of it requires grad, else an empty dict."""
     trained = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
     return head_state(model) if trained else {}
-
-
-def write(
-    path: str | os.PathLike, model: nn.Module, groups: nn.ModuleDict, head: dict[str, Tensor], base_model: str = ""
-) -> None:
-    """Write the file of an adapter of this model: its groups, and the state of its head."""
-    from safetensors.torch import save
-
-    tensors = {key: t.detach().contiguous() for key, t in groups.state_dict().items()}
-    # clones, because parts of a head may share memory, which safetensors refuses
-    tensors |= {_HEAD + key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in head.items()}
-    metadata = {
-        "format": _FORMAT,
-        "version": sys.modules[__package__].__version__,
-        "config": json.dumps(groups.plan.config.to_dict()),
-        "fingerprint": groups.plan.fingerprint,
-        "model": type(model).__name__,
-        "base_model": base_model or _name_of(model),
-    }
-    write_bytes(Path(path), save(tensors, metadata))
 
 
 @before_parallel
@@ -100,8 +94,12 @@ def load_adapter(
     head: str | int | nn.Module = "train",
     factor_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Load an adapter from a file, put it on a model, in place, and make it the active one.
+
+    Later changes of the file do not affect the model. ``model.efft[name].preparation`` and ``.classes`` are afterwards
+    what the file states about its images and classes, or None.
 
     Args:
         model: the model it was made for, plain or with adapters of other names.
@@ -113,48 +111,106 @@ def load_adapter(
             module when the file was written, the model must have that module before loading.
         factor_dtype: as :func:`inject`. A file holds factors in the dtype that they had; they are cast when loaded.
         backend: as :func:`inject`; needs a plain model.
+        strict: refuse, instead of warning, if the adapter would not compute here what it was trained for: if the frozen
+            weights differ from those it was trained on, as far as the samples in the file show, or if the model takes
+            images of another size. Files of formats 1 and 2 do not state these.
 
     Returns:
         The model.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an adapter file, a truncated or corrupt one, one for another model, or a name already taken; a
-            head that does not fit the model, or that would replace one which other adapters use. The model is
-            unchanged then.
+        ValueError: not an adapter file, a truncated or damaged one, one for another model or, if strict, for other
+            weights or images, or a name already taken; a head that does not fit the model, or that would replace one
+            which other adapters use. The model is unchanged then.
+
+    Warns a UserWarning if the file was trained on other weights or images, unless strict.
     """
-    config, metadata, tensors, state = read(path)
+    file = read_adapter(path)
     check_name(name)
     check_backend(backend)
-    groups = filled(model, config, metadata, tensors, path, factor_dtype)
-    if isinstance(getattr(model, "efft", None), Adapters):
-        if head not in ("train", "keep") or backend is not None:
-            raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
-        if head == "train":
-            _check_shared(model, state, path)
+    groups = filled(model, file, factor_dtype)
+    injected = isinstance(getattr(model, "efft", None), Adapters)
+    if injected and (head not in ("train", "keep") or backend is not None):
+        raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
+    state = file.head if head == "train" else {}
+    if not state:
+        groups.classes = None  # those of another head
+    if injected:
+        _check_shared(model, state, path)
+        check_needs(model, file, strict)
         _mount_new(model, name, groups)
     else:
         check_bare(model)
-        state = state if head == "train" else {}
         if lost := [key for key, t in head_state(model).items() if t.is_meta and state]:
             raise ValueError(
                 f"{lost[0]} is on the meta device, where the head of {path} would be lost: load the weights of the "
                 "model first, or the adapter with head='keep'"
             )
-        install(model, name, groups, _fitting(model, state, path) if state else head, backend)
+        head = _fitting(model, state, path) if state else head
+        check_needs(model, file, strict)
+        install(model, name, groups, head, backend)
         _fill_head(model, state)
     set_adapter(model, name)
     return model
 
 
+def check_needs(model: nn.Module, file: AdapterFile, strict: bool) -> None:
+    """Refuse a file that fits the model by its shapes, but was trained on other weights or images.
+
+    Raises:
+        ValueError: if strict; otherwise a UserWarning says the same.
+    """
+    problems = []
+    if file.frozen is not None:
+        other, compared = frozen_weights.differences(model, file.frozen)
+        if other:
+            problems.append(
+                f"it was trained on other weights of {file.trained_on} than this {type(model).__name__} has: "
+                f"{len(other)} of {compared} sampled tensors differ, such as {other[0]}"
+            )
+    size = input_size(model)
+    if file.preparation is not None and size not in (None, file.preparation.size):
+        problems.append(
+            f"it was trained on images of {_by(file.preparation.size)} pixels, but this {type(model).__name__} takes "
+            f"{_by(size)}"
+        )
+    if problems:
+        sentence = f"{file.path} does not fit: {'; '.join(problems)}"
+        if strict:
+            raise ValueError(f"{sentence}; strict=False loads it with a warning")
+        warnings.warn(sentence, stacklevel=3)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
 def _fitting(model: nn.Module, state: dict[str, Tensor], path) -> str | int:
     """the argument ``head`` of install that prepares the model for the head of a file"""
     try:
-        return classes_of(model, state) or "train"
+        return head_classes(model, state) or "train"
     except ValueError as error:
         raise ValueError(
             f"the head in {path} does not fit; load the adapter alone with head='keep': {error}"
         ) from error
+
+
+def head_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
+    """The number of classes that the model's head needs to load this state; None if the state fits as it is.
+
+    Raises:
+        ValueError: the state does not fit for another reason, or has no classes.
+    """
+    own = head_state(model)
+    for key, t in state.items():
+        mine = own.get(key, t).dtype
+        if t.dtype not in FLOATS if mine.is_floating_point else t.dtype != mine:
+            raise ValueError(f"{key} must hold numbers of the kind of {mine}, got {t.dtype}")
+    classes = classes_of(model, state)
+    if classes == 0:
+        raise ValueError("it must have at least one class, got 0")
+    return classes
 
 
 def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -176,79 +232,29 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
 
 
 @torch.inference_mode(False)
-def filled(
-    model: nn.Module,
-    config: MethodConfig,
-    metadata: dict,
-    tensors: dict[str, Tensor],
-    path,
-    factor_dtype: torch.dtype = torch.float32,
-) -> nn.ModuleDict:
+def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
     """Groups for this model with the factors of a file, on its device; ``factor_dtype`` as for inject.
 
     Raises:
         ValueError: the file is for another model, or a factor is missing or has another shape.
     """
-    made = plan(model, config)
-    if made.fingerprint != metadata["fingerprint"]:
+    made = plan(model, file.config)
+    if made.fingerprint != file.fingerprint:
         raise ValueError(
-            f"{path} is an adapter of {metadata['base_model'] or metadata['model']}, whose Linears or shapes differ "
-            f"from those of this {type(model).__name__}"
+            f"{file.path} is an adapter of {file.trained_on}, whose Linears or shapes differ from those of this "
+            f"{type(model).__name__}"
         )
     groups = build(made, model, factor_dtype, empty=True)
     own = groups.state_dict()
     wanted = {key: tuple(t.shape) for key, t in own.items()}
-    found = {key: tuple(t.shape) for key, t in tensors.items()}
+    found = {key: tuple(t.shape) for key, t in file.factors.items()}
     if wanted != found:
         key = sorted(wanted.items() ^ found.items())[0][0]
-        raise ValueError(f"{path} must hold {key} of shape {wanted.get(key)}, got {found.get(key)}")
+        raise ValueError(f"{file.path} must hold {key} of shape {wanted.get(key)}, got {found.get(key)}")
     # copies: a tensor of a file that was read under inference_mode could not be trained
-    groups.load_state_dict({key: t.to(own[key], copy=True) for key, t in tensors.items()}, assign=True)
+    groups.load_state_dict({key: t.to(own[key], copy=True) for key, t in file.factors.items()}, assign=True)
+    groups.preparation, groups.classes = file.preparation, file.classes
     return groups
-
-
-def read(path: str | os.PathLike) -> tuple[MethodConfig, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
-    """Read an adapter file: its config, metadata, factors, and the state of the head, which is empty if it has none.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an adapter file, or a truncated or corrupt one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file; it may be truncated or corrupt: {error}"
-        ) from error
-    if metadata.get("format") not in (_FORMAT, _HEADLESS):
-        raise ValueError(
-            f"{path} must be a file written by save_adapter ({_FORMAT!r}), got format {metadata.get('format')!r}"
-        )
-    in_head = [key for key in tensors if key.startswith(_HEAD) and metadata["format"] != _HEADLESS]
-    state = {key.removeprefix(_HEAD): tensors.pop(key) for key in in_head}
-    try:
-        config = MethodConfig.from_dict(json.loads(metadata["config"]))
-        return config, {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}, tensors, state
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has damaged metadata, or was written by another version of efft_kernels: {error}"
-        ) from error
-
-
-def _name_of(model: nn.Module) -> str:
-    timm = getattr(model, "pretrained_cfg", None) or {}
-    names = (
-        timm.get("architecture") if isinstance(timm, dict) else None,
-        getattr(getattr(model, "config", None), "_name_or_path", None),
-    )
-    return next((name for name in names if name), "")
 
 
 @before_parallel

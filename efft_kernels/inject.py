@@ -170,6 +170,7 @@ def build(
             weights = dict.fromkeys(linears, torch.empty(0, dtype=dtype, device=device))
         groups[spec.name] = make_group(spec, made.config, weights)
     groups.plan = made
+    groups.preparation = groups.classes = None  # what an adapter file states
     return groups
 
 

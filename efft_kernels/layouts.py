@@ -156,3 +156,12 @@ def tell_classes(model: nn.Module, classes: int) -> None:
         for key in ("num_classes", "num_labels"):
             if key in vars(owner or object) or (owner is not model and hasattr(owner, key)):
                 setattr(owner, key, classes)
+
+
+def input_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of the only images that the model takes; None if it takes several sizes or does not say."""
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if not getattr(embed, "strict_img_size", False) or not isinstance(size, tuple | list) or len(size) != 2:
+        return None
+    return int(size[0]), int(size[1])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import time
 
 import pytest
@@ -115,21 +116,26 @@ def test_what_is_no_adapter_file_is_refused(path, tmp_path):
         ({"config": json.dumps({**SMALL.to_dict(), "new": 1})}, "has no option new in this version"),
         ({"fingerprint": "0" * 16}, "is an adapter of"),
     ]:
-        save_file(tensors, path, {**metadata, **damage})
+        _save(tensors, path, {**metadata, **damage})
         refused(says)
-    save_file({**tensors, "attn.u": tensors["attn.u"][:, :3].contiguous()}, path, metadata)
+    _save({**tensors, "attn.u": tensors["attn.u"][:, :3].contiguous()}, path, metadata)
     refused(r"must hold attn.u of shape \(192, 4\), got \(192, 3\)")
-    save_file({key: t for key, t in tensors.items() if key != "ffn.v"}, path, metadata)
+    _save({key: t for key, t in tensors.items() if key != "ffn.v"}, path, metadata)
     refused(r"must hold ffn.v of shape \(4, 768\), got None")
     path.unlink()
     refused("there is no adapter file", FileNotFoundError)
+
+
+def _save(tensors, path, metadata):
+    """Write a changed file, with the digest of its contents."""
+    ek.tensor_file.write_tensors(path, tensors, metadata)
 
 
 def _metadata(path):
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return file.metadata()
+        return {key: text for key, text in file.metadata().items() if key != "digest"}
 
 
 def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
@@ -272,7 +278,8 @@ def trained(make=vit, head="train", **options):
 def test_a_file_brings_the_trained_head_back(make, classes, path):
     model, x = trained(make, classes), images()
     ek.save_adapter(model, path)
-    loaded = ek.load_adapter(bare(1, make).double().train(), path)
+    with pytest.warns(UserWarning, match="trained on other weights"):
+        loaded = ek.load_adapter(bare(1, make).double().train(), path)
     loaded.float().eval()
     weight = lambda m: m.head.fc.weight if make is swin else m.head.weight
     assert torch.equal(weight(loaded), weight(model)) and weight(loaded).requires_grad
@@ -321,7 +328,7 @@ def test_a_head_of_its_own_kind(path):
     make = lambda: nn.Sequential(nn.BatchNorm1d(192), nn.Linear(192, 3))
     model = ek.inject(bare(), PLAIN, head=make())
     ek.save_adapter(model.train(), path)
-    assert set(ek.files.read(path)[3]) == {f"head.{key}" for key in model.head.state_dict()}
+    assert set(ek.read_adapter(path).head) == {f"head.{key}" for key in model.head.state_dict()}
     target = bare()
     with pytest.raises(ValueError, match=r"'keep': head.0.bias must be of shape None .* got \(192,\)"):
         ek.load_adapter(target, path)
@@ -332,7 +339,7 @@ def test_a_head_of_its_own_kind(path):
 
 
 def test_a_head_that_does_not_fit_is_refused(path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     ek.save_adapter(trained(), path)
     tensors, metadata = load_file(path), _metadata(path)
@@ -344,14 +351,14 @@ def test_a_head_that_does_not_fit_is_refused(path):
         ({"head/other": wide}, r"other must be of shape None .* got \(10, 193\)"),
         ({"head/head.weight": torch.tensor(1.0)}, r"head.weight must be of shape \(10, 192\) .* got \(\)"),
     ]:
-        save_file({key: t for key, t in {**tensors, **change}.items() if t is not None}, path, metadata)
+        _save({key: t for key, t in {**tensors, **change}.items() if t is not None}, path, metadata)
         target = vit()
         own = target.head.weight.clone()
         with pytest.raises(ValueError, match=f"does not fit; load the adapter alone with head='keep': {says}"):
             ek.load_adapter(target, path)
         assert not hasattr(target, "efft") and torch.equal(target.head.weight, own)
         assert all(p.requires_grad for p in target.parameters())
-    save_file(tensors, path, metadata)
+    _save(tensors, path, metadata)
     with pytest.raises(ValueError, match="does not fit; load the adapter alone with head='keep'"):
         ek.load_adapter(vit(num_classes=0), path)
     assert ek.load_adapter(vit(num_classes=0), path, head="keep")(images()).shape == (2, 192)
@@ -366,7 +373,7 @@ def test_a_file_of_format_1_is_read(path):
     x = images()
     assert torch.equal(ek.load_adapter(bare(), path)(x), model(x))
     assert ek.load_adapter(bare(), path, head=3)(x).shape == (2, 3)
-    save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 3"})
+    save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 4"})
     with pytest.raises(ValueError, match="must be a file written by save_adapter"):
         ek.load_adapter(bare(), path)
 
@@ -383,3 +390,145 @@ def test_a_second_adapter_does_not_take_the_head_of_the_first(path):
     assert list(model.efft) == ["first"] and torch.equal(model(x), before)
     ek.load_adapter(model, path, name="second", head="keep")
     assert torch.equal(ek.set_adapter(model, "first")(x), before)
+
+
+def test_other_weights_of_the_same_shapes_are_noticed(path):
+    ek.save_adapter(shake(ek.inject(bare(), PLAIN)), path, base_model="first")
+    other = bare(1)
+    says = "trained on other weights of first than this VisionTransformer has: .* sampled tensors differ, such as "
+    with pytest.raises(ValueError, match=says):
+        ek.load_adapter(other, path, strict=True)
+    assert not hasattr(other, "efft") and all(p.requires_grad for p in other.parameters())
+    with pytest.warns(UserWarning, match=says):
+        ek.load_adapter(other, path)
+    one = bare()
+    with torch.no_grad():
+        one.blocks[1].mlp.fc2.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="1 of 30 sampled tensors differ, such as blocks.1.mlp.fc2.weight"):
+        ek.load_adapter(one, path, strict=True)
+
+
+def test_the_same_weights_in_other_hands_are_the_same(path):
+    ek.save_adapter(shake(ek.inject(bare(), PLAIN)), path)
+    ready = bare().requires_grad_(False)
+    ready.reset_classifier(3)  # the head is no frozen weight
+    for model in (bare().bfloat16(), bare().half(), bare().double(), ready, vit(img_size=48)):
+        if model.patch_embed.img_size == (48, 48):  # the table of places is of another shape
+            model.load_state_dict(
+                {key: t for key, t in bare().state_dict().items() if key != "pos_embed"}, strict=False
+            )
+        ek.load_adapter(model, path, strict=True)
+    ek.save_adapter(shake(ek.inject(bare().bfloat16(), PLAIN)), path)
+    ek.load_adapter(bare(), path, strict=True)
+
+
+PREPARATION = ek.Preparation((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9, "center")
+
+
+def test_a_file_states_its_preparation_and_classes(path):
+    model = ek.inject(bare(), PLAIN, head=3)
+    ek.save_adapter(model, path, preparation=PREPARATION, classes=["cat", "dog", "fish"])
+    file = ek.read_adapter(path)
+    assert (file.format, file.preparation, file.classes) == (3, PREPARATION, ("cat", "dog", "fish"))
+    loaded = ek.load_adapter(bare(), path, strict=True)
+    ek.save_adapter(loaded, path)  # what is not said again is kept
+    assert (ek.read_adapter(path).preparation, ek.read_adapter(path).classes) == (file.preparation, file.classes)
+    kept = ek.load_adapter(bare(), path, head="keep")
+    assert kept.efft["default"].preparation == PREPARATION and kept.efft["default"].classes is None
+    wide = bare(img_size=64)
+    wide.load_state_dict({key: t for key, t in bare().state_dict().items() if key != "pos_embed"}, strict=False)
+    with pytest.raises(ValueError, match="images of 32 x 32 pixels, but this VisionTransformer takes 64 x 64"):
+        ek.load_adapter(wide, path, strict=True)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="classes must name the 3 classes of the head, got 2 names"):
+        ek.save_adapter(model, path, classes=["cat", "dog"])
+    with pytest.raises(TypeError, match=r"preparation must be an efft_kernels.Preparation, got dict"):
+        ek.save_adapter(model, path, preparation={})
+    assert path.read_bytes() == before
+
+
+def test_what_happens_to_a_file_does_not_reach_the_loaded_adapter(path):
+    model, x = shake(ek.inject(bare(), PLAIN)), images()
+    ek.save_adapter(model, path)
+    loaded = ek.load_adapter(bare(), path)
+    bank = ek_bank(path)
+    with bank.use(["a", "a"]), torch.no_grad():
+        want = loaded(x), bank.model(x)
+    with open(path, "r+b") as file:
+        file.write(os.urandom(path.stat().st_size))
+    os.truncate(path, 10)
+    path.unlink()
+    with bank.use(["a", "a"]), torch.no_grad():
+        assert torch.equal(loaded(x), want[0]) and torch.equal(bank.model(x), want[1])
+    assert str(path) not in open("/proc/self/maps").read()
+
+
+def ek_bank(path):
+    from efft_kernels.serving import AdapterBank
+
+    bank = AdapterBank(bare())
+    bank.add("a", path)
+    return bank
+
+
+def test_every_flipped_bit_is_noticed(path):
+    import random
+
+    ek.save_adapter(shake(ek.inject(bare(), ek.EFFTConfig(rank=2))), path, head=False)
+    good, draw = path.read_bytes(), random.Random(0)
+    for place in draw.sample(range(8 * len(good)), 200):
+        data = bytearray(good)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is not a complete|is damaged|must be a file"):
+            ek.read_adapter(path)
+
+
+def test_hostile_files_are_refused_and_leave_the_model_alone(path):
+    from safetensors.torch import load_file
+
+    from efft_kernels.serving import AdapterBank
+
+    ek.save_adapter(ek.inject(bare(), SMALL, head=7), path)
+    tensors, metadata = load_file(path), _metadata(path)
+    cast = lambda dtype: {k: t if k.startswith("head") else t.to(dtype) for k, t in tensors.items()}
+    headless = {k: t[:0] if k.startswith("head") else t for k, t in tensors.items()}
+    cases = [
+        (headless, {}, "at least one class, got 0"),
+        ({**tensors, "head/head.weight": tensors["head/head.weight"].to(torch.complex64)}, {}, "got torch.complex64"),
+        (tensors, {"config": "[" * 100_000}, "damaged metadata"),
+        (tensors, {"frozen": "[" * 100_000}, "samples of the frozen weights cannot be read"),
+        (tensors, {"frozen": json.dumps({"norm.weight": ["float32", [192], "AAAA"]})}, "frozen weights cannot be read"),
+        (tensors, {"preparation": "[" * 100_000}, "damaged metadata"),
+        (tensors, {"preparation": json.dumps({"size": [10**9, 10**9]})}, "each from 1 to 4096"),
+        (tensors, {"classes": "7"}, "classes must be a list of names"),
+    ]
+    dtypes = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
+    cases += [(cast(dtype), {}, f"got {str(dtype)[6:]}") for dtype in dtypes]
+    target, bank = bare(), AdapterBank(bare())
+    modules = [type(m) for m in target.modules()]
+    for content, change, says in cases:
+        _save(content, path, {**metadata, **change})
+        for load in (lambda: ek.load_adapter(target, path), lambda: bank.add("x", path)):
+            with pytest.raises(ValueError, match=says):
+                load()
+    assert [type(m) for m in target.modules()] == modules and all(p.requires_grad for p in target.parameters())
+    assert len(bank) == 0
+
+
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path):
+    model = ek.inject(bare(), SMALL)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    kinds = {"fifo": "a FIFO", "folder": "a folder"}
+    if os.geteuid() == 0:
+        os.mknod(tmp_path / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        kinds["device"] = "a device"
+    for name, kind in kinds.items():
+        with pytest.raises(ValueError, match=f"{name} cannot be read: must be a regular file, got {kind}"):
+            ek.load_adapter(bare(), tmp_path / name)
+        with pytest.raises(OSError, match=f"cannot be written, it is {kind}"):
+            ek.save_adapter(model, tmp_path / name)
+        assert not (tmp_path / name).is_file()
+    with pytest.raises(FileNotFoundError, match="there is no folder to write a file into: .*nowhere"):
+        ek.save_adapter(model, tmp_path / "nowhere" / "a.safetensors")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ pytest.importorskip("pydantic", reason="pydantic, of the extra serve, is not ins
 pytest.importorskip("python_multipart", reason="python-multipart, of the extra serve, is not installed")
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
+from efft_kernels.serving import classifier as classifier_module
 from efft_kernels.serving import cli, server
 from efft_kernels.serving.classifier import Classifier, base_model
 from efft_kernels.serving.settings import ServerSettings, Settings
@@ -232,7 +234,8 @@ class FakeBank:
     def __init__(self, factor=1):
         self.held, self.factor, self.most = {}, factor, 0
 
-    def add(self, name, path):
+    def add(self, name, path, strict):
+        assert strict
         data = Path(path).read_bytes()
         if data.startswith(b"bad"):
             raise ValueError("no adapter")
@@ -351,17 +354,72 @@ def test_missing_folder(tmp_path):
         AdapterFolder(FakeBank(), tmp_path / "none", 1)
 
 
-def test_preparation_efft_finetune_equals_its_transform(tmp_path):
-    from efft_kernels.finetune.data import transform
-    from efft_kernels.finetune.models import normalisation
+def test_images_are_prepared_as_the_file_of_an_adapter_says(served, picture):
+    import efft_kernels as ek
 
-    picture = Image.frombytes("RGB", (170, 90), torch.arange(90 * 170 * 3).remainder(251).byte().numpy().tobytes())
-    model, made = base_model(Settings(model="test_vit", adapters=str(tmp_path), preparation="efft-finetune"))
-    mean, std = (torch.tensor(t).view(3, 1, 1) for t in normalisation(model, "imagenet"))
-    want = (torch.as_tensor(transform(160, "none", "bicubic")(picture)) / 255 - mean) / std
-    torch.testing.assert_close(made(picture), want)
-    other = base_model(Settings(model="test_vit", adapters=str(tmp_path)))[1](picture)
-    assert other.shape == want.shape and (other - want).abs().max() > 0.1
+    _, settings, files, _ = served
+    classifier = Classifier(settings)
+    size = classifier.preparation.size
+    state = ek.read_adapter(classifier.folder.file("adapter-0"))
+    model = ek.load_adapter(base_model(settings), state.path, strict=True)
+    mine = ek.Preparation(size, (0.1, 0.2, 0.3), (0.9, 0.8, 0.7), "nearest", 1.0, "squash")
+    made = {"stated": mine, "wide": replace(mine, size=(size[0] + 32, size[1] + 32))}
+    labels = ["x", "y", "z"]
+    for name, preparation in made.items():
+        ek.save_adapter(model, classifier.folder.file(name), preparation=preparation, classes=labels)
+    try:
+        upload = Upload(files[0], "stated", 5)
+        image = classifier.prepare(upload)
+        picture = decode(files[0], max_pixels=10**8)
+        assert torch.equal(image, mine.transform()(picture))
+        plain = classifier.prepare(Upload(files[0], None, 5))
+        assert torch.equal(plain, classifier.preparation.transform()(picture)) and not torch.equal(image, plain)
+        assert classifier.answer(upload, classifier.classify([image], ["stated"])[0])["label"] in labels
+        with pytest.raises(Refused, match="'wide' cannot be served") as refused:
+            classifier.prepare(Upload(files[0], "wide", 5))
+        assert refused.value.status == 422
+    finally:
+        for name in made:
+            classifier.folder.file(name).unlink()
+
+
+def test_an_adapter_of_other_weights_is_not_served(served):
+    import efft_kernels as ek
+
+    _, settings, files, _ = served
+    classifier = Classifier(settings)
+    path = classifier.folder.file("foreign")
+    torch.manual_seed(7)
+    ek.save_adapter(ek.inject(timm().create_model(settings.model), ek.EFFTConfig(rank=4)), path)
+    try:
+        with pytest.raises(Refused, match="'foreign' cannot be served") as refused:
+            classifier.prepare(Upload(files[0], "foreign", 5))
+        assert refused.value.status == 422
+    finally:
+        path.unlink()
+
+
+def test_labels_files(served):
+    _, settings, files, _ = served
+    classifier = Classifier(settings)
+    path, upload = Path(settings.adapters, "adapter-0.labels.txt"), Upload(files[0], "adapter-0", 5)
+    before, scores = path.read_bytes(), torch.tensor([0.2, 0.5, 0.3])
+    try:
+        path.write_bytes("ant\nbee\ncat\n".encode("utf-8-sig"))
+        classifier.prepare(upload)
+        assert [s["label"] for s in classifier.answer(upload, scores)["scores"]] == ["bee", "cat", "ant"]
+        for data in ("chat\nchien\n\u00e9meu\n".encode("latin-1"), b"ant\nbee\n"):
+            path.write_bytes(data)
+            with pytest.raises(Refused, match="its labels") as refused:
+                classifier.prepare(upload)
+            assert refused.value.status == 422
+        path.unlink()
+        path.symlink_to(path)
+        with pytest.raises(Refused, match="its labels cannot be read"):
+            classifier.prepare(upload)
+    finally:
+        path.unlink()
+        path.write_bytes(before)
 
 
 def test_settings():
@@ -375,7 +433,6 @@ def test_settings():
         ({"model": "m", "adapters": "x", "replicas": 0}, "replicas\n.* greater than or equal to 1 .*input_value=0"),
         ({"model": "m", "adapters": "x", "stop_s": -1}, "stop_s\n.* greater than or equal to 0 .*input_value=-1"),
         ({"model": "m", "adapters": "x", "dtype": "int8"}, "dtype\n.*'float32', 'bfloat16' or 'float16'.*'int8'"),
-        ({"model": "m", "adapters": "x", "preparation": "no"}, "preparation\n.*'model' or 'efft-finetune'.*'no'"),
         ({"model": "m", "adapters": "x", "device": "tpu"}, r"device\n.*\(cpu\|cuda\).*'tpu'"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -458,7 +515,8 @@ def test_adapters_are_held_while_the_model_runs(served, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         classifier.classify([image], ["adapter-0"])
     assert not classifier.folder.in_use
-    monkeypatch.setattr(classifier, "transform", lambda x: held.append(classifier.folder.in_use))
+    monkeypatch.setattr(classifier_module, "decode", lambda *_, **__: held.append(classifier.folder.in_use) or decoded)
+    decoded = decode(files[0], max_pixels=10**8)
     classifier.prepare(Upload(files[0], "adapter-0", 5))
     assert held == [2, 1] and not classifier.folder.in_use
 

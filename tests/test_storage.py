@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +55,25 @@ def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFT_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "user"))
     assert storage.cache_folder() == tmp_path / "user" / "efft_kernels"
+
+
+def test_files_of_killed_writes_are_removed_and_those_under_way_stay(tmp_path):
+    program = (
+        "import os, sys; from efft_kernels import storage\n"
+        "storage.write(sys.argv[1], lambda file: (file.write(b'half'), file.flush(), os.kill(os.getpid(), 9)))"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program, tmp_path / "a.bin"])
+    assert [name.startswith(storage.PARTIAL) for name in os.listdir(tmp_path)] == [True]  # the second removed the first
+
+    def fill(file):
+        storage.write_bytes(tmp_path / "b.bin", b"inner")  # would remove this file if it did not see that it is in use
+        file.write(b"outer")
+
+    storage.write(tmp_path / "a.bin", fill)
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "b.bin"] and (tmp_path / "a.bin").read_bytes() == b"outer"
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    storage.write_bytes(tmp_path / ("n" * 255), b"data")
+    assert os.listdir(tmp_path) == ["n" * 255]

@@ -1,6 +1,7 @@
 """Use a finished run: restore its model, merge it into a plain checkpoint, label images."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints, methods
-from .data import seed_all, transform
+from .data import seed_all
 from .images import Files
-from .models import logits, make_model, normalisation
+from .models import logits, make_model, preparation_of
 from .settings import Settings
 
 
@@ -42,7 +43,14 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
         model = make_model(settings.model, len(classes), settings.image_size, weights)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if it has moved, set checkpoint to its new place") from error
-    methods.load(model.to(getattr(torch, settings.dtype)), Path(out) / result["adapter"])
+    adapter = Path(out) / result["adapter"]
+    expected = preparation_of(model, settings), tuple(classes)
+    for stated, wanted, what in zip(methods.read_needs(adapter), expected, ("preparation of images", "classes")):
+        if stated not in (None, wanted):
+            raise ValueError(f"{adapter} must be the file of this run, but it states another {what}: {stated}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the digest of all weights, below, is stricter than the samples
+        methods.load(model.to(getattr(torch, settings.dtype)), adapter)
     if methods.fingerprint(model) != record["identity"]["weights"]:
         raise ValueError(
             f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}"
@@ -61,9 +69,7 @@ def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:
         A function from a PIL image in RGB to a tensor [3, S, S] in the dtype of the weights, on the CPU.
     """
     settings = Settings(**record["settings"])
-    resize = transform(settings.image_size, "none", settings.interpolation)
-    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
-    return lambda image: ((torch.as_tensor(resize(image)) - mean) / std).to(getattr(torch, settings.dtype))
+    return preparation_of(model, settings).transform(getattr(torch, settings.dtype))
 
 
 def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> Path:

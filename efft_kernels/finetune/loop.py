@@ -32,7 +32,7 @@ from .data import SOURCES, Data, Pictures, seed_all
 from .folders import check_out
 from .head_init import probe_head
 from .images import DataError
-from .models import logits, make_model
+from .models import logits, make_model, preparation_of
 from .prepared import Prepared, check_same, make_accelerator, make_identity, open_images, prepare
 from .report import bar, curves, log_writer
 from .settings import Settings
@@ -411,7 +411,8 @@ def _write_results(run: Prepared, progress: Progress, record: dict, weights: dic
             model.load_state_dict(weights, strict=False)
         for p in run.unused:
             p.requires_grad_(True)
-        methods.save(s.method, s.options, model, run.out / record["result"]["adapter"], s.model)
+        path = run.out / record["result"]["adapter"]
+        methods.save(s.method, s.options, model, path, s.model, preparation_of(model, s), record["classes"])
         storage.write(run.out / "curves.png", lambda file: curves(file, record))
         writer.close()
         storage.write_bytes(run.out / "metrics.json", json.dumps(record, indent=1).encode())

@@ -5,7 +5,7 @@ which keeps the names in its state_dict; they are in baselines.py.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
@@ -14,14 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import read_stated, stated
 from ..configs import EFFTConfig, FacTConfig, LoRAConfig
 from ..files import load_adapter, save_adapter
 from ..inject import inject, starting_at_zero
 from ..layouts import head_state, heads_of
-from ..storage import write_bytes
+from ..preparation import Preparation
+from ..tensor_file import read_tensors, write_tensors
 from . import baselines
 
-_FORMAT = "efft_kernels finetune 1"
+_FORMAT = "efft_kernels finetune 2"
+_OLDER = "efft_kernels finetune 1"  # without a digest, preparation and classes
 
 
 @dataclass(frozen=True)
@@ -193,20 +196,38 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save(name: str, options: Mapping[str, object], model: nn.Module, path: Path, base_model: str = "") -> None:
+def save(
+    name: str,
+    options: Mapping[str, object],
+    model: nn.Module,
+    path: Path,
+    base_model: str = "",
+    preparation: Preparation | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write the trained parameters and the head; for a method of this library as save_adapter does.
 
     Raises:
         OSError: the file cannot be written; an existing one is unchanged then.
     """
     if hasattr(model, "efft"):
-        return save_adapter(model, path, base_model=base_model, head=True)
-    from safetensors.torch import save as to_bytes
-
-    tensors = {key: t.detach().clone().contiguous() for key, t in _state(model).items()}
+        save_adapter(model, path, base_model=base_model, head=True, preparation=preparation, classes=classes)
+        return
     made = {"format": _FORMAT, "method": name, "options": json.dumps(dict(options)), "base_model": base_model}
-    data = to_bytes(tensors, {**made, "model": type(model).__name__})
-    write_bytes(Path(path), data)
+    write_tensors(path, _state(model), {**made, "model": type(model).__name__, **stated(preparation, classes)})
+
+
+def read_needs(path: Path) -> tuple[Preparation | None, tuple[str, ...] | None]:
+    """(how images are prepared, names of the classes) as a file of :func:`save` states them; None for what it does not.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    metadata, _ = read_tensors(path, digested=[_FORMAT])
+    try:
+        return read_stated(metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has damaged metadata: {error}") from error
 
 
 def load(model: nn.Module, path: Path) -> nn.Module:
@@ -216,21 +237,9 @@ def load(model: nn.Module, path: Path) -> nn.Module:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a file, or was made for another model. The model may be adapted by then.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                return load_adapter(model, path)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file, it may be truncated or corrupt: {error}"
-        ) from error
+    metadata, tensors = read_tensors(path, digested=[_FORMAT])
+    if metadata.get("format") not in (_FORMAT, _OLDER):
+        return load_adapter(model, path)
     apply(metadata["method"], model, json.loads(metadata["options"]))
     own = _state(model)
     wanted, found = ({key: tuple(t.shape) for key, t in state.items()} for state in (own, tensors))

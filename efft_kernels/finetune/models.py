@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..extras import need, timm
 from ..layouts import heads_of
+from ..preparation import Preparation
+from .settings import Settings
 
 log = logging.getLogger("efft_kernels.finetune")
 
@@ -174,3 +176,9 @@ def normalisation(model: nn.Module, how: str) -> tuple[tuple[float, ...], tuple[
             "deviation"
         )
     return tuple(own["mean"]), tuple(own["std"])
+
+
+def preparation_of(model: nn.Module, settings: Settings) -> Preparation:
+    """How a run prepares the images that it is measured on: resized to a square, without a crop."""
+    mean, std = normalisation(model, settings.normalize)
+    return Preparation((settings.image_size,) * 2, mean, std, settings.interpolation, crop_pct=1.0, crop_mode="squash")

@@ -5,7 +5,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from os import PathLike
 
 import torch
@@ -13,33 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapted_linear import AdaptedLinear
-from ..base_linears import change_class, has_own_forward, kept_in, kind
-from ..files import filled, read, trained_head, write
-from ..inject import adapters, check_bare
-from ..layouts import classes_of, classifiers_of, head_state
+from ..adapter_file import write
+from ..base_linears import change_class, has_own_forward, kind
+from ..inject import check_bare
+from ..layouts import classifiers_of, head_state
 from ..low_rank import Pair, stack
 from ..ops import check_backend, lowrank_linear, mixed_linear
 from ..passes import Passes
 from ..precision import check_factor_dtype
+from ..preparation import Preparation
 from ..wrappers import module_at, named_parameters, unwrapped
+from .loading import Adapter, load, signature
 
 # the uses that this thread or asyncio task has entered and not left, innermost last
 _uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())
-
-
-@dataclass(frozen=True, eq=False)
-class _Adapter:
-    """An adapter of a bank: its factors and, if it brought a head, its classifiers."""
-
-    groups: nn.ModuleDict
-    heads: dict[str, nn.Linear]  # path -> classifier; empty for an adapter that uses the model's
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for module in (self.groups, *self.heads.values()) for p in module.parameters()]
-
-    def bytes(self) -> int:
-        modules = self.groups, *self.heads.values()
-        return sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
 
 
 class AdapterBank:
@@ -85,7 +71,7 @@ class AdapterBank:
         model = unwrapped(model)
         check_bare(model)
         self.model, self.backend, self.factor_dtype = model, backend, factor_dtype
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._changed: list[AdaptedLinear] = []  # Linears whose class was changed
         self.watched: set = set()  # as for Passes
         self._replays = weakref.WeakValueDictionary()  # id of a backward -> the use whose forward it recomputes
@@ -122,20 +108,22 @@ class AdapterBank:
         with self._lock:
             return list(self._adapters)
 
-    def add(self, name: str, source: str | PathLike | nn.Module) -> None:
+    def add(self, name: str, source: str | PathLike | nn.Module, *, strict: bool = False) -> None:
         """Add an adapter to the bank, with its head if it has one.
 
         Args:
             name: the name for :meth:`use`.
             source: a file of :func:`efft_kernels.save_adapter`, or an injected model. The active adapter of a model is
                 copied, with its head if the head is trained.
+            strict: as for :func:`efft_kernels.load_adapter`.
 
         Raises:
             FileNotFoundError: there is no such file.
             TypeError: source or name has another type.
             ValueError: the name is taken; the file is not an adapter file; the adapter or its head does not fit the
-                model; its method or Linears differ from those in the bank; or a Linear of the model is quantized,
-                parametrized or weight-normed. The bank is unchanged then.
+                model or, if strict, was trained on other weights or images; its method or Linears differ from those in
+                the bank; or a Linear of the model is quantized, parametrized or weight-normed. The bank is unchanged
+                then.
             RuntimeError: the bank has released its model.
         """
         if not isinstance(name, str):
@@ -145,12 +133,12 @@ class AdapterBank:
         self._check_not_released()
         self._check_name_free(name)
         with torch.inference_mode(False), torch.no_grad():
-            adapter = self._load(source)
+            adapter = load(self.model, source, self.factor_dtype, strict)
         self._check_plain_weights(name, adapter)
         with self._lock:
             self._check_name_free(name)
             other, kept = next(iter(self._adapters.items()), (None, adapter))
-            if _signature(kept) != _signature(adapter):
+            if signature(kept) != signature(adapter):
                 raise ValueError(
                     f"{name!r} must be of the method and for the Linears of {other!r}, "
                     f"{kept.groups.plan.config}, got {adapter.groups.plan.config}"
@@ -189,6 +177,22 @@ class AdapterBank:
         heads = heads or dict(classifiers_of(self.model))
         return next((linear.out_features for linear in heads.values()), None)
 
+    def preparation(self, name: str) -> Preparation | None:
+        """How an adapter's file says that images are to be prepared; None if it does not.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        return self._find(name).groups.preparation
+
+    def labels(self, name: str) -> tuple[str, ...] | None:
+        """Names of an adapter's classes as its file states them; None if it does not.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        return self._find(name).groups.classes
+
     def bytes(self, name: str | None = None) -> int:
         """Bytes of an adapter, or of all: factors and heads, without gradients and without the model.
 
@@ -211,7 +215,8 @@ class AdapterBank:
         head = head_state(self.model) if adapter.heads else {}
         for key, linear in adapter.heads.items():
             head |= {f"{key}.{part}": t for part, t in linear.state_dict().items()}
-        write(path, self.model, adapter.groups, head)
+        groups = adapter.groups
+        write(path, self.model, groups, head, preparation=groups.preparation, classes=groups.classes)
 
     @contextlib.contextmanager
     def use(self, ids: Sequence[str | None]) -> Iterator["AdapterBank"]:
@@ -273,7 +278,7 @@ class AdapterBank:
         position = {name: i for i, name in enumerate(held)}
         return _Use(self, list(held.values()), [position.get(name, -1) for name in ids])
 
-    def _check_plain_weights(self, name: str, adapter: _Adapter) -> None:
+    def _check_plain_weights(self, name: str, adapter: Adapter) -> None:
         for path in [*(path for group in adapter.groups.values() for path in group.slots), *adapter.heads]:
             linear = module_at(self.model, path)
             own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
@@ -283,7 +288,7 @@ class AdapterBank:
                     f"{kind(linear) or 'one that is recomputed'}; inject takes such a model, for one adapter at a time"
                 )
 
-    def _find(self, name: str) -> _Adapter:
+    def _find(self, name: str) -> Adapter:
         try:
             return self._adapters[name]
         except (KeyError, TypeError):
@@ -298,53 +303,6 @@ class AdapterBank:
     def _check_name_free(self, name: str) -> None:
         if name in self._adapters:
             raise ValueError(f"name must be new, but the bank already has an adapter {name!r}")
-
-    def _load(self, source) -> _Adapter:
-        if isinstance(source, nn.Module):
-            source = unwrapped(source)
-            owner = adapters(source)
-            if owner.active is None:
-                raise ValueError(f"this {type(source).__name__} must have an active adapter, but all are disabled")
-            groups, state = owner[owner.active], trained_head(source)
-            config, tensors = groups.plan.config, {key: t.clone() for key, t in groups.state_dict().items()}
-            what = {"fingerprint": groups.plan.fingerprint, "model": type(source).__name__, "base_model": ""}
-            source = f"this {type(source).__name__}"
-        elif isinstance(source, str | PathLike):
-            config, what, tensors, state = read(source)
-        else:
-            what = type(source).__name__
-            raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")
-        groups = filled(self.model, config, what, tensors, source, self.factor_dtype)
-        return _Adapter(groups, self._load_heads(state, source) if state else {})
-
-    def _load_heads(self, state: dict[str, Tensor], source) -> dict[str, nn.Linear]:
-        """The classifiers in a head's state, with the dtype and device of the model's."""
-        try:
-            classes_of(self.model, state)
-        except ValueError as error:
-            raise ValueError(f"the head in {source} does not fit: {error}") from error
-        own, heads, rest = head_state(self.model), {}, set(state)
-        for path, linear in classifiers_of(self.model):
-            weight, (dtype, device) = state[f"{path}.weight"], kept_in(linear)
-            made = nn.Linear(linear.in_features, len(weight), linear.bias is not None, device="meta")
-            made.weight = nn.Parameter(weight.to(device, dtype, copy=True))
-            if linear.bias is not None:
-                made.bias = nn.Parameter(state[f"{path}.bias"].to(device, dtype, copy=True))
-            heads[path] = made
-            rest -= {f"{path}.weight", f"{path}.bias"}
-        for key in sorted(rest):
-            if not torch.equal(own[key], state[key].to(own[key])):
-                raise ValueError(
-                    f"the head in {source} must differ from the model's in its last Linear alone, which a bank keeps "
-                    f"for each adapter, but {key} differs too"
-                )
-        return heads
-
-
-def _signature(adapter: _Adapter) -> tuple[list, list]:
-    """What all adapters of a bank must have in common: the method, and the plan but for rank and initial values."""
-    specs = adapter.groups.plan.groups
-    return [type(group) for group in adapter.groups.values()], [replace(spec, rank=(0, 0), zero="") for spec in specs]
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -363,7 +321,7 @@ class _Use(Passes):
 
     active = "mixed"
 
-    def __init__(self, bank: AdapterBank, held: list[_Adapter], index: list[int]):
+    def __init__(self, bank: AdapterBank, held: list[Adapter], index: list[int]):
         self.bank, self.backend, self.held, self.index = bank, bank.backend, held, index
         self.single = len(held) == 1 and -1 not in index
         self._ids: dict[torch.device, Tensor] = {}

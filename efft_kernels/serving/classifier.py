@@ -3,12 +3,16 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..extras import timm
+from ..layouts import input_size
+from ..preparation import Preparation
 from .bank import AdapterBank
 from .folder import AdapterFolder, DoesNotFit
 from .settings import Settings
@@ -26,19 +30,34 @@ class Classifier:
     def __init__(self, settings: Settings):
         torch.set_num_threads(settings.threads)
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
-        self.model, self.transform = base_model(settings)
+        self.model = base_model(settings)
+        self.preparation = default_preparation(self.model)
         self.bank = AdapterBank(self.model, backend=settings.backend or None, factor_dtype=self.dtype)
         self.folder = AdapterFolder(self.bank, settings.adapters, settings.adapter_bytes)
+        self._stated_labels: dict[str, Sequence[str]] = {}  # adapter -> labels in its file
         self.own_labels = _lines(settings.labels) if settings.labels else []
+        if self.own_labels and len(self.own_labels) != self.bank.classes(None):
+            raise ValueError(
+                f"{settings.labels} must have a line for each of the {self.bank.classes(None)} classes of "
+                f"{settings.model}, got {len(self.own_labels)}"
+            )
 
     def prepare(self, upload: Upload) -> Tensor:  # [3, H, W]
-        """Load the upload's adapter, which is cheaper to refuse than its image, then decode and transform the image.
+        """Load the upload's adapter, which is cheaper to refuse than its image, then decode the image and prepare it as
+        the adapter's file says, or as timm evaluates the model if it says nothing.
 
         Raises:
             Refused: as :meth:`classify` and :func:`decode`.
         """
-        with self._hold(upload.adapter):
-            return self.transform(decode(upload.image, max_pixels=self.settings.max_pixels))
+        with self._hold(upload.adapter) as key:
+            preparation = (None if key is None else self.bank.preparation(key)) or self.preparation
+            if preparation.size != self.preparation.size:
+                log.warning("adapter %r needs images of %s pixels", upload.adapter, preparation.size)
+                raise Refused(422, f"adapter {upload.adapter!r} needs images of another size than the model takes")
+            if key is not None:
+                self._stated_labels[upload.adapter] = self.bank.labels(key) or ()
+                self._labels(upload.adapter, self.bank.classes(key))
+            return preparation.transform()(decode(upload.image, max_pixels=self.settings.max_pixels))
 
     def classify(
         self,
@@ -79,7 +98,7 @@ class Classifier:
                 raise Refused(404, f"there is no adapter {adapter!r}") from error
             except DoesNotFit as error:
                 raise Refused(503, str(error)) from error
-            except ValueError as error:  # its message has the path, which clients must not see
+            except (ValueError, OSError) as error:  # its message has the path, which clients must not see
                 log.warning("adapter %r cannot be served: %s", adapter, error)
                 raise Refused(422, f"adapter {adapter!r} cannot be served: its file does not fit the model") from error
             yield key
@@ -100,30 +119,50 @@ class Classifier:
         ]
         return {"adapter": upload.adapter, **found[0], "scores": found}
 
-    def _labels(self, adapter: str | None, classes: int) -> list[str]:
-        """The labels of an adapter or of the model; none if there is no file, or one for another number of classes."""
+    def _labels(self, adapter: str | None, classes: int) -> Sequence[str]:
+        """The labels of an adapter or of the model: of NAME.labels.txt, else of the adapter's file; empty if neither
+        has any.
+
+        Raises:
+            Refused: 422 for labels that cannot be read, or that are not as many as the classes.
+        """
         if adapter is None:
-            labels = self.own_labels
-        else:
-            path = self.folder.path / f"{adapter}.labels.txt"
-            labels = _lines(path) if path.is_file() else []
-        return labels if len(labels) == classes else []
+            return self.own_labels
+        path = self.folder.path / f"{adapter}.labels.txt"
+        try:
+            labels = _lines(path)
+        except FileNotFoundError:
+            labels = self._stated_labels.get(adapter, ())
+        except (OSError, ValueError) as error:
+            log.warning("adapter %r cannot be served: its labels cannot be read: %s", adapter, error)
+            raise Refused(422, f"adapter {adapter!r} cannot be served: its labels cannot be read") from error
+        if labels and len(labels) != classes:
+            log.warning("adapter %r cannot be served: %d labels for %d classes", adapter, len(labels), classes)
+            raise Refused(422, f"adapter {adapter!r} cannot be served: its labels are not as many as its classes")
+        return labels
 
 
-def base_model(settings: Settings) -> tuple[nn.Module, Callable[[object], Tensor]]:
-    """(the model in eval mode without adapters, the transform from a PIL image to its input)"""
+def base_model(settings: Settings) -> nn.Module:
+    """The model in eval mode, without adapters."""
     library = timm("serve")
-    classes = {"num_classes": settings.num_classes} if settings.num_classes else {}
+    options = {"num_classes": settings.num_classes} if settings.num_classes else {}
+    if settings.image_size:
+        options["img_size"] = settings.image_size
     torch.manual_seed(0)  # without a checkpoint all replicas get the same random weights
-    model = library.create_model(settings.model, checkpoint_path=settings.weights, **classes)
-    config = library.data.resolve_model_data_config(model)
-    if settings.preparation == "efft-finetune":
-        means = {"mean": library.data.IMAGENET_DEFAULT_MEAN, "std": library.data.IMAGENET_DEFAULT_STD}
-        config |= {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic", **means}
-    transform = library.data.create_transform(**config, is_training=False)
-    return model.to(settings.device, getattr(torch, settings.dtype)).eval(), transform
+    model = library.create_model(settings.model, **options)
+    if settings.weights:
+        # with it, tables of positions are interpolated to the size of the images
+        adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        library.models.load_checkpoint(model, settings.weights, filter_fn=adapt)
+    return model.to(settings.device, getattr(torch, settings.dtype)).eval()
+
+
+def default_preparation(model: nn.Module) -> Preparation:
+    """How images are prepared for no adapter, or for one whose file states nothing: as timm evaluates the model."""
+    made = Preparation.of_model(model)
+    return replace(made, size=input_size(model) or made.size)
 
 
 def _lines(path: str | os.PathLike) -> list[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # Windows' editors write the mark
         return [line.strip() for line in file if line.strip()]

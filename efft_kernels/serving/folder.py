@@ -93,7 +93,7 @@ class AdapterFolder:
         for old in [old for old in self._sizes if old.rpartition("@")[0] == name and old not in self._holders]:
             self._evict(old)
         self._make_room(name, size)
-        self.bank.add(key, self.file(name))
+        self.bank.add(key, self.file(name), strict=True)
         self._sizes[key] = self.bank.bytes(key)
         self.loads += 1
         try:  # in the model's dtype it may be larger than its file

@@ -46,12 +46,12 @@ class Settings(_Checked):
     """checkpoint file of the model; empty for random weights, to try the service out"""
     num_classes: Annotated[int, Field(ge=0)] = 0
     """number of classes in the checkpoint; 0 for the model's default in timm"""
+    image_size: Annotated[int, Field(ge=0)] = 0
+    """side in pixels of the images that the model takes; 0 for the model's default in timm. Adapters that were trained
+    on images of another size are refused"""
     labels: FilePath = ""
-    """file with the names of the model's own classes, one per line"""
-    preparation: Literal["model", "efft-finetune"] = "model"
-    """how images are prepared: model, as timm evaluates these weights; efft-finetune, as that command trains by default
-    (squashed to a square, ImageNet's mean and deviation). An adapter needs the preparation it was trained with"""
-
+    """file with the names of the model's own classes, one per line; those of an adapter are in its file, or in
+    NAME.labels.txt next to it"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """data type the model computes in"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d+)?$")] = "cpu"

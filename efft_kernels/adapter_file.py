@@ -1,0 +1,152 @@
+"""The format of adapter files: what one holds, written and read.
+
+An adapter file is a safetensors file. Its tensors are the factors and, if it was trained with them, the head. Its
+metadata are the config, the fingerprint of the plan, the class and name of the base model, the version of this library,
+and what the adapter needs to be right: samples of the frozen weights, the preparation of images and the names of the
+classes. A digest covers all of it. It holds no code. Files of the formats 1 (without a head) and 2 (without what the
+adapter needs) are read.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from . import frozen_weights
+from .configs import MethodConfig
+from .layouts import head_state
+from .preparation import Preparation
+from .tensor_file import FLOATS, read_tensors, write_tensors
+
+_FORMAT = "efft_kernels adapter "  # and its number
+_LATEST = 3
+_HEAD = "head/"  # prefix of a tensor of the head; the rest is its name in the model's state_dict
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """The contents of an adapter file. Tensors are copies: later changes of the file do not affect them."""
+
+    path: str
+    format: int  # 1 to 3
+    version: str  # of the library that wrote it
+    config: MethodConfig
+    fingerprint: str  # of the plan: Linears, shapes and groups
+    model: str  # class
+    base_model: str  # name of the pre-trained model; may be empty
+    factors: dict[str, Tensor]
+    head: dict[str, Tensor]  # named as in the model's state_dict; empty for an adapter without one
+    preparation: Preparation | None  # of images; None if the file does not state it
+    classes: tuple[str, ...] | None  # names; None if the file does not state them
+    frozen: str | None  # samples of the frozen weights; None in files of formats 1 and 2
+
+    @property
+    def trained_on(self) -> str:
+        """What to call the base model in a message."""
+        return self.base_model or self.model
+
+
+def write(
+    path: str | os.PathLike,
+    model: nn.Module,
+    groups: nn.ModuleDict,
+    head: dict[str, Tensor],
+    base_model: str = "",
+    preparation: Preparation | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Write the file of an adapter of this model: its groups, and the state of its head."""
+    metadata = {
+        "format": f"{_FORMAT}{_LATEST}",
+        "version": sys.modules[__package__].__version__,
+        "config": json.dumps(groups.plan.config.to_dict()),
+        "fingerprint": groups.plan.fingerprint,
+        "model": type(model).__name__,
+        "base_model": base_model or _name_of(model),
+        "frozen": frozen_weights.sample(model, head_state(model)),
+        **stated(preparation, classes),
+    }
+    write_tensors(path, groups.state_dict() | {_HEAD + key: t for key, t in head.items()}, metadata)
+
+
+def stated(preparation: Preparation | None, classes: Sequence[str] | None) -> dict[str, str]:
+    """The metadata that say how images are prepared and what the classes are called; without what is not known."""
+    made = {}
+    if preparation is not None:
+        made["preparation"] = preparation.to_json()
+    if classes is not None:
+        made["classes"] = json.dumps(list(classes))
+    return made
+
+
+def read_stated(metadata: dict[str, str]) -> tuple[Preparation | None, tuple[str, ...] | None]:
+    """What :func:`stated` gave.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    preparation = Preparation.from_json(metadata["preparation"]) if "preparation" in metadata else None
+    classes = json.loads(metadata["classes"]) if "classes" in metadata else None
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError("classes must be a list of names")
+    return preparation, None if classes is None else tuple(classes)
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Read an adapter file, of this or an earlier version, without a model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an adapter file, a truncated or damaged one, or one with factors that are not floating-point
+            numbers.
+    """
+    known = {f"{_FORMAT}{number}": number for number in range(1, _LATEST + 1)}
+    metadata, tensors = read_tensors(path, digested=[name for name, number in known.items() if number > 2])
+    if metadata.get("format") not in known:
+        raise ValueError(
+            f"{path} must be a file written by save_adapter ({_FORMAT}{_LATEST} or earlier), got format "
+            f"{metadata.get('format')!r}"
+        )
+    number = known[metadata["format"]]
+    in_head = [key for key in tensors if key.startswith(_HEAD) and number > 1]
+    head = {key.removeprefix(_HEAD): tensors.pop(key) for key in in_head}
+    _check_dtypes(path, tensors)
+    try:
+        config = MethodConfig.from_dict(json.loads(metadata["config"]))
+        names = {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}
+        preparation, classes = read_stated(metadata)
+        frozen = metadata["frozen"] if number > 2 else None
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{path} has damaged metadata, or was written by another version of efft_kernels: {error}"
+        ) from error
+    return AdapterFile(
+        str(path),
+        number,
+        config=config,
+        factors=tensors,
+        head=head,
+        preparation=preparation,
+        classes=classes,
+        frozen=frozen,
+        **names,
+    )
+
+
+def _check_dtypes(path: str | os.PathLike, factors: dict[str, Tensor]) -> None:
+    for key, t in factors.items():
+        if t.dtype not in FLOATS:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+            raise ValueError(f"{path} must hold {key} as one of {names}, got {str(t.dtype).removeprefix('torch.')}")
+
+
+def _name_of(model: nn.Module) -> str:
+    timm = getattr(model, "pretrained_cfg", None) or {}
+    names = (
+        timm.get("architecture") if isinstance(timm, dict) else None,
+        getattr(getattr(model, "config", None), "_name_or_path", None),
+    )
+    return next((name for name in names if name), "")

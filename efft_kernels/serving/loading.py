@@ -1,0 +1,97 @@
+"""Adapters of a bank, made from files and injected models."""
+
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from .. import frozen_weights
+from ..adapter_file import AdapterFile, read_adapter
+from ..base_linears import kept_in
+from ..files import check_needs, filled, head_classes, trained_head
+from ..inject import adapters
+from ..layouts import classifiers_of, head_state
+from ..wrappers import unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter of a bank: its factors and, if it brought a head, its classifiers."""
+
+    groups: nn.ModuleDict
+    heads: dict[str, nn.Linear]  # path -> classifier; empty for an adapter that uses the model's
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for module in (self.groups, *self.heads.values()) for p in module.parameters()]
+
+    def bytes(self) -> int:
+        modules = self.groups, *self.heads.values()
+        return sum(t.nbytes for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
+def load(model: nn.Module, source: str | PathLike | nn.Module, factor_dtype: torch.dtype, strict: bool) -> Adapter:
+    """An adapter for the model of a bank; arguments and errors as :meth:`AdapterBank.add`."""
+    if isinstance(source, nn.Module):
+        file = _file_of(unwrapped(source))
+    elif isinstance(source, str | PathLike):
+        file = read_adapter(source)
+    else:
+        what = type(source).__name__
+        raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")
+    groups = filled(model, file, factor_dtype)
+    heads = _load_heads(model, file.head, file.path) if file.head else {}
+    check_needs(model, file, strict)
+    return Adapter(groups, heads)
+
+
+def _load_heads(model: nn.Module, state: dict[str, Tensor], source) -> dict[str, nn.Linear]:
+    """The classifiers in a head's state, with the dtype and device of the model's."""
+    try:
+        head_classes(model, state)
+    except ValueError as error:
+        raise ValueError(f"the head in {source} does not fit: {error}") from error
+    own, heads, rest = head_state(model), {}, set(state)
+    for path, linear in classifiers_of(model):
+        weight, (dtype, device) = state[f"{path}.weight"], kept_in(linear)
+        made = nn.Linear(linear.in_features, len(weight), linear.bias is not None, device="meta")
+        made.weight = nn.Parameter(weight.to(device, dtype, copy=True))
+        if linear.bias is not None:
+            made.bias = nn.Parameter(state[f"{path}.bias"].to(device, dtype, copy=True))
+        heads[path] = made
+        rest -= {f"{path}.weight", f"{path}.bias"}
+    for key in sorted(rest):
+        if not torch.equal(own[key], state[key].to(own[key])):
+            raise ValueError(
+                f"the head in {source} must differ from the model's in its last Linear alone, which a bank keeps "
+                f"for each adapter, but {key} differs too"
+            )
+    return heads
+
+
+def _file_of(model: nn.Module) -> AdapterFile:
+    """What a file of a model's active adapter would hold."""
+    owner, name = adapters(model), type(model).__name__
+    if owner.active is None:
+        raise ValueError(f"this {name} must have an active adapter, but all are disabled")
+    groups = owner[owner.active]
+    return AdapterFile(
+        path=f"this {name}",
+        format=0,
+        version="",
+        config=groups.plan.config,
+        fingerprint=groups.plan.fingerprint,
+        model=name,
+        base_model="",
+        factors=groups.state_dict(),
+        head=trained_head(model),
+        preparation=groups.preparation,
+        classes=groups.classes,
+        frozen=frozen_weights.sample(model, head_state(model)),
+    )
+
+
+def signature(adapter: Adapter) -> tuple[list, list]:
+    """What all adapters of a bank must have in common: the method, and the plan but for rank and initial values."""
+    specs = adapter.groups.plan.groups
+    return [type(group) for group in adapter.groups.values()], [replace(spec, rank=(0, 0), zero="") for spec in specs]

@@ -1,0 +1,71 @@
+"""Safetensors files with a digest of their contents: read into memory, so that a loaded tensor is never a mapping."""
+
+import json
+import os
+import struct
+from collections.abc import Collection, Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .storage import read_regular, write_bytes
+
+_DIGEST = "digest"  # metadata: SHA-256 of everything else in the file
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a digest of its contents, atomically.
+
+    Raises:
+        OSError: the file cannot be written; an existing one is unchanged then.
+    """
+    from safetensors.torch import save
+
+    # clones, because tensors may share memory, which safetensors refuses
+    copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    write_bytes(Path(path), save(copies, {**metadata, _DIGEST: _digest(copies, metadata)}))
+
+
+def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file. Later changes of the file do not affect the tensors.
+
+    Args:
+        path: of the file.
+        digested: values of the metadata ``format`` of files that must have a digest; others, older ones, have none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file, no complete safetensors file, or its contents differ from their digest.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        data = read_regular(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no adapter file {path}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        tensors = load(data)
+        length = struct.unpack("<Q", data[:8])[0]
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, KeyError, ValueError, RecursionError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file; it may be truncated or corrupt: {error}"
+        ) from error
+    digest = metadata.pop(_DIGEST, None)
+    if metadata.get("format") in digested and digest != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its contents differ from the digest that was written with them")
+    return metadata, tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for key, t in sorted(tensors.items()):
+        digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
