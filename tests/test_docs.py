@@ -142,13 +142,13 @@ def test_readme_code_runs(tmp_path, monkeypatch):
 
 
 def test_code_of_the_fine_tuning_page_runs(tmp_path, monkeypatch):
-    """The blocks on whole models, several adapters, their mean and one layer, one after the other."""
+    """The blocks on whole models, several adapters, their mean, files and one layer, one after the other."""
     monkeypatch.chdir(tmp_path)
     names = {"model": vit(depth=3), "images": images()}
-    for code in code_of(ROOT / "docs" / "finetuning.md")[:4]:
+    for code in code_of(ROOT / "docs" / "finetuning.md")[:5]:
         exec(code, names)
     assert type(names["block"].attn.qkv) is nn.Linear
-    assert list(names["model"].efft) == ["default"]
+    assert list(names["model"].efft) == ["default", "pets"]
 
 
 def test_public_names_are_documented():

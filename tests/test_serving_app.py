@@ -375,7 +375,7 @@ def test_images_are_prepared_as_the_file_of_an_adapter_says(served, picture):
         plain = classifier.prepare(Upload(files[0], None, 5))
         assert torch.equal(plain, classifier.preparation.transform()(picture)) and not torch.equal(image, plain)
         assert classifier.answer(upload, classifier.classify([image], ["stated"])[0])["label"] in labels
-        with pytest.raises(Refused, match="'wide' cannot be served") as refused:
+        with pytest.raises(Refused, match="'wide' needs images of another size") as refused:
             classifier.prepare(Upload(files[0], "wide", 5))
         assert refused.value.status == 422
     finally:
