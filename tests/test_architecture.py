@@ -38,7 +38,7 @@ KERNELS = {
     "kernels.build": {"storage"},
     "kernels.cpu": {"kernels", "kernels.reference", "kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.triton": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
-    "kernels.cuda": {"kernels.build", "kernels.tuning.table"},
+    "kernels.cuda": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.tuning": {"kernels.tuning.run"},
     "kernels.tuning.table": {"kernels", "storage"},
     "kernels.tuning.shapes": {"extras"},
