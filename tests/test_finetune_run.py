@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
 from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
+from efft_kernels import storage
 from efft_kernels.finetune import checkpoints, cli, loop, prepared
 from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.models import make_model
@@ -52,7 +54,7 @@ def end(out) -> dict:
     """The results of a run, which must not depend on interruptions."""
     record = json.loads((Path(out) / "metrics.json").read_text())
     weights = load_file(Path(out) / "adapter.safetensors")
-    assert not checkpoints.states(Path(out)) and not list(Path(out).glob(".partial*"))
+    assert not checkpoints.states(Path(out)) and not list(Path(out).glob(f"{storage.PARTIAL}*"))
     return {
         "metrics": record["result"]["metrics"],
         "epoch": record["result"]["epoch"],
@@ -157,6 +159,109 @@ def test_a_damaged_state_is_skipped(photos, whole, tmp_path, caplog):
     assert newest.name in caplog.text and end(tmp_path) == whole
 
 
+@pytest.fixture(scope="module")
+def halfway(photos, tmp_path_factory):
+    """A folder of a run that was killed, with two states."""
+    out = tmp_path_factory.mktemp("halfway")
+    start(tiny(photos, out), _die_in(os, "replace"), 3).join()
+    assert len(checkpoints.states(out)) == 2
+    return out
+
+
+def test_forty_flipped_bits_in_a_state_are_noticed(halfway, tmp_path):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    older, newest = checkpoints.states(tmp_path)
+    good, draw, said = newest.read_bytes(), random.Random(0), []
+    before = checkpoints._read(older)["step"]
+    for place in [*draw.sample(range(8 * len(good)), 34), 0, 7, *(8 * len(good) - k for k in (1, 100, 257, 321))]:
+        data = bytearray(good)
+        data[place // 8] ^= 1 << place % 8
+        newest.write_bytes(data)
+        assert checkpoints.load(tmp_path, said.append)["step"] == before
+    assert len(said) == 40 and all(f"{newest} is damaged and skipped: " in sentence for sentence in said)
+
+
+def _changed(state, **changes):
+    return {**state, **changes}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda s: b"", "its contents differ"),
+        (lambda s: _changed(s, weights={}), "it must have weights"),
+        (lambda s: _changed(s, step=999), "not the state of the step in its name"),
+        (lambda s: _changed(s, history=[]), "it must have a history of 1 epochs"),
+        (lambda s: _changed(s, optimizer={"state": {}}), "its optimizer is for other parameters"),
+        (lambda s: {"step": s["step"], "other": 1}, "it has no identity"),
+        (lambda s: [1], "not the state of the step in its name"),
+        (lambda s: _changed(s, identity={**s["identity"], "seed": 5}), "differs in seed"),
+    ],
+    ids=["empty", "weights", "step", "history", "optimizer", "keys", "list", "another run"],
+)
+def test_the_state_before_a_wrong_one_is_taken(change, says, halfway, photos, tmp_path, caplog):
+    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
+    older, newest = checkpoints.states(tmp_path)
+    content = change(checkpoints._read(newest))
+    if isinstance(content, bytes):
+        newest.write_bytes(content)
+    else:
+        step = int(newest.stem[6:])
+        newest.unlink()
+        checkpoints.save(tmp_path, step, content)
+    settings = tiny(photos, tmp_path)
+    accelerator = prepared.make_accelerator(settings)
+    data = prepared.open_images(settings, 1)
+    _, saved = prepared.prepare(settings, accelerator, tmp_path, data, False)
+    loop._reset_accelerate()
+    assert saved["step"] == int(older.stem[6:])
+    assert f"{newest} is " in caplog.text and says in caplog.text
+
+
+def test_images_that_were_replaced_are_noticed(halfway, photos, tmp_path):
+    shutil.copytree(halfway, tmp_path / "out")
+    shutil.copytree(photos, tmp_path / "photos")
+    assert checkpoints.load(tmp_path / "out", pytest.fail)
+    image = next((tmp_path / "photos" / "train" / "a").iterdir())
+    data = bytearray(image.read_bytes())
+    data[-20] ^= 1  # of the same size in bytes
+    image.write_bytes(data)
+    with pytest.raises(ValueError, match="differs in the contents of the images"):
+        train(tiny(tmp_path / "photos", tmp_path / "out"), progress=False)
+
+
+def test_a_folder_is_of_one_run_and_not_of_its_workers(tmp_path):
+    with checkpoints.alone(tmp_path):
+        with pytest.raises(ValueError, match="another process is training"), checkpoints.alone(tmp_path):
+            pass
+        other = FORK.Process(target=_try_lock, args=(tmp_path,))
+        other.start()
+        other.join()
+        assert other.exitcode == 3
+
+    def hold():
+        with checkpoints.alone(tmp_path):
+            if os.fork() == 0:  # as a worker that reads images
+                time.sleep(20)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=hold)
+    process.start()
+    process.join()
+    with checkpoints.alone(tmp_path):
+        pass
+
+
+def _try_lock(folder):
+    checkpoints._locked.clear()  # a process of its own
+    try:
+        with checkpoints.alone(folder):
+            pass
+    except ValueError:
+        os._exit(3)
+
+
 def command(*args, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "efft_kernels.finetune.cli", *args]
@@ -249,7 +354,7 @@ def test_full_disk(disk, photos, whole, capfd):
         "same command",
     ):
         assert words in said
-    assert len(checkpoints.states(disk / "out")) == 2 and not list((disk / "out").glob(".partial*"))
+    assert len(checkpoints.states(disk / "out")) == 2 and not list((disk / "out").glob(f"{storage.PARTIAL}*"))
     (disk / "filler").unlink()
     train(tiny(photos, disk / "out"), progress=False)
     assert end(disk / "out") == whole
@@ -274,7 +379,7 @@ def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
         train(tiny(photos, tmp_path), progress=False)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
-    assert checkpoints.states(tmp_path) and not list(tmp_path.glob(".partial*"))
+    assert checkpoints.states(tmp_path) and not list(tmp_path.glob(f"{storage.PARTIAL}*"))
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
 

@@ -2,18 +2,24 @@
 
 import contextlib
 import errno
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..storage import PARTIAL, write
+from ..storage import remove_partial, write
 
 _NAME = "state-{:09d}.pt"
+_MARK = b"efft-sha"  # ends a file, followed by the SHA-256 of all that is before
+_locked: set[Path] = set()  # folders that runs of this process have locked
+
+
+class OtherRun(ValueError):
+    """A sound checkpoint, but of a run that differs; the message names what differs."""
 
 
 class StorageError(OSError):
@@ -111,8 +117,14 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
         StorageError: it could not be written; the earlier ones are unchanged.
     """
     path = folder / _NAME.format(step)
+
+    def fill(file) -> None:
+        hashed = _Hashed(file)
+        torch.save(state, hashed)
+        file.write(_MARK + hashed.digest.digest())
+
     try:
-        write(path, lambda file: torch.save(state, file))
+        write(path, fill)
     except OSError as error:
         raise StorageError(error.errno, _sentence(folder, f"the state of step {step}", error)) from error
     for old in states(folder)[:-keep]:
@@ -120,15 +132,91 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     return path
 
 
-def load(folder: Path, warn: Callable[[str], None]) -> dict | None:
-    """The newest checkpoint that can be read, or None; ``warn`` gets a sentence for each damaged one."""
+class _Hashed:
+    """A file that computes the SHA-256 of what is written to it."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def load(folder: Path, warn: Callable[[str], None], check: Callable[[dict], None] = lambda state: None) -> dict | None:
+    """The newest checkpoint that is sound, or None.
+
+    Args:
+        folder: of the run.
+        warn: gets a sentence for each checkpoint that is skipped.
+        check: raises ValueError for contents that this run cannot continue from.
+
+    Raises:
+        OtherRun: ``check`` raised it for every checkpoint that can be read.
+    """
+    others = []
     for path in reversed(states(folder)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            warn(f"{path} is damaged and skipped: {first}")
+            state = _read(path)
+            check(state)
+        except OtherRun as error:
+            others.append((path, error))
+        except Exception as error:  # unpickling raises errors of any type
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warn(f"{path} is damaged and skipped: {reason}")
+        else:
+            for other, error in others:
+                warn(f"{other} is skipped: {error}")
+            return state
+    if others:
+        raise others[0][1]
     return None
+
+
+def _read(path: Path) -> dict:
+    """The contents of a checkpoint whose digest is right, and whose name has its step."""
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    digest, left = sha256(), path.stat().st_size - len(_MARK) - sha256().digest_size
+    with open(path, "rb") as file:
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+        if left or file.read() != _MARK + digest.digest():
+            raise ValueError("its contents differ from the digest that was written with them, or it has none")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or path.name != _NAME.format(state["step"]):
+        raise ValueError("it is not the state of the step in its name")
+    return state
+
+
+def check_contents(state: dict, trained: dict[str, Tensor], steps: int, total: int) -> None:
+    """Raise ValueError if a state does not have what :meth:`Progress.restore` needs.
+
+    Args:
+        state: of :meth:`Progress.state`.
+        trained: the trained parameters of the model, by name.
+        steps, total: of an epoch, and of the run.
+    """
+    names = ("identity", "step", "weights", "optimizer", "scaler", "sums", "history", "best", "seconds", "seen")
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"it has no {missing[0]}")
+    if type(state["step"]) is not int or not 0 < state["step"] <= total:
+        raise ValueError(f"its step must be from 1 to {total}, got {state['step']!r}")
+    if not isinstance(state["history"], list) or len(state["history"]) != state["step"] // steps:
+        raise ValueError(f"it must have a history of {state['step'] // steps} epochs")
+    for name, p in trained.items():
+        found = state["weights"].get(name)
+        if not isinstance(found, Tensor) or found.shape != p.shape:
+            raise ValueError(f"it must have weights {name} of shape {tuple(p.shape)}")
+    moments = state["optimizer"]["state"]
+    if not moments or moments.keys() - trained.keys():
+        raise ValueError("its optimizer is for other parameters than the trained ones")
+    if state["sums"].shape != (3,) or not state["sums"].isfinite().all():
+        raise ValueError("its sums must be three finite numbers")
 
 
 def clear(folder: Path) -> None:
@@ -139,8 +227,7 @@ def clear(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove the temporary files of writes that were killed."""
-    for path in folder.glob(f"{PARTIAL}*"):
-        path.unlink(missing_ok=True)
+    remove_partial(folder)
 
 
 @contextlib.contextmanager
@@ -177,9 +264,19 @@ def alone(folder: Path):
     except ImportError:  # not a POSIX system
         yield
         return
+    # a record lock, not flock: workers that read images and outlive a killed run must not keep it. It is of the
+    # process, so that another run in this one has to be told apart by name
+    taken = ValueError(f"out must be a separate folder, but another process is training into {folder}")
+    place = folder.resolve()
+    if place in _locked:
+        raise taken
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"out must be a separate folder, but another process is training into {folder}") from error
-        yield
+            raise taken from error
+        _locked.add(place)
+        try:
+            yield
+        finally:
+            _locked.discard(place)

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -52,6 +53,10 @@ class Images:
         """A string that is equal for equal images only, as far as that can be told without reading them."""
         return self.where(i)
 
+    def digest(self, i: int) -> bytes:
+        """A digest of the contents of the i-th image."""
+        return sha256(self.load(i).tobytes()).digest()
+
 
 @dataclass(frozen=True)
 class Files(Images):
@@ -84,6 +89,12 @@ class Files(Images):
         except OSError:
             size = "missing"  # found and named when the images are read
         return f"{self.paths[i]} {size}"
+
+    def digest(self, i: int) -> bytes:
+        try:
+            return sha256((self.root / self.paths[i]).read_bytes()).digest()
+        except OSError:
+            return b"missing"  # found and named when the images are read
 
 
 def decode(file):
@@ -165,6 +176,10 @@ class Subset(Images):
     def key(self, i: int) -> str:
         part, j = self.index[i]
         return self.of[part].key(j)
+
+    def digest(self, i: int) -> bytes:
+        part, j = self.index[i]
+        return self.of[part].digest(j)
 
 
 def joined(*parts: Images) -> Images:

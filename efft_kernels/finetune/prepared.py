@@ -129,17 +129,23 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
     seed_all(f"model {s.seed}")
     model = make_model(s.model, len(data.classes), s.image_size, s.checkpoint, s.drop_path)
     methods.apply(s.method, model.to(dtype), s.options)
-    identity = make_identity(s, data, methods.fingerprint(model))
-    saved = checkpoints.load(out, log.warning) if s.resume else None
-    if saved:
-        check_same(out, saved["identity"], identity)
-    read_images(data, s.memory, show, resumed=bool(saved))
+    weights = methods.fingerprint(model)
     model.to(accelerator.device)
     mean, std = (
         torch.tensor(values, device=accelerator.device, dtype=dtype).view(3, 1, 1) * 255
         for values in normalisation(model, s.normalize)
     )
     unused = _try_model(model, s, accelerator, len(data.classes))
+    identity = make_identity(s, data, weights) | {"contents": data.contents()}
+
+    def check(state: dict) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        steps = len(data.train) // s.batch_size
+        checkpoints.check_contents(state, trained, steps, steps * s.epochs)
+        check_same(out, state["identity"], identity)
+
+    saved = checkpoints.load(out, log.warning, check) if s.resume else None
+    read_images(data, s.memory, show, resumed=bool(saved))
     parameters = methods.count(model)
     head_parameters = sum(p.numel() for p in methods.trainable_parameters(model)) - parameters
     if accelerator.is_main_process:
@@ -160,13 +166,13 @@ def make_identity(settings: Settings, data: Data, weights: str) -> dict:
 
 
 def check_same(out: Path, there: dict, now: dict) -> None:
-    """Raises ValueError with the names of what differs between the run in a folder and this one."""
+    """Raises OtherRun, a ValueError, with the names of what differs between the run in a folder and this one."""
     # a folder of an earlier version lacks the settings that were added since; it was trained with their defaults
     there = {field.name: field.default for field in fields(Settings) if field.name in now} | there
     if differing := [name for name in now if there.get(name) != now[name]]:
-        known = {"data": "the images", "weights": "the frozen weights"}
+        known = {"data": "the images", "contents": "the contents of the images", "weights": "the frozen weights"}
         said = [known.get(n) or f"{n} ({there.get(n)!r} there, {now[n]!r} now)" for n in differing]
-        raise ValueError(
+        raise checkpoints.OtherRun(
             f"out must be a new folder, or resume false to start over: the run in {out} differs in {', '.join(said)}"
         )
 
