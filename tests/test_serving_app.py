@@ -98,6 +98,18 @@ def test_16_bit_rgb_and_mpo(picture):
     assert first.size == (40, 30) and first.mode == "RGB"
 
 
+def test_what_follows_the_picture_is_not_counted_as_scans(picture):
+    """Phones append a video to a photo, in which the bytes of a scan's marker occur by chance."""
+    data = saved(picture, "JPEG", progressive=True)
+    assert decode(data + b"\xff\xda" * 100, max_pixels=PIXELS).size == picture.size
+    exif = data[:2] + b"\xff\xe1\x00\xca" + b"\xff\xda" * 100 + data[2:]
+    assert decode(exif, max_pixels=PIXELS).size == picture.size
+    start = data.index(b"\xff\xda")
+    many = data[:start] + data[start:-2] * 20 + data[-2:]
+    with pytest.raises(Refused, match="must have at most 64 scans"):
+        decode(many, max_pixels=PIXELS)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_corrupt_exif_is_ignored(picture, kind):
     for exif in (b"Exif\0\0MM\0*\0\0\0\x08" + b"\xff" * 200, b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"):

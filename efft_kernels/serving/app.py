@@ -20,7 +20,8 @@ On a cluster every node needs the files under the same paths. Requests:
 
 ``adapter`` is the name of a save_adapter file in the folder without its suffix; without it the model answers without
 an adapter. ``top`` is the number of scores in the answer. Labels are the lines of ``NAME.labels.txt`` next to the
-adapter, or else those in its file, or else the class indices. Images are prepared as the adapter's file says. The folder is read when a request names an adapter, so a new file is served at once.
+adapter, or else those in its file, or else the class indices. Images are prepared as the adapter's file says. The
+folder is read when a request names an adapter, so a new file is served at once.
 
 Requests for different adapters that arrive together share a batch and one forward of the model. A body larger than
 ``max_bytes`` or an image of more than ``max_pixels`` is refused before it is decoded. While a request waits for a

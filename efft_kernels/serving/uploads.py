@@ -14,6 +14,8 @@ _RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # th
 _ASPECT = 100
 # limit of the scans in a progressive JPEG: encoders write about ten, and a decoder visits all pixels in each
 _SCANS = 64
+# a marker of JPEG in compressed data, where a byte 255 is followed by 0, and restarts are part of a scan
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 
 
 class Refused(Exception):
@@ -115,6 +117,23 @@ async def _form(request, body: bytes) -> tuple[bytes, dict[str, str]]:
         await form.close()
 
 
+def _scans(data: bytes) -> int:
+    """The number of scans of the first picture of a JPEG file, from its markers up to the end of that picture.
+
+    What follows it is not decoded: further pictures, or the video that phones append.
+    """
+    count, at = 0, 2  # after the start of the picture
+    while found := _MARKER.search(data, at):
+        marker, at = found[0][1], found.end()
+        if marker == 0xD9:  # the end of the picture
+            break
+        if marker in (0x01, 0xD8):  # without a length
+            continue
+        count += marker == 0xDA
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))  # the segment, which may hold bytes like markers
+    return count
+
+
 def decode(data: bytes, *, max_pixels: int):
     """Decode a JPEG, PNG or WebP file to a PIL image of mode RGB, with its EXIF orientation applied.
 
@@ -143,7 +162,7 @@ def decode(data: bytes, *, max_pixels: int):
             raise Refused(422, f"image must be at most {_ASPECT} times as long as it is wide, got {width} x {height}")
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise Refused(422, f"image must be one picture, got an animation of {image.n_frames}")
-        if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > _SCANS:
+        if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > _SCANS:
             raise Refused(422, f"image must have at most {_SCANS} scans, got {scans}")
         try:
             image.load()
