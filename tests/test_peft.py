@@ -231,7 +231,7 @@ def test_two_active_adapters_add_up():
 def test_names_that_keys_could_not_tell_apart():
     model = adapt(vit())
     for name in ("attn", "sigma", "efft_factors", "head", "model", "modules_to_save", "blocks", "0"):
-        with pytest.raises(ValueError, match=f"adapter_name must differ from the names of groups .*, got '{name}'"):
+        with pytest.raises(ValueError, match=f"adapter_name must differ from the names of groups.*, got '{name}'"):
             model.add_adapter(name, EFFTPeftConfig(**SMALL))
         assert list(model.peft_config) == list(model.base_model.efft_factors) == ["default"]
 
