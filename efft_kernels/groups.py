@@ -90,7 +90,8 @@ class EFFTGroup(Group):
 
     def _column_plans(self, path: str | None) -> tuple[ColumnPlan, ...]:
         key = path, self._drops_entries
-        plans = self._plans.get(key)
+        # a graph must not depend on what an eager forward has cached since
+        plans = None if torch.compiler.is_compiling() else self._plans.get(key)
         if plans is None:
             plans = self._make_plans(list(self.slots.values()) if path is None else [self.slots[path]])
             if not torch.compiler.is_compiling():

@@ -275,6 +275,11 @@ def adapted_linears(model: nn.Module, groups: nn.ModuleDict) -> dict[str, Adapte
 
 def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
     """Register the groups on an injected model and adapt those of their Linears that are still plain."""
+    for key, group in groups.items():
+        for others in model.efft.values():
+            if key in others and others[key].spec == group.spec:
+                # torch.compile compares them by identity: with the same ones a switch of adapters takes no new graph
+                group.spec, group.slots = others[key].spec, others[key].slots
     model.efft[name] = groups.train(model.training)
     for group in groups.values():
         for path in group.slots:

@@ -119,7 +119,7 @@ class Passes:
     def _other_pair(self, now: _Pass | None, path: str, linear: nn.Linear) -> Pair | None:
         """without gradients, in a recomputation, or outside of a forward of the model"""
         inside, tracing = now is not None, torch.compiler.is_compiling()
-        if not inside and self.active is not None and not tracing:
+        if not inside and not tracing and self.active is not None:
             now = self._replay[1]
         # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
         if now is None or (not now.recorded and self._recording()):
@@ -152,9 +152,9 @@ class Passes:
         They are in the dtype of the group's first Linear, so that no Linear casts its own.
         """
         self._enter(None)
-        if self.active is not None:
+        if groups := self.groups():
             pairs = {}
-            for group in self.groups():
+            for group in groups:
                 pairs.update(group.low_rank_pairs(self.backend, dtype=self._dtype_of(group, model)))
             if not torch.compiler.is_compiling() and _mode(model) not in self.watched:
                 pairs = _Watched(pairs)
@@ -223,7 +223,7 @@ class Adapters(Passes, nn.ModuleDict):
     def __init__(self, backend: str | None = None, frozen_norms: tuple[nn.Module, ...] = ()):
         super().__init__()
         self.backend = backend
-        self.active: str | None = None
+        self.active = None
         self.frozen_norms = frozen_norms  # batch norms that stay in eval mode; a tuple does not register them
         self.requires_grad_before: dict[str, bool] = {}  # of the model's parameters, before it was injected
         self.hooks: tuple = ()  # on the model, around its forward
@@ -260,7 +260,17 @@ class Adapters(Passes, nn.ModuleDict):
 
     def groups(self) -> list[nn.Module]:
         """The groups of the active adapter."""
-        return [] if self.active is None else list(self[self.active].values())
+        return self._groups
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active adapter; None if none is."""
+        return self._active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        # the groups, too: torch.compile would make a graph for each name that it reads, but not for equal groups
+        self._active, self._groups = name, [] if name is None else list(self[name].values())
 
 
 def _take_late_gradients(p: nn.Parameter) -> tuple:

@@ -6,6 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from models import METHODS, PLAIN, adapted, images, shake, vit
 from torch import nn
@@ -400,3 +401,25 @@ def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, tmp_p
         torch.testing.assert_close(loaded(x), trained)
         with ek.disable_adapter(loaded):
             assert torch.equal(loaded(x), before)
+
+
+def test_adapters_of_equal_shapes_share_one_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, x = vit(depth=1), images()
+    ek.inject(model, PLAIN, name="a0")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    graphs = []
+    for i in range(4):
+        if i:
+            ek.add_adapter(model, PLAIN, f"a{i}")
+        shake(model)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == graphs[:1] * 4
+    ek.delete_adapter(model, "a3")
+    ek.set_adapter(model, "a1")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
