@@ -6,6 +6,7 @@ from .adapter_file import AdapterFile, read_adapter
 from .analysis import Cost, cost, subspace_map, subspace_similarity, updates
 from .averaging import average_adapters
 from .configs import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfig
+from .export import export_lora
 from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .inject import Plan, adapter_parameter_groups, adapter_parameters, inject, plan
 from .linear import EFFTLinear
@@ -18,7 +19,7 @@ __all__ = [
     *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_", "mixed_linear"),
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
     *("add_adapter", "average_adapters", "delete_adapter", "disable_adapter"),
-    *("load_adapter", "save_adapter", "set_adapter"),
+    *("export_lora", "load_adapter", "save_adapter", "set_adapter"),
     *("AdapterFile", "Preparation", "read_adapter"),
     *("Cost", "cost", "subspace_map", "subspace_similarity", "updates"),
     *("Plan", "adapter_parameter_groups", "adapter_parameters", "inject", "merge", "plan", "unmerge"),

@@ -65,7 +65,7 @@ def write(
         "config": json.dumps(groups.plan.config.to_dict()),
         "fingerprint": groups.plan.fingerprint,
         "model": type(model).__name__,
-        "base_model": base_model or _name_of(model),
+        "base_model": base_model or name_of(model),
         "frozen": frozen_weights.sample(model, head_state(model)),
         **stated(preparation, classes),
     }
@@ -143,7 +143,7 @@ def _check_dtypes(path: str | os.PathLike, factors: dict[str, Tensor]) -> None:
             raise ValueError(f"{path} must hold {key} as one of {names}, got {str(t.dtype).removeprefix('torch.')}")
 
 
-def _name_of(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
     timm = getattr(model, "pretrained_cfg", None) or {}
     names = (
         timm.get("architecture") if isinstance(timm, dict) else None,

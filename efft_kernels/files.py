@@ -55,7 +55,7 @@ def save_adapter(
     Warns a UserWarning if a Linear of the adapter was removed from the model or replaced.
     """
     owner = adapters(model)
-    groups = owner[_known(owner, owner.active if name is None else name)]
+    groups = owner[known(owner, owner.active if name is None else name)]
     try:
         adapted_linears(model, groups)
     except ValueError as error:
@@ -289,7 +289,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
         ValueError: a model without an adapter of this name.
     """
     owner = adapters(model)
-    _known(owner, name)
+    known(owner, name)
     owner.activate(name)
     return model
 
@@ -323,7 +323,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
         ValueError: a model without an adapter of this name.
     """
     owner = adapters(model)
-    _known(owner, name)
+    known(owner, name)
     if len(owner) == 1:
         eject(model)
         return model
@@ -333,7 +333,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def _known(owner: nn.ModuleDict, name: str | None) -> str:
+def known(owner: nn.ModuleDict, name: str | None) -> str:
     if name not in owner:
         raise ValueError(f"name must be one of the model's adapters, {', '.join(map(repr, owner))}, got {name!r}")
     return name

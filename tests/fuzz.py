@@ -167,7 +167,7 @@ def _plain(t):
 def _wanted(op: str, given: dict, change=lambda t: t) -> list[np.ndarray]:
     """The results in float64"""
     if op == "merge_":
-        lists = [[change(t.detach().double().resolve_neg()).numpy() for t in ts] for ts in given.values()]
+        lists = [[change(_plain(t).double().resolve_neg()).clone().numpy() for t in ts] for ts in given.values()]
         return [weight + (down @ up).T for weight, down, up in zip(*lists)]
     flat = _flat(given)
     if op.endswith("linear_backward"):

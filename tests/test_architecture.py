@@ -25,6 +25,7 @@ FLOORS = [
     {"inject", "adapter_file"},
     {"files", "merge", "analysis", "peft"},
     {"averaging"},
+    {"export"},
     {"__init__"},
     {"finetune", "serving"},
     {"deploy"},

@@ -174,3 +174,39 @@ def test_normalisation():
     model = vit("vit_base_patch16_224", **SIZES)
     assert normalisation(model, "imagenet")[0] == (0.485, 0.456, 0.406)
     assert normalisation(model, "model")[0] == tuple(model.pretrained_cfg["mean"])
+
+
+def test_a_model_of_timm_in_a_folder(tmp_path):
+    from timm.models import save_for_hf
+
+    source = vit(num_classes=3)
+    folder = tmp_path / "model"
+    save_for_hf(source, folder, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
+    for checkpoint in (None, "download"):
+        model = make_model(f"local-dir:{folder}", 5, 32, checkpoint)
+        assert model.num_classes == 5 and torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    random = make_model(f"local-dir:{folder}", 5, 32, "random")
+    assert not torch.equal(random.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        make_model(f"local-dir:{tmp_path / 'none'}", 5, 32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="timm cannot read model"):
+        make_model(f"local-dir:{tmp_path / 'empty'}", 5, 32)
+
+
+def test_a_model_of_timm_on_the_hub(tmp_path, monkeypatch):
+    from timm.models import _factory, save_for_hf
+
+    source = vit(num_classes=3)
+    save_for_hf(source, tmp_path, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
+    asked = []
+
+    def fetched(model_id, cache_dir=None):  # the folder stands in for the hub
+        asked.append(model_id)
+        return _factory.load_model_config_from_path(str(tmp_path))
+
+    monkeypatch.setattr(_factory, "load_model_config_from_hf", fetched)
+    model = make_model("hf-hub:someone/vit", 5, 32, "download")
+    assert asked == ["someone/vit"] and torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    with pytest.raises(ValueError, match="checkpoint must name"):
+        make_model("hf-hub:someone/vit", 5, 32)

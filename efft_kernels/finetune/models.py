@@ -21,10 +21,12 @@ def make_model(
     """Make a classifier with a new head.
 
     Args:
-        name: of a timm model, or "hf:" followed by a folder or a name of transformers.
+        name: of a timm model, also as "hf-hub:USER/NAME" or "local-dir:FOLDER", or "hf:" followed by a folder or a
+            name of transformers.
         classes: of the head.
         image_size: side of the images in pixels.
-        checkpoint: a file (.npz of the original ViT, .pth, .pt, .bin, .safetensors), "download", or "random".
+        checkpoint: a file (.npz of the original ViT, .pth, .pt, .bin, .safetensors), "download", or "random". For
+            "local-dir:" None and "download" are the weights of the folder.
         drop_path: rate of stochastic depth; ignored, with a log message, for a model of transformers without it.
 
     Raises:
@@ -35,7 +37,12 @@ def make_model(
         return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint, drop_path)
     library = timm()
     known = name.partition(".")[0]
-    if not library.is_model(known):
+    elsewhere = name.startswith(("hf-hub:", "local-dir:"))  # timm reads the architecture from the hub or a folder
+    if name.startswith("local-dir:"):
+        if not Path(name.removeprefix("local-dir:")).is_dir():
+            raise FileNotFoundError(f"there is no folder {name.removeprefix('local-dir:')} for model {name!r}")
+        checkpoint = checkpoint or "download"
+    if not elsewhere and not library.is_model(known):
         near = difflib.get_close_matches(known, library.list_models(), 3)
         raise ValueError(
             f"model must be a model of timm or 'hf:' and one of transformers, got {name!r}"
@@ -58,6 +65,10 @@ def make_model(
         model = library.create_model(name, **options)  # a model for images of any size
     except AssertionError as error:
         raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        if not elsewhere:
+            raise
+        raise ValueError(f"timm cannot read model {name!r}: {str(error).strip().splitlines()[0]}") from error
     if file:
         _load(model, file)
     return model

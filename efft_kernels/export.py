@@ -1,0 +1,114 @@
+"""export_lora: an adapter of any method as a folder that PEFT loads as a LoRA."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_file import name_of
+from .files import known, trained_head
+from .inject import adapted_linears, adapters
+from .layouts import heads_of
+from .storage import write_bytes
+
+_PREFIX = "base_model.model."  # where PEFT's wrapper keeps the model
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None = None, base_model: str = "") -> None:
+    """Write an adapter as a LoRA of PEFT: the folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    Every method computes y = x W + b + (x @ down) @ up, so the LoRA is exact: lora_A = down.T and lora_B = up.T, with
+    lora_alpha = r. Parts of a fused qkv that are not adapted are zeros in lora_B. A Linear of another rank than most
+    has its rank in rank_pattern. A trained head is among modules_to_save. Dropout is not exported. The LoRA has a
+    matrix for each Linear, so its file is larger than that of a method whose Linears share factors.
+
+    Args:
+        model: an injected model. The base that the LoRA is loaded on has its modules and names before :func:`inject`,
+            with as many classes.
+        folder: gets adapter_model.safetensors and adapter_config.json; it is made if it does not exist.
+        name: of the adapter; None for the active one.
+        base_model: name of the pre-trained model to record; empty for the name that timm or transformers gave it.
+
+    Raises:
+        ValueError: a model without this adapter, or with all adapters disabled and no name given; a Linear that was
+            removed or replaced; a head whose name is the end of another module's, which PEFT would train as well.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    owner = adapters(model)
+    groups = owner[known(owner, owner.active if name is None else name)]
+    adapted_linears(model, groups)
+    with torch.no_grad():
+        pairs = {path: pair for g in groups.values() for path, pair in g.pairs_without_dropout().items()}
+    tensors = {}
+    for path, pair in pairs.items():
+        tensors[f"{path}.lora_A.weight"] = _own(pair.down.mT)
+        tensors[f"{path}.lora_B.weight"] = _own(pair.up.mT)
+    state = trained_head(model)
+    heads = [key for key in heads_of(model) if any(name.startswith(f"{key}.") for name in state)]
+    _check_heads(model, heads)
+    tensors |= {key: _own(t) for key, t in state.items()}
+    config = _config({path: pair.down.shape[-1] for path, pair in pairs.items()}, model, heads)
+    config["base_model_name_or_path"] = base_model or name_of(model) or None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({_PREFIX + key: t for key, t in tensors.items()}, {"format": "pt"})
+    write_bytes(folder / "adapter_model.safetensors", weights)
+    write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _own(t: Tensor) -> Tensor:
+    """A contiguous copy: safetensors refuses tensors that share memory"""
+    return t.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _config(ranks: dict[str, int], model: nn.Module, heads: list[str]) -> dict:
+    """adapter_config.json, with what a version of PEFT does not name left at its default"""
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    other = {path: rank for path, rank in ranks.items() if rank != usual}
+    # PEFT takes the first pattern that is the end of a path, so longer paths come first; a Linear of the usual rank
+    # is listed, too, where a pattern would fit it
+    listed = {path: rank for path, rank in ranks.items() if path in other or _ends_with_one_of(path, other)}
+    patterns = dict(sorted(listed.items(), key=lambda item: -len(item[0])))
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": _targets(ranks, model),
+        "modules_to_save": heads or None,
+    }
+
+
+def _targets(ranks: dict[str, int], model: nn.Module) -> list[str] | str:
+    """The paths; where one of them is also the end of another module's path, an expression for exactly these"""
+    if any(path not in ranks and _ends_with_one_of(path, ranks) for path, _ in model.named_modules()):
+        return "|".join(path.replace(".", r"\.") for path in ranks)
+    return sorted(ranks)
+
+
+def _ends_with_one_of(path: str, ends: Iterable[str]) -> bool:
+    return any(path.endswith(f".{end}") for end in ends)
+
+
+def _check_heads(model: nn.Module, heads: list[str]) -> None:
+    for path, _ in model.named_modules():
+        for key in heads:
+            if path.endswith(key) and path != key:
+                raise ValueError(
+                    f"{key} must be the end of no other module's path to be among modules_to_save of PEFT, which would "
+                    f"save {path} as well"
+                )

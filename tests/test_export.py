@@ -1,0 +1,84 @@
+"""export_lora: folders that PEFT loads, with the outputs of the adapter."""
+
+import json
+
+import pytest
+import torch
+from models import METHODS, images, shake, timm, vit
+
+import efft_kernels as ek
+
+timm()  # PEFT imports torchvision, which timm() prepares
+peft = pytest.importorskip("peft")
+
+
+def loaded(base, folder):
+    return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def adapted(config, **options):
+    torch.manual_seed(0)
+    base = vit(**options).double()
+    torch.manual_seed(0)
+    model = ek.inject(vit(**options).double(), config, **({} if options.get("num_classes") == 0 else {"head": 5}))
+    return base, shake(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_computes_the_same(method, tmp_path):
+    base, model = adapted(METHODS[method])
+    with torch.no_grad():
+        for p in model.head.parameters():
+            p.normal_()
+    ek.export_lora(model, tmp_path / "lora")
+    base.reset_classifier(5)
+    x = images(dtype=torch.float64)
+    with torch.no_grad():
+        wanted, got = model(x), loaded(base.double(), tmp_path / "lora")(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_folder_is_a_plain_lora(tmp_path):
+    from safetensors.torch import load_file
+
+    _, model = adapted(ek.LoRAConfig(rank=2, targets=("q", "v", "fc2")))
+    ek.export_lora(model, tmp_path, base_model="vit_tiny")
+    config, tensors = peft.LoraConfig.from_pretrained(str(tmp_path)), load_file(tmp_path / "adapter_model.safetensors")
+    assert config.base_model_name_or_path == "vit_tiny" and config.modules_to_save == ["head"]
+    up = tensors["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
+    assert up[:192].any() and not up[192:384].any() and up[384:].any()
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == {
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv", "mlp.fc2")
+    }
+    assert {len(t) for key, t in tensors.items() if "lora_A" in key} == {2, 4}
+
+
+def test_paths_that_end_alike(tmp_path):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.teacher = vit(num_classes=0).blocks, vit(num_classes=0)
+
+        def forward(self, x):
+            return self.blocks[0](x) + self.teacher.blocks[0](x)
+
+    torch.manual_seed(0)
+    base = Two().double().eval()
+    torch.manual_seed(0)
+    model = shake(
+        ek.inject(Two().double().eval(), ek.LoRAConfig(rank=2, targets=("q", "v", "fc2"), blocks=(0,)), head="keep")
+    )
+    ek.export_lora(model, tmp_path)
+    x = torch.randn(2, 4, 192, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(base, tmp_path)(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_refusals(tmp_path):
+    _, model = adapted(ek.LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match="name must be one of"):
+        ek.export_lora(model, tmp_path / "lora", name="other")
+    model.blocks[0].attn.qkv = torch.nn.Linear(192, 576)
+    with pytest.raises(ValueError, match="must be the Linear that inject adapted"):
+        ek.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
