@@ -10,13 +10,6 @@ import time
 
 import pytest
 import torch
-from accuracy import (
-    assert_accurate,
-    check_group_update,
-    check_lowrank_linear,
-    check_mixed_linear,
-    wide,
-)  # fmt: skip
 
 from efft_kernels.kernels import build, cpu, reference
 
@@ -50,71 +43,11 @@ def make(M, K, N, R, dtype=torch.float32):
     return tuple(t.to(dtype) for t in (x, weight, bias, down, up, dy))
 
 
-def transposed(t):
-    """The same values in column-major memory"""
-    return t.t().contiguous().t()
-
-
-def sliced(t):
-    """The same values in every second column of a wider buffer, nan in the others"""
-    wide = torch.full((t.shape[0] + 1, 2 * t.shape[1] + 3), float("nan"), dtype=t.dtype)
-    wide[1:, 1:-2:2] = t
-    return wide[1:, 1:-2:2]
-
-
-SHAPES = [
-    (0, 8, 8, 2), (1, 100, 33, 1), (2, 7, 33, 3), (5, 33, 7, 16), (13, 100, 33, 17),
-    (197, 100, 64, 16), (50, 300, 130, 64), (20, 1100, 40, 3), (33, 280, 290, 256), (9, 40, 300, 270),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_lowrank_linear(isa, shape, dtype):
-    x, weight, bias, down, up, dy = make(*shape, dtype)
-    check_lowrank_linear(cpu, x, weight, bias, down, up, dy)
-    check_lowrank_linear(cpu, x, weight, None, down, up, dy, needs=(False, False, False, True, False))
-
-
-@pytest.mark.parametrize("layout", [transposed, sliced])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides(isa, layout, dtype):
-    x, weight, bias, down, up, dy = make(13, 45, 70, 5, dtype)
-    one = layout(bias[:, None])[:, 0]
-    check_lowrank_linear(cpu, layout(x), layout(weight), one, layout(down), layout(up), layout(dy))
-
-
-@pytest.mark.parametrize("needs", [(1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 0, 1), (1, 0, 1, 1, 0)], ids=str)
-def test_only_the_gradients_asked_for(needs):
-    x, weight, bias, down, up, dy = make(30, 20, 50, 4)
-    needs = [bool(need) for need in needs]
-    p = x @ down
-    absent = None if not (needs[1] or needs[3]) else x, None if not needs[4] else p
-    got = cpu.lowrank_linear_backward(dy, absent[0], weight, down, up, absent[1], needs)
-    for g, want in zip(got, reference.lowrank_linear_backward(dy, x, weight, down, up, p, needs), strict=True):
-        torch.testing.assert_close(g, want)
-
-
-MIXED = [
-    (3, 0, 8, 8, 2, 2), (1, 1, 100, 33, 1, 1), (4, 1, 7, 33, 3, 3), (5, 13, 33, 7, 16, 7), (3, 197, 100, 64, 17, 2),
-    (6, 40, 1100, 40, 3, 4), (2, 9, 280, 290, 70, 2), (40, 3, 20, 30, 5, 33),
-]  # fmt: skip
-
-
 def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
     """x, weight, bias, down, up, ids, dy; neighbours share adapters, some samples have none, one adapter is unused"""
     x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype)
     down, up = (torch.randn(*s).div(math.sqrt(s[1])).to(dtype) for s in ((A, K, R), (A, R, N)))
     return x, weight, bias, down, up, (torch.arange(B) // 2 * 5) % (A + 1) - 1, dy
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", MIXED, ids=str)
-def test_mixed_linear(isa, shape, dtype):
-    x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype)
-    check_mixed_linear(cpu, x, weight, bias, down, up, ids, dy)
-    few = (False, False, False, True, False)
-    check_mixed_linear(cpu, transposed(x), weight, None, down.mT.contiguous().mT, up[..., ::1], ids, dy, few)
 
 
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
@@ -135,38 +68,6 @@ def test_the_library_refuses_ids_that_would_leave_the_memory():
     for bad in (torch.tensor([0, 1, 2]), ids[:2].int(), ids[::2], ids[:, None], torch.arange(5) * 0):
         with pytest.raises(RuntimeError):
             cpu.mixed_linear(x, weight, bias, down, up, bad)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("S, P, Q, N", [(1, 1, 1, 5), (3, 4, 6, 33), (12, 16, 16, 100), (5, 70, 33, 64)])
-def test_group_update(isa, S, P, Q, N, dtype):
-    sigma, v, dup = (torch.randn(*s).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
-    check_group_update(cpu, sigma, v, 0.3, dup)
-    # fc2: the factors change places
-    check_group_update(cpu, sigma.transpose(1, 2).contiguous().transpose(1, 2), transposed(v), 0.3, dup)
-    check_group_update(cpu, sigma, v, 0.3, dup.transpose(0, 1).contiguous().transpose(0, 1), needs=(False, True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge(isa, dtype):
-    tasks = [make(1, K, N, R, dtype)[1:5] for K, N, R in ((100, 33, 1), (7, 300, 17), (64, 64, 300))]
-    weights, downs, ups = ([t[i] for t in tasks] for i in (0, 2, 3))
-    weights[1] = transposed(weights[1])
-    exact = [wide(w) + (wide(d) @ wide(u)).T for w, d, u in zip(weights, downs, ups)]
-    plain = [w.clone() for w in weights]
-    reference.merge_(plain, downs, ups)
-    cpu.merge_(weights, downs, ups)
-    for got, own, want in zip(weights, plain, exact):
-        assert_accurate(got, own, want, "weight")
-
-
-def test_special_values(isa):
-    x, weight, bias, down, up, _ = make(7, 20, 20, 2)
-    x[2, 3], x[4, 5] = float("nan"), float("inf")
-    for dtype in DTYPES:
-        y, p = cpu.lowrank_linear(x.to(dtype), weight.to(dtype), bias.to(dtype), down.to(dtype), up.to(dtype))
-        rows = torch.tensor([0, 1, 3, 5, 6])
-        assert y[rows].isfinite().all() and not y[[2, 4]].isfinite().any() and p[2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

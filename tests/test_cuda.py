@@ -1,6 +1,5 @@
 """The CUDA kernels: on a GPU where there is one, and always on the host, in a simulator of their instructions."""
 
-import ctypes
 import itertools
 import json
 import os
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_accurate, check_group_update, check_lowrank_linear
+from accuracy import assert_accurate, check_lowrank_linear
+from operands import LAYOUTS, make
 
 from efft_kernels.kernels import cuda, reference
 from efft_kernels.kernels.tuning import table
@@ -19,44 +19,18 @@ from efft_kernels.kernels.tuning import table
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 import faults
 import simulator
+from simulator import Simulated
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 shapes = lambda *given: pytest.mark.parametrize("shape", given, ids=lambda s: "M{}-K{}-N{}-R{}".format(*s))
 ways = pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
 
 
-class Simulated:
-    """The simulator's library, and what a test sets and queries."""
-
-    # What a GPU may do at any time is done at the worst time: which warp runs ahead, when a cp.async copies.
-    MODES = list(itertools.product((False, True), repeat=2))
-    BY_CHANCE = [(seed, eager) for seed in range(2, 5) for eager in (False, True)]
-
-    def __init__(self, library: Path, name: str = "efft_cuda_sim"):
-        torch.ops.load_library(str(library))
-        self.ops = getattr(torch.ops, name)
-        self.library = ctypes.CDLL(str(library))
-
-    def mode(self, order: int, eager_copies: bool) -> None:
-        self.library.efft_sim_mode(int(order), eager_copies)
-
-    def launches(self, call, *arguments) -> int:
-        before = self.library.efft_sim_launches()
-        call(*arguments)
-        return self.library.efft_sim_launches() - before
-
-    def shared(self, call, *arguments) -> int:
-        """The most bytes of shared memory that a block of any of its launches requests."""
-        self.library.efft_sim_shared()
-        call(*arguments)
-        return self.library.efft_sim_shared()
-
-
 @pytest.fixture(scope="session")
 def built() -> Simulated:
     if simulator.compiler() is None:
         pytest.skip("the simulator needs a C++ compiler: c++, or the environment variable CXX")
-    return Simulated(simulator.built())
+    return simulator.loaded()
 
 
 @pytest.fixture
@@ -103,28 +77,6 @@ def hopper(monkeypatch, single: bool, tile: int) -> None:
     monkeypatch.setattr(cuda, "_plan", made)
 
 
-def make(M, K, N, R, dtype, device="cpu"):
-    """Returns x, weight, bias, down, up, dy."""
-    sizes = (M, K), (N, K), (N,), (K, R), (R, N), (M, N)
-    return [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype) for s in sizes]
-
-
-def within(rows, cols, dtype, device, left=3):
-    """A slice of a wider buffer that is nan elsewhere."""
-    buffer = torch.full((rows + 4, cols + 9), float("nan"), dtype=dtype, device=device)
-    buffer[1 : 1 + rows, left : left + cols] = torch.randn(rows, cols, device=device).mul_(cols**-0.5).to(dtype)
-    return buffer[1 : 1 + rows, left : left + cols]
-
-
-@dtypes
-@ways
-@pytest.mark.parametrize("large", [False, True], ids=["tile64", "tile128"])
-@shapes((197, 100, 7, 3), (96, 64, 128, 16), (70, 136, 200, 17), (65, 48, 80, 64), (33, 40, 24, 1))
-def test_lowrank_linear(shape, large, single, dtype, device, monkeypatch):
-    plan(monkeypatch, single, large)
-    check_lowrank_linear(cuda, *make(*shape, dtype, device))
-
-
 @ways
 @pytest.mark.parametrize("mode", Simulated.MODES, ids=lambda mode: "-".join(map(str, map(int, mode))))
 @shapes((130, 328, 72, 16), (70, 200, 136, 40))
@@ -133,74 +85,6 @@ def test_any_order_of_warps_and_copies(shape, mode, single, simulated, monkeypat
     plan(monkeypatch, single, False)
     simulated.mode(*mode)
     check_lowrank_linear(cuda, *make(*shape, torch.bfloat16))
-
-
-@dtypes
-@pytest.mark.parametrize("large", [False, True], ids=["tile64", "tile128"])
-def test_the_largest_rank(large, dtype, device, monkeypatch):
-    plan(monkeypatch, False, large)
-    x, weight, _, down, up, dy = make(24, 80, 72, 256, dtype, device)
-    check_lowrank_linear(cuda, x, weight, None, down, up, dy)
-
-
-@pytest.mark.parametrize("needs", [*itertools.product([True, False], repeat=5)][1::3], ids=str)
-@ways
-def test_only_the_gradients_asked_for(needs, single, device, monkeypatch):
-    plan(monkeypatch, single, False)
-    check_lowrank_linear(cuda, *make(40, 33, 48, 5, torch.bfloat16, device), needs)
-
-
-# Copies take eight numbers at a time where rows are aligned to 16 bytes, and one otherwise; weight, down and up have
-# either orientation.
-LAYOUTS = {
-    "aligned": lambda rows, cols, *at: within(rows, -(-cols // 8) * 8 + 7, *at, left=8)[:, :cols],
-    "slices": within,
-    "transposed": lambda rows, cols, *at: within(cols, rows, *at).t(),
-    "turned": lambda rows, cols, *at: torch.randn(cols, rows, device=at[1]).mul_(cols**-0.5).to(at[0]).t(),
-    "steps": lambda rows, cols, *at: within(2 * rows, 3 * cols, *at)[::2, ::3],
-    "repeated": lambda rows, cols, *at: within(1, cols, *at).expand(rows, cols),
-}
-
-
-@ways
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout, single, device, monkeypatch):
-    plan(monkeypatch, single, False)
-    at = torch.float16, device
-    M, K, N, R = (72, 48, 80, 16) if layout == "turned" else (67, 50, 70, 17)
-    bias = within(N, 1, *at)[:, 0]
-    x, weight, down, up, dy = (LAYOUTS[layout](*size, *at) for size in ((M, K), (N, K), (K, R), (R, N), (M, N)))
-    if layout == "repeated":  # otherwise the sums would grow with the rows
-        weight, down, up = weight / N, down / K, up / R
-    check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
-
-
-@ways
-def test_what_is_not_finite_stays_in_its_row(single, device, monkeypatch):
-    plan(monkeypatch, single, False)
-    x, weight, bias, down, up, dy = (t.abs() for t in make(70, 40, 48, 3, torch.bfloat16, device))
-    x[5, 7] = float("inf")
-    y, p = cuda.lowrank_linear(x, weight, bias, down, up)
-    assert (y[5] == float("inf")).all() and (p[5] == float("inf")).all()
-    assert torch.isfinite(y).sum() == 69 * 48 and torch.isfinite(p).sum() == 69 * 3
-
-
-def test_no_rows(device):
-    check_lowrank_linear(cuda, *make(0, 32, 48, 3, torch.bfloat16, device))
-
-
-@ways
-def test_two_runs_are_bit_equal(single, device, monkeypatch):
-    plan(monkeypatch, single, False)
-    # Many runs of rows, several chunks of columns.
-    x, weight, bias, down, up, dy = make(500, 32, 280, 16, torch.float16, device)
-
-    def run():
-        y, p = cuda.lowrank_linear(x, weight, bias, down, up)
-        return [y, p, *cuda.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])]
-
-    assert all(torch.equal(first, second) for first, second in zip(run(), run()))
-    check_lowrank_linear(cuda, x, weight, bias, down, up, dy)
 
 
 @dtypes
@@ -446,45 +330,6 @@ def test_freed_memory_is_refused_by_name(number, bound, simulated):
 def test_other_passes_where_those_of_hopper_do_not_fit(sizes, hopper_device):
     """Too many columns of dy for a cluster, too many ranks, rows of x that are not aligned to 16 bytes."""
     check_passes(cuda._ops(), *make_passes(*sizes, torch.bfloat16, hopper_device))
-
-
-@dtypes
-@pytest.mark.parametrize(
-    "ranks", [(1, 1), (3, 16), (17, 3), (64, 40), (256, 256)], ids=lambda ranks: "P{}-Q{}".format(*ranks)
-)
-def test_group_update(ranks, dtype, device):
-    (P, Q), S, N = ranks, 5 if ranks[0] < 256 else 1, 52
-    sigma, v, dup = (torch.randn(s, device=device).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
-    check_group_update(cuda, sigma, v, 10.0, dup)
-
-
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("sizes", [(3, 17, 20, 50), (4, 16, 24, 72)], ids=str)
-def test_group_update_of_the_transposed_product(sizes, needs, device):
-    # fc2: sigma.T and u.T, one slice of every second; its gradient arrives as a slice of a wider one.
-    S, P, Q, N = sizes
-    at = torch.bfloat16, device
-    sigma = torch.randn(2 * S, Q, P, device=device).to(torch.bfloat16)[::2].transpose(1, 2)
-    dup = within(P, 2 * S * N, *at)[:, : 2 * S * N].unflatten(1, (2 * S, N)).transpose(0, 1)[1::2]
-    check_group_update(cuda, sigma, within(N, Q, *at).t(), 0.1, dup, needs)
-
-
-@dtypes
-def test_merge_of_several_weights(dtype, device):
-    sizes = [(130, 40, 3), (40, 130, 17), (64, 64, 16), (1, 7, 1)]
-    weights = [within(N, K, dtype, device) for N, K, _ in sizes]
-    weights[2] = weights[2].contiguous().t()
-    downs = [within(K, R, dtype, device) for _, K, R in sizes]
-    ups = [within(N, R, dtype, device).t() for N, _, R in sizes]
-    exact = [w.double() + (down.double() @ up.double()).t() for w, down, up in zip(weights, downs, ups)]
-    plain = [w.clone() for w in weights]
-    reference.merge_(plain, downs, ups)
-    cuda.merge_(weights, downs, ups)
-    for triple in zip(weights, plain, exact):
-        assert_accurate(*triple, "weight")
-    # Nothing outside the weights was written.
-    assert torch.isfinite(weights[0]._base).sum() == weights[0].numel()
-    cuda.merge_([], [], [])
 
 
 def test_number_of_launches(simulated, monkeypatch):

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_accurate, check_group_update, check_lowrank_linear, check_mixed_linear
-
-from efft_kernels.kernels import reference
+from accuracy import check_lowrank_linear
+from operands import make, make_mixed
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if not torch.cuda.is_available():
@@ -79,105 +78,14 @@ def launches(monkeypatch) -> list[str]:
     return names
 
 
-def make(M, K, N, R, dtype, device):
-    """x, weight, bias, down, up, dy"""
-    shapes = (M, K), (N, K), (N,), (K, R), (R, N), (M, N)
-    return [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype) for s in shapes]
-
-
-def within(rows, cols, dtype, device):
-    """a slice of a wider buffer that is nan elsewhere"""
-    buffer = torch.full((rows + 4, cols + 9), float("nan"), dtype=dtype, device=device)
-    buffer[1 : 1 + rows, 3 : 3 + cols] = torch.randn(rows, cols, device=device).mul_(cols**-0.5).to(dtype)
-    return buffer[1 : 1 + rows, 3 : 3 + cols]
-
-
-# sizes that no tile divides, sizes that tensor descriptors can address, and every width of rank block
-SHAPES = [(197, 100, 7, 3), (96, 64, 128, 16), (70, 128, 96, 17), (65, 48, 80, 64), (33, 40, 24, 1), (1, 64, 200, 64)]
-
-
-@dtypes
 @pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-K{}-N{}-R{}".format(*shape))
-def test_lowrank_linear_either_way(shape, single, dtype, device, monkeypatch):
+@pytest.mark.parametrize("rows", [70, 65, 5, 1])
+def test_where_p_of_a_mixed_batch_is_computed(rows, single, device, monkeypatch, launches):
+    """Beside y where a tile can hold no more than two samples, otherwise in a separate pass."""
     force(monkeypatch, single)
-    x, weight, bias, down, up, dy = make(*shape, dtype, device)
-    check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
-
-
-@dtypes
-def test_lowrank_linear_of_the_largest_rank(dtype, device):
-    x, weight, _, down, up, dy = make(24, 80, 72, 256, dtype, device)
-    check_lowrank_linear(kernels, x, weight, None, down, up, dy)
-
-
-@pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
-@pytest.mark.parametrize("needs", [*itertools.product([True, False], repeat=5)][1::3], ids=str)
-def test_only_the_gradients_asked_for(needs, single, device, monkeypatch):
-    force(monkeypatch, single)
-    x, weight, bias, down, up, dy = make(40, 33, 48, 5, torch.float32, device)
-    check_lowrank_linear(kernels, x, weight, bias, down, up, dy, needs)
-
-
-@pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
-@pytest.mark.parametrize("layout", ["slices", "transposed", "steps"])
-def test_any_strides(layout, single, device, monkeypatch):
-    force(monkeypatch, single)
-    place = {
-        "slices": lambda rows, cols: within(rows, cols, torch.float32, device),
-        "transposed": lambda rows, cols: within(cols, rows, torch.float32, device).t(),
-        "steps": lambda rows, cols: within(2 * rows, 3 * cols, torch.float32, device)[::2, ::3],
-    }[layout]
-    M, K, N, R = 67, 50, 70, 17
-    bias = within(N, 1, torch.float32, device)[:, 0]
-    check_lowrank_linear(kernels, place(M, K), place(N, K), bias, place(K, R), place(R, N), place(M, N))
-
-
-def test_no_rows(device):
-    x, weight, bias, down, up, dy = make(0, 32, 48, 3, torch.float32, device)
-    check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
-
-
-@pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
-def test_two_runs_are_bit_equal(single, device, monkeypatch):
-    force(monkeypatch, single)
-    # many splits of the rows, several chunks of the columns
-    x, weight, bias, down, up, dy = make(300, 32, 80, 16, torch.float16, device)
-
-    def run():
-        y, p = kernels.lowrank_linear(x, weight, bias, down, up)
-        return [y, p, *kernels.lowrank_linear_backward(dy, x, weight, down, up, p, [True, False, False, True, True])]
-
-    assert all(torch.equal(first, second) for first, second in zip(run(), run()))
-    check_lowrank_linear(kernels, x, weight, bias, down, up, dy)
-
-
-def make_mixed(B, T, K, N, R, A, dtype, device):
-    """x, weight, bias, down, up, ids, dy; the last adapter has no sample, some samples have none"""
-    x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype, device)
-    down, up = (torch.randn(s, device=device).mul_(s[1] ** -0.5).to(dtype) for s in ((A, K, R), (A, R, N)))
-    return x, weight, bias, down, up, torch.arange(B, device=device) * 7 % A - 1, dy
-
-
-@dtypes
-@pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (5, 197, 33, 40, 3, 3),
-        (4, 70, 64, 96, 16, 2),
-        (3, 65, 48, 24, 33, 4),
-        (13, 5, 40, 24, 17, 6),
-        (40, 1, 16, 8, 1, 5),
-    ],
-    ids=lambda shape: "B{}-T{}-K{}-N{}-R{}-A{}".format(*shape),
-)
-def test_mixed_linear_either_way(shape, single, dtype, device, monkeypatch, launches):
-    force(monkeypatch, single)
-    x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype, device)
-    check_mixed_linear(kernels, x, weight, bias, down, up, ids, dy)
-    # p inside the product where a tile can hold no more than two samples, in a pass of its own elsewhere
-    assert ("p_kernel" in launches) == (not single or shape[1] < 64)
+    x, weight, bias, down, up, ids, _ = make_mixed(4, rows, 48, 24, 3, 4, torch.float32, device)
+    kernels.mixed_linear(x, weight, bias, down, up, ids)
+    assert ("p_kernel" in launches) == (not single or rows < 64)
 
 
 def test_launches_of_a_mixed_batch_do_not_grow_with_it(device, launches, monkeypatch):
@@ -193,45 +101,6 @@ def test_launches_of_a_mixed_batch_do_not_grow_with_it(device, launches, monkeyp
     assert counts[0] == counts[1] and len(counts[0]) == 6
 
 
-@dtypes
-@pytest.mark.parametrize(
-    "ranks", [(1, 1), (3, 16), (17, 3), (64, 40), (256, 256)], ids=lambda ranks: "P{}-Q{}".format(*ranks)
-)
-def test_group_update(ranks, dtype, device):
-    (P, Q), S, N = ranks, 5 if ranks[0] < 256 else 1, 52
-    sigma, v, dup = (torch.randn(s, device=device).to(dtype) for s in ((S, P, Q), (Q, N), (S, P, N)))
-    check_group_update(kernels, sigma, v, 10.0, dup)
-
-
-@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=str)
-def test_group_update_of_the_transposed_product(needs, device):
-    # fc2: sigma.T and u.T, one slice of every second; its gradient comes in as a slice of a wider one
-    S, P, Q, N = 3, 17, 20, 50
-    sigma = torch.randn(2 * S, Q, P, device=device)[::2].transpose(1, 2)
-    dup = within(P, 2 * S * N, torch.float32, device).view(P, 2 * S, N).transpose(0, 1)[1::2]
-    check_group_update(kernels, sigma, within(N, Q, torch.float32, device).t(), 0.1, dup, needs)
-
-
-@dtypes
-def test_merge_of_several_weights(dtype, device, launches):
-    shapes = [(130, 40, 3), (40, 130, 17), (64, 64, 16), (1, 7, 1)]
-    weights = [within(N, K, dtype, device) for N, K, _ in shapes]
-    weights[2] = weights[2].contiguous().t()
-    downs = [within(K, R, dtype, device) for _, K, R in shapes]
-    ups = [within(N, R, dtype, device).t() for N, _, R in shapes]
-    exact = [w.double() + (down.double() @ up.double()).t() for w, down, up in zip(weights, downs, ups)]
-    plain = [w.clone() for w in weights]
-    reference.merge_(plain, downs, ups)
-    kernels.merge_(weights, downs, ups)
-    assert launches == ["merge_row_kernel"] * len(weights) + ["merge_kernel"]
-    for triple in zip(weights, plain, exact):
-        assert_accurate(*triple, "weight")
-    # nothing beside the weights was written
-    whole = weights[0]._base
-    assert torch.isfinite(whole).sum() == weights[0].numel()
-    kernels.merge_([], [], [])
-
-
 def test_number_of_launches(device, launches, monkeypatch):
     x, weight, bias, down, up, dy = make(64, 32, 72, 3, torch.float32, device)
     sigma, v, dup = (torch.randn(s, device=device) for s in ((3, 4, 5), (5, 48), (3, 4, 48)))
@@ -244,6 +113,8 @@ def test_number_of_launches(device, launches, monkeypatch):
 
     assert launched(None, kernels.group_update, sigma, v, 1.0) == ["group_update"]
     assert launched(None, kernels.group_update_backward, dup, sigma, v, 1.0, [True, True]) == ["group_update_backward"]
+    merged = [weight.clone(), weight[:, :3].clone()], [down, down[:3]], [up, up]
+    assert launched(None, kernels.merge_, *merged) == ["merge_row"] * 2 + ["merge"]
     forward = kernels.lowrank_linear, x, weight, bias, down, up
     assert launched(True, *forward) == ["lowrank_linear"]
     assert launched(False, *forward) == ["p", "lowrank_linear"]

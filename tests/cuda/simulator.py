@@ -1,6 +1,9 @@
 """Builds csrc/cuda for the host, with sim.h in place of the GPU: the operators of bindings.cpp for CPU tensors."""
 
+import ctypes
 import fcntl
+import functools
+import itertools
 import os
 import shlex
 import shutil
@@ -16,6 +19,33 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 ANY = "efft_faulty_any"  # stands in compiled bindings for the name of a library with a fault
+
+
+class Simulated:
+    """The simulator's library, and what a test sets and queries."""
+
+    # What a GPU may do at any time is done at the worst time: which warp runs ahead, when a cp.async copies.
+    MODES = list(itertools.product((False, True), repeat=2))
+    BY_CHANCE = [(seed, eager) for seed in range(2, 5) for eager in (False, True)]
+
+    def __init__(self, library: Path, name: str = "efft_cuda_sim"):
+        torch.ops.load_library(str(library))
+        self.ops = getattr(torch.ops, name)
+        self.library = ctypes.CDLL(str(library))
+
+    def mode(self, order: int, eager_copies: bool) -> None:
+        self.library.efft_sim_mode(int(order), eager_copies)
+
+    def launches(self, call, *arguments) -> int:
+        before = self.library.efft_sim_launches()
+        call(*arguments)
+        return self.library.efft_sim_launches() - before
+
+    def shared(self, call, *arguments) -> int:
+        """The most bytes of shared memory that a block of any of its launches requests."""
+        self.library.efft_sim_shared()
+        call(*arguments)
+        return self.library.efft_sim_shared()
 
 
 def compiler() -> list[str] | None:
@@ -60,6 +90,12 @@ def built() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = folder / "efft_cuda_sim.so"
         return library if library.exists() else build(folder)
+
+
+@functools.cache
+def loaded() -> Simulated:
+    """The whole library, in this process."""
+    return Simulated(built())
 
 
 def build(folder: Path) -> Path:
