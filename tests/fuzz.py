@@ -196,10 +196,13 @@ def check(backend: str, op: str, given: dict) -> None:
             return
         raise AssertionError("memory that is written twice was not refused")
     wanted, summed = _wanted(op, given), _wanted(op, given, torch.abs)
+    longest = max((n for t in _in_order(op, given) if t is not None for n in t.shape), default=0)
     for got, exact, total in zip(_compute(backend, op, given), wanted, summed, strict=True):
         limits = torch.finfo(got.dtype)
         error = abs(got.detach().double().resolve_neg().numpy().reshape(exact.shape) - exact)
-        granted = 8 * limits.eps * (abs(total) + 64 * limits.tiny)
+        # float32 and float64 are summed in their own precision, where equal numbers round to one side
+        roundings = 8 if got.itemsize == 2 else 8 + longest / 4
+        granted = roundings * limits.eps * (abs(total) + 64 * limits.tiny)
         assert (error <= granted).all(), f"{op} by {backend}: error {error.max():.3g}, granted {granted.max():.3g}"
 
 
@@ -230,7 +233,8 @@ def check_freed(backend: str, op: str, given: dict, name: str, share: float, fir
     try:
         _compute(backend, op, given)
     except RuntimeError as error:
-        assert re.search(rf"{name}(\[\d\])? must have memory", str(error)), error
+        named = "(weights|downs|ups)" if op == "merge_" else name  # lists may share a storage
+        assert re.search(rf"{named}(\[\d\])? must have memory", str(error)), error
         return
     raise AssertionError(f"{op} by {backend} computed with a {name} without memory")
 
