@@ -42,6 +42,7 @@ class AdapterFile:
     preparation: Preparation | None  # of images; None if the file does not state it
     classes: tuple[str, ...] | None  # names; None if the file does not state them
     frozen: str | None  # samples of the frozen weights; None in files of formats 1 and 2
+    trained: tuple[str, ...] = ()  # paths of modules that were trained in full; ``head`` has their tensors, too
 
     @property
     def trained_on(self) -> str:
@@ -57,8 +58,10 @@ def write(
     base_model: str = "",
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
+    trained: Sequence[str] = (),
 ) -> None:
-    """Write the file of an adapter of this model: its groups, and the state of its head."""
+    """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules."""
+    more = head_state(model, trained)
     metadata = {
         "format": f"{_FORMAT}{_LATEST}",
         "version": sys.modules[__package__].__version__,
@@ -66,10 +69,11 @@ def write(
         "fingerprint": groups.plan.fingerprint,
         "model": type(model).__name__,
         "base_model": base_model or name_of(model),
-        "frozen": frozen_weights.sample(model, head_state(model)),
+        "frozen": frozen_weights.sample(model, head_state(model) | more),
+        **({"train": json.dumps(list(trained))} if trained else {}),
         **stated(preparation, classes),
     }
-    write_tensors(path, groups.state_dict() | {_HEAD + key: t for key, t in head.items()}, metadata)
+    write_tensors(path, groups.state_dict() | {_HEAD + key: t for key, t in (head | more).items()}, metadata)
 
 
 def stated(preparation: Preparation | None, classes: Sequence[str] | None) -> dict[str, str]:
@@ -119,6 +123,9 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         names = {key: metadata[key] for key in ("fingerprint", "model", "base_model", "version")}
         preparation, classes = read_stated(metadata)
         frozen = metadata["frozen"] if number > 2 else None
+        trained = json.loads(metadata.get("train", "[]"))
+        if not isinstance(trained, list) or not all(isinstance(key, str) for key in trained):
+            raise ValueError("train must be a list of paths")
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"{path} has damaged metadata, or was written by another version of efft_kernels: {error}"
@@ -132,6 +139,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         preparation=preparation,
         classes=classes,
         frozen=frozen,
+        trained=tuple(trained),
         **names,
     )
 

@@ -32,6 +32,7 @@ class Site:
     stage: int  # blocks of one stage have one width
     in_features: int
     out_features: int
+    branch: str = ""  # tells a Linear from others of the same role in its block, as those of a second attention
 
     @property
     def width(self) -> int:
@@ -115,8 +116,12 @@ class MethodConfig:
         wanted = {part for target in self.targets for part in TARGETS[target]}
         return tuple(part for part in parts if part in wanted)
 
-    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+    def arrange(self, sites: list[Site], *, by_shape: bool = True) -> list[GroupSpec]:
         """The groups that these Linears form.
+
+        Args:
+            sites: the Linears, each with parts that are chosen.
+            by_shape: where the Linears of a stage differ in shape, form a group of each shape.
 
         Raises:
             ValueError: a Linear does not fit its group; the message has its path.
@@ -153,6 +158,8 @@ class EFFTConfig(MethodConfig):
             "efft2", two groups: the attention matrices (d x d each), and fc1 with fc2 transposed (d x 4d each).
         rank: r or (r1, r2). In a model whose stages differ in width (Swin) it is the rank of the widest stage, and the
             others get it in proportion to their width, as in the released Swin (rank=32 on Swin-B: 4, 8, 16, 32).
+            Where the Linears of a stage differ in shape (Hiera, MViTv2), those of each role and shape form a group, of
+            a rank of at most the shorter side.
         scale: factor of the update; its initial value with trainable_scale.
         cores: "per_block" as in the paper, or "shared" as in the released ViT code: all blocks use one set of cores.
         factor_dropout: probability of dropping an entry of U, Sigma and V while training. Masks of U and V are drawn
@@ -198,28 +205,58 @@ class EFFTConfig(MethodConfig):
         if self.ffn_rank is not None and self.variant == "efft1":
             raise ValueError("ffn_rank must be None for efft1, whose one group holds attention and FFN together")
 
-    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+    def arrange(self, sites: list[Site], *, by_shape: bool = True) -> list[GroupSpec]:
         stages = _stages(sites)
         specs = []
         for stage, (portion, members) in stages.items():
             attention = [site for site in members if site.parts[0] in ATTENTION]
             ffn = [site for site in members if site.parts[0] not in ATTENTION]
             prefix = f"stage{stage}_" if len(stages) > 1 else ""
+            make = self._by_shape if by_shape and self._differ_in_shape(attention, ffn) else self._one_group
             rank = scaled_rank(self.rank, portion)
             if self.variant == "efft1":
-                specs.append(self._group(f"{prefix}all", members, rank, self.zero_init))
+                specs += make(f"{prefix}all", members, rank, self.zero_init)
                 continue
             if attention:
-                specs.append(self._group(f"{prefix}attn", attention, rank, self.zero_init[0]))
+                specs += make(f"{prefix}attn", attention, rank, self.zero_init[0])
             if ffn:
                 if self.ffn_rank is not None:
                     rank = scaled_rank(self.ffn_rank, portion)
                 elif any(portion != 1 for portion, _ in stages.values()):
                     rank = (max(1, rank[0] // 2), rank[1])
-                specs.append(self._group(f"{prefix}ffn", ffn, rank, self.zero_init[-1]))
+                specs += make(f"{prefix}ffn", ffn, rank, self.zero_init[-1])
         return specs
 
-    def _group(self, name: str, sites: list[Site], rank: tuple[int, int], zero: str) -> GroupSpec:
+    def _differ_in_shape(self, attention: list[Site], ffn: list[Site]) -> bool:
+        """whether the slices of attention, or of the FFN, are not all of the shape that the paper's groups have"""
+        square = {(site.in_features, site.width) for site in attention}
+        wide = {(site.in_features, site.width)[:: -1 if site.parts == ("fc2",) else 1] for site in ffn}
+        flat = self.variant == "efft1" and any(K != N for K, N in square)
+        return len(square) > 1 or len(wide) > 1 or flat
+
+    def _by_shape(self, name: str, sites: list[Site], rank: tuple[int, int], zero: str) -> list[GroupSpec]:
+        """One group per shape. K is the smaller side, so that a matrix and one of the transposed shape share a group;
+        of several matrices side by side it is the side they share."""
+        groups = {}
+        for site in sites:
+            transposed = len(site.parts) == 1 and site.in_features > site.width
+            shape = (site.in_features, site.width)[:: -1 if transposed else 1]
+            cores, calls, slots = groups.setdefault(shape, ({}, {}, []))
+            parts = []
+            for part in site.parts:
+                key = site.branch, part
+                key = key if self.cores == "shared" else (site.block, *key)
+                core = cores.setdefault(key, len(cores)) if part in site.chosen else None
+                parts.append(Part(core, 0, shape[1]))
+            attention = site.parts[0] in ATTENTION
+            call = calls.setdefault((site.block, site.branch, "attn") if attention else site.path, len(calls))
+            slots.append(Slot(site, tuple(parts), transposed, call))
+        return [
+            GroupSpec(f"{name}_{K}x{N}", K, N, tuple(min(r, K, N) for r in rank), len(cores), tuple(slots), zero)
+            for (K, N), (cores, _, slots) in groups.items()
+        ]
+
+    def _one_group(self, name: str, sites: list[Site], rank: tuple[int, int], zero: str) -> list[GroupSpec]:
         cores, calls, slots, shape = {}, {}, [], None
         for site in sites:
             attention, transposed = site.parts[0] in ATTENTION, site.parts == ("fc2",)
@@ -238,13 +275,13 @@ class EFFTConfig(MethodConfig):
             parts = []
             for part in site.parts:
                 start = ATTENTION.index(part) * site.width if side_by_side else 0
-                key = "attn" if side_by_side else part
-                key = key if self.cores == "shared" else (site.block, key)
+                key = site.branch, "attn" if side_by_side else part
+                key = key if self.cores == "shared" else (site.block, *key)
                 core = cores.setdefault(key, len(cores)) if part in site.chosen else None
                 parts.append(Part(core, start, site.width if not transposed else N))
-            call = calls.setdefault((site.block, "attn" if attention else site.path), len(calls))
+            call = calls.setdefault((site.block, site.branch, "attn") if attention else site.path, len(calls))
             slots.append(Slot(site, tuple(parts), transposed, call))
-        return GroupSpec(name, *shape, fitting_rank(rank, shape, name), len(cores), tuple(slots), zero)
+        return [GroupSpec(name, *shape, fitting_rank(rank, shape, name), len(cores), tuple(slots), zero)]
 
 
 @dataclass(frozen=True)
@@ -281,49 +318,64 @@ class FacTConfig(MethodConfig):
         if self.variant == "tk" and not isinstance(self.rank, int):
             raise ValueError(f"rank must be an int for tk, got {self.rank!r}")
 
-    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+    def arrange(self, sites: list[Site], *, by_shape: bool = True) -> list[GroupSpec]:
         stages = _stages(sites)
         specs = []
         for stage, (portion, members) in stages.items():
             name = f"stage{stage}_all" if len(stages) > 1 else "all"
-            d = min(min(site.in_features, site.width) for site in members)
-            cores, slots = 0, []
-            # fc2 last, so that the cores of both kinds are ranges
-            for site in sorted(members, key=lambda site: site.parts == ("fc2",)):
-                transposed = site.parts == ("fc2",)
-                one, many = (site.width, site.in_features) if transposed else (site.in_features, site.width)
-                if one != d or many % d:
-                    raise ValueError(f"FacT cuts matrices into {d} x {d} slices; {site.path} is {one} x {many}")
-                parts = []
-                for part in site.parts:
-                    for _ in range(many // d):
-                        parts.append(Part(cores if part in site.chosen else None, 0, d))
-                        cores += part in site.chosen
-                slots.append(Slot(site, tuple(parts), transposed))
-            rank = fitting_rank(scaled_rank(self.rank, portion), (d, d), name)
-            specs.append(GroupSpec(name, d, d, rank, cores, tuple(slots)))
+            sides = {}
+            for site in members:
+                sides.setdefault(min(site.in_features, site.width), []).append(site)
+            if len(sides) == 1 or not by_shape:
+                specs.append(self._one_group(name, min(sides), members, scaled_rank(self.rank, portion)))
+                continue
+            for d, same in sides.items():
+                rank = tuple(min(r, d) for r in scaled_rank(self.rank, portion))
+                specs.append(self._one_group(f"{name}_{d}", d, same, rank))
         return specs
+
+    def _one_group(self, name: str, d: int, sites: list[Site], rank: tuple[int, int]) -> GroupSpec:
+        def is_transposed(site: Site) -> bool:
+            return site.parts == ("fc2",) or (len(site.parts) == 1 and site.in_features > site.width)
+
+        cores, slots = 0, []
+        # transposed ones last, so that the cores of both kinds are ranges
+        for site in sorted(sites, key=is_transposed):
+            transposed = is_transposed(site)
+            one, many = (site.width, site.in_features) if transposed else (site.in_features, site.width)
+            if one != d or many % d:
+                raise ValueError(f"FacT cuts matrices into {d} x {d} slices; {site.path} is {one} x {many}")
+            parts = []
+            for part in site.parts:
+                for _ in range(many // d):
+                    parts.append(Part(cores if part in site.chosen else None, 0, d))
+                    cores += part in site.chosen
+            slots.append(Slot(site, tuple(parts), transposed))
+        return GroupSpec(name, d, d, fitting_rank(rank, (d, d), name), cores, tuple(slots))
 
 
 class _PerMatrix(MethodConfig):
     """Methods that share no tensor between layers: one group per kind of Linear, one core per matrix."""
 
-    def arrange(self, sites: list[Site]) -> list[GroupSpec]:
+    def arrange(self, sites: list[Site], *, by_shape: bool = True) -> list[GroupSpec]:
         stages = _stages(sites)
         specs = []
         for stage, (portion, members) in stages.items():
             kinds = {}
             for site in members:
                 kinds.setdefault((site.parts, site.chosen, site.in_features, site.width), []).append(site)
+            repeated = Counter("".join(parts) for parts, *_ in kinds)
             for (parts, chosen, K, N), same in kinds.items():
-                name = "_".join([f"stage{stage}"] * (len(stages) > 1) + ["".join(parts)])
+                differ = repeated["".join(parts)] > 1
+                if differ and not by_shape:
+                    raise ValueError(f"the Linears {''.join(parts)} differ in shape from block to block")
+                name = "_".join([f"stage{stage}"] * (len(stages) > 1) + ["".join(parts)] + [f"{K}x{N}"] * differ)
                 cores, slots = iter(range(len(same) * len(chosen))), []
                 for site in same:
                     slots.append(Slot(site, tuple(Part(next(cores) if p in chosen else None, 0, N) for p in parts)))
-                rank = fitting_rank(scaled_rank(self.rank, portion), (K, N), name)
+                rank = scaled_rank(self.rank, portion)
+                rank = tuple(min(r, K, N) for r in rank) if differ else fitting_rank(rank, (K, N), name)
                 specs.append(GroupSpec(name, K, N, rank, len(same) * len(chosen), tuple(slots)))
-        if repeated := [name for name, n in Counter(spec.name for spec in specs).items() if n > 1]:
-            raise ValueError(f"the Linears {repeated} differ in shape from block to block; name the blocks to adapt")
         return specs
 
     def __post_init__(self):
@@ -403,7 +455,7 @@ def _stages(sites: list[Site]) -> dict[int, tuple[float, list[Site]]]:
     stages = {}
     for site in sites:
         stages.setdefault(site.stage, []).append(site)
-    width = {stage: min(min(s.in_features, s.width) for s in members) for stage, members in stages.items()}
+    width = {stage: max(min(s.in_features, s.width) for s in members) for stage, members in stages.items()}
     return {stage: (width[stage] / max(width.values()), members) for stage, members in stages.items()}
 
 

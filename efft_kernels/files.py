@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,22 @@ from torch import Tensor, nn
 from . import frozen_weights
 from .adapter_file import AdapterFile, read_adapter, write
 from .configs import MethodConfig
-from .inject import adapted_linears, adapters, as_before, build, check_bare, check_name, eject, install, mount, plan
+from .inject import (
+    adapted_linears,
+    adapters,
+    as_before,
+    build,
+    check_bare,
+    check_name,
+    check_train,
+    eject,
+    install,
+    mount,
+)
 from .layouts import classes_of, classifiers_of, head_state, heads_of, input_size
 from .ops import check_backend
 from .passes import Adapters
+from .plans import Plan, make_plan, plan
 from .preparation import Preparation
 from .tensor_file import FLOATS
 from .wrappers import before_parallel, on_unwrapped, unwrapped
@@ -31,7 +43,7 @@ def save_adapter(
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Write one adapter, with the head that was trained with it, to a safetensors file, atomically.
+    """Write one adapter, with the head and modules that were trained with it, to a safetensors file, atomically.
 
     The file also holds samples of the frozen weights, by which :func:`load_adapter` tells other weights of the same
     shapes.
@@ -66,7 +78,7 @@ def save_adapter(
     if preparation is not None and not isinstance(preparation, Preparation):
         raise TypeError(f"preparation must be an efft_kernels.Preparation, got {type(preparation).__name__}")
     classes = _checked_names(model, classes) if classes is not None else groups.classes if state else None
-    write(path, model, groups, state, base_model, preparation or groups.preparation, classes)
+    write(path, model, groups, state, base_model, preparation or groups.preparation, classes, owner.trained)
 
 
 def _checked_names(model: nn.Module, classes: Sequence[str]) -> list[str]:
@@ -133,11 +145,13 @@ def load_adapter(
     injected = isinstance(getattr(model, "efft", None), Adapters)
     if injected and (head not in ("train", "keep") or backend is not None):
         raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
-    state = file.head if head == "train" else {}
+    train, more, state = _trained_modules(model, groups.plan, file)
+    state = state if head == "train" else {}
     if not state:
         groups.classes = None  # those of another head
     if injected:
         _check_shared(model, state, path)
+        _check_shared(model, more, path, train)
         check_needs(model, file, strict)
         _mount_new(model, name, groups)
     else:
@@ -149,8 +163,8 @@ def load_adapter(
             )
         head = _fitting(model, state, path) if state else head
         check_needs(model, file, strict)
-        install(model, name, groups, head, backend)
-        _fill_head(model, state)
+        install(model, name, groups, head, backend, train)
+        _fill(model, state | more, (*heads_of(model), *train))
     set_adapter(model, name)
     return model
 
@@ -213,22 +227,62 @@ def head_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
     return classes
 
 
-def _fill_head(model: nn.Module, state: dict[str, Tensor]) -> None:
-    own = head_state(model)
+def _trained_modules(
+    model: nn.Module, made: Plan, file: AdapterFile
+) -> tuple[tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]:
+    """The modules that were trained in full with an adapter, their state, and that of the head."""
+    try:
+        train = check_train(model, file.trained, made)
+    except ValueError as error:
+        raise ValueError(f"{file.path} holds modules that this {type(model).__name__} lacks: {error}") from error
+    inside = tuple(f"{key}." for key in train)
+    more = {key: t for key, t in file.head.items() if key.startswith(inside)}
+    own = head_state(model, train)
+    wanted, found = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (own, more))
+    if wanted != found:
+        key = sorted(wanted.items() ^ found.items())[0][0]
+        raise ValueError(f"{file.path} must hold {key} of shape {wanted.get(key)}, got {found.get(key)}")
+    if lost := [key for key, t in own.items() if t.is_meta]:
+        raise ValueError(f"{lost[0]} is on the meta device, where its values in {file.path} would be lost")
+    return train, more, {key: t for key, t in file.head.items() if key not in more}
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], paths: Iterable[str]) -> None:
+    own = head_state(model, paths)
     with torch.no_grad():
         for key, t in state.items():
             own[key].copy_(t)
 
 
-def _check_shared(model: nn.Module, state: dict[str, Tensor], path) -> None:
-    """Refuse a head that differs from the model's, for it would silently change what the other adapters give."""
-    own = head_state(model)
+def _check_shared(model: nn.Module, state: dict[str, Tensor], path, paths: Iterable[str] | None = None) -> None:
+    """Refuse a head, or modules at these paths, that differ from the model's: loading them would silently change what
+    the other adapters give."""
+    own = head_state(model, paths)
     same = own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())
     if state and not same:
         raise ValueError(
-            f"{path} holds a head that differs from the one of this model, which serves "
-            f"{', '.join(map(repr, adapters(model)))}; head='keep' loads the adapter without it"
+            f"{path} holds {'a head' if paths is None else ', '.join(paths)} that differs from the one of this model, "
+            f"which serves {', '.join(map(repr, adapters(model)))}"
+            + "; head='keep' loads the adapter without it"
+            * (paths is None)
         )
+
+
+def _plan_of(model: nn.Module, config: MethodConfig, fingerprint: str) -> Plan:
+    """The plan that a file was made with: the present one, or, in a file of version 0.1, one that knows names alone."""
+    try:
+        made = plan(model, config)
+        if made.fingerprint == fingerprint:
+            return made
+    except (TypeError, ValueError):
+        made = None
+    try:
+        before = make_plan(model, config, by_structure=False)
+    except (TypeError, ValueError):
+        before = None
+    if made is None or (before is not None and before.fingerprint == fingerprint):
+        return before or plan(model, config)
+    return made
 
 
 @torch.inference_mode(False)
@@ -238,7 +292,7 @@ def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torc
     Raises:
         ValueError: the file is for another model, or a factor is missing or has another shape.
     """
-    made = plan(model, file.config)
+    made = _plan_of(model, file.config, file.fingerprint)
     if made.fingerprint != file.fingerprint:
         raise ValueError(
             f"{file.path} is an adapter of {file.trained_on}, whose Linears or shapes differ from those of this "

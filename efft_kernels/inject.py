@@ -2,112 +2,31 @@
 
 import contextlib
 import copy
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from .adapted_linear import AdaptedLinear
-from .base_linears import DenseWeights, kept_in, refusal, tensors, untrainable
-from .configs import GroupSpec, MethodConfig
+from .base_linears import DenseWeights, kept_in, untrainable
+from .configs import MethodConfig
 from .groups import make_group
-from .layouts import HEADS, LINEARS, check_called, classifiers_of, find_sites, heads_of, norms_outside, tell_classes
+from .layouts import (
+    HEADS,
+    call_linear,
+    classifiers_of,
+    heads_of,
+    norms_outside,
+    tell_classes,
+    uncall_linear,
+    untrained_heads,
+)
 from .ops import check_backend
 from .passes import Adapters
+from .plans import Plan, patterns, plan
 from .precision import beside, check_factor_dtype
 from .wrappers import before_parallel, module_at, named_modules, named_parameters, on_unwrapped, put_at, unwrapped
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What :func:`inject` would do. ``print(plan)`` shows the table; ``parameters`` counts what would be trained."""
-
-    model: str  # class name
-    config: MethodConfig
-    groups: tuple[GroupSpec, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Trained numbers in the factors, without the head."""
-        return sum(self._count(group) for group in self.groups)
-
-    def _count(self, group: GroupSpec) -> int:
-        weights = {slot.site.path: torch.empty(0, device="meta") for slot in group.slots}
-        return sum(p.numel() for p in make_group(group, self.config, weights).parameters())
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the Linears, their shapes and groups: equal for two models if an adapter of one fits the other."""
-        data = json.dumps([asdict(group) for group in self.groups], sort_keys=True)
-        return hashlib.sha256(data.encode()).hexdigest()[:16]
-
-    def __str__(self) -> str:
-        rows = [("path", "part", "block", "group", "slice", "weight [N, K]", "down, up", "parameters")]
-        for group in self.groups:
-            for slot in group.slots:
-                site, cores = slot.site, slot.cores
-                K, N, (P, Q) = site.in_features, site.out_features, group.rank
-                slices = f"{cores[0]}" if len(cores) == 1 else f"{cores[0]}-{cores[-1]}"
-                factors = f"[{K}, r], [r, {N}]" + " transposed" * slot.transposed
-                rows.append(
-                    (site.path, "+".join(site.chosen), f"{site.block}", group.name, slices, f"[{N}, {K}]", factors, "")
-                )
-            shape = f"{group.cores} x [{group.K}, {group.N}]"
-            rows.append((f"= {group.name}", "", "", "", shape, f"rank {P}, {Q}", "", f"{self._count(group):,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        linears = sum(len(group.slots) for group in self.groups)
-        return "\n".join(
-            [f"{self.model}, {self.config}", *lines, f"{linears} Linears, {self.parameters:,} trained parameters"]
-        )
-
-
-@on_unwrapped
-def plan(model: nn.Module, config: MethodConfig) -> Plan:
-    """Which Linears of the model the config adapts, in which groups. Reads names and shapes; changes nothing.
-
-    Args:
-        model: a vision transformer of timm or transformers, or one with the same module names: blocks in a list called
-            ``blocks``, ``layers`` or ``layer``. It may be on the meta device.
-        config: EFFTConfig, FacTConfig, LoRAConfig, VeRAConfig or LoRAXSConfig.
-
-    Raises:
-        TypeError: config is none of these, or the class of a Linear to adapt may compute something else than
-            nn.Linear. Supported are nn.Linear, the quantized Linears of torchao and bitsandbytes, and parametrized and
-            weight-normed ones; the forward of those runs unchanged, and the update is added to its result.
-        ValueError: nothing to adapt, a block that does not exist, a rank that does not fit, matrices of different
-            shapes in one group, tied weights, or a model whose attention does not call its Linear.
-    """
-    if not isinstance(config, MethodConfig):
-        raise TypeError(f"config must be an EFFTConfig or another config of efft_kernels, got {type(config).__name__}")
-    sites = [site for site in find_sites(model, config) if site.chosen]
-    if not sites:
-        raise ValueError(
-            f"{type(model).__name__} has no Linears that targets={config.targets} name; known names inside a block "
-            f"are {', '.join(LINEARS)}"
-        )
-    found = {}
-    for site in sites:
-        module = module_at(model, site.path)
-        _check_linear(model, site.path, module)
-        for tensor in tensors(module):
-            if (other := found.setdefault(id(tensor), site.path)) != site.path:
-                raise ValueError(f"{site.path} and {other} share one weight; adapt neither, or untie them")
-    return Plan(type(model).__name__, config, tuple(config.arrange(sites)))
-
-
-def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
-    adapted = isinstance(module, AdaptedLinear)
-    if reason := refusal(module, module.base if adapted else type(module)):
-        raise TypeError(f"{path} {reason}")
-    if adapted and module.efft[0] is not getattr(model, "efft", None):
-        raise ValueError(
-            f"{path} belongs to a part of the model that is already injected; inject the whole model or the part"
-        )
-    check_called(model, path, module)
 
 
 @before_parallel
@@ -117,6 +36,7 @@ def inject(
     *,
     name: str = "default",
     head: str | int | nn.Module = "train",
+    train: Sequence[str] = (),
     factor_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> nn.Module:
@@ -129,7 +49,10 @@ def inject(
         model, config: as :func:`plan`.
         name: of the adapter; :func:`efft_kernels.add_adapter` puts further ones on the model.
         head: the classifier is trained ("train"), left unchanged and frozen ("keep"), or replaced and trained (a number
-            of classes, or a module).
+            of classes, or a module). It is found by its name also within a wrapper, and beside a model in a wrapper if
+            it is made of Linears.
+        train: paths of further modules to train in full, such as ("decode_head",). They are saved and loaded together
+            with the adapter, and :func:`adapter_parameters` has them.
         factor_dtype: of the factors, and so of the optimizer's state. Float32, the default, keeps them float32 beside
             bfloat16 and float16 weights, whose few digits would swallow small steps, also when the model is cast to
             these later; beside float64 weights it means float64. A forward casts them once to the dtype of the weights,
@@ -141,12 +64,63 @@ def inject(
 
     Raises:
         TypeError, ValueError: as :func:`plan`; a model that is already injected or merged, a name that cannot be used,
-            no head to replace, a factor_dtype that is no floating-point dtype. The model is unchanged then.
+            no head to replace, a module of ``train`` that does not exist, has no parameters or holds an adapted Linear,
+            a factor_dtype that is no floating-point dtype. The model is unchanged then.
+
+    Warns:
+        UserWarning: Linears of the adapted blocks are left out, or a classifier or another module on top of the model
+            is not trained; :attr:`Plan.left_out` has the details.
     """
     check_bare(model)
     check_name(name)
     check_backend(backend)
-    return install(model, name, build(plan(model, config), model, factor_dtype), head, backend)
+    made = plan(model, config)
+    groups, train = build(made, model, factor_dtype), check_train(model, train, made)
+    if said := _unsaid(model, made, head, train):
+        warnings.warn(said, stacklevel=4)  # before the first change, because a warning may be turned into an error
+    return install(model, name, groups, head, backend, train)
+
+
+def check_train(model: nn.Module, train: Sequence[str], made: Plan) -> tuple[str, ...]:
+    """The paths of modules to train in full, each once.
+
+    Raises:
+        TypeError, ValueError: as :func:`inject`.
+    """
+    if isinstance(train, str) or not all(isinstance(path, str) for path in train):
+        raise TypeError(f"train must be a sequence of paths of modules, got {train!r}")
+    modules, adapted = dict(named_modules(model)), [slot.site.path for group in made.groups for slot in group.slots]
+    for path in train:
+        if not path or path not in modules:
+            known = ", ".join(repr(key) for key, _ in model.named_children())
+            raise ValueError(f"train must name modules of this {type(model).__name__}, such as {known}, got {path!r}")
+        if not any(True for _ in modules[path].parameters()):
+            raise ValueError(f"train must name modules with parameters, but {path} has none")
+        if inside := [key for key in adapted if f"{key}.".startswith(f"{path}.") or path.startswith(f"{key}.")]:
+            raise ValueError(f"train must name modules that are not adapted, but {inside[0]} is in {path!r}")
+    return tuple(dict.fromkeys(train))
+
+
+def _unsaid(model: nn.Module, made: Plan, head, train: tuple[str, ...]) -> str:
+    """one sentence about Linears and classifiers that a user may expect to be adapted or trained; empty if none are"""
+    said = []
+    if missed := [item for item in made.left_out if item.unexpected]:
+        said.append(f"{len(missed)} layers of its adapted blocks are not adapted ({patterns(missed)})")
+    if head == "train":
+        heads = heads_of(model)
+        if beside := untrained_heads(model, (*heads, *train)):
+            some = ", ".join(beside[:3]) + ", ..." * (len(beside) > 3)
+            said.append(f"{some} stay frozen, which train={tuple(beside)} would train")
+        elif not train and not any(True for module in heads.values() for _ in module.parameters()):
+            said.append("it has no classifier that was found and trained (train= names one, head='keep' wants none)")
+    if not said:
+        return ""
+    return f"{type(model).__name__}: {', and '.join(said)}; plan(model, config).left_out has what is left out"
+
+
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The head of an injected model, and the modules that ``train`` named, by path."""
+    return heads_of(model) | {path: module_at(model, path) for path in adapters(model).trained}
 
 
 @torch.inference_mode(False)  # a server may start under it, but an inference tensor could never be trained
@@ -174,14 +148,16 @@ def build(
     return groups
 
 
-def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: str | None) -> nn.Module:
+def install(
+    model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: str | None, train: tuple[str, ...] = ()
+) -> nn.Module:
     """Put built groups on a plain model and freeze the rest. Every check comes before the first change."""
     heads = list(heads_of(model))
     replacements = _replacements(model, heads, head)
-    if head != "keep":
-        _check_trainable(model, heads, [getattr(owner, key) for owner, key, _ in replacements])
+    trained = (*train, *(heads if head != "keep" else ()))
+    _check_trainable(model, trained, [getattr(owner, key) for owner, key, _ in replacements])
     before = {key: p.requires_grad for key, p in named_parameters(model)}
-    modules_before = _copies(model, heads if head != "keep" else [])
+    modules_before = _copies(model, list(trained))
 
     for owner, key, module in replacements:
         setattr(owner, key, module)
@@ -190,10 +166,10 @@ def install(model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: s
     if isinstance(head, int):
         tell_classes(model, head)
     model.requires_grad_(False)
-    if head != "keep":
-        for key in heads:
-            module_at(model, key).requires_grad_(True)
-    attach(model, Adapters(backend, frozen_norms=tuple(norms_outside(model, heads))))
+    for path in trained:
+        module_at(model, path).requires_grad_(True)
+    attach(model, Adapters(backend, frozen_norms=tuple(norms_outside(model, (*heads, *train)))))
+    model.efft.trained = train
     model.efft.requires_grad_before, model.efft.modules_before = before, modules_before
     mount(model, name, groups)
     model.efft.active = name
@@ -245,13 +221,14 @@ def attach(model: nn.Module, owner: Adapters) -> None:
 
 def detach(model: nn.Module) -> list[str]:
     """Turn adapted Linears into plain ones and take the adapters off. Returns the paths of those Linears."""
-    linears = {path: module for path, module in named_modules(model) if isinstance(module, AdaptedLinear)}
-    for linear in linears.values():
-        linear.release()
+    paths = [path for path, module in named_modules(model) if isinstance(module, AdaptedLinear)]
+    for path in paths:
+        module_at(model, path).release()
+        uncall_linear(model, path)
     for hook in model.efft.hooks:
         hook.remove()
     del model.efft
-    return list(linears)
+    return paths
 
 
 def adapted_linears(model: nn.Module, groups: nn.ModuleDict) -> dict[str, AdaptedLinear]:
@@ -286,6 +263,7 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
             linear = module_at(model, path)
             if not isinstance(linear, AdaptedLinear):
                 AdaptedLinear.adopt(linear, path, model.efft)
+                call_linear(model, path)
 
 
 def eject(model: nn.Module) -> None:
@@ -322,13 +300,14 @@ def check_name(name: str) -> None:
 
 @on_unwrapped
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters for the optimizer: the factors of the active adapter, and the head if it is trained.
+    """The parameters for the optimizer: the factors of the active adapter, the head if it is trained, and the modules
+    that ``train`` named.
 
     Raises:
         ValueError: a model without adapters.
     """
     found = [p for group in adapters(model).groups() for p in group.parameters()]
-    found += [p for module in heads_of(model).values() for p in module.parameters()]
+    found += [p for module in trained_modules(model).values() for p in module.parameters()]
     return [p for p in dict.fromkeys(found) if p.requires_grad]
 
 
@@ -396,7 +375,8 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
             raise ValueError(
                 f"head can be a module only where there is one head, got {heads} in {type(model).__name__}"
             )
-        return [(model, heads[0], head)]
+        owner, _, key = heads[0].rpartition(".")
+        return [(module_at(model, owner), key, head)]
     found = []
     for path, old in classifiers_of(model):
         dtype, device = kept_in(old)
@@ -411,10 +391,11 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
     return found
 
 
-def _check_trainable(model: nn.Module, heads: list[str], replaced: list[nn.Module]) -> None:
+def _check_trainable(model: nn.Module, trained: tuple[str, ...], replaced: list[nn.Module]) -> None:
     gone = {id(part) for module in replaced for part in module.modules()}
+    inside = tuple(f"{path}." for path in trained)
     for path, module in named_modules(model):
-        if path.partition(".")[0] in heads and id(module) not in gone:
+        if f"{path}.".startswith(inside) and id(module) not in gone:
             if isinstance(module, nn.Linear) and (why := untrainable(module)):
                 raise ValueError(
                     f"{path} {why} and cannot be trained: exclude the head from that, or pass head='keep' or a number "

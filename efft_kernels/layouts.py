@@ -5,11 +5,15 @@ imported.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .base_linears import refusal
 from .configs import MethodConfig, Site
+from .roles import POSITION, TOO_SMALL, UNKNOWN, block_of, roles
 from .wrappers import module_at, named_modules, unwrapped
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
@@ -32,38 +36,192 @@ LINEARS = {
         for name in names.split()
     },
 }
-HEADS = ("head", "head_dist", "heads", "fc", "classifier", "cls_classifier", "distillation_classifier")
+HEADS = (
+    "head",
+    "head_dist",
+    "dist_head",
+    "aux_head",
+    "heads",
+    "fc",
+    "classifier",
+    "cls_classifier",
+    "distillation_classifier",
+)
 
 
-def find_sites(model: nn.Module, config: MethodConfig, named: dict[str, nn.Module] | None = None) -> list[Site]:
-    """The Linears whose role in a block is known from their names.
+@dataclass(frozen=True)
+class LeftOut:
+    """A layer that a plan does not adapt, and why."""
+
+    path: str
+    kind: str  # class name
+    why: str
+    unexpected: bool  # a Linear or an attention in an adapted block that no option of the config leaves out
+
+
+class _Found(NamedTuple):
+    block: str  # path of the block
+    container: str  # path of what holds the blocks
+    path: str
+    parts: tuple[str, ...]
+    module: nn.Linear
+
+
+def find_sites(
+    model: nn.Module,
+    config: MethodConfig,
+    named: dict[str, nn.Module] | None = None,
+    *,
+    by_structure: bool = True,
+) -> list[Site]:
+    """The Linears whose role in a block is known from their names, or from the structure of the block.
 
     Args:
         model, config: as :func:`efft_kernels.plan`.
         named: path -> module to search, None for all modules of the model.
+        by_structure: also those that roles.py recognises.
     """
-    linears = []  # (block prefix, container, path, parts, module)
-    for path, module in named_modules(model) if named is None else named.items():
-        match = _BLOCK.match(path)
-        parts = LINEARS.get(path[match.end() + 1 :]) if match else None
-        if parts and (inner := _linear_at(path, module, config.chosen(parts))):
-            linears.append((match.group(), match["container"], *inner[:1], parts, *inner[1:]))
-    blocks = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefix for prefix, *_ in linears))}
-    stages = {container: i for i, container in enumerate(dict.fromkeys(container for _, container, *_ in linears))}
+    return survey(model, config, named, by_structure=by_structure)[0]
+
+
+def survey(
+    model: nn.Module,
+    config: MethodConfig,
+    named: dict[str, nn.Module] | None = None,
+    *,
+    by_structure: bool = True,
+) -> tuple[list[Site], dict[str, str]]:
+    """As :func:`find_sites`, and for the other Linears of blocks the reason why they have no role, by path."""
+    named = dict(named_modules(model)) if named is None else named
+    found, reasons = _known(named, config), {}
+    if by_structure:
+        more, reasons = _structural(model, named, found)
+        order = {path: i for i, path in enumerate(named)}
+        found = sorted([*found, *more], key=lambda item: order.get(item.path, -1)) if more else found
+    blocks = {prefix: i for i, prefix in enumerate(dict.fromkeys(item.block for item in found))}
     if config.blocks is not None and (missing := set(config.blocks) - set(blocks.values())):
         raise ValueError(f"blocks must be from 0 to {len(blocks) - 1} for this model, got {sorted(missing)}")
-    hidden = {prefix: module.in_features for prefix, _, _, parts, module in linears if parts == ("fc2",)}
-    sites = []
-    for prefix, container, path, parts, module in linears:
+    widths = {}  # of the blocks, which differ between the stages of a model
+    for item in found:
+        side = min(item.module.in_features, item.module.out_features // len(item.parts))
+        widths[item.block] = max(side, widths.get(item.block, 0))
+    stages = dict.fromkeys((item.container, widths[item.block]) for item in found)
+    stages = {key: i for i, key in enumerate(stages)}
+    hidden = {item.block: item.module.in_features for item in found if item.parts == ("fc2",)}
+    sites, taken = [], set()
+    for prefix, container, path, parts, module in found:
         if parts == ("fc1",) and module.out_features == 2 * hidden.get(prefix, 0):
             # a gated FFN in one Linear (SwiGLU)
             gate_last = getattr(module_at(model, path.rpartition(".")[0]), "gate_last", False)
             parts = ("fc1", "gate") if gate_last else ("gate", "fc1")
-        block = blocks[prefix]
+        block, branch = blocks[prefix], _branch(path[len(prefix) + 1 :], prefix, parts, taken)
+        taken.update((prefix, branch, part) for part in parts)
         chosen = config.chosen(parts) if config.blocks is None or block in config.blocks else ()
-        shape = module.in_features, module.out_features
-        sites.append(Site(path, parts, chosen, block, stages[container], *shape))
-    return sites
+        stage = stages[container, widths[prefix]]
+        sites.append(Site(path, parts, chosen, block, stage, module.in_features, module.out_features, branch))
+    return sites, reasons
+
+
+def _branch(inside: str, prefix: str, parts: tuple[str, ...], taken: set) -> str:
+    """what tells a Linear from others of its role in the block, as those of a second attention; mostly nothing"""
+    for branch in ("", inside.rpartition(".")[0], inside):
+        if not any((prefix, branch, part) in taken for part in parts):
+            return branch
+    return inside
+
+
+def _known(named: Mapping[str, nn.Module], config: MethodConfig) -> list[_Found]:
+    found = []
+    for path, module in named.items():
+        match = _BLOCK.match(path)
+        parts = LINEARS.get(path[match.end() + 1 :]) if match else None
+        if isinstance(named.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+            continue  # it reads the weight of its output projection itself
+        if parts and (inner := _linear_at(path, module, config.chosen(parts))):
+            if path.endswith(".qkv") and inner[1].out_features == 2 * inner[1].in_features:
+                parts = ("k", "v")  # GCViT, whose queries are global
+            found.append(_Found(match.group(), match["container"], inner[0], parts, inner[1]))
+    return found
+
+
+def _structural(
+    model: nn.Module, named: Mapping[str, nn.Module], known: list[_Found]
+) -> tuple[list[_Found], dict[str, str]]:
+    """The Linears that roles.py recognises, and why not for the others in blocks."""
+    taken, containers = {item.path for item in known}, {item.block: item.container for item in known}
+    heads = tuple(f"{path}." for path in heads_of(model))
+    attentions = tuple(f"{path}." for path, m in named.items() if isinstance(m, nn.MultiheadAttention))
+    blocks: dict[str, dict[str, nn.Linear]] = {}
+    for path, module in named.items():
+        if not isinstance(module, nn.Linear) or path in taken or f"{path}.".startswith((*heads, *attentions)):
+            continue
+        prefix = next((p for p in _ancestors(path) if p in containers), None) or block_of(path)
+        if prefix is not None:
+            blocks.setdefault(prefix, {})[path[len(prefix) + 1 :]] = module
+    found, reasons = [], {}
+    for prefix, linears in blocks.items():
+        inside = [item for item in known if item.block == prefix]
+        attention = [item.path[len(prefix) + 1 :] for item in inside if item.parts[0] in ("q", "k", "v")]
+        by_name = {path: LINEARS[path] for path in linears if path in LINEARS}
+        rest = {path: linear for path, linear in linears.items() if path not in by_name}
+        attention += [path for path, parts in by_name.items() if parts[0] in ("q", "k", "v")]
+        for path, role in (by_name | roles(rest, attention)).items():
+            own = linears[path]
+            if not isinstance(role, str) and (why := refusal(own, getattr(type(own), "base", type(own)))):
+                role = why
+            if isinstance(role, str):
+                reasons[f"{prefix}.{path}"] = role
+            else:
+                container = containers.get(prefix) or _container(prefix)
+                found.append(_Found(prefix, container, f"{prefix}.{path}", role, own))
+    return found, reasons
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
+def _container(prefix: str) -> str:
+    names = prefix.split(".")
+    while names and names[-1].isdigit():
+        names.pop()
+    return ".".join(names)
+
+
+def left_out(
+    model: nn.Module, config: MethodConfig, sites: list[Site], reasons: Mapping[str, str]
+) -> tuple[LeftOut, ...]:
+    """The Linears, attentions and pointwise convolutions that are not adapted, without those of the head.
+
+    Args:
+        model, config: as :func:`efft_kernels.plan`.
+        sites, reasons: from :func:`survey`.
+    """
+    own = {site.path: site for site in sites}
+    adapted = {prefix for site in sites if site.chosen if (prefix := block_of(site.path))}
+    skipped = tuple(f"{path}." for path in heads_of(model))
+    found = []
+    for path, module in named_modules(model):
+        if (path in own and own[path].chosen) or f"{path}.".startswith(skipped):
+            continue
+        kind, inside = type(module).__name__, any(prefix in adapted for prefix in _ancestors(path))
+        base = getattr(type(module), "base", type(module))
+        if isinstance(module, nn.MultiheadAttention):
+            skipped += (f"{path}.",)
+            found.append(LeftOut(path, kind, "it reads its projections itself and calls no Linear", inside))
+        elif path in own:
+            site = own[path]
+            name = "blocks" if config.chosen(site.parts) else "targets"
+            found.append(LeftOut(path, base.__name__, f"{name}={getattr(config, name)} does not name it", False))
+        elif isinstance(module, nn.Linear):
+            why = reasons.get(path, UNKNOWN) if inside else "it is outside of the adapted blocks"
+            found.append(LeftOut(path, base.__name__, why, inside and why not in (POSITION, TOO_SMALL)))
+        elif inside and kind == "Conv1D" and not isinstance(module, nn.modules.conv._ConvNd):
+            found.append(LeftOut(path, kind, "it is no nn.Linear", True))
+        elif inside and isinstance(module, nn.modules.conv._ConvNd) and set(module.kernel_size) == {1}:
+            found.append(LeftOut(path, kind, "it is a convolution", False))
+    return tuple(found)
 
 
 def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[str, nn.Linear] | None:
@@ -90,24 +248,163 @@ def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
     if module.out_features % 3 and path.endswith("qkv"):
         raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
     parent = module_at(model, path.rpartition(".")[0])
-    separate = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
+    separate = getattr(parent, "q_bias", None) is not None and not hasattr(parent, "qkv_bias_separate")
     if path.endswith(".qkv") and separate:
         raise ValueError(
             f"{type(model).__name__} is not supported with these targets: its {type(parent).__name__} at {path} keeps "
-            "q and v biases apart and calls F.linear on the weight, past the Linear (as do BEiT, EVA and Swin V2 of "
-            "timm); targets=('proj', 'mlp') would work"
+            "q and v biases apart, calls F.linear on the weight, past the Linear, and has no switch qkv_bias_separate "
+            "against that (as BEiT, EVA and Swin V2 of timm have); targets=('proj', 'mlp') would work"
         )
 
 
+def call_linear(model: nn.Module, *paths: str) -> None:
+    """Make the modules around the Linears at these paths call them, if they can read the weights instead.
+
+    BEiT, EVA and Swin V2 of timm have a switch for that; nn.TransformerEncoderLayer and nn.TransformerEncoder have
+    attributes that turn their fast paths off. :func:`uncall_linear` undoes it.
+    """
+    for module, name, value in (switch for path in paths for switch in _switches(model, path)):
+        if getattr(module, name) != value:
+            module._efft_switched = {name: getattr(module, name)}, *getattr(module, "_efft_switched", ())
+            setattr(module, name, value)
+            if name == "qkv_bias_separate":  # it then adds the bias in place
+                module._efft_hook = module.qkv.register_forward_hook(_own_memory)
+
+
+def uncall_linear(model: nn.Module, *paths: str) -> None:
+    """Undo :func:`call_linear`."""
+    for module, _, _ in (switch for path in paths for switch in _switches(model, path)):
+        for before in module.__dict__.pop("_efft_switched", ()):
+            for name, value in before.items():
+                setattr(module, name, value)
+        if hook := module.__dict__.pop("_efft_hook", None):
+            hook.remove()
+
+
+def _own_memory(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output.clone() if output.requires_grad else output  # autograd forbids writing into a view of our op
+
+
+def _switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, object]]:
+    for owner in _ancestors(path):
+        module = module_at(model, owner)
+        if path == f"{owner}.qkv" and getattr(module, "q_bias", None) is not None:
+            yield module, "qkv_bias_separate", True
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            yield module, "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
+            yield module, "use_nested_tensor", False
+    if isinstance(model, nn.TransformerEncoderLayer):
+        yield model, "activation_relu_or_gelu", 0
+    elif isinstance(model, nn.TransformerEncoder) and hasattr(model, "use_nested_tensor"):
+        yield model, "use_nested_tensor", False
+
+
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The classifier modules by name; empty for a model without any."""
-    found = {key: getattr(model, key, None) for key in HEADS}
-    return {key: unwrapped(module) for key, module in found.items() if isinstance(module, nn.Module)}
+    """The classifier modules by path; empty for a model without any.
+
+    They are the children with a known name (``HEADS``). A module that is not of timm or transformers, such as one's own
+    network or a Lightning module around a model, is a wrapper: there a head may have any name, if it is made of Linears
+    alone and stands beside the model, and otherwise it is looked for in the wrapped modules.
+    """
+    model = unwrapped(model)
+    found = _heads_in(model, "")
+    if any(True for head in found.values() for _ in head.parameters()):
+        return found
+    return next(filter(None, _heads_below(model)), {}) or found
 
 
-def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the head, named as in the model's state_dict."""
-    state = {f"{key}.{name}": t for key, head in heads_of(model).items() for name, t in head.state_dict().items()}
+def _heads_in(owner: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    children = {key: getattr(owner, key, None) for key in HEADS}
+    return {prefix + key: unwrapped(child) for key, child in children.items() if isinstance(child, nn.Module)}
+
+
+def _heads_below(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """what may be the heads, from the wrapper inwards"""
+    level = {"": model}
+    while level:
+        inside = {}
+        for prefix, owner in level.items():
+            children = {f"{prefix}{key}": child for key, child in _children(owner).items()}
+            if isinstance(owner, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                continue
+            if not _of_library(owner):
+                inside |= children
+            elif hasattr(owner, "timm_model"):  # of transformers, around a model of timm
+                inside[f"{prefix}timm_model"] = unwrapped(owner.timm_model)
+        yield {
+            path: head
+            for prefix, owner in level.items()
+            for path, head in (_heads_in(owner, prefix) or _new_in(owner, prefix)).items()
+            if any(True for _ in head.parameters())
+        }
+        level = {f"{path}.": child for path, child in inside.items()}
+
+
+def _new_in(wrapper: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The modules of Linears and norms alone that stand in a wrapper beside a model with blocks."""
+    children = _children(wrapper)
+    models = {key for key, child in children.items() if any(_is_block_list(m) for m in child.modules())}
+    if _of_library(wrapper) or not models or isinstance(wrapper, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        return {}
+    if any(_is_block_list(children[key]) for key in models):  # a model itself
+        return {}
+    return {f"{prefix}{key}": child for key, child in children.items() if key not in models and _all_linears(child)}
+
+
+def _children(owner: nn.Module) -> dict[str, nn.Module]:
+    return {key: unwrapped(child) for key, child in owner.named_children() if key != "efft"}
+
+
+def _all_linears(module: nn.Module) -> bool:
+    owners = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+    kinds = nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, nn.Linear) for m in owners) and all(isinstance(m, kinds) for m in owners)
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    """whether it is a list of modules that hold Linears each"""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    return any(
+        not isinstance(child, nn.Linear) and any(isinstance(m, nn.Linear) for m in child.modules()) for child in module
+    )
+
+
+def _of_library(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("timm", "transformers")
+
+
+def untrained_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:
+    """Paths of the modules that a model of transformers puts on its base model, and of those that a wrapper has beside
+    its model, if they have parameters and none of the paths in ``trained`` reaches them."""
+    trained, found, level = tuple(trained), [], {"": unwrapped(model)}
+    while level:
+        inside = {}
+        for prefix, owner in level.items():
+            children = {f"{prefix}{key}": child for key, child in _children(owner).items()}
+            base = getattr(owner, getattr(owner, "base_model_prefix", "") or " ", None)
+            base = unwrapped(base) if isinstance(base, nn.Module) else None
+            if base is not None and base is not owner:
+                beside = {path: child for path, child in children.items() if child is not base}
+            elif not _of_library(owner) and not any(_is_block_list(child) for child in children.values()):
+                models = {path for path, m in children.items() if any(_is_block_list(part) for part in m.modules())}
+                beside = {path: m for path, m in children.items() if models and path not in models}
+                inside |= {f"{path}.": children[path] for path in models}
+            else:
+                continue
+            for path, child in beside.items():
+                reached = any(f"{path}.".startswith(f"{t}.") or t.startswith(f"{path}.") for t in trained)
+                if not reached and any(True for _ in child.parameters()):
+                    found.append(path)
+        level = inside
+    return found
+
+
+def head_state(model: nn.Module, paths: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers of the head, or of the modules at these paths, named as in the model's state_dict."""
+    modules = heads_of(model) if paths is None else {path: module_at(model, path) for path in paths}
+    state = {f"{key}.{name}": t for key, head in modules.items() for name, t in head.state_dict().items()}
     return {key: t for key, t in state.items() if isinstance(t, Tensor)}
 
 
@@ -136,10 +433,11 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     return classes.pop()
 
 
-def norms_outside(model: nn.Module, heads: list[str]) -> Iterator[nn.Module]:
-    """The batch norms that are not part of a head."""
+def norms_outside(model: nn.Module, heads: Iterable[str]) -> Iterator[nn.Module]:
+    """The batch norms that are not part of the modules at these paths."""
+    inside = tuple(f"{head}." for head in heads)
     for path, module in named_modules(model):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and path.partition(".")[0] not in heads:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not f"{path}.".startswith(inside):
             yield module
 
 
@@ -152,10 +450,12 @@ def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def tell_classes(model: nn.Module, classes: int) -> None:
     """Write the new number of classes where timm and transformers keep it."""
-    for owner in (model, getattr(model, "config", None)):
-        for key in ("num_classes", "num_labels"):
-            if key in vars(owner or object) or (owner is not model and hasattr(owner, key)):
-                setattr(owner, key, classes)
+    heads = {path.rpartition(".")[0]: None for path in heads_of(model)}
+    for module in [model, *(module_at(model, path) for path in heads if path)]:
+        for owner in (module, getattr(module, "config", None)):
+            for key in ("num_classes", "num_labels"):
+                if key in vars(owner or object) or (owner is not module and hasattr(owner, key)):
+                    setattr(owner, key, classes)
 
 
 def input_size(model: nn.Module) -> tuple[int, int] | None:

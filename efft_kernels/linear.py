@@ -111,6 +111,7 @@ class EFFTLinear(nn.Linear):
         self.u = nn.Parameter(torch.empty(self.in_features, rank[0], **like))
         self.sigma = nn.Parameter(torch.empty(slices, *rank, **like))
         self.v = nn.Parameter(torch.empty(rank[1], self.out_features // slices, **like))
+        self.no_fast_path = _NoFastPath()
         self.reset_factors()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EFFTLinear":
@@ -171,10 +172,29 @@ class EFFTLinear(nn.Linear):
             merge_([linear.weight], [self.u.to(wide)], [up.to(wide)], backend=self.backend)
         return linear.train(self.training)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         slices, r1, r2 = self.sigma.shape
         rank = r1 if r1 == r2 else (r1, r2)
         return f"{super().extra_repr()}, rank={rank}, scale={self.scale}, slices={slices}"
+
+
+class _NoFastPath(nn.Module):
+    """Keeps an nn.TransformerEncoderLayer around an EFFTLinear from reading its weight instead of calling it.
+
+    In eval mode that layer has a fast path, which it does not take if any module in it has a hook. This one is never
+    called, so its hook costs nothing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: tuple) -> None:
+    pass
 
 
 def _check(in_features, out_features, rank, slices, factor_dropout, zero_init) -> tuple[int, int]:

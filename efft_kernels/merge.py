@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .adapted_linear import AdaptedLinear
 from .base_linears import dense, has_own_forward, kept_in, kind
 from .inject import adapted_linears, adapters, attach, detach
+from .layouts import call_linear
 from .ops import merge_
 from .passes import Adapters
 from .wrappers import module_at, named_modules, on_unwrapped, put_at
@@ -154,6 +155,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     attach(model, merged.adapters.to(device))
     for path in merged.names:
         AdaptedLinear.adopt(module_at(model, path), path, model.efft)
+        call_linear(model, path)
     return model
 
 

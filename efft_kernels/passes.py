@@ -225,6 +225,7 @@ class Adapters(Passes, nn.ModuleDict):
         self.backend = backend
         self.active = None
         self.frozen_norms = frozen_norms  # batch norms that stay in eval mode; a tuple does not register them
+        self.trained: tuple[str, ...] = ()  # paths of modules that are trained in full, beside the head
         self.requires_grad_before: dict[str, bool] = {}  # of the model's parameters, before it was injected
         self.hooks: tuple = ()  # on the model, around its forward
         self.watched = set()

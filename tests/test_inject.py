@@ -134,15 +134,6 @@ def test_transformers_checkpointing_sees_the_same_masks():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"])
-def test_models_that_bypass_the_linear_are_refused_by_name(name):
-    with torch.device("meta"):
-        model = timm().create_model(name)
-    with pytest.raises(ValueError, match=f"{type(model).__name__} is not supported .* past the Linear"):
-        ek.plan(model, SMALL)
-    assert not hasattr(model, "efft")
-
-
 class Odd(nn.Module):
     """A model with a list of blocks made of the given modules."""
 

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base_linears import computes_in
 from ..configs import ATTENTION, EFFTConfig, GroupSpec, Part, Site, Slot, fitting_rank, scaled_rank
 from ..groups import EFFTGroup
-from ..layouts import check_called, find_sites
+from ..layouts import call_linear, check_called, find_sites, uncall_linear
 from ..ops import merge_
 from ..passes import Adapters
 from ..precision import LOW
@@ -121,14 +121,14 @@ def _arrange(
         linears: path -> Linear, those to adapt.
     """
     method = config.method()
-    known = {site.path: site for site in find_sites(model, method, bases) if site.path in linears}
+    known = {site.path: site for site in find_sites(model, method, bases, by_structure=False) if site.path in linears}
     for path, site in known.items():
         if not site.chosen:
             raise ValueError(f"targets must name a matrix of {path}, chosen by target_modules, got {config.targets}")
         check_called(model, path, linears[path])
     specs = []
     try:
-        specs = method.arrange(list(known.values())) if known else []
+        specs = method.arrange(list(known.values()), by_shape=False) if known else []
     except ValueError:  # shapes that do not fit the paper's groups
         known = {}
     return specs + _by_shape({path: linear for path, linear in linears.items() if path not in known}, method)
@@ -361,6 +361,7 @@ class EFFTPeftModel(BaseTuner):
         for p, trained in before.items():  # another adapter changes nothing about the existing ones
             p.requires_grad_(trained)
         self._layers = [module for module in model.modules() if isinstance(module, EFFTPeftLinear)]
+        call_linear(model, *(layer.path for layer in self._layers))
         if not self._hooks:
             self._hooks = (
                 model.register_forward_pre_hook(partial(_begin, self)),
@@ -465,6 +466,7 @@ class EFFTPeftModel(BaseTuner):
         if merge and safe_merge and not any(layer.merged for layer in self._layers):
             self.merge_adapter(adapter_names, safe_merge=True)  # one layer that fails keeps all from being unloaded
             self.unmerge_adapter()
+        uncall_linear(self.model, *(layer.path for layer in self._layers))
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in self._hooks:
             hook.remove()

@@ -39,6 +39,11 @@ def load(model: nn.Module, source: str | PathLike | nn.Module, factor_dtype: tor
     else:
         what = type(source).__name__
         raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")
+    if file.trained:
+        raise ValueError(
+            f"{file.path} was trained with modules of its own ({', '.join(file.trained)}), which a bank cannot keep for "
+            "each adapter; load_adapter takes it"
+        )
     groups = filled(model, file, factor_dtype)
     heads = _load_heads(model, file.head, file.path) if file.head else {}
     check_needs(model, file, strict)
@@ -88,6 +93,7 @@ def _file_of(model: nn.Module) -> AdapterFile:
         preparation=groups.preparation,
         classes=groups.classes,
         frozen=frozen_weights.sample(model, head_state(model)),
+        trained=owner.trained,
     )
 
 

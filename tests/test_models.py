@@ -1,0 +1,209 @@
+"""Models beyond the plain ViT: what is adapted, called, trained and said to be left out."""
+
+import warnings
+
+import pytest
+import torch
+from models import PLAIN, images, shake, timm, vit
+from torch import nn
+
+import efft_kernels as ek
+
+
+class Wrapped(nn.Module):
+    """As a Lightning module has its model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class Own(nn.Module):
+    """A network of one's own with a classifier of any name, and a module that is no classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = vit(num_classes=0)
+        self.cls = nn.Linear(192, 5)
+        self.decode = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.cls(self.backbone(x))
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("efft.")}
+
+
+def test_heads_are_found_within_wrappers_and_beside_a_model():
+    model = ek.inject(Wrapped(vit()), PLAIN)
+    assert trained(model) == {"model.head.weight", "model.head.bias"}
+    assert model.model.head.weight in set(ek.adapter_parameters(model))
+    model = ek.inject(Wrapped(Wrapped(vit())), PLAIN, head=7)
+    assert model(images()).shape == (2, 7) and model.model.model.num_classes == 7
+    with pytest.warns(UserWarning, match=r"Own: decode stay frozen, which train=\('decode',\) would train"):
+        model = ek.inject(Own(), PLAIN)
+    assert trained(model) == {"cls.weight", "cls.bias"}
+
+
+def test_a_missing_head_is_said_and_a_plain_model_says_nothing():
+    with pytest.warns(UserWarning, match="has no classifier that was found and trained"):
+        ek.inject(vit(num_classes=0), PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ek.inject(vit(), PLAIN)
+        ek.inject(vit(num_classes=0), PLAIN, head="keep")
+        bare = vit(num_classes=0)
+        with pytest.raises(UserWarning):
+            ek.inject(bare, PLAIN)
+    assert not hasattr(bare, "efft")
+
+
+def test_train_names_modules_that_are_trained_saved_and_loaded(tmp_path):
+    model = Own()
+    weights = {key: t.clone() for key, t in model.state_dict().items()}
+    shake(ek.inject(model, PLAIN, train=("decode",)))
+    assert trained(model) == {"cls.weight", "cls.bias", "decode.weight", "decode.bias"}
+    assert {model.decode.weight, model.decode.bias} <= set(ek.adapter_parameters(model))
+    with torch.no_grad():
+        model.decode.weight.normal_()
+    with ek.disable_adapter(model):
+        assert torch.equal(model.decode.weight, weights["decode.weight"])
+    ek.save_adapter(model, tmp_path / "a.safetensors")
+    other = Own()
+    other.load_state_dict(weights)
+    ek.load_adapter(other, tmp_path / "a.safetensors", head="keep")
+    assert torch.equal(other.decode.weight, model.decode.weight) and trained(other) == {"decode.weight", "decode.bias"}
+    ek.delete_adapter(other, "default")
+    del other.decode
+    with pytest.raises(ValueError, match="holds modules that this Own lacks"):
+        ek.load_adapter(other, tmp_path / "a.safetensors")
+    for train, error, says in [
+        ("decode", TypeError, "train must be a sequence of paths"),
+        (("decoder",), ValueError, "train must name modules of this Own, such as 'backbone', .* got 'decoder'"),
+        (("backbone.head",), ValueError, "backbone.head has none"),
+        (("backbone",), ValueError, "blocks.0.attn.qkv is in 'backbone'"),
+    ]:
+        with pytest.raises(error, match=says):
+            ek.inject(Own(), PLAIN, train=train)
+
+
+SWITCHED = {
+    "beit_base_patch16_224": dict(embed_dim=64, num_heads=2, depth=2, img_size=32),
+    "eva02_tiny_patch14_224": dict(embed_dim=64, num_heads=2, depth=2, img_size=28),
+    "swinv2_tiny_window8_256": dict(embed_dim=32, depths=(2, 1), num_heads=(2, 4), window_size=4, img_size=32),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_attention_with_separate_biases_calls_its_linear(name):
+    model = timm().create_model(name, num_classes=10, **SWITCHED[name]).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith(("q_bias", "v_bias", "head.weight", "head.fc.weight")):
+                p.normal_()
+            elif key.endswith(("norm1.weight", "norm2.weight")):
+                p.fill_(1.0)  # Swin V2 starts with zeros there
+    x = images(size=SWITCHED[name]["img_size"])
+    before = model(x)
+    ek.inject(model, ek.EFFTConfig(rank=4, factor_dropout=0.0, targets=("qkv",)))
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a Linear that is not called would be said
+        after = shake(model, 0.3)(x)
+    assert (after - before).abs().max() > 1e-4
+    after.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.efft.parameters())
+    qkv = next(m for path, m in model.named_modules() if path.endswith(".qkv"))
+    switch = [m for m in model.modules() if hasattr(m, "qkv_bias_separate")]
+    assert switch and all(m.qkv_bias_separate for m in switch) and qkv._forward_hooks
+    torch.testing.assert_close(ek.merge(model)(x), after, rtol=1e-3, atol=1e-4)
+    assert not any(m.qkv_bias_separate for m in switch) and not qkv._forward_hooks
+
+
+def test_attention_with_separate_biases_and_no_switch_is_refused_by_name():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.q_bias = nn.Linear(32, 96, bias=False), nn.Parameter(torch.zeros(32))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.ModuleDict({"attn": Attention()})])
+    with pytest.raises(ValueError, match=r"Attention at blocks.0.attn.qkv keeps q and v biases apart, .* no switch"):
+        ek.plan(model, PLAIN)
+
+
+def test_the_fast_path_of_an_encoder_layer_skips_no_adapter():
+    x, mask = torch.randn(2, 7, 32), torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    layer.linear1 = ek.EFFTLinear.from_linear(layer.linear1, rank=4, scale=5.0)
+    with torch.no_grad():
+        layer.linear1.v.normal_()
+        want = layer.train()(x)
+        torch.testing.assert_close(layer.eval()(x), want)
+    make = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(make, 2)
+    plan = ek.plan(encoder, PLAIN)
+    assert [item.path for item in plan.left_out] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert "layers.*.self_attn (2 x MultiheadAttention): it reads its projections itself" in str(plan)
+    before = encoder.eval()(x, src_key_padding_mask=mask)
+    with pytest.warns(UserWarning, match=r"2 layers of its adapted blocks are not adapted \(layers.\*.self_attn\)"):
+        ek.inject(encoder, PLAIN, head="keep")
+    shake(encoder, 0.5)
+    for options in ({}, {"src_key_padding_mask": mask}):
+        want = encoder.train()(x, **options).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.eval()(x, **options)[0], want[0], rtol=1e-4, atol=1e-5)
+    ek.delete_adapter(encoder, "default")
+    assert torch.equal(encoder.eval()(x, src_key_padding_mask=mask), before)
+
+
+@pytest.mark.parametrize("method", [PLAIN, ek.EFFTConfig("efft1", rank=4, factor_dropout=0.0), ek.LoRAConfig(rank=4)])
+def test_stages_whose_linears_differ_in_shape_are_grouped_by_shape(method):
+    hiera = dict(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1), q_pool=1)
+    model = timm().create_model("hiera_tiny_224", num_classes=10, **hiera).eval()
+    nn.init.normal_(model.head.fc.weight)
+    x = images(1, size=64)
+    before = model(x)
+    with pytest.warns(UserWarning, match=r"not adapted \(blocks.\*.proj\)"):
+        ek.inject(model, method)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    after = shake(model)(x)
+    assert not torch.allclose(after, before, atol=1e-4)
+    torch.testing.assert_close(ek.merge(model)(x), after, rtol=1e-3, atol=1e-4)
+
+
+def test_what_options_leave_out_is_listed_without_a_warning():
+    model = vit()
+    found = {item.path: item for item in ek.plan(model, ek.EFFTConfig(rank=4, targets=("mlp",), blocks=(1,))).left_out}
+    assert found["blocks.1.attn.qkv"].why == "targets=('mlp',) does not name it"
+    assert found["blocks.0.mlp.fc1"].why == "blocks=(1,) does not name it"
+    assert not any(item.unexpected for item in found.values()) and "head" not in found
+
+
+class Block(nn.Module):
+    """A decoder block with two attentions and names that are not known."""
+
+    def __init__(self):
+        super().__init__()
+        for attention in ("self_attention", "cross_attention"):
+            names = ("to_query", "to_key", "to_value", "out_proj")
+            self.add_module(attention, nn.ModuleDict({name: nn.Linear(32, 32) for name in names}))
+        self.lin1, self.lin2, self.odd = nn.Linear(32, 128), nn.Linear(128, 32), nn.Linear(32, 20)
+
+
+def test_names_by_structure_and_matrices_of_two_attentions_have_cores_of_their_own():
+    model = nn.Module()
+    model.decoder = nn.ModuleList([Block(), Block()])
+    plan = ek.plan(model, ek.EFFTConfig(rank=4))
+    groups = {group.name: group for group in plan.groups}
+    assert groups["attn"].cores == 16 and groups["ffn"].cores == 4
+    used = [core for slot in groups["attn"].slots for core in slot.cores]
+    assert sorted(used) == list(range(16))
+    assert [(item.path, item.unexpected) for item in plan.left_out] == [
+        ("decoder.0.odd", True),
+        ("decoder.1.odd", True),
+    ]
