@@ -41,8 +41,8 @@ def load(model: nn.Module, source: str | PathLike | nn.Module, factor_dtype: tor
         raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")
     if file.trained:
         raise ValueError(
-            f"{file.path} was trained with modules of its own ({', '.join(file.trained)}), which a bank cannot keep for "
-            "each adapter; load_adapter takes it"
+            f"{file.path} was trained with modules of its own ({', '.join(file.trained)}), which a bank keeps for no "
+            "adapter; load_adapter takes it"
         )
     groups = filled(model, file, factor_dtype)
     heads = _load_heads(model, file.head, file.path) if file.head else {}
