@@ -68,18 +68,18 @@ class Recipe:
             _check_versions(tensors, self.versions)
         share = self.share
         if share.users == 1:
-            return self._built(tensors)
+            return self.x_outside_autocast(tensors)
         # a tensor that another stream computes might not be there yet
         now, held = (graph_task(), raw_stream(tensors[0].device)), share.held
         if held is None or held[0] != now:
-            held = share.held = now, self._built(tensors), [None] * share.users
+            held = share.held = now, self.x_outside_autocast(tensors), [None] * share.users
         _, x, left = held
         left.pop()
         if not left:
             share.held = None
         return x
 
-    def _built(self, tensors: list[Tensor]) -> Tensor:
+    def x_outside_autocast(self, tensors: list[Tensor]) -> Tensor:
         if not any_autocast():
             return self.build(tensors)
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -117,8 +117,7 @@ def _find(x: Tensor, node) -> tuple[Recipe, tuple[Tensor, ...]] | None:
         for _ in range(_LONGEST):
             name = type(node).__name__
             if name in _PRODUCERS:
-                produce = _PRODUCERS[name](node, saved)
-                if produce is not None:
+                if produce := _PRODUCERS[name](node, saved):
                     break
             step = _MOVES.get(name)
             found = step and step(node, size, saved)
@@ -136,6 +135,8 @@ def _find(x: Tensor, node) -> tuple[Recipe, tuple[Tensor, ...]] | None:
     recipe = Recipe(produce, moves, share, saved.versions())
     if isinstance(produce, _Norm) and not produce.proven(recipe, saved.tensors, x):
         return None
+    if saved.doubtful and not _gives(recipe, saved.tensors, x):
+        return None
     share.users += 1
     return recipe, tuple(saved.tensors)
 
@@ -148,8 +149,9 @@ class _Saved:
     """The tensors of a recipe, as the nodes of the graph have saved them."""
 
     def __init__(self, x: Tensor):
-        self.device, self.dtype = x.device, x.dtype
+        self.device, self.dtype, self.width = x.device, x.dtype, x.shape[-1]
         self.hooked = pack_hooks() is not None
+        self.doubtful = False  # whether a tensor may have changed between its producer and now
         self.tensors: list[Tensor] = []
 
     def take(self, node, name: str, given_by: int = -1) -> int:
@@ -161,8 +163,9 @@ class _Saved:
             t = raw.data
             if type(t) is Tensor:
                 # only the very tensor, as hooks that look or count return it, and not one that is made from it
-                if t.grad_fn is None or t.grad_fn is not node.next_functions[given_by][0] or t._version:
+                if t.grad_fn is None or t.grad_fn is not node.next_functions[given_by][0]:
                     raise _NotSaved
+                self.doubtful |= t._version > 0
             elif type(t) is not nn.Parameter:
                 raise _NotSaved
         else:
@@ -211,6 +214,16 @@ def _product(node, saved: _Saved) -> Callable | None:
     return lambda tensors: tensors[i] * tensors[j]
 
 
+def _attention(node, saved: _Saved) -> Callable | None:
+    """The product of attention weights and values, where its sum is short against the width of x"""
+    if not (saved.has(node, "self") and saved.has(node, "mat2")):
+        return None
+    i, j = saved.take(node, "self", 0), saved.take(node, "mat2", 1)
+    if saved.tensors[i].shape[-1] > max(64, saved.width // 2):
+        return None
+    return lambda tensors: torch.bmm(tensors[i], tensors[j])
+
+
 class _Norm:
     """A layer norm or RMS norm, whose node saves all but eps: that of the module whose weight it is."""
 
@@ -231,18 +244,24 @@ class _Norm:
         bias = None if self.bias is None else tensors[self.bias]
         return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)[0]
 
-    def proven(self, recipe: Recipe, tensors: list[Tensor], x: Tensor) -> bool:
+    def proven(self, recipe: Recipe, tensors: list[Tensor], x: Tensor) -> bool | None:
         """Whether this module's eps has given the bits of its output: compared once, and again if eps changes."""
         proof = self.proofs.get(key := (self.eps, x.dtype, x.device))
-        if proof is None:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                return False  # the comparison waits for the GPU
-            integers = _INTEGERS.get(x.dtype, torch.int16)  # bits, because nan differs from itself
-            with torch.no_grad(), _disable_current_modes():
-                made = recipe._built(tensors)
-                proof = made.dtype == x.dtype and made.shape == x.shape
-                proof = self.proofs[key] = proof and torch.equal(made.view(integers), x.detach().view(integers))
+        if proof is None and (proof := _gives(recipe, tensors, x)) is not None:
+            self.proofs[key] = proof
         return proof
+
+
+def _gives(recipe: Recipe, tensors: list[Tensor], x: Tensor) -> bool | None:
+    """Whether the recipe gives the bits of x; None where it cannot be compared, because that waits for the GPU"""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    integers = _INTEGERS.get(x.dtype, torch.int16)  # nan differs from itself, its bits do not
+    with torch.no_grad(), _disable_current_modes():
+        made = recipe.x_outside_autocast(tensors)
+        if made.dtype != x.dtype or made.shape != x.shape or not made.is_contiguous():
+            return False
+        return torch.equal(made.view(integers), x.detach().view(integers))
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -251,7 +270,7 @@ def _eps(module: nn.Module) -> float | None:
 
 # models whose norms may be asked for their eps
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# id(weight) -> (weak reference to it, to the norm that owns it, or none, {(eps, dtype, device): whether it gave the bits})
+# id(weight) -> (weak references to it and to the norm that owns it, {(eps, dtype, device): whether that gave the bits})
 _norms: dict[int, tuple[weakref.ref, Callable[[], nn.Module | None], dict]] = {}
 
 
@@ -287,6 +306,7 @@ _PRODUCERS = {
     "HardswishBackward0": _activation(F.hardswish),
     "MishBackward0": _activation(F.mish),
     "MulBackward0": _product,
+    "BmmBackward0": _attention,
 }
 
 
