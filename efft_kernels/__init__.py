@@ -11,12 +11,13 @@ from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, s
 from .inject import Plan, adapter_parameter_groups, adapter_parameters, inject, plan
 from .linear import EFFTLinear
 from .merge import merge, unmerge
-from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear
+from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear, rebuild_inputs
 from .preparation import Preparation
 
 __version__ = "0.1.0"
 __all__ = [
     *("Backend", "EFFTLinear", "backends", "efft_linear", "group_update", "lowrank_linear", "merge_", "mixed_linear"),
+    "rebuild_inputs",
     *("EFFTConfig", "FacTConfig", "LoRAConfig", "LoRAXSConfig", "VeRAConfig"),
     *("add_adapter", "average_adapters", "delete_adapter", "disable_adapter"),
     *("export_lora", "load_adapter", "save_adapter", "set_adapter"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base_linears import computes_in
 from .low_rank import Pair
+from .ops import know
 from .wrappers import module_at
 
 
@@ -153,6 +154,8 @@ class Passes:
         """
         self._enter(None)
         if groups := self.groups():
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                know(model)  # the norms whose results may be rebuilt in the backward
             pairs = {}
             for group in groups:
                 pairs.update(group.low_rank_pairs(self.backend, dtype=self._dtype_of(group, model)))

@@ -16,8 +16,10 @@ from .group_update import group_update
 from .lowrank_linear import lowrank_linear
 from .merge import merge_
 from .mixed_linear import mixed_linear
+from .producers import know, rebuild_inputs
 
 __all__ = [
     *("Backend", "backends", "check_backend", "check_scale"),
     *("efft_linear", "group_update", "lowrank_linear", "merge_", "mixed_linear"),
+    *("know", "rebuild_inputs"),
 ]

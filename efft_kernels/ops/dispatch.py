@@ -155,8 +155,10 @@ def _unproven(module: Kernels) -> str | None:
 
 # all the private names of torch that the package needs
 _modes = torch._C._len_torch_dispatch_stack
-_any_autocast = torch._C._is_any_autocast_enabled
-_tracing = torch._C._get_tracing_state  # torch.jit.trace records the op, not what its kernel is made of
+any_autocast = torch._C._is_any_autocast_enabled
+tracing = torch._C._get_tracing_state  # torch.jit.trace records the op, not what its kernel is made of
+_pack_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+graph_task = torch._C._current_graph_task_id
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _Exclude, _KeySet, _Key = torch._C._ExcludeDispatchKeyGuard, torch._C.DispatchKeySet, torch._C.DispatchKey
@@ -167,7 +169,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}  # other subclasses may want t
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors may skip the dispatcher: only autograd could have anything to do there"""
-    if torch.compiler.is_compiling() or _modes() or _any_autocast() or _tracing():
+    if torch.compiler.is_compiling() or _modes() or any_autocast() or tracing():
         return False
     if forward_ad._current_level >= 0 or _functorch_level() is not None:
         return False
@@ -184,6 +186,16 @@ def records(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def pack_hooks() -> tuple[Callable, Callable] | None:
+    """The hooks that pack and unpack what is saved for a backward now, or None"""
+    return _pack_hooks(False)
+
+
+def raw_stream(device: torch.device) -> int | None:
+    """The stream that computes now; None on a CPU"""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
 
 
 def refuse_transforms(name: str) -> None:
@@ -243,13 +255,17 @@ def _autocast(op, device: str, cast: bool) -> Callable:
     """A kernel for the autocast key: casts what autocast casts (float64 stays), then runs the op outside autocast"""
     off = _KeySet(getattr(_Key, f"Autocast{device.upper()}"))
 
-    def kernel(*args):
+    def kernel(*given):
+        args = given
         if cast:
             dtype = torch.get_autocast_dtype(device)
             args = [
                 a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
                 for a in args
             ]
+            x = args[0]
+            if x is not given[0] and x.requires_grad and given[0]._version:
+                x.efft_source_changed = True  # producers.py cannot see the tensor behind the cast
         with _Exclude(off):
             return op(*args)
 

@@ -19,6 +19,7 @@ from .dispatch import (
     remember,
     select,
 )
+from .producers import kept_for
 
 
 def _check_backward(dy, x, weight, down, up, p, needs) -> None:
@@ -109,8 +110,9 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx, run, x, weight, bias, down, up, backend):
         y, p = run(x, weight, bias, down, up, backend)
         _, _, need_weight, _, need_down, need_up, _ = ctx.needs_input_grad
-        # x and p are activations: held only for the gradients that read them
-        ctx.save_for_backward(x if need_weight or need_down else None, weight, down, up, p if need_up else None)
+        # x and p are activations: held only for the gradients that read them, and x only where it cannot be rebuilt
+        ctx.recipe, kept = kept_for(x) if need_weight or need_down else (None, (None,))
+        ctx.save_for_backward(weight, down, up, p if need_up else None, *kept)
         ctx.backend = backend
         if run is _forward:  # nobody outside reads p
             return y
@@ -123,11 +125,12 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 7
-        needs, saved = list(ctx.needs_input_grad[1:6]), ctx.saved_tensors
-        args = dy, *saved, needs, ctx.backend
-        grads = _backward(*args) if direct(dy, *saved) else below_autograd(_backward_op, *args)
+        weight, down, up, p, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.recipe is None else ctx.recipe.x(kept)
+        args = dy, x, weight, down, up, p, list(ctx.needs_input_grad[1:6]), ctx.backend
+        grads = _backward(*args) if direct(dy, x, weight, down, up, p) else below_autograd(_backward_op, *args)
         found = iter(grads)
-        return None, *[next(found) if need else None for need in needs], None
+        return None, *[next(found) if need else None for need in ctx.needs_input_grad[1:6]], None
 
 
 _op = register(

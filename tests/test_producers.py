@@ -1,0 +1,248 @@
+"""Inputs of adapted Linears that are rebuilt in the backward: the same bits, fewer saved bytes, never a stale value."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import adapted, assert_bits, gradients, images, loss_of, swin, vit
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import efft_kernels as ek
+from efft_kernels import lowrank_linear, mixed_linear
+from efft_kernels.ops import producers
+
+C = 32
+
+
+@pytest.fixture(autouse=True)
+def switched_on():
+    yield
+    ek.rebuild_inputs(True)
+
+
+def kept_bytes(run) -> int:
+    """Bytes that are saved for the backward, each storage once."""
+    held = {}
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    del result
+    return sum(held.values())
+
+
+class RMSNorm(nn.Module):
+    """As timm and transformers write it for devices without a fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(C)), 1e-6
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def windows(t):
+    return torch.roll(t, (-2, -2), (1, 2)).view(2, 2, 4, 2, 4, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, C)
+
+
+NORM = nn.LayerNorm(C, eps=1e-5)
+nn.init.normal_(NORM.weight)
+nn.init.normal_(NORM.bias)
+ROOT = RMSNorm()
+KNOWN = nn.ModuleList([NORM, ROOT])
+# name -> how x [..., C] is made of h [2, 8, 8, C]
+PRODUCERS = {
+    "layer_norm": NORM,
+    "rms_norm": ROOT,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "swiglu": lambda h: F.silu(h) * (h + 1),
+    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),
+    "gelu_dropout": lambda h: F.dropout(F.gelu(h), 0.3),
+    "reshaped": lambda h: F.gelu(h).reshape(-1, C),
+    "windows": lambda h: windows(NORM(h)),
+    "padded_by_nothing": lambda h: F.pad(NORM(h), (0, 0, 0, 0)),
+    "attention": lambda h: (h.flatten(1, 2) @ h.flatten(1, 2).mT @ h.flatten(1, 2)).reshape(2, -1, C),
+}
+
+
+def low_rank(dtype=torch.float32, N=24, R=4):
+    weight, down, up = torch.randn(N, C), torch.randn(C, R), torch.randn(R, N)
+    return weight.to(dtype), down.to(dtype).requires_grad_(), up.to(dtype).requires_grad_()
+
+
+def hidden(dtype=torch.float32):
+    leaf = torch.randn(2, 8, 8, C).to(dtype).requires_grad_()
+    return leaf, leaf * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PRODUCERS)
+def test_x_of_each_producer_has_the_same_bits(name, dtype):
+    KNOWN.to(dtype)
+    producers.know(KNOWN)
+    x = PRODUCERS[name](hidden(dtype)[1])
+    recipe, tensors = producers.kept_for(x)
+    assert recipe is not None and all(t is not x for t in tensors)
+    with torch.no_grad():
+        assert torch.equal(recipe.x(list(tensors)), x)
+    KNOWN.float()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+def test_gradients_have_the_same_bits_and_less_is_saved(amp, mixed):
+    producers.know(KNOWN)
+    weight, down, up = low_rank()
+    ids = torch.tensor([1, 0])
+    saved, found = {}, {}
+    for enabled in (False, True):
+        ek.rebuild_inputs(enabled)
+        torch.manual_seed(0)
+        leaf, h = hidden()
+
+        def run(h=h):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                x = F.gelu(NORM(h))
+                if mixed:
+                    return mixed_linear(x, weight, None, torch.stack([down] * 2), torch.stack([up] * 2), ids)
+                return lowrank_linear(x, weight, None, down, up)
+
+        run()  # compares the norm's bits once
+        saved[enabled] = kept_bytes(run)
+        found[enabled] = torch.autograd.grad(run().float().square().sum(), (leaf, down, up))
+    assert all(map(torch.equal, found[False], found[True]))
+    assert saved[False] - saved[True] >= h.numel() * (2 if amp else 4)
+
+
+def test_one_x_of_several_linears_is_rebuilt_once(monkeypatch):
+    producers.know(KNOWN)
+    calls, original = [], producers.Recipe.build
+    monkeypatch.setattr(producers.Recipe, "build", lambda *a: calls.append(1) or original(*a))
+    linears = [low_rank() for _ in range(3)]
+
+    def step(amp):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            x = NORM(hidden()[1])
+            return sum(lowrank_linear(x, weight, None, down, up).float().sum() for weight, down, up in linears)
+
+    for amp in (False, True):
+        step(amp).backward()  # compares
+        calls.clear()
+        loss = step(amp)
+        assert not calls
+        loss.backward(retain_graph=True)
+        assert len(calls) == 1
+        loss.backward()  # and once more in a second backward
+        assert len(calls) == 2
+
+
+def test_a_change_in_place_is_an_error_or_right():
+    weight, down, up = low_rank()
+    gelu, kept = F.gelu, producers.kept_for
+
+    def gradient(before=lambda h, x: None, after=lambda h, x: None):
+        torch.manual_seed(0)
+        leaf, h = hidden()
+        x = gelu(h)
+        with torch.no_grad():
+            before(h, x)
+        value = x.detach().clone()
+        assert kept(x)[0] is None or torch.equal(kept(x)[0].build(list(kept(x)[1])), value)
+        y = lowrank_linear(x, weight, None, down, up)
+        with torch.no_grad():
+            after(h, x)
+        return torch.autograd.grad(y.sum(), down)[0], value.flatten(0, -2).t() @ (torch.ones_like(y) @ up.t()).flatten(
+            0, -2
+        )
+
+    for change in ({}, {"before": lambda h, x: h.add_(1)}, {"before": lambda h, x: x.mul_(2)}):
+        torch.testing.assert_close(*gradient(**change))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(after=lambda h, x: h.add_(1))
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: t, lambda t: t), pytest.raises(RuntimeError, match="modified in place"):
+        gradient(after=lambda h, x: h.add_(1))
+    with hooks(lambda t: t, lambda t: t):
+        torch.testing.assert_close(*gradient(before=lambda h, x: h.add_(1)))
+
+
+def test_hooks_that_pack_something_else_get_x():
+    for pack, unpack in ((lambda t: (t,), lambda p: p[0]), (lambda t: t.clone(), lambda t: t)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            x = F.gelu(hidden()[1])
+            assert producers.kept_for(x)[0] is None
+        assert producers.kept_for(x)[0] is None  # nor is anything unpacked afterwards
+    x = F.gelu(hidden()[1])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert producers.kept_for(x)[0] is None
+
+
+def test_a_changed_eps_and_an_unknown_norm():
+    norm = nn.LayerNorm(C, eps=1e-5)
+    make = lambda: norm(hidden()[1])
+    assert producers.kept_for(make())[0] is None
+    producers.know(norm)
+    for eps in (1e-5, 1e-1):
+        norm.eps = eps
+        x = make()
+        recipe, tensors = producers.kept_for(x)
+        assert torch.equal(recipe.build(list(tensors)), x)
+    norm.forward = lambda h: F.layer_norm(h, (C,), norm.weight, norm.bias, 1e-2)  # not the module's own eps
+    norm.eps = 1e-3
+    assert producers.kept_for(make())[0] is None
+    freed = norm(hidden()[1])
+    norm.weight.untyped_storage().resize_(0)  # as FSDP leaves it after the norm's forward
+    assert producers.kept_for(freed)[0] is None
+
+
+def model_gradients(model, run=None):
+    found = {}
+    for enabled in (False, True):
+        ek.rebuild_inputs(enabled)
+        torch.manual_seed(1)
+        model.zero_grad()
+        (run or (lambda m: loss_of(m, images())))(model).backward()
+        found[enabled] = gradients(model)
+    assert_bits(found[False], found[True])
+    return found[True]
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+def test_whole_models(make):
+    model = adapted(make=make).train()
+    model_gradients(model)
+    copied = copy.deepcopy(model)
+    assert_bits(model_gradients(copied), model_gradients(model))
+
+
+def test_checkpointing_and_two_forwards():
+    model = adapted().train()
+    model_gradients(model, lambda m: loss_of(m, images()) + loss_of(m, images()))
+    model.set_grad_checkpointing()
+    model_gradients(model)
+    gelu = lambda h: checkpoint(F.gelu, h, use_reentrant=False)
+    model.set_grad_checkpointing(False)
+    for block in model.blocks:
+        block.mlp.act.forward = gelu
+    model_gradients(model)
+
+
+def test_norms_are_trained():
+    model = adapted().train()
+    for block in model.blocks:
+        block.norm2.requires_grad_(True)
+    model_gradients(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    model_gradients(model)
