@@ -19,7 +19,6 @@ from test_finetune_run import tiny
 
 from efft_kernels.finetune import cli, loop, page, predictions, prepared
 from efft_kernels.finetune.loop import train
-from efft_kernels.finetune.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -249,4 +248,3 @@ def test_confusion_of_many_classes_and_long_names():
     names = [f"class {i} with a long name" for i in range(40)]
     for n in (2, 40):
         assert page.plots.confusion([[1] * n] * n, names[:n]).startswith("data:image/svg+xml")
-    assert Settings(data="a", out="b").trackers == ("tensorboard",)

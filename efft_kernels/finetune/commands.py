@@ -122,16 +122,9 @@ def _export(given: argparse.Namespace) -> int:
 
 def _merge_arguments(made: argparse.ArgumentParser) -> None:
     _run_folder(made)
-    made.add_argument("file", metavar="FILE.safetensors")
+    made.add_argument("out", metavar="FILE.safetensors")
     _weights(made)
-
-
-def _merge(given: argparse.Namespace) -> int:
-    """Write the merged weights of a finished run: the same as export --to weights."""
-    from .finished import merged
-
-    print(merged(given.run, given.file, given.checkpoint))
-    return 0
+    made.set_defaults(to="weights")
 
 
 def _compare_arguments(made: argparse.ArgumentParser) -> None:
@@ -180,7 +173,7 @@ def read_record(out: str) -> dict:
     return record
 
 
-_COMMANDS = {"report": _report, "predict": _predict, "export": _export, "merge": _merge, "compare": _compare}
+_COMMANDS = {"report": _report, "predict": _predict, "export": _export, "merge": _export, "compare": _compare}
 _ARGUMENTS = {
     **{"report": _report_arguments, "predict": _predict_arguments, "export": _export_arguments},
     **{"merge": _merge_arguments, "compare": _compare_arguments},

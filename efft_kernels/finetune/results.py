@@ -139,9 +139,7 @@ def _write(run: Prepared, progress: Progress, record: dict, rows: list, weights:
 
 def _circumstances(run: Prepared, progress: Progress) -> dict:
     """How the run was done, for its report."""
-    plan = getattr(getattr(run.model, "efft", None), "plan", None)
-    if plan is None and hasattr(run.model, "efft"):
-        plan = next(iter(run.model.efft.values())).plan
+    plan = next(iter(run.model.efft.values())).plan if hasattr(run.model, "efft") else None
     return {
         "command": shlex.join(["efft-finetune", *sys.argv[1:]]) if "finetune" in sys.argv[0] else "from Python",
         "device": describe_device(run.accelerator),
