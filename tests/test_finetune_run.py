@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
 from efft_kernels import storage
-from efft_kernels.finetune import checkpoints, cli, loop, prepared
+from efft_kernels.finetune import checkpoints, cli, loop, prepared, results
 from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
@@ -143,7 +143,7 @@ def _die_in(module, name):
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
     # the last calls write the adapter, the curves and the metrics
-    for number in (1, 4, 9, 10, 11, 12) if name == "replace" else (3, 20):
+    for number in (1, 4, 9, 10, 11, 12, 13, 14) if name == "replace" else (3, 20):
         process = start(tiny(photos, tmp_path), _die_in(os, name), number)
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
@@ -361,7 +361,7 @@ def test_full_disk(disk, photos, whole, capfd):
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("number", [2, 10, 11, 12])
+@pytest.mark.parametrize("number", [2, 10, 11, 12, 13, 14])
 def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
     """Writing a checkpoint, the adapter, the curves or the metrics fails, and no file that was written is lost."""
     original, calls = getattr(os, name), []
@@ -802,7 +802,7 @@ def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(prepared, "make_model", make)
-    monkeypatch.setattr(loop, "make_model", make)
+    monkeypatch.setattr(results, "make_model", make)
     monkeypatch.setattr(finished, "make_model", make)
     settings = tiny(photos, tmp_path, method="full", rank=None, epochs=1)
     train(settings, progress=False)

@@ -114,27 +114,13 @@ def saved_bytes(model, x, amp: bool = False) -> int:
     return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
 
 
-SLOW = pytest.mark.slow
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+DTYPES = [(torch.float32, False), slow(torch.bfloat16, False), slow(torch.float32, True)]
+CONFIGS = [ek.EFFTConfig("efft2"), slow(ek.EFFTConfig("efft1")), slow(ek.LoRAConfig(targets=("attn", "mlp")))]
 
 
-@pytest.mark.parametrize(
-    "dtype, amp",
-    [
-        (torch.float32, False),
-        pytest.param(torch.bfloat16, False, marks=SLOW),
-        pytest.param(torch.float32, True, marks=SLOW),
-    ],
-)
-@pytest.mark.parametrize(
-    "config",
-    [
-        ek.EFFTConfig("efft2"),
-        pytest.param(ek.EFFTConfig("efft1"), marks=SLOW),
-        pytest.param(ek.LoRAConfig(targets=("attn", "mlp")), marks=SLOW),
-        pytest.param(ek.FacTConfig("tt", activation_dropout=0.0), marks=SLOW),
-    ],
-    ids=["efft2", "efft1", "lora", "fact"],
-)
+@pytest.mark.parametrize("dtype, amp", DTYPES)
+@pytest.mark.parametrize("config", [*CONFIGS, slow(ek.FacTConfig("tt", activation_dropout=0.0))])
 def test_saved_bytes_are_those_of_the_frozen_model(config, dtype, amp):
     """At 197 tokens, batch 8; two blocks are enough, because both sides grow with the number of blocks."""
     model, x = vit("vit_base_patch16_224", depth=2, img_size=224).to(dtype), images(8, size=224, dtype=dtype)

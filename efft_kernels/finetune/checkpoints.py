@@ -42,6 +42,34 @@ class Progress:
     best: dict = field(default_factory=dict)  # top1, epoch and weights of the best epoch on val
     seconds: float = 0.0  # of training
     seen: int = 0  # images trained on in these seconds
+    averages: list[Tensor] = field(default_factory=list)  # moving averages of the trained parameters, in their order
+
+    def update_averages(self, decay: float) -> None:
+        """Take the present weights into the moving averages, with less decay in the first steps (as TensorFlow)."""
+        step = self.step + 1
+        decay = min(decay, step / (step + 9))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self._trained(), 1 - decay)
+
+    def _trained(self) -> list[Tensor]:
+        return [p.detach() for p in self.model.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Within this context the model has the moving averages as its weights, if there are any."""
+        if not self.averages:
+            yield
+            return
+        before = [p.clone() for p in self._trained()]
+        torch._foreach_copy_(self._trained(), self.averages)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._trained(), before)
+
+    def start_averages(self) -> None:
+        """Start the moving averages at the present weights."""
+        self.averages = [p.clone() for p in self._trained()]
 
     def state(self, identity: dict, sums: Tensor) -> dict:
         """The contents of a checkpoint; every process of a run must call it.
@@ -53,7 +81,12 @@ class Progress:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        averages = {}
+        if self.averages:
+            with self.averaged():
+                averages = {"averages": get_weights(self.model)}
         return {
+            **averages,
             "identity": identity,
             "step": self.step,
             "weights": get_weights(self.model),
@@ -74,6 +107,9 @@ class Progress:
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
+        if "averages" in saved:
+            set_weights(self.model, saved["averages"])
+            self.start_averages()
         set_weights(self.model, saved["weights"])
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self.model, _unwrapped(self.optimizer), saved["optimizer"], options=options)

@@ -12,6 +12,7 @@ from dataclasses import fields
 import torch
 
 from ..extras import need
+from . import commands
 from .methods import METHODS
 from .settings import Settings
 
@@ -33,11 +34,14 @@ examples:
       the first run again, on four GPUs or in four processes of a CPU
 
 other commands:
-  efft-finetune predict OUT IMAGE...        label images with a finished run
-  efft-finetune merge OUT FILE.safetensors  write its merged weights for timm or transformers
+  efft-finetune report OUT                  write the report of a finished run again
+  efft-finetune predict OUT IMAGE...        label images, also whole folders with --out FILE.csv
+  efft-finetune export OUT --to onnx        or lora, a folder for PEFT, or weights, merged for timm or transformers
+  efft-finetune merge OUT FILE.safetensors  the same as export --to weights
+  efft-finetune compare OUT OUT...          a table of runs, and a page with plots
 
 exit status:
-  {DONE}   success: adapter.safetensors, metrics.json and curves.png are in OUT
+  {DONE}   success: adapter, metrics.json, predictions.csv, curves.png and report.html are in OUT
   {FAILED}   an unexpected error, with its traceback
   {WRONG}   settings, data or weights that cannot be used; nothing was trained
   {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them
@@ -88,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("httpx", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        if argv and argv[0] in ("predict", "merge"):
-            return _use_finished(argv)
+        if argv and argv[0] in commands.NAMES:
+            return commands.run(argv)
         return _train(settings(argv))
     except KeyboardInterrupt:  # before the first step, or the second signal
         print("efft-finetune: stopped; the same command continues from the last checkpoint, if any", file=sys.stderr)
@@ -100,35 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(chosen: Settings) -> int:
     from .loop import train
+    from .results import NAMES
 
     result = train(chosen)
     if int(os.environ.get("RANK", 0)) == 0:
         for part, found in result.metrics.items():
-            print(f"{part}: top-1 {found['top1']:.2f} %, mean over classes {found['mean_class']:.2f} %")
+            named = ", ".join(f"{NAMES[key]} {v:.2f} %" for key, v in found.items() if key != "loss")
+            print(f"{part}: {named}")
+        print(f"report:  {result.out / 'report.html'}")
         print(f"adapter: {result.adapter}")
         out, merged = (shlex.quote(str(path)) for path in (result.out, result.out / "merged.safetensors"))
         print(f"predict: efft-finetune predict {out} IMAGE...")
         if chosen.method.startswith(("efft", "fact", "lora")) or chosen.method in ("full", "linear", "bitfit"):
             print(f"merge:   efft-finetune merge {out} {merged}")
-    return DONE
-
-
-def _use_finished(argv: list[str]) -> int:
-    made = argparse.ArgumentParser(prog=f"efft-finetune {argv[0]}")
-    made.add_argument("out", help="folder of a finished run")
-    if argv[0] == "predict":
-        made.add_argument("images", nargs="+", metavar="IMAGE")
-    else:
-        made.add_argument("file", metavar="FILE.safetensors")
-    made.add_argument("--checkpoint", help="the pre-trained weights, if they have moved since the run")
-    given = made.parse_args(argv[1:])
-    from .finished import merged, predict
-
-    if argv[0] == "predict":
-        for file, label, p in predict(given.out, given.images, given.checkpoint):
-            print(f"{file}\t{label}\t{p:.4f}")
-    else:
-        print(merged(given.out, given.file, given.checkpoint))
     return DONE
 
 

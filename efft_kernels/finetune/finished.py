@@ -109,6 +109,7 @@ def predict(out: str | Path, files: list[str], checkpoint: str | None = None) ->
     prepare = preparation(model, record)
     images = Files(Path("."), tuple(files), (0,) * len(files))
     for i, file in enumerate(files):
-        p = logits(model, prepare(images.load(i))[None]).softmax(1)[0]
+        y = logits(model, prepare(images.load(i))[None])[0]
+        p = y.sigmoid() if record.get("multilabel") else y.softmax(0)
         best = int(p.argmax())
         yield file, record["classes"][best], float(p[best])

@@ -49,6 +49,10 @@ class Images:
         """What to call the i-th image in an error: its file, and the line that lists it."""
         raise NotImplementedError
 
+    def file_name(self, i: int) -> str:
+        """What the i-th image is called in tables: its file."""
+        return self.where(i)
+
     def key(self, i: int) -> str:
         """A string that is equal for equal images only, as far as that can be told without reading them."""
         return self.where(i)
@@ -82,6 +86,9 @@ class Files(Images):
     def where(self, i: int) -> str:
         line = f" ({self.lines[i][0]}, line {self.lines[i][1]})" if self.lines else ""
         return f"{self.root / self.paths[i]}{line}"
+
+    def file_name(self, i: int) -> str:
+        return str(self.root / self.paths[i])
 
     def key(self, i: int) -> str:
         try:
@@ -172,6 +179,10 @@ class Subset(Images):
     def where(self, i: int) -> str:
         part, j = self.index[i]
         return self.of[part].where(j)
+
+    def file_name(self, i: int) -> str:
+        part, j = self.index[i]
+        return self.of[part].file_name(j)
 
     def key(self, i: int) -> str:
         part, j = self.index[i]

@@ -6,36 +6,31 @@ steps as one that was never interrupted, on a CPU bit for bit.
 """
 
 import contextlib
-import importlib.metadata
-import json
 import logging
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from .. import storage
-from ..extras import need, timm
+from ..extras import timm
 from . import checkpoints, methods
+from .bars import bar
 from .checkpoints import Progress
-from .data import SOURCES, Data, Pictures, seed_all
+from .data import SOURCES, seed_all
+from .evaluation import evaluate, loss_of, next_batch, right_answers
 from .folders import check_out
 from .head_init import probe_head
-from .images import DataError
-from .models import logits, make_model, preparation_of
-from .prepared import Prepared, check_same, make_accelerator, make_identity, open_images, prepare
-from .report import bar, curves, log_writer
+from .models import logits
+from .prepared import Prepared, make_accelerator, open_images, prepare
+from .results import NAMES, Result, finish, on_main, read_finished
 from .settings import Settings
+from .trackers import Trackers
 
 log = logging.getLogger("efft_kernels.finetune")
 
@@ -46,20 +41,6 @@ class Interrupted(Exception):
 
 class Diverged(ValueError):
     """The loss is not finite."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run. Its files are in ``out``: adapter.safetensors, metrics.json, curves.png, logs/."""
-
-    metrics: dict  # of the final weights: part of the data -> {"top1": %, "mean_class": %, "loss": nats}
-    history: list[dict]  # one entry per epoch
-    parameters: int  # trained, without the head
-    head_parameters: int
-    images_per_second: float  # while training, over all processes
-    epoch: int  # of the final weights
-    adapter: Path
-    out: Path
 
 
 def train(settings: Settings, *, progress: bool = True) -> Result:
@@ -96,17 +77,17 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
                     shutil.rmtree(out / "logs", ignore_errors=True)  # the curves of two runs would mix
         accelerator.wait_for_everyone()
         data = open_images(settings, accelerator.num_processes)
-        if result := _finished(settings, data, out, main):
+        if result := read_finished(settings, data, out, main):
             return result
         run, saved = prepare(settings, accelerator, out, data, progress and main)
         if saved is None and settings.head_init == "probe":
             probe_head(run)
         made, schedule = begin(run, saved)
         del saved  # as large as the optimizer
-        writer = log_writer(out, made.step // run.steps + 1 if made.step else None) if main else None
+        logs = Trackers(accelerator, settings, made.step // run.steps + 1 if made.step else None)
         with _stop_signals() as stop:
-            fit(run, made, schedule, writer, stop)
-            return finish(run, made, writer)
+            fit(run, made, schedule, logs, stop)
+            return finish(run, made, logs)
 
 
 def _reset_accelerate() -> None:
@@ -115,28 +96,6 @@ def _reset_accelerate() -> None:
 
     AcceleratorState._reset_state()
     GradientState._reset_state()
-
-
-def _finished(settings: Settings, data: Data, out: Path, main: bool) -> Result | None:
-    """The result of the run in a folder if it is finished.
-
-    Raises:
-        ValueError: the folder holds another run, or files of another version.
-    """
-    path = out / "metrics.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text())
-        identity, result = found["identity"], found["result"]
-        weights = identity["weights"]  # not computed again, which would take reading them
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
-    check_same(out, identity, make_identity(settings, data, weights))
-    if main:
-        checkpoints.clear(out)  # those of a run that was killed after it wrote its results
-        log.info(f"{out} holds this run, finished; resume=false would repeat it")
-    return Result(**{**result, "adapter": out / result["adapter"]}, history=found["history"], out=out)
 
 
 class Batches:
@@ -176,14 +135,18 @@ def begin(run: Prepared, saved: dict | None) -> tuple[Progress, object]:
     timm()
     from timm.scheduler import CosineLRScheduler
 
+    if s.compile:
+        run.model.compile()
     optimizer = torch.optim.AdamW(methods.parameter_groups(run.model, s.lr_ratio), lr=s.lr, weight_decay=s.weight_decay)
     schedule = CosineLRScheduler(
         optimizer, t_initial=run.steps * s.epochs, lr_min=min(s.min_lr, s.lr), t_in_epochs=False,
         warmup_t=round(s.warmup * run.steps), warmup_lr_init=min(s.warmup_lr, s.lr),
     )  # fmt: skip
     model, optimizer = accelerator.prepare(run.model, optimizer)
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(3, dtype=run.wide, device=accelerator.device)
     progress = Progress(model, optimizer, accelerator.scaler, sums)
+    if s.ema is not None:
+        progress.start_averages()
     if saved:
         progress.restore(saved, run.main)
         if run.main:
@@ -191,12 +154,12 @@ def begin(run: Prepared, saved: dict | None) -> tuple[Progress, object]:
     return progress, schedule
 
 
-def fit(run: Prepared, progress: Progress, schedule, writer, stop: "_Stop") -> None:
+def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Stop") -> None:
     """Take all steps that are left.
 
     Args:
         schedule: the learning rate, of :func:`begin`.
-        writer: of the logs, on the main process.
+        logs: of the epochs.
         stop: whether a signal has asked to stop.
 
     Raises:
@@ -216,7 +179,8 @@ def fit(run: Prepared, progress: Progress, schedule, writer, stop: "_Stop") -> N
         parts = iter(loader)
         began, printed = time.perf_counter(), 0.0
         methods.train_mode(progress.model)
-        while progress.step < batches.total:
+        ended = progress.step == batches.total or out_of_patience(run, progress)
+        while not ended:
             schedule.step_update(progress.step)
             one_step(run, progress, parts)
             progress.step += 1
@@ -226,72 +190,84 @@ def fit(run: Prepared, progress: Progress, schedule, writer, stop: "_Stop") -> N
                 printed = now
                 loss, right, n = progress.sums.tolist()
                 shown.set_postfix_str(
-                    f"epoch {progress.step / run.steps:.1f}, loss {loss / n:.4f}, top-1 {100 * right / n:.1f} %"
+                    f"epoch {progress.step / run.steps:.1f}, loss {loss / n:.4f}, right {100 * right / n:.1f} %"
                 )
             progress.seconds += now - began
             progress.seen += s.batch_size
             if progress.step % run.steps == 0:
-                end_epoch(run, progress, writer)
+                end_epoch(run, progress, logs)
+                ended = progress.step == batches.total or out_of_patience(run, progress)
             stopping = _any_process(run, stop.asked)
             # also after the last step, because the run can be interrupted while it measures and writes its results
-            if stopping or progress.step % s.save_every == 0 or progress.step == batches.total:
+            if stopping or ended or progress.step % s.save_every == 0:
                 save(run, progress)
-            if stopping and progress.step < batches.total:
+            if stopping and not ended:
                 raise Interrupted(
                     f"stopped after step {progress.step} of {batches.total}; the same command continues from there"
                 )
             began = time.perf_counter()
+    if progress.step < batches.total and run.main:
+        log.info(f"stopped after epoch {progress.history[-1]['epoch']}: none was better in {s.patience} epochs")
+
+
+def out_of_patience(run: Prepared, progress: Progress) -> bool:
+    """Whether an epoch has just ended, and none of the last ``patience`` ones was the best on the validation images."""
+    s = run.settings
+    if s.patience is None or not progress.best or progress.step % run.steps:
+        return False
+    return progress.step // run.steps - progress.best["epoch"] >= s.patience
 
 
 def one_step(run: Prepared, progress: Progress, parts: Iterator) -> None:
     """One step of the optimizer, on as many parts of a batch as are accumulated."""
     s, accelerator = run.settings, run.accelerator
     for part in range(s.accumulate):
-        images, labels = _next(parts)
+        images, labels = next_batch(parts)
         images, labels = run.normalise(images), labels.to(accelerator.device, non_blocking=True)
         seed_all(f"step {s.seed} {progress.step} {part} {accelerator.process_index}")
         with accelerator.accumulate(progress.model):
             with accelerator.autocast():
                 y = logits(progress.model, images)
                 y = y if y.dtype == torch.float64 else y.float()
-                loss = F.cross_entropy(y, labels, label_smoothing=s.label_smoothing)
+                loss = loss_of(run, y, labels)
             accelerator.backward(loss)
             if s.clip_grad is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(methods.trainable_parameters(progress.model), s.clip_grad)
             progress.optimizer.step()
             progress.optimizer.zero_grad()
-        n, loss = len(labels), loss.detach().double()
-        progress.sums += torch.stack([loss * n, (y.detach().argmax(1) == labels).sum().double(), n + 0 * loss])
+        n, loss = len(labels), loss.detach().to(run.wide)
+        progress.sums += torch.stack([loss * n, right_answers(y.detach(), labels).to(run.wide), n + 0 * loss])
+    if s.ema is not None:
+        progress.update_averages(s.ema)
 
 
-def end_epoch(run: Prepared, progress: Progress, writer) -> None:
+def end_epoch(run: Prepared, progress: Progress, logs: Trackers) -> None:
     """Measure on the validation images, remember the best weights, and log the epoch."""
     s, data = run.settings, run.data
+    right_name, best_name = ("exact", "mean_ap") if data.multilabel else ("top1", "top1")
     loss, right, n = run.accelerator.reduce(progress.sums, "sum").tolist()
     progress.sums.zero_()
     _check_finite(progress.step, loss)
     entry = {
         "epoch": progress.step // run.steps,
         "lr": progress.optimizer.param_groups[0]["lr"],
-        "train": {"loss": loss / n, "top1": 100 * right / n},
+        "train": {"loss": loss / n, right_name: 100 * right / n},
     }
     if data.val is not None:
-        entry["val"] = evaluate(run, progress.model, data.val)
-        if s.select == "val" and entry["val"]["top1"] > progress.best.get("top1", -1):
-            weights = checkpoints.get_weights(progress.model)
-            progress.best = {"top1": entry["val"]["top1"], "epoch": entry["epoch"], "weights": weights}
+        with progress.averaged():
+            entry["val"] = evaluate(run, progress.model, data.val)
+            if s.select == "val" and entry["val"][best_name] > progress.best.get(best_name, -1):
+                weights = checkpoints.get_weights(progress.model)
+                progress.best = {best_name: entry["val"][best_name], "epoch": entry["epoch"], "weights": weights}
     progress.history.append(entry)
     if run.main:
-        val = f", val {entry['val']['top1']:.2f} %" if "val" in entry else ""
-        log.info(f"epoch {entry['epoch']}: loss {loss / n:.4f}, top-1 {100 * right / n:.2f} %{val}")
-        if warning := at_chance(s, entry["epoch"], loss / n, len(data.classes)):
+        val = f", val {entry['val'][best_name]:.2f} %" if "val" in entry else ""
+        log.info(f"epoch {entry['epoch']}: loss {loss / n:.4f}, {NAMES[right_name]} {100 * right / n:.2f} %{val}")
+        warning = None if data.multilabel else at_chance(s, entry["epoch"], loss / n, len(data.classes))
+        if warning:
             log.warning(warning)
-        with checkpoints.storing(run.out, "the logs"):
-            for part in ("train", "val"):
-                for name, value in entry.get(part, {}).items():
-                    writer.add_scalar(f"{part}/{name}", value, entry["epoch"])
-            writer.add_scalar("lr", entry["lr"], entry["epoch"])
-            writer.flush()
+    values = {f"{part}/{name}": v for part in ("train", "val") for name, v in entry.get(part, {}).items()}
+    logs.log({**values, "lr": entry["lr"]}, entry["epoch"])
 
 
 def at_chance(settings: Settings, epoch: int, loss: float, classes: int) -> str | None:
@@ -314,130 +290,17 @@ def at_chance(settings: Settings, epoch: int, loss: float, classes: int) -> str 
     )
 
 
-@torch.no_grad()
-def evaluate(run: Prepared, model, part: Pictures, shown=None) -> dict[str, float]:
-    """Top-1 and mean-class accuracy in %, and the mean loss in nats, over all images of a part of the data."""
-    s, accelerator = run.settings, run.accelerator
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    classes = len(run.data.classes)
-    stats = need("torchmetrics").classification.MulticlassStatScores(classes, average=None).to(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images; torchmetrics would use float32
-    model.eval()
-    size = max(1, s.batch_size // (s.accumulate * world))
-    mine = list(range(rank, len(part), world))
-    # every process takes the same number of forwards; -1 stands for an image that is not counted
-    mine += [-1] * (-(-len(part) // world) - len(mine))
-    sampler = [[max(i, 0) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
-    workers = 0 if part.kept is not None else s.workers
-    batches = iter(torch.utils.data.DataLoader(part, batch_sampler=sampler, num_workers=workers))
-    at = 0
-    for _ in range(len(sampler)):
-        images, labels = _next(batches)
-        real = torch.tensor([i >= 0 for i in mine[at : at + len(labels)]], device=device)
-        at += len(labels)
-        with accelerator.autocast():
-            y = logits(model, run.normalise(images))
-        y, labels = y[real], labels.to(device)[real]
-        if len(y):
-            stats.update(y, labels)
-            sums += torch.stack([F.cross_entropy(y.double(), labels, reduction="sum"), real.sum().double()])
-        if shown is not None:
-            shown.update(min(at * world, len(part)) - shown.n)
-    methods.train_mode(model)
-    loss, n = accelerator.reduce(sums, "sum").tolist()
-    counts = stats.compute().double()  # [classes, 5]: true and false positives and negatives, images
-    right, images = counts[:, 0], counts[:, -1]
-    present = images > 0  # a class without images has no accuracy
-    return {
-        "top1": round(100 * (right.sum() / images.sum()).item(), 4),
-        "mean_class": round(100 * (right[present] / images[present]).mean().item(), 4),
-        "loss": loss / n,
-    }
-
-
 def save(run: Prepared, progress: Progress) -> None:
     """Write a checkpoint. A state whose loss is not finite raises instead: it would replace one of use."""
     sums = run.accelerator.reduce(progress.sums.clone(), "sum")
     _check_finite(progress.step, sums[0].item())
     state = progress.state(run.identity, sums)
-    _on_main(run, lambda: checkpoints.save(run.out, progress.step, state))
-
-
-def finish(run: Prepared, progress: Progress, writer) -> Result:
-    """Measure the final weights and write the results.
-
-    Raises:
-        checkpoints.StorageError: a file cannot be written; the checkpoint of the last step stays.
-    """
-    s, data = run.settings, run.data
-    epoch = s.epochs
-    if s.select == "val":
-        checkpoints.set_weights(progress.model, progress.best["weights"])
-        epoch = progress.best["epoch"]
-    metrics, parts = {}, data.parts()
-    for name in [name for name in ("val", "test") if name in parts] or ["train"]:
-        with bar(run.show, len(parts[name]), f"measuring on {name}", "img") as shown:
-            metrics[name] = evaluate(run, progress.model, parts[name], shown)
-    result = {
-        "metrics": metrics,
-        "parameters": run.parameters,
-        "head_parameters": run.head_parameters,
-        "images_per_second": progress.seen / progress.seconds if progress.seconds else 0.0,
-        "epoch": epoch,
-        "adapter": "adapter.safetensors",
-    }
-    record = {
-        "result": result,
-        "classes": list(data.classes),
-        "history": progress.history,
-        "settings": asdict(s),
-        "identity": run.identity,
-        "versions": _versions(),
-    }
-    weights = checkpoints.get_weights(progress.model)
-    _on_main(run, lambda: _write_results(run, progress, record, weights, writer))
-    return Result(**{**result, "adapter": run.out / result["adapter"]}, history=progress.history, out=run.out)
-
-
-def _write_results(run: Prepared, progress: Progress, record: dict, weights: dict[str, Tensor], writer) -> None:
-    """Write the files of a finished run; metrics.json last, because its presence means that the run is finished."""
-    s = run.settings
-    with checkpoints.storing(run.out, "the results"):
-        model = run.accelerator.unwrap_model(progress.model)
-        if s.fsdp:  # its weights are shards; a new model takes the complete ones
-            seed_all(f"model {s.seed}")
-            model = make_model(s.model, len(record["classes"]), s.image_size, s.checkpoint)
-            methods.apply(s.method, model.to(getattr(torch, s.dtype)), s.options)
-            model.load_state_dict(weights, strict=False)
-        for p in run.unused:
-            p.requires_grad_(True)
-        path = run.out / record["result"]["adapter"]
-        methods.save(s.method, s.options, model, path, s.model, preparation_of(model, s), record["classes"])
-        storage.write(run.out / "curves.png", lambda file: curves(file, record))
-        writer.close()
-        storage.write_bytes(run.out / "metrics.json", json.dumps(record, indent=1).encode())
-        checkpoints.clear(run.out)
+    on_main(run, lambda: checkpoints.save(run.out, progress.step, state))
 
 
 def _check_finite(step: int, loss: float) -> None:
     if not math.isfinite(loss):
         raise Diverged(f"the loss of step {step} is {loss}; a smaller lr or scale, or clip_grad, keeps it finite")
-
-
-def _on_main(run: Prepared, write) -> None:
-    """Call write() on the main process; a StorageError there is raised on every process."""
-    failure = None
-    if run.main:
-        try:
-            write()
-        except checkpoints.StorageError as error:
-            failure = error
-    if run.accelerator.num_processes > 1:
-        said = [None if failure is None else (failure.errno, failure.strerror)]
-        torch.distributed.broadcast_object_list(said, 0)
-        failure = said[0] and checkpoints.StorageError(*said[0])
-    if failure:
-        raise failure
 
 
 def _any_process(run: Prepared, asked: bool) -> bool:
@@ -472,19 +335,3 @@ def _stop_signals() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _next(batches: Iterator):
-    """The next batch. A DataError of a worker process is raised without the traceback that it comes wrapped in."""
-    try:
-        return next(batches)
-    except DataError as error:
-        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("efft_kernels", "torch", "timm", "transformers", "accelerate"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return {"python": sys.version.split()[0], **found}

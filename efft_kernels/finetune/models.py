@@ -156,6 +156,20 @@ def _of_transformers(name: str, classes: int, image_size: int, checkpoint: str |
     return model
 
 
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let a model compute the activations of its blocks again in the backward instead of keeping them.
+
+    Raises:
+        ValueError: a model that has no switch for it.
+    """
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+    elif getattr(model, "supports_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        raise ValueError(f"gradient_checkpointing must be False for {type(model).__name__}, which does not offer it")
+
+
 def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes]
     """The logits of a model of either library."""
     size = getattr(getattr(model, "config", None), "image_size", None)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import need
-from . import checkpoints, methods
+from ..kernels.tuning.table import device_name
+from ..ops.dispatch import candidates, default_backend
+from . import checkpoints, methods, trackers
+from .bars import bar
 from .data import Data, open_data, seed_all
 from .images import BadImages, DataError
-from .models import logits, make_model, normalisation
-from .report import bar
+from .models import checkpoint_blocks, logits, make_model, normalisation
 from .settings import Settings
 
 log = logging.getLogger("efft_kernels.finetune")
@@ -38,11 +40,17 @@ class Prepared:
     parameters: int  # trained, without the head
     head_parameters: int
     identity: dict  # what a continuation of this run must have in common with it
+    class_weights: Tensor | None = None  # [classes], of the loss
 
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""
         return self.accelerator.is_main_process
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype that sums are kept in: float64 where the device has it."""
+        return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
     @property
     def steps(self) -> int:
@@ -61,12 +69,23 @@ def make_accelerator(settings: Settings):
         ValueError: a device or a precision that this machine or the dtype does not have.
     """
     accelerate = need("accelerate")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be 'cpu' or 'auto' on a machine without a GPU that torch can use, got 'cuda'")
-    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if settings.device not in ("auto", "cpu") and not _present(settings.device):
+        raise ValueError(
+            "device must be 'cpu' or 'auto' on a machine without a GPU that torch can use, or the name of one that it "
+            f"can use, got {settings.device!r}"
+        )
+    kind = settings.device
+    if kind == "auto":
+        kind = next((name for name in ("cuda", "xpu", "mps") if _present(name)), "cpu")
+    cpu = kind == "cpu"
+    if kind == "mps" and settings.dtype == "float64":
+        raise ValueError("dtype must be 'float32' on mps, which has no float64")
     precision = settings.mixed_precision
     if precision == "auto":
-        precision = "no" if cpu or settings.dtype == "float64" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "no"
+        if kind in ("cuda", "xpu") and settings.dtype != "float64":
+            precision = "bf16" if kind == "xpu" or torch.cuda.is_bf16_supported() else "fp16"
+    trackers.check(settings.trackers)
     if precision != "no" and settings.dtype == "float64":
         raise ValueError(f"mixed_precision must be 'no' with dtype='float64', got {precision!r}")
     if precision == "fp16" and cpu:
@@ -74,8 +93,10 @@ def make_accelerator(settings: Settings):
     plugin = None
     if settings.fsdp:
         plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
-    return accelerate.Accelerator(
+    made = accelerate.Accelerator(
         cpu=cpu,
+        log_with=list(settings.trackers),
+        project_config=accelerate.utils.ProjectConfiguration(logging_dir=settings.out),
         mixed_precision=precision,
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
             num_steps=settings.accumulate, sync_with_dataloader=False
@@ -83,6 +104,27 @@ def make_accelerator(settings: Settings):
         fsdp_plugin=plugin,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if made.device.type != kind:
+        raise ValueError(f"device must be 'auto' or {made.device.type!r} on this machine, got {settings.device!r}")
+    return made
+
+
+def _present(kind: str) -> bool:
+    """Whether torch can use a device of this type."""
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return getattr(torch, kind).is_available()
+
+
+def describe_device(accelerator) -> str:
+    """One line that says which device and which kernels compute."""
+    device = accelerator.device
+    chosen = default_backend() or ", ".join(module.__name__.rpartition(".")[2] for module in candidates(device))
+    kernels = f"kernels {chosen} where they are faster" if chosen and not default_backend() else f"kernels {chosen}"
+    name = device_name(device) if device.type in ("cpu", "cuda") else device.type
+    precision = "without autocast" if accelerator.mixed_precision == "no" else f"autocast {accelerator.mixed_precision}"
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    return f"computing on {device.type} ({name}){processes}, {precision}, {kernels if chosen else 'plain torch'}"
 
 
 def open_images(settings: Settings, processes: int) -> Data:
@@ -103,6 +145,8 @@ def open_images(settings: Settings, processes: int) -> Data:
     data = open_data(s.data, s.image_size, interpolation=s.interpolation, **choice, **fractions)
     if len(data.classes) < 2:
         raise DataError(f"{s.data} must have at least 2 classes, but has {len(data.classes)}")
+    if data.multilabel and s.head_init == "probe":
+        raise ValueError("head_init must be 'random' with several labels per image, got 'probe'")
     if len(data.train) < s.batch_size:
         raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {s.batch_size}")
     return data
@@ -130,6 +174,10 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
     model = make_model(s.model, len(data.classes), s.image_size, s.checkpoint, s.drop_path)
     methods.apply(s.method, model.to(dtype), s.options)
     weights = methods.fingerprint(model)
+    if accelerator.is_main_process:
+        log.info(describe_device(accelerator))
+    if s.gradient_checkpointing:
+        checkpoint_blocks(model)
     model.to(accelerator.device)
     mean, std = (
         torch.tensor(values, device=accelerator.device, dtype=dtype).view(3, 1, 1) * 255
@@ -155,8 +203,26 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
             f"{', '.join(f'{len(part)} {name}' for name, part in data.parts().items())} images of "
             f"{len(data.classes)} classes"
         )
-    made = Prepared(s, accelerator, out, show, data, model, unused, mean, std, parameters, head_parameters, identity)
-    return made, saved
+    weights = weigh_classes(data).to(accelerator.device) if s.class_weights else None
+    counts = (parameters, head_parameters)
+    return Prepared(s, accelerator, out, show, data, model, unused, mean, std, *counts, identity, weights), saved
+
+
+def weigh_classes(data: Data) -> Tensor:
+    """Weights [classes] of the loss, by which every class counts the same however many training images show it.
+
+    With one class per image N / (present classes * images of the class), so that the mean over the images is 1; with
+    several the number of images without the class over that of images with it. Classes without images have 1.
+    """
+    labels = data.train.labels
+    shown = torch.zeros(len(data.classes), dtype=torch.float64)
+    for label in labels:
+        shown[list(label) if data.multilabel else label] += 1
+    if data.multilabel:
+        found = (len(labels) - shown) / shown
+    else:
+        found = len(labels) / ((shown > 0).sum() * shown)
+    return torch.where((shown > 0) & (shown < len(labels)) if data.multilabel else shown > 0, found, 1.0).float()
 
 
 def make_identity(settings: Settings, data: Data, weights: str) -> dict:

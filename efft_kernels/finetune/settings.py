@@ -8,7 +8,10 @@ from typing import Literal
 Rank = int | tuple[int, int]
 
 # settings that may differ between a run and its continuation, because the result does not depend on them
-_FREE = ("data", "checkpoint", "out", "device", "accumulate", "fsdp", "workers", "memory", "save_every", "resume")
+_FREE = (
+    *("data", "checkpoint", "out", "device", "accumulate", "fsdp", "workers", "memory", "save_every", "resume"),
+    *("gradient_checkpointing", "compile", "trackers"),
+)
 _OPTIONS = (
     *("rank", "ffn_rank", "scale", "trainable_scale", "cores", "zero_init", "targets", "blocks"),
     *("factor_dropout", "activation_dropout", "tokens", "bottleneck", "placement", "lora_rank"),
@@ -23,9 +26,10 @@ class Settings:
     An option of a method that is None has the method's default; an option that the method does not have is an error.
 
     Args:
-        data: a folder of images with one folder per class (perhaps inside train/, val/ and test/), a folder with the
-            lists of VTAB-1K (train800.txt, val200.txt, train800val200.txt, test.txt), or from Python the name of a
-            source registered with efft_kernels.finetune.data.source.
+        data: a folder of images with one folder per class (perhaps inside train/, val/ and test/), a CSV file (columns
+            image, label or labels, perhaps split), a folder that Hugging Face's datasets wrote by save_to_disk, a
+            folder with the lists of VTAB-1K (train800.txt, val200.txt, train800val200.txt, test.txt), or from Python
+            the name of a source registered with efft_kernels.finetune.data.source.
         out: the folder of the run: checkpoints during training, then adapter, metrics, curves and logs.
         model: a model of timm, or "hf:" followed by a model of transformers (a folder, or a name on its hub).
         checkpoint: the pre-trained weights: a file, "download" to let timm or transformers download theirs, or
@@ -64,10 +68,14 @@ class Settings:
             for a few seconds on its features of the training images.
         label_smoothing: label smoothing of the cross-entropy.
         clip_grad: largest norm of the gradient; None for no limit.
+        class_weights: "balanced" weighs each class by the inverse of its number of training images.
+        ema: decay of a moving average of the trained weights, such as 0.999, which is what is measured and saved; it
+            starts lower, so that early weights are forgotten. None for no average.
+        patience: with select="val", stop after this many epochs without a better one. None trains all epochs.
         image_size: side of the square that images are resized to, in pixels.
         interpolation: interpolation of the resize.
-        normalize: "imagenet" for ImageNet's mean and deviation "model" for those of the weights, or
-            "none" for pixels in [0, 1].
+        normalize: "imagenet" for ImageNet's mean and deviation as in the paper, "model" for those of the weights, or
+            "none" for pixels from 0 to 1.
         augment: augmentation of training images: "none", "flip", "crop" (random crops and flips) or "rand" (RandAugment
             as well).
         select: the final weights: those after the "last" epoch, or those of the epoch that was best on "val". VTAB-1K's
@@ -77,15 +85,18 @@ class Settings:
         test_fraction: share of each class to hold out for testing, if the folder has no test part.
         val_fraction: share of each class to hold out for select="val", if the folder has no val part.
         seed: seed of new weights, image order, dropout and augmentation; the held-out parts do not depend on it.
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "mps" or "xpu".
         mixed_precision: autocast: "no", "bf16", "fp16", or "auto": bf16 on a GPU that has it, fp16 on others, "no" on a
             CPU.
         dtype: data type of the weights: "float32" or "float64".
         accumulate: number of parts that a batch is computed in, to save memory.
+        gradient_checkpointing: compute activations of the blocks again in the backward, which saves memory.
+        compile: compile the model with torch.compile, which takes a minute and pays off in long runs.
         fsdp: shard the weights over the processes (FSDP2) instead of replicating them (DDP).
         workers: processes that read images; not used for images kept in memory.
         memory: GiB of memory for resized images, which are then read only once.
         save_every: steps between checkpoints.
+        trackers: where metrics are logged: tensorboard, and others of accelerate such as wandb, mlflow or trackio.
         resume: continue from the last complete checkpoint in ``out``; false starts over.
     """
 
@@ -125,6 +136,9 @@ class Settings:
     head_init: Literal["random", "probe"] = "random"
     label_smoothing: float = 0.0
     clip_grad: float | None = None
+    class_weights: Literal["balanced"] | None = None
+    ema: float | None = None
+    patience: int | None = None
     image_size: int = 224
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     normalize: Literal["imagenet", "model", "none"] = "imagenet"
@@ -134,14 +148,17 @@ class Settings:
     test_fraction: float = 0.2
     val_fraction: float = 0.2
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     accumulate: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
     fsdp: bool = False
     workers: int = 2
     memory: float = 1.0
     save_every: int = 100
+    trackers: tuple[str, ...] = ("tensorboard",)
     resume: bool = True
 
     def __post_init__(self):
@@ -159,7 +176,7 @@ class Settings:
         for name in ("data", "out", "model", "method"):
             self._need(name, isinstance(getattr(self, name), str) and bool(getattr(self, name)), "a non-empty string")
         positive = "epochs", "batch_size", "image_size", "accumulate", "save_every"
-        for name in (*positive, *(["classes"] if self.classes is not None else [])):
+        for name in (*positive, *(name for name in ("classes", "patience") if getattr(self, name) is not None)):
             self._need(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int of at least 1")
         for name in ("workers", "seed"):
             self._need(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int of at least 0")
@@ -175,6 +192,11 @@ class Settings:
             value = getattr(self, name)
             self._need(name, isinstance(value, int | float) and 0 <= value < 1, "a number in [0, 1)")
         self._need("seed", self.seed < 2**63, "less than 2 ** 63")
+        ema = self.ema is None or (isinstance(self.ema, int | float) and 0 <= self.ema < 1)
+        self._need("ema", ema, "a number in [0, 1), or None")
+        self._need("patience", self.patience is None or self.select == "val", "None unless select is 'val'")
+        known = isinstance(self.trackers, tuple) and all(isinstance(name, str) for name in self.trackers)
+        self._need("trackers", known, "a list of names")
         self._need("warmup_epochs", self.warmup <= self.epochs, f"at most the {self.epochs} epochs")
         self._need("batch_size", self.batch_size % self.accumulate == 0, f"a multiple of accumulate={self.accumulate}")
         for name, allowed in _choices().items():

@@ -172,7 +172,7 @@ class _Factors(Adapters):
     def __init__(self, name: str, groups: dict[str, EFFTGroup]):
         super().__init__()
         self.update(groups)
-        self.active = name
+        self._active = name  # not an adapter in a ModuleDict of adapters: the groups are those below
 
     def groups(self) -> list[nn.Module]:
         return list(self.values())

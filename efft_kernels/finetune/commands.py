@@ -1,0 +1,180 @@
+"""What efft-finetune does with finished runs: report, predict, export, merge, compare."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..storage import write_bytes
+from . import checkpoints
+
+NAMES = ("report", "predict", "export", "merge", "compare")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one of these commands, argv[0]; returns the exit status 0, or 2 if no image could be read."""
+    made = argparse.ArgumentParser(prog=f"efft-finetune {argv[0]}", description=_COMMANDS[argv[0]].__doc__)
+    _ARGUMENTS[argv[0]](made)
+    return _COMMANDS[argv[0]](made.parse_args(argv[1:]))
+
+
+def _run_folder(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="RUN", help="folder of a finished run")
+
+
+def _weights(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--checkpoint", help="the pre-trained weights, if they have moved since the run")
+
+
+def _report_arguments(made: argparse.ArgumentParser) -> None:
+    _run_folder(made)
+    made.add_argument("--data", help="the images, if they have moved since the run")
+    made.add_argument("--out", metavar="FILE.html", help="default: report.html in RUN")
+
+
+def _report(given: argparse.Namespace) -> int:
+    """Write the report of a finished run again, a page of HTML."""
+    from . import page, predictions
+
+    record = read_record(given.run)
+    rows = Path(given.run) / predictions.NAME
+    rows = predictions.from_csv(rows, record.get("multilabel", False)) if rows.is_file() else []
+    path = Path(given.out) if given.out else Path(given.run) / page.NAME
+    html = page.build(record, rows, _pictures(record, given.data))
+    with checkpoints.storing(path.parent, str(path)):
+        write_bytes(path, html.encode())
+    print(path)
+    return 0
+
+
+def _pictures(record: dict, data: str | None):
+    """The function that finds the picture of a prediction. Without the data a report has the names of the files."""
+    from .data import open_data
+    from .images import DataError
+    from .page import loader
+    from .settings import Settings
+
+    s = Settings(**record["settings"])
+    fractions = {"test_fraction": s.test_fraction, "val_fraction": s.val_fraction}
+    try:
+        opened = open_data(data or s.data, s.image_size, hold_out=s.select == "val", classes=s.classes, **fractions)
+    except DataError as error:
+        print(f"efft-finetune: the report has no pictures, --data can name their place: {error}", file=sys.stderr)
+        return lambda row: None
+    if data:  # their names begin with the old place
+        from dataclasses import replace
+
+        found = loader(opened)
+        return lambda row: found(replace(row, image=row.image.replace(s.data, data, 1)))
+    return loader(opened)
+
+
+def _predict_arguments(made: argparse.ArgumentParser) -> None:
+    _run_folder(made)
+    made.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, and folders of any number of them")
+    made.add_argument("--out", metavar="FILE.csv", help="write the labels to a CSV file instead of printing them")
+    made.add_argument("--batch-size", type=int, default=32, help="images per forward (default 32)")
+    made.add_argument("--workers", type=int, default=0, help="processes that read images (default 0)")
+    made.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
+    _weights(made)
+
+
+def _predict(given: argparse.Namespace) -> int:
+    """Label images with a finished run."""
+    from .labelling import find_files, label, label_to_csv
+
+    if given.batch_size < 1 or given.workers < 0:
+        raise ValueError("batch-size must be at least 1 and workers at least 0")
+    files = find_files(given.images)
+    options = {"checkpoint": given.checkpoint, "device": given.device, "batch_size": given.batch_size}
+    options |= {"workers": given.workers, "show": given.out is not None}
+    if given.out is None:
+        bad = []
+        for found in label(given.run, files, **options):
+            if found.problem:
+                bad.append(found.problem)
+                continue
+            pairs = list(zip(found.classes, found.probabilities))[: None if found.several else 1]
+            print(found.file, "|".join(c for c, _ in pairs), "|".join(f"{p:.4f}" for _, p in pairs), sep="\t")
+    else:
+        bad = label_to_csv(given.run, files, Path(given.out), **options)
+        print(f"{given.out}: {len(files) - len(bad)} images labelled")
+    if bad:
+        print(f"efft-finetune: {len(bad)} of {len(files)} images are left out:", *bad, sep="\n  ", file=sys.stderr)
+    return 2 if len(bad) == len(files) else 0
+
+
+def _export_arguments(made: argparse.ArgumentParser) -> None:
+    _run_folder(made)
+    made.add_argument("--to", required=True, choices=("lora", "onnx", "weights"))
+    made.add_argument("--out", metavar="PATH", help="the file, or the folder of a LoRA; default: exported... in RUN")
+    _weights(made)
+
+
+def _export(given: argparse.Namespace) -> int:
+    """Export a finished run: a LoRA for PEFT, an ONNX model that takes pixels, or merged weights."""
+    from .exporting import export
+
+    print(export(given.run, given.to, given.out, given.checkpoint))
+    return 0
+
+
+def _merge_arguments(made: argparse.ArgumentParser) -> None:
+    _run_folder(made)
+    made.add_argument("out", metavar="FILE.safetensors")
+    _weights(made)
+    made.set_defaults(to="weights")
+
+
+def _compare_arguments(made: argparse.ArgumentParser) -> None:
+    made.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    made.add_argument("--out", metavar="FILE.html", default="compare.html", help="the page (default compare.html)")
+
+
+def _compare(given: argparse.Namespace) -> int:
+    """Compare finished runs: a table, also on a page with plots."""
+    from . import page
+
+    runs = list(dict.fromkeys(given.runs))
+    names = {str(Path(run).resolve()): run for run in runs}
+    parents = {Path(path).parent for path in names}
+    # the shortest names that tell the runs apart
+    short = len({Path(path).name for path in names}) == len(names) and len(parents) == 1
+    records = {Path(path).name if short else run: read_record(run) for path, run in names.items()}
+    header, rows = page.compare(records)
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    path = Path(given.out)
+    html = page.build_comparison(records)
+    with checkpoints.storing(path.parent, str(path)):
+        write_bytes(path, html.encode())
+    print(f"\nplots: {path}")
+    return 0
+
+
+def read_record(out: str) -> dict:
+    """The contents of metrics.json of a finished run.
+
+    Raises:
+        FileNotFoundError: there is no finished run. ValueError: a file of another version.
+    """
+    path = Path(out) / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
+    try:
+        record = json.loads(path.read_text())
+        missing = {"result", "settings", "classes", "history", "versions"} - set(record)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not what a run of this version leaves: it lacks {min(missing)}")
+    return record
+
+
+_COMMANDS = {"report": _report, "predict": _predict, "export": _export, "merge": _export, "compare": _compare}
+_ARGUMENTS = {
+    **{"report": _report_arguments, "predict": _predict_arguments, "export": _export_arguments},
+    **{"merge": _merge_arguments, "compare": _compare_arguments},
+}

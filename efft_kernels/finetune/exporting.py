@@ -1,0 +1,139 @@
+"""Export a finished run: merged weights, an ONNX model that takes pixels, a LoRA for PEFT."""
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..export import export_lora
+from ..extras import need
+from ..merge import merge
+from ..storage import write_bytes
+from . import checkpoints
+from .finished import merged, restore
+from .models import logits, normalisation
+from .settings import Settings
+
+FORMATS = {"lora": "-lora", "onnx": ".onnx", "weights": ".safetensors"}  # -> end of the default name
+
+
+def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint: str | None = None) -> Path:
+    """Export a finished run.
+
+    Args:
+        out: the folder of the run.
+        to: "lora", a folder for PEFT; "onnx"; or "weights", merged ones for timm or transformers.
+        path: the file, or the folder of a LoRA; None for a name in the folder of the run.
+        checkpoint: the pre-trained weights, if they have moved since.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another format, a method that it cannot express, or an ONNX model that gives other results than
+            torch; nothing is written then.
+        ImportError: a package that the format needs is missing.
+        checkpoints.StorageError: the file cannot be written.
+        FileNotFoundError, ValueError: as :func:`finished.restore`.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    path = Path(path) if path is not None else Path(out) / f"exported{FORMATS[to]}"
+    if to == "weights":
+        return merged(out, path, checkpoint)
+    if to == "onnx":
+        return _onnx(out, path, checkpoint)
+    model, record = restore(out, checkpoint)
+    if not hasattr(model, "efft"):
+        raise ValueError(f"method {record['settings']['method']!r} is no low-rank update, which a LoRA could express")
+    with checkpoints.storing(path.parent, str(path)):
+        export_lora(model, path, base_model=record["settings"]["model"])
+    return path
+
+
+class _FromPixels(nn.Module):
+    """A model with the normalisation of its images before it."""
+
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return logits(self.model, (pixels - self.mean) / self.std)
+
+
+def _onnx(out: str | Path, path: Path, checkpoint: str | None) -> Path:
+    """Write the merged model as ONNX: pixels [batch, 3, S, S] from 0 to 255, RGB, float32 -> logits [batch, classes].
+
+    Size, interpolation and the names of the classes are among the metadata of the file.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package, "onnx")
+    import onnx
+
+    model, record = restore(out, checkpoint)
+    settings = Settings(**record["settings"])
+    if hasattr(model, "efft"):
+        merge(model, keep_weights=False)
+    model = model.float().cpu()
+    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in normalisation(model, settings.normalize))
+    whole = _FromPixels(model, mean, std).eval()
+    size = settings.image_size
+    example = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0)).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about its own future
+        program = torch.onnx.export(
+            whole,
+            (example,),
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+            dynamo=True,
+            verbose=False,
+        )
+    proto = program.model_proto
+    described = {
+        "classes": json.dumps(record["classes"]),
+        "multilabel": json.dumps(record.get("multilabel", False)),
+        "image_size": str(size),
+        "interpolation": settings.interpolation,
+        "pixels": "RGB, 0 to 255, resized to a square without a crop; the mean and deviation are part of the model",
+    }
+    for key, value in described.items():
+        proto.metadata_props.add(key=key, value=value)
+    data = proto.SerializeToString()
+    onnx.checker.check_model(proto)
+    _check(whole, data, size)
+    with checkpoints.storing(path.parent, str(path)):
+        write_bytes(path, data)
+    return path
+
+
+@torch.no_grad()
+def _check(model: nn.Module, data: bytes, size: int) -> None:
+    """Compare an ONNX model with the one in torch on batches of 1 and 3 images.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:  # a model above 2 GiB cannot be given as bytes
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(data)
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        for batch in (1, 3):
+            generator = torch.Generator().manual_seed(batch)
+            pixels = torch.randint(0, 256, (batch, 3, size, size), generator=generator).float()
+            want = model(pixels)
+            got = torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
+            far = (got - want).abs().max().item()
+            if not far <= 1e-3 * max(1.0, want.abs().max().item()):  # also for nan
+                raise ValueError(f"the ONNX model gives other logits than torch: they differ by {far:.2g}")

@@ -1,0 +1,193 @@
+"""The end of a run: its final measurement and the files that it leaves."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import storage
+from . import checkpoints, methods, page, plots, predictions
+from .bars import bar
+from .checkpoints import Progress
+from .data import Data, seed_all
+from .evaluation import Prediction, evaluate
+from .models import make_model, preparation_of
+from .prepared import Prepared, check_same, describe_device, make_identity
+from .settings import Settings
+from .trackers import Trackers
+
+log = logging.getLogger("efft_kernels.finetune")
+
+# of metrics, as people read them
+NAMES = {
+    **{"top1": "top-1", "mean_class": "mean over classes", "loss": "loss"},
+    **{"mean_ap": "mean average precision", "f1": "F1", "exact": "all labels right"},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a run. Its files are in ``out``: adapter.safetensors, metrics.json, predictions.csv, curves.png,
+    report.html, logs/.
+    """
+
+    metrics: dict  # of the final weights: part of the data -> the metrics of evaluation.evaluate
+    history: list[dict]  # one entry per epoch
+    parameters: int  # trained, without the head
+    head_parameters: int
+    images_per_second: float  # while training, over all processes
+    epoch: int  # of the final weights
+    adapter: Path
+    out: Path
+
+
+def read_finished(settings: Settings, data: Data, out: Path, main: bool) -> Result | None:
+    """The result of the run in a folder if it is finished.
+
+    Raises:
+        ValueError: the folder holds another run, or files of another version.
+    """
+    path = out / "metrics.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        identity, result = found["identity"], found["result"]
+        weights = identity["weights"]  # not computed again, which would take reading them
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
+    check_same(out, identity, make_identity(settings, data, weights))
+    if main:
+        checkpoints.clear(out)  # those of a run that was killed after it wrote its results
+        log.info(f"{out} holds this run, finished; resume=false would repeat it")
+    return Result(**{**result, "adapter": out / result["adapter"]}, history=found["history"], out=out)
+
+
+def finish(run: Prepared, progress: Progress, logs: Trackers) -> Result:
+    """Measure the final weights and write the results.
+
+    Raises:
+        checkpoints.StorageError: a file cannot be written; the checkpoint of the last step stays.
+    """
+    s, data = run.settings, run.data
+    epoch = progress.history[-1]["epoch"]
+    metrics, rows, parts = {}, [], data.parts()
+    with contextlib.ExitStack() as stack:
+        if s.select == "val":
+            checkpoints.set_weights(progress.model, progress.best["weights"])
+            epoch = progress.best["epoch"]
+        else:
+            stack.enter_context(progress.averaged())
+        for name in [name for name in ("val", "test") if name in parts] or ["train"]:
+            with bar(run.show, len(parts[name]), f"measuring on {name}", "img") as shown:
+                found: list[Prediction] = []
+                metrics[name] = evaluate(run, progress.model, parts[name], shown, found)
+            rows += predictions.rows_of(name, parts[name], found, data.classes)
+        result = {
+            "metrics": metrics,
+            "parameters": run.parameters,
+            "head_parameters": run.head_parameters,
+            "images_per_second": progress.seen / progress.seconds if progress.seconds else 0.0,
+            "epoch": epoch,
+            "adapter": "adapter.safetensors",
+        }
+        record = {
+            "result": result,
+            "classes": list(data.classes),
+            "multilabel": data.multilabel,
+            "history": progress.history,
+            "settings": asdict(s),
+            "identity": run.identity,
+            "run": _circumstances(run, progress),
+            "versions": _versions(),
+        }
+        record = json.loads(json.dumps(record))  # as "report" will read it
+        weights = checkpoints.get_weights(progress.model)
+        on_main(run, lambda: _write(run, progress, record, rows, weights))
+    logs.close()
+    return Result(**{**result, "adapter": run.out / result["adapter"]}, history=progress.history, out=run.out)
+
+
+def _write(run: Prepared, progress: Progress, record: dict, rows: list, weights: dict[str, Tensor]) -> None:
+    """Write the files of a finished run; metrics.json last, because its presence means that the run is finished."""
+    s = run.settings
+    with checkpoints.storing(run.out, "the results"):
+        model = run.accelerator.unwrap_model(progress.model)
+        if s.fsdp:  # its weights are shards; a new model takes the complete ones
+            seed_all(f"model {s.seed}")
+            model = make_model(s.model, len(record["classes"]), s.image_size, s.checkpoint)
+            methods.apply(s.method, model.to(getattr(torch, s.dtype)), s.options)
+            model.load_state_dict(weights, strict=False)
+        for p in run.unused:
+            p.requires_grad_(True)
+        path = run.out / record["result"]["adapter"]
+        methods.save(s.method, s.options, model, path, s.model, preparation_of(model, s), record["classes"])
+        storage.write(run.out / "curves.png", lambda file: plots.curves(file, record))
+        storage.write_bytes(run.out / predictions.NAME, predictions.to_csv(rows))
+        storage.write_bytes(run.out / page.NAME, page.build(record, rows, page.loader(run.data)).encode())
+        storage.write_bytes(run.out / "metrics.json", json.dumps(record, indent=1).encode())
+        checkpoints.clear(run.out)
+
+
+def _circumstances(run: Prepared, progress: Progress) -> dict:
+    """How the run was done, for its report."""
+    plan = next(iter(run.model.efft.values())).plan if hasattr(run.model, "efft") else None
+    return {
+        "command": shlex.join(["efft-finetune", *sys.argv[1:]]) if "finetune" in sys.argv[0] else "from Python",
+        "device": describe_device(run.accelerator),
+        "processes": run.accelerator.num_processes,
+        "seconds": round(progress.seconds, 3),
+        "peak_memory": _peak_memory(run.accelerator.device),
+        "parameters_of_model": sum(p.numel() for p in run.model.parameters()),
+        "method": methods.METHODS[run.settings.method].meaning,
+        "options": {**methods.METHODS[run.settings.method].options, **run.settings.options},
+        "plan": None if plan is None else str(plan),
+        "images": {name: len(part) for name, part in run.data.parts().items()},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes of the device that this process took at most; on a CPU its whole memory. None where that is not known."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def on_main(run: Prepared, write) -> None:
+    """Call write() on the main process; a StorageError there is raised on every process."""
+    failure = None
+    if run.main:
+        try:
+            write()
+        except checkpoints.StorageError as error:
+            failure = error
+    if run.accelerator.num_processes > 1:
+        said = [None if failure is None else (failure.errno, failure.strerror)]
+        torch.distributed.broadcast_object_list(said, 0)
+        failure = said[0] and checkpoints.StorageError(*said[0])
+    if failure:
+        raise failure
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("efft_kernels", "torch", "timm", "transformers", "accelerate"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"python": sys.version.split()[0], **found}

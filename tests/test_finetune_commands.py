@@ -1,0 +1,250 @@
+"""What efft-finetune does with finished runs, and the flags that a page or a file shows."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import timm
+
+timm()
+for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard", "jinja2", "matplotlib"):
+    pytest.importorskip(package)
+from test_finetune_data import folder, picture
+from test_finetune_run import tiny
+
+from efft_kernels.finetune import cli, loop, page, predictions, prepared
+from efft_kernels.finetune.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on awkward names of classes."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("run")
+    photos = folder(root / "photos", ("train", "val", "test"), ("a", "<b> & c"), n=8)
+    train(tiny(photos, root / "out", epochs=2), progress=False)
+    return root / "out"
+
+
+def html(path) -> str:
+    """A page that loads nothing: every address in it is data."""
+    text = Path(path).read_text()
+    for address in re.findall(r'(?:src|href)="([^"]*)"', text):
+        assert address.startswith("data:"), address
+    assert "http://" not in re.sub(r'"data:[^"]*"', "", text) and "@import" not in text and "<script" not in text
+    return text
+
+
+def test_a_run_ends_with_its_report(run):
+    text, record = html(run / "report.html"), json.loads((run / "metrics.json").read_text())
+    top1 = record["result"]["metrics"]["test"]["top1"]
+    said = (
+        "Confusion matrix",
+        "Accuracy per class",
+        "&lt;b&gt; &amp; c",
+        "test_vit",
+        f"{top1:.2f} %",
+        "torch 2.",
+        "cpu",
+    )
+    for words in (*said, f"{record['result']['parameters']:,}", "width=device-width", "Linears, "):
+        assert words in text, words
+    rows = predictions.from_csv(run / "predictions.csv", False)
+    assert [sum(row.part == part for row in rows) for part in ("val", "test")] == [16, 16]
+    test = [row for row in rows if row.part == "test"]
+    assert 100 * sum(not row.wrong for row in test) / 16 == pytest.approx(top1)
+    assert text.count("data:image/jpeg") == sum(row.wrong for row in test)
+    for row in test:
+        assert (row.error < 0.5) or row.wrong or row.probability[0] < 0.5
+
+
+def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch):
+    before = html(run / "report.html")
+    assert cli.main(["report", str(run)]) == cli.DONE and html(run / "report.html") == before
+    moved = run.parent / "moved"
+    (run.parent / "photos").rename(moved)
+    try:
+        assert cli.main(["report", str(run), "--out", str(tmp_path / "a.html")]) == cli.DONE
+        assert "no pictures" in capsys.readouterr().err and "data:image/jpeg" not in html(tmp_path / "a.html")
+        flags = ["report", str(run), "--data", str(moved), "--out", str(tmp_path / "b.html")]
+        assert cli.main(flags) == cli.DONE
+        assert html(tmp_path / "b.html").count("data:image/jpeg") == before.count("data:image/jpeg")
+    finally:
+        moved.rename(run.parent / "photos")
+    assert cli.main(["report", str(tmp_path)]) == cli.WRONG and "no finished run" in capsys.readouterr().err
+
+
+def test_predict_any_number_of_images(run, tmp_path, capsys):
+    for i in range(5):
+        picture(tmp_path / "new" / "sub" / f"{i}, x.png", i)
+    picture(tmp_path / "new/thumbs/0.png")
+    (tmp_path / "new/bad.jpg").write_bytes(b"bad")
+    out = tmp_path / "labels.csv"
+    flags = ["predict", str(run), str(tmp_path / "new"), "--out", str(out), "--batch-size", "2"]
+    assert cli.main(flags) == cli.DONE
+    said = capsys.readouterr()
+    assert "1 of 6 images are left out" in said.err and "bad.jpg cannot be read" in said.err and "5 images" in said.out
+    rows = list(csv.DictReader(out.open()))
+    assert [Path(row["image"]).name for row in rows] == [f"{i}, x.png" for i in range(5)]
+    assert {row["label"] for row in rows} <= {"a", "<b> & c"} and all(0.5 <= float(row["probability"]) for row in rows)
+    assert cli.main(["predict", str(run), rows[0]["image"]]) == cli.DONE
+    file, label, p = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert (file, label) == (rows[0]["image"], rows[0]["label"]) and abs(
+        float(p) - float(rows[0]["probability"])
+    ) < 2e-4
+    assert cli.main(["predict", str(run), str(tmp_path / "new/bad.jpg")]) == cli.WRONG
+    assert cli.main(["predict", str(run), str(tmp_path / "none")]) == cli.WRONG
+    assert "none does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from PIL import Image
+
+    from efft_kernels.finetune import exporting
+    from efft_kernels.finetune.finished import predict
+
+    file = tmp_path / "m.onnx"
+    assert cli.main(["export", str(run), "--to", "onnx", "--out", str(file)]) == cli.DONE
+    session = runtime.InferenceSession(str(file))
+    meta = session.get_modelmeta().custom_metadata_map
+    file = str(next((run.parent / "photos/test/a").iterdir()))
+    image = Image.open(file).resize((32, 32), Image.Resampling.BICUBIC)
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float()
+    y = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]).softmax(1)[0]
+    ((_, label, p),) = predict(run, [file])
+    assert json.loads(meta["classes"])[int(y.argmax())] == label and abs(float(y.max()) - p) < 1e-3
+    original = exporting._FromPixels.forward
+    calls = []
+
+    def other(self, pixels):  # the first calls are traced, the last ones checked
+        calls.append(1)
+        y = original(self, pixels)
+        return y if torch.compiler.is_exporting() else y + 0.1
+
+    monkeypatch.setattr(exporting._FromPixels, "forward", other)
+    assert cli.main(["export", str(run), "--to", "onnx", "--out", str(tmp_path / "wrong.onnx")]) == cli.WRONG
+    assert "differ by 0.1" in capsys.readouterr().err and not (tmp_path / "wrong.onnx").exists()
+
+
+def test_export_to_lora_and_weights(run, tmp_path, capsys):
+    assert cli.main(["export", str(run), "--to", "lora", "--out", str(tmp_path / "lora")]) == cli.DONE
+    assert {path.name for path in (tmp_path / "lora").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    export = ["export", str(run), "--to", "weights", "--out", str(tmp_path / "a")]
+    for flags in (export, ["merge", str(run), str(tmp_path / "b")]):
+        assert cli.main(flags) == cli.DONE
+    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size > 0
+
+
+def test_compare(run, tmp_path, capsys):
+    record = json.loads((run / "metrics.json").read_text())
+    for name, lr in (("one", 1e-3), ("two", 2e-3)):
+        (tmp_path / name).mkdir()
+        changed = {**record, "settings": {**record["settings"], "lr": lr}}
+        changed.pop("run") if name == "two" else None  # as an earlier version leaves it
+        (tmp_path / name / "metrics.json").write_text(json.dumps(changed))
+    out = tmp_path / "c.html"
+    assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == cli.DONE
+    head, one, two = capsys.readouterr().out.splitlines()[:3]
+    assert (
+        head.split()[:2] == ["run", "lr"]
+        and one.split()[:2] == ["one", "0.001"]
+        and two.split()[:2] == ["two", "0.002"]
+    )
+    text = html(out)
+    assert text.count("data:image/svg+xml") == 2 and "top-1 accuracy" in text
+
+
+def test_several_labels_per_image(tmp_path, capsys):
+    sets = [["sea"], ["sea", "sky"], [], ["sky"]]
+    lines = []
+    for i in range(24):
+        picture(tmp_path / "images" / f"{i}.png", i)
+        lines.append(f"images/{i}.png,{'|'.join(sets[i % 4])},{'train' if i < 16 else 'test'}\n")
+    (tmp_path / "list.csv").write_text("image,labels,split\n" + "".join(lines))
+    settings = tiny(tmp_path / "list.csv", tmp_path / "out", epochs=2, class_weights="balanced", label_smoothing=0.1)
+    result = train(settings, progress=False)
+    assert set(result.metrics["test"]) == {"mean_ap", "f1", "exact", "loss"}
+    assert set(result.history[0]["train"]) == {"exact", "loss"}
+    assert "F1 per class" in html(tmp_path / "out/report.html")
+    rows = predictions.from_csv(tmp_path / "out/predictions.csv", True)
+    assert [row.label for row in rows] == [tuple(sets[i % 4]) for i in range(16, 24)]
+    assert 100 * sum(not row.wrong for row in rows) / 8 == pytest.approx(result.metrics["test"]["exact"])
+    assert cli.main(["predict", str(tmp_path / "out"), str(tmp_path / "images")]) == cli.DONE
+    assert len(capsys.readouterr().out.splitlines()) == 24
+
+
+def test_averaged_weights_and_patience_resume_exactly(run, tmp_path, monkeypatch):
+    from test_finetune_run import end
+
+    photos = run.parent / "photos"
+    settings = tiny(photos, tmp_path / "a", ema=0.9, select="val", patience=2, epochs=8, lr=0.0, min_lr=0.0)
+    assert len(train(settings, progress=False).history) == 3  # nothing improves: one best epoch and two more
+    settings = replace(settings, out=str(tmp_path / "b"), lr=1e-2, patience=None, epochs=3)
+    train(settings, progress=False)
+    train(replace(settings, out=str(tmp_path / "raw"), ema=None), progress=False)
+    original, steps = loop.one_step, []
+
+    def step(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        original(*args)
+
+    monkeypatch.setattr(loop, "one_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(settings, out=str(tmp_path / "c")), progress=False)
+    monkeypatch.undo()
+    train(replace(settings, out=str(tmp_path / "c")), progress=False)
+    assert end(tmp_path / "b") == end(tmp_path / "c") != end(tmp_path / "raw")
+
+
+def test_recomputed_activations_give_the_same_run(run, tmp_path):
+    from test_finetune_run import end
+
+    settings = tiny(run.parent / "photos", tmp_path / "a", epochs=1)
+    train(settings, progress=False)
+    train(replace(settings, out=str(tmp_path / "b"), gradient_checkpointing=True), progress=False)
+    assert end(tmp_path / "a") == end(tmp_path / "b")
+
+
+def test_class_weights_are_of_all_training_images():
+    part = type("Part", (), {"labels": [0, 0, 0, 1]})
+    data = type("Data", (), {"train": part, "classes": ("a", "b", "c"), "multilabel": False})
+    assert prepared.weigh_classes(data).tolist() == pytest.approx([4 / 6, 2.0, 1.0])
+    part.labels, data.multilabel = [(0,), (0, 1), (0,), ()], True
+    assert prepared.weigh_classes(data).tolist() == pytest.approx([1 / 3, 3.0, 1.0])
+
+
+def test_what_computes_is_said(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(tiny(run.parent / "photos", tmp_path, epochs=1, normalize="none"), progress=False)
+    assert caplog.text.count("computing on cpu (") == 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"ema": 1.0}, "ema must be a number in"),
+        ({"patience": 3}, "patience must be None unless select is 'val'"),
+        ({"trackers": ("nothing",)}, "trackers must be among"),
+        ({"device": "xpu"}, "device must be 'cpu' or 'auto' on a machine without"),
+    ],
+)
+def test_wrong_settings(changes, words, run, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train(tiny(run.parent / "photos", tmp_path / "out", **changes), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_confusion_of_many_classes_and_long_names():
+    names = [f"class {i} with a long name" for i in range(40)]
+    for n in (2, 40):
+        assert page.plots.confusion([[1] * n] * n, names[:n]).startswith("data:image/svg+xml")
