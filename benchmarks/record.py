@@ -20,6 +20,7 @@ import tabulate
 import torch
 
 import efft_kernels
+from efft_kernels.kernels.tuning.table import lines
 from efft_kernels.storage import write_bytes
 
 FORMAT = 2  # of the files; results/README.md describes it
@@ -101,7 +102,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, (lines(content) + "\n").encode())
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -44,6 +44,7 @@ VARIANTS = {
     "einsum": "einsum, no dW",
     "einsum_dw": "dense dW",
 }
+KEPT = "inputs_kept"  # folder of training steps that keep what others rebuild in the backward
 METHODS = {
     "efft2": "EFFT2 (this library)",
     "efft2_p0": "EFFT2 without dropout",
@@ -106,11 +107,14 @@ def gpu_train_step() -> Table:
     rows, records = [], []
     for folder, run in recorded():
         gpu = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
-        for path in sorted((RESULTS / folder).glob("*train_step*.json")):
-            run, steps = _steps(folder, path.stem)
+        for path in sorted((RESULTS / folder).glob("**/*train_step*.json")):
+            if path.parent.name not in (folder, KEPT):
+                continue
+            run, steps = _steps(path.parent.relative_to(RESULTS), path.stem)
             arguments = run["arguments"]
             where = f"{gpu}, {MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"
-            records.append(f"{folder}/{path.stem}.csv")
+            where += ", inputs kept" if path.parent.name == KEPT else ""
+            records.append(path.with_suffix(".csv").relative_to(RESULTS).as_posix())
             rows += [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
     return Table(["bfloat16", *_STEP_HEAD[1:]], rows, _STEP_NOTE, records, 2)
 

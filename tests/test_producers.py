@@ -19,7 +19,7 @@ C = 32
 @pytest.fixture(autouse=True)
 def switched_on():
     yield
-    ek.rebuild_inputs(True)
+    ek.rebuild_inputs(None)
 
 
 def kept_bytes(run) -> int:
@@ -204,6 +204,13 @@ def test_a_changed_eps_and_an_unknown_norm():
     freed = norm(hidden()[1])
     norm.weight.untyped_storage().resize_(0)  # as FSDP leaves it after the norm's forward
     assert producers.kept_for(freed)[0] is None
+
+
+def test_inputs_are_rebuilt_on_a_cpu_unless_it_is_said_and_elsewhere_if_it_is():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for setting, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
+        ek.rebuild_inputs(setting)
+        assert (producers.rebuilds(cpu), producers.rebuilds(gpu)) == expected
 
 
 def model_gradients(model, run=None):

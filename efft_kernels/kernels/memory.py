@@ -26,6 +26,8 @@ def within(t: Tensor) -> bool:
         held = t.untyped_storage().nbytes()
     except NotImplementedError:
         return True  # a kind of tensor without a storage, which cannot be freed
+    if type(held) is not int or not all(type(n) is int for n in t.shape):
+        return True  # traced, with sizes that are not known yet
     if held == t.nbytes and not t.storage_offset() and t.is_contiguous():  # most tensors; costs less than what follows
         return True
     extent = _extent(t.shape, t.stride())

@@ -22,19 +22,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .dispatch import any_autocast, graph_task, pack_hooks, raw_stream, tracing
 
-_enabled = True
+_enabled: bool | None = None  # None: on a CPU
 _LONGEST = 8  # operations between the producer and x
 _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32}  # 16 bits otherwise
 
 
-def rebuild_inputs(enabled: bool) -> None:
-    """Whether the inputs of adapted Linears are rebuilt in the backward (the default) or kept from the forward on.
+def rebuild_inputs(enabled: bool | None) -> None:
+    """Whether the inputs of adapted Linears are rebuilt in the backward or kept from the forward on.
 
     Rebuilding runs each norm and activation function in front of an adapted Linear once more. The gradients have the
     same bits either way. The setting holds for the process, from the next forward on.
+
+    Args:
+        enabled: None, the default, rebuilds on a CPU and keeps elsewhere: on an H200 a step of ViT-B in the memory of
+            the frozen model takes 7 % longer from a CUDA graph, and 16 % longer where it waits for the host.
     """
     global _enabled
-    _enabled = bool(enabled)
+    _enabled = None if enabled is None else bool(enabled)
+
+
+def rebuilds(device: torch.device) -> bool:
+    """Whether inputs on this device are rebuilt."""
+    return device.type == "cpu" if _enabled is None else _enabled
 
 
 class _Share:
@@ -97,7 +106,7 @@ def _check_versions(tensors: list[Tensor], versions: tuple[int, ...]) -> None:
 
 def kept_for(x: Tensor) -> tuple[Recipe | None, tuple[Tensor, ...]]:
     """What a forward saves in order to have x in its backward: (None, (x,)) or (recipe, the tensors that it takes)."""
-    if _enabled and (node := x.grad_fn) is not None and not x._version and x.is_contiguous():
+    if rebuilds(x.device) and (node := x.grad_fn) is not None and not x._version and x.is_contiguous():
         found = _find(x, node)
         if found is not None:
             return found

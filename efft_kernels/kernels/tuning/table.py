@@ -405,9 +405,9 @@ def _exclusive() -> Iterator[None]:
 
 
 def lines(value, indent: str = "") -> str:
-    """JSON with an entry, or a row of defaults, on one line"""
-    text, height = json.dumps(value), _height(value)
-    if height == 0 or (height <= 3 and len(text) <= 180):
+    """JSON with an entry, or a row of defaults, on one line; ValueError for numbers that are not finite"""
+    text, height = json.dumps(value, allow_nan=False), _height(value)
+    if height == 0 or (height <= 3 and len(text) <= 240):
         return text
     inner = indent + "  "
     if isinstance(value, dict):
