@@ -199,7 +199,7 @@ def check(backend: str, op: str, given: dict) -> None:
     longest = max((n for t in _in_order(op, given) if t is not None for n in t.shape), default=0)
     for got, exact, total in zip(_compute(backend, op, given), wanted, summed, strict=True):
         limits = torch.finfo(got.dtype)
-        error = abs(got.detach().double().resolve_neg().numpy().reshape(exact.shape) - exact)
+        error = abs(_plain(got).double().resolve_neg().numpy().reshape(exact.shape) - exact)
         # float32 and float64 are summed in their own precision, where equal numbers round to one side
         roundings = 8 if got.itemsize == 2 else 8 + longest / 4
         granted = roundings * limits.eps * (abs(total) + 64 * limits.tiny)
