@@ -70,22 +70,25 @@ def train_step() -> Table:
     gpus = [folder for folder, _ in recorded()]
     kinds = [(name, "train_step") for name in [*records, *gpus]]
     kinds += [(name, "train_step_graph") for name in gpus if (RESULTS / name / "train_step_graph.json").exists()]
-    records += gpus
+    records += gpus  # of which EFFT2 has a record of its own, see _kept
     head, columns, rounds = ["training step of ViT-B"], [], set()
     for name, kind in kinds:
         run, steps = _steps(name, kind)
         arguments = run["arguments"]
         graph = ", CUDA graph" if arguments.get("graph") else ""
         head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}{graph}")
+        if kept := _kept(name, kind):
+            steps |= {"efft2": kept}
+            records.append(f"{name}/{KEPT}")
         rounds |= {row["rounds"] for row in steps.values()}
         columns.append({method: f"{digits(r['ms'])} ms, {_mib(_memory(r))} MiB" for method, r in steps.items()})
     methods = ["efft2", "peft_lora", "full", "released_efft"]
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
         f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, "
-        "plus optimizer state and packed weights. Zen 3: an earlier commit."
+        "plus optimizer state and packed weights. Zen 3: an earlier commit. GPUs: EFFT2 in a process of its own."
     )
-    return Table(head, rows, note, records)
+    return Table(head, rows, note, [*dict.fromkeys(records)])
 
 
 def train_step_methods() -> Table:
@@ -107,16 +110,25 @@ def gpu_train_step() -> Table:
     rows, records = [], []
     for folder, run in recorded():
         gpu = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
-        for path in sorted((RESULTS / folder).glob("**/*train_step*.json")):
-            if path.parent.name not in (folder, KEPT):
-                continue
-            run, steps = _steps(path.parent.relative_to(RESULTS), path.stem)
+        for path in sorted((RESULTS / folder).glob("*train_step*.json")):
+            run, steps = _steps(folder, path.stem)
             arguments = run["arguments"]
             where = f"{gpu}, {MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"
-            where += ", inputs kept" if path.parent.name == KEPT else ""
-            records.append(path.with_suffix(".csv").relative_to(RESULTS).as_posix())
-            rows += [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
+            records.append(f"{folder}/{path.stem}.csv")
+            if kept := _kept(folder, path.stem):
+                records.append(f"{folder}/{KEPT}/{path.stem}.csv")
+                rows.append([where, f"{METHODS['efft2']}, inputs kept", *_step(kept)])
+            for method in (method for method in METHODS if method in steps):
+                more = ", inputs rebuilt" if method == "efft2" else ""
+                rows.append([where, METHODS[method] + more, *_step(steps[method])])
     return Table(["bfloat16", *_STEP_HEAD[1:]], rows, _STEP_NOTE, records, 2)
+
+
+def _kept(folder: str, kind: str) -> dict | None:
+    """EFFT2's row where inputs of Linears are kept, as by default on a GPU, if it was measured"""
+    if not (RESULTS / folder / KEPT / f"{kind}.json").exists():
+        return None
+    return _steps(f"{folder}/{KEPT}", kind)[1]["efft2"]
 
 
 def _mode(arguments: dict) -> str:
