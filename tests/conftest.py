@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 
 # the tests' tensors are too small for a second thread to help
 torch.set_num_threads(1)
+# some names of tests hold numbers that are drawn at collection, and every process must find the same names
+torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
