@@ -1,0 +1,53 @@
+"""docs/models.md: its rows are what plans of these models are."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from efft_kernels import extras
+
+extras.timm()  # transformers cannot be imported before, where torchvision was built for another torch
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import models_table
+from torch import nn
+
+import efft_kernels as ek
+
+TIMM = ("eva", "gcvit", "hiera", "vision_transformer")
+TRANSFORMERS = ("deit", "focalnet", "segformer")
+
+
+def page() -> set[str]:
+    return {line for line in models_table.PAGE.read_text().splitlines() if line.startswith("| ")}
+
+
+def test_rows_of_some_families():
+    found = [("timm", models_table.row(*given)) for given in models_table.timm_models(TIMM)]
+    found += [("transformers", models_table.row(*given)) for given in models_table.transformers_models(TRANSFORMERS)]
+    assert len(found) == len(TIMM) + len(TRANSFORMERS)
+    made = [line for line in models_table.markdown(found).splitlines() if line.startswith("| ")]
+    assert not set(made) - page(), "python benchmarks/models_table.py --write"
+
+
+def test_nothing_but_heads_is_left_out_in_silence():
+    for _, name, model in [
+        *models_table.timm_models(("eva", "hiera", "volo")),
+        *models_table.transformers_models(("cvt",)),
+    ]:
+        made = ek.plan(model, models_table.CONFIG)
+        said = {slot.site.path for group in made.groups for slot in group.slots} | {each.path for each in made.left_out}
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.MultiheadAttention) and path not in said:
+                inside = any(path.startswith(f"{each}.") for each in said)
+                assert inside or path.startswith(("head", "aux_head", "classifier")), f"{name}: {path}"
+
+
+@pytest.mark.slow
+def test_the_whole_table():
+    made = models_table.markdown(models_table.rows())
+    text = models_table.PAGE.read_text()
+    assert made in text, "python benchmarks/models_table.py --write"
