@@ -14,15 +14,26 @@ ATTENTION = ("q", "k", "v", "proj")
 
 
 def update_of(group, site, part):
-    """dW [d_in, d_out] of one matrix, computed from the factors by a separate formula for each method."""
+    """dW [d_in, d_out] of one matrix, each output times its factor where outputs have one."""
+    update, channels = unscaled_update_of(group, site, part), dict(group.named_parameters()).get("channel_scale")
+    return update if channels is None else update * channels[group.channels[site.path, part]]
+
+
+def unscaled_update_of(group, site, part):
+    """dW without these factors, by a separate formula for each method."""
     config = group.config
     numbers = dict([*group.named_parameters(), *group.named_buffers()])
     scale = numbers.get("scale", config.scale)
+    if config.rank_stabilized:
+        scale = scale / group.rank**0.5
     if isinstance(config, ek.EFFTConfig):
         u, sigma, v = numbers["u"], numbers["sigma"], numbers["v"]
         attention = part in ATTENTION
         key = "attn" if attention and config.variant == "efft1" else part
-        core = sigma[group.order.index(key if config.cores == "shared" else (site.block, key))]
+        number = group.order.index(key if config.cores == "shared" else (site.block, key))
+        core = sigma[number]
+        if "rank_weights" in numbers:  # a coefficient for each column of a core
+            core = core @ numbers["rank_weights"][number].diag()
         dense = scale * u @ core @ v
         if attention and config.variant == "efft1":
             d, i = site.width, ATTENTION.index(part)
@@ -37,7 +48,10 @@ def update_of(group, site, part):
         return torch.cat(slices, 0 if part == "fc2" else 1)
     row, column = group.order.index((site.block, part)) // len(site.chosen), site.chosen.index(part)
     if isinstance(config, ek.LoRAConfig):
-        return scale * numbers["a"][row, column] @ numbers["b"][row, column]
+        a = numbers["a"][row, column]
+        if "rank_weights" in numbers:
+            a = a @ numbers["rank_weights"][row, column].diag()
+        return scale * a @ numbers["b"][row, column]
     if isinstance(config, ek.LoRAXSConfig):
         return scale * numbers["a"][row, column] @ numbers["sigma"][row, column] @ numbers["v"][row, column]
     assert isinstance(config, ek.VeRAConfig)
@@ -57,7 +71,12 @@ class Numbers:
             keys = list(dict.fromkeys(part if config.cores == "shared" else (block, part) for block, part in keys))
         if isinstance(config, ek.FacTConfig):
             keys = [(key, 4 if key[1] in ("fc1", "fc2") else 1) for key in keys]
-        self.order = keys
+        self.order, self.rank = keys, group.spec.rank[1]
+        self.channels, first = {}, 0  # (path, part) -> its entries of channel_scale
+        for slot in group.spec.slots:
+            for part in (part for part in slot.site.parts if part in slot.site.chosen):
+                self.channels[slot.site.path, part] = slice(first, first + slot.site.width)
+                first += slot.site.width
 
 
 def dense(base, injected, config, x):
