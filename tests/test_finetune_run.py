@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
 from efft_kernels import storage
-from efft_kernels.finetune import checkpoints, cli, loop, prepared, results
+from efft_kernels.finetune import checkpoints, cli, evaluation, loop, prepared, results
 from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
@@ -624,7 +624,7 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
 
     spy(torch.optim, "AdamW", "lr", "weight_decay")
     spy(prepared, "make_model")
-    spy(loop.F, "cross_entropy", "label_smoothing")
+    spy(evaluation.F, "cross_entropy", "label_smoothing")
     rates = []
     original = loop.one_step
 
@@ -817,11 +817,11 @@ def test_learns(tmp_path):
 
     for part, n in (("train", 16), ("test", 8)):
         for name, low in (("dark", 0), ("light", 160)):
-            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / "data" / part / name).mkdir(parents=True)
             for i in range(n):
                 pixels = np.random.default_rng(i).integers(low, low + 95, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
-    result = train(tiny(tmp_path, tmp_path / "out", epochs=8, lr=1e-2), progress=False)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{i}.png")
+    result = train(tiny(tmp_path / "data", tmp_path / "out", epochs=8, lr=1e-2), progress=False)
     assert result.metrics["test"]["top1"] == 100.0
     assert result.history[-1]["train"]["loss"] < 0.7 * result.history[0]["train"]["loss"]
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000 and list((tmp_path / "out" / "logs").iterdir())

@@ -89,6 +89,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):  # with all that it started
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.process.stdin.close() if not self.process.stdin.closed else None
+        with contextlib.suppress(OSError):  # what it did not read is written at the close
+            self.process.stdin.close()
         self.errors.close()
         self.process = None
