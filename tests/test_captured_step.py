@@ -1,12 +1,12 @@
 """A training step in a CUDA graph: the same factors, bit for bit, as of eager steps, with each backend of a GPU."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 
 import efft_kernels
 from efft_kernels import EFFTConfig
+from efft_kernels.extras import timm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 STEPS = 4
@@ -16,7 +16,7 @@ def _model(backend: str) -> torch.nn.Module:
     if not next(b for b in efft_kernels.backends() if b.name == backend).available:
         pytest.skip(f"{backend} is not available")
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10).cuda().bfloat16()
+    model = timm().create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10).cuda().bfloat16()
     return efft_kernels.inject(model, EFFTConfig(rank=16, factor_dropout=0.0), backend=backend)
 
 
