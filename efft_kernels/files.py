@@ -3,13 +3,16 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import frozen_weights
+from . import hub as hubs
 from .adapter_file import AdapterFile, read_adapter, write
+from .card import card
 from .configs import MethodConfig
 from .inject import (
     adapted_linears,
@@ -42,6 +45,8 @@ def save_adapter(
     head: bool | None = None,
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
+    hub: str | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Write one adapter, with the head and modules that were trained with it, to a safetensors file, atomically.
 
@@ -57,15 +62,30 @@ def save_adapter(
         preparation: how the training images were prepared, for programs that predict with the file. None for that of
             the file that this adapter was loaded from, if it states one; otherwise the new file states none.
         classes: names of the head's classes, in the order of its outputs; None as with preparation.
+        hub: "OWNER/NAME" of a repository on the Hugging Face hub to upload the file to, as adapter.safetensors, with a
+            model card that is written from it. A repository that does not exist is made, with the visibility that the
+            owner's account has as its default. ``load_adapter(model, "hf-hub:OWNER/NAME")`` reads it.
+        metrics: name -> value, for the model card: what was measured with this adapter.
 
     Raises:
-        TypeError: preparation or classes has another type.
+        TypeError: preparation, classes or metrics have another type.
+        ImportError: hub, without huggingface_hub.
         ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
             without a head; another number of classes than the head has.
-        OSError: the file cannot be written, or is a device, a FIFO or a folder; an existing one is unchanged then.
+        OSError: the file cannot be written, or is a device, a FIFO or a folder; an existing one is unchanged then. Or
+            the hub cannot be reached or refuses; the file is written then.
 
     Warns a UserWarning if a Linear of the adapter was removed from the model or replaced.
     """
+    if hubs.is_on_hub(path):
+        raise ValueError(
+            f"path must be a local file, which hub={path.removeprefix(hubs.PREFIX)!r} uploads, got {path!r}"
+        )
+    repo = None if hub is None else hubs.repository(hub)
+    if metrics is not None and repo is None:
+        raise ValueError("metrics are for the model card on a hub, so they need hub")
+    if not all(isinstance(value, int | float) for value in (metrics or {}).values()):
+        raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
     owner = adapters(model)
     groups = owner[known(owner, owner.active if name is None else name)]
     try:
@@ -79,6 +99,20 @@ def save_adapter(
         raise TypeError(f"preparation must be an efft_kernels.Preparation, got {type(preparation).__name__}")
     classes = _checked_names(model, classes) if classes is not None else groups.classes if state else None
     write(path, model, groups, state, base_model, preparation or groups.preparation, classes, owner.trained)
+    if repo is not None:
+        publish(path, repo, metrics)
+
+
+def publish(
+    path: str | os.PathLike,
+    repo: str,
+    metrics: Mapping[str, float] | None = None,
+    more: Mapping[str, bytes] | None = None,
+) -> None:
+    """Upload an adapter file with its model card, and more files by name; errors as :func:`save_adapter`."""
+    text = card(read_adapter(path), repo, metrics)
+    files = {hubs.ADAPTER: Path(path), hubs.CARD: text.encode(), **(more or {})}
+    hubs.upload(repo, files, f"An adapter of efft_kernels, {Path(path).name}")
 
 
 def _checked_names(model: nn.Module, classes: Sequence[str]) -> list[str]:
@@ -115,7 +149,8 @@ def load_adapter(
 
     Args:
         model: the model it was made for, plain or with adapters of other names.
-        path: a file written by :func:`save_adapter` of this or an earlier version.
+        path: a file written by :func:`save_adapter` of this or an earlier version, or its name on the Hugging Face hub:
+            "hf-hub:OWNER/NAME", with "@REVISION" or "/FILE.safetensors" behind it if needed.
         name: of the adapter on this model.
         head: "train" loads the head of the file, with a new classifier if it has another number of classes, and trains
             it; if the file has none, the model's own is trained. "keep" leaves the model's head unchanged. A number of
@@ -132,6 +167,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: the hub cannot be reached; ImportError: huggingface_hub, which reads it, is missing.
         ValueError: not an adapter file, a truncated or damaged one, one for another model or, if strict, for other
             weights or images, or a name already taken; a head that does not fit the model, or that would replace one
             which other adapters use. The model is unchanged then.

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .hub import local_file
 from .storage import read_regular, write_bytes
 
 _DIGEST = "digest"  # metadata: SHA-256 of everything else in the file
@@ -33,18 +34,20 @@ def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[di
     """The metadata and the tensors of a safetensors file. Later changes of the file do not affect the tensors.
 
     Args:
-        path: of the file.
+        path: of the file, or its name on a hub (hub.py).
         digested: values of the metadata ``format`` of files that must have a digest; others, older ones, have none.
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: the hub cannot be reached.
         ValueError: it is no regular file, no complete safetensors file, or its contents differ from their digest.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    local = local_file(path)
     try:
-        data = read_regular(path)
+        data = read_regular(local)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no adapter file {path}") from None
     except OSError as error:

@@ -13,6 +13,7 @@ PACKAGE = Path(efft_kernels.__file__).parent
 # as docs/architecture.md has them, from the ground up: a module imports from lower floors and from its own folder
 FLOORS = [
     {"storage", "extras"},
+    {"hub"},
     {"kernels", "preparation", "tensor_file"},
     {"precision", "wrappers"},
     {"ops", "configs", "base_linears", "tune"},
@@ -25,6 +26,7 @@ FLOORS = [
     {"adapted_linear"},
     {"plans"},
     {"inject", "adapter_file"},
+    {"card"},
     {"files", "merge", "analysis", "peft"},
     {"averaging"},
     {"export"},

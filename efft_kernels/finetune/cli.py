@@ -37,6 +37,8 @@ other commands:
   efft-finetune report OUT                  write the report of a finished run again
   efft-finetune predict OUT IMAGE...        label images, also whole folders with --out FILE.csv
   efft-finetune export OUT --to onnx        or lora, a folder for PEFT, or weights, merged for timm or transformers
+  efft-finetune export OUT --to hub --out OWNER/NAME
+      upload the adapter and the run's record; then hf-hub:OWNER/NAME may stand for OUT
   efft-finetune merge OUT FILE.safetensors  the same as export --to weights
   efft-finetune compare OUT OUT...          a table of runs, and a page with plots
 

@@ -1,7 +1,6 @@
 """What efft-finetune does with finished runs: report, predict, export, merge, compare."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run_folder(made: argparse.ArgumentParser) -> None:
-    made.add_argument("run", metavar="RUN", help="folder of a finished run")
+    made.add_argument("run", metavar="RUN", help="folder of a finished run, or hf-hub:OWNER/NAME")
 
 
 def _weights(made: argparse.ArgumentParser) -> None:
@@ -36,6 +35,7 @@ def _report_arguments(made: argparse.ArgumentParser) -> None:
 def _report(given: argparse.Namespace) -> int:
     """Write the report of a finished run again, a page of HTML."""
     from . import page, predictions
+    from .finished import read_record
 
     record = read_record(given.run)
     rows = Path(given.run) / predictions.NAME
@@ -107,13 +107,13 @@ def _predict(given: argparse.Namespace) -> int:
 
 def _export_arguments(made: argparse.ArgumentParser) -> None:
     _run_folder(made)
-    made.add_argument("--to", required=True, choices=("lora", "onnx", "weights"))
-    made.add_argument("--out", metavar="PATH", help="the file, or the folder of a LoRA; default: exported... in RUN")
+    made.add_argument("--to", required=True, choices=("lora", "onnx", "weights", "hub"))
+    made.add_argument("--out", metavar="PATH", help="the file, the folder of a LoRA, or OWNER/NAME on the hub")
     _weights(made)
 
 
 def _export(given: argparse.Namespace) -> int:
-    """Export a finished run: a LoRA for PEFT, an ONNX model that takes pixels, or merged weights."""
+    """Export a finished run: a LoRA for PEFT, an ONNX model that takes pixels, merged weights, or to the hub."""
     from .exporting import export
 
     print(export(given.run, given.to, given.out, given.checkpoint))
@@ -135,6 +135,7 @@ def _compare_arguments(made: argparse.ArgumentParser) -> None:
 def _compare(given: argparse.Namespace) -> int:
     """Compare finished runs: a table, also on a page with plots."""
     from . import page
+    from .finished import read_record
 
     runs = list(dict.fromkeys(given.runs))
     names = {str(Path(run).resolve()): run for run in runs}
@@ -152,25 +153,6 @@ def _compare(given: argparse.Namespace) -> int:
         write_bytes(path, html.encode())
     print(f"\nplots: {path}")
     return 0
-
-
-def read_record(out: str) -> dict:
-    """The contents of metrics.json of a finished run.
-
-    Raises:
-        FileNotFoundError: there is no finished run. ValueError: a file of another version.
-    """
-    path = Path(out) / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
-    try:
-        record = json.loads(path.read_text())
-        missing = {"result", "settings", "classes", "history", "versions"} - set(record)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is not what a run of this version leaves: it lacks {min(missing)}")
-    return record
 
 
 _COMMANDS = {"report": _report, "predict": _predict, "export": _export, "merge": _export, "compare": _compare}

@@ -1,4 +1,4 @@
-"""Export a finished run: merged weights, an ONNX model that takes pixels, a LoRA for PEFT."""
+"""Export a finished run: merged weights, an ONNX model that takes pixels, a LoRA for PEFT, a repository on the hub."""
 
 import json
 import tempfile
@@ -10,27 +10,31 @@ from torch import Tensor, nn
 
 from ..export import export_lora
 from ..extras import need
+from ..files import publish
+from ..hub import ADAPTER, PREFIX, repository
 from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints
-from .finished import merged, restore
+from .finished import merged, read_record, restore
 from .models import logits, normalisation
+from .results import NAMES
 from .settings import Settings
 
-FORMATS = {"lora": "-lora", "onnx": ".onnx", "weights": ".safetensors"}  # -> end of the default name
+FORMATS = {"lora": "-lora", "onnx": ".onnx", "weights": ".safetensors", "hub": None}  # -> end of the default name
 
 
-def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint: str | None = None) -> Path:
+def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint: str | None = None) -> Path | str:
     """Export a finished run.
 
     Args:
         out: the folder of the run.
-        to: "lora", a folder for PEFT; "onnx"; or "weights", merged ones for timm or transformers.
-        path: the file, or the folder of a LoRA; None for a name in the folder of the run.
+        to: "lora", a folder for PEFT; "onnx"; "weights", merged ones for timm or transformers; or "hub", the adapter
+            with a model card and the record of the run, in which paths are cut to their last name.
+        path: the file, the folder of a LoRA, or OWNER/NAME of a repository; None for a name in the folder of the run.
         checkpoint: the pre-trained weights, if they have moved since.
 
     Returns:
-        The path.
+        The path, or for "hub" the name that load_adapter, predict and the service take.
 
     Raises:
         ValueError: another format, a method that it cannot express, or an ONNX model that gives other results than
@@ -41,6 +45,8 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if to == "hub":
+        return _to_hub(out, path)
     path = Path(path) if path is not None else Path(out) / f"exported{FORMATS[to]}"
     if to == "weights":
         return merged(out, path, checkpoint)
@@ -52,6 +58,26 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
     with checkpoints.storing(path.parent, str(path)):
         export_lora(model, path, base_model=record["settings"]["model"])
     return path
+
+
+def _to_hub(out: str | Path, name: str | Path | None) -> str:
+    """Upload the adapter of a run, with its record, so that the repository is the folder of a run, too."""
+    if name is None:
+        raise ValueError("out must name the repository to upload to, OWNER/NAME")
+    repo = repository(str(name))
+    record = read_record(out)
+    adapter = Path(out) / record["result"]["adapter"]
+    metrics = {
+        f"{part}, {NAMES[key]}" + " (%)" * (key != "loss"): value
+        for part, found in record["result"]["metrics"].items()
+        for key, value in found.items()
+    }
+    for key in ("data", "out", "checkpoint"):  # a folder of this machine is nobody's business
+        record["settings"][key] = record["settings"][key] and Path(record["settings"][key]).name
+    record["result"]["adapter"] = ADAPTER
+    record.pop("run", None)
+    publish(adapter, repo, metrics, {"metrics.json": json.dumps(record, indent=1).encode()})
+    return PREFIX + repo
 
 
 class _FromPixels(nn.Module):

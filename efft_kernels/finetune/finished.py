@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..hub import local_folder
 from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints, methods
@@ -21,18 +22,16 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
     """The trained model of a finished run, in evaluation mode, and the contents of its metrics.json.
 
     Args:
-        out: the folder of the run.
+        out: the folder of the run, or "hf-hub:OWNER/NAME" for one that was exported to the hub.
         checkpoint: the pre-trained weights, if they have moved since.
 
     Raises:
         FileNotFoundError: there is no finished run, or its pre-trained weights are gone.
         ValueError: files of another version, or pre-trained weights that are not those of the run.
     """
-    path = Path(out) / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
+    out = local_folder(out, ("metrics.json", "*.safetensors"))
+    record, path = read_record(out), Path(out) / "metrics.json"
     try:
-        record = json.loads(path.read_text())
         settings, result, classes = Settings(**record["settings"]), record["result"], record["classes"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
@@ -56,6 +55,25 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
             f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}"
         )
     return model.eval(), record
+
+
+def read_record(out: str | Path) -> dict:
+    """The contents of metrics.json of a finished run, in a folder or on the hub.
+
+    Raises:
+        FileNotFoundError: there is no finished run. ValueError: a file of another version.
+    """
+    path = Path(local_folder(out, ("metrics.json", "*.safetensors"))) / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
+    try:
+        record = json.loads(path.read_text())
+        missing = {"result", "settings", "classes", "history", "versions"} - set(record)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not what a run of this version leaves: it lacks {min(missing)}")
+    return record
 
 
 def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:

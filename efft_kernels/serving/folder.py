@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..hub import local_folder
+
 
 class DoesNotFit(Exception):
     """The budget has no room next to the adapters that are in use now. It may have later."""
@@ -20,7 +22,8 @@ class AdapterFolder:
 
     Args:
         bank: holds the loaded adapters: an AdapterBank, or an object with its ``add``, ``remove`` and ``bytes``.
-        path: the folder; adapter ``name`` is the file ``path/name.safetensors``.
+        path: the folder; adapter ``name`` is the file ``path/name.safetensors``. "hf-hub:OWNER/NAME" stands for the
+            files of a repository as they are when this object is made.
         budget: bytes that the loaded adapters may take together.
 
     Raises:
@@ -28,7 +31,8 @@ class AdapterFolder:
     """
 
     def __init__(self, bank, path: str | os.PathLike, budget: int):
-        self.bank, self.path, self.budget = bank, Path(path), budget
+        self.bank, self.budget = bank, budget
+        self.path = Path(local_folder(path, ("*.safetensors", "*.labels.txt")))
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no folder {self.path} for adapters")
         self.loads = self.evictions = 0

@@ -11,6 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("the service needs pydantic: pip install 'efft_kernels[serve]'", name="pydantic") from error
 
+from ..hub import is_on_hub
+
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 # absolute, because a replica has its own working directory
@@ -40,8 +42,9 @@ class Settings(_Checked):
 
     model: str
     """name of a timm model"""
-    adapters: FilePath
-    """folder with adapter files; NAME.safetensors is served as adapter NAME"""
+    adapters: Annotated[str, AfterValidator(lambda path: path if is_on_hub(path) else os.path.abspath(path))]
+    """folder with adapter files, or hf-hub:OWNER/NAME for those of a repository; NAME.safetensors is served as adapter
+    NAME"""
     weights: FilePath = ""
     """checkpoint file of the model; empty for random weights, to try the service out"""
     num_classes: Annotated[int, Field(ge=0)] = 0

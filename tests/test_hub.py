@@ -1,0 +1,193 @@
+"""Adapters on a hub, for which a local folder stands in: huggingface_hub's own calls are replaced."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import timm
+
+pytest.importorskip("huggingface_hub")
+import huggingface_hub
+from huggingface_hub import errors
+
+import efft_kernels as ek
+from efft_kernels.finetune.exporting import export
+from efft_kernels.finetune.finished import restore
+from efft_kernels.serving.bank import AdapterBank
+from efft_kernels.serving.folder import AdapterFolder
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder of repositories: hub/OWNER/NAME/FILE"""
+    root = tmp_path / "hub"
+
+    def folder(repo: str, revision: str | None = None) -> Path:
+        if not (root / repo).is_dir() or revision not in (None, "main"):
+            raise errors.RepositoryNotFoundError(f"404 for {repo}@{revision}\nsecond line", response=_Response())
+        return root / repo
+
+    class Api:
+        def create_repo(self, repo, exist_ok):
+            (root / repo).mkdir(parents=True, exist_ok=exist_ok)
+
+        def create_commit(self, repo, operations, commit_message):
+            assert commit_message
+            for each in operations:
+                data = each.path_or_fileobj
+                data = data if isinstance(data, bytes) else Path(data).read_bytes()
+                (folder(repo) / each.path_in_repo).write_bytes(data)
+
+    def hf_hub_download(repo, file, revision=None):
+        if not (path := folder(repo, revision) / file).is_file():
+            raise errors.EntryNotFoundError(f"404 for {file}")
+        return str(path)
+
+    def snapshot_download(repo, revision=None, allow_patterns=None):
+        made = tmp_path / "snapshot"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        for path in folder(repo, revision).iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, made)
+        return str(made)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return root
+
+
+class _Response:
+    headers, request, status_code = {}, None, 404
+
+
+def base():
+    torch.manual_seed(0)
+    return timm().create_model("test_vit", num_classes=3, img_size=64).eval()
+
+
+def trained():
+    model = ek.inject(base(), ek.EFFTConfig(rank=4))
+    with torch.no_grad():
+        for p in ek.adapter_parameters(model):
+            p.normal_(0, 0.05)
+    return model.eval()
+
+
+def test_up_with_a_card_and_down_again(hub, tmp_path):
+    model, preparation = trained(), ek.Preparation((64, 64), crop_pct=0.9)
+    about = {"preparation": preparation, "classes": ["cat", "`dog`|", "fish"], "metrics": {"top-1 (%)": 91.25}}
+    ek.save_adapter(model, tmp_path / "pets.safetensors", hub="me/pets", **about)
+    assert {path.name for path in (hub / "me/pets").iterdir()} == {"adapter.safetensors", "README.md"}
+    for name in ("hf-hub:me/pets", "hf-hub:me/pets@main", "hf-hub:me/pets/adapter.safetensors"):
+        again = ek.load_adapter(base(), name).eval()
+        assert torch.equal(again(IMAGES), model(IMAGES))
+    assert again.efft["default"].preparation == preparation
+
+    text = (hub / "me/pets/README.md").read_text()
+    found = huggingface_hub.ModelCard(text)
+    assert found.data.library_name == "efft_kernels" and found.data.pipeline_tag == "image-classification"
+    plan = model.efft["default"].plan
+    for words in (
+        *("`test_vit` (VisionTransformer)", "EFFT: `variant=efft2, rank=4", f"{plan.parameters:,}", str(preparation)),
+        *("| top-1 (%) | 91.25 |", "`cat`, `'dog'/`, `fish`", 'load_adapter(model, "hf-hub:me/pets")', "head"),
+    ):
+        assert words in text, words
+    code = text.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert "timm.create_model('test_vit', pretrained=True)" in code
+
+
+def test_banks_and_folders_take_names_on_the_hub(hub, tmp_path):
+    model = trained()
+    ek.save_adapter(model, tmp_path / "a.safetensors", hub="hf-hub:me/pets")
+    bank = AdapterBank(base())
+    bank.add("pets", "hf-hub:me/pets")
+    folder = AdapterFolder(bank, "hf-hub:me/pets", 2**20)
+    assert folder.names() == ["adapter"]
+    with torch.no_grad(), folder.hold("adapter") as key, bank.use([key, "pets"]):
+        torch.testing.assert_close(bank.model(IMAGES), model(IMAGES))
+
+
+def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
+    for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard", "jinja2", "matplotlib"):
+        pytest.importorskip(package)
+    from test_finetune_data import folder
+    from test_finetune_run import tiny
+
+    from efft_kernels.finetune.loop import train
+
+    photos = folder(tmp_path / "photos", ("train", "val", "test"), ("cat", "dog"), n=8)
+    result = train(tiny(photos, tmp_path / "out", epochs=1), progress=False)
+    assert export(tmp_path / "out", "hub", "me/run") == "hf-hub:me/run"
+    card, record = ((hub / "me/run" / name).read_text() for name in ("README.md", "metrics.json"))
+    assert f"| test, top-1 (%) | {result.metrics['test']['top1']:.4g} |" in card and str(tmp_path) not in record
+    (mine, _), (theirs, _) = restore(tmp_path / "out"), restore("hf-hub:me/run")
+    assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        (
+            "hf-hub:me/none",
+            FileNotFoundError,
+            "the hub has no hf-hub:me/none, or not for this user: 404 for me/none@None$",
+        ),
+        ("hf-hub:me/pets@v2", FileNotFoundError, "the hub has no hf-hub:me/pets@v2"),
+        ("hf-hub:me/pets/b.safetensors", FileNotFoundError, "404 for b.safetensors"),
+        ("hf-hub:pets", ValueError, "must be 'hf-hub:OWNER/NAME'"),
+        ("hf-hub:me/pets/../../x.safetensors", ValueError, "must be 'hf-hub:OWNER/NAME'"),
+    ],
+)
+def test_names_that_lead_nowhere(hub, name, kind, said):
+    (hub / "me/pets").mkdir(parents=True)
+    model = base()
+    with pytest.raises(kind, match=said):
+        ek.load_adapter(model, name)
+    assert not hasattr(model, "efft")
+
+
+def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(OSError, match="cannot be downloaded and is not in the cache: offline"):
+        ek.load_adapter(base(), "hf-hub:me/pets")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"hub": "pets"}, ValueError, "hub must be the name of a repository, 'OWNER/NAME', got 'pets'"),
+        ({"hub": "me/pets@main"}, ValueError, "hub must be"),
+        ({"metrics": {"top-1": 1.0}}, ValueError, "metrics are for the model card"),
+        ({"hub": "me/pets", "metrics": {"top-1": "good"}}, TypeError, "metrics must be numbers by name"),
+        ({"path": "hf-hub:me/pets"}, ValueError, "path must be a local file"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(hub, tmp_path, given, kind, said):
+    with pytest.raises(kind, match=said):
+        ek.save_adapter(trained(), **{"path": tmp_path / "a.safetensors", **given})
+    assert not hub.exists() and not list(tmp_path.iterdir())
+
+
+def test_an_upload_that_fails_leaves_the_file(hub, tmp_path, monkeypatch):
+    def refuse(self, repo, exist_ok):
+        raise errors.HfHubHTTPError("403 Forbidden", response=_Response())
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(OSError, match="the hub refuses me/pets: 403 Forbidden"):
+        ek.save_adapter(trained(), tmp_path / "a.safetensors", hub="me/pets")
+    assert ek.read_adapter(tmp_path / "a.safetensors").head
+
+
+def test_the_extra_is_named_when_huggingface_hub_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"efft_kernels\[hub\]"):
+        ek.load_adapter(base(), "hf-hub:me/pets")
