@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _REDUCERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -181,7 +181,7 @@ def _checked(devices: dict[str, dict]) -> dict[str, dict]:
         for record in device["proof"].values():
             if missing := {"sources", "driver", "torch", "triton", "plans", "dropped"} - record.keys():
                 raise ValueError(f"a proof must have {sorted(missing)}")
-            {**record["plans"], **record["dropped"]}
+            _ = {**record["plans"], **record["dropped"]}  # raises TypeError if one of them is no table
         for entry, rows in device["measured"].items():
             for M, row in rows.items():
                 found = [value for value in row.values() if isinstance(value, dict)]
