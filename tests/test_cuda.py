@@ -296,6 +296,8 @@ def test_calls_that_are_not_bound(simulated):
         assert cuda.bind_lowrank_linear_backward(dy, x, weight, down, up, None, needs) is None
     with table.override("cuda", cuda.KernelPlan(False, False, 64)._asdict()):
         assert cuda.bind_lowrank_linear(x, weight, None, down, up) is None
+        # the tuner names the plan whose calls it times
+        assert cuda.bind_lowrank_linear(x, weight, None, down, up, cuda.KernelPlan(True, True, 128)) is not None
     # a view of complex numbers may have to be negated when it is read
     half = torch.randn(24, 40, dtype=torch.complex32).conj().imag
     assert cuda.bind_lowrank_linear(half, *(t.half() for t in (weight, weight[:, 0], down, up))) is None

@@ -519,6 +519,8 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--select", "test"], "select"),
         (["--batch_size", "100"], "batch_size must be at most the 24 training images, got 100"),
         (["--accumulate", "3"], "batch_size must be a multiple of accumulate=3, got 8"),
+        (["--cuda_graph", "true", "--accumulate", "2"], "accumulate must be 1 with cuda_graph=True, got 2"),
+        (["--cuda_graph", "true"], "cuda_graph must be False unless one process trains on a CUDA GPU"),
         (["--warmup_epochs", "7"], "warmup_epochs must be at most the 6 epochs, got 7"),
         (["--model", "vit_base_patch16_225"], "near it are vit_base_patch16_224"),
         (["--model", "hf:nowhere/at-all"], "hf:nowhere/at-all"),

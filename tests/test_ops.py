@@ -26,6 +26,11 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def device(backend) -> str:
+    return "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+
+
 def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False, bias=True):
     shapes = (M, K), (N, K), (N,), (K, R), (R, N)
     tensors = [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]

@@ -104,21 +104,58 @@ __device__ __forceinline__ void wait_for_prerequisites() {
 #endif
 }
 
+// What every launch needs to know of its device. The answers never change, and asking the runtime for them takes
+// microseconds, so each thread keeps them.
+struct Device {
+  int major, minor, multiprocessors;
+};
+
+// Sets `found` to the current device, and `index` to its number.
+inline cudaError_t current_device(Device& found, int& index) {
+  constexpr int KEPT = 16;
+  thread_local Device kept[KEPT];
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess && index < KEPT && kept[index].major) {
+    found = kept[index];
+    return error;
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.minor, cudaDevAttrComputeCapabilityMinor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (error == cudaSuccess && index < KEPT) kept[index] = found;
+  return error;
+}
+
+// Allows a kernel its shared memory, once per thread and device unless two kernels meet in one place of the list.
+inline cudaError_t allow_shared(const void* kernel, int device, int shared) {
+  struct Allowed {
+    const void* kernel;
+    int device, shared;
+  };
+  constexpr size_t PLACES = 256;
+  thread_local Allowed places[PLACES];
+  Allowed& place = places[(reinterpret_cast<uintptr_t>(kernel) >> 4) % PLACES];
+  if (place.kernel == kernel && place.device == device && place.shared == shared) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) place = {kernel, device, shared};
+  return error;
+}
+
 // Returns null, or why the launch failed. `cluster` is the number of adjacent blocks that share memory (compute
 // capability 9.0).
 template <class Arguments>
 const char* launch_clusters(void (*kernel)(Arguments), dim3 grid, int cluster, int threads, int shared, void* stream,
                             const Arguments& g) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  Device device{};
+  int index = 0;
+  cudaError_t error = current_device(device, index);
+  if (error == cudaSuccess) error = allow_shared(reinterpret_cast<const void*>(kernel), index, shared);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = size_t(shared);
   config.stream = static_cast<cudaStream_t>(stream), config.attrs = attributes;
-  if (major >= 9) {
+  if (device.major >= 9) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

@@ -336,12 +336,10 @@ inline const char* make_map(TensorMap* map, const void* data, int64_t rows, int6
 
 // Returns the multiprocessors of the current device, or 0 if it is not of compute capability 9.0.
 inline int multiprocessors() {
-  int device = 0, major = 0, minor = 0, count = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known && major == 9 && minor == 0 ? count : 0;
+  Device device{};
+  int index = 0;
+  const bool known = current_device(device, index) == cudaSuccess && device.major == 9 && device.minor == 0;
+  return known ? device.multiprocessors : 0;
 }
 
 }  // namespace efft::cuda

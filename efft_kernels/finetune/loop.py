@@ -21,6 +21,7 @@ import torch
 from ..extras import timm
 from . import checkpoints, methods
 from .bars import bar
+from .captured import CapturedStep
 from .checkpoints import Progress
 from .data import SOURCES, seed_all
 from .evaluation import evaluate, loss_of, next_batch, right_answers
@@ -224,21 +225,30 @@ def one_step(run: Prepared, progress: Progress, parts: Iterator) -> None:
     for part in range(s.accumulate):
         images, labels = next_batch(parts)
         images, labels = run.normalise(images), labels.to(accelerator.device, non_blocking=True)
+        if s.cuda_graph and run.captured is None:
+            trained = methods.trainable_parameters(progress.model)
+            run.captured = CapturedStep(lambda *batch: _gradients(run, progress, *batch), trained, images, labels)
         seed_all(f"step {s.seed} {progress.step} {part} {accelerator.process_index}")
         with accelerator.accumulate(progress.model):
-            with accelerator.autocast():
-                y = logits(progress.model, images)
-                y = y if y.dtype == torch.float64 else y.float()
-                loss = loss_of(run, y, labels)
-            accelerator.backward(loss)
+            y, loss = run.captured(images, labels) if s.cuda_graph else _gradients(run, progress, images, labels)
             if s.clip_grad is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(methods.trainable_parameters(progress.model), s.clip_grad)
             progress.optimizer.step()
             progress.optimizer.zero_grad()
-        n, loss = len(labels), loss.detach().to(run.wide)
-        progress.sums += torch.stack([loss * n, right_answers(y.detach(), labels).to(run.wide), n + 0 * loss])
+        n, loss = len(labels), loss.to(run.wide)
+        progress.sums += torch.stack([loss * n, right_answers(y, labels).to(run.wide), n + 0 * loss])
     if s.ema is not None:
         progress.update_averages(s.ema)
+
+
+def _gradients(run: Prepared, progress: Progress, images: torch.Tensor, labels: torch.Tensor) -> tuple:
+    """The logits [B, C] and the loss of a batch, after its backward."""
+    with run.accelerator.autocast():
+        y = logits(progress.model, images)
+        y = y if y.dtype == torch.float64 else y.float()
+        loss = loss_of(run, y, labels)
+    run.accelerator.backward(loss)
+    return y.detach(), loss.detach()
 
 
 def end_epoch(run: Prepared, progress: Progress, logs: Trackers) -> None:

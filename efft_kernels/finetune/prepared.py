@@ -15,6 +15,7 @@ from ..kernels.tuning.table import device_name
 from ..ops.dispatch import candidates, default_backend
 from . import checkpoints, methods, trackers
 from .bars import bar
+from .captured import CapturedStep
 from .data import Data, open_data, seed_all
 from .images import BadImages, DataError
 from .models import checkpoint_blocks, logits, make_model, normalisation
@@ -41,6 +42,7 @@ class Prepared:
     head_parameters: int
     identity: dict  # what a continuation of this run must have in common with it
     class_weights: Tensor | None = None  # [classes], of the loss
+    captured: CapturedStep | None = None  # made by the first step that needs it
 
     @property
     def main(self) -> bool:
@@ -106,6 +108,11 @@ def make_accelerator(settings: Settings):
     )
     if made.device.type != kind:
         raise ValueError(f"device must be 'auto' or {made.device.type!r} on this machine, got {settings.device!r}")
+    if settings.cuda_graph and (kind != "cuda" or made.num_processes > 1):
+        raise ValueError(
+            f"cuda_graph must be False unless one process trains on a CUDA GPU, got True with {made.num_processes} "
+            f"on {kind}"
+        )
     return made
 
 

@@ -10,7 +10,7 @@ Rank = int | tuple[int, int]
 # settings that may differ between a run and its continuation, because the result does not depend on them
 _FREE = (
     *("data", "checkpoint", "out", "device", "accumulate", "fsdp", "workers", "memory", "save_every", "resume"),
-    *("gradient_checkpointing", "compile", "trackers"),
+    *("gradient_checkpointing", "compile", "cuda_graph", "trackers"),
 )
 _OPTIONS = (
     *("rank", "ffn_rank", "scale", "trainable_scale", "cores", "zero_init", "targets", "blocks"),
@@ -92,6 +92,7 @@ class Settings:
         accumulate: number of parts that a batch is computed in, to save memory.
         gradient_checkpointing: compute activations of the blocks again in the backward, which saves memory.
         compile: compile the model with torch.compile, which takes a minute and pays off in long runs.
+        cuda_graph: replay forward and backward as one CUDA graph: on one GPU, where steps wait for the host.
         fsdp: shard the weights over the processes (FSDP2) instead of replicating them (DDP).
         workers: processes that read images; not used for images kept in memory.
         memory: GiB of memory for resized images, which are then read only once.
@@ -154,6 +155,7 @@ class Settings:
     accumulate: int = 1
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     fsdp: bool = False
     workers: int = 2
     memory: float = 1.0
@@ -199,6 +201,8 @@ class Settings:
         self._need("trackers", known, "a list of names")
         self._need("warmup_epochs", self.warmup <= self.epochs, f"at most the {self.epochs} epochs")
         self._need("batch_size", self.batch_size % self.accumulate == 0, f"a multiple of accumulate={self.accumulate}")
+        for name, fits in (("accumulate", 1), ("gradient_checkpointing", False), ("compile", False), ("fsdp", False)):
+            self._need(name, not self.cuda_graph or getattr(self, name) == fits, f"{fits} with cuda_graph=True")
         for name, allowed in _choices().items():
             value = getattr(self, name)
             self._need(name, value in allowed, f"one of {', '.join(map(repr, allowed))}")

@@ -330,29 +330,44 @@ def lowrank_linear(
     return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
 
 
-def bind_lowrank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Callable | None:
+def bind_lowrank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, plan: KernelPlan | None = None
+) -> Callable | None:
     """The forward with the plan for calls like this one, of x [..., K]; None where x has no one step from row to row.
 
     On the host a call is then one call of the library's operator, which checks its operands' memory.
+
+    plan: None for the one that is chosen for these sizes.
     """
     rows = _rows(x)
-    if rows is None or table.overridden("cuda") or not _plain(x, weight, bias, down, up):
+    if rows is None or (plan is None and table.overridden("cuda")) or not _plain(x, weight, bias, down, up):
         return None
-    operator, plan = _ops().lowrank_linear.default, _plan(table.LINEAR, rows, weight, up.shape[0])
+    plan = plan or _plan(table.LINEAR, rows, weight, up.shape[0])
+    operator = _ops().lowrank_linear.default
     return lambda x, weight, bias, down, up: operator(x, weight, bias, down, up, *plan)
 
 
 def bind_lowrank_linear_backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor, down: Tensor, up: Tensor, p: Tensor | None, needs: list[bool]
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    p: Tensor | None,
+    needs: list[bool],
+    plan: KernelPlan | None = None,
 ) -> Callable | None:
     """The same for the backward, of dy [..., N] and x [..., K], where weight and bias are frozen."""
     need_x, need_weight, need_bias, need_down, need_up = needs
     rows = _rows(dy)
-    if need_weight or need_bias or not (need_x or need_down or need_up) or table.overridden("cuda"):
+    if need_weight or need_bias or not (need_x or need_down or need_up):
+        return None
+    if plan is None and table.overridden("cuda"):
         return None
     if rows is None or (need_down and _rows(x) is None) or not _plain(dy, x, weight, down, up, p):
         return None
-    operator, plan = _ops().lowrank_linear_backward.default, _plan(table.BACKWARD, rows, weight, up.shape[0], needs)
+    plan = plan or _plan(table.BACKWARD, rows, weight, up.shape[0], needs)
+    operator = _ops().lowrank_linear_backward.default
 
     def backward(dy, x, weight, down, up, p, needs):
         return operator(

@@ -1,0 +1,54 @@
+"""Forward, loss and backward of a step as one CUDA graph.
+
+An eager step of an adapted model is hundreds of short kernels, and a host that launches them one by one may take longer
+than the GPU computes. A replay of the graph costs the host one call.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # eager steps before the capture, which make all that is made once
+
+
+class CapturedStep:
+    """What a step computes before the optimizer. The batch, the logits, the loss and the gradients stay in place.
+
+    Dropout draws from the generator of the device as it stands at each replay.
+
+    Args:
+        compute: (images, labels) -> (logits, loss), with the backward done. It must not read numbers back to the host.
+        trained: the parameters that get a gradient.
+        images, labels: a batch; all others have its shape.
+
+    Raises:
+        ValueError: something in the step cannot be captured. The process cannot go on computing on this GPU then.
+    """
+
+    def __init__(self, compute: Callable, trained: list[torch.nn.Parameter], images: Tensor, labels: Tensor):
+        self.images, self.labels = images.clone(), labels.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                compute(self.images, self.labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        for p in trained:
+            p.grad = None  # so that the capture writes gradients rather than adding to those of the warm-up
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.y, self.loss = compute(self.images, self.labels)
+        except RuntimeError as error:
+            raise ValueError(f"cuda_graph must be False for this model and method: {error}") from error
+        self.gradients = [(p, p.grad) for p in trained]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and the loss of a batch, valid until the next call; the parameters have its gradients."""
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        for p, gradient in self.gradients:
+            p.grad = gradient
+        return self.y, self.loss
