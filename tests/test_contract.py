@@ -1,5 +1,6 @@
 """The contract of kernels/__init__.py: the same cases for every backend, and for every way that one has to compute."""
 
+import functools
 import importlib
 import itertools
 import sys
@@ -74,11 +75,14 @@ def reference_ways():
 def cpu_ways():
     for isa in () if cpu.unavailable() else cpu.isas():
 
-        def set_up(request, monkeypatch, isa=isa):
+        def set_up(request, monkeypatch, isa=isa, rows=10**6):
             cpu.set_isa(isa)
             request.addfinalizer(lambda: cpu.set_isa(cpu.isas()[0]))
+            monkeypatch.setattr(cpu, "_MANY_ROWS", {isa: rows})
 
         yield Way(f"cpu-{isa}", cpu, set_up, FLOATS, CPU_SHAPES, CPU_MIXED)
+        packing = functools.partial(set_up, rows=0)
+        yield Way(f"cpu-{isa}-packing", cpu, packing, FLOATS, CPU_SHAPES[4:], CPU_MIXED[3:6], brief=True)
 
 
 def triton_ways():

@@ -139,6 +139,9 @@ def test_panels_are_kept_and_dropped(kept):
     assert right(*tensors) and cpu.packed_bytes() == 64 * 96 * 4
     everything(*tensors, dy)
     assert cpu.packed_bytes() == 2 * 64 * 96 * 4
+    cpu.clear_packed()
+    everything(*make(300, 64, 96, 3)[:1], *tensors[1:], torch.randn(300, 96))  # a backward of many rows keeps nothing
+    assert cpu.packed_bytes() == 64 * 96 * 4
     del tensors[1]
     gc.collect()
     assert cpu.packed_bytes() == 0

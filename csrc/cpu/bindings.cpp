@@ -178,6 +178,19 @@ int64_t fingerprint(const Tensor& t) {
   return int64_t(hash);
 }
 
+// the weight of a backward: as packed, or its rows, which the pass then packs for each block of rows of dy
+void set_weight(LowRank& g, const Tensor& weight, Dtype dtype) {
+  if (weight.scalar_type() == ScalarType::Byte) {
+    check_packed(weight, dtype, g.K, g.N);
+    g.b = weight.const_data_ptr();
+  } else {
+    STD_TORCH_CHECK(weight.is_cpu() && dtype_of(weight) == dtype, "weight must be packed, or have the dtype of dy");
+    check_dim("weight", weight, 2);
+    check("weight", weight, weight, {g.K, g.N});
+    g.b_rows = view(weight);
+  }
+}
+
 // p = x @ down        y = x @ weight.T + bias + p @ up
 std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [M, K]
                                           const Tensor& packed,               // weight.T [K, N]
@@ -204,9 +217,9 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
-// dx, ddown, dup are computed if packed, x, p are given, respectively
+// dx, ddown, dup are computed if weight, x, p are given, respectively
 std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
-                                            const std::optional<Tensor>& packed,  // weight [N, K]
+                                            const std::optional<Tensor>& weight,  // [N, K], packed or not
                                             const std::optional<Tensor>& x,       // [M, K]
                                             const Tensor& down,                   // [K, R]
                                             const Tensor& up,                     // [R, N]
@@ -223,11 +236,11 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   g.M = M, g.K = N, g.N = K, g.R = R;
   g.a = view(dy);
   std::vector<Tensor> grads;
-  if (packed || x) g.d = transposed(view(up));
-  if (packed) {
-    check_packed(*packed, dtype_of(dy), N, K);
+  if (weight || x) g.d = transposed(view(up));
+  if (weight) {
+    set_weight(g, *weight, dtype_of(dy));
     grads.push_back(empty({M, K}, dy));
-    g.b = packed->const_data_ptr(), g.u = transposed(view(down)), g.c = view(grads.back());
+    g.u = transposed(view(down)), g.c = view(grads.back());
   }
   if (x) {
     check("x", *x, dy, {M, K});
@@ -287,7 +300,7 @@ std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,                    // [
 
 // see lowrank_linear_backward
 std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     // [M, N]
-                                          const std::optional<Tensor>& packed,  // weight [N, K]
+                                          const std::optional<Tensor>& weight,  // [N, K], packed or not
                                           const std::optional<Tensor>& x,       // [M, K]
                                           const Tensor& down,                   // [A, K, R]
                                           const Tensor& up,                     // [A, R, N]
@@ -305,11 +318,11 @@ std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     
   set_adapters(g, ids, A);
   g.a = view(dy);
   std::vector<Tensor> grads;
-  if (packed || x) g.d = transposed(first_adapter(up)), g.d_adapter = up.stride(0);
-  if (packed) {
-    check_packed(*packed, dtype_of(dy), N, K);
+  if (weight || x) g.d = transposed(first_adapter(up)), g.d_adapter = up.stride(0);
+  if (weight) {
+    set_weight(g, *weight, dtype_of(dy));
     grads.push_back(empty({M, K}, dy));
-    g.b = packed->const_data_ptr(), g.u = transposed(first_adapter(down)), g.u_adapter = down.stride(0);
+    g.u = transposed(first_adapter(down)), g.u_adapter = down.stride(0);
     g.c = view(grads.back());
   }
   if (x) {
@@ -411,10 +424,10 @@ STABLE_TORCH_LIBRARY(efft_cpu, m) {
   m.def("pack(Tensor weight, bool for_backward) -> Tensor");
   m.def("fingerprint(Tensor weight) -> int");
   m.def("lowrank_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)");
-  m.def("lowrank_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
+  m.def("lowrank_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
   m.def("mixed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up, Tensor ids) -> (Tensor, Tensor)");
   m.def(
-      "mixed_linear_backward(Tensor dy, Tensor? packed, Tensor? x, Tensor down, Tensor up, Tensor? p, Tensor ids) -> "
+      "mixed_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor down, Tensor up, Tensor? p, Tensor ids) -> "
       "Tensor[]");
   m.def("group_update(Tensor sigma, Tensor v, float scale) -> Tensor");
   m.def(

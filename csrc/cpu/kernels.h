@@ -36,7 +36,8 @@ struct View {
 struct LowRank {
   int64_t M = 0, K = 0, N = 0, R = 0;
   View a;                        // [M, K]
-  const void* b = nullptr;       // [K, N] as packed by pack()
+  const void* b = nullptr;       // [K, N] as packed by pack(); null: the pass packs b_rows, a panel at a time
+  View b_rows;                   // [K, N]
   View d;                        // [K, R]
   View u;                        // [R, N]; null: c has no low-rank term
   View bias;                     // [1, N]

@@ -47,6 +47,9 @@ class LowRankPass {
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
   // part of the L2 cache, which the panels stream through as well: it has at least 512 KB, with AVX-512 at least 1 MB
   static constexpr int64_t BLOCK_BYTES = (VB == 64 ? 480 : 320) * 1024;
+  // a block that packs its panels itself is higher, so that packing is rare. its rows come from the L3 cache, but a
+  // panel is small enough to stay in L2
+  static constexpr int64_t PACKING_BLOCK_BYTES = (VB == 64 ? 4 : 3) * 512 * 1024;
   static constexpr size_t MOST_KEPT = 16 << 20;  // bytes of memory kept per calling thread
   static constexpr int64_t MOST_SPLITS = 16;     // partial results of a sum over rows
   static constexpr int64_t MOST_JOINED = 64;     // largest R whose steps continue a chunk of a
@@ -59,6 +62,7 @@ class LowRankPass {
         panels_(panels_of<T>(g.N)),
         r_width_(g.R <= VL ? VL : NR),
         r_panels_((g.R + r_width_ - 1) / r_width_),
+        packs_(g.c.data && !g.b),
         blocked_((chunks_.count + chunks_.per_block - 1) / chunks_.per_block > 1) {
     // adjacent samples of one adapter form a run of rows. a block never crosses runs, so it has one d and one u
     if (!g.ids) adapters_.push_back({0}), add_run(0, g.M, 0);
@@ -131,7 +135,8 @@ class LowRankPass {
   // on shapes alone, so sums over rows are bitwise the same for any number of threads
   void add_run(int64_t row0, int64_t count, int64_t slot) {
     const int64_t tiles = (count + MR - 1) / MR, all = (g_.M + MR - 1) / MR;
-    const int64_t most = std::max<int64_t>(1, BLOCK_BYTES / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
+    const int64_t most_bytes = packs_ ? PACKING_BLOCK_BYTES : BLOCK_BYTES;
+    const int64_t most = std::max<int64_t>(1, most_bytes / (chunks_.per_block * PITCH * int64_t(sizeof(S)) * MR));
     int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
     const bool sums_rows = g_.qa || g_.xp;
     // an even number of blocks balances two threads, where no other run does; a single block is shared by columns
@@ -182,14 +187,16 @@ class LowRankPass {
     const int64_t tiles = (count + MR - 1) / MR, padded = tiles * MR;
     const int64_t chunk_size = padded * PITCH, strip_size = padded * NR, r_strip_size = padded * r_width_;
     const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count) * chunk_size + 64, 2 * r_panels_ * r_strip_size,
-                             (blocked_ ? panels_ : 1) * strip_size, MR * NR};
+                             (blocked_ ? panels_ : 1) * strip_size, MR * NR, packs_ ? chunks_.length * NR : 0};
     thread_local Scratch scratch(64);
-    Cell<T>* const a = static_cast<Cell<T>*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3]) * sizeof(S)));
-    Cell<T>* const p_chunks = a + chunks_.per_block * chunk_size;  // [r chunk][row][PITCH]
-    S* const p = reinterpret_cast<S*>(a + sizes[0]);               // [r panel][row][r_width]
-    Cell<T>* const q = a + sizes[0] + r_panels_ * r_strip_size;    // [r panel][row, or pair][r_width]
-    S* const strips = p + sizes[1];                                // [panel][row][NR]
-    S* const edge = strips + sizes[2];                             // [MR][NR]
+    Cell<T>* const a =
+        static_cast<Cell<T>*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4]) * sizeof(S)));
+    Cell<T>* const p_chunks = a + chunks_.per_block * chunk_size;           // [r chunk][row][PITCH]
+    S* const p = reinterpret_cast<S*>(a + sizes[0]);                        // [r panel][row][r_width]
+    Cell<T>* const q = a + sizes[0] + r_panels_ * r_strip_size;             // [r panel][row, or pair][r_width]
+    S* const strips = p + sizes[1];                                         // [panel][row][NR]
+    S* const edge = strips + sizes[2];                                      // [MR][NR]
+    Panel<T>* const packed = reinterpret_cast<Panel<T>*>(edge + sizes[3]);  // [chunk][NR]
 
     // rows without an adapter have p = 0 and do not contribute to the sums
     const bool adapted = slot >= 0, sums = first && adapted;
@@ -209,7 +216,8 @@ class LowRankPass {
             S* out = p + r * r_strip_size + t * MR * r_width_;
             const Steps<T> steps{chunk + t * MR * PITCH, d, chunks_.size(i)};
             const auto r_tile = r_width_ == VL ? tile<T, 1, MR> : tile<T, 2, MR>;
-            r_tile(steps, {}, i ? out : zeros(), i ? r_width_ : 0, out, r_width_, d, 1);
+            r_tile(steps, {}, i ? out : zeros(), i ? r_width_ : 0, out, r_width_,
+                   Ahead{reinterpret_cast<const char*>(d)});
           }
         }
       }
@@ -217,7 +225,7 @@ class LowRankPass {
       if (!g_.c.data) continue;
       for (int64_t j = panel0; j < panel1; ++j) {
         S* strip = strips + (blocked_ ? j - panel0 : 0) * strip_size;
-        columns(row0, count, j, chunk0, chunk1, a, chunk_size, p_chunks, slot, strip, edge);
+        columns(row0, count, j, chunk0, chunk1, a, chunk_size, packed, p_chunks, slot, strip, edge);
       }
     }
     if (g_.xp && sums) {
@@ -250,10 +258,37 @@ class LowRankPass {
     }
   }
 
+  // the part of panel j of b for a chunk, packed here if b is not
+  const Panel<T>* panel(int64_t j, int64_t chunk, Panel<T>* packed) const {
+    const int64_t k0 = chunks_.begin(chunk);
+    if (!packs_) return static_cast<const Panel<T>*>(g_.b) + j * panel_size<T>(g_.K) + k0 * NR;
+    View b = g_.b_rows;
+    b.data = row_of<T>(b, k0 * PER);
+    pack_panel<T, 2>(b, std::min(chunks_.size(chunk) * PER, g_.K - k0 * PER), g_.N, j * NR, packed);
+    return packed;
+  }
+
+  // the cache lines from which the tiles after these read b: `rows` of them `step` bytes apart, then those next to them
+  struct Lines {
+    const char* first;
+    int64_t count, rows, step;
+    const char* line(int64_t i) const { return first + i % rows * step + i / rows * 64; }
+  };
+
+  Lines next_lines(const Steps<T>& steps, int64_t j, int64_t chunk) const {
+    if (!packs_ || j >= panels_) {
+      const int64_t count = std::max<int64_t>(1, steps.count * NR * int64_t(sizeof(Panel<T>)) / 64);
+      return {reinterpret_cast<const char*>(steps.b + steps.count * NR), count, count, 64};
+    }
+    const int64_t k0 = chunks_.begin(chunk) * PER, rows = std::min(chunks_.size(chunk) * PER, g_.K - k0);
+    const T* first = row_of<T>(g_.b_rows, k0) + j * NR * g_.b_rows.col;
+    const int64_t across = (NR * int64_t(sizeof(T)) + 63) / 64;
+    return {reinterpret_cast<const char*>(first), rows * across, rows, g_.b_rows.row * int64_t(sizeof(T))};
+  }
+
   // panel j of c for a block of rows: sums over chunks [chunk0, chunk1) of K and, after the last chunk, over R
   void columns(int64_t row0, int64_t count, int64_t j, int64_t chunk0, int64_t chunk1, const Cell<T>* a,
-               int64_t chunk_size, const Cell<T>* p_chunks, int64_t slot, S* strip, S* edge) {
-    const Panel<T>* b = static_cast<const Panel<T>*>(g_.b) + j * panel_size<T>(g_.K);
+               int64_t chunk_size, Panel<T>* packed, const Cell<T>* p_chunks, int64_t slot, S* strip, S* edge) {
     const Panel<T>* u = u_ + std::max<int64_t>(slot, 0) * u_size() + j * panel_size<T>(g_.R);
     const bool last = chunk1 == chunks_.count;
     const int64_t r_count = last && g_.u.data && slot >= 0 ? r_chunks_.count : 0;
@@ -264,7 +299,7 @@ class LowRankPass {
     for (int64_t i = 0; i < passes; ++i) {
       const bool ends = last && i == passes - 1;
       const auto k_steps = [&](int64_t k) -> Steps<T> {
-        return {a + k * chunk_size, b + chunks_.begin(chunk0 + k) * NR, chunks_.size(chunk0 + k)};
+        return {a + k * chunk_size, panel(j, chunk0 + k, packed), chunks_.size(chunk0 + k)};
       };
       const auto r_steps = [&](int64_t r) -> Steps<T> {
         return {p_chunks + r * chunk_size, u + r_chunks_.begin(r) * NR, r_chunks_.size(r)};
@@ -272,10 +307,11 @@ class LowRankPass {
       Steps<T> first = i < k_count ? k_steps(i) : r_steps(i - k_count);
       Steps<T> then = ends && joined ? r_steps(0) : Steps<T>{};
       // the tiles prefetch the next chunk of the panel; if there are many, the last ones prefetch the next rows instead
-      const char* const next = reinterpret_cast<const char*>(first.b + first.count * NR);
-      const int64_t next_bytes = first.count * NR * int64_t(sizeof(Panel<T>)), tiles = (count + MR - 1) / MR;
-      const int64_t lines = std::max<int64_t>(1, next_bytes / (tiles * (first.count / 4 + 1) * 64));
-      const int64_t step_bytes = first.count / 4 * 64 * lines;
+      const Lines next = next_lines(first, i + 1 < k_count ? j : j + 1, i + 1 < k_count ? chunk0 + i + 1 : chunk0);
+      const int64_t tiles = (count + MR - 1) / MR;
+      const int64_t lines =
+          std::max<int64_t>(1, (next.count + tiles * (first.count / 4) - 1) / (tiles * (first.count / 4 + 1)));
+      const int64_t per_tile = first.count / 4 * lines;
       for (int64_t t = 0; t * MR < count; ++t) {
         S* const kept = strip + t * MR * NR;
         const bool starts = chunk0 == 0 && i == 0;
@@ -286,10 +322,10 @@ class LowRankPass {
         const bool direct = ends && stores_directly(count - t * MR, j) && (!g_.c_adds || starts);
         if (direct && g_.c_adds) in = reinterpret_cast<const S*>(c_tile), in_row = g_.c.row;
         S* out = direct ? reinterpret_cast<S*>(c_tile) : ends ? edge : kept;
-        const bool fetches_panel = t * step_bytes < next_bytes;
-        const void* ahead = fetches_panel ? next + t * step_bytes : static_cast<const void*>(first.a + MR * PITCH);
+        Ahead ahead{reinterpret_cast<const char*>(first.a + MR * PITCH), lines};
+        if (t * per_tile < next.count) ahead = {next.line(t * per_tile), lines, next.step};
         if (ends) prefetch_columns(c_tile, std::min<int64_t>(MR, count - t * MR), (j + 1) * NR);
-        tile_of<T>(count - t * MR)(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead, lines);
+        tile_of<T>(count - t * MR)(first, then, in, in_row, out, direct ? g_.c.row : NR, ahead);
         if (ends && !direct) {
           store_tile(edge, c_tile, std::min<int64_t>(MR, count - t * MR), std::min<int64_t>(NR, g_.N - j * NR));
         }
@@ -409,6 +445,7 @@ class LowRankPass {
   const Chunks chunks_, r_chunks_;
   const int64_t panels_;
   const int64_t r_width_, r_panels_;  // panels over R are narrow if one vector holds all columns
+  const bool packs_;                  // b is not packed yet
   const bool blocked_;                // K needs several blocks: partial sums of all panels are kept
   std::vector<Adapter> adapters_;
   std::vector<Split> splits_;

@@ -65,9 +65,11 @@ Panel<T> panel_element(const T* p) {
 template <class T, int W>
 EFFT_INLINE void pack_row(const T* src, int64_t row, int64_t left, Panel<T>* panel) {
   for (int j = 0; j < W; j += Shape<T>::VL) {
+    const auto bits = [&](const T* p) { return __builtin_convertvector(load<U16>(p + j), U32); };
     if constexpr (dots<T>) {
-      const auto bits = [&](const T* p) { return __builtin_convertvector(load<U16>(p + j), U32); };
       store(panel + j, left > 1 ? bits(src) | bits(src + row) << 16 : bits(src));
+    } else if constexpr (std::is_same_v<Panel<T>, Bf16> && W == 2 * Shape<T>::VL) {
+      if (j == 0) store(panel, bits(src) | bits(src + W / 2) << 16);  // see panel_column()
     } else if constexpr (std::is_same_v<T, Panel<T>>) {
       std::memcpy(panel + j, src + j, Shape<T>::VL * sizeof(T));
     } else {
@@ -81,7 +83,7 @@ template <class T, int VECS>
 EFFT_NOINLINE void pack_panel(const View& b, int64_t K, int64_t N, int64_t column0, Panel<T>* panel) {
   constexpr int W = VECS * Shape<T>::VL, PER = Shape<T>::PER;
   const int columns = int(std::min<int64_t>(W, N - column0));
-  if (b.col == 1 && columns == W && panel_column<T, VECS>(1) == 1) {
+  if (b.col == 1 && columns == W) {
     const T* src = static_cast<const T*>(b.data) + column0;
     for (int64_t k = 0; k < K; k += PER) pack_row<T, W>(src + k * b.row, b.row, K - k, panel + k / PER * W);
     return;

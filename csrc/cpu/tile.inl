@@ -79,19 +79,25 @@ struct Steps {
   int64_t count = 0;
 };
 
+// cache lines to prefetch, `step` bytes apart
+struct Ahead {
+  const char* at;
+  int64_t lines = 1, step = 64;
+};
+
 // out[i, :] = in[i, :] + sum_k a[i, k] * b[k, :]     i < ROWS, over the steps of `first`, then of `then`
 //
-// `ahead` is memory that will be read soon: `lines` cache lines of it are prefetched per four steps.
+// `ahead` is memory that will be read soon: per four steps, `lines` cache lines of it are prefetched.
 template <class T, int VECS, int ROWS>
 EFFT_NOINLINE void tile(const Steps<T>& first, const Steps<T>& then, const Sum<T>* in, int64_t in_row, Sum<T>* out,
-                        int64_t out_row, const void* ahead, int64_t lines) {
+                        int64_t out_row, const Ahead& ahead) {
   using V = Vec<Sum<T>>;
   constexpr int VL = Shape<T>::VL, W = VECS * VL, PITCH = Shape<T>::PITCH;
   // a narrow tile has too few accumulators to hide the FMA latency, and registers for a second set: one for even steps,
   // one for odd. the shorter chains of roundings make p as accurate as plain torch's
   constexpr int SETS = VECS == 1 ? 2 : 1;
   V sum[SETS][ROWS][VECS] = {};
-  const char* line = static_cast<const char*>(ahead);
+  const char* line = ahead.at;
   const auto run = [&](const Steps<T>& steps) EFFT_INLINE_LAMBDA {
     const Cell<T>* a = steps.a;
     const Panel<T>* b = steps.b;
@@ -105,7 +111,9 @@ EFFT_NOINLINE void tile(const Steps<T>& first, const Steps<T>& then, const Sum<T
     };
     int64_t k = steps.count;
     for (; k >= 4; k -= 4, a += 4, b += 4 * W) {
-      for (const char* end = line + 64 * lines; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+      for (const char* end = line + ahead.step * ahead.lines; line < end; line += ahead.step) {
+        __builtin_prefetch(line, 0, 2);
+      }
 // not unrolled, because compilers move the accumulators between registers from copy to copy, which costs 7 %
 #pragma GCC unroll 1
       for (int j = 0; j < 4; j += SETS) {

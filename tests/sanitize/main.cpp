@@ -144,6 +144,10 @@ void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t
   expect("c", k, c, K * R, C);
   expect("qa", k, qa, M, product(R, K, M, [&](int64_t i, int64_t j) { return q(j, i); }, a));
   expect("xp", k, xp, M * K, product(N, R, M, [&](int64_t i, int64_t j) { return x(j, i); }, p_at));
+  g.b = nullptr, g.b_rows = b.view();
+  std::fill_n(c.data.get(), M * N * c.size(), char(0x7f));
+  k.lowrank(dtype, g);
+  expect("c of a pass that packs b", k, c, K * R, C);
 
   LowRank h;
   h.M = M, h.K = K, h.N = N;
