@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import tabulate
 import torch
 
 import efft_kernels
@@ -229,6 +228,8 @@ def conclude(
 
 def text_table(head: list[str], rows: list[list]) -> str:
     """A table in plain text: two columns of words, then numbers as they are formatted. An empty row draws a line."""
+    import tabulate
+
     tabulate.MIN_PADDING = 0  # its two spaces per column add up to thirty characters a line
     lines = [row or tabulate.SEPARATING_LINE for row in rows]
     align = ["left", "left", *["right"] * (len(head) - 2)]

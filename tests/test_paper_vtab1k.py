@@ -555,7 +555,7 @@ def test_offline_settings_are_settings():
     for how in (plan["methods"] | plan["optional"]).values():
         for point in how["grid"] if how["method"] != "linear" else ():
             recipe = {key: value for key, value in plan["recipe"].items() if key != "test_images"}
-            made = Settings("data", "out", method=how["method"], **recipe, **how.get("settings", {}), **point)
+            made = Settings("data", "out", method=how["method"], **recipe | how.get("settings", {}) | point)
             methods.check(made.method, made.options)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from efft_kernels.finetune.data import Pictures, open_data
 from efft_kernels.finetune.models import make_model, normalisation
 
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of predicted classes, to the base 36
+
 
 def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: float, batch_size: int = 64) -> dict:
     """Train and measure a linear head on the frozen features of a model.
@@ -54,6 +56,7 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
             "mean_class": 100 * sum(classes) / len(classes),
             "loss": F.cross_entropy(logits, test_y).item(),
             "parameters": 0,
+            "predictions": "".join(DIGITS[c] for c in logits.argmax(1).tolist()) if logits.shape[1] <= 36 else None,
             "head_parameters": sum(p.numel() for p in head.parameters()),
         }
 

@@ -8,6 +8,7 @@ import concurrent.futures
 import csv
 import datetime
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -58,6 +59,8 @@ class Places:
     data: str | None = None  # folder of the data sets; None for built-in sources
     checkpoint: str | None = None
     device: str = "auto"
+    bundle: str | None = None  # file of bundle.py, for the built-in sources
+    deadline: float | None = None  # a time.time() at which every run must have ended
 
 
 class Store:
@@ -164,9 +167,7 @@ def measure(run: Run, places: Places) -> dict:
         settings["checkpoint"] = places.checkpoint
     began, spent = time.perf_counter(), time.process_time()
     if probe := settings.pop("probe", None):
-        import linear_probe
-
-        found = linear_probe.measure(data, settings, run.seed, places.device, **probe)
+        found = _probed(run, data, settings, places, probe)
     else:
         with tempfile.TemporaryDirectory(prefix="efft_run_") as out:
             # an interrupted run is repeated from its start, so it needs no checkpoints
@@ -180,6 +181,40 @@ def measure(run: Run, places: Places) -> dict:
                 raise KeyboardInterrupt(str(error)) from error
             except Diverged as error:
                 found = {"top1": None, "diverged": str(error)}
+    return _recorded(run, found, time.perf_counter() - began, time.process_time() - spent)
+
+
+def measure_together(runs: list[Run], places: Places) -> list[dict]:
+    """As measure() for runs that together.shared() says can be trained in one pass; each has its share of the time."""
+    import together
+    from efft_kernels.finetune.settings import Settings
+
+    began, spent, settings = time.perf_counter(), time.process_time(), []
+    for run in runs:
+        own = dict(run.settings)
+        data = opened(run, places, own.pop("test_images", None))
+        if probe := own.pop("probe", None):
+            found = [_probed(run, data, own, places, probe)]
+            continue
+        if places.checkpoint and own.get("checkpoint") != "random":
+            own["checkpoint"] = places.checkpoint
+        settings.append(Settings(**own, data=data, out="none", seed=run.seed, device=places.device))
+    if settings:
+        found = together.measure(settings, places.deadline)
+    share = [(time.perf_counter() - began) / len(runs), (time.process_time() - spent) / len(runs)]
+    return [_recorded(run, one, *share) for run, one in zip(runs, found, strict=True)]
+
+
+def _probed(run: Run, data: str, settings: dict, places: Places, probe: dict) -> dict:
+    import linear_probe
+
+    if places.checkpoint and settings.get("checkpoint") != "random":
+        settings = settings | {"checkpoint": places.checkpoint}
+    return linear_probe.measure(data, settings, run.seed, places.device, **probe)
+
+
+def _recorded(run: Run, found: dict, seconds: float, cpu_seconds: float) -> dict:
+    """The record of a run: what was found, where and when."""
     for name in ("top1", "mean_class"):
         if found.get(name) is not None:
             found[name] = round(found[name], 4)  # the metrics are float32
@@ -188,8 +223,8 @@ def measure(run: Run, places: Places) -> dict:
     return {
         "run": asdict(run),
         **found,
-        "seconds": round(time.perf_counter() - began, 2),
-        "cpu_seconds": round(time.process_time() - spent, 2),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(),
         "versions": versions() | _versions(),
@@ -199,11 +234,13 @@ def measure(run: Run, places: Places) -> dict:
 
 def opened(run: Run, places: Places, test_images: int | None) -> str:
     """Register the images of a run as a source, with those to measure on as its test part; returns its name."""
-    import sources  # noqa: F401, registers its data
+    import bundle  # imports sources, which registers its data
 
     from efft_kernels.finetune.data import SOURCES, Source, open_data
-    from efft_kernels.finetune.images import Subset, joined
+    from efft_kernels.finetune.images import joined
 
+    if places.bundle:
+        bundle.use(Path(places.bundle))
     if places.data is None:
         found = SOURCES[run.data]()
     else:
@@ -213,10 +250,7 @@ def opened(run: Run, places: Places, test_images: int | None) -> str:
         train, test = found.train, found.val
     else:
         train, test = joined(found.train, found.val), found.test
-        if test_images and test_images < len(test):
-            # in random order, because a list may be sorted by class
-            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist()
-            test = Subset((test,), tuple((0, i) for i in sorted(order[:test_images])))
+        test = bundle.drawn(test, test_images)
     name = f"{run.data}, for {run.part}"
     SOURCES[name] = lambda: Source(train, None, test, found.classes)
     return name
@@ -233,9 +267,13 @@ def _versions() -> dict[str, str | None]:
 
 
 def complete(
-    runs: Iterable[Run], store: Store, places: Places, workers: int = 1, label: str = "runs"
+    runs: Iterable[Run], store: Store, places: Places, workers: int = 1, label: str = "runs", together: int = 0
 ) -> tuple[list[dict], dict[str, str]]:
-    """Do the runs that the store does not have. Returns (records in order, {name of a failed run: why})."""
+    """Do the runs that the store does not have. Returns (records in order, {name of a failed run: why}).
+
+    Args:
+        together: at most so many runs in one pass; 0 for the training loop of efft_kernels.finetune, a run at a time.
+    """
     import tqdm
 
     runs = list({run.name: run for run in runs}.values())
@@ -243,29 +281,60 @@ def complete(
     failures = {}
     with tqdm.tqdm(total=len(runs), initial=len(runs) - len(missing), desc=label, unit="run") as bar:
 
-        def take(run: Run, result: Callable[[], dict]) -> None:
+        def take(group: list[Run], result: Callable[[], list[dict]]) -> None:
             try:
-                store.put(run, result())
+                for run, record in zip(group, result(), strict=True):
+                    store.put(run, record)
             except (ValueError, OSError, RuntimeError) as error:
-                failures[run.name] = f"{type(error).__name__}: {error}"
-            bar.set_postfix_str(f"{run.data} {run.method}")
-            bar.update()
+                failures.update((run.name, f"{type(error).__name__}: {error}") for run in group)
+                if isinstance(error, concurrent.futures.BrokenExecutor):  # a worker was killed
+                    _pool.cache_clear()
+            bar.set_postfix_str(f"{group[0].data} {group[0].method}")
+            bar.update(len(group))
 
+        groups = passes(missing, together) if together else [[run] for run in missing]
         if workers <= 1:
-            for run in missing:
-                take(run, lambda: measure(run, places))
+            for group in groups:
+                take(group, lambda: measured(group, places, bool(together)))
         elif missing:
-            with _pool(workers) as pool:
-                futures = {pool.submit(measure, run, places): run for run in missing}
-                try:
-                    for future in concurrent.futures.as_completed(futures):
-                        take(futures[future], future.result)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+            pool = _pool(workers)
+            futures = {pool.submit(measured, group, places, bool(together)): group for group in groups}
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    take(futures[future], future.result)
+            except BaseException:
+                _pool.cache_clear()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return [record for run in runs if (record := store.get(run)) is not None], failures
 
 
+def measured(group: list[Run], places: Places, together: bool) -> list[dict]:
+    """The records of runs of one pass, or of one run.
+
+    Raises:
+        TimeoutError: there is not enough time left.
+    """
+    if places.deadline and time.time() >= places.deadline:
+        raise TimeoutError("no time was left")
+    return measure_together(group, places) if together else [measure(run, places) for run in group]
+
+
+def passes(runs: list[Run], most: int) -> list[list[Run]]:
+    """The runs in groups of at most so many that can be trained together, in the order of their first runs."""
+    from together import shared
+
+    groups: dict[object, list[list[Run]]] = {}
+    for run in runs:
+        common = shared(run.settings["method"], run.settings) if "probe" not in run.settings else ()
+        found = groups.setdefault((run.part, common) if common else run.name, [[]])
+        if len(found[-1]) == most:
+            found.append([])
+        found[-1].append(run)
+    return [group for found in groups.values() for group in found]
+
+
+@functools.lru_cache(1)  # the workers keep the images that they have read
 def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork

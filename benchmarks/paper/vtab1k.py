@@ -20,14 +20,18 @@ Sweeps are Optuna studies: with --storage, any database URL, processes and machi
 --offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
 learning rate and a scale are chosen from equally many on 200 validation images, with seed 0; test images are used once.
 With --one-setting each method has one setting for all data sets, that of the smallest mean loss on validation images.
+--gpu: seven data sets and 30 epochs at 112 pixels with one setting, up to 28 runs of a method in one pass.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
+
+START = time.time()
 
 # torchrun starts one process per GPU: each takes its share of the runs and sees only its GPU
 RANK, WORLD = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
@@ -51,6 +55,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--offline", action="store_true", help="the experiment whose data and weights are downloaded or generated")
     add("--quick", action="store_true", help="with --offline: a run of two minutes that tests everything")
+    add("--gpu", action="store_true", help="with --offline: seven data sets, 112 pixels, 30 epochs, --one-setting")
+    add("--bundle", type=Path, help="with --offline: file of bundle.py with weights and images, for no network")
+    add("--together", type=int, metavar="K", help="train up to K runs of a method in one pass; --gpu: 28")
+    add("--minutes", type=float, help="start no pass that would end later than this")
+    add("--image-size", type=int, help="with --offline: side of the images in pixels")
     add("--data", type=Path, metavar="DIR", help="folder of the data sets")
     add("--checkpoint", help="file of the pre-trained weights, or 'download', or 'random'")
     add("--model", help=f"model of timm; default {FACTS['recipe']['model']}")
@@ -84,13 +93,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in args.methods or ():
         if name not in known:
             parser.error(f"--methods must be of {', '.join(known)}, got {name!r}")
-    for option in ("seeds", "epochs", "trials", "workers"):
+    for option in ("seeds", "epochs", "trials", "workers", "together", "minutes", "image_size"):
         if (value := getattr(args, option)) is not None and value < 1:
             parser.error(f"--{option} must be at least 1, got {value}")
-    if args.quick and not args.offline:
-        parser.error("--quick needs --offline")
-    if args.one_setting and not args.offline:
-        parser.error("--one-setting needs --offline")
+    for option in ("quick", "gpu", "bundle", "image_size", "one_setting"):
+        if getattr(args, option) and not args.offline:
+            parser.error(f"--{option.replace('_', '-')} needs --offline")
     if args.sampler != "grid" and not (args.sweep and args.trials):
         parser.error(f"--sampler {args.sampler} needs --sweep, and --trials, because it has no end of its own")
     if args.sweep and args.tuned:
@@ -101,7 +109,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--data and --checkpoint are needed, or --offline, or --report")
     if args.data and not args.data.is_dir():
         parser.error(f"--data must be a folder, got {args.data}")
-    args.out = args.out or HERE.parent / "results" / ("vtab1k_offline" if args.offline else "vtab1k")
+    args.one_setting = args.one_setting or args.gpu
+    args.together = args.together or (28 if args.gpu else 0)
+    kind = "_gpu" * args.gpu or "_offline" * args.offline
+    args.out = args.out or HERE.parent / "results" / f"vtab1k{kind}"
     if args.workers is None:
         import torch
 
@@ -191,7 +202,7 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
     for part in (False, True):
         places = Places(None if part else str(args.data), args.checkpoint, args.device)
         chosen = [run for run in share(every) if (run.data in drawn) == part]
-        failures |= complete(chosen, store, places, args.workers)[1] if chosen else {}
+        failures |= complete(chosen, store, places, args.workers, together=args.together)[1] if chosen else {}
     records = [(method, [r for run in found if (r := store.get(run))]) for method, found in runs.items()]
     return records, groups, failures
 
@@ -284,11 +295,12 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
 
 def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
     """Choose settings on validation images, then train on all 1000 and test: (records by method, groups, failures)."""
+    import bundle
     from sources import weights
 
     plan = FACTS["offline"]
-    plan = plan | (plan["quick"] if args.quick else {})
-    found = weights(plan["weights"])
+    plan = plan | (plan["gpu"] if args.gpu else {}) | (plan["quick"] if args.quick else {})
+    found = bundle.use(args.bundle) if args.bundle else weights(plan["weights"])
     groups = plan["groups"]
     if args.datasets:
         from efft_kernels.finetune.data import SOURCES
@@ -296,53 +308,76 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
         if unknown := [name for name in args.datasets if name not in SOURCES]:
             raise ValueError(f"--datasets must be of {', '.join(SOURCES)}, got {unknown[0]!r}")
         groups = {"Chosen": args.datasets}
-    names = [name for members in groups.values() for name in members]
     recipe = {"model": found.model, "checkpoint": plan["weights"], **plan["recipe"]}
-    if args.epochs:
-        recipe["epochs"] = args.epochs
-    if args.normalize:
-        recipe["normalize"] = args.normalize
-    short = min(plan["select_epochs"], recipe["epochs"])
-    places, store = Places(None, str(found.path), args.device), Store(args.out)
-    grids = {}
-    optional = {name: how for name, how in plan["optional"].items() if name in (args.methods or ())}
-    for method, how in (plan["methods"] | optional).items():
-        if args.methods and method not in args.methods:
-            continue
-        for name in names:
-            fixed = recipe | {"method": how["method"]} | how.get("settings", {})
-            grids[method, name] = [
-                Run(name, method, 0, "val", fixed | point | {"epochs": short})
-                for point in how["grid"][: plan.get("grid")]
-            ]
-    # long runs first, so that workers finish at about the same time
-    order = lambda run: (run.method != "full", run.method == "linear")
-    selection = sorted((run for runs in grids.values() if len(runs) > 1 for run in runs), key=order)
-    _, failures = complete(share(selection), store, places, args.workers, "choosing settings")
-    if WORLD > 1 and (undone := [run for run in selection if store.get(run) is None]):
-        print(f"{len(undone)} runs of other processes are missing: start again when they are done, for the tests")
-        return [], groups, failures
-    final, together = {}, {}
-    for method in dict.fromkeys(method for method, _ in grids) if args.one_setting else ():
-        found = choose_together({name: grids[method, name] for name in names}, store)
-        together |= {(method, name): run for name, run in found.items()}
-    for (method, name), runs in grids.items():
-        if len(runs) == 1:
-            chosen = runs[0]
-        else:
-            chosen = together[method, name] if together else choose(runs, store)
-        for seed in range(args.seeds or plan["seeds"]):
-            final.setdefault(method, []).append(tested(chosen, seed, epochs=recipe["epochs"]))
-    if plan["control"] and (of := plan["control"]["of"]) in final:
-        control = [run for run in final[of] if run.seed < plan["control"]["seeds"]]
-        label = f"{of}, random weights"
-        final[label] = [
-            Run(run.data, label, run.seed, "test", run.settings | plan["control"]["settings"]) for run in control
-        ]
-    every = sorted((run for runs in final.values() for run in runs), key=order)
-    failures |= complete(share(every), store, places, args.workers, "training and testing")[1]
+    for option in ("epochs", "normalize", "image_size"):
+        if value := getattr(args, option):
+            recipe[option] = value
+    places = Places(
+        None, str(found.path), args.device, args.bundle and str(args.bundle),
+        args.minutes and START + 60 * args.minutes,
+    )  # fmt: skip
+    wanted = [name for name in plan["optional"] if (args.gpu and not args.quick) or name in (args.methods or ())]
+    final, failures = {}, {}
+    # the methods of the paper first, because time may be limited
+    for methods in (plan["methods"], {name: plan["optional"][name] for name in wanted}):
+        methods = {name: how for name, how in methods.items() if name in (args.methods or methods)}
+        done, failed = _chosen_and_tested(args, plan, recipe, methods, groups, places)
+        final, failures = final | done, failures | failed
+    store = Store(args.out)
     records = [(method, [r for run in runs if (r := store.get(run))]) for method, runs in final.items()]
     return records, groups, failures
+
+
+def _chosen_and_tested(args, plan: dict, recipe: dict, methods: dict, groups: dict, places: Places) -> tuple:
+    """Choose the settings of some methods and test them: (runs on test images by method, failures)."""
+    store, grids, few = Store(args.out), {}, plan.get("few", {})
+    names = [name for members in groups.values() for name in members]
+    short = min(plan["select_epochs"], recipe["epochs"])
+    for method, how in methods.items():
+        grid = how["grid"]
+        if "grids" in plan:
+            grid = plan["grids"].get(method, plan["grids"]["adapters"])
+        for name in names:
+            if name not in few.get(method, {}).get("data", names):
+                continue
+            fixed = recipe | {"method": how["method"]} | how.get("settings", {})
+            grids[method, name] = [
+                Run(name, method, 0, "val", fixed | point | {"epochs": short}) for point in grid[: plan.get("grid")]
+            ]
+    # long runs first, so that workers finish at about the same time; together, those that matter most
+    order = lambda run: (bool(args.together) == (run.method == "full"), run.method == "linear")
+    selection = sorted((run for runs in grids.values() if len(runs) > 1 for run in runs), key=order)
+    _, failures = complete(share(selection), store, places, args.workers, "choosing settings", args.together)
+    if WORLD > 1 and (undone := [run for run in selection if store.get(run) is None]):
+        print(f"{len(undone)} runs of other processes are missing: start again when they are done, for the tests")
+        return {}, failures
+    final = {}
+    for method in methods:
+        of = {name: grids[method, name] for name in names if (method, name) in grids}
+        try:
+            if args.one_setting and max(map(len, of.values())) > 1:
+                chosen = choose_together(of, store)
+            else:
+                chosen = {name: runs[0] if len(runs) == 1 else choose(runs, store) for name, runs in of.items()}
+        except ValueError as error:
+            if not failures:
+                raise
+            failures[method] = str(error)
+            continue
+        for name, run in chosen.items():
+            seeds = args.seeds or plan.get("seeds_of", {}).get(name, plan["seeds"])
+            seeds = few.get(method, {}).get("seeds", seeds)
+            final.setdefault(method, []).extend(tested(run, seed, epochs=recipe["epochs"]) for seed in range(seeds))
+    if plan["control"] and (of := plan["control"]["of"]) in final:
+        label = f"{of}, random weights"
+        final[label] = [
+            Run(run.data, label, run.seed, "test", run.settings | plan["control"]["settings"])
+            for run in final[of]
+            if run.seed < plan["control"]["seeds"] and run.data in few.get(label, {}).get("data", names)
+        ]
+    every = sorted((run for runs in final.values() for run in runs), key=order)
+    failures |= complete(share(every), store, places, args.workers, "training and testing", args.together)[1]
+    return final, failures
 
 
 def title(method: str) -> str:
@@ -374,8 +409,11 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
         note += f"At most {most} test images of a data set, drawn once.\n"
     text += note
     write_bytes(args.out / "table.md", text.encode())
-    tables.accuracy_against_parameters(args.out / "accuracy_parameters.png", rows, "mean over data sets")
-    charts_of_sweep(args)
+    try:
+        tables.accuracy_against_parameters(args.out / "accuracy_parameters.png", rows, "mean over data sets")
+        charts_of_sweep(args)
+    except ModuleNotFoundError as error:
+        print(f"no charts: {error}; --report draws them", file=sys.stderr)
     return text
 
 

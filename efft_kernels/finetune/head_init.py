@@ -49,7 +49,7 @@ def probe_head(run: Prepared, recipe: Probe = RECIPE) -> float:
     labels = torch.tensor(run.data.train.labels, device=run.accelerator.device)
     right = []
     for head, x in zip(heads.values(), _features(run, heads)):
-        weight, bias = _fitted(x, labels, head, recipe, run.settings.seed)
+        weight, bias = fitted(x, labels, head, recipe, run.settings.seed)
         with torch.no_grad():
             head.weight.copy_(weight)
             if head.bias is not None:
@@ -109,7 +109,7 @@ def _batches(run: Prepared, order: list[int]) -> Iterator[Tensor]:
         yield images
 
 
-def _fitted(x: Tensor, labels: Tensor, head: nn.Linear, recipe: Probe, seed: int) -> tuple[Tensor, Tensor | None]:
+def fitted(x: Tensor, labels: Tensor, head: nn.Linear, recipe: Probe, seed: int) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a probe for the classes of this head, with the scaling of the features folded in."""
     mean = x.mean(0) if head.bias is not None else torch.zeros_like(x[0])  # without a bias nothing can be shifted
     deviation = x.std(0, correction=0) + 1e-6

@@ -1,6 +1,8 @@
 """AdapterBank: many adapters of one base model, a different one for each sample of a batch, in one pass."""
 
 import contextlib
+import itertools
+import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -324,6 +326,8 @@ class _Use(Passes):
     def __init__(self, bank: AdapterBank, held: list[Adapter], index: list[int]):
         self.bank, self.backend, self.held, self.index = bank, bank.backend, held, index
         self.single = len(held) == 1 and -1 not in index
+        # samples of one adapter that follow each other are one run of rows, with one product
+        self.run = math.gcd(*(len(list(run)) for _, run in itertools.groupby(index)))
         self._ids: dict[torch.device, Tensor] = {}
         self.watched = bank.watched
         self._reset()
@@ -360,7 +364,7 @@ class _Use(Passes):
     def ids(self, device: torch.device) -> Tensor:
         if device not in self._ids:
             with torch.inference_mode(False):  # a later forward may save the tensor for its backward
-                self._ids[device] = torch.tensor(self.index, dtype=torch.int64, device=device)
+                self._ids[device] = torch.tensor(self.index[:: self.run or 1], dtype=torch.int64, device=device)
         return self._ids[device]
 
     def check_batch(self, x: Tensor | None) -> None:
@@ -406,9 +410,13 @@ class _Use(Passes):
         logits, order = [], []
         for head in used:
             rows = [i for i, other in enumerate(chosen) if other is head]
-            part = F.linear(samples[rows], head.weight, head.bias)
+            # a slice needs neither a copy nor an index on the device
+            mine = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
+            part = F.linear(samples[mine], head.weight, head.bias)
             logits.append(F.pad(part, (0, width - head.out_features), value=float("-inf")))
             order += rows
+        if order == sorted(order):
+            return torch.cat(logits).flatten(0, 1)
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(logits)[back].flatten(0, 1)
 
