@@ -1,7 +1,9 @@
 """Builds the compiled libraries of csrc/ against the torch that is installed. Everything else is in pyproject.toml.
 
 pip's build isolation hides the environment's packages from sys.path but not from sysconfig, so the torch that will run
-the library is found there. Without one nothing is compiled now; efft_kernels/kernels/build.py compiles at first use.
+the library is found there. python -m build makes an environment for itself; torch is then looked for in the activated
+one. Without torch, off Linux, and without a working C++ compiler the package is installed without its kernels and a
+line says why; efft_kernels/kernels/build.py compiles them at first use, if that is possible by then.
 
 csrc/cuda becomes a library of its own, where torch is a CUDA build and nvcc is found; no GPU is needed. The environment
 variable EFFT_CUDA says otherwise: 0 leaves it out, 1 builds it whatever torch is installed (it is the same library).
@@ -25,15 +27,16 @@ _spec.loader.exec_module(build)
 
 
 def find_torch():
-    try:
-        import torch
-    except ImportError:
-        sys.path.append(sysconfig.get_path("purelib"))
+    activated = [os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX")]
+    places = [sysconfig.get_path("purelib", vars={"base": home}) for home in activated if home]
+    for place in (None, sysconfig.get_path("purelib"), *places):
+        sys.path += [place] if place else []
         try:
             import torch
         except ImportError:
-            return None
-    return torch
+            continue
+        return torch
+    return None
 
 
 class BuildPy(build_py):
@@ -115,7 +118,11 @@ def extensions(torch) -> dict:
 
 
 os.chdir(ROOT)
-torch = find_torch()
+reason = build.problem()
+torch = None if reason else find_torch()
 if torch is None:
-    print("efft_kernels: torch is not installed yet, so csrc/ is not compiled now but at first use", file=sys.stderr)
+    reason = reason or "torch is not installed yet; they will be at first use"
+    if os.environ.get("EFFT_CUDA") == "1":
+        sys.exit(f"EFFT_CUDA=1, but the kernels cannot be compiled: {reason}")
+    print(f"efft_kernels: the kernels of csrc/ are not compiled: {reason}", file=sys.stderr)
 setup(**(extensions(torch) if torch else {"cmdclass": {"build_py": BuildPy}}))

@@ -1,11 +1,18 @@
 // finds the instruction sets that this processor supports.
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace efft {
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_kernels, neon_bf16_kernels;
+extern const bool has_neon_bf16;
 #endif
 
 const Kernels* const* available_kernels() {
@@ -21,6 +28,12 @@ const Kernels* const* available_kernels() {
       found[n++] = &avx512_kernels;
     }
     if (avx2) found[n++] = &avx2_kernels;
+#elif defined(__aarch64__)
+#if defined(__linux__)
+    const bool bf16 = getauxval(AT_HWCAP2) & (1 << 14);  // HWCAP2_BF16, which older headers do not name
+    if (bf16 && has_neon_bf16) found[n++] = &neon_bf16_kernels;
+#endif
+    found[n++] = &neon_kernels;
 #endif
     found[n++] = &portable_kernels;
     return true;

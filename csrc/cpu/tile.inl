@@ -192,7 +192,7 @@ EFFT_NOINLINE void transposed_tiles(const Cell<T>* a, const Cell<T>* q, int64_t 
   constexpr int VL = Shape<T>::VL, NR = Shape<T>::NR, PER = Shape<T>::PER, RT = Shape<T>::RT;
   const int64_t end = (columns + NR - 1) / NR * NR;  // columns past the chunk's end are still within the pitch
   int64_t k = 0;
-  if constexpr (RT == 4) {  // 12 accumulators: 8 do not hide the FMA latency
+  if constexpr (RT == 4 && !dots<T>) {  // 12 accumulators: 8 do not hide the FMA latency
     for (; k + 3 * VL <= end; k += 3 * VL) {
       for (int64_t r = 0; r < R; r += RT) sums_tile<T, 3>(a + k, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
     }
@@ -201,7 +201,7 @@ EFFT_NOINLINE void transposed_tiles(const Cell<T>* a, const Cell<T>* q, int64_t 
     for (int64_t r = 0; r < R; r += RT)
       sums_tile<T, 2>(a + k / PER, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
   }
-  if constexpr (RT == 4) {
+  if constexpr (RT == 4 && !dots<T>) {
     for (; k < end; k += VL) {
       for (int64_t r = 0; r < R; r += RT) sums_tile<T, 1>(a + k, q + r, q_row, rows, g + r * g_row + k, g_row, adds);
     }

@@ -121,6 +121,9 @@ EFFT_INLINE Vec<float> dot(const Vec<float>& sum, const U32& a, const U32& b) {
   const U32 upper = U32{} + 0xffff0000u;
   return sum + bit_cast<Vec<float>>(a << 16) * bit_cast<Vec<float>>(b << 16) +
          bit_cast<Vec<float>>(a & upper) * bit_cast<Vec<float>>(b & upper);
+#elif defined(__aarch64__)
+  return bit_cast<Vec<float>>(
+      vbfdotq_f32(bit_cast<float32x4_t>(sum), bit_cast<bfloat16x8_t>(a), bit_cast<bfloat16x8_t>(b)));
 #else
   return bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
 #endif

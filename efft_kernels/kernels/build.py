@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,23 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
+def problem() -> str | None:
+    """Why csrc/ cannot be compiled here, or None: the platform, no compiler, or one that fails on a small library."""
+    if not sys.platform.startswith("linux"):
+        return f"the C++ kernels are for Linux, not for {sys.platform}"
+    cxx = compiler()
+    if shutil.which(cxx[0]) is None:
+        return f"there is no C++ compiler: {cxx[0]!r} (the variable CXX names another) is not found"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\nint probe() { return int(std::vector<int>(3).size()); }\n")
+        try:
+            _run([*cxx, "-std=c++17", "-fPIC", "-shared", source, "-o", Path(folder, "probe.so")])
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            return f"the C++ compiler does not work: {error}"
+    return None
+
+
 def compiled(part: str, arch: str | None = None) -> Path:
     """Where csrc/PART, compiled for this torch and architecture, lies in the user's cache; it may not exist yet."""
     import torch
@@ -131,8 +149,8 @@ def compile_library(part: str, about: str, home: Path | None = None, arch: str |
     library, cxx = compiled(part, arch), compiler()
     if library.exists():
         return library
-    if shutil.which(cxx[0]) is None:
-        raise RuntimeError("no compiled library, and no C++ compiler (c++, or the variable CXX) to make one")
+    if reason := problem():
+        raise RuntimeError(f"they are not compiled, and cannot be compiled now: {reason}")
     logging.getLogger("efft_kernels").warning("compiling %s, once, to %s", about, library)
     include, lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
     common = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -163,4 +181,4 @@ def compile_library(part: str, about: str, home: Path | None = None, arch: str |
 def _run(command: list) -> None:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800)
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {(done.stderr or done.stdout)[-2000:]}")
+        raise RuntimeError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[-2000:]}")

@@ -1,4 +1,4 @@
-"""C++ kernels of csrc/cpu: one pass over x, W packed once, p kept in cache; AVX2 and AVX-512, threads from torch.
+"""C++ kernels of csrc/cpu: one pass over x, W packed once, p kept in cache; AVX2, AVX-512, NEON, threads from torch.
 
 The kernels read W as panels. For the forward, those of a weight that does not require grad are made at the first call
 and kept: a copy as large as the weight (twice as large for float16, which is widened). A backward makes its own, a
@@ -10,7 +10,6 @@ needs ``keep_packed(False)``.
 """
 
 import functools
-import sys
 import weakref
 from pathlib import Path
 
@@ -50,8 +49,6 @@ table.SOURCES["cpu"] = sources
 @functools.cache
 def _load():
     """(the library's operators, None), or (None, why it cannot be loaded)"""
-    if sys.platform == "win32":
-        return None, "the C++ kernels are not built on Windows"
     try:
         torch.ops.load_library(str(_library()))
     except Exception as error:
@@ -159,7 +156,7 @@ def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512_bf16, avx512, avx2 or portable."""
+    """The instruction set in use: avx512_bf16, avx512, avx2, neon_bf16, neon or portable."""
     return _load()[0].isa()
 
 

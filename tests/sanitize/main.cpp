@@ -197,7 +197,11 @@ void run_mixed(const Kernels& k, Dtype dtype, int64_t B, int64_t T, int64_t K, i
 }  // namespace
 
 int main() {
+#ifdef EFFT_AVAILABLE_ONLY
+  std::vector<const Kernels*> all;
+#else
   std::vector<const Kernels*> all{&wide_kernels, &wide_bf16_kernels};
+#endif
   for (auto k = available_kernels(); *k; ++k) all.push_back(*k);
   const int64_t shapes[][4] = {{0, 3, 5, 1},      {1, 1, 1, 1},    {2, 100, 33, 3},   {5, 7, 7, 17},
                                {13, 33, 100, 16}, {97, 40, 49, 5}, {30, 1100, 20, 9}, {25, 20, 300, 270}};

@@ -99,12 +99,15 @@ def gpu(index: int | None) -> tuple[str, str]:
 
 @functools.cache
 def processor() -> str:
-    """the CPU's model name"""
+    """The CPU's model name; for Arm, which has none in /proc/cpuinfo, the numbers of its maker and of its cores."""
     try:
-        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        name = None
-    return name.group(1).strip() if name else "this processor"
+        text = ""
+    if name := re.search(r"^model name\s*:\s*(.+)$", text, re.M):
+        return name.group(1).strip()
+    numbers = dict.fromkeys(re.findall(r"^CPU (?:implementer|part)\s*:\s*(\S+)$", text, re.M))
+    return " ".join(["Arm", *numbers]) if numbers else "this processor"
 
 
 def device_name(device: torch.device) -> str:
