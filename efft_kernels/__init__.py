@@ -9,6 +9,7 @@ from .configs import EFFTConfig, FacTConfig, LoRAConfig, LoRAXSConfig, VeRAConfi
 from .export import export_lora
 from .files import add_adapter, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .inject import Plan, adapter_parameter_groups, adapter_parameters, inject, plan
+from .layouts import LeftOut
 from .linear import EFFTLinear
 from .merge import merge, unmerge
 from .ops import Backend, backends, efft_linear, group_update, lowrank_linear, merge_, mixed_linear, rebuild_inputs
@@ -23,7 +24,7 @@ __all__ = [
     *("export_lora", "load_adapter", "save_adapter", "set_adapter"),
     *("AdapterFile", "Preparation", "read_adapter"),
     *("Cost", "cost", "subspace_map", "subspace_similarity", "updates"),
-    *("Plan", "adapter_parameter_groups", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
+    *("LeftOut", "Plan", "adapter_parameter_groups", "adapter_parameters", "inject", "merge", "plan", "unmerge"),
 ]
 
 # makes the statement `import efft_kernels.EFFTLinear` work as well

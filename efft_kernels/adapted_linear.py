@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Projection
 from .base_linears import (
     add_low_rank,
     change_class,
@@ -13,6 +14,7 @@ from .base_linears import (
     is_parametrized_class,
     pin_layout,
     unpin_layout,
+    wraps,
 )
 from .low_rank import Pair
 from .ops import lowrank_linear
@@ -32,12 +34,15 @@ class AdaptedLinear(nn.Linear):
     def adopt(linear: nn.Linear, path: str, adapters: Adapters) -> None:
         """Turn a Linear into an adapted one, in place."""
         pin_layout(linear)
-        cls = type(linear)
-        change_class(linear, _adapted(cls.__bases__[0] if is_parametrized_class(cls) else cls))
+        change_class(linear, adapted_class(linear))
         linear.efft = (adapters, path)  # a tuple, which registers nothing
+        if isinstance(linear, Projection):
+            linear.keep()
 
     def release(self) -> None:
         """Turn it back into the Linear it was, in place."""
+        if isinstance(self, Projection):
+            self.drop()
         del self.efft
         change_class(self, self.base)
         unpin_layout(self)
@@ -58,7 +63,29 @@ class AdaptedLinear(nn.Linear):
         if type(weight) is not nn.Parameter or bias is self or self.base is not nn.Linear:
             if has_own_forward(self, self.base):
                 return self._add_to_own(x, pair)
-            weight = self.weight
+            weight, bias = self.weight, self.bias
+        return self._add(x, weight, bias, pair)
+
+    def add_to(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, columns: slice | None = None) -> Tensor:
+        """x @ weight.T + bias with the update, for a module that reads the weight of this Linear itself.
+
+        Args:
+            x: [..., K].
+            weight, bias: those of this Linear, or the rows of them that ``columns`` names.
+            columns: the outputs that are computed; None for all.
+        """
+        adapters, path = self.efft
+        pair = adapters.pair(path, self)
+        if pair is None:
+            return F.linear(x, weight, bias)
+        pair = pair if columns is None else pair._replace(up=pair.up[:, columns])
+        if not wraps(weight):
+            return self._add(x, weight, bias, pair)
+        y = F.linear(x, weight, bias)
+        return add_low_rank(y, x.to(y.dtype), pair.down.to(y.dtype), pair.up.to(y.dtype))
+
+    def _add(self, x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
+        adapters, _ = self.efft
         down, up, dropout = pair
         if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(weight.dtype), up.to(weight.dtype)
@@ -84,21 +111,26 @@ class AdaptedLinear(nn.Linear):
         return f"{super().extra_repr()}, adapted={self.efft[0].active!r}"
 
 
+def adapted_class(linear: nn.Linear, kind: type[AdaptedLinear] = AdaptedLinear) -> type[AdaptedLinear]:
+    """The class, of this kind, of a Linear that is about to be adapted."""
+    cls = type(linear)
+    return _adapted(cls.__bases__[0] if is_parametrized_class(cls) else cls, kind)
+
+
 @cache
-def _adapted(base: type) -> type[AdaptedLinear]:
-    """The class of an adapted Linear that was a ``base``."""
+def _adapted(base: type, kind: type[AdaptedLinear]) -> type[AdaptedLinear]:
     if base is nn.Linear:
-        return AdaptedLinear
+        return kind
 
     def __reduce_ex__(self, protocol):
         # pickle cannot find such a class by name, so a copy or a pickle makes it again from the base
         _, _, *state = super(cls, self).__reduce_ex__(protocol)
-        return _bare, (base,), *state
+        return _bare, (base, kind), *state
 
-    cls = type(f"Adapted{base.__name__}", (AdaptedLinear, base), {"base": base, "__reduce_ex__": __reduce_ex__})
+    cls = type(f"Adapted{base.__name__}", (kind, base), {"base": base, "__reduce_ex__": __reduce_ex__})
     return cls
 
 
-def _bare(base: type) -> AdaptedLinear:
-    cls = _adapted(base)
+def _bare(base: type, kind: type[AdaptedLinear]) -> AdaptedLinear:
+    cls = _adapted(base, kind)
     return cls.__new__(cls)

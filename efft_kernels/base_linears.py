@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .attention import OutputProjection, Projection
 from .precision import autocast_dtype
 
+PLAIN = nn.Linear, OutputProjection, Projection  # classes that compute x W from a weight of their own, and no more
 _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
@@ -25,12 +27,14 @@ def has_own_forward(linear: nn.Linear, base: type = nn.Linear) -> bool:
         linear: any Linear.
         base: its class, or, for an adapted Linear, the class it had before.
     """
-    if base is not nn.Linear or "bias" not in linear._parameters:
+    if base is Projection:
+        return wraps(linear.weight)
+    if base not in PLAIN or "bias" not in linear._parameters:
         return True
     weight = linear._parameters.get("weight")
     if weight is None:  # remove_parametrizations leaves a frozen weight as a buffer
         weight = linear._buffers.get("weight")
-    return weight is None or _wraps(weight)
+    return weight is None or wraps(weight)
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:  # [..., N], [..., K], [K, R], [R, N]
@@ -38,7 +42,7 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:  # [
     return torch.addmm(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]) @ down, up).view(y.shape)
 
 
-def _wraps(weight: Tensor) -> bool:
+def wraps(weight: Tensor) -> bool:
     """whether it is a tensor made of others; torch's own check for that gives the wrong answer under torch.compile"""
     return hasattr(type(weight), "__tensor_flatten__")
 
@@ -54,7 +58,7 @@ def kind(linear: nn.Linear) -> str | None:
     if name := _bitsandbytes(type(linear)):
         return f"bitsandbytes' {name}"
     weight = linear._parameters.get("weight")
-    if weight is not None and _wraps(weight) and hasattr(weight, "dequantize"):
+    if weight is not None and wraps(weight) and hasattr(weight, "dequantize"):
         return f"{type(weight).__module__.partition('.')[0]}'s {type(weight).__name__}"
     return None
 
@@ -75,15 +79,13 @@ def refusal(linear: nn.Linear, base: type) -> str | None:
         )
     if is_parametrized_class(base):
         (base,) = base.__bases__
-    if base is nn.Linear:
+    if base in PLAIN:
         weight = linear.weight
         if not weight.dtype.is_floating_point:
             return f"must have a floating-point weight, got {weight.dtype}"
         return None
     if _bitsandbytes(base):
         return None
-    if base is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "is read past its forward by nn.MultiheadAttention; leave it out with targets= or blocks="
     return (
         f"must be an nn.Linear, got {base.__name__}, which may compute something else; "
         "put a plain nn.Linear in its place, or leave it out with targets= or blocks="
@@ -92,6 +94,8 @@ def refusal(linear: nn.Linear, base: type) -> str | None:
 
 def tensors(linear: nn.Linear) -> Iterator[nn.Parameter]:
     """The parameters that make up the weight: one, or those that a parametrization or a norm computes it from."""
+    if isinstance(linear, Projection):
+        return iter([linear.weight])
     # a parametrized bias is named parametrizations.bias.original
     return (p for name, p in linear.named_parameters() if "bias" not in name.split("."))
 
@@ -139,7 +143,7 @@ def dense(linear: nn.Linear) -> Tensor:
         # its first forward moves the scales from the weight to the state
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else linear.state.SCB
         return int8_vectorwise_dequant(weight.data, scales)
-    if _wraps(weight) and hasattr(weight, "dequantize"):
+    if wraps(weight) and hasattr(weight, "dequantize"):
         return weight.dequantize()
     if weight.is_meta and (hook := _offload(linear)) is not None:
         return hook.weights_map["weight"]

@@ -12,7 +12,9 @@ from .adapter_file import name_of
 from .files import known, trained_head
 from .inject import adapted_linears, adapters
 from .layouts import heads_of
+from .low_rank import Pair
 from .storage import write_bytes
+from .wrappers import module_at
 
 _PREFIX = "base_model.model."  # where PEFT's wrapper keeps the model
 
@@ -34,7 +36,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
 
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given; a Linear that was
-            removed or replaced; a head whose name is the end of another module's, which PEFT would train as well.
+            removed or replaced; a projection of an nn.MultiheadAttention other than in_proj, which PEFT computes
+            otherwise; a head whose name is the end of another module's, which PEFT would train as well.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save
@@ -44,21 +47,40 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     adapted_linears(model, groups)
     with torch.no_grad():
         pairs = {path: pair for g in groups.values() for path, pair in g.pairs_without_dropout().items()}
-    tensors = {}
-    for path, pair in pairs.items():
-        tensors[f"{path}.lora_A.weight"] = _own(pair.down.mT)
-        tensors[f"{path}.lora_B.weight"] = _own(pair.up.mT)
+    tensors, ranks = {}, {}
+    for path, places in _layers(model, pairs).items():
+        for place, (down, up) in places.items():
+            tensors[f"{place}.lora_A.weight"] = _own(down.mT)
+            tensors[f"{place}.lora_B.weight"] = _own(up.mT)
+            ranks[path] = down.shape[-1]
     state = trained_head(model)
     heads = [key for key in heads_of(model) if any(name.startswith(f"{key}.") for name in state)]
     _check_heads(model, heads)
     tensors |= {key: _own(t) for key, t in state.items()}
-    config = _config({path: pair.down.shape[-1] for path, pair in pairs.items()}, model, heads)
+    config = _config(ranks, model, heads)
     config["base_model_name_or_path"] = base_model or name_of(model) or None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({_PREFIX + key: t for key, t in tensors.items()}, {"format": "pt"})
     write_bytes(folder / "adapter_model.safetensors", weights)
     write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _layers(model: nn.Module, pairs: dict[str, Pair]) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """path of a module that PEFT adapts -> where it keeps a pair -> (down, up)"""
+    found = {}
+    for path, (down, up, _) in pairs.items():
+        owner, _, name = path.rpartition(".")
+        attention = module_at(model, owner)
+        if not isinstance(attention, nn.MultiheadAttention):
+            found[path] = {path: (down, up)}
+            continue
+        if name != "in_proj":
+            why = "adds twice" if name == "out_proj" else "does not take"  # PEFT 0.21
+            raise ValueError(f"{path} is a part of an nn.MultiheadAttention whose update PEFT {why}; merge instead")
+        none = torch.zeros_like(down), torch.zeros_like(up[:, : attention.embed_dim])  # PEFT adapts out_proj, too
+        found[owner] = {owner: (down, up), f"{owner}.base_layer.out_proj": none}
+    return found
 
 
 def _own(t: Tensor) -> Tensor:

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from .adapted_linear import AdaptedLinear
+from .attention import with_projections
 from .base_linears import DenseWeights, kept_in, untrainable
+from .calls import call_linear, uncall_linear
 from .configs import MethodConfig
 from .groups import make_group
 from .layouts import (
     HEADS,
-    call_linear,
     classifiers_of,
     heads_of,
     norms_outside,
     tell_classes,
-    uncall_linear,
     untrained_heads,
 )
 from .ops import check_backend
@@ -221,7 +221,8 @@ def attach(model: nn.Module, owner: Adapters) -> None:
 
 def detach(model: nn.Module) -> list[str]:
     """Turn adapted Linears into plain ones and take the adapters off. Returns the paths of those Linears."""
-    paths = [path for path, module in named_modules(model) if isinstance(module, AdaptedLinear)]
+    named = with_projections(named_modules(model))
+    paths = [path for path, module in named if isinstance(module, AdaptedLinear)]
     for path in paths:
         module_at(model, path).release()
         uncall_linear(model, path)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .attention import OutputProjection, Projection, projections, with_projections
 from .base_linears import refusal
 from .configs import MethodConfig, Site
 from .roles import POSITION, TOO_SMALL, UNKNOWN, block_of, roles
@@ -51,12 +52,21 @@ HEADS = (
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A layer that a plan does not adapt, and why."""
+    """A layer that a plan does not adapt, and why: an entry of :attr:`efft_kernels.Plan.left_out`.
+
+    Attributes:
+        path: of the module; of a projection of an nn.MultiheadAttention, that of the attention and ".in_proj" or
+            another name of its weight.
+        kind: name of its class.
+        why: a part of a sentence, for people.
+        unexpected: whether it is a Linear or an attention of an adapted block that no option of the config leaves out,
+            about which :func:`efft_kernels.inject` warns.
+    """
 
     path: str
-    kind: str  # class name
+    kind: str
     why: str
-    unexpected: bool  # a Linear or an attention in an adapted block that no option of the config leaves out
+    unexpected: bool
 
 
 class _Found(NamedTuple):
@@ -136,7 +146,7 @@ def _known(named: Mapping[str, nn.Module], config: MethodConfig) -> list[_Found]
         match = _BLOCK.match(path)
         parts = LINEARS.get(path[match.end() + 1 :]) if match else None
         if isinstance(named.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-            continue  # it reads the weight of its output projection itself
+            continue  # attention.py
         if parts and (inner := _linear_at(path, module, config.chosen(parts))):
             if path.endswith(".qkv") and inner[1].out_features == 2 * inner[1].in_features:
                 parts = ("k", "v")  # GCViT, whose queries are global
@@ -150,9 +160,10 @@ def _structural(
     """The Linears that roles.py recognises, and why not for the others in blocks."""
     taken, containers = {item.path for item in known}, {item.block: item.container for item in known}
     heads = tuple(f"{path}." for path in heads_of(model))
-    attentions = tuple(f"{path}." for path, m in named.items() if isinstance(m, nn.MultiheadAttention))
+    attentions = {path: m for path, m in named.items() if isinstance(m, nn.MultiheadAttention)}
+    attentions = tuple(f"{path}." for path, m in attentions.items() if not projections(m))
     blocks: dict[str, dict[str, nn.Linear]] = {}
-    for path, module in named.items():
+    for path, module in with_projections(named.items()):
         if not isinstance(module, nn.Linear) or path in taken or f"{path}.".startswith((*heads, *attentions)):
             continue
         prefix = next((p for p in _ancestors(path) if p in containers), None) or block_of(path)
@@ -163,11 +174,13 @@ def _structural(
         inside = [item for item in known if item.block == prefix]
         attention = [item.path[len(prefix) + 1 :] for item in inside if item.parts[0] in ("q", "k", "v")]
         by_name = {path: LINEARS[path] for path in linears if path in LINEARS}
+        by_name |= {path: linear.parts for path, linear in linears.items() if isinstance(linear, Projection)}
+        by_name |= {path: ("proj",) for path, linear in linears.items() if _base(linear) is OutputProjection}
         rest = {path: linear for path, linear in linears.items() if path not in by_name}
         attention += [path for path, parts in by_name.items() if parts[0] in ("q", "k", "v")]
         for path, role in (by_name | roles(rest, attention)).items():
             own = linears[path]
-            if not isinstance(role, str) and (why := refusal(own, getattr(type(own), "base", type(own)))):
+            if not isinstance(role, str) and (why := refusal(own, _base(own))):
                 role = why
             if isinstance(role, str):
                 reasons[f"{prefix}.{path}"] = role
@@ -175,6 +188,11 @@ def _structural(
                 container = containers.get(prefix) or _container(prefix)
                 found.append(_Found(prefix, container, f"{prefix}.{path}", role, own))
     return found, reasons
+
+
+def _base(module: nn.Module) -> type:
+    """its class, or the one that it had before it was adapted"""
+    return getattr(type(module), "base", type(module))
 
 
 def _ancestors(path: str) -> Iterator[str]:
@@ -202,14 +220,14 @@ def left_out(
     adapted = {prefix for site in sites if site.chosen if (prefix := block_of(site.path))}
     skipped = tuple(f"{path}." for path in heads_of(model))
     found = []
-    for path, module in named_modules(model):
+    for path, module in with_projections(named_modules(model)):
         if (path in own and own[path].chosen) or f"{path}.".startswith(skipped):
             continue
         kind, inside = type(module).__name__, any(prefix in adapted for prefix in _ancestors(path))
-        base = getattr(type(module), "base", type(module))
-        if isinstance(module, nn.MultiheadAttention):
+        base = _base(module)
+        if "in_proj_weight" in module._parameters and not projections(module):
             skipped += (f"{path}.",)
-            found.append(LeftOut(path, kind, "it reads its projections itself and calls no Linear", inside))
+            found.append(LeftOut(path, kind, "it reads its projections itself, in a way that is not known", inside))
         elif path in own:
             site = own[path]
             name = "blocks" if config.chosen(site.parts) else "targets"
@@ -239,65 +257,14 @@ def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[s
     return None  # for example a convolution
 
 
-def check_called(model: nn.Module, path: str, module: nn.Linear) -> None:
-    """Refuse a fused projection that its attention does not call, or whose parts differ in width.
+def check_called(path: str, module: nn.Linear) -> None:
+    """Refuse a fused projection whose parts differ in width.
 
     Raises:
-        ValueError: the message names the module and says what would work instead.
+        ValueError: the message names the module.
     """
     if module.out_features % 3 and path.endswith("qkv"):
         raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
-    parent = module_at(model, path.rpartition(".")[0])
-    separate = getattr(parent, "q_bias", None) is not None and not hasattr(parent, "qkv_bias_separate")
-    if path.endswith(".qkv") and separate:
-        raise ValueError(
-            f"{type(model).__name__} is not supported with these targets: its {type(parent).__name__} at {path} keeps "
-            "q and v biases apart, calls F.linear on the weight, past the Linear, and has no switch qkv_bias_separate "
-            "against that (as BEiT, EVA and Swin V2 of timm have); targets=('proj', 'mlp') would work"
-        )
-
-
-def call_linear(model: nn.Module, *paths: str) -> None:
-    """Make the modules around the Linears at these paths call them, if they can read the weights instead.
-
-    BEiT, EVA and Swin V2 of timm have a switch for that; nn.TransformerEncoderLayer and nn.TransformerEncoder have
-    attributes that turn their fast paths off. :func:`uncall_linear` undoes it.
-    """
-    for module, name, value in (switch for path in paths for switch in _switches(model, path)):
-        if getattr(module, name) != value:
-            module._efft_switched = {name: getattr(module, name)}, *getattr(module, "_efft_switched", ())
-            setattr(module, name, value)
-            if name == "qkv_bias_separate":  # it then adds the bias in place
-                module._efft_hook = module.qkv.register_forward_hook(_own_memory)
-
-
-def uncall_linear(model: nn.Module, *paths: str) -> None:
-    """Undo :func:`call_linear`."""
-    for module, _, _ in (switch for path in paths for switch in _switches(model, path)):
-        for before in module.__dict__.pop("_efft_switched", ()):
-            for name, value in before.items():
-                setattr(module, name, value)
-        if hook := module.__dict__.pop("_efft_hook", None):
-            hook.remove()
-
-
-def _own_memory(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output.clone() if output.requires_grad else output  # autograd forbids writing into a view of our op
-
-
-def _switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, object]]:
-    for owner in _ancestors(path):
-        module = module_at(model, owner)
-        if path == f"{owner}.qkv" and getattr(module, "q_bias", None) is not None:
-            yield module, "qkv_bias_separate", True
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            yield module, "activation_relu_or_gelu", 0
-        elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
-            yield module, "use_nested_tensor", False
-    if isinstance(model, nn.TransformerEncoderLayer):
-        yield model, "activation_relu_or_gelu", 0
-    elif isinstance(model, nn.TransformerEncoder) and hasattr(model, "use_nested_tensor"):
-        yield model, "use_nested_tensor", False
 
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -372,7 +339,7 @@ def _is_block_list(module: nn.Module) -> bool:
 
 
 def _of_library(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] in ("timm", "transformers")
+    return type(module).__module__.partition(".")[0] in ("timm", "transformers", "torchvision")
 
 
 def untrained_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:

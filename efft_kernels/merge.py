@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear
-from .base_linears import dense, has_own_forward, kept_in, kind
+from .attention import Projection
+from .base_linears import PLAIN, dense, has_own_forward, kept_in, kind
+from .calls import call_linear
 from .inject import adapted_linears, adapters, attach, detach
-from .layouts import call_linear
 from .ops import merge_
 from .passes import Adapters
 from .wrappers import module_at, named_modules, on_unwrapped, put_at
@@ -118,7 +119,9 @@ def _check_unshared(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
     merged = {id(linear.weight): path for path, linear in linears.items()}
     for name, module in named_modules(model):
         for key, p in module._parameters.items():
-            if id(p) in merged and module is not linears[merged[id(p)]]:
+            linear = linears.get(merged.get(id(p)))
+            owner = linear.attention[0] if isinstance(linear, Projection) else linear
+            if linear is not None and module is not owner:
                 raise ValueError(
                     f"{merged[id(p)]} shares its weight with {name or type(model).__name__}.{key}, which the merge "
                     "would change as well; untie them first, or do not merge"
@@ -143,7 +146,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
     for path, shape in shapes.items():
         found = module_at(model, path)
-        if type(found) is not nn.Linear or found.weight.shape != shape:
+        if type(found) not in PLAIN or found.weight.shape != shape:
             raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
     device = module_at(model, merged.names[0]).weight.device
     with torch.no_grad():

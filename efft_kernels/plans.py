@@ -115,7 +115,7 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
         raise ValueError(
             f"{path} belongs to a part of the model that is already injected; inject the whole model or the part"
         )
-    check_called(model, path, module)
+    check_called(path, module)
 
 
 def patterns(items: Iterable[LeftOut], most: int = 3) -> str:

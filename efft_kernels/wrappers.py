@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from .attention import projections
+
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _REDUCERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
@@ -33,12 +35,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """As ``model.get_submodule(path)``, for a path without wrappers: the module inside those that are on the way.
 
+    The last name may be that of an input projection of an nn.MultiheadAttention (attention.py).
+
     Raises:
         AttributeError: there is none.
     """
     module = unwrapped(model)
     for name in path.split(".") if path else ():
-        module = module._modules.get(name)
+        inner = module._modules.get(name)
+        module = projections(module).get(name) if inner is None else inner
         if module is None:
             raise AttributeError(f"this {type(model).__name__} has no module {path}")
         module = unwrapped(module)

@@ -13,7 +13,7 @@ PACKAGE = Path(efft_kernels.__file__).parent
 # as docs/architecture.md has them, from the ground up: a module imports from lower floors and from its own folder
 FLOORS = [
     {"storage", "extras"},
-    {"hub"},
+    {"hub", "attention"},
     {"kernels", "preparation", "tensor_file"},
     {"precision", "wrappers"},
     {"ops", "configs", "base_linears", "tune"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"groups", "linear"},
     {"passes"},
     {"adapted_linear"},
+    {"calls"},
     {"plans"},
     {"inject", "adapter_file"},
     {"card"},

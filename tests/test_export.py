@@ -74,7 +74,38 @@ def test_paths_that_end_alike(tmp_path):
         torch.testing.assert_close(loaded(base, tmp_path)(x), model(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("config", [ek.EFFTConfig(rank=2, targets=("qkv",)), ek.LoRAConfig(rank=2)])
+def test_an_attention_of_torch_is_one_module_for_peft(config, tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            make = lambda: torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 2, batch_first=True)})
+            self.blocks = torch.nn.ModuleList(make() for _ in range(2)).double().eval()
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block["attn"](x, x, x)[0]
+            return x
+
+    model = shake(ek.inject(Model(), config, head="keep"))
+    ek.export_lora(model.eval(), tmp_path)
+    x = torch.randn(2, 4, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(Model(), tmp_path)(x), model(x), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(model(x), Model()(x))
+
+
 def test_refusals(tmp_path):
+    for options, targets, said in (
+        (dict(kdim=8), ("q", "v"), "attn.q_proj is a part of an nn.MultiheadAttention whose update PEFT does not take"),
+        ({}, ("attn",), "attn.out_proj is a part of an nn.MultiheadAttention whose update PEFT adds twice"),
+    ):
+        attention = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 2, **options)})
+        model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([attention])})
+        ek.inject(model, ek.LoRAConfig(rank=2, targets=targets), head="keep")
+        with pytest.raises(ValueError, match=said):
+            ek.export_lora(model, tmp_path / "lora")
     _, model = adapted(ek.LoRAConfig(rank=2))
     with pytest.raises(ValueError, match="name must be one of"):
         ek.export_lora(model, tmp_path / "lora", name="other")

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -416,7 +417,13 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
     tied.blocks[1].mlp.fc1.weight = tied.blocks[0].mlp.fc1.weight
     for model, options, error, says in [
         (vit(), {"rank": 500}, ValueError, "rank must be at most 192 in group"),
-        (vit(), {"targets": ["attn"], "target_modules": ["fc1"]}, ValueError, "must name a matrix of blocks.0.mlp.fc1"),
+        (
+            vit(),
+            {"targets": ["attn"], "target_modules": ["fc1"]},
+            ValueError,
+            "targets must name blocks.0.mlp.fc1",
+        ),
+        (vit(), {"blocks": [1], "target_modules": ["fc1"]}, ValueError, "blocks must name blocks.0.mlp.fc1"),
         (conv, {"target_modules": ["0"]}, TypeError, "0 must be an nn.Linear or a Conv1D of transformers, got Conv2d"),
         (conv, {}, ValueError, "target_modules"),
         (conv, {"target_modules": ["nothing"]}, ValueError, "nothing"),
@@ -442,6 +449,46 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
 def test_a_config_is_checked(options, says):
     with pytest.raises(ValueError, match=says):
         EFFTPeftConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": [1]},
+        {"init": "released"},
+        {"rank_weights": True, "rank_stabilized": True, "rank_dropout": 0.5},
+        {"channel_scale": True, "variant": "efft1", "targets": ["q", "v", "mlp"]},
+    ],
+)
+def test_every_option_of_the_library_is_one_in_peft(options, tmp_path):
+    theirs, ours = ({option.name: option.default for option in fields(c)} for c in (EFFTPeftConfig, ek.EFFTConfig))
+    assert theirs | {"targets": ("attn", "mlp")} == theirs | ours
+    base, x = vit(), images()
+    tuned = adapt(copy.deepcopy(base), **options)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    model = ek.inject(copy.deepcopy(base), ek.EFFTConfig(**SMALL, **given), head="keep").eval()
+    model.efft["default"].load_state_dict(owned(tuned).state_dict())
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(out(tuned, x), want)
+        tuned.save_pretrained(tmp_path)
+        torch.testing.assert_close(out(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval(), x), want)
+        assert not torch.allclose(want, base(x))
+
+
+def test_attentions_that_call_no_linear():
+    from test_attention import Beit, encoder
+
+    for model, x, options in (
+        (Beit(), torch.randn(2, 3, 16), {}),
+        (encoder(), torch.randn(2, 3, 16), {"target_modules": ["out_proj", "linear1"]}),
+    ):
+        with torch.no_grad():
+            before = model(x)
+            tuned = adapt(model, **options)
+            after = tuned(x)
+            assert not torch.allclose(before, after)
+            torch.testing.assert_close(tuned.merge_and_unload()(x), after, rtol=1e-4, atol=1e-5)
 
 
 def test_a_config_of_numpy_scalars_is_saved(tmp_path):

@@ -9,7 +9,9 @@ try:
 except ImportError as error:
     raise ImportError(f'efft_kernels.peft needs PEFT: pip install "efft_kernels[peft]" ({error})') from error
 
-from .efft import EFFTPeftConfig, EFFTPeftLinear, EFFTPeftModel
+from .config import EFFTPeftConfig
+from .efft import EFFTPeftModel
+from .layer import EFFTPeftLinear
 from .lora import FastLoraLinear, accelerate_lora, restore_lora
 
 __all__ = ["EFFTPeftConfig", "EFFTPeftLinear", "EFFTPeftModel", "FastLoraLinear", "accelerate_lora", "restore_lora"]

@@ -6,328 +6,24 @@ as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to the factors with
 shared.
 """
 
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _find_minimal_target_modules,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-    check_adapters_to_merge,
-)
+from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType, register_peft_method
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base_linears import computes_in
-from ..configs import ATTENTION, EFFTConfig, GroupSpec, Part, Site, Slot, fitting_rank, scaled_rank
-from ..groups import EFFTGroup
-from ..layouts import call_linear, check_called, find_sites, uncall_linear
-from ..ops import merge_
-from ..passes import Adapters
+from ..calls import call_linear, uncall_linear
+from ..layouts import find_sites
 from ..precision import LOW
-from .fused import FLOATS, add_update, is_plain
-
-
-def _register_type(name: str) -> None:
-    """Add a member to PeftType, an enum that cannot be extended by subclassing."""
-    if name in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, name)
-    member._name_, member._value_, member._sort_order_ = name, name, len(PeftType)
-    member.__objclass__ = PeftType
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-
-
-_register_type("EFFT")
-
-
-@dataclass
-class EFFTPeftConfig(PeftConfig):
-    """EFFT (arXiv 2311.06749) for PEFT: dW_s = scale * U @ Sigma_s @ V, with U and V shared by a group of matrices.
-
-    Linears whose role in a block is known to :func:`efft_kernels.inject` form the groups of the paper, as there. Those
-    of other models, or of shapes that do not fit the paper's groups (grouped-query attention), form one group per
-    shape and role, attention or not ("efft1": per shape). A matrix and one of the transposed shape share a group.
-
-    Args:
-        variant, rank, scale, cores, factor_dropout, zero_init, targets, trainable_scale, ffn_rank: as
-            :class:`efft_kernels.EFFTConfig`. ``targets`` chooses among the Linears that are known by name, and among
-            the parts of a fused projection; all other Linears in ``target_modules`` are adapted.
-        target_modules: names of the Linears, or a regular expression, or "all-linear", as for other methods of PEFT.
-            None for what ``targets`` names, or, in a model without known Linears, for PEFT's default for LoRA.
-        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as for other methods of PEFT.
-        init_weights: True for factors whose update is zero at the start; False draws all of them at random, for tests.
-
-    Raises:
-        ValueError: an option outside its range.
-    """
-
-    variant: str = "efft2"
-    rank: int | list[int] = 16
-    scale: float = 10.0
-    cores: str = "per_block"
-    factor_dropout: float = 0.1
-    zero_init: str = "v"
-    targets: list[str] = field(default_factory=lambda: ["attn", "mlp"])
-    trainable_scale: bool = False
-    ffn_rank: int | list[int] | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    init_weights: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.EFFT
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list | tuple):
-                setattr(self, name, set(value))
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
-        method = self.method()
-        self.scale, self.factor_dropout = method.scale, method.factor_dropout  # as numbers that JSON can hold
-
-    def method(self) -> EFFTConfig:
-        """The same options as a config of this library."""
-        names = "variant rank scale cores factor_dropout zero_init targets trainable_scale ffn_rank".split()
-        return EFFTConfig(**{name: getattr(self, name) for name in names})
-
-
-_FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
-
-
-def _arrange(
-    model: nn.Module, config: EFFTPeftConfig, bases: dict[str, nn.Module], linears: dict[str, nn.Module]
-) -> list[GroupSpec]:
-    """The groups of these Linears: the paper's if they fit, otherwise by shape.
-
-    Args:
-        bases: path -> module, for all modules of the model, without the layers of other adapters around them.
-        linears: path -> Linear, those to adapt.
-    """
-    method = config.method()
-    known = {site.path: site for site in find_sites(model, method, bases, by_structure=False) if site.path in linears}
-    for path, site in known.items():
-        if not site.chosen:
-            raise ValueError(f"targets must name a matrix of {path}, chosen by target_modules, got {config.targets}")
-        check_called(model, path, linears[path])
-    specs = []
-    try:
-        specs = method.arrange(list(known.values()), by_shape=False) if known else []
-    except ValueError:  # shapes that do not fit the paper's groups
-        known = {}
-    return specs + _by_shape({path: linear for path, linear in linears.items() if path not in known}, method)
-
-
-def _by_shape(linears: dict[str, nn.Module], method: EFFTConfig) -> list[GroupSpec]:
-    """One group per role and shape; K is the smaller side, so matrices of a shape and its transpose share a group."""
-    groups, blocks = {}, {}
-    for path, linear in linears.items():
-        K, N = _get_in_out_features(linear)
-        attention = re.search("attn|attention", path.lower()) is not None
-        fused = N == 3 * K and path.endswith(_FUSED)
-        parts, N = (ATTENTION[:3], K) if fused else ((path.rpartition(".")[2],), N)
-        transposed = K > N
-        shape = (N, K) if transposed else (K, N)
-        role = "attn" if attention else "ffn"
-        key = (role, *shape) if method.variant == "efft2" else shape
-        cores, calls, slots = groups.setdefault(key, ({}, {}, []))
-        match = re.match(r".*?\.\d+(?=\.)", f".{path}")
-        block = blocks.setdefault(match.group() if match else "", len(blocks))
-        place = re.sub(r"\.\d+(?=\.)", ".*", f".{path}", count=1) if method.cores == "shared" else path
-        numbers = [cores.setdefault((place, part), len(cores)) for part in parts]
-        call = calls.setdefault(block if attention else path, len(calls))
-        site = Site(path, parts, parts, block, 0, *_get_in_out_features(linear))
-        columns = tuple(Part(core, 0, shape[1]) for core in numbers)
-        slots.append(Slot(site, columns, transposed, call))
-    specs = []
-    for key, (cores, _, slots) in groups.items():
-        *role, K, N = key
-        ffn = role == ["ffn"]
-        rank = scaled_rank(method.ffn_rank if ffn and method.ffn_rank is not None else method.rank, 1)
-        name = "_".join([*role, f"{K}x{N}"])
-        zero = method.zero_init[-1 if ffn else 0]
-        specs.append(GroupSpec(name, K, N, fitting_rank(rank, (K, N), name), len(cores), tuple(slots), zero))
-    return specs
-
-
-class _Factors(Adapters):
-    """The groups of one adapter, which give the layers their pairs as on an injected model."""
-
-    def __init__(self, name: str, groups: dict[str, EFFTGroup]):
-        super().__init__()
-        self.update(groups)
-        self._active = name  # not an adapter in a ModuleDict of adapters: the groups are those below
-
-    def groups(self) -> list[nn.Module]:
-        return list(self.values())
-
-    def linear_at(self, model: nn.Module, path: str) -> nn.Module:
-        return model.get_submodule(path).get_base_layer()
-
-    def dtype_for(self, linear: nn.Module) -> torch.dtype | None:
-        return computes_in(linear) if is_plain(linear) else None
-
-    def group_of(self, path: str) -> EFFTGroup:
-        return next(group for group in self.values() if path in group.slots)
-
-    @torch.no_grad()
-    def pair_without_dropout(self, path: str) -> tuple[Tensor, Tensor]:
-        """(down, up) of one Linear without dropout, whatever mode the group is in."""
-        pair = self.group_of(path).pairs_without_dropout(path=path)[path]
-        return pair.down, pair.up
-
-
-def _build(config: EFFTPeftConfig, specs: list[GroupSpec], linears: dict[str, nn.Module]) -> dict[str, EFFTGroup]:
-    groups, method = {}, config.method()
-    for spec in specs:
-        weight = linears[spec.slots[0].site.path].weight
-        if weight.dtype not in FLOATS:  # quantized
-            weight = torch.empty(0, device=weight.device)
-        groups[spec.name] = group = EFFTGroup(spec, method, {spec.slots[0].site.path: weight})
-        if not config.init_weights:
-            nn.init.xavier_uniform_(getattr(group, spec.zero))
-    return groups
-
-
-def _stamp(weight: Tensor) -> tuple:
-    """A value that changes when the weight is written, moved or cast."""
-    version = -1 if weight.is_inference() else weight._version
-    return weight.data_ptr(), weight.dtype, weight.device, version
-
-
-class EFFTPeftLinear(nn.Module, BaseTunerLayer):
-    """A Linear, or a Conv1D of transformers, with EFFT adapters: base(x) + the sum of their (x @ down) @ up."""
-
-    adapter_layer_names = ("efft_factors",)
-
-    def __init__(self, base_layer: nn.Module, path: str):
-        super().__init__()
-        self.base_layer, self.path = base_layer, path
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
-        # adapter -> factors; not registered as a submodule, because the tuner owns them
-        self.__dict__["efft_factors"] = nn.ModuleDict()
-        self._disable_adapters, self.merged_adapters, self._kept = False, [], None
-
-    def update_layer(self, adapter_name: str, factors: _Factors) -> None:
-        self.efft_factors[adapter_name] = factors
-        self.set_adapter(self.active_adapters)
-
-    def adding(self) -> list[str]:
-        """The adapters whose update the next forward adds."""
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if name in self.efft_factors]
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        pairs = [self.efft_factors[name].pair(self.path, self.get_base_layer()) for name in self.adding()]
-        if not pairs:
-            return self.base_layer(x, *args, **kwargs)
-        if len(pairs) == 1:
-            return add_update(self.base_layer, x, pairs[0].down, pairs[0].up, *args, **kwargs)
-        down, up = torch.cat([pair.down for pair in pairs], 1), torch.cat([pair.up for pair in pairs], 0)
-        return add_update(self.base_layer, x, down, up, *args, **kwargs)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of the base layer's weight, in the layout of that weight: [N, K], or [K, N] for a Conv1D."""
-        down, up = self.efft_factors[adapter].pair_without_dropout(self.path)
-        delta = down @ up
-        return delta if isinstance(self.get_base_layer(), Conv1D) else delta.mT
-
-    def _pair_beside(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """(down, up) of an adapter for merging: float32 beside bfloat16 and float16 weights"""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        down, up = self.efft_factors[name].pair_without_dropout(self.path)
-        return down.to(weight.device, dtype), up.to(weight.device, dtype)
-
-    def _weight(self) -> Tensor:  # [N, K]
-        """A view of the base layer's weight, for writing."""
-        base = self.get_base_layer()
-        weight = base._parameters.get("weight")
-        if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
-            raise TypeError(
-                f"{self.path} must have a plain floating-point weight to merge into, got a {type(base).__name__} "
-                f"with a {type(base.weight).__name__} of {base.weight.dtype}"
-            )
-        weight = weight.detach()
-        return weight.mT if isinstance(base, Conv1D) else weight
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update to the weight of the base layer, rounded once to its dtype.
-
-        Args:
-            safe_merge: merge into a copy first, which replaces the weight only if all of it is finite.
-            adapter_names: the adapters to merge; None for the active ones.
-
-        Raises:
-            ValueError: with safe_merge, the merged weight is not finite.
-            TypeError: a quantized or parametrized weight. The layer is unchanged then.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.efft_factors:
-                continue
-            weight = self._weight()
-            if self._kept is None or self._kept[1] != _stamp(weight):
-                before = weight.clone() if not self.merged else None
-            else:
-                before = self._kept[0]
-            down, up = self._pair_beside(weight, name)
-            merged = weight.clone() if safe_merge else weight
-            merge_([merged], [down], [up])
-            if safe_merge:
-                if not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                weight.copy_(merged)
-            self.merged_adapters.append(name)
-            self._kept = None if before is None else (before, _stamp(weight))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the weight of before :meth:`merge` bit for bit, or subtract the updates if it was changed since."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
-            return
-        weight = self._weight()
-        if self._kept is not None and self._kept[1] == _stamp(weight):
-            weight.copy_(self._kept[0])
-        else:
-            for name in reversed(self.merged_adapters):
-                down, up = self._pair_beside(weight, name)
-                merge_([weight], [-down], [up])
-        self.merged_adapters.clear()
-        self._kept = None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name not in self.efft_factors:
-            return
-        group = self.efft_factors[adapter_name].group_of(self.path)
-        if not any(p.is_meta for p in group.parameters()):
-            # to the dtype it was created in, that of the base layer, or the one that _cast_adapter_dtype set
-            group.to(device or self.get_base_layer().weight.device, group._like["dtype"])
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-    def __repr__(self) -> str:
-        return f"efft.{super().__repr__()}"
+from .arrange import arrange, build
+from .config import EFFTPeftConfig
+from .layer import EFFTPeftLinear, Factors
 
 
 class EFFTPeftModel(BaseTuner):
@@ -390,8 +86,9 @@ class EFFTPeftModel(BaseTuner):
         for path, base in linears.items():
             if (other := found.setdefault(id(base.weight), path)) != path:
                 raise ValueError(f"{path} and {other} share one weight; adapt neither, or untie them")
-        specs = _arrange(model, peft_config, bases, linears) if linears else []
-        taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale", "model", "efft_factors", "modules_to_save"}
+        specs = arrange(model, peft_config, bases, linears) if linears else []
+        taken = {spec.name for spec in specs} | {"u", "sigma", "v", "scale", "rank_weights", "channel_scale"}
+        taken |= {"model", "efft_factors", "modules_to_save"}
         taken |= {group for factors in self.efft_factors.values() for group in factors}
         taken |= {name for path in bases for name in path.split(".")} - set(self.efft_factors)
         if adapter_name in taken:  # PEFT leaves keys with such a part out of the files of the other adapters
@@ -399,7 +96,7 @@ class EFFTPeftModel(BaseTuner):
                 f"adapter_name must differ from the names of groups, factors and modules, got {adapter_name!r}"
             )
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            factors = _Factors(adapter_name, _build(peft_config, specs, linears))
+            factors = Factors(adapter_name, build(peft_config, specs, linears))
         self.efft_factors[adapter_name] = factors.train(model.training)
 
     def _bases(self) -> dict[str, nn.Module]:

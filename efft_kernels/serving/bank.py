@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted_linear import AdaptedLinear
+from ..adapted_linear import AdaptedLinear, adapted_class
 from ..adapter_file import write
+from ..attention import Projection
 from ..base_linears import change_class, has_own_forward, kind
+from ..calls import call_linear, uncall_linear
 from ..inject import check_bare
 from ..layouts import classifiers_of, head_state
 from ..low_rank import Pair, stack
@@ -147,8 +149,9 @@ class AdapterBank:
                 )
             for path in (path for group in adapter.groups.values() for path in group.slots):
                 linear = module_at(self.model, path)
-                if type(linear) is nn.Linear:
+                if not isinstance(linear, AdaptedLinear):
                     self._adopt(linear, path, _Linear)
+                    call_linear(self.model, path)
             self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:
@@ -251,6 +254,8 @@ class AdapterBank:
         if not self._hooks:
             return
         for linear in self._changed:  # also one that was replaced in the model
+            if not isinstance(linear, _Head):
+                uncall_linear(self.model, linear.efft[1])
             linear.release()
         for hook in self._hooks:
             hook.remove()
@@ -262,7 +267,9 @@ class AdapterBank:
     def _adopt(self, linear: nn.Linear, path: str, kind: type) -> None:
         # before the class changes, because other threads run the model; a tuple, so that nothing is registered
         linear.efft = self, path
-        change_class(linear, kind)
+        change_class(linear, adapted_class(linear, kind))
+        if isinstance(linear, Projection):
+            linear.keep()
         self._changed.append(linear)
 
     def _current_use(self) -> "_Use | None":
@@ -380,22 +387,31 @@ class _Use(Passes):
                 "of it for each sample to have its own adapter"
             )
 
-    def linear(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., N]
+    def linear(
+        self,
+        layer: nn.Linear,
+        path: str,
+        x: Tensor,  # [B, ..., K]
+        weight: Tensor,  # [N, K], or the rows of it that columns names
+        bias: Tensor | None,
+        columns: slice | None = None,
+    ) -> Tensor:  # [B, ..., N]
         pair = self.pair(path, layer)
         if pair is None:
-            return F.linear(x, layer.weight, layer.bias)
+            return F.linear(x, weight, bias)
         self.check_rows(path, x)
         down, up, dropout = pair
-        if down.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            down, up = down.to(layer.weight.dtype), up.to(layer.weight.dtype)
+        up = up if columns is None else up[..., columns]
+        if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            down, up = down.to(weight.dtype), up.to(weight.dtype)
         if dropout and layer.training:
             ids = self.ids(x.device)
             at, none = ids.clamp(min=0), (ids < 0)[:, None, None]
             low = F.dropout(x.reshape(len(ids), -1, x.shape[-1]) @ down[at], dropout) @ up[at]
-            return F.linear(x, layer.weight, layer.bias) + low.masked_fill(none, 0).view(*x.shape[:-1], -1)
+            return F.linear(x, weight, bias) + low.masked_fill(none, 0).view(*x.shape[:-1], -1)
         if self.single:
-            return lowrank_linear(x, layer.weight, layer.bias, down[0], up[0], backend=self.backend)
-        return mixed_linear(x, layer.weight, layer.bias, down, up, self.ids(x.device), backend=self.backend)
+            return lowrank_linear(x, weight, bias, down[0], up[0], backend=self.backend)
+        return mixed_linear(x, weight, bias, down, up, self.ids(x.device), backend=self.backend)
 
     def head(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., classes]
         heads = [adapter.heads.get(path, layer) for adapter in self.held] + [layer]  # the last one for no adapter
@@ -427,7 +443,13 @@ class _Linear(AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         bank, path = self.efft
         use = bank._current_use()
-        return F.linear(x, self.weight, self.bias) if use is None else use.linear(self, path, x)
+        weight, bias = self.weight, self.bias
+        return F.linear(x, weight, bias) if use is None else use.linear(self, path, x, weight, bias)
+
+    def add_to(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, columns: slice | None = None) -> Tensor:
+        bank, path = self.efft
+        use = bank._current_use()
+        return F.linear(x, weight, bias) if use is None else use.linear(self, path, x, weight, bias, columns)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, adapters={len(self.efft[0])}"
