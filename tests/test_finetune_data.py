@@ -111,8 +111,9 @@ def test_16_bits_of_grey_keep_their_range(tmp_path):
     values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
     Image.fromarray(values).save(tmp_path / "a/0.png")
     Image.fromarray(values).save(tmp_path / "a/1.tif")
+    (tmp_path / "a/2.pgm").write_bytes(b"P5\n8 8\n65535\n" + values.astype(">u2").tobytes())
     train = open_data(tmp_path, 8, test_fraction=0.0).train
-    for i in range(2):
+    for i in range(3):
         found = train.images.load(i)
         assert found.mode == "RGB" and np.abs(np.asarray(found)[..., 1] - values / 257).max() <= 1
 

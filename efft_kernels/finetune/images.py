@@ -121,10 +121,10 @@ def _to_rgb(image):
     from PIL import Image, ImageOps
 
     image.load()
-    png = image.format == "PNG"
+    sixteen = image.format in ("PNG", "PPM")  # whose mode I is 16 bits; that of PGM is scaled to its largest value
     with contextlib.suppress(Exception):  # malformed EXIF does not make the pixels unusable
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and png):
+    if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels have 32 bits of unknown range (mode {image.mode}); save it with 8 or 16 bits")
