@@ -47,7 +47,8 @@ exit status:
   {FAILED}   an unexpected error, with its traceback
   {WRONG}   settings, data or weights that cannot be used; nothing was trained
   {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them
-  {INTERRUPTED}  stopped by SIGTERM or SIGINT after writing a checkpoint; the same command continues from it
+  {INTERRUPTED}  stopped by SIGTERM or SIGINT after writing a checkpoint; the same command continues from it.
+      Also of the other processes of a run, when one of them was killed
 
 methods and the defaults of their options:
 """ + "\n".join(
@@ -125,10 +126,10 @@ def _train(chosen: Settings) -> int:
 def _explained(error: Exception) -> int:
     """Print a message for an error that the user can correct, a traceback for any other; returns the exit status."""
     from .checkpoints import StorageError
-    from .loop import Interrupted
+    from .loop import Interrupted, PeerLost
 
     kinds = {
-        Interrupted: INTERRUPTED,
+        (Interrupted, PeerLost): INTERRUPTED,
         StorageError: STORAGE,
         (ValueError, TypeError, OSError, ImportError): WRONG,
     }

@@ -40,6 +40,10 @@ class Interrupted(Exception):
     """A signal asked the run to stop; its checkpoint has been written."""
 
 
+class PeerLost(RuntimeError):
+    """Another process of the run was killed, failed or cannot be reached."""
+
+
 class Diverged(ValueError):
     """The loss is not finite."""
 
@@ -56,6 +60,7 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
         Diverged: a ValueError during training: the loss is not finite.
         checkpoints.StorageError: the disk is full or fails; files that were written before are complete.
         Interrupted: after SIGTERM or SIGINT, with a checkpoint to resume from.
+        PeerLost: another process of the run ended; checkpoints that were written before are complete.
     """
     settings.check()
     methods.check(settings.method, settings.options)
@@ -67,6 +72,7 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
         check_out(settings.data, out)
     with contextlib.ExitStack() as stack:
         stack.callback(_reset_accelerate)
+        stack.enter_context(_naming_lost_peers(accelerator.num_processes, out))
         with checkpoints.storing(out if out.is_dir() else Path.cwd(), f"the folder {out}"):
             out.mkdir(parents=True, exist_ok=True)
             if main:
@@ -89,6 +95,24 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
         with _stop_signals() as stop:
             fit(run, made, schedule, logs, stop)
             return finish(run, made, logs)
+
+
+@contextlib.contextmanager
+def _naming_lost_peers(processes: int, out: Path) -> Iterator[None]:
+    """Turn the error of a collective whose peer is gone into PeerLost, whose message says what is safe."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors, which name the file of its sources
+        if processes == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)):
+            raise
+        left = checkpoints.states(out)
+        safe = f"the state of step {int(left[-1].stem[6:])} is complete and" if left else "no state was written yet:"
+        reason = str(error).strip().splitlines()[0].rpartition("] ")[2][:200]
+        raise PeerLost(
+            f"another process of this run has ended or cannot be reached ({reason}); {safe} the same command "
+            f"{'continues from it' if left else 'begins the run again'}"
+        ) from error
 
 
 def _reset_accelerate() -> None:
