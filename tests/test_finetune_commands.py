@@ -42,6 +42,7 @@ def html(path) -> str:
 
 def test_a_run_ends_with_its_report(run):
     text, record = html(run / "report.html"), json.loads((run / "metrics.json").read_text())
+    assert (run / "curves.png").stat().st_size > 10_000
     top1 = record["result"]["metrics"]["test"]["top1"]
     said = (
         "Confusion matrix",
@@ -162,6 +163,7 @@ def test_compare(run, tmp_path, capsys):
     assert text.count("data:image/svg+xml") == 2 and "top-1 accuracy" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_labels_per_image(tmp_path, capsys):
     sets = [["sea"], ["sea", "sky"], [], ["sky"]]
     lines = []
@@ -181,6 +183,7 @@ def test_several_labels_per_image(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 24
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_averaged_weights_and_patience_resume_exactly(run, tmp_path, monkeypatch):
     from test_finetune_run import end
 
@@ -206,6 +209,7 @@ def test_averaged_weights_and_patience_resume_exactly(run, tmp_path, monkeypatch
     assert end(tmp_path / "b") == end(tmp_path / "c") != end(tmp_path / "raw")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_recomputed_activations_give_the_same_run(run, tmp_path):
     from test_finetune_run import end
 
@@ -223,6 +227,7 @@ def test_class_weights_are_of_all_training_images():
     assert prepared.weigh_classes(data).tolist() == pytest.approx([1 / 3, 3.0, 1.0])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_computes_is_said(run, tmp_path, caplog):
     caplog.set_level("INFO")
     train(tiny(run.parent / "photos", tmp_path, epochs=1, normalize="none"), progress=False)

@@ -34,6 +34,7 @@ from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("undrawn")  # tests/test_finetune_commands.py has the figures
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
 
@@ -360,10 +361,23 @@ def test_full_disk(disk, photos, whole, capfd):
     assert end(disk / "out") == whole
 
 
+@pytest.fixture(scope="module")
+def nearly(photos, tmp_path_factory):
+    """A folder of a run that was killed before its last two steps."""
+    out = tmp_path_factory.mktemp("nearly")
+    start(tiny(photos, out), _die_in(os, "replace"), 8).join()
+    assert [path.name for path in checkpoints.states(out)] == ["state-000000014.pt", "state-000000016.pt"]
+    return out
+
+
+WRITTEN = ["state", "adapter", "curves", "predictions", "report", "metrics"]  # from there on, in this order
+
+
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("number", [2, 10, 11, 12, 13, 14])
-def test_a_failing_write(name, number, photos, whole, tmp_path, monkeypatch):
-    """Writing a checkpoint, the adapter, the curves or the metrics fails, and no file that was written is lost."""
+@pytest.mark.parametrize("number", range(1, 7), ids=WRITTEN)
+def test_a_failing_write(name, number, nearly, photos, whole, tmp_path, monkeypatch):
+    """One of the last files cannot be written, and none that was written before is lost."""
+    shutil.copytree(nearly, tmp_path, dirs_exist_ok=True)
     original, calls = getattr(os, name), []
 
     def failing(*args, **kwargs):
@@ -584,7 +598,7 @@ def test_an_image_that_is_damaged_later(photos, tmp_path):
 @pytest.mark.parametrize("method", ["full", "linear", "vpt-deep", "adapter", "efft2"])
 def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, capsys):
     options = {"rank": 4} if method == "efft2" else {"rank": None}
-    result = train(tiny(photos, tmp_path / "out", method=method, epochs=4, lr=1e-2, **options), progress=False)
+    result = train(tiny(photos, tmp_path / "out", method=method, epochs=2, lr=1e-2, **options), progress=False)
     files = [str(path) for path in sorted((photos / "test").rglob("*.png"))]
     assert cli.main(["predict", str(result.out), *files]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
@@ -826,7 +840,7 @@ def test_learns(tmp_path):
     result = train(tiny(tmp_path / "data", tmp_path / "out", epochs=8, lr=1e-2), progress=False)
     assert result.metrics["test"]["top1"] == 100.0
     assert result.history[-1]["train"]["loss"] < 0.7 * result.history[0]["train"]["loss"]
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000 and list((tmp_path / "out" / "logs").iterdir())
+    assert list((tmp_path / "out" / "logs").iterdir())
 
 
 if __name__ == "__main__":

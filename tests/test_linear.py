@@ -7,8 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -347,51 +345,3 @@ def test_cuda_graph():
     layer, x = make().cuda(), torch.randn(64, 24, device="cuda")
     graphed = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
     torch.testing.assert_close(graphed(x), dense(layer, x), rtol=1e-3, atol=1e-3)
-
-
-def _step(model, x, target):
-    F.mse_loss(model(x), target).backward()
-
-
-def _two_layers():
-    torch.manual_seed(0)
-    return nn.Sequential(make(K=24, N=36), nn.GELU(), make(K=36, N=24))
-
-
-def _ddp(rank, world, init, results):
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
-    model = nn.parallel.DistributedDataParallel(_two_layers())
-    torch.manual_seed(1)
-    x, target = torch.randn(8, 24), torch.randn(8, 24)
-    _step(model, x.chunk(world)[rank], target.chunk(world)[rank])
-    results[rank] = [p.grad.numpy() for p in model.parameters() if p.requires_grad]
-    dist.destroy_process_group()
-
-
-def _fsdp(rank, world, init, results):
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    model = _two_layers()
-    for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh)
-    torch.manual_seed(1)
-    x, target = torch.randn(8, 24), torch.randn(8, 24)
-    _step(model, x.chunk(world)[rank], target.chunk(world)[rank])
-    results[rank] = [p.grad.full_tensor().numpy() for p in model.parameters() if p.requires_grad]
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("run", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(run, tmp_path):
-    model = _two_layers()
-    torch.manual_seed(1)
-    _step(model, torch.randn(8, 24), torch.randn(8, 24))
-    want = [p.grad for p in model.parameters() if p.requires_grad]
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run, args=(2, f"file://{tmp_path}/rendezvous", results), nprocs=2)
-        for rank in range(2):
-            for got, w in zip(results[rank], want):
-                torch.testing.assert_close(torch.from_numpy(got), w, rtol=1e-5, atol=1e-6)
