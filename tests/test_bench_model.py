@@ -251,6 +251,7 @@ def test_a_compiled_step_computes_the_same():
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_compiled_is_left_out(capsys, monkeypatch):
     def no_efft(graph, inputs):
         if any("efft" in str(node.target) for node in graph.graph.nodes):

@@ -39,7 +39,7 @@ CPU_MIXED = (
 )  # fmt: skip
 TRITON_MIXED = (
     (5, 197, 33, 40, 3, 3), (4, 70, 64, 96, 16, 2), (3, 65, 48, 24, 33, 4), (13, 5, 40, 24, 17, 6),
-    (40, 1, 16, 8, 1, 5),
+    (20, 1, 16, 8, 1, 5),
 )  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def triton_ways():
         name = f"triton-{'single_pass' if single else 'extended_k'}"
         device = "cpu" if module.INTERPRETED else "cuda"
         shapes = (*TRITON_SHAPES, LARGEST_RANK)
-        yield Way(name, module, set_up, FLOATS[:3], shapes, TRITON_MIXED, device)
+        mixed = TRITON_MIXED[:3] if single else TRITON_MIXED  # few rows a sample are never in one pass
+        yield Way(name, module, set_up, FLOATS[:3], shapes, mixed, device)
 
 
 def cuda_ways():
@@ -163,12 +164,28 @@ def narrow(way: Way) -> torch.dtype:
     return torch.float32 if torch.float32 in way.dtypes else torch.float16
 
 
+def cheap(way: Way) -> bool:
+    """Triton's interpreter and the simulator compute slowly."""
+    return way.device == "cuda" or way.module in (cpu, reference)
+
+
 def some(way: Way) -> tuple:
-    """All dtypes where they are cheap: Triton's interpreter and the simulator compute slowly."""
-    return way.dtypes if way.module in (cpu, reference) else (narrow(way),)
+    """All dtypes where they are cheap."""
+    return way.dtypes if cheap(way) else (narrow(way),)
 
 
-@for_each("shape, dtype", lambda way: itertools.product(way.shapes, way.dtypes))
+def in_dtypes(way: Way, shapes: tuple) -> list[tuple]:
+    """Every shape in every dtype; where that is slow, two of them in all dtypes and each in one."""
+    pairs = itertools.product(shapes, way.dtypes)
+    return [(s, dtype) for s, dtype in pairs if cheap(way) or dtype == narrow(way) or s in shapes[1:3]]
+
+
+def of_factors(way: Way, cases) -> list[tuple]:
+    """The cases of ops that read no x, which both ways of Triton compute alike."""
+    return [] if way.name == "triton-extended_k" else [*cases]
+
+
+@for_each("shape, dtype", lambda way: in_dtypes(way, way.shapes))
 def test_lowrank_linear(way, shape, dtype):
     x, weight, bias, down, up, dy = make(*shape, dtype, way.device)
     check_lowrank_linear(way.module, x, weight, bias, down, up, dy)
@@ -217,8 +234,9 @@ def test_what_is_not_finite_stays_in_its_row(way, dtype):
 @for_each(brief=False)
 def test_two_runs_are_bit_equal(way):
     # many runs of rows, several chunks of columns
+    M, N = (500 if way.module is cuda else 300, 280) if cheap(way) or way.module is cuda else (150, 136)
     dtype = torch.float16 if torch.float16 in way.dtypes else narrow(way)
-    x, weight, bias, down, up, dy = make(500 if way.module is cuda else 300, 32, 280, 16, dtype, way.device)
+    x, weight, bias, down, up, dy = make(M, 32, N, 16, dtype, way.device)
 
     def run():
         y, p = way.module.lowrank_linear(x, weight, bias, down, up)
@@ -229,7 +247,7 @@ def test_two_runs_are_bit_equal(way):
     check_lowrank_linear(way.module, x, weight, bias, down, up, dy)
 
 
-@for_each("shape, dtype", lambda way: itertools.product(way.mixed, way.dtypes))
+@for_each("shape, dtype", lambda way: in_dtypes(way, way.mixed))
 def test_mixed_linear(way, shape, dtype):
     x, weight, bias, down, up, ids, dy = make_mixed(*shape, dtype, way.device)
     check_mixed_linear(way.module, x, weight, bias, down, up, ids, dy)
@@ -246,7 +264,7 @@ def test_samples_beside_each_other_share_an_adapter(way, dtype):
 
 
 def ranks(way):
-    return itertools.product([(1, 1), (3, 16), (17, 3), (64, 40), (256, 256)], way.dtypes)
+    return of_factors(way, in_dtypes(way, ((1, 1), (3, 16), (17, 3), (64, 40), (256, 256))))
 
 
 @for_each("ranks, dtype", ranks, brief=False)
@@ -260,7 +278,7 @@ GROUP_NEEDS = (True, True), (True, False), (False, True)
 
 
 def transposed(way):
-    return itertools.product([(3, 17, 20, 50), (4, 16, 24, 72)], GROUP_NEEDS, some(way))
+    return of_factors(way, itertools.product([(3, 17, 20, 50), (4, 16, 24, 72)], GROUP_NEEDS, some(way)))
 
 
 @for_each("sizes, needs, dtype", transposed, brief=False)
@@ -273,7 +291,7 @@ def test_group_update_of_the_transposed_product(way, sizes, needs, dtype):
     check_group_update(way.module, sigma, within(N, Q, *at).t(), 0.1, dup, needs)
 
 
-@for_each("dtype", lambda way: [(dtype,) for dtype in way.dtypes], brief=False)
+@for_each("dtype", lambda way: of_factors(way, [(dtype,) for dtype in way.dtypes]), brief=False)
 def test_merge_of_several_weights(way, dtype):
     at = dtype, way.device
     sizes = [(130, 40, 3), (40, 130, 17), (64, 64, 16), (1, 7, 1), (33, 100, 1), (64, 64, 200)]

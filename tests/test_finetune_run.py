@@ -366,7 +366,7 @@ def nearly(photos, tmp_path_factory):
     """A folder of a run that was killed before its last two steps."""
     out = tmp_path_factory.mktemp("nearly")
     start(tiny(photos, out), _die_in(os, "replace"), 8).join()
-    assert [path.name for path in checkpoints.states(out)] == ["state-000000014.pt", "state-000000016.pt"]
+    assert checkpoints.states(out)[-1].name == "state-000000016.pt"
     return out
 
 

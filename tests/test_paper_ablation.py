@@ -1,7 +1,7 @@
 """Ablation and subspaces: variants that fit a model, changes seed by seed, maps of trained updates."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from runs import Run
 from test_paper_vtab1k import few_images
 
 import efft_kernels as ek
+from efft_kernels.finetune.data import SOURCES
+from efft_kernels.finetune.images import Subset
 
 
 def record(method, top1, data="x", seed=0):
@@ -66,6 +68,7 @@ def test_change_is_taken_seed_by_seed():
     assert "| base | – | – | 0.001 | 35.0 ± 7.1 |" in text and "| v | – | – | 0.001 | +1.5 ± 0.7 |" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ablation_quick(tmp_path, capsys, monkeypatch):
     few_images(monkeypatch)
     assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
@@ -76,8 +79,17 @@ def test_ablation_quick(tmp_path, capsys, monkeypatch):
     assert counts == {full, full + 2, 7 * 192 * 4 + 6 * 16}  # base, a scale per group, one set of cores
 
 
-def test_subspace_quick(tmp_path):
+@pytest.mark.slow
+def test_subspace_quick(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    original = SOURCES["digits"]
+
+    def few():
+        found = original()
+        train, test = (Subset((part,), tuple((0, i) for i in range(96))) for part in (found.train, found.test))
+        return replace(found, train=train, test=test)
+
+    monkeypatch.setitem(SOURCES, "digits", few)
     assert subspace.main(["--quick", "--blocks", "3", "--out", str(tmp_path)]) == 0
     found = {}
     for row in read_run(tmp_path / "subspace.json")["results"]:
