@@ -15,6 +15,7 @@ PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
 sys.path.append(str(PAPER))
 
 import bundle
+import paired
 import runs
 import sources
 import together
@@ -136,3 +137,19 @@ def test_a_bundle_gives_the_same_images_and_weights(weights, tmp_path, monkeypat
         assert len(after.test) == 9
     state, there = torch.load(weights), torch.load(bundle.use(path).path)
     assert set(state) == set(there) and all(torch.equal(t.bfloat16().float(), there[key]) for key, t in state.items())
+
+
+def test_paired_differences(tmp_path):
+    paired.write_labels(tmp_path / "labels.csv", {"x": "01" * 50})
+    rows = [("a", 0, "01" * 50), ("a", 1, "01" * 40 + "00" * 10), ("b", 0, "00" * 50), ("b", 1, "00" * 50),
+            ("b", 2, "01" * 50), ("c", 5, "00" * 50)]  # fmt: skip
+    lines = [f'{method},x,test,{seed},"""{text}"""' for method, seed, text in rows]
+    (tmp_path / "runs.csv").write_text("\n".join(["method,data,part,seed,predictions", *lines]) + "\n")
+    found = paired.right(tmp_path)
+    gap = paired.difference(found["a", "x"], found["b", "x"])
+    assert gap.mean == pytest.approx((50 + 40) / 2) and gap.seeds == 2 and 3 < gap.error < 8
+    same = paired.difference(found["a", "x"], found["a", "x"])
+    assert (same.mean, same.error) == (0, 0) and paired.difference(found["a", "x"], found["c", "x"]) is None
+    assert "| a | b | +45.0 ± " in paired.table(tmp_path, ["b"]) and "| c |" not in paired.table(tmp_path, ["b"])
+    (tmp_path / "labels.csv").write_text("data,labels\nx,01\n")
+    assert paired.main([str(tmp_path)]) == 2

@@ -42,7 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder  # noqa: E402
 from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
-from runs import Places, Run, Store, choose, choose_together, complete, measure, tested  # noqa: E402
+from runs import Places, Run, Store, choose, choose_together, complete, measure, opened, tested  # noqa: E402
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "vtab1k.json").read_text())
@@ -325,7 +325,22 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
         final, failures = final | done, failures | failed
     store = Store(args.out)
     records = [(method, [r for run in runs if (r := store.get(run))]) for method, runs in final.items()]
+    _write_labels(args.out, [r for _, of in records for r in of if r.get("predictions")], places)
     return records, groups, failures
+
+
+def _write_labels(out: Path, records: list[dict], places: Places) -> None:
+    """Keep the classes of the test images of which there are predictions, for paired.py."""
+    from efft_kernels.finetune.data import SOURCES
+    from linear_probe import DIGITS
+    from paired import write_labels
+
+    labels = {}
+    for run in {record["run"]["data"]: Run(**record["run"]) for record in records}.values():
+        test = SOURCES[opened(run, places, run.settings.get("test_images"))]().test
+        labels[run.data] = "".join(DIGITS[label] for label in test.labels)
+    if labels and RANK == 0:
+        write_labels(out / "labels.csv", labels)
 
 
 def _chosen_and_tested(args, plan: dict, recipe: dict, methods: dict, groups: dict, places: Places) -> tuple:

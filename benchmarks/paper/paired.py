@@ -1,0 +1,96 @@
+"""Methods compared in pairs, image by image: differences of top-1 with errors from a bootstrap.
+
+    python benchmarks/paper/paired.py FOLDER [--against lora fact-tt]     # after vtab1k.py --offline --gpu --out FOLDER
+
+FOLDER has runs.csv, with what each run predicted of every test image, and labels.csv, with the right classes.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 2000
+
+
+class Difference(NamedTuple):
+    """Top-1 of one method minus that of another, in percentage points."""
+
+    mean: float
+    error: float  # standard deviation of the bootstrap
+    seeds: int  # that both methods have
+
+
+def write_labels(path: Path, labels: dict[str, str]) -> None:
+    """A line per data set: its name and the class of every test image as a digit to the base 36."""
+    from efft_kernels.storage import write_bytes
+
+    write_bytes(path, "".join(f"{name},{text}\n" for name, text in [("data", "labels"), *labels.items()]).encode())
+
+
+def right(folder: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """{(method, data): {seed: for each test image whether the run was right}}"""
+    with (folder / "labels.csv").open() as file:
+        labels = {row["data"]: np.array(list(row["labels"])) for row in csv.DictReader(file)}
+    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    with (folder / "runs.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["part"] == "test" and row.get("predictions"):
+                said = np.array(list(row["predictions"].strip('"')))
+                if len(said) != len(labels[row["data"]]):
+                    raise ValueError(f"{folder}: {len(said)} predictions of {len(labels[row['data']])} images")
+                found.setdefault((row["method"], row["data"]), {})[int(row["seed"])] = said == labels[row["data"]]
+    return found
+
+
+def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray], draws: int = DRAWS) -> Difference | None:
+    """The difference of two methods on one data set, over the seeds that both have; None if there are none.
+
+    A draw takes seeds and images with replacement, the same ones for both methods.
+    """
+    seeds = sorted(set(one) & set(other))
+    if not seeds:
+        return None
+    gaps = 100.0 * np.stack([one[seed].astype(np.float64) - other[seed] for seed in seeds])  # [seeds, images]
+    random = np.random.default_rng(0)
+    n, images = gaps.shape
+    found = []
+    for _ in range(draws):
+        some = np.bincount(random.integers(n, size=n), minlength=n) @ gaps / n
+        found.append(some[random.integers(images, size=images)].mean())
+    return Difference(float(gaps.mean()), float(np.std(found)), n)
+
+
+def table(folder: Path, against: list[str]) -> str:
+    """A line per method and method that it is compared with, a column per data set: difference ± standard error."""
+    found = right(folder)
+    names = list(dict.fromkeys(data for _, data in found))
+    methods = [m for m in dict.fromkeys(method for method, _ in found) if m not in against]
+    lines = ["| method | against | " + " | ".join(names) + " |", "| --- | --- |" + " ---: |" * len(names)]
+    for method in methods:
+        for other in against:
+            gaps = [difference(found.get((method, name), {}), found.get((other, name), {})) for name in names]
+            if any(gaps):
+                cells = [f"{gap.mean:+.1f} ± {gap.error:.1f}" if gap else "–" for gap in gaps]
+                lines.append(f"| {method} | {other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--against", nargs="+", default=["lora", "fact-tt"], metavar="METHOD")
+    args = parser.parse_args(arguments)
+    try:
+        print(table(args.folder, args.against))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"paired: {error!r}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
