@@ -1,15 +1,19 @@
 """How images are prepared for a model: what an adapter file states, and what predictions repeat."""
 
+import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from .extras import timm
+
+log = logging.getLogger("efft_kernels")
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROPS = ("center", "squash", "border")
@@ -109,3 +113,33 @@ def _transform(preparation: Preparation, dtype: torch.dtype) -> Callable[..., Te
     )
     mean, std = (torch.tensor(t, dtype=dtype).view(3, 1, 1) * 255 for t in (preparation.mean, preparation.std))
     return lambda image: (torch.as_tensor(resize(image)).to(dtype) - mean) / std
+
+
+def to_rgb(image):
+    """Load a PIL image and convert it to RGB: rotated as EXIF says, transparent parts on white, 16-bit grey scaled to 8
+    bits, which convert() alone would clip at 255.
+
+    Raises:
+        ValueError: its pixels have 32 bits. Pillow raises errors of any type for a damaged file.
+    """
+    from PIL import Image, ImageOps
+
+    image.load()
+    sixteen = image.format in ("PNG", "PPM")  # whose mode I is 16 bits; that of PGM is scaled to its largest value
+    with contextlib.suppress(Exception):  # malformed EXIF does not make the pixels unusable
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits of unknown range (mode {image.mode}); save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            _say_white()
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@cache
+def _say_white() -> None:
+    log.info("transparent parts of images are shown on white")

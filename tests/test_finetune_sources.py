@@ -13,7 +13,7 @@ timm()
 from PIL import Image, features
 from test_finetune_data import folder, picture
 
-from efft_kernels.finetune import images as images_module
+from efft_kernels import preparation
 from efft_kernels.finetune.data import open_data
 from efft_kernels.finetune.folders import check_out
 from efft_kernels.finetune.images import BadImages, DataError, Files
@@ -63,7 +63,7 @@ def test_other_names_of_formats(suffix, tmp_path):
 
 def test_transparency_is_on_white_and_said_once(tmp_path, caplog):
     caplog.set_level("INFO")
-    images_module._say_white.cache_clear()
+    preparation._say_white.cache_clear()
     (tmp_path / "a").mkdir()
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     half.paste((255, 0, 0, 255), (0, 0, 4, 8))

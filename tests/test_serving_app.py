@@ -47,6 +47,11 @@ def picture():
     return Image.fromarray(numpy.arange(40 * 30 * 3, dtype="uint8").reshape(30, 40, 3))
 
 
+def test_transparent_parts_are_white(picture):
+    picture.putalpha(0)
+    assert decode(saved(picture), max_pixels=PIXELS).getpixel((3, 3)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA"])
 def test_every_mode_becomes_rgb(picture, mode):
     got = decode(saved(picture.convert(mode)), max_pixels=PIXELS)

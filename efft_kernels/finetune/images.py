@@ -1,8 +1,5 @@
 """Labelled images: files, arrays, parts and unions of these."""
 
-import contextlib
-import functools
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-log = logging.getLogger("efft_kernels.finetune")
+from ..preparation import to_rgb
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .mpo".split())
 Label = int | tuple[int, ...]  # a class, or with several labels per image the classes that it shows, ascending
@@ -113,32 +110,7 @@ def decode(file):
     from PIL import Image
 
     with Image.open(file) as image:
-        return _to_rgb(image)
-
-
-def _to_rgb(image):
-    """Convert to RGB. 16-bit grey is scaled to 8 bits; convert() alone would clip it at 255."""
-    from PIL import Image, ImageOps
-
-    image.load()
-    sixteen = image.format in ("PNG", "PPM")  # whose mode I is 16 bits; that of PGM is scaled to its largest value
-    with contextlib.suppress(Exception):  # malformed EXIF does not make the pixels unusable
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels have 32 bits of unknown range (mode {image.mode}); save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            _say_white()
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-@functools.cache
-def _say_white() -> None:
-    log.info("transparent parts of images are shown on white")
+        return to_rgb(image)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import io
 import re
 from dataclasses import dataclass
 
+from ..preparation import to_rgb
+
 _FORMATS = ("JPEG", "PNG", "WEBP")  # including MPO, a JPEG followed by further pictures, which phones make
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last: curl --data-binary
@@ -138,13 +140,13 @@ def decode(data: bytes, *, max_pixels: int):
     """Decode a JPEG, PNG or WebP file to a PIL image of mode RGB, with its EXIF orientation applied.
 
     The size is read from the header and checked before anything is decoded. Palettes, CMYK, 8-bit and 16-bit greyscale
-    are converted to RGB; transparency is dropped.
+    are converted to RGB; transparent parts become white.
 
     Raises:
         Refused: 413 for more than max_pixels; 415 for another format; 422 for an animation, an extreme aspect ratio,
             too many JPEG scans, or a truncated or corrupt file.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -165,10 +167,6 @@ def decode(data: bytes, *, max_pixels: int):
         if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > _SCANS:
             raise Refused(422, f"image must have at most {_SCANS} scans, got {scans}")
         try:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
-                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-            return image.convert("RGB")
+            return to_rgb(image)
         except Exception as error:
             raise Refused(422, f"image cannot be decoded, it may be truncated or corrupt: {error}") from error
