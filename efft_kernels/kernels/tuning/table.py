@@ -408,7 +408,9 @@ def _exclusive() -> Iterator[None]:
 
 
 def lines(value, indent: str = "") -> str:
-    """JSON with an entry, or a row of defaults, on one line; ValueError for numbers that are not finite"""
+    """JSON whose lines are filled with short entries, and have one long entry each; ValueError for numbers that are
+    not finite
+    """
     text, height = json.dumps(value, allow_nan=False), _height(value)
     if height == 0 or (height <= 3 and len(text) <= 240):
         return text
@@ -418,7 +420,13 @@ def lines(value, indent: str = "") -> str:
     else:
         parts = [lines(part, inner) for part in value]
     start, end = "{}" if isinstance(value, dict) else "[]"
-    return f"{start}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{end}"
+    filled: list[str] = []
+    for part in parts:
+        if filled and "\n" not in filled[-1] + part and len(inner) + len(filled[-1]) + len(part) <= 116:
+            filled[-1] += f", {part}"
+        else:
+            filled.append(part)
+    return f"{start}\n{inner}" + f",\n{inner}".join(filled) + f"\n{indent}{end}"
 
 
 def _height(value) -> int:
