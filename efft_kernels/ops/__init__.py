@@ -12,6 +12,7 @@ The functions here, ``torch.ops.efft_kernels.*`` and compiled graphs therefore b
 from .checks import check_scale
 from .dispatch import Backend, backends, check_backend
 from .efft_linear import efft_linear
+from .flops import register as _count_flops
 from .group_update import group_update
 from .lowrank_linear import lowrank_linear
 from .merge import merge_
@@ -23,3 +24,5 @@ __all__ = [
     *("efft_linear", "group_update", "lowrank_linear", "merge_", "mixed_linear"),
     *("know", "rebuild_inputs"),
 ]
+
+_count_flops()
