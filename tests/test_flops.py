@@ -1,5 +1,8 @@
 """torch's FLOP counter sees the operators as it sees their formula in plain torch."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,3 +64,10 @@ def test_every_operator_has_a_formula():
     names = {name.split("::")[1].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("efft_kernels::")}  # fmt: skip
     assert names == set(FORMULAS)
+
+
+@pytest.mark.parametrize("first", ["efft_kernels", "torch.utils.flop_counter"])
+def test_either_may_be_imported_first(first):
+    code = f"import {first}, efft_kernels, torch; from torch.utils.flop_counter import flop_registry; "
+    code += "assert torch.ops.efft_kernels.merge_ in flop_registry"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,12 +1,17 @@
 """What torch.utils.flop_counter counts for the operators: two FLOPs for each multiply-add of their products.
 
-The counter calls a formula with the arguments of an operator, with their shapes in place of the tensors.
+The counter calls a formula with the arguments of an operator, with their shapes in place of the tensors. It is told of
+the formulas when somebody imports it: its module imports triton, which importing this package must not.
 """
 
+import importlib.abc
+import importlib.util
 import math
+import sys
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+COUNTER = "torch.utils.flop_counter"
 
 
 def _products(rows: int, *pairs: tuple[int, int]) -> int:
@@ -58,6 +63,31 @@ FORMULAS = {
 
 
 def register() -> None:
-    """Tell the counter of the operators, once they are defined."""
+    """Tell the counter of the operators, which are defined by now, at once or as soon as it is imported."""
+    if COUNTER in sys.modules:
+        _register_in(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _Awaiting())
+
+
+def _register_in(counter) -> None:
     for name, formula in FORMULAS.items():
-        register_flop_formula(getattr(torch.ops.efft_kernels, name))(formula)
+        counter.register_flop_formula(getattr(torch.ops.efft_kernels, name))(formula)
+
+
+class _Awaiting(importlib.abc.MetaPathFinder):
+    """Finds the counter's module once, as Python would, and adds the formulas after it has run."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        run = spec.loader.exec_module
+
+        def run_and_register(module) -> None:
+            run(module)
+            _register_in(module)
+
+        spec.loader.exec_module = run_and_register
+        return spec
