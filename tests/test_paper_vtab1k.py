@@ -571,3 +571,31 @@ def test_a_sweep_of_other_settings_by_another_sampler(lists, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         vtab1k.main([*common, *swept, "--sampler", "tpe"])
     assert "--sampler tpe needs --sweep, and --trials" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_of_a_sweep_may_begin_at_once(tmp_path):
+    """Several processes open a new database at the same moment."""
+    code = f"import sys; sys.path[:0] = {[str(PAPER), str(PAPER.parent)]!r}; import optuna, sqlalchemy, time, vtab1k; "
+    code += f"time.sleep(max(0, float(sys.argv[1]) - time.time())); vtab1k.database('sqlite:///{tmp_path}/sweep.db')"
+    at = str(time.time() + 25)
+    workers = [subprocess.Popen([sys.executable, "-c", code, at], stderr=subprocess.PIPE) for _ in range(4)]
+    assert all(worker.wait(90) == 0 for worker in workers), [worker.stderr.read()[-300:] for worker in workers]
+
+
+def test_a_database_that_others_are_making_is_tried_again(monkeypatch):
+    optuna, sqlalchemy = pytest.importorskip("optuna"), pytest.importorskip("sqlalchemy")
+    tries, failures = [], 2
+
+    def made(url, **options):
+        tries.append(url)
+        if len(tries) <= failures:
+            raise sqlalchemy.exc.OperationalError("CREATE TABLE studies", None, Exception("it already exists"))
+        return "storage"
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", made)
+    monkeypatch.setattr(vtab1k.time, "sleep", lambda seconds: None)
+    assert vtab1k.database("x") == "storage" and len(tries) == 3
+    failures = 99
+    with pytest.raises(sqlalchemy.exc.OperationalError):
+        vtab1k.database("x")

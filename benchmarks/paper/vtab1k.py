@@ -222,6 +222,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     methods = args.methods or SWEPT
     space = {name: FACTS["sweep"][name] for name in args.sweep}
     url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
+    studies = database(url)
     store, failures = Store(args.out), {}
     for name in (name for members in groups.values() for name in members):
         places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
@@ -238,11 +239,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
                 return record["top1"]
 
             study = optuna.create_study(
-                # a worker without a heartbeat is dead, and its point is given to another one
-                storage=optuna.storages.RDBStorage(
-                    url, heartbeat_interval=30, grace_period=120,
-                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-                ),
+                storage=studies,
                 study_name=f"{name} {method} {' '.join(space)}", direction="maximize", load_if_exists=True,
                 sampler={
                     "grid": lambda: optuna.samplers.GridSampler(space, seed=0),
@@ -265,6 +262,26 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
             best_of(study, name, method, failures)
     charts_of_sweep(args)
     return failures
+
+
+def database(url: str):
+    """The storage of a sweep's studies. Of workers that begin on a new database at once, all but one fail to make its
+    tables; they try again, and find them.
+    """
+    import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for wait in (0.5, 1, 2, 4, None):
+        try:
+            return optuna.storages.RDBStorage(
+                url, heartbeat_interval=30, grace_period=120,
+                # a worker without a heartbeat is dead, and its point is given to another one
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )  # fmt: skip
+        except (IntegrityError, OperationalError, ProgrammingError):
+            if wait is None:
+                raise
+            time.sleep(wait)
 
 
 def best_of(study, name: str, method: str, failures: dict[str, str]) -> None:
