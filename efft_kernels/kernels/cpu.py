@@ -178,8 +178,8 @@ def set_isa(name: str) -> None:
 # on a dict is atomic, and each entry is checked before use
 _packed = {}
 _keep = True
-# rows of dy from which on a backward packs by itself, by isa. On a Zen 3 this makes the backward of one Linear 5 %
-# longer at 197 rows, 1 % at 788 and no longer at 3152. AVX-512 computes faster, but packs no faster
+# rows of dy from which on a backward packs by itself, by isa: with fewer, packing would be a large part of it. AVX-512
+# computes faster, but packs no faster, so it takes more rows; that number is not measured
 _MANY_ROWS = {"avx512_bf16": 256, "avx512": 256}
 _MANY_ROWS_ELSEWHERE = 128
 
