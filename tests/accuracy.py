@@ -100,7 +100,7 @@ def exactly(name: str, arguments, change=lambda t: t, dtype=np.longdouble) -> li
     needs = arguments[-1] if name.endswith("backward") else None
     given = arguments if needs is None else arguments[:-1]
     found = [
-        (wide(change(a)).astype(dtype) if a.is_floating_point() else a.numpy()) if isinstance(a, Tensor) else a
+        (wide(change(a)).astype(dtype) if a.is_floating_point() else a.cpu().numpy()) if isinstance(a, Tensor) else a
         for a in given
     ]
     results = getattr(_Exact, name)(*found)

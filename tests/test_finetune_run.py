@@ -644,9 +644,9 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
     rates = []
     original = loop.one_step
 
-    def step(run, progress, parts):
+    def step(run, progress, *rest):
         rates.append(progress.optimizer.param_groups[0]["lr"])
-        original(run, progress, parts)
+        original(run, progress, *rest)
 
     monkeypatch.setattr(loop, "one_step", step)
     recipe = dict(weight_decay=0.07, drop_path=0.3, label_smoothing=0.2, warmup_epochs=1, warmup_lr=1e-4, epochs=2)
@@ -684,8 +684,8 @@ def test_starting_over_leaves_nothing_of_before(photos, tmp_path):
 def test_a_state_that_diverged_replaces_none(photos, tmp_path, monkeypatch):
     original = loop.one_step
 
-    def step(run, progress, parts):
-        original(run, progress, parts)
+    def step(run, progress, *rest):
+        original(run, progress, *rest)
         if progress.step == 4:
             progress.sums[0] = float("nan")
 

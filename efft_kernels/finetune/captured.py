@@ -20,35 +20,42 @@ class CapturedStep:
     Args:
         compute: (images, labels) -> (logits, loss), with the backward done. It must not read numbers back to the host.
         trained: the parameters that get a gradient.
-        images, labels: a batch; all others have its shape.
-
-    Raises:
-        ValueError: something in the step cannot be captured. The process cannot go on computing on this GPU then.
     """
 
-    def __init__(self, compute: Callable, trained: list[torch.nn.Parameter], images: Tensor, labels: Tensor):
+    def __init__(self, compute: Callable, trained: list[torch.nn.Parameter]):
+        self.compute, self.trained, self.graph = compute, trained, None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and the loss of a batch, valid until the next call; the parameters have its gradients.
+
+        The first call captures the graph; batches of later calls have the shapes of the first.
+
+        Raises:
+            ValueError: something in the step cannot be captured. The process cannot go on computing on this GPU then.
+        """
+        if self.graph is None:
+            self._capture(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        for p, gradient in zip(self.trained, self.gradients):
+            p.grad = gradient
+        return self.y, self.loss
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                compute(self.images, self.labels)
+                self.compute(self.images, self.labels)
         torch.cuda.current_stream().wait_stream(stream)
-        for p in trained:
+        for p in self.trained:
             p.grad = None  # so that the capture writes gradients rather than adding to those of the warm-up
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
-                self.y, self.loss = compute(self.images, self.labels)
+            with torch.cuda.graph(graph):
+                self.y, self.loss = self.compute(self.images, self.labels)
         except RuntimeError as error:
             raise ValueError(f"cuda_graph must be False for this model and method: {error}") from error
-        self.gradients = [(p, p.grad) for p in trained]
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and the loss of a batch, valid until the next call; the parameters have its gradients."""
-        self.images.copy_(images)
-        self.labels.copy_(labels)
-        self.graph.replay()
-        for p, gradient in self.gradients:
-            p.grad = gradient
-        return self.y, self.loss
+        self.graph, self.gradients = graph, [p.grad for p in self.trained]

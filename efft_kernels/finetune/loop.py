@@ -6,13 +6,14 @@ steps as one that was never interrupted, on a CPU bit for bit.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -200,6 +201,9 @@ def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Sto
         num_workers=0 if images.kept is not None else s.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+    gradients = functools.partial(_gradients, run, progress)
+    if s.cuda_graph:
+        gradients = CapturedStep(gradients, methods.trainable_parameters(progress.model))
     with bar(run.show, batches.total * s.batch_size, "training", "img", progress.step * s.batch_size) as shown:
         parts = iter(loader)
         began, printed = time.perf_counter(), 0.0
@@ -207,7 +211,7 @@ def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Sto
         ended = progress.step == batches.total or out_of_patience(run, progress)
         while not ended:
             schedule.step_update(progress.step)
-            one_step(run, progress, parts)
+            one_step(run, progress, parts, gradients)
             progress.step += 1
             shown.update(s.batch_size)
             now = time.perf_counter()
@@ -243,18 +247,18 @@ def out_of_patience(run: Prepared, progress: Progress) -> bool:
     return progress.step // run.steps - progress.best["epoch"] >= s.patience
 
 
-def one_step(run: Prepared, progress: Progress, parts: Iterator) -> None:
-    """One step of the optimizer, on as many parts of a batch as are accumulated."""
+def one_step(run: Prepared, progress: Progress, parts: Iterator, gradients: Callable) -> None:
+    """One step of the optimizer, on as many parts of a batch as are accumulated.
+
+    gradients: (images, labels) -> (logits, loss), with the backward done.
+    """
     s, accelerator = run.settings, run.accelerator
     for part in range(s.accumulate):
         images, labels = next_batch(parts)
         images, labels = run.normalise(images), labels.to(accelerator.device, non_blocking=True)
-        if s.cuda_graph and run.captured is None:
-            trained = methods.trainable_parameters(progress.model)
-            run.captured = CapturedStep(lambda *batch: _gradients(run, progress, *batch), trained, images, labels)
         seed_all(f"step {s.seed} {progress.step} {part} {accelerator.process_index}")
         with accelerator.accumulate(progress.model):
-            y, loss = run.captured(images, labels) if s.cuda_graph else _gradients(run, progress, images, labels)
+            y, loss = gradients(images, labels)
             if s.clip_grad is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(methods.trainable_parameters(progress.model), s.clip_grad)
             progress.optimizer.step()

@@ -15,7 +15,6 @@ from ..kernels.tuning.table import device_name
 from ..ops.dispatch import candidates, default_backend
 from . import checkpoints, methods, trackers
 from .bars import bar
-from .captured import CapturedStep
 from .data import Data, open_data, seed_all
 from .images import BadImages, DataError
 from .models import checkpoint_blocks, logits, make_model, normalisation
@@ -42,7 +41,6 @@ class Prepared:
     head_parameters: int
     identity: dict  # what a continuation of this run must have in common with it
     class_weights: Tensor | None = None  # [classes], of the loss
-    captured: CapturedStep | None = None  # made by the first step that needs it
 
     @property
     def main(self) -> bool:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, cdiv, config, precision
+from .launch import block, cdiv, config, precision, ragged
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def dy_pass(
     dup = new(N, R) if transposed else new(R, N)
     if not M:
         return (empty := new(0, R), empty), (dup.zero_(), dup)
-    c = config("dy_pass", dy, M, N, 0, R)
+    c = config("dy_pass", dy, M, N, 0, R, ragged(dy, up, p))
     BM, BN, BR = c["BM"], c["BN"], min(block(R), c.pop("BR"))
     # whole tiles per run, and no run without rows
     rows = cdiv(cdiv(M, splits(M, N, R, BM, BN)), BM) * BM

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..memory import checked
-from .launch import cdiv, config, precision
+from .launch import cdiv, config, precision, ragged
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def group_update(sigma, v, scale):
     N = v.shape[1]
     up = torch.empty(P, S, N, dtype=v.dtype, device=v.device)
     if up.numel():
-        c = config("group_update", v, P * S, N, Q, Q)
+        c = config("group_update", v, P * S, N, Q, Q, ragged(sigma, v, up))
         with torch.cuda.device_of(v):
             group_update_kernel[(cdiv(P * S, c["BM"]), cdiv(N, c["BN"]))](
                 sigma, v, up, float(scale), S, P, Q, N, *sigma.stride(), *v.stride(), PRECISION=precision(v), **c
@@ -145,7 +145,7 @@ def group_update_backward(dup, sigma, v, scale, needs):
     N = v.shape[1]
     dsigma = torch.empty(S, P, Q, dtype=v.dtype, device=v.device) if needs[0] else None
     dv = torch.empty(Q, N, dtype=v.dtype, device=v.device) if needs[1] else None
-    c = config("group_update_backward", v, P * S, N, Q, Q)
+    c = config("group_update_backward", v, P * S, N, Q, Q, ragged(dup, sigma, v))
     tiles = (cdiv(P * S, c["BM"]) * needs[0] + cdiv(N, c["BN"]) * needs[1]) * cdiv(Q, c["BQ"])
     if tiles:
         with torch.cuda.device_of(v):

@@ -62,9 +62,20 @@ def lookup(kernel: str, arch: str, kind: str, M: int, N: int, R: int) -> dict | 
     return None
 
 
-def config(kernel: str, tensor: Tensor, M: int, N: int, K: int, R: int) -> dict:
+def ragged(*tensors: Tensor | None) -> bool:
+    """Whether rows of one of them start at addresses that 16 elements do not divide, which are loaded one by one.
+
+    Their addresses and masks need registers of their own. With tiles that fill the registers the compiler spills, and
+    where wgmma reads what such loads bring, ptxas 12.8 was seen to make wrong code then (p of the single pass).
+    """
+    return any(t.data_ptr() % 16 or any(s % 16 and s != 1 for s in t.stride()) for t in tensors if t is not None)
+
+
+def config(kernel: str, tensor: Tensor, M: int, N: int, K: int, R: int, ragged: bool = False) -> dict:
     """Tile sizes, num_warps and num_stages for a kernel at these sizes; LookupError if no row of CONFIGS matches"""
     arch = architecture(tensor)
+    if ragged and kind_of(tensor) == "half" and arch != "interpreter":
+        return dict(DEFAULTS["ragged"][kernel])
     found = lookup(kernel, arch, kind_of(tensor), M, N, R)
     if found is None:
         entry = f"{kernel} for {arch} {kind_of(tensor)} M{M} N{N} K{K} R{R}"

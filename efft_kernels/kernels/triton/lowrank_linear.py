@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..memory import checked
 from ..tuning import table
 from .dy_pass import dy_pass, reduce_slots
-from .launch import DEFAULTS, architecture, block, cdiv, config, describable, kind_of, lookup, precision
+from .launch import DEFAULTS, architecture, block, cdiv, config, describable, kind_of, lookup, precision, ragged
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def lowrank_p(
     R = down.shape[1]
     p = torch.empty(M, R, dtype=x.dtype, device=x.device)
     if M:
-        c = config("p", x, M, R, K, R)
+        c = config("p", x, M, R, K, R, ragged(x, down))
         BR = min(block(R), c.pop("BR"))
         with torch.cuda.device_of(x):
             p_kernel[(cdiv(M, c["BM"]), cdiv(R, BR))](
@@ -287,7 +287,11 @@ def lowrank_product(
     if not M:
         return y, p
     A, T = (0, 0) if ids is None else (len(up), M // len(ids))
-    c = config("single_pass" if own_p else "extended_k", x, M, N, K, mixed_rank(R) if own_p and A else R)
+    # blocks of ranks no larger than needed: the last step issues only ceil(R / 16) tensor-core steps. For a mixed batch
+    # blocks of one such step, because the registers hold two tiles of up
+    BR = block(R) if own_p else min(block(R), 16 if A else 64)
+    odd = ragged(x, w, down, up, y) or (R % 16 and BR == 64)
+    c = config("single_pass" if own_p else "extended_k", x, M, N, K, mixed_rank(R) if own_p and A else R, odd)
     BM, BN, BK = c["BM"], c["BN"], c["BK"]
     strides = *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0)
     for t in (down, up):
@@ -298,9 +302,6 @@ def lowrank_product(
     if TMA:
         x = TensorDescriptor.from_tensor(x, [BM, BK])
         w = TensorDescriptor.from_tensor(stored_w, [BN, BK] if rows == "n" else [BK, BN])
-    # blocks of ranks no larger than needed: the last step issues only ceil(R / 16) tensor-core steps. For a mixed batch
-    # blocks of one such step, because the registers hold two tiles of up
-    BR = block(R) if own_p else min(block(R), 16 if A else 64)
     with torch.cuda.device_of(y):
         lowrank_linear_kernel[(cdiv(M, BM) * cdiv(N, BN),)](
             x, w, bias, down, up, y, p, ids, M, N, K, R, A, T, *strides,

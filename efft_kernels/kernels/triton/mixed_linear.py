@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..memory import checked
 from .dy_pass import dy_pass_kernel
-from .launch import block, cdiv, config, precision
+from .launch import block, cdiv, config, precision, ragged
 from .lowrank_linear import lowrank_product, mixed_rank, p_kernel, prefers_single_pass
 
 
@@ -20,7 +20,7 @@ def mixed_p(
     (M, K), (A, _, R), B = x.shape, down.shape, len(ids)
     p = torch.empty(M, R, dtype=x.dtype, device=x.device)
     if M:
-        c = config("p", x, M, R, K, R)
+        c = config("p", x, M, R, K, R, ragged(x, down))
         BR = min(block(R), c.pop("BR"))
         with torch.cuda.device_of(x):
             p_kernel[(B * cdiv(M // B, c["BM"]), cdiv(R, BR))](
@@ -85,7 +85,7 @@ def mixed_dup(
     if not M:
         return dup.zero_()
     slots = torch.empty(B, *shape, dtype=torch.float32, device=dy.device)
-    c, block_of = config("dy_pass", dy, M, N, 0, R), config("reduce", dy, 0, 0, 0, 0)
+    c, block_of = config("dy_pass", dy, M, N, 0, R, ragged(dy, p)), config("reduce", dy, 0, 0, 0, 0)
     BR = min(block(R), c.pop("BR"))
     with torch.cuda.device_of(dy):
         # one run of rows per sample
