@@ -22,6 +22,10 @@ from pathlib import Path
 import triton.backends.nvidia
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from efft_kernels.kernels.tuning.table import lines
+
 BUDGET = Path(__file__).with_name("budget.json")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"  # not every toolkit has one
 CORES, SECONDS = 2, 180
@@ -76,11 +80,17 @@ def kernels(library: Path) -> dict[str, dict[str, dict]]:
     return found
 
 
-def faults(found: dict, budget: dict | None) -> list[str]:
-    """Checks a kernel against its budget, or with None only for the stack."""
+def template(kernel: str) -> tuple[str, str]:
+    """Splits a kernel's name into its template and the arguments of that."""
+    name, _, arguments = kernel.partition("<")
+    return name, arguments.removesuffix(">").strip()
+
+
+def faults(found: dict, budget: int | None) -> list[str]:
+    """Checks a kernel against its budget of registers (0: it has none), or with None only for the stack."""
     wrong = [f"{found['stack']} bytes spilled"] if found["stack"] else []
-    if budget is not None and found["registers"] > budget.get("registers", 0):
-        wrong.append(f"over the budget of {budget['registers']}" if budget else "not in the budget")
+    if budget is not None and found["registers"] > budget:
+        wrong.append(f"over the budget of {budget}" if budget else "not in the budget")
     return wrong
 
 
@@ -105,7 +115,9 @@ def main() -> int:
     found, bad = kernels(library), 0
     for arch, of_arch in found.items():
         for name, numbers in sorted(of_arch.items()):
-            wrong = faults(numbers, budget["kernels"].get(arch, {}).get(name, {}) if same else None)
+            name_of_template, values = template(name)
+            registers = budget["kernels"].get(arch, {}).get(name_of_template, {}).get(values, 0)
+            wrong = faults(numbers, registers if same else None)
             wrong += ["empty"] * (name.startswith("hopper") and numbers["registers"] < 30)
             bad += bool(wrong)
             print(f"{arch:8}{name:72}{numbers['registers']:4} registers{'  FAULT: ' * bool(wrong)}{'; '.join(wrong)}")
@@ -124,11 +136,13 @@ def main() -> int:
 
 
 def written(version: str, shared: dict, found: dict) -> str:
-    """The budget as JSON, one kernel per line."""
-    lines = lambda entries: ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in entries)
-    archs = ",\n".join(f'    "{arch}": {{\n{lines(sorted(of_arch.items()))}\n    }}' for arch, of_arch in found.items())
-    memory = ",\n".join(f"    {json.dumps(name)}: {value}" for name, value in shared.items())
-    return f'{{\n  "nvcc": "{version}",\n  "shared": {{\n{memory}\n  }},\n  "kernels": {{\n{archs}\n  }}\n}}\n'
+    """The budget as JSON: of a kernel, which has no stack, the registers, by template and its arguments."""
+    archs = {arch: {} for arch in found}
+    for arch, of_arch in found.items():
+        for name, numbers in sorted(of_arch.items()):
+            name_of_template, values = template(name)
+            archs[arch].setdefault(name_of_template, {})[values] = numbers["registers"]
+    return lines({"nvcc": version, "shared": shared, "kernels": archs}) + "\n"
 
 
 if __name__ == "__main__":
