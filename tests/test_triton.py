@@ -83,7 +83,7 @@ def launches(monkeypatch) -> list[str]:
 def test_where_p_of_a_mixed_batch_is_computed(rows, single, device, monkeypatch, launches):
     """Beside y where a tile can hold no more than two samples, otherwise in a separate pass."""
     force(monkeypatch, single)
-    x, weight, bias, down, up, ids, _ = make_mixed(4, rows, 48, 24, 3, 4, torch.float32, device)
+    x, weight, bias, down, up, ids, _ = make_mixed(4, rows, 48, 24, 3, 4, torch.float16, device)
     kernels.mixed_linear(x, weight, bias, down, up, ids)
     assert ("p_kernel" in launches) == (not single or rows < 64)
 
@@ -92,7 +92,7 @@ def test_launches_of_a_mixed_batch_do_not_grow_with_it(device, launches, monkeyp
     force(monkeypatch, True)
     counts = []
     for B, A in ((2, 2), (9, 8)):
-        x, weight, bias, down, up, ids, dy = make_mixed(B, 70, 32, 40, 3, A, torch.float32, device)
+        x, weight, bias, down, up, ids, dy = make_mixed(B, 70, 32, 40, 3, A, torch.float16, device)
         launches.clear()
         _, p = kernels.mixed_linear(x, weight, bias, down, up, ids)
         assert launches == ["lowrank_linear_kernel"]

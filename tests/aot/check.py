@@ -32,6 +32,7 @@ from efft_kernels.kernels.triton.launch import DEFAULTS
 from efft_kernels.kernels.triton.lowrank_linear import lowrank_linear_kernel, p_kernel
 from efft_kernels.kernels.triton.merge import merge_kernel, merge_row_kernel
 from efft_kernels.kernels.triton.mixed_linear import mixed_reduce_kernel
+from efft_kernels.kernels.tuning import table
 
 BUDGET = Path(__file__).with_name("budget.json")
 # bytes of shared memory that a program may have
@@ -40,8 +41,8 @@ TENSOR_CORE = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05"
 KINDS = {"half": ["bf16", "fp16"], "tf32": ["fp32"], "fp32": ["fp32"]}
 
 
-def source(kernel, dtype: str, constants: dict, pointers: str, types: dict) -> ASTSource:
-    """a call of the kernel as a launch with sizes and strides divisible by 16 would specialise it
+def source(kernel, dtype: str, constants: dict, pointers: str, types: dict, ragged: bool) -> ASTSource:
+    """a call of the kernel as a launch with sizes and strides divisible by 16 would specialise it; ragged: by others
 
     pointers: names of the arguments that point to dtype; types: other types by name; constants: by name, None too.
     What is left are 32-bit sizes and strides.
@@ -56,7 +57,7 @@ def source(kernel, dtype: str, constants: dict, pointers: str, types: dict) -> A
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name] == "i32" or signature[name].startswith("*")
+        if not ragged and (signature[name] == "i32" or signature[name].startswith("*"))
     }
     return ASTSource(
         kernel, signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs=divisible
@@ -131,21 +132,25 @@ def variants(name: str, use: dict, where: dict, kind: str):
 
 
 def cases():
-    """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages): bfloat16 for all, float16 once each"""
+    """(case, arch, (kernel, constants, pointers, types), dtype, warps, stages, ragged)
+
+    bfloat16 for all, float16 once each.
+    """
     seen = set()
+    ragged = {"kind": ["half"], "max_R": 64}  # of a single pass; the other kernels' blocks of ranks are smaller
     for arch in SHARED:
-        for name, rows in DEFAULTS["defaults"][arch].items():
-            for row in rows:
-                use = row["use"]
-                tiles = "x".join(str(size) for tile, size in use.items() if tile.startswith("B"))
-                for kind in row["where"]["kind"] if name != "reduce" else ["half"]:
-                    for variant, *rest in variants(name, use, row["where"], kind):
-                        ranks = f" r{rest[1]['BR']}" if name in ("single_pass", "extended_k") else ""
-                        for dtype in KINDS[kind] if (arch, name, kind) not in seen else KINDS[kind][:1]:
-                            seen.add((arch, name, kind))
-                            label = dtype if kind == "half" else kind
-                            case = " ".join(f"{name} {variant} {label} {tiles}{ranks}".split())
-                            yield case, arch, rest, dtype, use["num_warps"], use["num_stages"]
+        rows = [(name, row["where"], row["use"]) for name, of in DEFAULTS["defaults"][arch].items() for row in of]
+        for name, where, use in rows + [(name, ragged, use) for name, use in DEFAULTS["ragged"].items()]:
+            tiles = "x".join(str(size) for tile, size in use.items() if tile.startswith("B"))
+            for kind in where["kind"] if name != "reduce" else ["half"]:
+                for variant, *rest in variants(name, use, where, kind):
+                    ranks = f" r{rest[1]['BR']}" if name in ("single_pass", "extended_k") else ""
+                    ranks += " ragged" * (where is ragged)
+                    for dtype in KINDS[kind] if (arch, name, kind) not in seen else KINDS[kind][:1]:
+                        seen.add((arch, name, kind))
+                        label = dtype if kind == "half" else kind
+                        case = " ".join(f"{name} {variant} {label} {tiles}{ranks}".split())
+                        yield case, arch, rest, dtype, use["num_warps"], use["num_stages"], where is ragged
 
 
 def tool(name: str) -> str:
@@ -154,12 +159,12 @@ def tool(name: str) -> str:
 
 def compiled(number: int) -> tuple[str, str, dict | str]:
     """(case, arch, what the compiler made of it or its error)"""
-    case, arch, (kernel, constants, pointers, types), dtype, warps, stages = ALL[number]
+    case, arch, (kernel, constants, pointers, types), dtype, warps, stages, ragged = ALL[number]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: text.replace("$", dtype) for name, text in types.items()}
     try:
         done = triton.compile(
-            source(kernel, dtype, constants, pointers, types),
+            source(kernel, dtype, constants, pointers, types, ragged),
             target=GPUTarget("cuda", int(arch[3:]), 32),
             options={"num_warps": warps, "num_stages": stages},
         )
@@ -198,15 +203,15 @@ def spilled(found: dict) -> list[str]:
     return [f"{found['stack']} bytes spilled"] if found["stack"] else []
 
 
-def excesses(found: dict, limit: dict | None) -> list[str]:
+def excesses(found: dict, limit: list | None) -> list[str]:
     """in what a compiled case differs for the worse from its entry in the budget"""
     if limit is None:
         return ["not in the budget"]
-    wrong = [
-        f"{what} over the budget of {limit[what]}" for what in ("registers", "shared") if found[what] > limit[what]
-    ]
-    if found["tensor_cores"] != limit["tensor_cores"]:
-        wrong.append(f"the budget has {limit['tensor_cores']}")
+    registers, shared, *tensor_cores = limit
+    allowed = {"registers": registers, "shared": shared}
+    wrong = [f"{what} over the budget of {most}" for what, most in allowed.items() if found[what] > most]
+    if found["tensor_cores"] != tensor_cores:
+        wrong.append(f"the budget has {tensor_cores}")
     return wrong
 
 
@@ -244,14 +249,12 @@ def main() -> int:
 
 
 def written(result: dict) -> str:
-    """the budget as JSON, one case per line"""
-    archs = [
-        f'    "{arch}": {{\n'
-        + ",\n".join(f"      {json.dumps(c)}: {json.dumps(f)}" for c, f in found.items())
-        + "\n    }"
+    """the budget as JSON; of each case the registers, the bytes of shared memory and the tensor-core instructions"""
+    cases = {
+        arch: {case: [f["registers"], f["shared"], *f["tensor_cores"]] for case, f in found.items()}
         for arch, found in result.items()
-    ]
-    return f'{{\n  "triton": "{triton.__version__}",\n  "cases": {{\n' + ",\n".join(archs) + "\n  }\n}\n"
+    }
+    return table.lines({"triton": triton.__version__, "cases": cases}) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .. import build, largest_rank
 from ..tuning import table
 from ..tuning.table import gpu
 from .group_update import group_update, group_update_backward
-from .launch import DEFAULTS
+from .launch import DEFAULTS, precision
 from .lowrank_linear import WAYS, lowrank_linear, lowrank_linear_backward, planned_single_pass
 from .merge import merge_, merge_kernel
 from .mixed_linear import mixed_linear, mixed_linear_backward
@@ -68,6 +68,9 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
         return f"triton needs CUDA tensors, these are on {device}"
     elif gpu(device.index)[1] not in DEFAULTS["defaults"]:
         return f"triton kernels need compute capability 8.0, {gpu(device.index)[0]} is older"
+    elif dtype == torch.float32 and op != "merge_" and precision(given[0]) != "tf32":
+        # one sum after the other, where plain torch's order is two to four times as exact
+        return "triton multiplies float32 on a GPU with TF32 alone, which torch is not allowed to use"
     R = largest_rank(op, tensors)
     if R > MAX_RANK:
         return f"triton kernels go to rank {MAX_RANK}, not {R}"

@@ -216,11 +216,11 @@ class _Tuner:
             missing = [plan for plan in missing if plan != guilty]
 
     def _right(self, backend: str, name: str, cases: int, parts: int) -> None:
-        """A plan is proven when each part of its battery came out right."""
+        """A plan is proven when each part of its battery came out right, in the dtypes that the backend has."""
         with self.lock:
             found = self.partial.setdefault((backend, name), [])
             found.append(cases)
-            if len(found) == parts and name not in self.dropped.get(backend, {}):
+            if len(found) == parts and any(found) and name not in self.dropped.get(backend, {}):
                 self.say(f"{backend}: {name} is right in {sum(found)} cases")
                 self.note({"proven": name, "backend": backend, "cases": sum(found)})
                 self.record(backend, {name: sum(found)}, {})

@@ -22,6 +22,9 @@ def events(job: dict) -> Iterator[dict]:
     if job["task"] == "prove":
         backend, given = job["backend"], job["plans"]
         able = [dtype for dtype in dtypes if _supported(backend, dtype, device)]
+        if not able:
+            yield from ({"plan": plan, "cases": 0} for plan in given)
+            return
         linear = [plan for plan in given if "op" not in plan]
         if linear:
             yield from prove.prove_linear(backend, linear, able, device, job["simulated"])
