@@ -33,9 +33,10 @@ from record import (
     conclude,
     cpu_ratio,
     digits,
+    print_notes,
     machine,
     spread_of,
-    text_table,
+    print_table,
     versions,
 )
 from shapes import KINDS, MODELS, Layer, layers, work
@@ -251,10 +252,8 @@ def lines(rows: list[dict], limits: dict) -> list[list[str]]:
 
 
 def show(record: dict) -> None:
-    rows, args, m, v = (record[key] for key in ("results", "arguments", "machine", "versions"))
-    if not record["complete"]:
-        print("\ninterrupted: what follows is partial")
-    print(f"\n{text_table(HEAD, lines(rows, record['limits']))}\n")
+    rows, args = record["results"], record["arguments"]
+    print_table(record, HEAD, lines(rows, record["limits"]))
     shown = {row["variant"] for row in rows}
     for name, meaning in record["variants"].items():
         if name in shown:
@@ -277,12 +276,7 @@ def show(record: dict) -> None:
         "error dW": "of what the adapter adds: of a call with zero weight and bias, or of x (w + dW - w) if w + dW is "
         "rounded",
     }
-    print()
-    for name, note in notes.items():
-        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
-
-    gpu = f", {m['gpu']['name']}" if args["device"] == "cuda" else ""
-    print(f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n")
+    print_notes(record, notes)
     for s in record["summary"]:
         order = ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
         if against := [f"{s['efft_ratio'][name]:.2f} x {name}" for name in order if name in s["efft_ratio"]]:

@@ -10,14 +10,13 @@ import copy
 import itertools
 import sys
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, machine_line, make_record, measure_by_dtype, parser, print_meanings, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_meanings, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -25,7 +24,7 @@ import harness
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
+from record import conclude, cpu_ratio, digits, print_notes, print_table, ratios, spread_of, text_table
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
 from harness import Method, Options, share
@@ -182,8 +181,6 @@ HEAD = [
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    if not record["complete"]:
-        print("\ninterrupted: what follows is partial")
     table, changes = [], []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = [row for row in rows if row["dtype"] == dtype]
@@ -196,10 +193,9 @@ def show(record: dict) -> None:
         for row in own[len(forwards) :]:
             quartiles = f"{digits(row['q1'])}-{digits(row['q3'])}"
             changes.append([dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))])
-    print(f"\n{text_table(HEAD, table)}\n")
+    print_table(record, HEAD, table)
     print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
     print_meanings(record, {row["method"] for row in rows})
-    print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round; (cpu): "
@@ -209,14 +205,8 @@ def show(record: dict) -> None:
         **record["operations"],
         "file": ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in record["adapter_bytes"].items()),
     }
-    for name, note in notes.items():
-        print(textwrap.fill(note, 120, initial_indent=f"{name:<26} ", subsequent_indent=" " * 27))
-    print(machine_line(record))
-    for s in record["summary"]:
-        for name, found in s["ratio"].items():
-            against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
-            case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
-            print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
+    print_notes(record, notes, 26)
+    print_ratios(record)
 
 
 def _forward_line(row: dict, base: dict) -> list[str]:

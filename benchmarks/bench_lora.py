@@ -7,18 +7,17 @@ harness.py defines the methods, timing.py measures, results/README.md describes 
 """
 
 import sys
-import textwrap
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    COLOURS, check, draw, machine_line, make_record, parser, print_meanings,
+    COLOURS, check, draw, make_record, parser, print_meanings,
 )  # fmt: skip  # isort: skip
 
 import harness
 import torch
 from bench_train_step import measure, panels
 from torch import nn
-from record import conclude, cpu_ratio, digits, ratios, text_table
+from record import conclude, cpu_ratio, digits, print_notes, print_table, ratios
 from timing import MEMORY
 from harness import Method, Options
 
@@ -73,9 +72,7 @@ def lines(rows: list[dict]) -> list[list[str]]:
 
 def show(record: dict) -> None:
     rows = record["results"]
-    if not record["complete"]:
-        print("\ninterrupted: what follows is partial")
-    print(f"\n{text_table(HEAD, lines(rows))}\n")
+    print_table(record, HEAD, lines(rows))
     print_meanings(record, {row["method"] for row in rows})
     notes = {
         "ms": "median of the rounds; /: median of the ratios within each round; (cpu): ratio of CPU times",
@@ -84,10 +81,7 @@ def show(record: dict) -> None:
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters",
         "peak MiB": f"{MEMORY[record['arguments']['device']]}; +: kept between steps, without the optimizer's state",
     }
-    print()
-    for name, note in notes.items():
-        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
-    print(machine_line(record))
+    print_notes(record, notes)
 
 
 def summary(rows: list[dict]) -> list[dict]:

@@ -11,14 +11,13 @@ import argparse
 import copy
 import itertools
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, machine_line, make_record, measure_by_dtype, parser, print_meanings, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_meanings, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -27,7 +26,7 @@ import torch
 from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import conclude, digits, ratios, spread_of, text_table
+from record import conclude, digits, print_notes, print_table, ratios, spread_of
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, memory, run
@@ -267,11 +266,8 @@ def _line(row: dict) -> list[str]:
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    if not record["complete"]:
-        print("\ninterrupted: what follows is partial")
-    print(f"\n{text_table(HEAD, lines(rows))}\n")
+    print_table(record, HEAD, lines(rows))
     print_meanings(record, {row["method"] for row in rows})
-    print()
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"of a batch, median of the rounds, {where}, without gradients; /: median of the ratios within each "
@@ -282,14 +278,8 @@ def show(record: dict) -> None:
         "peak MiB": f"{record['memory']}; +: kept between calls",
         "held MiB": "parameters of all adapters",
     }
-    for name, note in notes.items():
-        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
-    print(machine_line(record))
-    for s in record["summary"]:
-        for name, found in s["ratio"].items():
-            against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
-            case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
-            print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
+    print_notes(record, notes)
+    print_ratios(record)
 
 
 def summary(rows: list[dict]) -> list[dict]:

@@ -10,18 +10,17 @@ harness.py defines the methods, steps.py the step, timing.py measures, results/R
 import itertools
 import math
 import sys
-import textwrap
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, machine_line, make_record, measure_by_dtype, parser, print_meanings, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_meanings, timings,
 )  # fmt: skip  # isort: skip
 
 import harness
 import torch
 from harness import Method, Options
-from record import conclude, cpu_ratio, digits, ratios, spread_of, text_table
+from record import conclude, cpu_ratio, digits, print_notes, print_table, ratios, spread_of
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 from timing import Stages, memory, run
 from tqdm import tqdm
@@ -193,9 +192,7 @@ def count(value: int | None) -> str:
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    if not record["complete"]:
-        print("\ninterrupted: what follows is partial")
-    print(f"\n{text_table(HEAD, lines(rows))}\n")
+    print_table(record, HEAD, lines(rows))
     print_meanings(record, {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
@@ -206,10 +203,7 @@ def show(record: dict) -> None:
         "peak MiB": f"{record['memory']}; +: kept between steps, without the optimizer's state",
         "trained": f"parameters, including the head of {harness.CLASSES} classes",
     }
-    print()
-    for name, note in notes.items():
-        print(textwrap.fill(note, 120, initial_indent=f"{name:<16} ", subsequent_indent=" " * 17))
-    print(machine_line(record))
+    print_notes(record, notes)
     for s in record["summary"]:
         if s["efft2_ratio"]:
             against = ", ".join(f"{value:.2f} x {name}" for name, value in s["efft2_ratio"].items())

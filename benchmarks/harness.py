@@ -5,7 +5,6 @@ Attention, norms and the rest of the forward are timm's for all methods, which d
 """
 
 import copy
-import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,17 +26,6 @@ MODELS = {
 }
 CLASSES = 100
 DROPOUT = 0.1  # of factors in EFFT's code, of activations in FacT's
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that models and methods come from; None if one is not installed."""
-    found = {}
-    for name in ("timm", "peft"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def backbone(model: str, image: int, dtype: torch.dtype, device: str) -> nn.Module:

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,17 +59,24 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton,
+        **installed("triton"),
         "efft_kernels": efft_kernels.__version__,
     }
+
+
+def installed(*packages: str) -> dict[str, str | None]:
+    """The version of each package, None if it is not installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def commit() -> dict | None:
@@ -224,6 +232,23 @@ def conclude(
         write_run(out, run)
         draw()
     return 0 if run["complete"] else 130
+
+
+def print_table(run: dict, head: list[str], rows: list[list]) -> None:
+    """Print the table of a run, and first whether the run was interrupted."""
+    if not run["complete"]:
+        print("\ninterrupted: what follows is partial")
+    print(f"\n{text_table(head, rows)}\n")
+
+
+def print_notes(run: dict, notes: dict[str, str], width: int = 16) -> None:
+    """Print what columns mean, then the processor, the threads and the versions of a run."""
+    print()
+    for name, note in notes.items():
+        print(textwrap.fill(note, 120, initial_indent=f"{name:<{width}} ", subsequent_indent=" " * (width + 1)))
+    m, v = run["machine"], run["versions"]
+    gpu = f", {m['gpu']['name']}" if run["arguments"]["device"] == "cuda" else ""
+    print(f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n")
 
 
 def text_table(head: list[str], rows: list[list]) -> str:

@@ -17,7 +17,7 @@ from arguments import check_device, check_out, positive, seconds  # isort: skip
 import efft_kernels
 import harness
 from harness import MODELS
-from record import FORMAT, add_rows, chart, commit, machine, versions, write_run
+from record import FORMAT, add_rows, chart, commit, digits, installed, machine, versions, write_run
 from shapes import layers
 from timing import MEMORY, Stages, columns, interleave, timer
 from tqdm import tqdm
@@ -113,7 +113,7 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "machine": machine(),
-        "versions": {**versions(), **harness.versions()},
+        "versions": versions() | installed("timm", "peft"),
         "commit": commit(),
         "backends": [backend._asdict() for backend in efft_kernels.backends()],
         "allocator": environment,
@@ -195,11 +195,14 @@ def print_meanings(record: dict, shown: set[str]) -> None:
             print(f"{name:<16} left out{f' of {dtype}' if dtype else ''}: {reason}")
 
 
-def machine_line(record: dict) -> str:
-    """The processor, the threads and the versions of a run."""
-    m, v = record["machine"], record["versions"]
-    gpu = f", {m['gpu']['name']}" if record["arguments"]["device"] == "cuda" else ""
-    return f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n"
+def print_ratios(record: dict) -> None:
+    """Print the times of the summary as multiples of each reference's."""
+    args = record["arguments"]
+    for s in record["summary"]:
+        for name, found in s["ratio"].items():
+            against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
+            case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
+            print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
 
 
 def draw(

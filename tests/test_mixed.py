@@ -5,6 +5,7 @@ import torch
 from accuracy import check_mixed_linear
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operands import strided
 from torch.library import opcheck
 
 import efft_kernels
@@ -52,19 +53,6 @@ def one_by_one(x, weight, bias, down, up, ids):
         low = (x[rows] @ down[a]) @ up[a] if a >= 0 else 0
         y[rows] = torch.nn.functional.linear(x[rows], weight, bias) + low
     return y
-
-
-@st.composite
-def strided(draw, shape, dtype):
-    """A tensor of this shape: contiguous, transposed, a slice of a wider buffer, or with a step."""
-    *rest, rows, cols = shape
-    make = lambda *s: torch.randn(*rest, *s).mul_(0.5).to(dtype)
-    return {
-        "contiguous": lambda: make(rows, cols),
-        "transposed": lambda: make(cols, rows).mT,
-        "slice": lambda: make(rows, cols + 5)[..., 3 : 3 + cols],
-        "steps": lambda: make(rows, 2 * cols)[..., ::2],
-    }[draw(st.sampled_from(["contiguous", "transposed", "slice", "steps"]))]()
 
 
 # no deadline and no health check of speed, because the machine may be busy

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accuracy import check_group_update, check_lowrank_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import strided
 from torch.library import opcheck
 
 import efft_kernels
@@ -37,20 +38,6 @@ def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False, b
     if not bias:
         tensors[2] = None
     return tensors
-
-
-@st.composite
-def strided(draw, shape, dtype):
-    """a tensor of this shape: contiguous, transposed, a slice of a wider buffer, or every second column"""
-    layout = draw(st.sampled_from(["contiguous", "transposed", "slice", "steps"]))
-    rows, cols = shape
-    make = lambda *s: torch.randn(*s).mul_(0.5).to(dtype)
-    return {
-        "contiguous": lambda: make(rows, cols),
-        "transposed": lambda: make(cols, rows).t(),
-        "slice": lambda: make(rows, cols + 5)[:, 3 : 3 + cols],
-        "steps": lambda: make(rows, 2 * cols)[:, ::2],
-    }[layout]()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

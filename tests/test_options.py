@@ -239,21 +239,6 @@ def test_terms_of_a_recomputed_block_are_those_of_the_forward(method):
     assert all(group.drops for group in model.efft["default"].values())
 
 
-@pytest.mark.parametrize(
-    "make, says",
-    [
-        (lambda: ek.EFFTConfig(init="kaiming"), "init must be one of 'xavier', 'released', got 'kaiming'"),
-        (lambda: ek.LoRAConfig(rank_dropout=1.0), r"rank_dropout must be a number in \[0, 1\), got 1.0"),
-        (lambda: ek.FacTConfig(rank_weights=1), "rank_weights must be True or False, got 1"),
-        (lambda: ek.EFFTConfig(channel_scale="yes"), "channel_scale must be True or False, got 'yes'"),
-        (lambda: ek.VeRAConfig(rank_stabilized=None), "rank_stabilized must be True or False, got None"),
-    ],
-)
-def test_a_bad_option_is_named(make, says):
-    with pytest.raises(ValueError, match=says):
-        make()
-
-
 @pytest.mark.parametrize("method", ["efft1", "efft2", "fact-tt", "lora", "lora-xs", "vera", "efft2-options"])
 def test_two_learning_rates(method):
     """LoRA+: the factors that start at zero have the larger rate; each parameter is in one group"""

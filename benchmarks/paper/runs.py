@@ -10,7 +10,6 @@ import datetime
 import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -28,7 +27,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import FORMAT, commit, machine, versions, write_csv, write_json
+from record import FORMAT, commit, installed, machine, versions, write_csv, write_json
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def _recorded(run: Run, found: dict, seconds: float, cpu_seconds: float) -> dict
         "cpu_seconds": round(cpu_seconds, 2),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(),
-        "versions": versions() | _versions(),
+        "versions": versions() | installed("timm", "accelerate", "numpy", "pillow"),
         "commit": commit(),
     }
 
@@ -254,16 +253,6 @@ def opened(run: Run, places: Places, test_images: int | None) -> str:
     name = f"{run.data}, for {run.part}"
     SOURCES[name] = lambda: Source(train, None, test, found.classes)
     return name
-
-
-def _versions() -> dict[str, str | None]:
-    found = {}
-    for name in ("timm", "accelerate", "numpy", "pillow"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def complete(
