@@ -62,11 +62,7 @@ CASES = {
     "weights of each head": (dict(batch_first=True), True, dict(average_attn_weights=False)),
     "no weights": (dict(batch_first=True), True, dict(need_weights=False)),
     "sequence first, padding": (dict(), True, dict(key_padding_mask=MASK)),
-    "another key": (
-        dict(batch_first=True, bias=False),
-        False,
-        dict(attn_mask=KEYS),
-    ),
+    "another key": (dict(batch_first=True, bias=False), False, dict(attn_mask=KEYS)),
     "other widths": (dict(kdim=8, vdim=12, batch_first=True), False, dict(key_padding_mask=MASK, need_weights=False)),
     "more keys": (dict(add_bias_kv=True, add_zero_attn=True), False, dict(key_padding_mask=MASK)),
     "a mask per head": (dict(batch_first=True), False, dict(attn_mask=torch.randn(B * H, L, S).double())),

@@ -263,12 +263,8 @@ def _try_lock(folder):
         os._exit(3)
 
 
-def command(*args, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "efft_kernels.finetune.cli", *args]
-    return subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
+COMMAND = [sys.executable, "-m", "efft_kernels.finetune.cli"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 FLAGS = (
     "--model test_vit --checkpoint random --image-size 32 --batch_size=8 --epochs 6 --lr 3e-3 --rank 4 --augment flip "
     "--drop_path 0.2 --save_every 2 --device cpu"
@@ -279,7 +275,8 @@ FLAGS = (
 def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     """The command is stopped and run again, with worker processes."""
     flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
-    process = command(*flags, "--memory", "0")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, *flags, "--memory", "0"], env=ENVIRONMENT, **pipes)
     while not checkpoints.states(tmp_path) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -296,7 +293,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     assert f"efft-finetune merge {tmp_path}" in out
 
 
-def test_sigterm_in_the_same_process(photos, whole, tmp_path):
+def test_sigterm_in_the_same_process(photos, whole, tmp_path, monkeypatch):
     original, steps = loop.one_step, []
 
     def step(*args):
@@ -305,13 +302,10 @@ def test_sigterm_in_the_same_process(photos, whole, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         original(*args)
 
-    loop.one_step = step
+    monkeypatch.setattr(loop, "one_step", step)
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(Interrupted, match="stopped after step 4 of 18"):
-            train(tiny(photos, tmp_path), progress=False)
-    finally:
-        loop.one_step = original
+    with pytest.raises(Interrupted, match="stopped after step 4 of 18"):
+        train(tiny(photos, tmp_path), progress=False)
     assert signal.getsignal(signal.SIGTERM) is before
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
@@ -348,13 +342,8 @@ def test_full_disk(disk, photos, whole, capfd):
     process.join()
     assert process.exitcode == cli.STORAGE
     said = capfd.readouterr().err.strip().splitlines()[-1]
-    for words in (
-        "no space left",
-        "state of step 6 could not be written",
-        "state of step 4 is complete",
-        "same command",
-    ):
-        assert words in said
+    parts = "no space left", "state of step 6 could not be written", "state of step 4 is complete", "same command"
+    assert all(words in said for words in parts), said
     assert len(checkpoints.states(disk / "out")) == 2 and not list((disk / "out").glob(f"{storage.PARTIAL}*"))
     (disk / "filler").unlink()
     train(tiny(photos, disk / "out"), progress=False)
@@ -387,9 +376,8 @@ def test_a_failing_write(name, number, nearly, photos, whole, tmp_path, monkeypa
         return original(*args, **kwargs)
 
     monkeypatch.setattr(os, name, failing)
-    with pytest.raises(
-        checkpoints.StorageError, match="no space left in .* could not be written; .* same command"
-    ) as error:
+    says = "no space left in .* could not be written; .* same command"
+    with pytest.raises(checkpoints.StorageError, match=says) as error:
         train(tiny(photos, tmp_path), progress=False)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
@@ -435,38 +423,10 @@ def test_accumulated_parts_equal_the_batch(photos, exact, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", ["false", "true"], ids=["ddp", "fsdp"])
 def test_two_processes_equal_one(fsdp, photos, exact, tmp_path):
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-    ]
-    run += [
-        "--rdzv-endpoint=localhost:0",
-        "-m",
-        "efft_kernels.finetune.cli",
-        "--data",
-        str(photos),
-        "--out",
-        str(tmp_path),
-    ]
-    run += [
-        *FLAGS,
-        "--dtype",
-        "float64",
-        "--drop_path",
-        "0",
-        "--factor_dropout",
-        "0",
-        "--epochs",
-        "3",
-        "--workers",
-        "0",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, "--fsdp", fsdp], env=environment, capture_output=True, text=True, timeout=300)
+    launcher = "-m torch.distributed.run --nproc-per-node=2 --master-port=0 --rdzv-backend=c10d".split()
+    run = [COMMAND[0], *launcher, "--rdzv-endpoint=localhost:0", *COMMAND[1:], "--data", photos, "--out", tmp_path]
+    run += [*FLAGS, *"--dtype float64 --drop_path 0 --factor_dropout 0 --epochs 3 --workers 0 --fsdp".split(), fsdp]
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close_runs(tmp_path, exact)
 
@@ -568,15 +528,13 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
     with pytest.raises(ValueError, match="differs in the images"):
         train(replace(settings, data=str(other)), progress=False)
-    assert (
-        train(replace(settings, lr=0.1, resume=False), progress=False).metrics["test"]["loss"]
-        != first.metrics["test"]["loss"]
-    )
+    again = train(replace(settings, lr=0.1, resume=False), progress=False)
+    assert again.metrics["test"]["loss"] != first.metrics["test"]["loss"]
     with checkpoints.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
         train(settings, progress=False)
 
 
-def test_an_image_that_is_damaged_later(photos, tmp_path):
+def test_an_image_that_is_damaged_later(photos, tmp_path, monkeypatch):
     """A worker process finds it in the middle of an epoch; the error is one line."""
     root = folder(tmp_path / "photos", ("train", "test"))
     settings = tiny(root, tmp_path / "out", workers=1, batch_size=4)
@@ -586,12 +544,9 @@ def test_an_image_that_is_damaged_later(photos, tmp_path):
         original(*args, **kwargs)
         (root / "train/cat/3.png").write_bytes(b"")
 
-    prepared.read_images = read
-    try:
-        with pytest.raises(ValueError) as error:
-            train(settings, progress=False)
-    finally:
-        prepared.read_images = original
+    monkeypatch.setattr(prepared, "read_images", read)
+    with pytest.raises(ValueError) as error:
+        train(settings, progress=False)
     assert "cat/3.png cannot be read" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -417,12 +417,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
     tied.blocks[1].mlp.fc1.weight = tied.blocks[0].mlp.fc1.weight
     for model, options, error, says in [
         (vit(), {"rank": 500}, ValueError, "rank must be at most 192 in group"),
-        (
-            vit(),
-            {"targets": ["attn"], "target_modules": ["fc1"]},
-            ValueError,
-            "targets must name blocks.0.mlp.fc1",
-        ),
+        (vit(), {"targets": ["attn"], "target_modules": ["fc1"]}, ValueError, "targets must name blocks.0.mlp.fc1"),
         (vit(), {"blocks": [1], "target_modules": ["fc1"]}, ValueError, "blocks must name blocks.0.mlp.fc1"),
         (conv, {"target_modules": ["0"]}, TypeError, "0 must be an nn.Linear or a Conv1D of transformers, got Conv2d"),
         (conv, {}, ValueError, "target_modules"),

@@ -29,13 +29,7 @@ CASES = [
         "MLP efft2 shared cores, zero u, two ranks",
         "MLP",
         EFFTPeftConfig,
-        {
-            "target_modules": ["lin0", "lin1"],
-            "rank": [2, 1],
-            "scale": 0.2,
-            "cores": "shared",
-            "zero_init": "u",
-        },
+        {"target_modules": ["lin0", "lin1"], "rank": [2, 1], "scale": 0.2, "cores": "shared", "zero_init": "u"},
     ),
     # rank 1, because its matrix is 1 x 5
     ("EmbConv1D efft2", "EmbConv1D", EFFTPeftConfig, {"target_modules": ["conv1d"], **SMALL, "rank": 1}),
