@@ -1,6 +1,7 @@
 """Methods compared in pairs, image by image: differences of top-1 with errors from a bootstrap.
 
     python benchmarks/paper/paired.py FOLDER [--against lora fact-tt]     # after vtab1k.py --offline --gpu --out FOLDER
+    python benchmarks/paper/paired.py FOLDER --plot FOLDER/paired.png     # EFFT1 and EFFT2 against these
 
 FOLDER has runs.csv, with what each run predicted of every test image, and labels.csv, with the right classes.
 """
@@ -79,13 +80,37 @@ def table(folder: Path, against: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(folder: Path, path: Path, against: list[str], methods: tuple[str, ...] = ("efft1", "efft2")) -> None:
+    """Draw the differences of some methods, with a bar of two standard errors to either side."""
+    from matplotlib.figure import Figure
+
+    found = right(folder)
+    names = [data for data in dict.fromkeys(data for _, data in found) if all((m, data) in found for m in methods)]
+    figure = Figure(figsize=(4.2 * len(against), 3.2), layout="constrained")
+    for axes, other in zip(figure.subplots(1, len(against), sharey=True, squeeze=False)[0], against):
+        for i, method in enumerate(methods):
+            gaps = [difference(found[method, name], found[other, name]) for name in names]
+            rows = [row + 0.3 * (i - (len(methods) - 1) / 2) for row in range(len(names))]
+            errors = [2 * gap.error for gap in gaps]
+            axes.errorbar([gap.mean for gap in gaps], rows, xerr=errors, fmt="o", markersize=4, label=method.upper())
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set(title=f"minus {other}", xlabel="points of top-1", yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--against", nargs="+", default=["lora", "fact-tt"], metavar="METHOD")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw EFFT1 and EFFT2 against these instead")
     args = parser.parse_args(arguments)
     try:
-        print(table(args.folder, args.against))
+        if args.plot:
+            plot(args.folder, args.plot, args.against)
+        else:
+            print(table(args.folder, args.against))
     except (OSError, ValueError, KeyError) as error:
         print(f"paired: {error!r}", file=sys.stderr)
         return 2
