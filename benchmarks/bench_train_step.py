@@ -3,6 +3,7 @@
     python benchmarks/bench_train_step.py                                     # ViT-B on this machine, under 3 minutes
     python benchmarks/bench_train_step.py --dtype float32 bfloat16 --seconds 1500 --out DIR
     python benchmarks/bench_train_step.py --device cuda --batch 64 --graph    # the device's time without the host's
+    python benchmarks/bench_train_step.py --model swin_t --memory --out DIR   # bytes alone, in seconds
 
 harness.py defines the methods, steps.py the step, timing.py measures, results/README.md describes the files.
 """
@@ -20,7 +21,7 @@ from whole_model import (
 import harness
 import torch
 from harness import Method, Options
-from record import conclude, cpu_ratio, digits, print_notes, print_table, ratios, spread_of
+from record import add_rows, conclude, cpu_ratio, digits, print_notes, print_table, ratios, spread_of
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 from timing import Stages, memory, run
 from tqdm import tqdm
@@ -46,7 +47,7 @@ class Built(NamedTuple):
 
 
 def build(
-    args, dtype: str, found: list[Method], left_out: dict, bar: tqdm, graph: bool, compile: bool
+    args, dtype: str, found: list[Method], left_out: dict, bar: tqdm, graph: bool = False, compile: bool = False
 ) -> dict[str, Built]:
     """Build every method in one dtype; left_out gets the reason of each that fails."""
     base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
@@ -58,7 +59,8 @@ def build(
         bar.set_postfix_str(f"set-up of {method.name}")
         try:
             torch.manual_seed(0)
-            step = Step(method.build(base, options), batches, compile=compile, capturable=graph)
+            model = method.build(base, options)
+            step = Step(model, batches, compile=compile, capturable=graph, autocast=args.autocast)
             if method.ours:
                 forget_packed()
             if compile:
@@ -87,6 +89,13 @@ def build(
     return built
 
 
+def about(args, dtype: str, part: str, method: str) -> dict:
+    """The columns that name a row."""
+    dtype += " autocast" * args.autocast
+    names = {"model": args.model, "batch": args.batch, "image": args.image}
+    return {**names, "dtype": dtype, "pass": part, "method": method}
+
+
 def _saved_bytes(step: Step) -> int:
     saved = Saved(step.model)
     with saved:
@@ -102,12 +111,7 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, Built], grap
         loss = step.loss.item()
         rows.append(
             {
-                "model": args.model,
-                "batch": args.batch,
-                "image": args.image,
-                "dtype": dtype,
-                "pass": part,
-                "method": name,
+                **about(args, dtype, part, name),
                 **timed,
                 **facts,
                 "ops": facts["ops"][part],
@@ -115,6 +119,19 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, Built], grap
             }
         )
     return rows
+
+
+def measure_memory(args, record: dict, found: list[Method]) -> None:
+    """Add a row per method with the operations and bytes of a step; nothing is timed."""
+    found = [m for m in found if args.methods is None or m.name in args.methods]
+    for dtype in args.dtype:
+        with tqdm(desc=f"{args.model} {dtype}", disable=None) as bar:
+            built = build(args, dtype, found, record["left_out"], bar)
+        rows = [
+            {**about(args, dtype, "step", name), **of.facts, "ops": of.facts["ops"]["step"]}
+            for name, of in built.items()
+        ]
+        add_rows(record, rows, args.out)
 
 
 def measure(args, record: dict, found: list[Method], graph: bool = False, compile: bool = False) -> None:
@@ -140,7 +157,7 @@ def summary(rows: list[dict]) -> list[dict]:
             own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
             if not own:
                 continue  # a captured step is not divided
-            ms = {name: row["ms"] for name, row in own.items()}
+            ms = {name: row.get("ms") for name, row in own.items()}
             found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratios(own.get("efft2", {}))})
     return found
 
@@ -158,7 +175,8 @@ def lines(rows: list[dict]) -> list[list[str]]:
         steps = {row["method"]: row for row in case if row["pass"] == "step"}
         bare = {row["method"]: row for row in case if row["pass"] == "forward+backward"}
         r = case[0]
-        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
+        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype]
+        label += [f"{r['rounds']} rounds"] * ("rounds" in r)
         table += [[]] if table else []
         for words, row in itertools.zip_longest(label, steps.values(), fillvalue=None):
             if row is None:
@@ -170,10 +188,10 @@ def lines(rows: list[dict]) -> list[list[str]]:
                 [
                     words or "",
                     row["method"],
-                    digits(row["ms"]),
-                    f"{digits(row['q1'])}-{digits(row['q3'])}",
+                    digits(row.get("ms")),
+                    f"{digits(row['q1'])}-{digits(row['q3'])}" if "ms" in row else "-",
                     digits(row.get("ratio_merged")),
-                    digits(cpu_ratio(row, steps.get("merged"))),
+                    digits(cpu_ratio(row, steps.get("merged")) if "ms" in row else None),
                     digits(other.get("ratio_merged")),
                     *(digits(row.get(f"ratio_{name}")) for name in ("full", "peft_lora", "released_efft")),
                     count(other.get("ops")),
@@ -210,7 +228,7 @@ def show(record: dict) -> None:
             print(f"{args['model']}, batch {args['batch']}, {s['dtype']}, {s['pass']}:")
             print(f"    efft2 {digits(s['ms']['efft2'])} ms = {against}")
     for row in rows:
-        if row["pass"] == "step" and row["loss"] is None:
+        if row["pass"] == "step" and row.get("loss", 0) is None:
             what = f"{row['method']} in {row['dtype']}"
             print(f"warning: the loss of {what} is not finite any more; its time may be misleading")
 
@@ -248,16 +266,23 @@ def main(argv: list[str] | None = None) -> int:
                    help="replay every step from a CUDA graph, as one pass (GPU only)")  # fmt: skip
     p.add_argument("--compile", action="store_true",
                    help="run every model through torch.compile; ops and saved bytes are not counted")  # fmt: skip
+    p.add_argument("--autocast", action="store_true", help="run every forward under autocast to bfloat16")
+    p.add_argument("--memory", action="store_true", help="count operations and bytes of one step, and time nothing")
     args = p.parse_args(argv)
     found, left_out = harness.methods(args.device)
     check(p, args, "merged", left_out)
+    if args.memory and (args.graph or args.compile):
+        p.error("argument --memory: expected neither --graph nor --compile beside it")
     if args.graph and args.device != "cuda":
         p.error(f"argument --graph: expected --device cuda, got --device {args.device}")
     if args.threads:
         torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
-    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
-    measured = lambda: measure(args, record, found, args.graph, args.compile)
+    drawn = lambda: None if args.memory else draw(record, args.out, panels(record["results"]), "/ merged")
+    if args.memory:
+        measured = lambda: measure_memory(args, record, found)
+    else:
+        measured = lambda: measure(args, record, found, args.graph, args.compile)
     return conclude(record, args.out, measured, summary, show, drawn)
 
 

@@ -25,12 +25,19 @@ class Step:
         batches: of images [B, 3, S, S] and labels [B].
         compile: run the model through torch.compile.
         capturable: keep AdamW's step count on the GPU, as a CUDA graph needs.
+        autocast: run the forward under autocast to bfloat16.
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[tuple[Tensor, Tensor]], *, compile: bool = False, capturable: bool = False
+        self,
+        model: nn.Module,
+        batches: list[tuple[Tensor, Tensor]],
+        *,
+        compile: bool = False,
+        capturable: bool = False,
+        autocast: bool = False,
     ):
-        self.model, self.batches = model, batches
+        self.model, self.batches, self.autocast = model, batches, autocast
         self.predict = compiled(model) if compile else model
         self.trained = [p for p in model.parameters() if p.requires_grad]
         # a rate so small that random labels cannot make full fine-tuning diverge within a run
@@ -42,7 +49,8 @@ class Step:
         images, labels = self.batches[batch]
 
         def forward(_) -> Tensor:
-            return F.cross_entropy(self.predict(images), labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+                return F.cross_entropy(self.predict(images), labels)
 
         def backward(loss: Tensor) -> None:
             loss.backward()
@@ -71,7 +79,8 @@ class Step:
         self.loss = torch.zeros((), device=images.device)
 
         def step() -> None:
-            loss = F.cross_entropy(self.predict(images), labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = F.cross_entropy(self.predict(images), labels)
             loss.backward()
             self.loss.copy_(loss.detach())
             self.optimizer.step()

@@ -89,6 +89,26 @@ def train_step() -> Table:
     return Table(head, rows, note, [*dict.fromkeys(records)])
 
 
+def memory_models() -> Table:
+    """bytes of a training step over those of the frozen model, per model"""
+    records = [path.parent for path in sorted(RESULTS.glob("*/memory_*/train_step.json"))]
+    shown = ["efft2", "efft1", "efft_lora", "efft_fact", "peft_lora", "full", "released_efft"]
+    rows = []
+    for folder in records:
+        steps = {row["method"]: row for row in read_csv(folder / "train_step.csv")}
+        of = steps["merged"]
+        ratios = lambda row: [f"{row[key] / of[key]:.2f}" for key in ("saved_bytes", "peak_bytes")]
+        cells = [" / ".join(ratios(steps[method])) if method in steps else "–" for method in shown]
+        rows.append([f"{of['model']}, {of['dtype']}, batch {of['batch']}, {of['image']} px", *cells])
+    note = (
+        "Bytes that the forward saves for the backward / peak of the step, both over those of the frozen model with a "
+        "trained head; without weights, packed weights and the optimizer's state."
+    )
+    return Table(
+        ["", *(METHODS[method] for method in shown)], rows, note, [f"{r.relative_to(RESULTS)}" for r in records]
+    )
+
+
 def train_step_methods() -> Table:
     """training step of ViT-B, every recorded method, per processor"""
     records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
@@ -324,7 +344,7 @@ def vtab1k_paired() -> Table:
 TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
-        train_step, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
+        train_step, memory_models, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
         inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_train_step, gpu_other_kernels,
         gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k, vtab1k_paired,
     )

@@ -183,6 +183,19 @@ def check_files(folder, name, tmp_path):
     return run
 
 
+def test_memory_of_a_step_alone(tmp_path, capsys):
+    options = ["--memory", "--autocast", "--methods", "efft2", "--out", str(tmp_path / "a")]
+    assert bench_train_step.main([*SIZES, *options]) == 0
+    assert "saved" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["train_step.csv", "train_step.json"]
+    rows = {row["method"]: row for row in read_run(tmp_path / "a" / "train_step.json")["results"]}
+    assert rows.keys() == {"merged", "efft2"} and all("ms" not in row for row in rows.values())
+    assert {row["dtype"] for row in rows.values()} == {"float32 autocast"}
+    assert rows["efft2"]["saved_bytes"] > rows["merged"]["saved_bytes"] > 0 and rows["efft2"]["peak_bytes"] > 0
+    with pytest.raises(SystemExit):
+        bench_train_step.main([*SIZES, "--memory", "--compile"])
+
+
 @pytest.mark.parametrize("model", ["vit_b", "swin_t"])
 def test_train_step(model, tmp_path, capsys):
     chosen, dtypes = ["full", "released_efft", "fact_tt", "efft2", "efft2_p0"], ["float32", "bfloat16"]
