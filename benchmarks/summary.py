@@ -344,9 +344,9 @@ def vtab1k_paired() -> Table:
 TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
-        train_step, memory_models, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy, inference,
-        inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_train_step, gpu_other_kernels,
-        gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k, vtab1k_paired,
+        train_step, memory_models, train_step_methods, lora, forward, forward_backward, forward_rows, swin, accuracy,
+        inference, inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_train_step,
+        gpu_other_kernels, gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k, vtab1k_paired,
     )
 }  # fmt: skip
 
