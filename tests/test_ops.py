@@ -106,6 +106,20 @@ def test_efft_linear_equals_the_dense_formula(backend, device):
     torch.testing.assert_close(one, x @ weight[:5].T + x @ dw[:, :5], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 6), (17, 6)], ids=str)
+@pytest.mark.parametrize("slices", [None, 3])
+def test_efft_linear_of_a_few_rows(shape, slices):
+    """From left to right or by way of sigma v: the same y and gradients."""
+    r = lambda *s: torch.randn(*s, dtype=torch.float64, requires_grad=True)
+    x, u, v, sigma = r(*shape), r(6, 2), r(4, 5), r(*([slices] if slices else []), 2, 4)
+    weight, bias = torch.randn(5 * (slices or 1), 6, dtype=torch.float64), torch.randn(5 * (slices or 1)).double()
+    ys = [efft_linear(x, weight, bias, u, sigma, v, 0.7, backend=backend) for backend in (None, "reference")]
+    torch.testing.assert_close(*ys)
+    dy = torch.randn_like(ys[0])
+    for a, b in zip(*(torch.autograd.grad(y, (x, u, sigma, v), dy) for y in ys)):
+        torch.testing.assert_close(a, b)
+
+
 def test_slices_side_by_side_are_a_view(backend):
     up = group_update(torch.randn(3, 4, 5), torch.randn(5, 8), backend=backend)
     assert up.transpose(0, 1).flatten(1).data_ptr() == up.data_ptr()
