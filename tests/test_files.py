@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,6 +377,20 @@ def test_a_file_of_format_1_is_read(path):
     save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 4"})
     with pytest.raises(ValueError, match="must be a file written by save_adapter"):
         ek.load_adapter(bare(), path)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_that_an_earlier_version_wrote(number):
+    from safetensors.torch import load_file
+
+    files = Path(__file__).with_name("files")  # written by the commits that had these formats, with what merge added
+    base = vit(embed_dim=16, num_heads=2, num_classes=3)
+    before = {key: t.clone() for key, t in base.state_dict().items()}
+    model = ek.load_adapter(base, files / f"format{number}.safetensors", **({"head": "keep"} if number == 1 else {}))
+    assert (number == 1) == torch.equal(model.head.weight, before["head.weight"])
+    after = ek.merge(model).state_dict()
+    for key, update in load_file(files / "updates.safetensors").items():
+        torch.testing.assert_close(after[key] - before[key], update, rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_adapter_does_not_take_the_head_of_the_first(path):
