@@ -176,7 +176,7 @@ def lines(rows: list[dict]) -> list[list[str]]:
         bare = {row["method"]: row for row in case if row["pass"] == "forward+backward"}
         r = case[0]
         label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype]
-        label += [f"{r['rounds']} rounds"] * ("rounds" in r)
+        label += [f"{r['rounds']} rounds"] if "rounds" in r else []
         table += [[]] if table else []
         for words, row in itertools.zip_longest(label, steps.values(), fillvalue=None):
             if row is None:
