@@ -189,6 +189,19 @@ def test_refusals(device):
     assert kernels.unavailable() is None
 
 
+def test_rows_that_16_elements_do_not_divide_have_tiles_of_their_own(monkeypatch):
+    aligned, parameter = torch.zeros(32, 48, dtype=torch.float16), torch.zeros(48, 8, dtype=torch.float16)
+    assert not launch.ragged(aligned, None, aligned.t(), aligned[:, :7], torch.zeros(8).half().expand(3, 8))
+    for tensor in (parameter, parameter.t(), aligned[:, 1:], aligned[:, ::3], aligned.flatten()[:50].view(2, 25)):
+        assert launch.ragged(aligned, tensor)
+    assert launch.config("p", aligned, 32, 8, 48, 8, True) == launch.config("p", aligned, 32, 8, 48, 8)  # interpreted
+    monkeypatch.setattr(launch, "architecture", lambda tensor: "sm_90")
+    for kernel, tiles in launch.DEFAULTS["ragged"].items():
+        assert launch.config(kernel, aligned, 4096, 768, 768, 16, True) == tiles
+        assert launch.config(kernel, aligned, 4096, 768, 768, 16) != tiles
+        assert launch.config(kernel, aligned.float(), 4096, 768, 768, 16, True) != tiles
+
+
 def test_every_default_is_complete():
     sizes = itertools.product([1, 197, 12608, 200704], [7, 96, 768, 3072], [1, 17, 64, 256], ["half", "tf32", "fp32"])
     for arch, (M, N, R, kind) in itertools.product(kernels.DEFAULTS["defaults"], sizes):
