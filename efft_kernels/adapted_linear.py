@@ -16,6 +16,7 @@ from .base_linears import (
     unpin_layout,
     wraps,
 )
+from .dora import gain, scaled
 from .low_rank import Pair
 from .ops import lowrank_linear
 from .passes import Adapters
@@ -78,23 +79,31 @@ class AdaptedLinear(nn.Linear):
         pair = adapters.pair(path, self)
         if pair is None:
             return F.linear(x, weight, bias)
-        pair = pair if columns is None else pair._replace(up=pair.up[:, columns])
+        pair = pair if columns is None else pair.of(columns)
         if not wraps(weight):
             return self._add(x, weight, bias, pair)
+        self._refuse_magnitude(pair)
         y = F.linear(x, weight, bias)
         return add_low_rank(y, x.to(y.dtype), pair.down.to(y.dtype), pair.up.to(y.dtype))
 
     def _add(self, x: Tensor, weight: Tensor, bias: Tensor | None, pair: Pair) -> Tensor:
         adapters, _ = self.efft
-        down, up, dropout = pair
+        down, up, dropout, magnitude = pair
         if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(weight.dtype), up.to(weight.dtype)
         if dropout and self.training:
-            return F.linear(x, weight, bias) + F.dropout(x @ down, dropout) @ up
-        return lowrank_linear(x, weight, bias, down, up, backend=adapters.backend)
+            y = F.linear(x, weight, bias) + F.dropout(x @ down, dropout) @ up
+        else:
+            y = lowrank_linear(x, weight, bias, down, up, backend=adapters.backend)
+        return y if magnitude is None else scaled(y, bias, gain(weight, down, up, magnitude))
+
+    def _refuse_magnitude(self, pair: Pair) -> None:
+        if pair.magnitude is not None:
+            raise ValueError(f"dora=True needs a plain weight in {self.efft[1]}, got {type(self.weight).__name__}")
 
     def _add_to_own(self, x: Tensor, pair: Pair) -> Tensor:
         """the update added to what the base's own forward returns"""
+        self._refuse_magnitude(pair)
         y = super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             # mostly quantized activations: the layers before would be trained with a part of their gradient

@@ -63,13 +63,15 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
         dW = down @ up for y = x W.
 
     Raises:
-        ValueError: a model without adapters.
+        ValueError: a model without adapters, or with one of ``dora``, whose updates are no products of factors.
     """
     found = {}
     for group in adapters(model).groups():
         pairs = group.pairs_without_dropout("reference")
         for path, slot in group.slots.items():
-            down, up, _ = pairs[path]
+            down, up, _, magnitude = pairs[path]
+            if magnitude is not None:
+                raise ValueError("updates must be of low rank, and those of dora=True, which scales W, are not")
             for part, columns in zip(slot.site.parts, up.split(slot.site.width, 1)):
                 if part in slot.site.chosen:
                     found[path, part] = (down.clone(), columns.clone())  # not the factors themselves
@@ -116,7 +118,7 @@ class Cost(NamedTuple):
     frozen_parameters: int  # of the weights of the adapted Linears
     flops: int  # of the frozen products x W
     adapter_flops: int  # of (x down) up, which the adapter adds
-    update_flops: int  # of computing (down, up) from the factors, once per forward
+    update_flops: int  # of computing (down, up) from the factors, and norms of W + dW, once per forward
     train_flops: int  # of the frozen products, forward and backward: no gradient of a frozen weight
     adapter_train_flops: int  # of (x down) up, forward and backward
     bytes: int  # of the frozen weights
@@ -142,7 +144,10 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
         for slot in spec.slots:
             K, N = slot.site.in_features, slot.site.out_features
             frozen += K * N
-            added += group.low_rank_pairs("reference", slot.site.path)[slot.site.path].down.shape[1] * (K + N)
+            pair = group.low_rank_pairs("reference", slot.site.path)[slot.site.path]
+            added += pair.down.shape[1] * (K + N)
+            if pair.magnitude is not None:  # W down, and the norms of W
+                update += 2 * K * N * (pair.down.shape[1] + 1)
     size = dtype.itemsize
     return Cost(
         plan.parameters, frozen, 2 * rows * frozen, 2 * rows * added, update,

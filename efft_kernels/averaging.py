@@ -46,7 +46,8 @@ def average_adapters(
         FileNotFoundError: there is no such file.
         ValueError: no paths, or weights that do not fit them; adapters of different methods or Linears; heads of which
             some are missing or differ in shape; ranks whose sum the matrices do not allow; a mean that is no adapter of
-            its method: that of VeRA, or of adapters with channel_scale that share factors between layers.
+            its method: that of VeRA, of adapters with dora, or of adapters with channel_scale that share
+            factors between layers.
         OSError: the file cannot be written; an existing one is unchanged then.
 
     Warns a UserWarning of adapters that were trained on other weights than the model has.
@@ -91,6 +92,8 @@ def _check_alike(adapter: Mapping[str, Group], first: Mapping[str, Group], path,
     if layout(adapter) != layout(first):
         raise ValueError(f"{path} must be of the method and for the Linears of {first_path}")
     for group in adapter.values():
+        if group.magnitude is not None:
+            raise ValueError(f"{path} cannot be averaged: the mean of adapters with dora=True is no such adapter")
         shares = not isinstance(group, LoRAGroup) or isinstance(group, LoRAXSGroup)
         if isinstance(group, VeRAGroup) or (shares and group.channel_scale is not None):
             what = "VeRA" if isinstance(group, VeRAGroup) else "adapters with channel_scale that share factors"

@@ -95,7 +95,7 @@ class MethodConfig:
             rate = getattr(self, name, 0.0)
             if not (_is_number(rate) and 0 <= rate < 1):
                 raise ValueError(f"{name} must be a number in [0, 1), got {rate!r}")
-        for name in ("trainable_scale", "rank_weights", "channel_scale", "rank_stabilized"):
+        for name in ("trainable_scale", "rank_weights", "channel_scale", "rank_stabilized", "dora"):
             if not isinstance(getattr(self, name, False), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if hasattr(self, "init"):
@@ -179,6 +179,9 @@ class EFFTConfig(MethodConfig):
             column of the update (Adapter+, arXiv 2406.06820): as many more numbers as the matrices have outputs.
         rank_stabilized: divide ``scale`` by the root of the rank that is summed over, r2, or r1 if U starts at zero
             (rsLoRA, arXiv 2312.03732), so that one scale fits all ranks.
+        dora: each output n of an adapted matrix computes with m_n (W + dW)_n / ||(W + dW)_n||, the magnitude m trained
+            from ||W_n|| on (DoRA, arXiv 2402.09353): as many more numbers as the matrices have outputs. The norm is a
+            constant in the backward, as in section 4.3 of that paper. Rows of zeros keep x (W + dW).
     """
 
     variant: Literal["efft1", "efft2"] = "efft2"
@@ -196,6 +199,7 @@ class EFFTConfig(MethodConfig):
     rank_weights: bool = False
     channel_scale: bool = False
     rank_stabilized: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -292,7 +296,7 @@ class FacTConfig(MethodConfig):
 
     Args:
         variant: "tt", a free core per matrix; or "tk" (Tucker), Sigma_s = sum_k P[s, k] C[k], which takes an int rank.
-        rank, scale, targets, blocks, rank_dropout, rank_weights, channel_scale, rank_stabilized: as
+        rank, scale, targets, blocks, rank_dropout, rank_weights, channel_scale, rank_stabilized, dora: as
             :class:`EFFTConfig`.
         activation_dropout: probability of dropping an entry of x @ down while training. The original drops x U Sigma;
             here q, k and v share one x U, and that is dropped. A value above 0 takes the unfused path in training.
@@ -311,6 +315,7 @@ class FacTConfig(MethodConfig):
     rank_weights: bool = False
     channel_scale: bool = False
     rank_stabilized: bool = False
+    dora: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -389,7 +394,8 @@ class LoRAConfig(_PerMatrix):
     """LoRA (arXiv 2106.09685): down = A, up = scale * B, both trained, for each matrix. Arguments as EFFTConfig's.
 
     ``init="released"`` draws A uniformly with the bound 1 / sqrt(inputs) of nn.Linear, as LoRA's own code does. LoRA is
-    MLAE (arXiv 2405.18897) with rank_dropout and rank_weights, and rsLoRA (arXiv 2312.03732) with rank_stabilized.
+    MLAE (arXiv 2405.18897) with rank_dropout and rank_weights, rsLoRA (arXiv 2312.03732) with rank_stabilized, and
+    DoRA (arXiv 2402.09353) with dora.
     """
 
     rank: int = 8
@@ -401,6 +407,7 @@ class LoRAConfig(_PerMatrix):
     rank_weights: bool = False
     channel_scale: bool = False
     rank_stabilized: bool = False
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -435,6 +442,7 @@ class LoRAXSConfig(_PerMatrix):
     rank_weights: bool = False
     channel_scale: bool = False
     rank_stabilized: bool = False
+    dora: bool = False
 
 
 def _plain(value):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import name_of
+from .dora import row_norms
 from .files import known, trained_head
 from .inject import adapted_linears, adapters
 from .layouts import heads_of
@@ -24,8 +25,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
 
     Every method computes y = x W + b + (x @ down) @ up, so the LoRA is exact: lora_A = down.T and lora_B = up.T, with
     lora_alpha = r. Parts of a fused qkv that are not adapted are zeros in lora_B. A Linear of another rank than most
-    has its rank in rank_pattern. A trained head is among modules_to_save. Dropout is not exported. The LoRA has a
-    matrix for each Linear, so its file is larger than that of a method whose Linears share factors.
+    has its rank in rank_pattern. With ``dora`` it is a DoRA (use_dora), with a magnitude for each output. A trained
+    head is among modules_to_save. Dropout is not exported. The LoRA has a matrix for each Linear, so its file is larger
+    than that of a method whose Linears share factors.
 
     Args:
         model: an injected model. The base that the LoRA is loaded on has its modules and names before :func:`inject`,
@@ -37,7 +39,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given; a Linear that was
             removed or replaced; a projection of an nn.MultiheadAttention other than in_proj, which PEFT computes
-            otherwise; a head whose name is the end of another module's, which PEFT would train as well.
+            otherwise, or any with ``dora``; a row of zeros in a weight with ``dora``; a head whose name is the end of
+            another module's, which PEFT would train as well.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save
@@ -49,7 +52,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
         pairs = {path: pair for g in groups.values() for path, pair in g.pairs_without_dropout().items()}
     tensors, ranks = {}, {}
     for path, places in _layers(model, pairs).items():
-        for place, (down, up) in places.items():
+        for place, (down, up, _, magnitude) in places.items():
+            if magnitude is not None:
+                weight = module_at(model, path).weight
+                tensors[f"{place}.lora_magnitude_vector"] = _whole_magnitude(path, weight, down, up, magnitude)
             tensors[f"{place}.lora_A.weight"] = _own(down.mT)
             tensors[f"{place}.lora_B.weight"] = _own(up.mT)
             ranks[path] = down.shape[-1]
@@ -57,7 +63,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     heads = [key for key in heads_of(model) if any(name.startswith(f"{key}.") for name in state)]
     _check_heads(model, heads)
     tensors |= {key: _own(t) for key, t in state.items()}
-    config = _config(ranks, model, heads)
+    config = _config(ranks, model, heads, any(pair.magnitude is not None for pair in pairs.values()))
     config["base_model_name_or_path"] = base_model or name_of(model) or None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,21 +72,33 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     write_bytes(folder / "adapter_config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _layers(model: nn.Module, pairs: dict[str, Pair]) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """path of a module that PEFT adapts -> where it keeps a pair -> (down, up)"""
+def _layers(model: nn.Module, pairs: dict[str, Pair]) -> dict[str, dict[str, Pair]]:
+    """path of a module that PEFT adapts -> where it keeps a pair -> that pair"""
     found = {}
-    for path, (down, up, _) in pairs.items():
+    for path, pair in pairs.items():
         owner, _, name = path.rpartition(".")
         attention = module_at(model, owner)
         if not isinstance(attention, nn.MultiheadAttention):
-            found[path] = {path: (down, up)}
+            found[path] = {path: pair}
             continue
         if name != "in_proj":
             why = "adds twice" if name == "out_proj" else "does not take"  # PEFT 0.21
             raise ValueError(f"{path} is a part of an nn.MultiheadAttention whose update PEFT {why}; merge instead")
-        none = torch.zeros_like(down), torch.zeros_like(up[:, : attention.embed_dim])  # PEFT adapts out_proj, too
-        found[owner] = {owner: (down, up), f"{owner}.base_layer.out_proj": none}
+        if pair.magnitude is not None:
+            raise ValueError(f"{path} is a part of an nn.MultiheadAttention, where PEFT has no dora; merge instead")
+        down, up = pair.down, pair.up
+        none = Pair(torch.zeros_like(down), torch.zeros_like(up[:, : attention.embed_dim]))  # PEFT adapts out_proj, too
+        found[owner] = {owner: pair, f"{owner}.base_layer.out_proj": none}
     return found
+
+
+@torch.no_grad()
+def _whole_magnitude(path: str, weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor) -> Tensor:
+    """the magnitudes with the norm at outputs that are not scaled, where this library keeps a 0"""
+    norms = row_norms(weight, down, up).to(magnitude)
+    if not norms.all():
+        raise ValueError(f"{path} has a row of zeros, for which PEFT's dora gives NaN; merge instead")
+    return torch.where(magnitude == 0, norms, magnitude)
 
 
 def _own(t: Tensor) -> Tensor:
@@ -88,7 +106,7 @@ def _own(t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _config(ranks: dict[str, int], model: nn.Module, heads: list[str]) -> dict:
+def _config(ranks: dict[str, int], model: nn.Module, heads: list[str], dora: bool) -> dict:
     """adapter_config.json, with what a version of PEFT does not name left at its default"""
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {path: rank for path, rank in ranks.items() if rank != usual}
@@ -107,7 +125,7 @@ def _config(ranks: dict[str, int], model: nn.Module, heads: list[str]) -> dict:
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": _targets(ranks, model),

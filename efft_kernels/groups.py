@@ -35,10 +35,10 @@ class EFFTGroup(Group):
         self.initial_scale = self.scale
         if getattr(config, "trainable_scale", False):
             self.scale = self._parameter()
-        self.reset_parameters()
+        self._reset()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _reset(self) -> None:
         self._reset_cores()
         for name in ("u", "v"):
             factor = getattr(self, name)

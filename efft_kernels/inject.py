@@ -10,7 +10,7 @@ from torch import nn
 
 from .adapted_linear import AdaptedLinear
 from .attention import with_projections
-from .base_linears import DenseWeights, kept_in, untrainable
+from .base_linears import DenseWeights, has_own_forward, kept_in, untrainable
 from .calls import call_linear, uncall_linear
 from .configs import MethodConfig
 from .groups import make_group
@@ -132,6 +132,11 @@ def build(
     groups = nn.ModuleDict()
     for spec in made.groups:
         linears = {slot.site.path: module_at(model, slot.site.path) for slot in spec.slots}
+        for path, linear in linears.items() if getattr(made.config, "dora", False) else ():
+            if has_own_forward(linear, getattr(linear, "base", type(linear))):
+                raise ValueError(
+                    f"dora=True needs a plain weight in {path}, got a {type(linear).__name__} of its own kind"
+                )
         dtypes, devices = map(set, zip(*map(kept_in, linears.values())))
         dtypes = dtypes - {None} or {torch.float32}
         if len(dtypes) > 1 or len(devices) > 1:

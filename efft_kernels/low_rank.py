@@ -1,7 +1,7 @@
 """What one Linear adds, the base of all groups of trained factors, and several adapters in one group."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,15 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configs import GroupSpec, MethodConfig
-from .precision import at_least, floor, narrowed, without_autocast
+from .dora import row_norms
+from .precision import LOW, at_least, floor, narrowed, without_autocast
 
 
 class Pair(NamedTuple):
-    """What one Linear adds: (x @ down) @ up, with ``dropout`` on x @ down while training."""
+    """What one Linear adds: (x @ down) @ up, with ``dropout`` on x @ down while training.
+
+    With a ``magnitude`` its outputs are scaled as well: see dora.py.
+    """
 
     down: Tensor  # [K, R]; on a GPU with K contiguous, as its kernels read it
     up: Tensor  # [R, N]
     dropout: float = 0.0
+    magnitude: Tensor | None = None  # [N], 0 for the outputs that are not adapted
+
+    def of(self, columns: slice) -> "Pair":
+        """The pair of some of the outputs."""
+        magnitude = None if self.magnitude is None else self.magnitude[..., columns]
+        return self._replace(up=self.up[..., columns], magnitude=magnitude)
 
 
 class Group(nn.Module):
@@ -35,6 +45,10 @@ class Group(nn.Module):
         rank_weights: with that option, the coefficients of the rank-1 terms; else None.
         channel_scale: with that option, a factor for each output of each adapted matrix, side by side in the order of
             the slots; else None.
+        magnitude: with ``dora``, that of each output, in the same order; else None.
+
+    Raises:
+        ValueError: ``dora`` with factors that are narrower than float32, whose steps a magnitude would not notice.
     """
 
     starts_at_zero: tuple[str, ...] = ()
@@ -56,6 +70,18 @@ class Group(nn.Module):
         for name, shape in self._optional.items():
             self.register_parameter(name, None if shape is None else self._parameter(*shape))
         self._reset_optional()
+        self.register_parameter("magnitude", self._norms(weights) if getattr(config, "dora", False) else None)
+
+    def _norms(self, weights: Mapping[str, Tensor]) -> nn.Parameter:
+        """the norms of the rows of the adapted matrices"""
+        if self._like["dtype"] in LOW:
+            raise ValueError(f"dora=True needs factor_dtype=torch.float32 or wider, got {self._like['dtype']}")
+        magnitude = self._parameter(sum(self._channels()))
+        for slot, mine in zip(self.spec.slots, magnitude.detach().split(self._channels())):
+            if (weight := weights[slot.site.path]).numel():
+                parts = zip(slot.site.parts, row_norms(weight).split(slot.site.width))
+                mine.copy_(torch.cat([norms for part, norms in parts if part in slot.site.chosen]))
+        return magnitude
 
     def _parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, **self._like))
@@ -64,7 +90,19 @@ class Group(nn.Module):
         return super()._apply(at_least(fn, self.floor), recurse)
 
     def reset_parameters(self) -> None:
-        """Initialise the factors as those of a new group, so that the update is zero: after ``to_empty``, say."""
+        """Initialise the factors as those of a new group, so that the update is zero: after ``to_empty``, say.
+
+        Raises:
+            RuntimeError: factors that come from the weights of the model, which a group does not hold.
+        """
+        if self.magnitude is not None:
+            raise RuntimeError(
+                "the magnitudes of dora=True cannot be initialised without the weights they come from: load a state "
+                "dict or an adapter file, or inject a model that has its weights"
+            )
+        self._reset()
+
+    def _reset(self) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -99,25 +137,31 @@ class Group(nn.Module):
             dtype: that the Linears compute in. Wider factors are cast to it once for all Linears; None casts none.
         """
         pairs = self._pairs(backend, path, dtype)
-        return pairs if self.channel_scale is None else self._channel_scaled(pairs, dtype)
+        if self.channel_scale is not None:  # Adapter+ (arXiv 2406.06820)
+            of = self._of_outputs(narrowed(self.channel_scale, dtype), 1.0, pairs)
+            pairs = {path: pair._replace(up=pair.up * of[path].unsqueeze(-2)) for path, pair in pairs.items()}
+        if self.magnitude is not None:
+            of = self._of_outputs(self.magnitude, 0.0, pairs)
+            pairs = {path: pair._replace(magnitude=of[path]) for path, pair in pairs.items()}
+        return pairs
 
     def _pairs(self, backend: str | None, path: str | None, dtype: torch.dtype | None) -> dict[str, Pair]:
         """The pairs before the scale of output channels."""
         raise NotImplementedError
 
-    def _channel_scaled(self, pairs: dict[str, Pair], dtype: torch.dtype | None) -> dict[str, Pair]:
-        """Adapter+ (arXiv 2406.06820): each column of up times a trained factor."""
-        scaled = {}
-        for slot, scale in zip(self.spec.slots, narrowed(self.channel_scale, dtype).split(self._channels(), -1)):
+    def _of_outputs(self, values: Tensor, other: float, paths: Container[str]) -> dict[str, Tensor]:
+        """values of all outputs of these Linears [..., N], with ``other`` for those of parts that are not adapted"""
+        found = {}
+        for slot, own in zip(self.spec.slots, values.split(self._channels(), -1)):
             site = slot.site
-            if (pair := pairs.get(site.path)) is None:
+            if site.path not in paths:
                 continue
-            if site.chosen != site.parts:  # the other parts are zeros
-                of_part = dict(zip(site.chosen, scale.split(site.width, -1)))
-                other = torch.ones_like(next(iter(of_part.values())))
-                scale = torch.cat([of_part.get(part, other) for part in site.parts], -1)
-            scaled[site.path] = pair._replace(up=pair.up * scale.unsqueeze(-2))
-        return scaled
+            if site.chosen != site.parts:
+                of_part = dict(zip(site.chosen, own.split(site.width, -1)))
+                missing = torch.full_like(next(iter(of_part.values())), other)
+                own = torch.cat([of_part.get(part, missing) for part in site.parts], -1)
+            found[site.path] = own
+        return found
 
     def _masked_terms(self, weights: Tensor | None, like: Tensor) -> Tensor | None:
         """Coefficients of rank-1 terms with a new dropout mask in training (MLAE, arXiv 2405.18897).
@@ -131,7 +175,9 @@ class Group(nn.Module):
         return drop(torch.ones_like(like) if weights is None else weights, self.rank_dropout)
 
     def _ones(self, name: str, like: Tensor) -> Tensor:
-        """what stands for an optional factor that this group does not have"""
+        """what stands for an optional factor that this group does not have; a magnitude of 0 scales nothing"""
+        if name == "magnitude":
+            return like.new_zeros(sum(self._channels()))
         return like.new_ones(self._terms() if name == "rank_weights" else sum(self._channels()))
 
     def pairs_without_dropout(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:

@@ -10,7 +10,9 @@ from .adapted_linear import AdaptedLinear
 from .attention import Projection
 from .base_linears import PLAIN, dense, has_own_forward, kept_in, kind
 from .calls import call_linear
+from .dora import dense_update
 from .inject import adapted_linears, adapters, attach, detach
+from .low_rank import Pair
 from .ops import merge_
 from .passes import Adapters
 from .wrappers import module_at, named_modules, on_unwrapped, put_at
@@ -69,12 +71,20 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
             )
         low = [path for path, weight in weights.items() if weight.dtype in (torch.bfloat16, torch.float16)]
         launches = {}
+        scaled = [path for path in weights if pairs[path].magnitude is not None]
         for path, weight in weights.items():
-            launches.setdefault((weight.dtype, weight.device), []).append(path)
+            if path not in scaled:
+                launches.setdefault((weight.dtype, weight.device), []).append(path)
         # one of several launches may fail after another has written
-        keep = {path for path in weights if (keep_weights and path not in own) or path in low or len(launches) > 1}
+        keep = {
+            path
+            for path in weights
+            if (keep_weights and path not in own) or path in low or len(launches) + len(scaled) > 1
+        }
         kept = {path: weights[path].clone() for path in weights if path in keep}
         try:
+            for path in scaled:
+                weights[path].copy_(weights[path] + _update(weights[path], pairs[path]))
             for (dtype, _), paths in launches.items():
                 wide = torch.promote_types(dtype, torch.float32)
                 downs, ups = ([pair.to(wide) for pair in side] for side in zip(*(pairs[path][:2] for path in paths)))
@@ -162,11 +172,19 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _loss(merged: list[tuple[Tensor, Tensor, tuple]]) -> float:
+def _update(weight: Tensor, pair: Pair) -> Tensor:
+    """what is to be added to the weight, float32 or wider"""
+    down, up, _, magnitude = pair
+    if magnitude is not None:
+        return dense_update(weight, down, up, magnitude)
+    return (down.float() @ up.float()).T
+
+
+def _loss(merged: list[tuple[Tensor, Tensor, Pair]]) -> float:
     """||what was added - what should have been|| / ||what should have been||, over all weights"""
     missing = total = 0.0
-    for before, after, (down, up, _) in merged:
-        wanted = (down.float() @ up.float()).T
+    for before, after, pair in merged:
+        wanted = _update(before, pair)
         missing += (after.float() - before.float() - wanted).square().sum().item()
         total += wanted.square().sum().item()
     return (missing / total) ** 0.5 if total else 0.0

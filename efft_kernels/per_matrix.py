@@ -28,10 +28,10 @@ class LoRAGroup(Group):
         """Create and initialise the factors; ``chosen`` are the adapted parts of each Linear."""
         m, R = len(chosen), self.spec.rank[0]
         self.a, self.b = self._parameter(L, m, self.spec.K, R), self._parameter(L, m, R, self.spec.N)
-        self.reset_parameters()
+        self._reset()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _reset(self) -> None:
         if self.init == "released":  # the default of nn.Linear, which LoRA's own code keeps
             nn.init.uniform_(self.a, -(bound := self.spec.K**-0.5), bound)
         else:
@@ -127,10 +127,10 @@ class VeRAGroup(LoRAGroup):
         self.register_buffer("u", torch.empty(K, R, **self._like))
         self.register_buffer("v", torch.empty(R, N, **self._like))
         self.d, self.b = self._parameter(L, len(chosen), R), self._parameter(L, len(chosen), N)
-        self.reset_parameters()
+        self._reset()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _reset(self) -> None:
         nn.init.kaiming_uniform_(self.u)
         nn.init.kaiming_uniform_(self.v)
         nn.init.constant_(self.d, 0.1)

@@ -58,8 +58,11 @@ METHODS = {
         rank=(4, 6), scale=2.0, factor_dropout=0.0, targets=("q", "v", "mlp"), rank_weights=True, channel_scale=True
     ),
     "lora-options": ek.LoRAConfig(rank=4, scale=2.0, rank_weights=True, channel_scale=True, rank_stabilized=True),
+    "lora-dora": ek.LoRAConfig(rank=4, scale=2.0, dora=True),
+    "efft2-dora": ek.EFFTConfig(rank=(4, 6), scale=2.0, factor_dropout=0.0, targets=("k", "mlp"), dora=True),
 }
 
+LOW_RANK = [name for name in METHODS if not METHODS[name].to_dict().get("dora")]  # W itself is not scaled
 PLAIN = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.0)
 DROPPED = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.3)
 

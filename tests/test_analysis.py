@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import METHODS, shake, timm, vit
+from models import LOW_RANK, METHODS, shake, timm, vit
 
 import efft_kernels as ek
 from efft_kernels.analysis import cost, subspace_map, subspace_similarity, updates
@@ -88,7 +88,7 @@ def test_bad_matrices():
         subspace_similarity(eye / 0, eye, 1, 1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LOW_RANK)
 def test_updates_are_what_merging_adds(name):
     model = shake(ek.inject(vit(embed_dim=48, num_heads=3).double(), METHODS[name])).train()
     found = updates(model)
@@ -110,6 +110,8 @@ def test_updates_are_what_merging_adds(name):
 def test_updates_need_adapters():
     with pytest.raises(ValueError, match="must have adapters"):
         updates(vit())
+    with pytest.raises(ValueError, match="those of dora=True, which scales W, are not"):
+        updates(ek.inject(vit(), METHODS["lora-dora"]))
 
 
 def test_cost_of_vit_b():
@@ -138,7 +140,7 @@ def test_cost_counts_what_is_injected(name):
     model = ek.inject(vit(), METHODS[name])
     pairs = {path: pair for g in model.efft.groups() for path, pair in g.low_rank_pairs("reference").items()}
     found = cost(plan, 5)
-    assert found.adapter_flops == sum(2 * 5 * (down.numel() + up.numel()) for down, up, _ in pairs.values())
+    assert found.adapter_flops == sum(2 * 5 * (down.numel() + up.numel()) for down, up, *_ in pairs.values())
     assert found.parameters == sum(p.numel() for p in model.efft.parameters())
 
 

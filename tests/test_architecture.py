@@ -19,6 +19,7 @@ FLOORS = [
     {"ops", "configs", "base_linears", "tune"},
     {"roles"},
     {"layouts", "columns", "frozen_weights"},
+    {"dora"},
     {"low_rank"},
     {"per_matrix"},
     {"groups", "linear"},

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from models import METHODS, adapted, images, shake, swin, vit
+from models import LOW_RANK, METHODS, adapted, images, shake, swin, vit
 
 import efft_kernels as ek
 from efft_kernels.serving import AdapterBank
 
-EXACT = [m for m in METHODS if m not in ("vera", "efft2-options")]
+EXACT = [m for m in LOW_RANK if m not in ("vera", "efft2-options")]
 
 
 def others(config):
@@ -102,7 +102,7 @@ def test_what_has_no_mean_is_named(tmp_path):
     for weights in ([1.0], [1, -1], [1, float("nan")]):
         with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
             ek.average_adapters(plain, [files[0]] * 2, mean, weights=weights)
-    for method, what in (("vera", "VeRA"), ("efft2-options", "channel_scale")):
+    for method, what in (("vera", "VeRA"), ("efft2-options", "channel_scale"), ("lora-dora", "dora=True")):
         plain, _, files = written(tmp_path, [METHODS[method]])
         with pytest.raises(ValueError, match=f"cannot be averaged: the mean of .*{what}"):
             ek.average_adapters(plain, files * 2, mean)

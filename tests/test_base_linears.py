@@ -149,7 +149,7 @@ def test_a_linear_is_its_own_product_and_the_update(base, dtype):
         y = update(*held)
         return y.detach(), *torch.autograd.grad(y, held, dy.to(y.dtype))
 
-    down, up, _ = model.efft.pair("blocks.0.mlp.fc1", model.get_submodule("blocks.0.mlp.fc1"))
+    down, up, *_ = model.efft.pair("blocks.0.mlp.fc1", model.get_submodule("blocks.0.mlp.fc1"))
     down, up = down.detach().to(dtype), up.detach().to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.efft, "pair", lambda path, linear: ek.groups.Pair(*held_pair))
@@ -433,7 +433,7 @@ def test_a_linear_beside_its_norm_in_a_sequential():
     assert "blocks.0.mlp.fc1.1" in str(ek.plan(model, PLAIN))
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     after = shake(model)(x)
-    down, up, _ = model.efft.pair("blocks.0.mlp.fc2.0", model.get_submodule("blocks.0.mlp.fc2.0"))
+    down, up, *_ = model.efft.pair("blocks.0.mlp.fc2.0", model.get_submodule("blocks.0.mlp.fc2.0"))
     z = torch.randn(3, 768)
     first, norm = model.blocks[0].mlp.fc2
     want = norm(nn.functional.linear(z, first.weight, first.bias) + z @ down @ up)

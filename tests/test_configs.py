@@ -97,6 +97,7 @@ def test_a_plan_counts_what_is_trained(method):
         (lambda: ek.EFFTConfig(init="kaiming"), "init must be one of 'xavier', 'released', got 'kaiming'"),
         (lambda: ek.LoRAConfig(rank_dropout=1.0), r"rank_dropout must be a number in \[0, 1\), got 1.0"),
         (lambda: ek.FacTConfig(rank_weights=1), "rank_weights must be True or False, got 1"),
+        (lambda: ek.LoRAConfig(dora=1), "dora must be True or False, got 1"),
         (lambda: ek.EFFTConfig(channel_scale="yes"), "channel_scale must be True or False, got 'yes'"),
         (lambda: ek.VeRAConfig(rank_stabilized=None), "rank_stabilized must be True or False, got None"),
     ],

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import METHODS, PLAIN, adapted, images, shake, vit
+from models import LOW_RANK, METHODS, PLAIN, adapted, images, shake, vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -146,7 +146,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_casts_do_not_grow_with_the_number_of_linears(method, autocast):
     counts = []
     for depth in (2, 3):

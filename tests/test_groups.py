@@ -70,14 +70,14 @@ def test_pairs_in_the_layout_for_gpus_are_the_same(method, dropout, monkeypatch)
         monkeypatch.setattr(low_rank, "k_contiguous", lambda t: True)
         turned = _pairs(group)
         monkeypatch.undo()
-        probes = {path: (torch.randn_like(down), torch.randn_like(up)) for path, (down, up, _) in plain.items()}
-        parameters = list(group.parameters())
+        probes = {path: (torch.randn_like(down), torch.randn_like(up)) for path, (down, up, *_) in plain.items()}
+        parameters = [p for p in group.parameters() if p is not group.magnitude]
         grads = []
         for pairs in (plain, turned):
             total = sum((t * p).sum() for path in probes for t, p in zip(pairs[path][:2], probes[path]))
             grads.append(torch.autograd.grad(total, parameters))
         torch.testing.assert_close(*grads)
-        for path, (down, up, _) in turned.items():
+        for path, (down, up, *_) in turned.items():
             assert torch.equal(down, plain[path].down) and torch.equal(up, plain[path].up)
             assert down.stride(0) == 1
 
@@ -104,15 +104,17 @@ def test_a_stack_gives_the_pairs_of_its_groups(method):
     models = [adapted(c).double() for c in (config, _others(config), config)]
     for key in models[0].efft["default"]:
         groups = [model.efft["default"][key] for model in models]
-        parameters = [p for group in groups for p in group.parameters()]
+        parameters = [p for group in groups for p in group.parameters() if p is not group.magnitude]
         together = stack(groups).low_rank_pairs()
         alone = [group.low_rank_pairs() for group in groups]
         probes = {}
-        for path, (down, up, _) in together.items():
+        for path, (down, up, *_) in together.items():
             (N, K) = models[0].get_submodule(path).weight.shape
             assert down.shape[:2] == (3, K) and up.shape[::2] == (3, N)
             probes[path] = probe = torch.randn(3, 2, K, dtype=torch.float64), torch.randn(3, 2, N, dtype=torch.float64)
             for a, pairs in enumerate(alone):
+                if (magnitude := together[path].magnitude) is not None:
+                    assert torch.equal(magnitude[a], pairs[path].magnitude)
                 want = probe[0][a] @ pairs[path].down @ pairs[path].up
                 torch.testing.assert_close(probe[0][a] @ down[a] @ up[a], want, rtol=1e-12, atol=1e-12)
         total = lambda low: sum((x[a] @ low(p, a) * y[a]).sum() for p, (x, y) in probes.items() for a in range(3))
@@ -129,7 +131,7 @@ def test_factor_dropout_of_a_stack_is_drawn_for_each_adapter(cores):
     models[1].efft["default"].load_state_dict(models[0].efft["default"].state_dict())
     for key in models[0].efft["default"]:
         pairs = stack([model.efft["default"][key] for model in models]).low_rank_pairs()
-        for down, up, _ in pairs.values():
+        for down, up, *_ in pairs.values():
             dropped = [(t == 0) for t in (down if (down == 0).any() else up)]
             assert 0.1 < dropped[0].double().mean() < 0.9 and not torch.equal(*dropped)
 

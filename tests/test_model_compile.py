@@ -17,7 +17,9 @@ def fresh_compiler():
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize(
-    "config", [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig()], ids=["efft", "fact", "lora"]
+    "config",
+    [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig(), ek.LoRAConfig(dora=True)],
+    ids=["efft", "fact", "lora", "dora"],
 )
 def test_compiled_whole_model(make, config):
     model = adapted(config, make).train()

@@ -59,6 +59,15 @@ def unscaled_update_of(group, site, part):
     return scale * numbers["u"] @ d.diag() @ numbers["v"] @ b.diag()
 
 
+def changed(rows, group, site, part):
+    """W + dW [N, K], with DoRA each row of it at its magnitude over a norm that is a constant in the backward"""
+    rows = rows + update_of(group, site, part).T
+    if not getattr(group.config, "dora", False):
+        return rows
+    magnitude = dict(group.named_parameters())["magnitude"][group.channels[site.path, part]]
+    return (magnitude / rows.detach().norm(dim=1)).unsqueeze(1) * rows
+
+
 class Numbers:
     """A group's factors, and the matrix of each core, found from the order of the model's Linears alone."""
 
@@ -89,7 +98,7 @@ def dense(base, injected, config, x):
             columns = base.get_parameter(name).detach().unflatten(0, (len(site.parts), site.width)).unbind(0)
             weights[name] = torch.cat(
                 [
-                    rows + update_of(numbers, site, part).T if part in site.chosen else rows
+                    changed(rows, numbers, site, part) if part in site.chosen else rows
                     for rows, part in zip(columns, site.parts)
                 ]
             )

@@ -21,7 +21,7 @@ def updates(model, training=False) -> dict:
     """path -> down @ up of every Linear, float64"""
     found = {}
     for group in model.efft["default"].train(training).values():
-        for path, (down, up, _) in group.low_rank_pairs().items():
+        for path, (down, up, *_) in group.low_rank_pairs().items():
             found[path] = down.detach().double() @ up.detach().double()
     return found
 
@@ -137,11 +137,11 @@ def test_options_cost_what_they_say():
     for method, cores in (("efft1", 3 * L), ("efft2-shared", 6), ("fact-tt", 12 * L), ("fact-tk", 12 * L)):
         plain = count(method)
         assert count(method, rank_weights=True) == plain + 4 * cores
-        assert count(method, channel_scale=True) == plain + outputs
+        assert count(method, channel_scale=True) == count(method, dora=True) == plain + outputs
     assert count("efft2", rank_weights=True) == count("efft2") + 6 * 6 * L  # the larger of the ranks 4 and 6
     for method, matrices, width in (("lora", 2 * L, 2 * d * L), ("lora-xs", 3 * L, (2 * d + 4 * d) * L)):
         assert count(method, rank_weights=True) == count(method) + 4 * matrices
-        assert count(method, channel_scale=True) == count(method) + width
+        assert count(method, channel_scale=True) == count(method, dora=True) == count(method) + width
     for method in ("efft2", "lora", "vera"):
         assert count(method, rank_dropout=0.5, rank_stabilized=True) == count(method)
 
@@ -268,15 +268,18 @@ def test_adapters_with_and_without_options_share_a_batch(method):
     torch.manual_seed(0)
     plain = vit().double()
     state = {key: t.clone() for key, t in plain.state_dict().items()}
-    bank, x, want = AdapterBank(plain), images(3, dtype=torch.float64), []
+    bank, x, want = AdapterBank(plain), images(5, dtype=torch.float64), []
     lower = with_(method, channel_scale=True, rank_stabilized=True, rank=2 if method == "lora" else (2, 3))
-    configs = [METHODS[method], with_(method, rank_weights=True), lower]
+    configs = [METHODS[method], with_(method, rank_weights=True), lower, with_(method, dora=True)]
     for i, config in enumerate(configs):
         model = shake(ek.inject(base_of(state), config, head="keep"), 0.2)
         bank.add(str(i), model)
         want.append(model(x)[i])
-    with torch.no_grad(), bank.use(["0", "1", "2"]):
+    want.append(plain(x)[4])
+    with torch.no_grad(), bank.use(["0", "1", "2", "3", None]):
         torch.testing.assert_close(plain(x), torch.stack(want))
+    with torch.no_grad(), bank.use(["3"]):
+        torch.testing.assert_close(plain(x[3:4]), want[3][None])
     bank.add("dropped", ek.inject(base_of(state), with_(method, rank_dropout=0.5), head="keep"))
     plain.train()
     with pytest.raises(ValueError, match=r"must have the same rank_dropout, got \[0.0, 0.5\]"):

@@ -15,7 +15,7 @@ _FREE = (
 _OPTIONS = (
     *("rank", "ffn_rank", "scale", "trainable_scale", "cores", "zero_init", "targets", "blocks"),
     *("factor_dropout", "activation_dropout", "tokens", "bottleneck", "placement", "lora_rank"),
-    *("init", "rank_dropout", "rank_weights", "channel_scale", "rank_stabilized"),
+    *("init", "rank_dropout", "rank_weights", "channel_scale", "rank_stabilized", "dora"),
 )
 
 
@@ -51,6 +51,7 @@ class Settings:
         rank_weights: train a coefficient for each rank-1 term of EFFT, FacT and LoRA.
         channel_scale: train a factor for each output of the matrices that EFFT, FacT and LoRA adapt.
         rank_stabilized: divide the scale of EFFT, FacT and LoRA by the root of the rank.
+        dora: train a magnitude for each output of the matrices that EFFT, FacT and LoRA adapt (DoRA).
         tokens: number of prompts of VPT and NOAH; for noah also a list with one number per block.
         bottleneck: width of Adapter, AdaptFormer and NOAH's adapter; for noah also a list with one number per block.
         placement: where Adapter adds bottlenecks: "pfeiffer", after each FFN, or "houlsby", also after each attention.
@@ -121,6 +122,7 @@ class Settings:
     rank_weights: bool | None = None
     channel_scale: bool | None = None
     rank_stabilized: bool | None = None
+    dora: bool | None = None
     tokens: int | tuple[int, ...] | None = None
     bottleneck: int | tuple[int, ...] | None = None
     placement: Literal["pfeiffer", "houlsby"] | None = None

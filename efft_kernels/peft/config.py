@@ -81,4 +81,6 @@ class EFFTPeftConfig(PeftConfig):
 
     def method(self) -> EFFTConfig:
         """The same options as a config of this library."""
-        return EFFTConfig(**{option.name: getattr(self, option.name) for option in fields(EFFTConfig)})
+        return EFFTConfig(
+            **{option.name: getattr(self, option.name) for option in fields(EFFTConfig) if hasattr(self, option.name)}
+        )

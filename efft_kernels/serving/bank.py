@@ -18,6 +18,7 @@ from ..adapter_file import write
 from ..attention import Projection
 from ..base_linears import change_class, has_own_forward, kind
 from ..calls import call_linear, uncall_linear
+from ..dora import gain, scaled
 from ..inject import check_bare
 from ..layouts import classifiers_of, head_state
 from ..low_rank import Pair, stack
@@ -400,18 +401,24 @@ class _Use(Passes):
         if pair is None:
             return F.linear(x, weight, bias)
         self.check_rows(path, x)
-        down, up, dropout = pair
-        up = up if columns is None else up[..., columns]
+        pair = pair if columns is None else pair.of(columns)
+        down, up, dropout, magnitude = pair
         if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             down, up = down.to(weight.dtype), up.to(weight.dtype)
         if dropout and layer.training:
             ids = self.ids(x.device)
             at, none = ids.clamp(min=0), (ids < 0)[:, None, None]
             low = F.dropout(x.reshape(len(ids), -1, x.shape[-1]) @ down[at], dropout) @ up[at]
-            return F.linear(x, weight, bias) + low.masked_fill(none, 0).view(*x.shape[:-1], -1)
-        if self.single:
-            return lowrank_linear(x, weight, bias, down[0], up[0], backend=self.backend)
-        return mixed_linear(x, weight, bias, down, up, self.ids(x.device), backend=self.backend)
+            y = F.linear(x, weight, bias) + low.masked_fill(none, 0).view(*x.shape[:-1], -1)
+        elif self.single:
+            y = lowrank_linear(x, weight, bias, down[0], up[0], backend=self.backend)
+        else:
+            y = mixed_linear(x, weight, bias, down, up, self.ids(x.device), backend=self.backend)
+        if magnitude is None:
+            return y
+        # the row behind those of the adapters, which the id -1 finds, is of no adapter
+        gains = F.pad(gain(weight, down, up, magnitude), (0, 0, 0, 1))[self.ids(x.device)]
+        return scaled(y.reshape(len(gains), -1, y.shape[-1]), bias, gains.unsqueeze(1)).view(y.shape)
 
     def head(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., classes]
         heads = [adapter.heads.get(path, layer) for adapter in self.held] + [layer]  # the last one for no adapter

@@ -1,0 +1,168 @@
+"""DoRA against its formula with a dense W + dW; test_model_dense.py and test_export.py have whole models of it."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from models import METHODS, adapted, assert_same, gradients, images, loss_of, shake, vit
+from test_model_dense import dense
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import efft_kernels as ek
+from efft_kernels import dora
+from efft_kernels.serving import AdapterBank
+
+
+def config_of(method, **options):
+    return dataclasses.replace(METHODS[method], dora=True, **options)
+
+
+@pytest.mark.parametrize("method", ["efft1", "efft2", "efft2-scale", "fact-tt", "fact-tk", "lora-all", "lora-options"])
+def test_every_method_has_it(method):
+    """outputs and gradients by autograd of the dense formula in float64, whose norm is detached"""
+    base, config = vit().double(), config_of(method)
+    model = shake(ek.inject(copy.deepcopy(base), config))
+    x, factors = images(dtype=torch.float64), list(model.efft.parameters())
+    want, got = dense(base, model, config, x), model(x)
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+    plain = dense(base, model, METHODS[method], x)
+    assert (plain - want).abs().max() > 1e-3 * want.abs().max(), "the magnitudes must matter"
+    exact = torch.autograd.grad(want.square().sum(), factors)
+    for grad, wanted in zip(torch.autograd.grad(got.square().sum(), factors), exact):
+        assert (grad - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+def operands(dtype=torch.float64, N=6, K=10, R=3):
+    torch.manual_seed(0)
+    shapes = ((N, K), (K, R), (R, N), (N,))
+    weight, down, up, magnitude = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    return weight, down, up, magnitude
+
+
+def check_against_dense():
+    weight, down, up, magnitude = operands()
+    changed = weight + (down @ up).T
+    x = torch.randn(4, 10, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64)
+    y = dora.scaled(x @ changed.T + bias, bias, dora.gain(weight, down, up, magnitude))
+    want = x @ ((magnitude / changed.detach().norm(dim=1)).unsqueeze(1) * changed).T + bias
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    leaves = down, up, magnitude
+    grads = (torch.autograd.grad(out.square().sum(), leaves, retain_graph=True) for out in (y, want))
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+def _flowing(weight, down, up):
+    return (weight + (down @ up).T).norm(dim=1)
+
+
+def _without_square(weight, down, up):
+    return (weight.square().sum(1) + 2 * ((weight @ down) * up.T).sum(1)).clamp(min=0).sqrt()
+
+
+@pytest.mark.parametrize("fault", [None, _flowing, _without_square])
+def test_the_gain_is_that_of_the_dense_norm(fault, monkeypatch):
+    if fault is None:
+        check_against_dense()
+        return
+    monkeypatch.setattr(dora, "row_norms", fault)
+    with pytest.raises(AssertionError):
+        check_against_dense()
+
+
+def test_norms_are_float32_beside_bfloat16():
+    weight, down, up, magnitude = (t.detach() for t in operands(torch.bfloat16, 64, 96, 4))
+    exact = dora.gain(*(t.double() for t in (weight, down, up, magnitude)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dora.gain(weight, down, up, magnitude.float())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    model = ek.inject(vit().bfloat16(), METHODS["lora-dora"])
+    assert {p.dtype for p in model.efft.parameters()} == {torch.float32}
+    x = images(dtype=torch.bfloat16)
+    with ek.disable_adapter(model):
+        before = model(x)
+    assert torch.equal(model(x), before)
+
+
+def test_rows_of_zeros_keep_the_update_alone():
+    base = vit().double()
+    with torch.no_grad():
+        base.blocks[0].attn.qkv.weight[:5] = 0
+    model, x = ek.inject(base, METHODS["lora-dora"]), torch.randn(3, 192, dtype=torch.float64)
+    assert torch.isfinite(
+        torch.stack([g.sum() for g in gradients(model, loss_of(model, images(dtype=x.dtype))).values()])
+    ).all()
+    shake(model)
+    linear, (group,) = model.blocks[0].attn.qkv, model.efft.groups()
+    with torch.no_grad():
+        group.magnitude[:5] = 0  # shake moved them
+        pair = group.low_rank_pairs()["blocks.0.attn.qkv"]
+        torch.testing.assert_close(linear(x)[:, :5], (x @ pair.down @ pair.up + linear.bias)[:, :5])
+    with pytest.raises(RuntimeError, match="magnitudes of dora=True cannot be initialised without the weights"):
+        group.reset_parameters()
+
+
+@pytest.mark.parametrize("method", ["lora-dora", "efft2-dora"])
+def test_files_merging_banks_and_recomputation(method, tmp_path):
+    torch.manual_seed(0)
+    base = vit().double()
+    model, x = shake(ek.inject(copy.deepcopy(base), METHODS[method])).train(), images(dtype=torch.float64)
+    want = model(x)
+    grads = gradients(model, loss_of(model, x))
+    model.set_grad_checkpointing(True)
+    assert_same(gradients(model, loss_of(model, x)), grads)
+    ek.save_adapter(model, tmp_path / "a", head=True)
+    loaded = ek.load_adapter(copy.deepcopy(base), tmp_path / "a", factor_dtype=torch.float64)
+    torch.testing.assert_close(loaded(x), want)
+    bank = AdapterBank(copy.deepcopy(base), factor_dtype=torch.float64)
+    bank.add("a", tmp_path / "a")
+    with bank.use(["a", "a"]):
+        got = bank.model(x)
+    torch.testing.assert_close(got, want)
+    parameters = [p for group in model.efft.groups() for p in group.parameters()]
+    of_bank = torch.autograd.grad(got.square().sum(), bank.parameters("a")[: len(parameters)])
+    for grad, wanted in zip(of_bank, torch.autograd.grad(want.square().sum(), parameters)):
+        torch.testing.assert_close(grad, wanted)
+    ek.merge(loaded)
+    torch.testing.assert_close(loaded(x), want)
+
+
+def test_merging_rounds_once():
+    model = adapted(METHODS["lora-dora"]).bfloat16()
+    linear, pair = model.blocks[0].attn.qkv, model.efft.groups()[0].low_rank_pairs()["blocks.0.attn.qkv"]
+    update = dora.dense_update(linear.weight, pair.down, pair.up, pair.magnitude)
+    want = (linear.weight.double() + update.double()).bfloat16()
+    with pytest.warns(UserWarning, match="of the update to rounding"):
+        ek.merge(model)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, want)
+
+
+def test_attention_of_torch(tmp_path):
+    make = lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, batch_first=True)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([make()])}).double().eval()
+    attention, (x, z) = model["blocks"][0]["attn"], torch.randn(2, 2, 4, 16, dtype=torch.float64)
+    shake(ek.inject(model, config_of("lora"), head="keep"), 0.3)
+    found = [attention(*inputs)[0] for inputs in ((x, x, x), (x, z, z))]
+    with pytest.raises(ValueError, match="where PEFT has no dora"):
+        ek.export_lora(model, tmp_path)
+    ek.merge(model)
+    for inputs, want in zip(((x, x, x), (x, z, z)), found):
+        torch.testing.assert_close(attention(*inputs)[0], want)
+
+
+def test_refusals(tmp_path):
+    model = vit()
+    parametrizations.weight_norm(model.blocks[0].attn.qkv)
+    with pytest.raises(ValueError, match="dora=True needs a plain weight in blocks.0.attn.qkv"):
+        ek.inject(model, METHODS["lora-dora"])
+    with pytest.raises(ValueError, match="dora=True needs factor_dtype=torch.float32 or wider"):
+        ek.inject(vit(), METHODS["lora-dora"], factor_dtype=torch.bfloat16)
+    with torch.no_grad():
+        (model := vit()).blocks[1].attn.qkv.weight[3] = 0
+    with pytest.raises(ValueError, match="row of zeros, for which PEFT's dora gives NaN"):
+        ek.export_lora(ek.inject(model, METHODS["lora-dora"]), tmp_path / "lora")
+    with pytest.raises(TypeError, match="dora"):
+        ek.VeRAConfig(dora=True)
