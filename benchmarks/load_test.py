@@ -161,7 +161,7 @@ def malformed() -> dict[str, dict]:
         "no pixels": png(0, 0),
         "one pixel wide": png(1, 60_000, zlib.compress(bytes(4 * 60_000))),
         "ten thousand scans": jpeg[:-2] + scan * 10_000 + b"\xff\xd9",
-        "too large": bytes(10 * 2**20 + 5000),
+        "too large": bytes(20 * 2**20 + 5000),
     }
     return {
         **{name: {"body": body} for name, body in bodies.items()},

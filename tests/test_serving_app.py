@@ -5,6 +5,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ pytest.importorskip("python_multipart", reason="python-multipart, of the extra s
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
 from efft_kernels.serving import classifier as classifier_module
-from efft_kernels.serving import cli, server
+from efft_kernels.serving import cli, cluster, keys, places, server, start
 from efft_kernels.serving.classifier import Classifier, base_model
 from efft_kernels.serving.settings import ServerSettings, Settings
 
@@ -147,7 +148,7 @@ def test_malformed_requests_are_refused_with_4xx(tmp_path):
             continue
         headers = {"content-type": "application/octet-stream"} | request.get("headers", {})
         with pytest.raises((Refused, FileNotFoundError)) as refused:
-            upload = asyncio.run(parse(request["body"], headers, request.get("query"), max_bytes=10 * 2**20))[0]
+            upload = asyncio.run(parse(request["body"], headers, request.get("query"), max_bytes=20 * 2**20))[0]
             if upload.adapter:
                 touch(folder, upload.adapter)
             decode(upload.image, max_pixels=25_000_000)
@@ -371,7 +372,7 @@ def test_missing_folder(tmp_path):
         AdapterFolder(FakeBank(), tmp_path / "none", 1)
 
 
-def test_images_are_prepared_as_the_file_of_an_adapter_says(served, picture):
+def test_images_are_prepared_as_the_file_of_an_adapter_says(served, picture, monkeypatch):
     import efft_kernels as ek
 
     _, settings, files, _ = served
@@ -392,6 +393,12 @@ def test_images_are_prepared_as_the_file_of_an_adapter_says(served, picture):
         plain = classifier.prepare(Upload(files[0], None, 5))
         assert torch.equal(plain, classifier.preparation.transform()(picture)) and not torch.equal(image, plain)
         assert classifier.answer(upload, classifier.classify([image], ["stated"])[0])["label"] in labels
+        wide = classifier.prepare(Upload(files[0], "wide", 5))  # this model takes images of several sizes
+        assert wide.shape[1] == size[0] + 32
+        both = classifier.classify([image, wide, plain], ["stated", "wide", None])
+        for alone, name, found in zip((image, wide, plain), ("stated", "wide", None), both):
+            torch.testing.assert_close(classifier.classify([alone], [name])[0], found)
+        monkeypatch.setattr(classifier_module, "input_size", lambda model: size)
         with pytest.raises(Refused, match="'wide' needs images of another size") as refused:
             classifier.prepare(Upload(files[0], "wide", 5))
         assert refused.value.status == 422
@@ -592,28 +599,178 @@ def test_scores_that_are_not_finite_are_refused(served):
     assert refused.value.status == 422 and classifier.answer(uploads[1], good)["adapter"] == "adapter-1"
 
 
-@pytest.mark.parametrize("busy, least, most", [([], 0.5, 2), ([(0.2, 0.4)], 0.75, 2), ([(0, 99)], 2, 4)], ids=str)
+@pytest.mark.parametrize("busy, least, most", [([], 0.7, 2), ([(0.2, 0.4)], 0.75, 2), ([(0, 99)], 2, 4)], ids=str)
 def test_a_stop_waits_until_no_request_is_under_way(busy, least, most, monkeypatch):
-    """Also for a request that arrives after an idle poll, and no longer than the limit."""
+    """Also for a request that arrives after an idle poll, no longer than the limit, and long enough to be noticed."""
     monkeypatch.setattr(server, "IDLE_S", 0.5)
     start = time.monotonic()
 
     class Handle:
-        @property
-        def requests_under_way(self):
+        def broadcast(self, method):
+            assert method == "stop"
             return self
 
-        def remote(self):
-            return self
+        def results(self, timeout_s):
+            return [0, int(any(begin <= time.monotonic() - start < end for begin, end in busy))]
 
-        def result(self, timeout_s):
-            return int(any(begin <= time.monotonic() - start < end for begin, end in busy))
-
-    server.wait_until_idle(Handle(), 3, 2.0)
+    server.wait_until_idle(Handle(), 0.7, 2.0)
     assert least <= time.monotonic() - start < most
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"adapters": "none"}, "--adapters must be a folder, and there is none"),
+        ({"weights": "none"}, "--weights must be a file, and there is none"),
+        ({"model": "no_vit"}, "no_vit cannot be served: Unknown model"),
+        ({"num_classes": 11}, "cannot be served: .* size mismatch for head.weight"),
+        ({"backend": "magic"}, "cannot be served: .*magic"),
+        ({"labels": "latin-1"}, "labels in .*labels must be UTF-8"),
+        ({"labels": "short"}, "must have a line for each of the 10 classes"),
+        ({"key_file": "short"}, "--key-file: .* line 1: a key must have at least 16"),
+        ({"device": "cuda", "replicas": 99}, "--device cuda takes a GPU for each of 99 replicas"),
+    ],
+    ids=str,
+)
+def test_what_prevents_a_start_is_a_sentence(served, tmp_path, given, says):
+    if "labels" in given or "key_file" in given:
+        path = tmp_path / "labels"
+        path.write_bytes("\u00e9meu\nchat\n".encode(given.get("labels", "").replace("short", "") or "utf-8"))
+        given = {next(iter(given)): str(path)}
+    with pytest.raises(start.StartError, match=says):
+        start.check(served[1].model_copy(update=given), ServerSettings())
+
+
+def test_labels_of_adapters_are_read_at_the_start(served):
+    path = Path(served[1].adapters, "other.labels.txt")
+    path.write_bytes(b"\xff\xfea\0")
+    try:
+        with pytest.raises(start.StartError, match=r"other.labels.txt must be UTF-8"):
+            start.check(served[1], ServerSettings())
+    finally:
+        path.unlink()
+
+
+def test_ports_addresses_and_tokens(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(start.StartError, match=f"cannot listen on 127.0.0.1:{port}: another process listens there"):
+            start.free_port("127.0.0.1", port)
+        assert start.free_port("127.0.0.1", 0) not in (0, port)
+    with pytest.raises(start.StartError, match="--host no.such.host is not an address"):
+        start.free_port("no.such.host", port)
+    assert start.is_loopback("127.0.0.2") and start.is_loopback("::1") and not start.is_loopback("0.0.0.0")
+    for address, says in [
+        (f"127.0.0.1:{port}", "no Ray cluster can be reached"),
+        ("ray://a:1", "must be auto or HOST"),
+    ]:
+        with pytest.raises(start.StartError, match=says):
+            cluster._check_reachable(address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(start.StartError, match="RAY_AUTH_MODE is 'disabled', so Ray would not ask for a token"):
+        cluster.demand_token(ServerSettings())
+    cluster.demand_token(ServerSettings(insecure=True))
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    cluster.demand_token(ServerSettings())
+    assert os.environ.pop("RAY_AUTH_MODE") == "token"
+
+
+def test_slow_uploads_do_not_take_all_places(monkeypatch):
+    """The oldest is dropped for the next one, and each of them after a while; a quick one passes between them."""
+    monkeypatch.setattr(places, "GRACE_S", 0.05)
+
+    async def run():
+        uploads = places.Uploads(4, 0.5)
+
+        async def quick():
+            await asyncio.sleep(0.01)
+            return "image"
+
+        slow = [asyncio.create_task(uploads.receive(asyncio.sleep(99))) for _ in range(12)]
+        await asyncio.sleep(0.01)
+        assert len(uploads) == 4
+        assert await asyncio.wait_for(uploads.receive(quick()), 2) == "image"
+        found = await asyncio.gather(*slow, return_exceptions=True)
+        assert [error.status for error in found] == [408] * 12 and len(uploads) == 0
+        with pytest.raises(ZeroDivisionError):
+
+            async def broken():
+                return 1 / 0
+
+            await uploads.receive(broken())
+        left = asyncio.create_task(uploads.receive(asyncio.sleep(99)))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        assert len(uploads) == 0
+
+    asyncio.run(run())
+
+
+def test_keys(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# clients\n0123456789abcdef\n\nfedcba9876543210\n")
+    known = keys.read_keys(path)
+    for headers, right in [
+        ({"authorization": "Bearer fedcba9876543210"}, True), ({"x-api-key": "0123456789abcdef"}, True), ({}, False),
+        ({"authorization": "Bearer 0123456789abcde"}, False), ({"authorization": "Basic 0123456789abcdef"}, False),
+        ({"x-api-key": "# clients"}, False), ({"authorization": "Bearer "}, False),
+    ]:  # fmt: skip
+        assert keys.has_key(headers, known) is right
+    path.write_text("# none\n")
+    with pytest.raises(ValueError, match="must have a key"):
+        keys.read_keys(path)
+
+
+class FakeService:
+    stopping, allowed = False, True
+
+    async def classify(self, request):
+        self.check_key(request)
+        upload = await read_upload(request, max_bytes=100)
+        return {"adapter": upload.adapter, "image": len(upload.image)}
+
+    def describe(self):
+        return {"model": "m"}
+
+    def check_key(self, request):
+        if not self.allowed:
+            raise Refused(401, "no key")
+
+
+@pytest.mark.parametrize("prefix", ["", "/birds"])
+def test_http(prefix):
+    """Routes, pages and refusals, at / and at the path of a named service."""
+    api = pytest.importorskip("efft_kernels.serving.api", reason="FastAPI, of the extra serve, is not installed")
+    from starlette.testclient import TestClient
+
+    service = FakeService()
+    client = TestClient(api.build(lambda: service), root_path=prefix, follow_redirects=False)
+    path = prefix or "/"
+    assert client.get(path).json() == client.get(prefix + "/", headers={"accept": "*/*"}).json() == {"model": "m"}
+    assert client.post(path, params={"adapter": "a"}, content=b"abc").json() == {"adapter": "a", "image": 3}
+    body, headers = form(image=b"abc", adapter="b")
+    assert client.post(path, content=body, headers=headers).json() == {"adapter": "b", "image": 3}
+    refused = client.post(path, content=b"a" * 101)
+    assert (refused.status_code, refused.json()) == (413, {"error": "the body must have at most 100 bytes, got 101"})
+    assert client.put(path).headers["allow"] == "GET, POST" and client.get(prefix + "/none").status_code == 404
+    for url, accept in ((path, "text/html,*/*;q=0.8"), (prefix + "/docs", "*/*")):
+        page = client.get(url, headers={"accept": accept})
+        assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in str(page.headers)
+        assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text), "a page loads something from elsewhere"
+    schema = client.get(prefix + "/openapi.json").json()
+    assert schema["paths"].keys() == {"/", "/health"} and "multipart/form-data" in str(schema["paths"]["/"]["post"])
+    service.allowed = False
+    for answer in (client.get(path), client.post(path, content=b"abc")):
+        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    assert client.get(path, headers={"accept": "text/html"}).status_code == 200  # the page asks for the key
+    assert client.get(prefix + "/health").status_code == 200
+    service.stopping = True
+    stopping = client.get(prefix + "/health")
+    assert stopping.status_code == 503 and stopping.headers["retry-after"] == "1"
+
+
 @pytest.mark.slow
 def test_a_deployment_on_loopback(served, tmp_path):
     """Answers, refusals, a killed replica, clients that leave, overload, and a stop with requests under way."""

@@ -28,18 +28,19 @@ Requests for different adapters that arrive together share a batch and one forwa
 replica, Ray's proxy buffers all of its body that arrives: for untrusted clients, put a web server with a body limit in
 front.
 
-Statuses: 200; 400, 404, 405, 411, 413, 415, 422 for requests that would be refused again; 408, 500, 502, 503, 504 for
-requests that may be sent again, because answering changes nothing. 503 has Retry-After: too many requests wait, or the
-adapter budget has no room next to the adapters in use. 500 is also the answer if a replica died with the request.
-``GET /`` describes the service and one replica, ``GET /-/healthz`` is 200 while the service is up. Metrics are Ray's,
-and those with the prefix ``efft_``.
+Statuses: 200; 400, 401, 404, 405, 411, 413, 415, 422 for requests that would be refused again; 408, 500, 502, 503, 504
+for requests that may be sent again, because answering changes nothing. 503 has Retry-After: too many requests wait, the
+adapter budget has no room next to the adapters in use, or the service is stopping. 500 is also the answer if a replica
+died with the request.
 
-On SIGTERM or SIGINT the service answers the requests under way, then stops. An image decoder that crashes, which no
-image should cause, takes one replica with it, and Ray starts another.
+``GET /`` describes the service and one replica, or is a page for browsers; ``/docs`` and ``/openapi.json`` describe the
+requests; ``GET /health`` is 200 until the service begins to stop. Metrics are Ray's, and those with the prefix
+``efft_``. An image decoder that crashes, which no image should cause, takes one replica with it; Ray starts another.
 """
 
 import asyncio
 import logging
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,18 +48,19 @@ from concurrent.futures import ThreadPoolExecutor
 try:
     from ray import serve
     from starlette.requests import Request
-    from starlette.responses import JSONResponse
 except ImportError as error:
     raise ImportError("the service needs Ray Serve: pip install 'efft_kernels[serve]'", name=error.name) from error
 
 from torch import Tensor
 
+from . import api
 from .classifier import Classifier
+from .keys import has_key, read_keys
+from .places import Uploads
 from .settings import Settings
 from .uploads import Refused, read_upload
 
 log = logging.getLogger("efft_kernels.serving")
-RETRY_S = 1  # Retry-After of a 503
 STUCK_S = 120.0  # a replica whose forward takes longer is replaced
 
 
@@ -67,12 +69,13 @@ def app(settings: Settings) -> serve.Application:
     # Ray reads this when it starts: it reports usage to its makers only if its user asks for it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     return serve.deployment(
-        EFFTClassifier,
+        serve.ingress(_http)(EFFTClassifier),
         name="EFFTClassifier",
         num_replicas=settings.replicas,
-        max_ongoing_requests=settings.max_ongoing,
+        # a replica counts the requests itself, because it alone knows which of them have arrived
+        max_ongoing_requests=settings.max_uploads + _most_accepted(settings),
         max_queued_requests=settings.max_queued,
-        backpressure_config={"retry_after_s": RETRY_S},
+        backpressure_config={"retry_after_s": api.RETRY_S},
         graceful_shutdown_timeout_s=settings.stop_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
@@ -81,8 +84,18 @@ def app(settings: Settings) -> serve.Application:
     ).bind(settings)
 
 
+def _http():
+    """Called by Ray in each replica."""
+    return api.build(lambda: serve.get_replica_context().servable_object)
+
+
+def _most_accepted(settings: Settings) -> int:
+    """Requests whose image has arrived that a replica may hold: those it works on, and its share of those that wait."""
+    return settings.max_ongoing + math.ceil(settings.max_queued / settings.replicas)
+
+
 class EFFTClassifier:
-    """One replica: HTTP requests in, batches to its :class:`Classifier`, JSON out."""
+    """One replica: HTTP requests (api.py) in, batches to its :class:`Classifier`, JSON out."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -91,7 +104,11 @@ class EFFTClassifier:
         self.computing = ThreadPoolExecutor(1, "compute")
         self.decoding = ThreadPoolExecutor(settings.threads, "decode")
         self.forward_since: float | None = None
-        self.under_way = 0
+        self.keys = read_keys(settings.key_file) if settings.key_file else ()
+        self.uploads = Uploads(settings.max_uploads, settings.upload_s)
+        self.under_way = self.accepted = 0  # requests; those of them whose image has arrived
+        self.most_accepted = _most_accepted(settings)
+        self.stopping = False
         self.batched.set_max_batch_size(settings.max_batch)
         self.batched.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
         self._make_metrics()
@@ -108,40 +125,54 @@ class EFFTClassifier:
         self.loads = metrics.Gauge("efft_adapter_loads", "adapters loaded since the start")
         self.evictions = metrics.Gauge("efft_adapter_evictions", "adapters evicted since the start")
 
-    async def __call__(self, request: Request) -> JSONResponse:
-        start = time.perf_counter()
-        self.under_way += 1
-        try:
-            status, data = 200, await self.respond(request)
-        except Refused as error:
-            status, data = error.status, {"error": str(error)}
-        except Exception:
-            log.exception("a request failed")
-            status, data = 500, {"error": "internal error"}
-        finally:
-            self.under_way -= 1
-        self.answers.inc(tags={"status": str(status)})
-        self.seconds.observe(time.perf_counter() - start)
-        headers = {"retry-after": str(RETRY_S)} if status == 503 else {"allow": "GET, POST"} if status == 405 else None
-        return JSONResponse(data, status, headers)
-
-    async def respond(self, request: Request) -> dict:
-        """The answer to a request as data for JSON.
+    async def classify(self, request: Request) -> dict:
+        """The answer to a POST as data for JSON.
 
         Raises:
             Refused: the request cannot be answered with 200.
         """
-        if request.method == "GET":
-            return self.describe()
-        if request.method != "POST":
-            raise Refused(405, f"the method must be POST, with an image, got {request.method}")
-        upload = await read_upload(request, max_bytes=self.settings.max_bytes)
-        loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
-        scores = await self.batched((image, upload.adapter))
-        if isinstance(scores, Refused):
-            raise scores
-        return await loop.run_in_executor(self.decoding, self.classifier.answer, upload, scores)
+        start, status = time.perf_counter(), 200
+        self.under_way += 1
+        try:
+            return await self._answer(request)
+        except Refused as error:
+            status = error.status
+            raise
+        except Exception as error:
+            log.exception("a request failed")
+            status = 500
+            raise Refused(500, "internal error") from error
+        finally:
+            self.under_way -= 1
+            self.answers.inc(tags={"status": str(status)})
+            self.seconds.observe(time.perf_counter() - start)
+
+    async def _answer(self, request: Request) -> dict:
+        if self.stopping:
+            raise Refused(503, "the service is stopping")
+        self.check_key(request)
+        self._check_room()
+        upload = await self.uploads.receive(read_upload(request, max_bytes=self.settings.max_bytes))
+        self._check_room()
+        self.accepted += 1
+        try:
+            loop = asyncio.get_running_loop()
+            image = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
+            scores = await self.batched((image, upload.adapter))
+            if isinstance(scores, Refused):
+                raise scores
+            return await loop.run_in_executor(self.decoding, self.classifier.answer, upload, scores)
+        finally:
+            self.accepted -= 1
+
+    def check_key(self, request: Request) -> None:
+        """Raise Refused, 401, for a request without one of the API keys, if there are any."""
+        if self.keys and not has_key(request.headers, self.keys):
+            raise Refused(401, "the request must have an API key, as the header Authorization: Bearer KEY")
+
+    def _check_room(self) -> None:
+        if self.accepted >= self.most_accepted:
+            raise Refused(503, f"{self.accepted} requests wait already")
 
     # size and waiting time are set from the settings in __init__
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
@@ -161,8 +192,9 @@ class EFFTClassifier:
             self.loads.set(folder.loads)
             self.evictions.set(folder.evictions)
 
-    async def requests_under_way(self) -> int:
-        """Called through the application's handle, to stop the service when it is idle."""
+    async def stop(self) -> int:
+        """Refuse new requests from now on. Called through the handle; returns the number of requests under way."""
+        self.stopping = True
         return self.under_way
 
     def describe(self) -> dict:
@@ -173,7 +205,7 @@ class EFFTClassifier:
             "model": self.settings.model,
             "adapters": folder.names(),
             "loaded": {"adapters": folder.loaded, "bytes": folder.bytes},
-            "in_use": {"adapters": folder.in_use, "requests": self.under_way - 1},  # without this request
+            "in_use": {"adapters": folder.in_use, "requests": self.under_way},
             "limits": {name: getattr(self.settings, name) for name in limits},
         }
 

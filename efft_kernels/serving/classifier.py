@@ -35,7 +35,7 @@ class Classifier:
         self.bank = AdapterBank(self.model, backend=settings.backend or None, factor_dtype=self.dtype)
         self.folder = AdapterFolder(self.bank, settings.adapters, settings.adapter_bytes)
         self._stated_labels: dict[str, Sequence[str]] = {}  # adapter -> labels in its file
-        self.own_labels = _lines(settings.labels) if settings.labels else []
+        self.own_labels = read_labels(settings.labels) if settings.labels else []
         if self.own_labels and len(self.own_labels) != self.bank.classes(None):
             raise ValueError(
                 f"{settings.labels} must have a line for each of the {self.bank.classes(None)} classes of "
@@ -51,7 +51,7 @@ class Classifier:
         """
         with self._hold(upload.adapter) as key:
             preparation = (None if key is None else self.bank.preparation(key)) or self.preparation
-            if preparation.size != self.preparation.size:
+            if preparation.size != (input_size(self.model) or preparation.size):
                 log.warning("adapter %r needs images of %s pixels", upload.adapter, preparation.size)
                 raise Refused(422, f"adapter {upload.adapter!r} needs images of another size than the model takes")
             if key is not None:
@@ -64,7 +64,7 @@ class Classifier:
         images: Sequence[Tensor],  # each [3, H, W]
         adapters: Sequence[str | None],
     ) -> list[Tensor | Refused]:  # each [classes]
-        """Probabilities of each image under its adapter, from one forward of the model.
+        """Probabilities of each image under its adapter, from one forward of the model for each size of image.
 
         The adapters stay in the bank during the forward. An image whose adapter cannot be loaded gets a
         :class:`Refused` in place of probabilities: 404 if there is no such file, 422 if the file does not fit the
@@ -78,8 +78,11 @@ class Classifier:
                 except Refused as error:
                     held[adapter] = error
             results = [held[adapter] for adapter in adapters]
-            rows = [i for i, key in enumerate(results) if not isinstance(key, Refused)]
-            if rows:
+            sizes: dict[torch.Size, list[int]] = {}  # adapters may want several, if the model takes them
+            for i, key in enumerate(results):
+                if not isinstance(key, Refused):
+                    sizes.setdefault(images[i].shape, []).append(i)
+            for rows in sizes.values():
                 keys = [results[i] for i in rows]
                 x = torch.stack([images[i] for i in rows]).to(self.settings.device, self.dtype)
                 with torch.inference_mode(), self.bank.use(keys):
@@ -130,7 +133,7 @@ class Classifier:
             return self.own_labels
         path = self.folder.path / f"{adapter}.labels.txt"
         try:
-            labels = _lines(path)
+            labels = read_labels(path)
         except FileNotFoundError:
             labels = self._stated_labels.get(adapter, ())
         except (OSError, ValueError) as error:
@@ -163,6 +166,7 @@ def default_preparation(model: nn.Module) -> Preparation:
     return replace(made, size=input_size(model) or made.size)
 
 
-def _lines(path: str | os.PathLike) -> list[str]:
+def read_labels(path: str | os.PathLike) -> list[str]:
+    """The lines of a labels file in UTF-8, without blank ones."""
     with open(path, encoding="utf-8-sig") as file:  # Windows' editors write the mark
         return [line.strip() for line in file if line.strip()]

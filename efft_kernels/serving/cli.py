@@ -16,7 +16,8 @@ examples:
   curl http://127.0.0.1:8000/
       list the adapters and the state of the service
 
-The service has no authentication. For clients on other machines put a web server in front of it.
+Open http://127.0.0.1:8000/ in a browser to try it; /docs describes the requests.
+Clients on other machines: --key-file, and a web server in front of the service (docs/serving.md).
 SIGTERM and SIGINT stop it after the requests under way have been answered.
 """
 
@@ -36,6 +37,14 @@ def parser() -> argparse.ArgumentParser:
         for name, field in model.model_fields.items():
             choices = typing.get_args(field.annotation)  # of a Literal
             default = "" if field.is_required() or field.default == "" else f" (default: {field.default})"
+            if field.annotation is bool:
+                group.add_argument(
+                    f"--{name}",
+                    action="store_true",
+                    default=argparse.SUPPRESS,
+                    help=" ".join(field.description.split()),
+                )
+                continue
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 required=field.is_required(),
@@ -75,8 +84,11 @@ def _dashed(arg: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        from .server import run
-
-        run(*settings(sys.argv[1:] if argv is None else argv))
+        application, server = settings(sys.argv[1:] if argv is None else argv)
+        from .server import StartError, run  # imports torch, which takes seconds
     except ImportError as error:
+        raise SystemExit(f"{PROG}: {error}") from error
+    try:
+        run(application, server)
+    except (ImportError, StartError) as error:
         raise SystemExit(f"{PROG}: {error}") from error

@@ -1,72 +1,165 @@
-"""Run the application until SIGTERM or SIGINT, on a Ray that is started here or on a running cluster."""
+"""Run the application until SIGTERM or SIGINT, on a Ray of its own or on a running cluster."""
 
 import logging
-import os
 import signal
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
+from . import cluster
 from .settings import ServerSettings, Settings
+from .start import StartError, check, free_port, is_loopback, sentence
 
 log = logging.getLogger("efft_kernels.serving")
 # how long no request may be under way before the application is deleted: Ray retries a request that found all replicas
 # full after up to half a second
 IDLE_S = 2.0
+_SAY_S = 15.0  # between two sentences about what a start waits for
+
+
+class Stopped(Exception):
+    """A signal came before the service was up."""
 
 
 def run(settings: Settings, server: ServerSettings) -> None:
-    """Serve until SIGTERM or SIGINT, then answer the requests under way and stop.
+    """Serve until SIGTERM or SIGINT, then answer the requests under way and stop. A start ends at these signals, too.
 
     Raises:
         ImportError: Ray Serve is not installed.
+        StartError: the service cannot start; the message says why.
     """
-    from .app import app  # ray takes seconds to import
+    stop = threading.Event()
+    _listen_for(stop)
+    try:
+        cluster.demand_token(server)
+        check(settings, server)
+        host, port = server.host, server.port
+        if not server.address:
+            port = free_port(host, port)
+        _go_on(stop)
+        from .app import app  # imports Ray, which takes seconds
 
-    application = app(settings)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        application = app(settings)
+        with cluster.ray_for(settings, server):
+            _listen_for(stop)  # ray.init sets handlers of its own, which end the process at once
+            _go_on(stop)
+            from ray import serve
+
+            if server.address and (found := cluster.listening(server)):
+                host, port = found
+            elif server.address:
+                port = free_port(host, port)
+            if not (settings.key_file or is_loopback(host)):
+                print(
+                    f"warning: the service listens on {host} without an API key: whoever reaches it can use it. "
+                    "--key-file names a file of keys",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            claim = cluster.claim_name(server)
+            http = {"host": host, "port": port, "request_timeout_s": server.timeout_s}
+            try:
+                _deploy(application, settings, server, http, stop)
+                url = f"http://{host}:{port}{server.prefix}"
+                print(f"serving {settings.model} on {url}, adapters from {settings.adapters}", flush=True)
+                stop.wait()
+                print("stopping", flush=True)
+                _drain(serve.get_app_handle(server.name), settings, server)
+            finally:
+                if server.address:
+                    serve.delete(server.name)
+                else:
+                    cluster.end_proxies()
+                del claim
+    except Stopped:
+        print("stopped before the service was up", flush=True)
+
+
+def _listen_for(stop: threading.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _go_on(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Stopped
+
+
+def _deploy(application, settings: Settings, server: ServerSettings, http: dict, stop: threading.Event) -> None:
+    """Deploy the application and wait until it answers."""
     import ray
     from ray import serve
+    from ray.serve.api import RunTarget
 
-    if server.address:
-        ray.init(address=server.address, log_to_driver=False)
-    else:
-        ray.init(
-            num_cpus=max(settings.replicas * settings.threads, os.cpu_count() or 1),
-            object_store_memory=server.object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+    start, said = time.monotonic(), time.monotonic()
+    target = RunTarget(application, name=server.name, route_prefix=server.prefix)
     try:
-        # after ray.init, whose own handlers would end the process at once
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        serve.start(http_options={"host": server.host, "port": server.port, "request_timeout_s": server.timeout_s})
-        handle = serve.run(application, name="efft", route_prefix="/")
-        url = f"http://{server.host}:{server.port}"
-        print(f"serving {settings.model} on {url}, adapters from {settings.adapters}", flush=True)
-        stop.wait()
-        print("stopping", flush=True)
-        wait_until_idle(handle, 3 * settings.replicas, settings.stop_s)
-        serve.delete("efft")
-    finally:
-        if not server.address:
-            serve.shutdown()
-        ray.shutdown()
+        serve.start(http_options=http)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except Exception as error:  # Ray raises errors of many types
+        raise StartError(f"Ray Serve cannot deploy the service: {sentence(error)}") from error
+    need = {"CPU": settings.replicas * settings.threads}
+    if settings.device.startswith("cuda"):
+        need["GPU"] = settings.replicas
+    while True:
+        found = serve.status().applications.get(server.name)
+        state = getattr(found, "status", "NOT_STARTED")
+        if state == "DEPLOY_FAILED":
+            raise StartError(f"the replicas cannot start: {sentence(Exception(found.message))}")
+        # this machine may have no replica, and then its Serve does not listen here
+        if state == "RUNNING" and (_answers(http, server.prefix) or server.address):
+            return
+        _go_on(stop)
+        waited = time.monotonic() - start
+        have = ray.cluster_resources()
+        lacking = [f"{n} {what} (it has {have.get(what, 0):g})" for what, n in need.items() if have.get(what, 0) < n]
+        why = f"the cluster must have {' and '.join(lacking)}" if lacking else f"the application is {state}"
+        if waited > server.start_s:
+            raise StartError(f"the service is not up after {waited:.0f} s: {why}")
+        if time.monotonic() - said > _SAY_S:
+            said = time.monotonic()
+            print(f"waiting for {waited:.0f} s: {why}", flush=True)
+        stop.wait(0.2)
 
 
-def wait_until_idle(handle, polls: int, seconds: float) -> None:
-    """Wait until ``polls`` polls in a row, over at least IDLE_S, find no request under way, or ``seconds`` have passed.
+def _answers(http: dict, prefix: str) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(http["host"], http["host"])
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{host}:{http['port']}{prefix.rstrip('/')}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError as error:
+        log.info("while starting: %s", error)
+        return False
 
-    Ray chooses the replica that answers each poll. Deleting the application would drop requests that still wait for a
-    replica; while there are any, all replicas are busy or were a moment ago.
-    """
-    end, quiet, since = time.monotonic() + seconds, 0, time.monotonic()
-    while (quiet < polls or time.monotonic() < since + IDLE_S) and time.monotonic() < end:
+
+def _drain(handle, settings: Settings, server: ServerSettings) -> None:
+    if not server.address:
         try:
-            busy = handle.requests_under_way.remote().result(timeout_s=max(0.1, end - time.monotonic()))
-        except Exception as error:  # a replica that has just died, or a full queue
+            cluster.fail_health_checks()
+        except Exception as error:  # a proxy that has died
+            log.warning("health checks of Ray do not fail while the service stops: %s", error)
+    wait_until_idle(handle, server.drain_s, settings.stop_s)
+
+
+def wait_until_idle(handle, least: float, most: float) -> None:
+    """Have all replicas refuse new requests, and wait until for IDLE_S none was under way in any of them: at least
+    ``least`` seconds, and not longer than that or ``most``.
+
+    Deleting the application would drop requests that still wait for a replica; while there are any, replicas are busy
+    or were a moment ago. Replicas that start meanwhile are told at the next turn.
+    """
+    start = since = time.monotonic()
+    while (now := time.monotonic()) < start + max(least, most) and not (now >= start + least and now >= since + IDLE_S):
+        try:
+            busy = sum(handle.broadcast("stop").results(timeout_s=5))
+        except Exception as error:  # a replica that has just died
             log.info("while waiting for the last answers: %s", error)
             busy = True
-        quiet, since = (0, time.monotonic()) if busy else (quiet + 1, since)
+        if busy:
+            since = time.monotonic()
         time.sleep(0.1)

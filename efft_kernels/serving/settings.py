@@ -55,6 +55,9 @@ class Settings(_Checked):
     labels: FilePath = ""
     """file with the names of the model's own classes, one per line; those of an adapter are in its file, or in
     NAME.labels.txt next to it"""
+    key_file: FilePath = ""
+    """file with API keys, one per line, of which a request must bring one, as Authorization: Bearer KEY; empty for no
+    keys"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """data type the model computes in"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d+)?$")] = "cpu"
@@ -72,14 +75,18 @@ class Settings(_Checked):
     """milliseconds that an image waits for others to share its forward"""
     adapter_bytes: Count = 2**30
     """memory budget for adapters in each replica; the least recently used are evicted"""
-    max_bytes: Count = 10 * 2**20
-    """size limit of an image file"""
+    max_bytes: Count = 20 * 2**20
+    """size limit of an image file, with the video that a phone appends to it"""
     max_pixels: Count = 25_000_000
     """limit of width times height of an image"""
     max_ongoing: Count = 32
-    """requests that one replica accepts at a time; further ones wait"""
+    """requests that one replica works on at a time; further ones wait"""
     max_queued: Annotated[int, Field(ge=0)] = 128
-    """requests that may wait; further ones are answered with 503"""
+    """requests that may wait, shared by the replicas; further ones are answered with 503"""
+    max_uploads: Count = 64
+    """images that may be arriving at one replica, apart from those; the oldest is dropped for the next one"""
+    upload_s: Annotated[float, Field(gt=0)] = 30.0
+    """seconds within which an image must arrive"""
     stop_s: NonNegative = 20.0
     """seconds that a stopping replica has to answer the requests it has accepted"""
 
@@ -87,13 +94,29 @@ class Settings(_Checked):
 class ServerSettings(_Checked):
     """Where the service listens, and the Ray that runs it."""
 
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,39})$")] = "efft"
+    """name of the service on a cluster. efft is served at /, any other NAME at /NAME"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 for all"""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """port to listen on"""
     address: str = ""
-    """address of a running Ray cluster, auto for the one on this machine; empty to start Ray here"""
+    """address of a running Ray cluster, auto for the one on this machine; empty to start a Ray of its own"""
+    insecure: bool = False
+    """serve although Ray asks for no token: whoever reaches its ports can run code on the cluster"""
+    replace: bool = False
+    """take the place of a service of this name on the cluster whose command has ended"""
     object_store_bytes: Count = 100 * 2**20
     """shared memory of a Ray that is started here; the service puts nothing large into it"""
     timeout_s: NonNegative = 60.0
     """seconds after which a request is answered with 408"""
+    start_s: Annotated[float, Field(gt=0)] = 600.0
+    """seconds after which a start is given up"""
+    drain_s: NonNegative = 5.0
+    """seconds for which a stopping service answers new requests and health checks with 503 at least, so that a load
+    balancer sends them elsewhere"""
+
+    @property
+    def prefix(self) -> str:
+        """Path of the service."""
+        return "/" if self.name == "efft" else f"/{self.name}"
