@@ -45,6 +45,7 @@ class Answer(Score):
 
 class Description(BaseModel):
     model: str
+    classes: int = Field(description="classes of the model without an adapter; 0 if it has none")
     adapters: list[str] = Field(description="names of the adapters that can be asked for")
     loaded: dict[str, int] = Field(description="adapters in the memory of the replica that answered, and their bytes")
     in_use: dict[str, int] = Field(description="adapters and requests that this replica works on")
@@ -109,6 +110,7 @@ def build(service: Callable[[], Service]) -> FastAPI:
     @api.post(
         "/",
         summary="Classify an image",
+        response_description="the best classes",
         response_model=Answer,
         openapi_extra=_UPLOAD,
         responses=_problems(
@@ -129,16 +131,21 @@ def build(service: Callable[[], Service]) -> FastAPI:
         "/",
         summary="Describe the service",
         response_model=Description,
+        response_description="JSON, or for a browser the page that classifies images",
         responses={200: {"content": {"text/html": {}}}} | _problems(_401="no API key, or an unknown one"),
     )
     async def describe(request: Request):
-        """JSON, or for a browser the page that classifies images."""
         if "text/html" in request.headers.get("accept", ""):
-            return page("index.html")
+            return _page("index.html")
         service().check_key(request)
         return JSONResponse(service().describe(), headers={"vary": "Accept"})
 
-    @api.get("/health", summary="Whether it takes requests", responses=_problems(_503="the service is stopping"))
+    @api.get(
+        "/health",
+        summary="Whether the service takes requests",
+        response_description="it does",
+        responses=_problems(_503="it is stopping"),
+    )
     async def health():
         if service().stopping:
             raise Refused(503, "the service is stopping")
@@ -146,12 +153,12 @@ def build(service: Callable[[], Service]) -> FastAPI:
 
     @api.get("/docs", include_in_schema=False)
     async def docs():
-        return page("docs.html")
+        return _page("docs.html")
 
     return api
 
 
-def page(name: str) -> HTMLResponse:
+def _page(name: str) -> HTMLResponse:
     """A file of the folder page/."""
     return HTMLResponse((_PAGES / name).read_text(encoding="utf-8"), headers=_HEADERS)
 

@@ -203,6 +203,7 @@ class EFFTClassifier:
         limits = ("max_bytes", "max_pixels", "max_batch", "adapter_bytes")
         return {
             "model": self.settings.model,
+            "classes": self.classifier.classes,
             "adapters": folder.names(),
             "loaded": {"adapters": folder.loaded, "bytes": folder.bytes},
             "in_use": {"adapters": folder.in_use, "requests": self.under_way},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import timm
-from ..layouts import input_size
+from ..layouts import classifiers_of, input_size
 from ..preparation import Preparation
 from .bank import AdapterBank
 from .folder import AdapterFolder, DoesNotFit
@@ -35,11 +35,15 @@ class Classifier:
         self.bank = AdapterBank(self.model, backend=settings.backend or None, factor_dtype=self.dtype)
         self.folder = AdapterFolder(self.bank, settings.adapters, settings.adapter_bytes)
         self._stated_labels: dict[str, Sequence[str]] = {}  # adapter -> labels in its file
+        # of the model without an adapter
+        self.classes = (
+            0 if any(c.weight.isnan().all() for _, c in classifiers_of(self.model)) else self.bank.classes(None)
+        )
         self.own_labels = read_labels(settings.labels) if settings.labels else []
-        if self.own_labels and len(self.own_labels) != self.bank.classes(None):
+        if self.own_labels and len(self.own_labels) != self.classes:
             raise ValueError(
-                f"{settings.labels} must have a line for each of the {self.bank.classes(None)} classes of "
-                f"{settings.model}, got {len(self.own_labels)}"
+                f"{settings.labels} must have a line for each of the {self.classes} classes of {settings.model}, got "
+                f"{len(self.own_labels)}"
             )
 
     def prepare(self, upload: Upload) -> Tensor:  # [3, H, W]
@@ -49,15 +53,27 @@ class Classifier:
         Raises:
             Refused: as :meth:`classify` and :func:`decode`.
         """
-        with self._hold(upload.adapter) as key:
+        with self._checked(upload.adapter) as preparation:
+            return preparation.transform()(decode(upload.image, max_pixels=self.settings.max_pixels))
+
+    def check(self, adapter: str | None) -> None:
+        """Load an adapter, or raise Refused as :meth:`prepare`, after its reason has been logged."""
+        with self._checked(adapter):
+            pass
+
+    @contextlib.contextmanager
+    def _checked(self, adapter: str | None) -> Iterator[Preparation]:
+        if adapter is None and not self.classes:
+            raise Refused(400, f"adapter must be given: {self.settings.model} has no classes without an adapter")
+        with self._hold(adapter) as key:
             preparation = (None if key is None else self.bank.preparation(key)) or self.preparation
             if preparation.size != (input_size(self.model) or preparation.size):
-                log.warning("adapter %r needs images of %s pixels", upload.adapter, preparation.size)
-                raise Refused(422, f"adapter {upload.adapter!r} needs images of another size than the model takes")
+                log.warning("adapter %r needs images of %s pixels", adapter, preparation.size)
+                raise Refused(422, f"adapter {adapter!r} needs images of another size than the model takes")
             if key is not None:
-                self._stated_labels[upload.adapter] = self.bank.labels(key) or ()
-                self._labels(upload.adapter, self.bank.classes(key))
-            return preparation.transform()(decode(upload.image, max_pixels=self.settings.max_pixels))
+                self._stated_labels[adapter] = self.bank.labels(key) or ()
+                self._labels(adapter, self.bank.classes(key))
+            yield preparation
 
     def classify(
         self,
@@ -146,17 +162,31 @@ class Classifier:
 
 
 def base_model(settings: Settings) -> nn.Module:
-    """The model in eval mode, without adapters."""
+    """The model in eval mode, without adapters. A classifier that its weights do not have, because they were trained
+    without labels or for other classes, is NaN: adapters bring their own.
+
+    Raises:
+        ValueError: the weights do not fit the model.
+    """
     library = timm("serve")
     options = {"num_classes": settings.num_classes} if settings.num_classes else {}
     if settings.image_size:
         options["img_size"] = settings.image_size
     torch.manual_seed(0)  # without a checkpoint all replicas get the same random weights
     model = library.create_model(settings.model, **options)
+    if alone := not list(classifiers_of(model)):
+        model.reset_classifier(1)
+    if settings.weights or alone:
+        for _, linear in classifiers_of(model):
+            nn.init.constant_(linear.weight, float("nan"))
     if settings.weights:
         # with it, tables of positions are interpolated to the size of the images
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        library.models.load_checkpoint(model, settings.weights, filter_fn=adapt)
+        keys = library.models.load_checkpoint(model, settings.weights, strict=False, filter_fn=adapt)
+        own = {f"{path}.{name}" for path, _ in classifiers_of(model) for name in ("weight", "bias")}
+        if keys and (wrong := {*keys.unexpected_keys, *keys.missing_keys} - own):  # None for files of NumPy
+            what = "lack" if wrong & {*keys.missing_keys} else "have"
+            raise ValueError(f"the weights in {settings.weights} {what} {min(wrong)}, unlike {settings.model}")
     return model.to(settings.device, getattr(torch, settings.dtype)).eval()
 
 

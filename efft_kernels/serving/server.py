@@ -10,7 +10,7 @@ import urllib.request
 
 from . import cluster
 from .settings import ServerSettings, Settings
-from .start import StartError, check, free_port, is_loopback, sentence
+from .start import StartError, check_files, check_model, free_port, is_loopback, sentence
 
 log = logging.getLogger("efft_kernels.serving")
 # how long no request may be under way before the application is deleted: Ray retries a request that found all replicas
@@ -34,10 +34,12 @@ def run(settings: Settings, server: ServerSettings) -> None:
     _listen_for(stop)
     try:
         cluster.demand_token(server)
-        check(settings, server)
+        check_files(settings, server)
         host, port = server.host, server.port
         if not server.address:
             port = free_port(host, port)
+        print(f"checking {settings.model} and the adapters in {settings.adapters}", flush=True)
+        check_model(settings)
         _go_on(stop)
         from .app import app  # imports Ray, which takes seconds
 
@@ -106,7 +108,7 @@ def _deploy(application, settings: Settings, server: ServerSettings, http: dict,
         need["GPU"] = settings.replicas
     while True:
         found = serve.status().applications.get(server.name)
-        state = getattr(found, "status", "NOT_STARTED")
+        state = found.status.value if found else "NOT_STARTED"
         if state == "DEPLOY_FAILED":
             raise StartError(f"the replicas cannot start: {sentence(Exception(found.message))}")
         # this machine may have no replica, and then its Serve does not listen here

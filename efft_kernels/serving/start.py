@@ -1,37 +1,48 @@
 """What the command checks itself before anything is started, so that errors are sentences and come within seconds."""
 
 import errno
+import glob
 import ipaddress
+import logging
 import os
 import socket
+import time
 
 import torch
 
+from ..hub import is_on_hub
 from .classifier import Classifier, read_labels
 from .keys import read_keys
 from .settings import ServerSettings, Settings
+from .uploads import Refused, check_adapter_name
+
+_LOADING_S = 5.0  # how long a start loads adapters, to warn of those that do not fit
+
+
+log = logging.getLogger("efft_kernels.serving")
 
 
 class StartError(Exception):
     """The service cannot start; the message is for the console."""
 
 
-def check(settings: Settings, server: ServerSettings) -> None:
-    """Check files, device and model: the model is built here once as each replica will build it, on the CPU.
+def check_files(settings: Settings, server: ServerSettings) -> None:
+    """Check what costs no time: names, files, the number of GPUs.
 
     Raises:
         StartError: the first thing that is wrong, by the name of its option.
     """
     if server.name in ("docs", "health", "-"):
         raise StartError(f"--name must not be {server.name!r}, which is a path of the service at /")
-    if not os.path.isdir(settings.adapters):
+    on_hub = is_on_hub(settings.adapters)
+    if not (on_hub or os.path.isdir(settings.adapters)):
         raise StartError(f"--adapters must be a folder, and there is none at {settings.adapters}")
     for name in ("weights", "labels", "key_file"):
         path = getattr(settings, name)
         if path and not os.path.isfile(path):
             raise StartError(f"--{name.replace('_', '-')} must be a file, and there is none at {path}")
-    labels = [settings.labels] if settings.labels else []
-    for path in labels + sorted(e.path for e in os.scandir(settings.adapters) if e.name.endswith(".labels.txt")):
+    labels = [] if on_hub else sorted(glob.glob(os.path.join(glob.escape(settings.adapters), "*.labels.txt")))
+    for path in [settings.labels] * bool(settings.labels) + labels:
         try:
             read_labels(path)
         except UnicodeDecodeError as error:
@@ -50,12 +61,33 @@ def check(settings: Settings, server: ServerSettings) -> None:
                 f"--device {settings.device} takes a GPU for each of {settings.replicas} replicas, and torch "
                 f"{torch.__version__} finds {found} on this machine"
             )
+
+
+def check_model(settings: Settings) -> None:
+    """Build the model once as each replica will build it, on the CPU, and load adapters of the folder into it: those
+    that cannot be served are named in warnings.
+
+    Raises:
+        StartError: the model, its weights, labels or backend cannot be served.
+    """
     try:
-        Classifier(settings.model_copy(update={"device": "cpu"}))
+        classifier = Classifier(settings.model_copy(update={"device": "cpu"}))
     except ImportError:
         raise
     except Exception as error:  # timm and torch raise errors of many types for names and files that they cannot use
         raise StartError(f"{settings.model} cannot be served: {sentence(error)}") from error
+    names, end = classifier.folder.names(), time.monotonic() + _LOADING_S
+    for done, name in enumerate(names):
+        if time.monotonic() > end:
+            log.warning(
+                "%d of %d adapters have been checked; the others will be when they are asked for", done, len(names)
+            )
+            break
+        try:
+            classifier.check(check_adapter_name(name))
+        except Refused as error:
+            if error.status == 400:  # the reasons of others are logged
+                log.warning("adapter %r cannot be served: %s", name, error)
 
 
 def free_port(host: str, port: int) -> int:

@@ -1,0 +1,113 @@
+"""The page of the service in headless Chromium: a key, an image that is dropped, and its scores under two adapters."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="FastAPI, of the extra serve, is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn, of the extra serve, is not installed")
+from efft_kernels.serving import api
+from efft_kernels.serving.classifier import Classifier
+from efft_kernels.serving.keys import has_key, read_keys
+from efft_kernels.serving.uploads import Refused, read_upload
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+KEY = "0123456789abcdef"
+USER = """<script>(async () => {
+  const until = async (what) => { while (!what()) await new Promise(go => setTimeout(go, 20)); };
+  await until(() => !$("key-card").hidden);
+  $("key").value = KEY; $("key").dispatchEvent(new Event("change"));
+  await until(() => document.querySelector("#adapters input"));
+  for (const box of document.querySelectorAll("#adapters input")) if (!box.checked) box.click();
+  const data = new DataTransfer(), bytes = Uint8Array.from(atob(IMAGE), c => c.charCodeAt(0));
+  data.items.add(new File([bytes], "cat.png", {type: "image/png"}));
+  document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, cancelable: true}));
+  await until(() => document.querySelectorAll("#results .card:not(.waiting)").length === 3);
+  const cards = [...document.querySelectorAll("#results .card")].map(card => [card.querySelector("h2").textContent,
+    [...card.querySelectorAll(".row")].map(row => [...row.querySelectorAll("span")].map(one => one.textContent))]);
+  const box = one => $(one).getBoundingClientRect();
+  document.title = JSON.stringify({cards, width: document.documentElement.scrollWidth, room: innerWidth,
+    picture: box("picture").height, below: box("results").top > box("adapters").bottom});
+})()</script>"""
+
+
+class Replica:
+    stopping = False
+
+    def __init__(self, settings, keys):
+        self.classifier, self.keys = Classifier(settings), keys
+
+    async def classify(self, request):
+        self.check_key(request)
+        upload = await read_upload(request, max_bytes=10**6)
+        image = self.classifier.prepare(upload)
+        return self.classifier.answer(upload, self.classifier.classify([image], [upload.adapter])[0])
+
+    def describe(self):
+        return {"model": "test_vit", "classes": self.classifier.classes, "adapters": self.classifier.folder.names()}
+
+    def check_key(self, request):
+        if not has_key(request.headers, self.keys):
+            raise Refused(401, "no key")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_an_image_is_dropped_on_the_page(tmp_path, monkeypatch, width):
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    import load_test
+
+    settings, image = load_test.make_adapters(tmp_path, [3, 4]), load_test.pictures(1)[0]
+    labels = ["<b>ant</b>", "bee", "cat"]
+    Path(settings.adapters, "adapter-0.labels.txt").write_text("\n".join(labels))
+    (tmp_path / "keys").write_text(KEY)
+    user = USER.replace("KEY", json.dumps(KEY)).replace("IMAGE", json.dumps(base64.b64encode(image).decode()))
+    page = api._page
+
+    def driven(name):
+        found = page(name)
+        found.body += user.encode()
+        found.headers["content-length"] = str(len(found.body))
+        return found
+
+    monkeypatch.setattr(api, "_page", driven)
+    replica = Replica(settings, read_keys(tmp_path / "keys"))
+    server = uvicorn.Server(uvicorn.Config(api.build(lambda: replica), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        command += [
+            f"--window-size={width},900",
+            "--virtual-time-budget=60000",
+            "--dump-dom",
+            f"http://127.0.0.1:{port}",
+        ]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    finally:
+        server.should_exit = True
+        thread.join()
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
+    want = load_test.expected(settings, [image])
+    names = {"Without an adapter": None, "adapter-0": "adapter-0", "adapter-1": "adapter-1"}
+    assert [name for name, _ in found["cards"]] == list(names)
+    for name, rows in found["cards"]:
+        scores = want[0, names[name]]
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])[:5]
+        classes = labels if name == "adapter-0" else [f"class {i}" for i in range(len(scores))]
+        assert [label for label, _ in rows] == [classes[i] for i in best]
+        assert all(abs(float(text.rstrip(" %")) - 100 * scores[i]) < 0.06 for (_, text), i in zip(rows, best))
+    assert found["width"] <= found["room"] and found["picture"] > 50 and found["below"] == (width < 720)
