@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -377,47 +376,31 @@ def test_shared_memory_is_within_the_budget(simulated, monkeypatch):
         assert size <= (227 if name.startswith("hopper") else 163) * 1024
 
 
-def planted() -> dict[str, tuple[str, str, str]]:
-    """By name: file, text that occurs in it once, text that replaces it. Two change a comment only."""
-    found = dict(faults.LINEAR)
-    found |= {f"hopper_{name}": ("hopper.h", *fault) for name, fault in faults.HOPPER.items()}
-    found |= {f"pass_{name}": ("hopper_pass.h", *fault) for name, fault in faults.HOPPER_PASS.items()}
-    sound = "    take_registers<CONSUMER_REGISTERS>();\n"
-    found["hopper_sound"] = "hopper.h", sound, sound + "    // the same\n"
-    sound = "  cluster_sync();\n"
-    found["pass_sound"] = "hopper_pass.h", sound, sound + "  // the same\n"
-    return found
-
-
-PLANTED = planted()
-faulty_kernels = lambda *prefixes: pytest.mark.parametrize(
-    "faulty", [name for name in PLANTED if name.startswith(prefixes) and not name.endswith("_sound")], indirect=True
-)
-
-
 @pytest.fixture(scope="session")
-def faulty_libraries(built, tmp_path_factory, request):
-    """A future of each library with a fault. Those that the session will ask for are compiled while tests run."""
-    folder = tmp_path_factory.mktemp("faults")
-    objects = Path(built.library._name).parent
-    names = [item.callspec.params.get("faulty") for item in request.session.items if hasattr(item, "callspec")]
-    simulator.compile_all([simulator.bindings(folder, simulator.ANY)])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            name: pool.submit(simulator.build_faulty, folder, number, name, *PLANTED[name], objects)
-            for number, name in enumerate(dict.fromkeys(filter(None, names)))
-        }
-        pool.shutdown(cancel_futures=True)
+def faulty_library(built, tmp_path_factory) -> Simulated:
+    """csrc/cuda with all the faults that a test may choose from."""
+    return simulator.build_faulty(tmp_path_factory.mktemp("faults"), Path(built.library._name).parent)
 
 
 @pytest.fixture
-def faulty(faulty_libraries, request) -> Simulated:
-    """csrc/cuda with the fault that the test's parameter names."""
-    return Simulated(*faulty_libraries[request.param].result())
+def faulty(request, built, tmp_path) -> Simulated:
+    """csrc/cuda with the fault that the test's parameter names, or with none."""
+    name = request.param
+    if name in faults.CONSTANT:
+        yield simulator.build_faulty(tmp_path, Path(built.library._name).parent, faults.CONSTANT[name])
+        return
+    library = request.getfixturevalue("faulty_library")
+    library.plant(name)
+    yield library
+    library.plant(None)
 
 
-@pytest.mark.parametrize("faulty", faults.LINEAR, indirect=True)
-def test_a_planted_fault_is_seen(faulty, monkeypatch):
+def faulty_kernels(*names):
+    return pytest.mark.parametrize("faulty", names, ids=str, indirect=True)
+
+
+def linear_deviates(faulty, monkeypatch) -> bool:
+    """Whether any order of events gives a wrong number."""
     monkeypatch.setattr(cuda, "_ops", lambda: faulty.ops)
     x, weight, bias, _, _, dy = make(130, 330, 100, 16, torch.bfloat16)
     x, weight = LAYOUTS["aligned"](*x.shape, x.dtype, "cpu"), LAYOUTS["aligned"](*weight.shape, x.dtype, "cpu")
@@ -428,8 +411,8 @@ def test_a_planted_fault_is_seen(faulty, monkeypatch):
         try:
             check_lowrank_linear(cuda, x, weight, bias, down, up, dy, (False,) * 5)
         except AssertionError:
-            return
-    raise AssertionError("the fault is not seen")
+            return True
+    return False
 
 
 def hopper_deviates(kernels, monkeypatch) -> bool:
@@ -461,17 +444,7 @@ def hopper_deviates(kernels, monkeypatch) -> bool:
     return False
 
 
-@pytest.mark.parametrize("faulty", ["hopper_sound"], indirect=True)
-def test_no_fault_is_seen_where_there_is_none(faulty, monkeypatch):
-    assert not hopper_deviates(faulty, monkeypatch)
-
-
-@faulty_kernels("hopper_")
-def test_a_fault_planted_in_hopper_is_seen(faulty, monkeypatch):
-    assert hopper_deviates(faulty, monkeypatch)
-
-
-def hopper_passes_deviate(kernels) -> bool:
+def hopper_passes_deviate(kernels, monkeypatch) -> bool:
     """Whether any order of events gives a wrong number, or ends a launch."""
     # A run for each warpgroup, a cluster of two and of four; the rings wrap around.
     for M, N in ((17000, 128), (1300, 600), (660, 1536)):
@@ -492,14 +465,24 @@ def hopper_passes_deviate(kernels) -> bool:
     return False
 
 
-@pytest.mark.parametrize("faulty", ["pass_sound"], indirect=True)
-def test_no_fault_is_seen_in_the_passes_where_there_is_none(faulty):
-    assert not hopper_passes_deviate(faulty)
+DEVIATES = {
+    "linear.h": linear_deviates,
+    "tile.h": linear_deviates,
+    "hopper.h": hopper_deviates,
+    "hopper_pass.h": hopper_passes_deviate,
+}
 
 
-@faulty_kernels("pass_")
-def test_a_fault_planted_in_the_passes_is_seen(faulty):
-    assert hopper_passes_deviate(faulty)
+@pytest.mark.parametrize("deviates", dict.fromkeys(DEVIATES.values()))
+@faulty_kernels(None)
+def test_no_fault_is_seen_where_there_is_none(deviates, faulty, monkeypatch):
+    assert not deviates(faulty, monkeypatch)
+
+
+@faulty_kernels(*faults.PLANTED, *faults.CONSTANT)
+def test_a_planted_fault_is_seen(faulty, request, monkeypatch):
+    file, *_ = (faults.PLANTED | faults.CONSTANT)[request.node.callspec.params["faulty"]]
+    assert DEVIATES[file](faulty, monkeypatch)
 
 
 @pytest.mark.parametrize(

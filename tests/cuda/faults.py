@@ -1,4 +1,8 @@
-"""Faults that a person could make in csrc/cuda; the tests plant them one at a time, and must fail."""
+"""Faults that a person could make in csrc/cuda; the tests plant them one at a time, and must fail.
+
+simulator.planted_in() compiles all of them into one library, in which a test chooses one. So the text that differs, in
+whole lines if there are several, is either statements, which end with a semicolon, or an expression.
+"""
 
 # name: (file, text that occurs in it once, the faulty text that replaces it)
 LINEAR = {
@@ -32,8 +36,8 @@ HOPPER = {
         "        hand_over();\n",
     ),
     "begun_before_the_other_has_seen_its_copies": (
-        "      if (Tile::ALTERNATE && set != first) group_sync",
-        "      if (false) group_sync",
+        "Tile::ALTERNATE && set != first",
+        "false",
     ),
     "never_handed_over": ("          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);\n", "          {}\n"),
     "no_wait_for_p": (
@@ -53,7 +57,7 @@ HOPPER = {
         "        wgmma_wait<1>();\n        if (step > 0) release(last);",
         "        wgmma_wait<2>();\n        if (step > 0) release(last);",
     ),
-    "released_for_one": ("if (thread < CLUSTER) barrier_arrive", "if (thread < 1) barrier_arrive"),
+    "released_for_one": ("thread < CLUSTER", "thread < 1"),
     "y_before_its_sum": (
         "      wgmma_wait<0>();\n      for (auto& d : acc) hold(d);\n      release(last);\n      if",
         "      release(last);\n      if",
@@ -66,26 +70,28 @@ HOPPER = {
         "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n        release(last);\n",
         "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n",
     ),
-    "down_over_w": ("tma_load(w_tile(ring.stage) + BN * LINE, &g.down", "tma_load(w_tile(ring.stage), &g.down"),
-    "p_of_other_columns": ("acc[block] + BN / 2 + i * 2;", "acc[block] + i * 2;"),
-    "half_of_x": ("(1 << CLUSTER) - 1);", "1 << rank);"),
+    "down_over_w": ("w_tile(ring.stage) + BN * LINE", "w_tile(ring.stage)"),
+    "p_of_other_columns": ("acc[block] + BN / 2 + i * 2", "acc[block] + i * 2"),
+    "half_of_x": ("(1 << CLUSTER) - 1", "1 << rank"),
     "y_over_what_is_stored": ("tma_store_wait_read<Tile::PARTS - 1>();", "tma_store_wait_read<Tile::PARTS>();"),
     "no_fence_before_the_store": ("          fence_async();\n", ""),
     "no_barrier_before_the_store": ("          fence_async();\n          warp_sync();\n", "          fence_async();\n"),
     "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
     "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
-    "rows_of_another_warp": ("n, m0 + warp_row + block * 64)", "n, m0 + block * 64)"),
+    "rows_of_another_warp": ("m0 + warp_row + block * 64", "m0 + block * 64"),
     "blocks_of_y_turned": (
-        "lane % 16, chunk = 2 * j + lane / 16;",
-        "lane / 16 * 8 + lane % 8, chunk = 2 * j + lane / 8 % 2;",
+        "lane % 16",
+        "lane / 16 * 8 + lane % 8",
+        "2 * j + lane / 16",
+        "2 * j + lane / 8 % 2",
     ),
     "wrong_stride": (
         "descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE)",
         "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)",
     ),
-    "beyond_the_ranks": ("T::pack(r < g.R ? sum[0] : 0,", "T::pack(sum[0],"),
-    "a_bias_for_all_tiles": ("const int n = n0 + j * 8 + col;", "const int n = j * 8 + col;"),
-    "the_other_tile_not_skipped": ("      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);", "      "),
+    "beyond_the_ranks": ("r < g.R ? sum[0] : 0", "sum[0]"),
+    "a_bias_for_all_tiles": ("n0 + j * 8 + col", "j * 8 + col"),
+    "the_other_tile_not_skipped": ("      if (Tile::ALTERNATE) ring.skip(k_steps + r_steps);", ""),
     "both_start_at_once": ("    if (Tile::ALTERNATE && consumer == 1) ring.skip(k_steps + r_steps);\n", ""),
     "the_ring_comes_round_unseen": ("    parity ^= stage / STAGES & 1;\n", ""),
     "the_first_block_twice": (
@@ -112,15 +118,14 @@ HOPPER_PASS = {
     "dy_over_what_is_read": ("        barrier_wait(empty + i, ring.parity ^ 1);\n", ""),
     "released_too_early": ("          wgmma_wait<1>();\n", ""),
     "dp_before_its_sum": ("      wgmma_wait<0>();\n", ""),
-    "dp_of_the_rows_before": ("i > 0 || k16 > 0);", "row > 0 || i > 0 || k16 > 0);"),
-    "too_few_stages_of_p": ("stages / (ROWS ? TILES : TILES / 2) + 2; }", "2; }"),
+    "dp_of_the_rows_before": ("i > 0 || k16 > 0", "row > 0 || i > 0 || k16 > 0"),
     "rows_for_columns": ("further(columns_of_dy, k16 * 16 * LINE)", "further(columns_of_dy, k16 * 32)"),
     "wrong_tile_of_up": ("(STEP * i + FIRST) * RANKS * LINE", "STEP * i * RANKS * LINE"),
     "parts_not_awaited": ("    barrier_wait_cluster(arrived + turn, row / 2 % 2);\n", ""),
-    "parts_of_one_block": ("me = CONSUMERS * rank + consumer;", "me = consumer;"),
+    "parts_of_one_block": ("CONSUMERS * rank + consumer", "consumer"),
     "one_inbox": (
-        "return inboxes + (consumer * 2 + turn) * Tile::INBOX; };",
-        "return inboxes + (consumer * 2 + turn * 0) * Tile::INBOX; };",
+        "inboxes + (consumer * 2 + turn) * Tile::INBOX",
+        "inboxes + (consumer * 2 + turn * 0) * Tile::INBOX",
     ),
     "wrong_bytes": ("barrier_expect(arrived + turn, Tile::INBOX);", "barrier_expect(arrived + turn, Tile::INBOX / 2);"),
     "a_peer_for_all": (
@@ -130,11 +135,21 @@ HOPPER_PASS = {
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": ("  cluster_sync();\n", ""),
     "wrong_slot": ("((STEP * i + FIRST) * (RANKS / 8) + v)", "((COUNT * FIRST + i) * (RANKS / 8) + v)"),
-    "the_rows_of_the_first_run": ("const int m0 = (first_of(0) + row) * PASS_ROWS", "const int m0 = row * PASS_ROWS"),
-    "the_rows_of_the_other_warpgroup": ("m1 = (first_of(1) + row) * PASS_ROWS", "m1 = (first_of(0) + row) * PASS_ROWS"),
+    "the_rows_of_the_first_run": ("(first_of(0) + row) * PASS_ROWS", "row * PASS_ROWS"),
+    "the_rows_of_the_other_warpgroup": ("(first_of(1) + row) * PASS_ROWS", "(first_of(0) + row) * PASS_ROWS"),
     "dp_of_the_first_warpgroup": (
-        "const int m = (first + row) * PASS_ROWS",
-        "const int m = (first_of(0) + row) * PASS_ROWS",
+        "(first + row) * PASS_ROWS",
+        "(first_of(0) + row) * PASS_ROWS",
     ),
     "a_slot_for_both": ("int64_t(run * g.parts + part)", "int64_t(run / 2 * g.parts + part)"),
 }
+
+# name: (file, text, faulty text), or with two texts and the faulty text after each
+PLANTED = (
+    LINEAR
+    | {f"hopper_{name}": ("hopper.h", *fault) for name, fault in HOPPER.items()}
+    | {f"pass_{name}": ("hopper_pass.h", *fault) for name, fault in HOPPER_PASS.items()}
+)
+
+# The same for a constant, which cannot be chosen at run time: compiled by itself.
+CONSTANT = {"pass_too_few_stages_of_p": ("hopper_pass.h", "stages / (ROWS ? TILES : TILES / 2) + 2", "2")}

@@ -7,6 +7,8 @@ void efft_sim_mode(int order, int eager) {
   efft::sim::mode_eager = eager;
 }
 
+void efft_sim_plant(int number) { efft::sim::fault = number; }
+
 long efft_sim_launches() { return efft::sim::launches; }
 
 // The maximum over the launches since the last call.

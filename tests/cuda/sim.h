@@ -106,6 +106,7 @@ inline Cluster* cluster;
 inline int mode_order = 0, mode_eager = 0;  // order: 0, 1, or the seed of a random order
 inline long launches = 0;
 inline int most_shared = 0;  // bytes, the maximum over all launches
+inline int fault = 0;        // the number of the planted fault that the kernels have, in a library with faults
 
 inline Thread& self() { return *cluster->current; }
 inline Block& block() { return *self().block; }
@@ -294,6 +295,8 @@ inline void together(Instruction instruction) {
 namespace efft::cuda {
 
 constexpr int BLOCKS_AT_ONCE = 8, BLOCKS_IN_FOURS = 8;  // few, so that a block has many rows
+
+inline bool planted(int number) { return sim::fault == number; }
 
 // d += a @ b of a warp. Lane l holds
 //   a [16, 16]  in register i, half h: row l / 4 + i % 2 * 8, column l % 4 * 2 + h + i / 2 * 8

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from faults import PLANTED
 
 from efft_kernels.kernels.build import digest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
-ANY = "efft_faulty_any"  # stands in compiled bindings for the name of a library with a fault
 
 
 class Simulated:
@@ -35,6 +35,10 @@ class Simulated:
 
     def mode(self, order: int, eager_copies: bool) -> None:
         self.library.efft_sim_mode(int(order), eager_copies)
+
+    def plant(self, name: str | None) -> None:
+        """Chooses a fault of a library with all of them; without a name the library is sound."""
+        self.library.efft_sim_plant(list(PLANTED).index(name) + 1 if name else 0)
 
     def launches(self, call, *arguments) -> int:
         before = self.library.efft_sim_launches()
@@ -106,27 +110,60 @@ def build(folder: Path) -> Path:
     return link([target for _, target, _ in jobs], folder / "efft_cuda_sim.so")
 
 
-def build_faulty(
-    folder: Path, number: int, name: str, file: str, sound: str, faulty: str, objects: Path
-) -> tuple[Path, str]:
-    """Builds csrc/cuda with the one occurrence of `sound` in `file` replaced: the library, and its name in torch.ops.
+def planted_in(text: str, planted: list[tuple[int, str, str]]) -> str:
+    """A file of csrc/cuda with faults of (number, text that occurs once, faulty text) beside what they replace.
 
-    The library has the kernel in question as its one_*.cu has it, in bfloat16, and the rest from the objects of a sound
-    build. The bindings were compiled once into `folder` as ANY. They include no kernel, so only the name in their
-    object changes, to another of the same length.
+    planted(number) of sim.h chooses between them at run time: between statements, which end with a semicolon, or else
+    between the values of an expression.
     """
-    csrc = folder / name
+    parts = []
+    for number, sound, faulty in planted:
+        assert text.count(sound) == 1, f"the text has {text.count(sound)} times {sound!r}"
+        start, lines, others = text.index(sound), sound.splitlines(True), faulty.splitlines(True)
+        while others and lines[0] == others[0]:
+            start += len(lines.pop(0))
+            others.pop(0)
+        while others and lines[-1] == others[-1]:
+            lines.pop(), others.pop()
+        sound, faulty = ("".join(of).rstrip("\n") for of in (lines, others))
+        if sound[-1] == faulty[-1:] == ",":
+            sound, faulty = sound[:-1], faulty[:-1]
+        end = start + len(sound)
+        if sound.endswith(";"):
+            before, after = f"{{ if (planted({number})) {{ {faulty} }} else {{ ", "} } "
+        else:
+            before, after = f"(planted({number}) ? ({faulty}) : (", "))"
+        # one that lies within another lies within what that one leaves sound
+        parts += [(start, 1, -end, number, before), (end, 0, -start, -number, after)]
+    for at, *_, inserted in sorted(parts, reverse=True):
+        text = text[:at] + inserted + text[at:]
+    return text
+
+
+def build_faulty(folder: Path, objects: Path, constant: tuple[str, str, str] | None = None) -> Simulated:
+    """Builds csrc/cuda with all of faults.PLANTED, of which Simulated.plant() chooses one, or with the one `constant`.
+
+    The library has each kernel that has faults as its one_*.cu has it, in bfloat16, and the rest from the objects of a
+    sound build.
+    """
+    csrc, library = folder / "csrc", f"efft_faulty_{folder.name}"
     shutil.copytree(CSRC, csrc)
-    text = (csrc / file).read_text()
-    assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
-    assert file != "kernels.h", "the bindings include kernels.h: compile them too"
-    (csrc / file).write_text(text.replace(sound, faulty))
-    kernel = file.removesuffix(".h") if file.startswith("hopper") else "linear"
-    target = csrc / f"one_{kernel}.o"
-    compile_all([(HERE / f"one_{kernel}.cu", target, [f"-I{csrc}"])], "-O1")  # compiling takes longer than running
-    library = f"{ANY[:-3]}{number:03}"
-    names = csrc / "bindings.o"
-    names.write_bytes((folder / f"{ANY}_bindings.o").read_bytes().replace(ANY.encode(), library.encode()))
-    stems = {"sim", *(source.stem for source in CSRC.glob("*.cu"))} - {f"{kernel}_bf16"}
+    kernels = ["linear", "hopper", "hopper_pass"]
+    if constant:
+        file, sound, faulty = constant
+        text = (csrc / file).read_text()
+        assert text.count(sound) == 1, f"{file} has {text.count(sound)} times {sound!r}"
+        (csrc / file).write_text(text.replace(sound, faulty))
+        kernels = [file.removesuffix(".h")]
+    else:
+        found: dict[str, list] = {}
+        for number, (file, *texts) in enumerate(PLANTED.values(), 1):
+            found.setdefault(file, []).extend((number, *pair) for pair in zip(texts[::2], texts[1::2]))
+        for file, planted in found.items():
+            (csrc / file).write_text(planted_in((csrc / file).read_text(), planted))
+    jobs = [(HERE / f"one_{kernel}.cu", folder / f"one_{kernel}.o", [f"-I{csrc}"]) for kernel in kernels]
+    jobs.append(bindings(folder, library))
+    compile_all(jobs, "-O1")  # compiling takes longer than running
+    stems = {"sim", *(source.stem for source in CSRC.glob("*.cu"))} - {f"{kernel}_bf16" for kernel in kernels}
     rest = [objects / f"{stem}.o" for stem in sorted(stems)]
-    return link([target, names, *rest], folder / f"{library}.so"), library
+    return Simulated(link([*(target for _, target, _ in jobs), *rest], folder / f"{library}.so"), library)
