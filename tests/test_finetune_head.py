@@ -1,9 +1,6 @@
 """The start of a run: a head from a linear probe, and the warning of a run that stays at chance."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +11,7 @@ timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
     pytest.importorskip(package)
 from test_finetune_data import folder
-from test_finetune_run import ROOT, assert_close_runs, end, killed_and_resumed, tiny
+from test_finetune_run import assert_close_runs, end, killed_and_resumed, tiny, train_in_two_processes
 
 from efft_kernels.finetune import head_init, loop, methods, prepared
 from efft_kernels.finetune.loop import train
@@ -120,18 +117,11 @@ def test_two_learning_rates_survive_a_kill(photos, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_the_probe_of_two_processes_is_that_of_one(fsdp, photos, tmp_path):
     exact = dict(PROBE, lr_ratio=4.0, dtype="float64", drop_path=0.0, factor_dropout=0.0, epochs=2)
     train(settings := tiny(photos, tmp_path / "one", **exact), progress=False)
-    fixed = {"model", "checkpoint", "image_size", "batch_size", "lr", "rank", "workers", "save_every", "device", *exact}
-    flags = [word for name in sorted(fixed) for word in (f"--{name}", str(getattr(settings, name)))]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    run += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "efft_kernels.finetune.cli"]
-    run += ["--data", str(photos), "--out", str(tmp_path / "two"), "--fsdp", fsdp, *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    train_in_two_processes(replace(settings, out=str(tmp_path / "two"), fsdp=fsdp))
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 

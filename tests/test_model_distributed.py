@@ -84,6 +84,7 @@ def worker(rank, path, folder):
 def test_two_processes_equal_one(tmp_path):
     """All cases in one pair of processes, because to start them takes longest."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), tmp_path), nprocs=2)
+    # forked, so that they need not import torch again
+    torch.multiprocessing.start_processes(worker, (str(tmp_path / "store"), tmp_path), nprocs=2, start_method="fork")
     found = {path.name for path in tmp_path.iterdir()} - {"store"}
     assert found == {f"{name}-{kind}-{rank}" for name in MODELS for kind in ("ddp", "fsdp") for rank in (0, 1)}
