@@ -459,6 +459,21 @@ def test_two_processes_of_a_launcher_equal_one(photos, exact, tmp_path):
     assert_close_runs(tmp_path, exact)
 
 
+def test_a_caller_may_end_a_run_after_an_epoch(photos, whole, tmp_path):
+    entries = []
+
+    def after_epoch(entry):
+        entries.append(entry)
+        if len(entries) == 2:
+            raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        train(tiny(photos, tmp_path), progress=False, after_epoch=after_epoch)
+    assert [entry["epoch"] for entry in entries] == [1, 2] and "top1" in entries[1]["val"]
+    train(tiny(photos, tmp_path), progress=False)
+    assert end(tmp_path) == whole, "it is continued as if it had not been ended"
+
+
 def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
     original, tops = loop.evaluate, iter([10.0, 90.0, 20.0, 90.0])
 

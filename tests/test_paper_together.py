@@ -54,10 +54,17 @@ def planned(method="efft2", **own):
     return settings | ({"factor_dropout": 0.0} if method.startswith("efft") else {}) | own
 
 
+def test_watching_a_run_changes_no_result(weights):
+    one, places, seen = Run("three", "m", 0, "val", planned()), Places(None, weights, "cpu"), {}
+    plain, watched = runs.measure(one, places), runs.measure(one, places, seen.__setitem__)
+    assert list(seen) == [1, 2, 3] and seen[3] == pytest.approx(watched["top1"])
+    assert all(plain[name] == watched[name] for name in ("top1", "loss", "train_top1"))
+
+
 @pytest.mark.parametrize(("method", "options"), [
     ("efft2", {}),
     pytest.param("efft1", {"rank_weights": True, "channel_scale": True}, marks=pytest.mark.slow),
-    ("lora", {"clip_grad": 0.1}),
+    ("lora", {"clip_grad": 0.1, "dora": True}),
     pytest.param("fact-tt", {"activation_dropout": 0.0}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_runs_of_one_pass_learn_what_they_learn_alone(weights, method, options):

@@ -45,6 +45,11 @@ def test_published_rows_agree_with_their_own_means():
         found = tables.published(entry, FACTS["groups"], FACTS["groups"], entry["name"])
         assert found.mean.mean == pytest.approx(entry["mean"], abs=0.051)
         assert found.group_mean.mean == pytest.approx(entry["group_mean"], abs=0.051)
+    means = [tables.published_mean(entry, FACTS["groups"]) for entry in FACTS["published_means"]]
+    last = tables.markdown([found, *means], FACTS["groups"]).splitlines()[3]
+    assert last.startswith("| published: MLAE (arXiv 2405.18897) | – | – |") and last.endswith("| – | **78.8** |")
+    numbers = [entry["arxiv"] for entry in FACTS["published_means"]]
+    assert len(set(numbers)) == 7 and all(len(year) == 4 and len(n) == 5 for year, n in (t.split(".") for t in numbers))
 
 
 def test_released_settings_are_whole_and_possible():
@@ -281,6 +286,7 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
         "| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural"
     )
     assert "| published: EFFT2 r in {8,16,32} | 0.245 | **89.6** |" in table and "published: Linear" in table
+    assert "MLAE" not in table, "a mean over all data sets stands beside no mean over some"
     kept = Store(tmp_path / "out").all()
     assert len(kept) == 2 * 2 * 4
     released = next(r for r in kept if r["run"]["method"] == "efft2" and r["run"]["data"] == "svhn")["run"]["settings"]
@@ -380,6 +386,7 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
         (["--quick", "--data", ".", "--checkpoint", "x"], "--quick needs --offline"),
         (["--offline", "--methods", "magic"], "--methods must be of full, .*got 'magic'"),
         (["--offline", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--offline", "--pruner", "median"], "--pruner median needs --sweep"),
         (["--data", "nowhere", "--checkpoint", "x"], "--data must be a folder, got nowhere"),
     ],
 )
@@ -571,6 +578,46 @@ def test_a_sweep_of_other_settings_by_another_sampler(lists, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         vtab1k.main([*common, *swept, "--sampler", "tpe"])
     assert "--sampler tpe needs --sweep, and --trials" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pruner", ["median", "halving"])
+def test_pruned_trials_of_a_sweep(pruner, lists, tmp_path, monkeypatch, capsys):
+    optuna = pytest.importorskip("optuna")
+    done, stop_at = [], 9
+    studies = optuna.storages.InMemoryStorage()  # a database that commits to a disk takes half a minute
+    monkeypatch.setattr(vtab1k, "database", lambda url: studies)
+    monkeypatch.setattr(vtab1k, "charts_of_sweep", lambda args: None)
+
+    def measure(one, places, after_epoch=None):
+        top1 = fake(one, places)["top1"]
+        done.append(one)
+        for epoch in range(1, 11) if after_epoch else ():
+            if len(done) == stop_at and epoch == 3:
+                raise KeyboardInterrupt
+            after_epoch(epoch, top1 * epoch / 10)
+        return record(one, top1)
+
+    monkeypatch.setattr(vtab1k, "measure", measure)
+    command = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--epochs", "10",
+               "--sweep", "scale", "rank", "--methods", "efft2", "--datasets", "svhn"]  # fmt: skip
+    assert vtab1k.main([*command, "--pruner", pruner]) == 75 and len(done) == stop_at
+    assert vtab1k.main([*command, "--pruner", pruner]) == 0
+    assert len(done) == 15 + 1, "only the point that was interrupted begins again"
+    (name,) = optuna.get_all_study_names(studies)
+    trials = optuna.load_study(study_name=name, storage=studies).trials
+    states = [t.state.name for t in trials]
+    assert states.count("FAIL") == 1 and 0 < (pruned := states.count("PRUNED")) < 15
+    for t in trials:
+        if t.state.name == "PRUNED":  # at the accuracy of the epoch, and not before a fifth of all epochs
+            assert 2 <= max(t.intermediate_values) < 10 and t.value == t.intermediate_values[max(t.intermediate_values)]
+    assert len(Store(tmp_path / "out").all()) == 15 - pruned, "a pruned trial is no result"
+    assert (
+        "svhn, efft2: 56.20 % of validation" in (said := capsys.readouterr().out) and f"{pruned} of 16 trials" in said
+    )
+    assert vtab1k.main([*command, "--pruner", pruner]) == 0 and len(done) == 16
+    # without a pruner, in a study of its own: the others count, and those are trained to the end
+    assert vtab1k.main(command) == 0 and len(done) == 16 + pruned
+    assert len(Store(tmp_path / "out").all()) == 15
 
 
 @pytest.mark.slow

@@ -155,15 +155,21 @@ def _value(text: str):
         return text
 
 
-def measure(run: Run, places: Places) -> dict:
-    """Train and measure. A run that diverges has the accuracy None. SIGTERM raises KeyboardInterrupt as SIGINT does."""
+def measure(run: Run, places: Places, after_epoch: Callable[[int, float], None] | None = None) -> dict:
+    """Train and measure. A run that diverges has the accuracy None. SIGTERM raises KeyboardInterrupt as SIGINT does.
+
+    Args:
+        after_epoch: called after each epoch with its number and the accuracy then of a run on validation images, in %;
+            what it raises ends the run without a record. Measuring more often changes no result.
+    """
     from efft_kernels.finetune.loop import Diverged, Interrupted, train
     from efft_kernels.finetune.settings import Settings
 
     settings = dict(run.settings)
-    data = opened(run, places, settings.pop("test_images", None))
+    data = opened(run, places, settings.pop("test_images", None), watched=after_epoch is not None)
     if places.checkpoint and settings.get("checkpoint") != "random":
         settings["checkpoint"] = places.checkpoint
+    report = after_epoch and (lambda entry: after_epoch(entry["epoch"], entry["val"]["top1"]))
     began, spent = time.perf_counter(), time.process_time()
     if probe := settings.pop("probe", None):
         found = _probed(run, data, settings, places, probe)
@@ -172,7 +178,7 @@ def measure(run: Run, places: Places) -> dict:
             # an interrupted run is repeated from its start, so it needs no checkpoints
             made = Settings(**settings, data=data, out=out, seed=run.seed, device=places.device, save_every=10**9)
             try:
-                result = train(made, progress=False)
+                result = train(made, progress=False, after_epoch=report)
                 found = {**result.metrics["test"], "parameters": result.parameters}
                 found |= {"head_parameters": result.head_parameters}
                 found |= {"train_top1": [round(entry["train"]["top1"], 2) for entry in result.history]}
@@ -231,8 +237,11 @@ def _recorded(run: Run, found: dict, seconds: float, cpu_seconds: float) -> dict
     }
 
 
-def opened(run: Run, places: Places, test_images: int | None) -> str:
-    """Register the images of a run as a source, with those to measure on as its test part; returns its name."""
+def opened(run: Run, places: Places, test_images: int | None, watched: bool = False) -> str:
+    """Register the images of a run as a source, with those to measure on as its test part; returns its name.
+
+    watched: those of a run on validation images are measured after each epoch as well. They choose no weights.
+    """
     import bundle  # imports sources, which registers its data
 
     from efft_kernels.finetune.data import SOURCES, Source, open_data
@@ -250,8 +259,9 @@ def opened(run: Run, places: Places, test_images: int | None) -> str:
     else:
         train, test = joined(found.train, found.val), found.test
         test = bundle.drawn(test, test_images)
-    name = f"{run.data}, for {run.part}"
-    SOURCES[name] = lambda: Source(train, None, test, found.classes)
+    watched = watched and run.part == "val"
+    name = f"{run.data}, for {run.part}" + ", watched" * watched
+    SOURCES[name] = lambda: Source(train, test if watched else None, test, found.classes)
     return name
 
 

@@ -15,7 +15,8 @@ The settings of a data set are those that the authors released: rank, scale and 
 and scale of FacT (arXiv 2212.03145), and the sizes that NOAH's search found (arXiv 2206.04673), so nothing is searched
 here. The other methods use the defaults of efft-finetune for all data sets.
 
-Sweeps are Optuna studies: with --storage, any database URL, processes and machines share a sweep.
+Sweeps are Optuna studies: with --storage, any database URL, processes and machines share a sweep. With --pruner median
+or halving a trial that lags on validation images stops early. It is in the study as pruned and has no result.
 
 --offline: ViT-S with DINOv2 weights, CIFAR-10 and dsprites_loc, 1000 training images each. For every method a
 learning rate and a scale are chosen from equally many on 200 validation images, with seed 0; test images are used once.
@@ -81,6 +82,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="grid",
         help="of the sweep; tpe and random need --trials",
     )
+    add(
+        "--pruner",
+        choices=["none", "median", "halving"],
+        default="none",
+        help="stop trials of the sweep whose validation accuracy lags: below the median, or by successive halving",
+    )
     add("--tuned", action="store_true", help="test with the best settings of the sweeps in --out")
     add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
     add("--trials", type=int, help="trials of this process, per data set and method; default: until the grid is done")
@@ -101,6 +108,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} needs --offline")
     if args.sampler != "grid" and not (args.sweep and args.trials):
         parser.error(f"--sampler {args.sampler} needs --sweep, and --trials, because it has no end of its own")
+    if args.pruner != "none" and not args.sweep:
+        parser.error(f"--pruner {args.pruner} needs --sweep")
     if args.sweep and args.tuned:
         parser.error("--tuned tests the settings of an earlier --sweep: run one command after the other")
     if args.offline and (args.data or args.checkpoint or args.model or args.sweep or args.tuned):
@@ -223,6 +232,15 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     space = {name: FACTS["sweep"][name] for name in args.sweep}
     url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
     studies = database(url)
+    # not before the warm-up of the learning rate is well over
+    early = max(1, (args.epochs or 100) // 5)
+    pruner = {
+        "none": optuna.pruners.NopPruner,
+        "median": lambda: optuna.pruners.MedianPruner(n_warmup_steps=early),
+        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=early, reduction_factor=2),
+    }[args.pruner]()
+    # a study of its own: a point that one pruner stopped is trained to the end by --pruner none
+    pruned = "" if args.pruner == "none" else f", {args.pruner} pruner"
     store, failures = Store(args.out), {}
     for name in (name for members in groups.values() for name in members):
         places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
@@ -233,27 +251,39 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
             def objective(trial, name=name, method=method) -> float:
                 chosen = {key: trial.suggest_categorical(key, values) for key, values in space.items()}
                 run = Run(name, method, 0, "val", settings_of(method, name, args) | chosen)
-                record = store.get(run) or store.put(run, measure(run, places))
+
+                def after_epoch(epoch: int, top1: float) -> None:
+                    trial.report(top1, epoch)
+                    if trial.should_prune():
+                        raise optuna.TrialPruned(f"{top1:.2f} % after epoch {epoch}")
+
+                watched = {} if args.pruner == "none" else {"after_epoch": after_epoch}
+                record = store.get(run) or store.put(run, measure(run, places, **watched))
                 if record["top1"] is None:
                     raise optuna.TrialPruned(record["diverged"])
                 return record["top1"]
 
             study = optuna.create_study(
                 storage=studies,
-                study_name=f"{name} {method} {' '.join(space)}", direction="maximize", load_if_exists=True,
+                study_name=f"{name} {method} {' '.join(space)}" + pruned, direction="maximize", load_if_exists=True,
                 sampler={
                     "grid": lambda: optuna.samplers.GridSampler(space, seed=0),
                     "tpe": lambda: optuna.samplers.TPESampler(seed=RANK),
                     "random": lambda: optuna.samplers.RandomSampler(seed=RANK),
                 }[args.sampler](),
+                pruner=pruner,
             )  # fmt: skip
             if args.sampler != "grid":
                 study.optimize(objective, args.trials)
                 best_of(study, name, method, failures)
                 continue
             # Optuna would start a finished grid again
-            done = [t for t in study.trials if t.state.is_finished() and t.state.name != "FAIL"]
-            points = {tuple(sorted(t.params.items())) for t in done}
+            point = lambda t: tuple(sorted(t.params.items()))
+            failed = {point(t): t for t in study.trials if t.state.name == "FAIL"}
+            points = {point(t) for t in study.trials if t.state.is_finished() and t.state.name != "FAIL"}
+            # the sampler takes a trial that was interrupted for a visited point
+            for key in failed.keys() - points - {point(t) for t in study.trials if not t.state.is_finished()}:
+                optuna.storages.RetryHeartbeatStaleTrialCallback()(study, failed[key])
             left = 1
             for values in space.values():
                 left *= len(values)
@@ -286,10 +316,12 @@ def database(url: str):
 
 def best_of(study, name: str, method: str, failures: dict[str, str]) -> None:
     """Print the best trial of a study, or add a failure if all diverged."""
+    stopped = sum(t.state.name == "PRUNED" and bool(t.intermediate_values) for t in study.trials)
+    of = f", {stopped} of {len(study.trials)} trials pruned" if stopped else ""
     try:
-        print(f"{name}, {method}: {study.best_value:.2f} % of validation with {study.best_params}")
+        print(f"{name}, {method}: {study.best_value:.2f} % of validation with {study.best_params}{of}")
     except ValueError:
-        failures[f"{name} {method}"] = "all settings diverged"
+        failures[f"{name} {method}"] = "all settings diverged or were pruned"
 
 
 def charts_of_sweep(args: argparse.Namespace) -> None:
@@ -427,6 +459,8 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
             entry = next((p for p in FACTS["published"] if p["name"] == name), None)
             if entry and not any(row.name == f"published: {name}" for row in shown):
                 shown.append(tables.published(entry, FACTS["groups"], groups, f"published: {entry['name']}"))
+    if groups == FACTS["groups"]:  # a mean compares with one over the same data sets
+        shown += [tables.published_mean(entry, groups) for entry in FACTS["published_means"]]
     text = tables.markdown(shown, groups)
     some = [record for _, found in records for record in found]
     seeds = sorted({record["run"]["seed"] for record in some})

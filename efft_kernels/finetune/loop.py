@@ -49,12 +49,14 @@ class Diverged(ValueError):
     """The loss is not finite."""
 
 
-def train(settings: Settings, *, progress: bool = True) -> Result:
+def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[dict], None] | None = None) -> Result:
     """Fine-tune a model, or continue the run that ``settings.out`` holds.
 
     Args:
         settings: the run. A finished one is not repeated: its result is read.
         progress: show progress bars.
+        after_epoch: called after each epoch that is trained, with its entry of ``Result.history``. What it raises ends
+            the run, as a sweep that prunes does; the run can then be continued from its last checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: settings, data or weights that cannot be used, before the first step.
@@ -94,7 +96,7 @@ def train(settings: Settings, *, progress: bool = True) -> Result:
         del saved  # as large as the optimizer
         logs = Trackers(accelerator, settings, made.step // run.steps + 1 if made.step else None)
         with _stop_signals() as stop:
-            fit(run, made, schedule, logs, stop)
+            fit(run, made, schedule, logs, stop, after_epoch)
             return finish(run, made, logs)
 
 
@@ -180,13 +182,14 @@ def begin(run: Prepared, saved: dict | None) -> tuple[Progress, object]:
     return progress, schedule
 
 
-def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Stop") -> None:
+def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Stop", after_epoch=None) -> None:
     """Take all steps that are left.
 
     Args:
         schedule: the learning rate, of :func:`begin`.
         logs: of the epochs.
         stop: whether a signal has asked to stop.
+        after_epoch: as for :func:`train`.
 
     Raises:
         Interrupted: a signal asked to stop; the checkpoint of the last step is written.
@@ -225,6 +228,8 @@ def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Sto
             progress.seen += s.batch_size
             if progress.step % run.steps == 0:
                 end_epoch(run, progress, logs)
+                if after_epoch is not None:
+                    after_epoch(progress.history[-1])
                 ended = progress.step == batches.total or out_of_patience(run, progress)
             stopping = _any_process(run, stop.asked)
             # also after the last step, because the run can be interrupted while it measures and writes its results
