@@ -28,11 +28,16 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
+def _undrawn():
     """Saves figures without drawing them, which takes half of the time of a short run of efft-finetune."""
     figure = pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setattr(figure, "savefig", lambda self, file, **options: file.write(b"a figure"))
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it has patched itself
+        patch.setattr(figure, "savefig", lambda self, file, **options: file.write(b"a figure"))
+        yield
+
+
+undrawn = pytest.fixture(_undrawn, name="undrawn")
+undrawn_module = pytest.fixture(_undrawn, name="undrawn_module", scope="module")  # for fixtures of a module, too
 
 
 @pytest.fixture

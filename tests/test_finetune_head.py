@@ -17,7 +17,7 @@ from efft_kernels.finetune import head_init, loop, methods, prepared
 from efft_kernels.finetune.loop import train
 from efft_kernels.layouts import classifiers_of
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn_module")
 PROBE = dict(head_init="probe", augment="none")
 
 

@@ -36,7 +36,7 @@ from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("undrawn")  # tests/test_finetune_commands.py has the figures
+pytestmark = pytest.mark.usefixtures("undrawn_module")  # tests/test_finetune_commands.py has the figures
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
 
