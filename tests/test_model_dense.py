@@ -105,11 +105,17 @@ def dense(base, injected, config, x):
     return torch.func.functional_call(base, weights, x)
 
 
+DORA = {
+    f"{name}, dora": dataclasses.replace(METHODS[name], dora=True)
+    for name in ("efft1", "efft2-scale", "fact-tt", "fact-tk", "lora-all", "lora-options", "lora-xs")
+}
+
+
 @pytest.mark.parametrize("make", [vit, swin])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *DORA])
 def test_outputs_and_gradients_equal_the_dense_formula(make, method):
     base = make().double()
-    config = METHODS[method]
+    config = (METHODS | DORA)[method]
     model = shake(ek.inject(copy.deepcopy(base), config))
     factors = list(model.efft.parameters())
     x = images(dtype=torch.float64)
