@@ -109,11 +109,12 @@ def test_settings_that_a_pass_does_not_know_are_refused(weights):
 
 
 def test_nothing_is_started_or_finished_after_the_deadline(weights, tmp_path):
-    run, store = Run("three", "m", 0, "test", planned(epochs=50)), Store(tmp_path)
+    # of 27 steps: it reckons after 20
+    run, store = Run("three", "m", 0, "test", planned(epochs=9)), Store(tmp_path)
     for deadline, why in ((1.0, "no time was left"), (2e9, None)):
         _, failures = runs.complete([run], store, Places(None, weights, "cpu", None, deadline), together=4)
         assert failures == ({run.name: f"TimeoutError: {why}"} if why else {})
-    run = Run("three", "m", 1, "test", planned(epochs=50))
+    run = Run("three", "m", 1, "test", planned(epochs=9))
     made = together.Pass([settings_of(run, weights)], [together.read("three", 32, "bicubic", "cpu")], "cpu")
     with pytest.raises(TimeoutError, match="s more than there are left for 1 runs"):
         made.train(deadline=1.0)
