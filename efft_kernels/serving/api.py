@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -56,31 +55,18 @@ class Problem(BaseModel):
     error: str = Field(description="what was expected, and what came")
 
 
-class Service(Protocol):
-    """What answers: one replica."""
-
-    stopping: bool
-
-    async def classify(self, request: Request) -> dict: ...
-
-    def describe(self) -> dict: ...
-
-    def check_key(self, request: Request) -> None: ...
-
-
 def _problems(**statuses: str) -> dict:
     return {int(name[1:]): {"model": Problem, "description": text} for name, text in statuses.items()}
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PARAMETERS = {
-    "adapter": ({"type": "string"}, "name of an adapter; without it the model answers without an adapter"),
-    "top": ({"type": "integer", "minimum": 1, "maximum": 100_000, "default": 5}, "number of scores in the answer"),
+    "adapter": {"type": "string", "description": "name of an adapter; without it the model answers without one"},
+    "top": {"type": "integer", "minimum": 1, "maximum": 100_000, "default": 5, "description": "number of scores"},
 }
 _UPLOAD = {
     "parameters": [
-        {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
-        for name, (schema, text) in _PARAMETERS.items()
+        {"name": n, "in": "query", "schema": s} | {"description": s["description"]} for n, s in _PARAMETERS.items()
     ],
     "requestBody": {
         "required": True,
@@ -92,7 +78,7 @@ _UPLOAD = {
                 "schema": {
                     "type": "object",
                     "required": ["image"],
-                    "properties": {"image": _BINARY["schema"], **{name: s for name, (s, _) in _PARAMETERS.items()}},
+                    "properties": {"image": _BINARY["schema"]} | _PARAMETERS,
                 }
             },
         },
@@ -100,8 +86,10 @@ _UPLOAD = {
 }
 
 
-def build(service: Callable[[], Service]) -> FastAPI:
-    """The application; ``service()`` is asked for at each request."""
+def build(service: Callable) -> FastAPI:
+    """The application. ``service()`` is the replica that answers a request, with the methods classify, describe and
+    check_key of app.EFFTClassifier.
+    """
     api = FastAPI(title="EFFT adapters", version=_VERSION, description=_ABOUT, docs_url=None, redoc_url=None)
     api.add_middleware(_WithSlash)
     api.add_exception_handler(Refused, lambda _, error: refusal(error.status, str(error)))

@@ -11,31 +11,9 @@ or a file, for ``serve run`` and ``serve deploy``:
       import_path: efft_kernels.serving.app:app
       args: {model: vit_base_patch16_224, weights: base.safetensors, adapters: adapters/, replicas: 4}
 
-On a cluster every node needs the files under the same paths. Requests:
-
-    curl --data-binary @cat.jpg 'http://127.0.0.1:8000/?adapter=pets'
-    curl -F image=@cat.jpg -F adapter=pets http://127.0.0.1:8000/
-    {"adapter": "pets", "label": "Abyssinian", "index": 0, "score": 0.97,
-     "scores": [{"label": "Abyssinian", "index": 0, "score": 0.97}, {"label": "Bengal", ...}, ...]}
-
-``adapter`` is the name of a save_adapter file in the folder without its suffix; without it the model answers without
-an adapter. ``top`` is the number of scores in the answer. Labels are the lines of ``NAME.labels.txt`` next to the
-adapter, or else those in its file, or else the class indices. Images are prepared as the adapter's file says. The
-folder is read when a request names an adapter, so a new file is served at once.
-
-Requests for different adapters that arrive together share a batch and one forward of the model. A body larger than
-``max_bytes`` or an image of more than ``max_pixels`` is refused before it is decoded. While a request waits for a
-replica, Ray's proxy buffers all of its body that arrives: for untrusted clients, put a web server with a body limit in
-front.
-
-Statuses: 200; 400, 401, 404, 405, 411, 413, 415, 422 for requests that would be refused again; 408, 500, 502, 503, 504
-for requests that may be sent again, because answering changes nothing. 503 has Retry-After: too many requests wait, the
-adapter budget has no room next to the adapters in use, or the service is stopping. 500 is also the answer if a replica
-died with the request.
-
-``GET /`` describes the service and one replica, or is a page for browsers; ``/docs`` and ``/openapi.json`` describe the
-requests; ``GET /health`` is 200 until the service begins to stop. Metrics are Ray's, and those with the prefix
-``efft_``. An image decoder that crashes, which no image should cause, takes one replica with it; Ray starts another.
+docs/serving.md describes requests and answers, and api.py states them as OpenAPI. Requests for different adapters that
+arrive together share a batch and one forward of the model. An image decoder that crashes, which no image should cause,
+takes one replica with it; Ray starts another.
 """
 
 import asyncio
