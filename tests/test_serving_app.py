@@ -625,7 +625,8 @@ def test_a_stop_waits_until_no_request_is_under_way(busy, least, most, monkeypat
         ({"model": "no_vit"}, "no_vit cannot be served: Unknown model"),
         ({"num_classes": 11}, "cannot be served: .* size mismatch for head.weight"),
         ({"backend": "magic"}, "cannot be served: .*magic"),
-        ({"labels": "latin-1"}, "labels in .*labels must be UTF-8"),
+        ({"labels": "latin-1"}, "labels in .*x.labels.txt must be UTF-8"),
+        ({"adapters": "latin-1"}, "labels in .*x.labels.txt must be UTF-8"),
         ({"labels": "short"}, "must have a line for each of the 10 classes"),
         ({"key_file": "short"}, "--key-file: .* line 1: a key must have at least 16"),
         ({"device": "cuda", "replicas": 99}, "--device cuda takes a GPU for each of 99 replicas"),
@@ -633,10 +634,11 @@ def test_a_stop_waits_until_no_request_is_under_way(busy, least, most, monkeypat
     ids=str,
 )
 def test_what_prevents_a_start_is_a_sentence(served, tmp_path, given, says):
-    if "labels" in given or "key_file" in given:
-        path = tmp_path / "labels"
-        path.write_bytes("\u00e9meu\nchat\n".encode(given.get("labels", "").replace("short", "") or "utf-8"))
-        given = {next(iter(given)): str(path)}
+    [(option, value), *_] = given.items()
+    if value in ("latin-1", "short"):
+        path = tmp_path / "x.labels.txt"
+        path.write_bytes("\u00e9meu\nchat\n".encode("utf-8" if value == "short" else value))
+        given = {option: str(tmp_path if option == "adapters" else path)}
     settings = served[1].model_copy(update=given)
     with pytest.raises(start.StartError, match=says):
         start.check_files(settings, ServerSettings())
@@ -652,10 +654,7 @@ def test_a_start_warns_of_adapters_that_cannot_be_served(served, caplog):
     finally:
         for path in paths:
             path.unlink()
-    assert [record.getMessage()[:34] for record in caplog.records] == [
-        "adapter 'broken' cannot be served:",
-        "adapter 'not a name' cannot be ser",
-    ]
+    assert [record.args[0] for record in caplog.records] == ["broken", "not a name"]
 
 
 def test_a_backbone_without_classes(served, tmp_path):
@@ -671,27 +670,14 @@ def test_a_backbone_without_classes(served, tmp_path):
         upload = Upload(files[0], "adapter-1", 100)
         scores = classifier.classify([classifier.prepare(upload)], ["adapter-1"])[0]
         assert load_test.is_right(classifier.answer(upload, scores), "adapter-1", want[0, "adapter-1"])
-        with pytest.raises(
-            Refused, match="adapter must be given: test_vit has no classes without an adapter"
-        ) as refused:
+        with pytest.raises(Refused, match="adapter must be given: test_vit has no classes") as refused:
             classifier.prepare(Upload(files[0], None, 5))
         assert refused.value.status == 400 and classifier.classes == 0
-    save_file({key: t for key, t in weights.items() if key != "norm.bias"}, path)
-    with pytest.raises(ValueError, match=r"the weights in .* lack norm.bias, unlike test_vit"):
-        base_model(settings.model_copy(update={"weights": path}))
-    save_file({**weights, "more": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"the weights in .* have more, unlike test_vit"):
-        base_model(settings.model_copy(update={"weights": path}))
-
-
-def test_labels_of_adapters_are_read_at_the_start(served):
-    path = Path(served[1].adapters, "other.labels.txt")
-    path.write_bytes(b"\xff\xfea\0")
-    try:
-        with pytest.raises(start.StartError, match=r"other.labels.txt must be UTF-8"):
-            start.check_files(served[1], ServerSettings())
-    finally:
-        path.unlink()
+    lacking = {key: t for key, t in weights.items() if key != "norm.bias"}
+    for state, says in ((lacking, "lack norm.bias"), (weights | {"more": torch.zeros(1)}, "have more")):
+        save_file(state, path)
+        with pytest.raises(ValueError, match=f"the weights in .* {says}, unlike test_vit"):
+            base_model(settings.model_copy(update={"weights": path}))
 
 
 def test_ports_addresses_and_tokens(monkeypatch):

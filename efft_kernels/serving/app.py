@@ -1,16 +1,6 @@
 """The Ray Serve application: image classification with one backbone and any number of adapters.
 
-``python -m efft_kernels.serving`` starts it (cli.py). Ray's own tools take the same settings:
-
-    serve run efft_kernels.serving.app:app model=vit_base_patch16_224 weights=base.safetensors adapters=adapters/
-
-or a file, for ``serve run`` and ``serve deploy``:
-
-    applications:
-    - name: efft
-      import_path: efft_kernels.serving.app:app
-      args: {model: vit_base_patch16_224, weights: base.safetensors, adapters: adapters/, replicas: 4}
-
+``python -m efft_kernels.serving`` starts it (cli.py), or Ray's own tools, with the same settings as arguments.
 docs/serving.md describes requests and answers, and api.py states them as OpenAPI. Requests for different adapters that
 arrive together share a batch and one forward of the model. An image decoder that crashes, which no image should cause,
 takes one replica with it; Ray starts another.

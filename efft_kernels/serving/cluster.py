@@ -17,25 +17,14 @@ _EXPOSED = "whoever reaches its ports could run code there. Say --insecure to se
 
 
 def demand_token(server: ServerSettings) -> None:
-    """Have Ray demand its token of every caller; before Ray is imported.
-
-    Raises:
-        StartError: the environment says otherwise, and --insecure was not given.
-    """
-    if server.insecure:
-        return
-    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if mode.lower() != "token":
+    """Have Ray demand its token of every caller, unless --insecure was given; before Ray is imported."""
+    if not server.insecure and (mode := os.environ.setdefault("RAY_AUTH_MODE", "token")).lower() != "token":
         raise StartError(f"RAY_AUTH_MODE is {mode!r}, so Ray would not ask for a token: {_EXPOSED}")
 
 
 @contextlib.contextmanager
 def ray_for(settings: Settings, server: ServerSettings) -> Iterator[None]:
-    """Start a Ray, or connect to the cluster of ``server.address``; within the context there is one.
-
-    Raises:
-        StartError: there is none at the address, or it asks for no token.
-    """
+    """Start a Ray, or connect to the cluster of ``server.address``; within the context there is one."""
     # Ray reports usage to its makers only if its user asks for it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -68,12 +57,10 @@ def ray_for(settings: Settings, server: ServerSettings) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    if "://" in address:
-        raise StartError(f"--address must be auto or HOST:PORT of a node's cluster, got {address!r}")
     host, colon, port = address.rpartition(":")
     if address == "auto":
         return
-    if not colon or not port.isdecimal():
+    if "://" in address or not colon or not port.isdecimal():
         raise StartError(f"--address must be auto or HOST:PORT, got {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -97,11 +84,7 @@ def answers_without_token(address: str) -> bool:
 
 
 def claim_name(server: ServerSettings):
-    """Claim the name of the service on the cluster for as long as this process lives; keep what is returned.
-
-    Raises:
-        StartError: another service has the name.
-    """
+    """Claim the name of the service on the cluster for as long as this process lives; keep what is returned."""
     import ray
     from ray import serve
 
@@ -121,11 +104,7 @@ def claim_name(server: ServerSettings):
 
 
 def listening(server: ServerSettings) -> tuple[str, int] | None:
-    """Host and port of the Serve that runs on the cluster, which all its applications share; None if none runs.
-
-    Raises:
-        StartError: it listens elsewhere than the options say.
-    """
+    """Host and port of the Serve that runs on the cluster, which all its applications share; None if none runs."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)

@@ -23,15 +23,11 @@ log = logging.getLogger("efft_kernels.serving")
 
 
 class StartError(Exception):
-    """The service cannot start; the message is for the console."""
+    """The service cannot start; the message, for the console, names the option. All functions below may raise it."""
 
 
 def check_files(settings: Settings, server: ServerSettings) -> None:
-    """Check what costs no time: names, files, the number of GPUs.
-
-    Raises:
-        StartError: the first thing that is wrong, by the name of its option.
-    """
+    """Check what costs no time: names, files, the number of GPUs."""
     if server.name in ("docs", "health", "-"):
         raise StartError(f"--name must not be {server.name!r}, which is a path of the service at /")
     on_hub = is_on_hub(settings.adapters)
@@ -66,9 +62,6 @@ def check_files(settings: Settings, server: ServerSettings) -> None:
 def check_model(settings: Settings) -> None:
     """Build the model once as each replica will build it, on the CPU, and load adapters of the folder into it: those
     that cannot be served are named in warnings.
-
-    Raises:
-        StartError: the model, its weights, labels or backend cannot be served.
     """
     try:
         classifier = Classifier(settings.model_copy(update={"device": "cpu"}))
@@ -91,12 +84,7 @@ def check_model(settings: Settings) -> None:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or any free one for port 0.
-
-    Raises:
-        StartError: the service cannot listen there.
-    """
-    where = f"{host}:{port}"
+    """The port, or any free one for port 0."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as made:
@@ -108,7 +96,9 @@ def free_port(host: str, port: int) -> int:
         raise StartError(f"--host {host} is not an address of this machine: {error.strerror}") from error
     except OSError as error:
         why = {errno.EADDRINUSE: "another process listens there; choose another --port"}
-        raise StartError(f"the service cannot listen on {where}: {why.get(error.errno, error.strerror)}") from error
+        raise StartError(
+            f"the service cannot listen on {host}:{port}: {why.get(error.errno, error.strerror)}"
+        ) from error
 
 
 def is_loopback(host: str) -> bool:
