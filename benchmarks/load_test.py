@@ -10,8 +10,8 @@ evicted and loaded again. Half-way one replica is killed (SIGKILL), just after 1
 requests are sent throughout the run.
 
     lost      good requests that had no answer of status 200 after 30 s of retries, or got a 4xx. A request is sent
-              again after a broken connection, a time-out of 10 s, and the statuses that efft_kernels/serving/app.py
-              says may be sent again
+              again after a broken connection, a time-out of 10 s, and the statuses that docs/serving.md says
+              may be sent again
     wrong     answers with another best class, other classes, or a score that differs by more than 1e-4 from what the
               model with this adapter, loaded here by load_adapter, computes for the picture alone. Of two classes as
               close as that, either may be the best
