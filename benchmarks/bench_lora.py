@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         [method.name for method in variants("cpu")[0]],
         "lora.csv, lora.json and lora.png",
     )
+    p.set_defaults(autocast=False)  # of bench_train_step, which measures
     args = p.parse_args(argv)
     found, left_out = variants(args.device)
     check(p, args, "merged", left_out)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import timm
 from safetensors.torch import load_file
 
@@ -66,3 +67,28 @@ def test_all_examples_are_tested_and_short():
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 60
         assert f"python examples/{path.name}" in path.read_text()
+
+
+@pytest.mark.slow
+def test_photos_to_page(tmp_path, caplog):
+    for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard", "jinja2", "matplotlib", "ray"):
+        pytest.importorskip(package)
+    from test_finetune_data import folder
+
+    photos = folder(tmp_path / "photos", n=8)
+    torch.save(timm().create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.pt")
+    *commands, serve = (ROOT / "examples" / "photos_to_page.sh").read_text().splitlines()
+    assert serve == 'python -m efft_kernels.serving --model "$model" --weights "$weights" --adapters adapters/'
+    small = "--image_size 160 --batch_size 4 --epochs 1 --warmup_epochs 0 --device cpu --workers 0".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    bash = ["bash", "-c", "\n".join(commands), "photos_to_page.sh", str(photos), "test_vit", "w.pt", *small]
+    done = subprocess.run(bash, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) > 16 and (tmp_path / "compared.html").is_file()
+    assert (tmp_path / "runs" / "photos" / "report.html").is_file() and (tmp_path / "lora").is_dir()
+
+    from efft_kernels.serving.settings import Settings
+    from efft_kernels.serving.start import check_model
+
+    check_model(Settings(model="test_vit", weights=str(tmp_path / "w.pt"), adapters=str(tmp_path / "adapters")))
+    assert "cannot be served" not in caplog.text
