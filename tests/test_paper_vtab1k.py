@@ -500,8 +500,8 @@ def few_images(monkeypatch):
 
     opened = runs.opened
 
-    def few(*args):
-        found = SOURCES[name := opened(*args)]()
+    def few(*args, **options):
+        found = SOURCES[name := opened(*args, **options)]()
         assert len(found.train) == 1000
         SOURCES[name] = lambda: replace(found, train=Subset((found.train,), tuple((0, i) for i in range(96))))
         return name

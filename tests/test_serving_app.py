@@ -13,6 +13,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -877,3 +878,31 @@ def test_the_former_name_deploy():
     command = [sys.executable, "-m", "efft_kernels.deploy", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "python -m efft_kernels.serving" in shown
+
+
+def test_an_http_server_that_starts_slowly_is_waited_for(monkeypatch):
+    pytest.importorskip("ray.serve")
+    import ray
+    from ray import serve
+
+    settings, calls, stop = Settings(model="test_vit", adapters="."), [], threading.Event()
+
+    def start_serve(http_options):
+        calls.append(http_options)
+        if len(calls) < 3:
+            raise ray.exceptions.ActorDiedError()
+
+    up = SimpleNamespace(applications={"efft": SimpleNamespace(status=SimpleNamespace(value="RUNNING"))})
+    for name, stub in {"start": start_serve, "run_many": lambda *_, **__: None, "status": lambda: up}.items():
+        monkeypatch.setattr(serve, name, stub)
+    monkeypatch.setattr(server, "_answers", lambda *_: True)
+    monkeypatch.setattr(stop, "wait", lambda seconds: None)
+    server._deploy(None, settings, ServerSettings(), {"port": 1}, stop)
+    assert len(calls) == 3
+    calls.clear()
+    with pytest.raises(start.StartError, match="cannot deploy"):
+        server._deploy(None, settings, ServerSettings().model_copy(update={"start_s": 0.0}), {"port": 1}, stop)
+    stop.set()
+    with pytest.raises(server.Stopped):
+        calls.clear()
+        server._deploy(None, settings, ServerSettings(), {"port": 1}, stop)

@@ -27,6 +27,8 @@ def ray_for(settings: Settings, server: ServerSettings) -> Iterator[None]:
     """Start a Ray, or connect to the cluster of ``server.address``; within the context there is one."""
     # Ray reports usage to its makers only if its user asks for it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # seconds that the HTTP server of Serve has to start in: 5 by default, which a busy machine may take longer than
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     import ray
 
     try:

@@ -98,11 +98,18 @@ def _deploy(application, settings: Settings, server: ServerSettings, http: dict,
 
     start, said = time.monotonic(), time.monotonic()
     target = RunTarget(application, name=server.name, route_prefix=server.prefix)
-    try:
-        serve.start(http_options=http)
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    except Exception as error:  # Ray raises errors of many types
-        raise StartError(f"Ray Serve cannot deploy the service: {sentence(error)}") from error
+    while True:
+        try:
+            serve.start(http_options=http)
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            break
+        except Exception as error:  # Ray raises errors of many types
+            # Serve starts its HTTP server again, with more time, where that was too slow on a busy machine
+            again = isinstance(error, ray.exceptions.ActorDiedError) and time.monotonic() - start < server.start_s
+            if not again:
+                raise StartError(f"Ray Serve cannot deploy the service: {sentence(error)}") from error
+        _go_on(stop)
+        stop.wait(1.0)
     need = {"CPU": settings.replicas * settings.threads}
     if settings.device.startswith("cuda"):
         need["GPU"] = settings.replicas
