@@ -462,3 +462,20 @@ def test_sizes_of_models():
     pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
     assert shapes.model_shapes("vit_base_patch16_224", 2, 8) == shapes.model_shapes("vit_b", 2, 8)
     assert set(shapes.model_shapes("swin_tiny_patch4_window7_224", 1, 4)) >= set(shapes.model_shapes("swin_t", 1, 4))
+
+
+def test_a_backend_without_kernels_for_the_dtypes_is_neither_proven_nor_dropped():
+    from efft_kernels.kernels.tuning import worker
+
+    plan = {"op": "merge_"}
+    job = {"task": "prove", "device": "cpu", "backend": "cpu", "plans": [plan], "dtypes": ["complex64"]}
+    assert list(worker.events(job | {"simulated": True})) == [{"plan": plan, "cases": 0}]
+    said, recorded = [], []
+    tuner = run._Tuner(torch.device("cpu"), [torch.float32], 0.0, ["true"], True, said.append, lambda event: None)
+    tuner.partial, tuner.record = {}, lambda *proven: recorded.append(proven)
+    for cases in (0, 0):
+        tuner._right("triton", "merge_", cases, 2)
+    assert not said and not recorded and "no kernels for these dtypes" in tuner.left[0]
+    for cases in (0, 4):  # one of two dtypes
+        tuner._right("triton", "group_update", cases, 2)
+    assert recorded == [("triton", {"group_update": 4}, {})] and len(tuner.left) == 1

@@ -182,7 +182,14 @@ def begin(run: Prepared, saved: dict | None) -> tuple[Progress, object]:
     return progress, schedule
 
 
-def fit(run: Prepared, progress: Progress, schedule, logs: Trackers, stop: "_Stop", after_epoch=None) -> None:
+def fit(
+    run: Prepared,
+    progress: Progress,
+    schedule,
+    logs: Trackers,
+    stop: "_Stop",
+    after_epoch: Callable[[dict], None] | None = None,
+) -> None:
     """Take all steps that are left.
 
     Args:

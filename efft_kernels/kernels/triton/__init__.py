@@ -69,7 +69,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     elif gpu(device.index)[1] not in DEFAULTS["defaults"]:
         return f"triton kernels need compute capability 8.0, {gpu(device.index)[0]} is older"
     elif dtype == torch.float32 and op != "merge_" and precision(given[0]) != "tf32":
-        # one sum after the other, where plain torch's order is two to four times as exact
+        # one sum after the other, where plain torch's order is more than twice as exact
         return "triton multiplies float32 on a GPU with TF32 alone, which torch is not allowed to use"
     R = largest_rank(op, tensors)
     if R > MAX_RANK:

@@ -224,6 +224,8 @@ class _Tuner:
                 self.say(f"{backend}: {name} is right in {sum(found)} cases")
                 self.note({"proven": name, "backend": backend, "cases": sum(found)})
                 self.record(backend, {name: sum(found)}, {})
+            elif len(found) == parts and not any(found):
+                self.left.append(f"the battery of {backend}: {name}: {backend} has no kernels for these dtypes here")
 
     def time(self, shapes: list[tuple]) -> None:
         child = children.Child(self.worker)
