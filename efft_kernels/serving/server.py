@@ -70,6 +70,10 @@ def run(settings: Settings, server: ServerSettings) -> None:
                 stop.wait()
                 print("stopping", flush=True)
                 _drain(serve.get_app_handle(server.name), settings, server)
+            except Stopped:
+                if _answers(http, server.prefix):  # by the first replicas, while others start
+                    _drain(serve.get_app_handle(server.name), settings, server)
+                raise
             finally:
                 if server.address:
                     serve.delete(server.name)
