@@ -5,14 +5,17 @@
     python benchmarks/paper/ablation.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn dtd --out FOLDER
 
 Every variant differs in one setting from the base, EFFT1 and EFFT2 with their defaults. The table gives the change of
-top-1 from the base in percentage points, seed by seed. Every result is saved at once; the same command continues.
+top-1 from the base in percentage points, seed by seed. Every result is saved at once; the same command continues. The
+adapters stay in FOLDER/adapters, where subspace.py compares them.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
@@ -38,9 +41,9 @@ def variants(depth: int) -> dict[str, dict[str, dict]]:
             for name, blocks in layers.items()
             for half, targets in HALVES.items()
         },
-        "init": {f"zero {letters}": {"zero_init": letters} for letters in ("v", "u", "vu", "uv")},
+        "init": {f"zero {letters}": {"zero_init": letters} for letters in ("u", "vu", "uv")},
         "ranks": {f"FFN ranks {r1}, {r2}": {"ffn_rank": (r1, r2)} for r1, r2 in ((8, 16), (16, 24), (16, 32))},
-        "cores": {f"cores {kind}": {"cores": kind} for kind in ("per_block", "shared")},
+        "cores": {"cores shared": {"cores": "shared"}},
         "scale": {"scale trained": {"trainable_scale": True}},
     }
 
@@ -50,26 +53,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     families = list(variants(12))
     add("--families", nargs="+", choices=families, default=families, metavar="FAMILY", help=f"of {', '.join(families)}")
+    add("--variants", nargs="+", metavar="NAME", help="only these of the families, as the table names them")
     add("--methods", nargs="+", choices=["efft1", "efft2"], default=["efft1", "efft2"])
+    add("--seeds", type=int, help="number of seeds; default 3")
+    add("--out", type=Path, default=HERE.parent / "results" / "ablation")
+    add_shared(add)
+    args = parser.parse_args(arguments)
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
+    check(parser, args)
+    return args
+
+
+def add_shared(add: Callable) -> None:
+    """Add the options that ablation.py and subspace.py share."""
     add("--data", type=Path, metavar="DIR", help="folder of VTAB-1K's data sets; default: built-in sources")
     add("--checkpoint", help="with --data: file of the pre-trained weights")
     add("--model", help="with --data: model of timm")
     add("--datasets", nargs="+", metavar="NAME", help="default cifar10")
-    add("--seeds", type=int, help="number of seeds; default 3")
     add("--epochs", type=int, help="default 5, with --data 100")
     add("--rank", type=int, default=BASE["rank"])
     add("--scale", type=float, help=f"scale of the base; default {BASE['scale']}, with --data 10")
     add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3")
     add("--workers", type=int, default=os.cpu_count() or 1)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--out", type=Path, default=HERE.parent / "results" / "ablation")
     add("--quick", action="store_true")
-    args = parser.parse_args(arguments)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.data and not (args.checkpoint and args.datasets):
         parser.error("--data needs --checkpoint and --datasets")
-    if args.seeds is not None and args.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {args.seeds}")
-    return args
+    if args.rank < 1:
+        parser.error(f"--rank must be at least 1, got {args.rank}")
 
 
 def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
@@ -82,7 +97,7 @@ def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
             "epochs": 1,
             "test_images": 100,
         }
-        return tiny | {"rank": 4, "scale": 1.0, "factor_dropout": 0.0}, Places(None, None, "cpu"), 12
+        return tiny | {"rank": 4, "scale": 1.0, "lr": 1e-3, "factor_dropout": 0.0}, Places(device="cpu"), 12
     chosen = {"rank": args.rank}
     if args.data:
         settings = {"model": args.model or FACTS["recipe"]["model"], "checkpoint": Path(args.checkpoint).name}
@@ -101,6 +116,10 @@ def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
     return settings | chosen, places, depth(settings["model"])
 
 
+def data_sets(args: argparse.Namespace) -> list[str]:
+    return ["dsprites_loc"] if args.quick else args.datasets or ["cifar10"]
+
+
 def depth(model: str) -> int:
     """The number of blocks of a model of timm."""
     import torch
@@ -111,6 +130,13 @@ def depth(model: str) -> int:
     with torch.device("meta"):
         made = timm().create_model(model)
     return 1 + max(slot.site.block for group in plan(made, EFFTConfig("efft2", rank=1)).groups for slot in group.slots)
+
+
+def run_of(data: str, method: str, seed: int, settings: dict, more: dict) -> Run:
+    """The run of a variant."""
+    # as JSON returns values, so that the name of the run does not change when it is read back
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in more.items()}
+    return Run(data, method, seed, "test", settings | {"method": method} | plain)
 
 
 def fits(method: str, settings: dict) -> bool:
@@ -155,18 +181,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         prepare_folder(args.out)
         settings, places, blocks = base(args)
-        data, seeds = args.datasets or ["cifar10"], range(args.seeds or 3)
+        places = dataclasses.replace(places, keep=str(args.out / "adapters"))
+        data, seeds = data_sets(args), range(args.seeds or 3)
         families = variants(blocks)
         if args.quick:
-            data, seeds, args.workers = ["dsprites_loc"], range(1), 1
+            seeds, args.workers = range(1), 1
             families = {family: dict(list(found.items())[-1:]) for family, found in families.items()}
-        todo = {"base": {}} | {name: more for family in args.families for name, more in families[family].items()}
+        todo = {name: more for family in args.families for name, more in families[family].items()}
+        if unknown := set(args.variants or ()) - todo.keys():
+            raise ValueError(f"--variants must be of {'; '.join(todo)}, got {sorted(unknown)[0]!r}")
+        todo = {"base": {}} | {name: more for name, more in todo.items() if name in (args.variants or todo)}
         runs = {
-            (method, name): [
-                Run(d, method, seed, "test", settings | {"method": method} | {k: _plain(v) for k, v in more.items()})
-                for d in data
-                for seed in seeds
-            ]
+            (method, name): [run_of(d, method, seed, settings, more) for d in data for seed in seeds]
             for method in args.methods
             for name, more in todo.items()
             if fits(method, more)
@@ -190,11 +216,6 @@ def main(arguments: list[str] | None = None) -> int:
     for name, why in failures.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     return int(bool(failures))
-
-
-def _plain(value):
-    """The value as JSON returns it, so that the name of a run does not change when it is read back."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ class Places:
     device: str = "auto"
     bundle: str | None = None  # file of bundle.py, for the built-in sources
     deadline: float | None = None  # a time.time() at which every run must have ended
+    keep: str | None = None  # folder for the files of runs that are done one at a time, in folders with their names
+
+    def adapter(self, run: Run) -> Path:
+        """The file that a run leaves with ``keep``."""
+        return Path(self.keep, run.name, "adapter.safetensors")
 
 
 class Store:
@@ -175,6 +180,7 @@ def measure(run: Run, places: Places, after_epoch: Callable[[int, float], None] 
         found = _probed(run, data, settings, places, probe)
     else:
         with tempfile.TemporaryDirectory(prefix="efft_run_") as out:
+            out = places.adapter(run).parent if places.keep else out
             # an interrupted run is repeated from its start, so it needs no checkpoints
             made = Settings(**settings, data=data, out=out, seed=run.seed, device=places.device, save_every=10**9)
             try:
@@ -268,7 +274,7 @@ def opened(run: Run, places: Places, test_images: int | None, watched: bool = Fa
 def complete(
     runs: Iterable[Run], store: Store, places: Places, workers: int = 1, label: str = "runs", together: int = 0
 ) -> tuple[list[dict], dict[str, str]]:
-    """Do the runs that the store does not have. Returns (records in order, {name of a failed run: why}).
+    """Do the runs whose results or files are missing. Returns (records in order, {name of a failed run: why}).
 
     Args:
         together: at most so many runs in one pass; 0 for the training loop of efft_kernels.finetune, a run at a time.
@@ -276,7 +282,7 @@ def complete(
     import tqdm
 
     runs = list({run.name: run for run in runs}.values())
-    missing = [run for run in runs if store.get(run) is None]
+    missing = [run for run in runs if _missing(run, store, places)]
     failures = {}
     with tqdm.tqdm(total=len(runs), initial=len(runs) - len(missing), desc=label, unit="run") as bar:
 
@@ -306,6 +312,11 @@ def complete(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [record for run in runs if (record := store.get(run)) is not None], failures
+
+
+def _missing(run: Run, store: Store, places: Places) -> bool:
+    record = store.get(run)
+    return record is None or bool(places.keep and record["top1"] is not None and not places.adapter(run).is_file())
 
 
 def measured(group: list[Run], places: Places, together: bool) -> list[dict]:

@@ -2,17 +2,17 @@
 
     python benchmarks/paper/subspace.py                # on CIFAR-10 from a package registry, as vtab1k.py --offline
     python benchmarks/paper/subspace.py --quick        # a test of everything in a minute
-    python benchmarks/paper/subspace.py --data DIR/NAME --checkpoint ViT-B_16.npz --out FOLDER
+    python benchmarks/paper/subspace.py --data DIR --checkpoint ViT-B_16.npz --datasets svhn --out FOLDER
 
 Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
 single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of arXiv 2311.06749); two random Gaussian
-matrices are the control. Writes heat maps over (i, j), a table of means, and the maps themselves. A finished training
-is not repeated.
+matrices are the control. Writes heat maps over (i, j), a table of means, and the maps themselves. The runs are those
+of ablation.py, which share a folder with these; what is there is not trained again.
 """
 
 import argparse
+import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -24,10 +24,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import FORMAT, commit, machine, prepare_folder, versions, write_figure, write_run
 from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
 from efft_kernels.storage import write_bytes
-from vtab1k import FACTS
+import ablation
+from runs import Places, Store, complete
 
 HERE = Path(__file__).parent
-TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": ("attn", "mlp")}
+TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": None}
 # Two runs with one seed may start from the same random factors, which a short training hardly rotates. That alone makes
 # them similar, so runs are compared across seeds, and once within a seed to show the effect.
 # (title, (first run, seed, part), (second run, seed, part)): the same matrix, or the first of attention and of FFN
@@ -49,74 +50,46 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--variant", choices=["efft1", "efft2"], default="efft2")
-    add("--rank", type=int, default=16)
-    add("--data", help="a built-in source, or a folder; default cifar10")
-    add("--checkpoint", help="with a folder: file of the pre-trained weights")
-    add("--model", default=FACTS["recipe"]["model"], help="with --checkpoint: model of timm")
     add("--blocks", type=int, nargs="+", help="blocks whose matrices are compared; default: first, middle and last")
-    add("--epochs", type=int, help="default 5, with --checkpoint 100")
-    add("--scale", type=float, help="default 0.1, with --checkpoint 10")
-    add("--lr", type=float, help="default 1e-2, with --checkpoint 1e-3")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--out", type=Path, default=HERE.parent / "results" / "subspace")
-    add("--quick", action="store_true")
+    add("--out", type=Path, default=HERE.parent / "results" / "ablation")
+    ablation.add_shared(add)
     args = parser.parse_args(arguments)
-    if args.rank < 1:
-        parser.error(f"--rank must be at least 1, got {args.rank}")
+    ablation.check(parser, args)
     return args
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """The settings that all runs share."""
-    if args.quick:
-        # efft1 needs an FFN of four times the width
-        model = "test_vit" if args.variant == "efft2" else "vit_tiny_patch16_224"
-        tiny = {"model": model, "checkpoint": "random", "image_size": 32, "epochs": 1}
-        return {"data": "digits", "method": args.variant, "rank": 4, "scale": 1.0, "lr": 1e-3, "device": "cpu", **tiny}
-    common = {"data": args.data or "cifar10", "method": args.variant, "rank": args.rank, "device": args.device}
-    if args.checkpoint:
-        common |= {
-            "model": args.model,
-            "checkpoint": args.checkpoint,
-            "scale": args.scale or 10.0,
-            "lr": args.lr or 1e-3,
-        }
-    else:
-        from sources import weights
+def trained(
+    args: argparse.Namespace, data: str, settings: dict, places: Places
+) -> dict[tuple[str, int], dict[tuple[int, str], tuple[Tensor, Tensor]]]:
+    """Do the runs that are missing: {(targets, seed): {(block, part): (down, up)}}.
 
-        offline = FACTS["offline"]
-        found = weights(offline["weights"])
-        recipe = {key: value for key, value in offline["recipe"].items() if key != "test_images"}
-        common |= {"model": found.model, "checkpoint": str(found.path), "factor_dropout": 0.0, **recipe}
-        common |= {"scale": args.scale or 0.1, "lr": args.lr or 1e-2}
-    return common | ({"epochs": args.epochs} if args.epochs else {})
-
-
-def trained(common: dict, out: Path) -> dict[tuple[str, int], dict[tuple[int, str], tuple[Tensor, Tensor]]]:
-    """Train every run that is missing: {(targets, seed): {(block, part): (down, up)}}."""
-    import tqdm
-
-    from efft_kernels.finetune.loop import Interrupted, train
+    Raises:
+        ValueError: a run diverged.
+        RuntimeError: a run failed.
+    """
     from efft_kernels.finetune.models import make_model
-    from efft_kernels.finetune.settings import Settings
 
-    found = {}
-    for name, targets in tqdm.tqdm(list(TARGETS.items()), desc="training", unit="target"):
-        for seed in (0, 1):
-            made = Settings(**common, targets=targets, seed=seed, out=out / f"{name}.{seed}", save_every=10**9)
-            try:
-                result = train(made, progress=False)
-            except Interrupted as error:
-                raise KeyboardInterrupt(str(error)) from error
-            classes = len(json.loads((result.out / "metrics.json").read_text())["classes"])
-            model = make_model(made.model, classes, made.image_size, "random")
-            load_adapter(model, result.adapter)
-            block = {
-                slot.site.path: slot.site.block
-                for group in plan(model, EFFTConfig("efft2", rank=1)).groups
-                for slot in group.slots
-            }
-            found[name, seed] = {(block[path], part): pair for (path, part), pair in updates(model).items()}
+    runs = {
+        (name, seed): ablation.run_of(data, args.variant, seed, settings, {"targets": targets} if targets else {})
+        for name, targets in TARGETS.items()
+        for seed in (0, 1)
+    }
+    store, found = Store(args.out), {}
+    if failures := complete(runs.values(), store, places, args.workers, "training")[1]:
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+    for key, run in runs.items():
+        file = places.adapter(run)
+        if not file.exists():
+            raise ValueError(f"{run.name} diverged, with lr {run.settings['lr']} and scale {run.settings['scale']}")
+        classes = len(json.loads(file.with_name("metrics.json").read_text())["classes"])
+        model = make_model(settings["model"], classes, settings.get("image_size", 224), places.checkpoint or "random")
+        load_adapter(model, file)
+        block = {
+            slot.site.path: slot.site.block
+            for group in plan(model, EFFTConfig("efft2", rank=1)).groups
+            for slot in group.slots
+        }
+        found[key] = {(block[path], part): pair for (path, part), pair in updates(model).items()}
     return found
 
 
@@ -188,8 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         prepare_folder(args.out)
-        common = settings(args)
-        found = trained(common, args.out / "runs")
+        settings, places, _ = ablation.base(args)
+        places = dataclasses.replace(places, keep=str(args.out / "adapters"))
+        data = ablation.data_sets(args)[0]
+        found = trained(args, data, settings, places)
         depth = 1 + max(block for block, _ in found["joint", 0])
         blocks = args.blocks or sorted({0, depth // 2, depth - 1})
         if not all(0 <= block < depth for block in blocks):
@@ -198,8 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
         run = {
             "benchmark": "subspace",
             "format": FORMAT,
-            "settings": {k: v for k, v in common.items() if k not in ("data", "checkpoint", "device")},
-            "data": os.path.basename(os.path.normpath(common["data"])),
+            "settings": settings | {"method": args.variant},
+            "data": data,
             "machine": machine(), "versions": versions(), "commit": commit(),
             "results": [
                 {"compared": title, "block": block, "i": i + 1, "j": j + 1, "phi": phi[i, j].item()}
@@ -209,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_run(args.out, run)
         heat_maps(args.out / "subspace.png", made)
         text = table(made) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
-        write_bytes(args.out / "table.md", text.encode())
+        write_bytes(args.out / "subspace.md", text.encode())
         print(text)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"subspace: {error}", file=sys.stderr)
