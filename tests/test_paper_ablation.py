@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 
 import ablation
 import subspace
-from record import read_csv, read_run
+from record import read_run
 from runs import Run
 from test_paper_vtab1k import few_images
 
@@ -65,38 +65,28 @@ def test_change_is_taken_seed_by_seed():
     assert "| base | – | – | 0.001 | 35.0 ± 7.1 |" in text and "| v | – | – | 0.001 | +1.5 ± 0.7 |" in text
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_ablation_quick(tmp_path, capsys, monkeypatch):
-    few_images(monkeypatch)
-    assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
-    table = (tmp_path / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    counts = {row["parameters"] for row in read_csv(tmp_path / "runs.csv")}
-    full = 7 * 192 * 4 + 6 * 12 * 16
-    assert counts == {full, full + 2, 7 * 192 * 4 + 6 * 16}  # base, a scale per group, one set of cores
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-def test_subspace_quick(tmp_path, monkeypatch):
+def test_quick_runs_that_subspace_and_ablation_share(tmp_path, capsys, monkeypatch):
     few_images(monkeypatch)
     assert subspace.main(["--quick", "--blocks", "3", "--out", str(tmp_path)]) == 0
-    found = {}
-    for row in read_run(tmp_path / "subspace.json")["results"]:
-        assert row["block"] == 3
-        found.setdefault(row["compared"], {})[row["i"], row["j"]] = row["phi"]
-    assert len(found) == len(subspace.COMPARISONS) + 1
-    for phi in found.values():
-        assert phi.keys() == {(i, j) for i in range(1, 5) for j in range(1, 5)}
-        assert all(0 <= value <= 1.0001 for value in phi.values())
+    found = {row["compared"]: row for row in read_run(tmp_path / "subspace.json")["results"]}
+    assert len(found) == len(subspace.COMPARISONS) + 1 and (tmp_path / "subspace.png").exists()
+    for row in found.values():
+        assert row["block"] == 3 and all(0 <= row[key] <= 1.0001 for key in ("first", "quarter", "all", "mean"))
     # attention-only and joint training start from the same factors with the same seed, from others with another
-    assert found["q: MHSA-only and joint, one seed"][1, 1] > 0.8 > found["q: MHSA-only and joint"][1, 1]
-    assert (tmp_path / "subspace.png").stat().st_size > 5000
+    assert found["q: MHSA-only and joint, one seed"]["first"] > 0.8 > found["q: MHSA-only and joint"]["first"]
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
     assert len(before) == 6
-    assert subspace.main(["--quick", "--blocks", "3", "--out", str(tmp_path)]) == 0  # read, not trained again
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
-    assert subspace.main(["--quick", "--blocks", "12", "--out", str(tmp_path)]) == 2
+    assert subspace.main(["--quick", "--blocks", "12", "--out", str(tmp_path)]) == 2  # no such block
+    assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
+    assert before.items() <= after.items() and len(after) == 8  # the base was trained before
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    full = 7 * 192 * 4 + 6 * 12 * 16
+    for count in (full, full + 2, 7 * 192 * 4 + 6 * 16):  # base, a scale per group, one set of cores
+        assert f"| {count / 1e6:.3f} |" in table
 
 
 def test_control_is_what_chance_gives():

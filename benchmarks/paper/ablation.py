@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder
 from efft_kernels.storage import write_bytes
 import tables
-from runs import Places, Run, Store, complete
+from runs import Places, Run, Store, command, complete
 from vtab1k import FACTS
 
 HERE = Path(__file__).parent
@@ -176,46 +176,42 @@ def table(results: dict[tuple[str, str], list[dict]], methods: list[str]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def work(args: argparse.Namespace) -> dict[str, str]:
+    """Do the missing runs and write the table; returns why runs failed."""
+    prepare_folder(args.out)
+    settings, places, blocks = base(args)
+    places = dataclasses.replace(places, keep=str(args.out / "adapters"))
+    data, seeds = data_sets(args), range(args.seeds or 3)
+    families = variants(blocks)
+    if args.quick:
+        seeds, args.workers = range(1), 1
+        families = {family: dict(list(found.items())[-1:]) for family, found in families.items()}
+    todo = {name: more for family in args.families for name, more in families[family].items()}
+    if unknown := set(args.variants or ()) - todo.keys():
+        raise ValueError(f"--variants must be of {'; '.join(todo)}, got {sorted(unknown)[0]!r}")
+    todo = {"base": {}} | {name: more for name, more in todo.items() if name in (args.variants or todo)}
+    runs = {
+        (method, name): [run_of(d, method, seed, settings, more) for d in data for seed in seeds]
+        for method in args.methods
+        for name, more in todo.items()
+        if fits(method, more)
+    }
+    store = Store(args.out)
+    _, failures = complete((r for found in runs.values() for r in found), store, places, args.workers, "ablation")
+    results = {key: [r for run in found if (r := store.get(run))] for key, found in runs.items()}
+    text = table(results, args.methods)
+    text += (
+        f"\nTop-1 of test images in % (base) and its change in points, mean ± standard deviation over {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}, on {', '.join(data)}; base: {json.dumps(settings)}\n"
+    )
+    write_bytes(args.out / "table.md", text.encode())
+    print(text)
+    return failures
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    try:
-        prepare_folder(args.out)
-        settings, places, blocks = base(args)
-        places = dataclasses.replace(places, keep=str(args.out / "adapters"))
-        data, seeds = data_sets(args), range(args.seeds or 3)
-        families = variants(blocks)
-        if args.quick:
-            seeds, args.workers = range(1), 1
-            families = {family: dict(list(found.items())[-1:]) for family, found in families.items()}
-        todo = {name: more for family in args.families for name, more in families[family].items()}
-        if unknown := set(args.variants or ()) - todo.keys():
-            raise ValueError(f"--variants must be of {'; '.join(todo)}, got {sorted(unknown)[0]!r}")
-        todo = {"base": {}} | {name: more for name, more in todo.items() if name in (args.variants or todo)}
-        runs = {
-            (method, name): [run_of(d, method, seed, settings, more) for d in data for seed in seeds]
-            for method in args.methods
-            for name, more in todo.items()
-            if fits(method, more)
-        }
-        store = Store(args.out)
-        _, failures = complete((r for found in runs.values() for r in found), store, places, args.workers, "ablation")
-        results = {key: [r for run in found if (r := store.get(run))] for key, found in runs.items()}
-        text = table(results, args.methods)
-        text += (
-            f"\nTop-1 of test images in % (base) and its change in points, mean ± standard deviation over {len(seeds)} "
-            f"seed{'s' * (len(seeds) > 1)}, on {', '.join(data)}; base: {json.dumps(settings)}\n"
-        )
-        write_bytes(args.out / "table.md", text.encode())
-        print(text)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"ablation: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ablation: stopped; the same command continues with the missing runs", file=sys.stderr)
-        return 75
-    for name, why in failures.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
-    return int(bool(failures))
+    return command("ablation", lambda: work(args))
 
 
 if __name__ == "__main__":

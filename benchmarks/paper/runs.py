@@ -192,7 +192,7 @@ def measure(run: Run, places: Places, after_epoch: Callable[[int, float], None] 
                 raise KeyboardInterrupt(str(error)) from error
             except Diverged as error:
                 found = {"top1": None, "diverged": str(error)}
-    return _recorded(run, found, time.perf_counter() - began, time.process_time() - spent)
+    return recorded(run, found, time.perf_counter() - began, time.process_time() - spent)
 
 
 def measure_together(runs: list[Run], places: Places) -> list[dict]:
@@ -213,7 +213,7 @@ def measure_together(runs: list[Run], places: Places) -> list[dict]:
     if settings:
         found = together.measure(settings, places.deadline)
     share = [(time.perf_counter() - began) / len(runs), (time.process_time() - spent) / len(runs)]
-    return [_recorded(run, one, *share) for run, one in zip(runs, found, strict=True)]
+    return [recorded(run, one, *share) for run, one in zip(runs, found, strict=True)]
 
 
 def _probed(run: Run, data: str, settings: dict, places: Places, probe: dict) -> dict:
@@ -224,7 +224,7 @@ def _probed(run: Run, data: str, settings: dict, places: Places, probe: dict) ->
     return linear_probe.measure(data, settings, run.seed, places.device, **probe)
 
 
-def _recorded(run: Run, found: dict, seconds: float, cpu_seconds: float) -> dict:
+def recorded(run: Run, found: dict, seconds: float, cpu_seconds: float) -> dict:
     """The record of a run: what was found, where and when."""
     for name in ("top1", "mean_class"):
         if found.get(name) is not None:
@@ -394,3 +394,18 @@ def choose_together(runs: dict[str, list[Run]], store: Store) -> dict[str, Run]:
 def tested(run: Run, seed: int, **settings) -> Run:
     """The run on test images with the settings of a run on validation images."""
     return replace(run, part="test", seed=seed, settings=run.settings | settings)
+
+
+def command(name: str, work: Callable[[], dict[str, str]]) -> int:
+    """Do the work of a command, which returns why runs failed: the exit status. Errors are a line on stderr."""
+    try:
+        failures = work()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command continues with the missing runs", file=sys.stderr)
+        return 75
+    for run, why in failures.items():
+        print(f"failed: {run}: {why}", file=sys.stderr)
+    return int(bool(failures))

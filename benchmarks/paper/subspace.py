@@ -6,7 +6,7 @@
 
 Trains EFFT2 on the attention alone, on the FFN alone and on both, each with two seeds, and compares the updates of
 single matrices by phi(A, B, i, j) of efft_kernels.subspace_map (section 3.4 of arXiv 2311.06749); two random Gaussian
-matrices are the control. Writes heat maps over (i, j), a table of means, and the maps themselves. The runs are those
+matrices are the control. Writes heat maps over (i, j) and their means. The runs are those
 of ablation.py, which share a folder with these; what is there is not trained again.
 """
 
@@ -25,7 +25,7 @@ from record import FORMAT, commit, machine, prepare_folder, versions, write_figu
 from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
 from efft_kernels.storage import write_bytes
 import ablation
-from runs import Places, Store, complete
+from runs import Places, Store, command, complete
 
 HERE = Path(__file__).parent
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": None}
@@ -145,54 +145,58 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
         plt.close(figure)
 
 
-def table(made: dict[str, dict[int, Tensor]]) -> str:
-    """phi of the first direction, of the first quarter, and the mean, each averaged over blocks."""
-    lines = ["| compared | phi(1, 1) | phi(r/4, r/4) | mean over (i, j) |", "| --- | ---: | ---: | ---: |"]
-    for title, found in made.items():
-        rows = []
-        for phi in found.values():
-            quarter = max(1, min(phi.shape) // 4)
-            rows.append([phi[0, 0].item(), phi[quarter - 1, quarter - 1].item(), phi.mean().item()])
-        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in np.mean(rows, 0)) + " |")
+def rows(title: str, found: dict[int, Tensor]) -> list[dict]:
+    """phi of the first directions, of the first quarter and of all, and its mean over (i, j), for each block."""
+    made = []
+    for block, phi in found.items():
+        quarter = max(1, min(phi.shape) // 4) - 1
+        values = {"first": phi[0, 0], "quarter": phi[quarter, quarter], "all": phi[-1, -1], "mean": phi.mean()}
+        made.append({"compared": title, "block": block} | {key: value.item() for key, value in values.items()})
+    return made
+
+
+def table(results: list[dict]) -> str:
+    """The rows averaged over blocks."""
+    lines = ["| compared | phi(1, 1) | phi(r/4, r/4) | phi(r, r) | mean over (i, j) |", "|---|---:|---:|---:|---:|"]
+    for title in dict.fromkeys(row["compared"] for row in results):
+        own = [row for row in results if row["compared"] == title]
+        means = (np.mean([row[key] for row in own]) for key in ("first", "quarter", "all", "mean"))
+        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     return "\n".join(lines) + "\n"
+
+
+def work(args: argparse.Namespace) -> dict[str, str]:
+    """Do the missing runs, write record, heat maps and table."""
+    prepare_folder(args.out)
+    settings, places, _ = ablation.base(args)
+    places = dataclasses.replace(places, keep=str(args.out / "adapters"))
+    data = ablation.data_sets(args)[0]
+    found = trained(args, data, settings, places)
+    depth = 1 + max(block for block, _ in found["joint", 0])
+    blocks = args.blocks or sorted({0, depth // 2, depth - 1})
+    if not all(0 <= block < depth for block in blocks):
+        raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
+    made = maps(found, blocks)
+    results = [row for title, of in made.items() for row in rows(title, of)]
+    run = {
+        "benchmark": "subspace",
+        "format": FORMAT,
+        "settings": settings | {"method": args.variant},
+        "data": data,
+        "machine": machine(), "versions": versions(), "commit": commit(),
+        "results": results,
+    }  # fmt: skip
+    write_run(args.out, run)
+    heat_maps(args.out / "subspace.png", made)
+    text = table(results) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
+    write_bytes(args.out / "subspace.md", text.encode())
+    print(text)
+    return {}
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    try:
-        prepare_folder(args.out)
-        settings, places, _ = ablation.base(args)
-        places = dataclasses.replace(places, keep=str(args.out / "adapters"))
-        data = ablation.data_sets(args)[0]
-        found = trained(args, data, settings, places)
-        depth = 1 + max(block for block, _ in found["joint", 0])
-        blocks = args.blocks or sorted({0, depth // 2, depth - 1})
-        if not all(0 <= block < depth for block in blocks):
-            raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
-        made = maps(found, blocks)
-        run = {
-            "benchmark": "subspace",
-            "format": FORMAT,
-            "settings": settings | {"method": args.variant},
-            "data": data,
-            "machine": machine(), "versions": versions(), "commit": commit(),
-            "results": [
-                {"compared": title, "block": block, "i": i + 1, "j": j + 1, "phi": phi[i, j].item()}
-                for title, of in made.items() for block, phi in of.items() for i, j in np.ndindex(*phi.shape)
-            ],
-        }  # fmt: skip
-        write_run(args.out, run)
-        heat_maps(args.out / "subspace.png", made)
-        text = table(made) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
-        write_bytes(args.out / "subspace.md", text.encode())
-        print(text)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"subspace: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("subspace: stopped; the same command continues with the missing runs", file=sys.stderr)
-        return 75
-    return 0
+    return command("subspace", lambda: work(args))
 
 
 if __name__ == "__main__":

@@ -90,11 +90,13 @@ def published(entry: dict, all_groups: dict[str, list[str]], groups: dict[str, l
 
 
 def published_mean(entry: dict, groups: dict[str, list[str]]) -> Row:
-    """A published row of which only the mean of the groups is known here."""
+    """A published row over all data sets, of which perhaps only the mean of the groups is known here."""
+    name = f"published: {entry['name']} (arXiv {entry['arxiv']})"
+    if "accuracy" in entry:
+        return published(entry, groups, groups, name)
     none = Cell(None, None, 0)
     names = [data for members in groups.values() for data in members]
     parameters = None if entry["millions"] is None else entry["millions"] * 1e6
-    name = f"published: {entry['name']} (arXiv {entry['arxiv']})"
     mean = Cell(entry["group_mean"], None, 1)
     return Row(name, parameters, dict.fromkeys(names, none), dict.fromkeys(groups, none), none, mean)
 

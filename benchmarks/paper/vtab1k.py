@@ -43,7 +43,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder  # noqa: E402
 from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
-from runs import Places, Run, Store, choose, choose_together, complete, measure, opened, tested  # noqa: E402
+from runs import Places, Run, Store, choose, choose_together, command, complete, measure, opened, tested  # noqa: E402
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "vtab1k.json").read_text())
@@ -521,28 +521,24 @@ def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], di
     return [(method, [r for r in found if r["run"]["method"] == method]) for method in methods], groups
 
 
+def work(args: argparse.Namespace) -> dict[str, str]:
+    """Do what the arguments ask for; returns why runs failed."""
+    failures = {}
+    prepare_folder(args.out)
+    if args.report:
+        records, groups = reported(args)
+    elif args.sweep:
+        failures, records = sweep(args), []
+    else:
+        records, groups, failures = offline(args) if args.offline else benchmark(args)
+    if records and RANK == 0:
+        print(write_report(args, records, groups))
+    return failures
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    failures = {}
-    try:
-        prepare_folder(args.out)
-        if args.report:
-            records, groups = reported(args)
-        elif args.sweep:
-            failures, records = sweep(args), []
-        else:
-            records, groups, failures = offline(args) if args.offline else benchmark(args)
-        if records and RANK == 0:
-            print(write_report(args, records, groups))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"vtab1k: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vtab1k: stopped; the same command continues with the missing runs", file=sys.stderr)
-        return 75
-    for name, why in failures.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
-    return int(bool(failures))
+    return command("vtab1k", lambda: work(args))
 
 
 if __name__ == "__main__":
