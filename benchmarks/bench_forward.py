@@ -21,24 +21,13 @@ from typing import NamedTuple
 # the first of these imports reports which packages are missing
 from arguments import check_device, check_out, positive, seconds  # isort: skip
 
-import efft_kernels
 import torch
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from forward_rows import COLOURS, floor_share, groups, raise_limits, row_work, slower, summary
 from record import (
-    FORMAT,
-    add_rows,
-    chart,
-    commit,
-    conclude,
-    cpu_ratio,
-    digits,
-    print_notes,
-    machine,
-    spread_of,
-    print_table,
-    versions,
-)
+    FORMAT, add_rows, backends, chart, commit, conclude, cpu_ratio, digits, machine, print_notes, print_table,
+    spread_of, versions,
+)  # fmt: skip
 from shapes import KINDS, MODELS, Layer, layers, work
 from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
 from torch import Tensor
@@ -398,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "backends": [backend._asdict() for backend in efft_kernels.backends()],
+        "backends": backends(),
         "limits": limit._asdict() | {"flops": dict(limit.flops)},
         "memory": MEMORY[args.device],
         "data": {"scale": SCALE, "update_over_weight": UPDATE},

@@ -79,6 +79,12 @@ def installed(*packages: str) -> dict[str, str | None]:
     return found
 
 
+def backends() -> dict[str, str]:
+    """What can be chosen here: {backend: automatic, on request or absent}"""
+    states = lambda found: "automatic" if found.automatic else "on request" if found.available else "absent"
+    return {found.name: states(found) for found in efft_kernels.backends()}
+
+
 def commit() -> dict | None:
     """{id, dirty: whether tracked files other than records differ from it}, or None if it is not known.
 
@@ -149,14 +155,15 @@ def read_csv(path: Path) -> list[dict]:
         return [{column: value(text) for column, text in row.items()} for row in csv.DictReader(file, strict=True)]
 
 
-# What write_run does not store: the rows, which are in the CSV file, and what is computed from them.
-_FROM_ROWS = ("results", "summary")
+# What write_run does not store: the rows, which are in the CSV file, what is computed from them, and the meanings of
+# names, which are in the sources of the commit.
+_NOT_STORED = ("results", "summary", "methods", "variants")
 
 
 def write_run(folder: Path, run: dict) -> None:
     """Write a run as NAME.csv, its results, and NAME.json, everything else; NAME is run["benchmark"]."""
     path = folder / f"{run['benchmark']}.json"
-    write_json(path, {key: value for key, value in run.items() if key not in _FROM_ROWS})
+    write_json(path, {key: value for key, value in run.items() if key not in _NOT_STORED})
     write_csv(path.with_suffix(".csv"), run["results"])
 
 

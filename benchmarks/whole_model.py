@@ -17,7 +17,7 @@ from arguments import check_device, check_out, positive, seconds  # isort: skip
 import efft_kernels
 import harness
 from harness import MODELS
-from record import FORMAT, add_rows, chart, commit, digits, installed, machine, versions, write_run
+from record import FORMAT, add_rows, backends, chart, commit, digits, installed, machine, versions, write_run
 from shapes import layers
 from timing import MEMORY, Stages, columns, interleave, timer
 from tqdm import tqdm
@@ -115,7 +115,7 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
         "machine": machine(),
         "versions": versions() | installed("timm", "peft"),
         "commit": commit(),
-        "backends": [backend._asdict() for backend in efft_kernels.backends()],
+        "backends": backends(),
         "allocator": environment,
         "memory": MEMORY[args.device],
         "methods": meanings,

@@ -165,7 +165,7 @@ def test_ops_and_saved_bytes():
 
 COMMON = {"model", "batch", "image", "dtype", "method", "rounds", "ms", "q1", "q3", "cpu_ms"}
 RECORD = {"benchmark", "format", "complete", "date", "arguments", "machine", "versions", "commit", "backends"}
-RECORD |= {"allocator", "memory", "methods", "left_out", "results"}
+RECORD |= {"allocator", "memory", "left_out", "results"}
 
 
 def facts(row):

@@ -2,10 +2,11 @@
 
 import copy
 
+import fuzz
 import pytest
 import torch
 import torch.nn.functional as F
-from models import adapted, assert_bits, gradients, images, loss_of, swin, vit
+from models import METHODS, adapted, assert_bits, gradients, images, loss_of, shake, swin, vit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +23,9 @@ def switched_on():
     ek.rebuild_inputs(None)
 
 
-def kept_bytes(run) -> int:
-    """Bytes that are saved for the backward, each storage once."""
-    held = {}
+def kept_bytes(run, model=()) -> int:
+    """Bytes that are saved for the backward, each storage once, without the parameters and buffers of the model."""
+    held, own = {}, {t.untyped_storage().data_ptr() for t in model.state_dict().values()} if model else ()
 
     def pack(t):
         held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -33,7 +34,7 @@ def kept_bytes(run) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = run()
     del result
-    return sum(held.values())
+    return sum(n for place, n in held.items() if place not in own)
 
 
 class RMSNorm(nn.Module):
@@ -225,12 +226,95 @@ def model_gradients(model, run=None):
     return found[True]
 
 
-@pytest.mark.parametrize("make", [vit, swin])
-def test_whole_models(make):
-    model = adapted(make=make).train()
-    model_gradients(model)
+def hf_vit():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=96, num_hidden_layers=1, num_attention_heads=2, intermediate_size=384, patch_size=4)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, num_labels=10))
+
+
+def step_of(model, dtype, amp):
+    torch.manual_seed(1)
+    x = images(16, dtype).requires_grad_()  # so that the frozen model has a backward, too
+
+    def forward(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = model(x)
+            return F.cross_entropy(getattr(y, "logits", y).float(), torch.arange(16) % 10)
+
+    return forward
+
+
+@pytest.mark.parametrize("dtype, amp", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(
+    "make", [lambda: vit(patch_size=4, depth=1), swin, hf_vit], ids=["vit", "swin", "transformers"]
+)
+def test_a_step_holds_what_the_frozen_model_holds(make, dtype, amp):
+    model = make().to(dtype).requires_grad_(False).train()
+    list(model.children())[-1].requires_grad_(True)
+    step = step_of(model, dtype, amp)
+    frozen = kept_bytes(lambda: step(model), model)
+    for method in ("efft1", "lora-all", "fact-tt", "efft2"):
+        adapted = shake(ek.inject(copy.deepcopy(model), METHODS[method])).to(dtype).train()
+        step(adapted)  # compares the norms' bits once
+        assert kept_bytes(lambda m=adapted: step(m), adapted) <= 1.06 * frozen
+    model_gradients(adapted, step)
+    ek.rebuild_inputs(False)
+    assert kept_bytes(lambda: step(adapted), adapted) > 1.2 * frozen
+
+
+def test_a_copied_model_is_rebuilt_too():
+    model = adapted().train()
     copied = copy.deepcopy(model)
     assert_bits(model_gradients(copied), model_gradients(model))
+
+
+@pytest.mark.parametrize("rows", [4, 400])
+def test_casts_of_frozen_weights_do_not_outlive_the_call(rows):
+    producers.know(KNOWN)
+    linear, (_, down, up) = nn.Linear(C, 24).requires_grad_(False), low_rank()
+    found = {}
+    for enabled in (False, True):
+        ek.rebuild_inputs(enabled)
+        h = torch.ones(rows, C, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lowrank_linear(h, linear.weight, linear.bias, down, up)
+        saved = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == linear.weight.shape]
+        assert [t is linear.weight for t in saved] == [enabled]
+        found[enabled] = torch.autograd.grad(y.float().square().sum(), (h, down, up))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lowrank_linear(h, linear.weight, linear.bias, down, up)
+        with torch.no_grad():
+            linear.weight.mul_(2)
+        if enabled:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                y = lowrank_linear(h, linear.weight, linear.bias, down, up)  # the panels are made anew
+            wanted = F.linear(h, linear.weight, linear.bias) + h @ down @ up
+            torch.testing.assert_close(y.float(), wanted, rtol=0.1, atol=0.5)
+        with torch.no_grad():
+            linear.weight.div_(2)
+    assert all(map(torch.equal, found[False], found[True]))
+
+
+@pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
+@pytest.mark.parametrize("patch", [4, 16])  # many rows and few
+def test_panels_under_autocast_belong_to_the_parameters(patch):
+    from efft_kernels.kernels import cpu
+
+    cpu.clear_packed()
+    model = ek.inject(vit(patch_size=patch).requires_grad_(False), METHODS["efft2"], backend="cpu").train()
+    step = step_of(model, torch.float32, True)
+    held = []
+    for _ in range(2):
+        loss = step(model)
+        held.append(cpu.packed_bytes())
+        loss.backward()
+        held.append(cpu.packed_bytes())
+    numbers = sum(m.weight.numel() for m in model.modules() if hasattr(m, "efft") and hasattr(m, "weight"))
+    assert held == [2 * numbers] * 4
+    del model, step, loss
+    assert not cpu.packed_bytes()
 
 
 def test_checkpointing_and_two_forwards():

@@ -1,8 +1,9 @@
 """C++ kernels of csrc/cpu: one pass over x, W packed once, p kept in cache; AVX2, AVX-512, NEON, threads from torch.
 
 The kernels read W as panels. For the forward, those of a weight that does not require grad are made at the first call
-and kept: a copy as large as the weight (twice as large for float16, which is widened). A backward makes its own, a
-piece at a time in the cache, which costs little where many rows read it; for a few rows a second copy is kept.
+and kept: a copy as large as the weight, or as what autocast makes of it (twice as large for float16, which is widened).
+A backward makes its own, a piece at a time in the cache, which costs little where many rows read it; for a few rows a
+second copy is kept.
 ``packed_bytes()`` says how much is held, ``keep_packed(False)`` packs at every call instead, and freeing or changing
 the weight frees its copies. Changes are seen by autograd's version counter. Writes that bypass it (``weight.data``,
 ``weight.numpy()``) are detected by a sample of every row and every column; code that writes single values that way
@@ -214,7 +215,8 @@ def _keeps(weight: Tensor) -> bool:
 def _of_backward(weight: Tensor, rows: int) -> Tensor:
     """The panels of a weight for the backward, or the weight itself, whose panels the kernel then makes"""
     few = rows < _MANY_ROWS.get(isa(), _MANY_ROWS_ELSEWHERE)
-    if weight.stride(1) != 1 or (few and _keeps(weight)):
+    # a backward under autocast has cast the weight, which costs as much as packing it
+    if weight.stride(1) != 1 or (few and _keeps(weight) and not hasattr(weight, "efft_cast_of")):
         return _panels(weight, True)
     return weight
 
@@ -222,20 +224,16 @@ def _of_backward(weight: Tensor, rows: int) -> Tensor:
 def _panels(weight: Tensor, transposed: bool) -> Tensor:
     """weight [N, K] as panels of weight.T, for the forward, or of weight itself, for the backward"""
     ops = _load()[0]
-    if not _keeps(weight):
+    # panels of what autocast has cast belong to the parameter: the cast is gone after the call
+    owner = weight if type(weight) is torch.nn.Parameter else getattr(weight, "efft_cast_of", weight)
+    if not _keeps(owner):
         return ops.pack(weight, transposed)
-    state = (
-        weight.data_ptr(),
-        weight._version,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        ops.fingerprint(weight),
-    )
-    key = id(weight)
+    place = owner.data_ptr(), owner.shape, owner.stride(), owner.dtype
+    state = *place, owner._version, ops.fingerprint(owner), weight.dtype
+    key = id(owner)
     entry = _packed.get(key)
-    if not (entry and entry[0]() is weight and entry[1] == state):
-        entry = _packed[key] = weakref.ref(weight, functools.partial(_forget, key)), state, {}
+    if not (entry and entry[0]() is owner and entry[1] == state):
+        entry = _packed[key] = weakref.ref(owner, functools.partial(_forget, key)), state, {}
     panels = entry[2].get(transposed)
     if panels is None:
         panels = entry[2][transposed] = ops.pack(weight, transposed)

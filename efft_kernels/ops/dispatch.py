@@ -266,6 +266,9 @@ def _autocast(op, device: str, cast: bool) -> Callable:
             x = args[0]
             if x is not given[0] and x.requires_grad and given[0]._version:
                 x.efft_source_changed = True  # producers.py cannot see the tensor behind the cast
+            weight = given[1]
+            if type(weight) is torch.nn.Parameter and not weight.requires_grad and args[1] is not weight:
+                args[1].efft_cast_of = weight  # it outlives the step, so its cast need not
         with _Exclude(off):
             return op(*args)
 

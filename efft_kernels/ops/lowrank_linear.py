@@ -19,7 +19,7 @@ from .dispatch import (
     remember,
     select,
 )
-from .producers import kept_for
+from .producers import cast_again, kept_for, kept_weight
 
 
 def _check_backward(dy, x, weight, down, up, p, needs) -> None:
@@ -112,7 +112,7 @@ class _LowRankLinear(torch.autograd.Function):
         _, _, need_weight, _, need_down, need_up, _ = ctx.needs_input_grad
         # x and p are activations: held only for the gradients that read them, and x only where it cannot be rebuilt
         ctx.recipe, kept = kept_for(x) if need_weight or need_down else (None, (None,))
-        ctx.save_for_backward(weight, down, up, p if need_up else None, *kept)
+        ctx.save_for_backward(kept_weight(weight), down, up, p if need_up else None, *kept)
         ctx.backend = backend
         if run is _forward:  # nobody outside reads p
             return y
@@ -126,6 +126,7 @@ class _LowRankLinear(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         weight, down, up, p, *kept = ctx.saved_tensors
+        weight = cast_again(weight, down.dtype)
         x = kept[0] if ctx.recipe is None else ctx.recipe.x(kept)
         args = dy, x, weight, down, up, p, list(ctx.needs_input_grad[1:6]), ctx.backend
         grads = _backward(*args) if direct(dy, x, weight, down, up, p) else below_autograd(_backward_op, *args)

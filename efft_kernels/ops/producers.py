@@ -30,8 +30,9 @@ _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32}  # 16 bits 
 def rebuild_inputs(enabled: bool | None) -> None:
     """Whether the inputs of adapted Linears are rebuilt in the backward or kept from the forward on.
 
-    Rebuilding runs each norm and activation function in front of an adapted Linear once more. The gradients have the
-    same bits either way. The setting holds for the process, from the next forward on.
+    Rebuilding runs each norm and activation function in front of an adapted Linear once more, and the casts that
+    autocast makes of frozen weights. The gradients have the same bits either way. The setting holds for the process,
+    from the next forward on.
 
     Args:
         enabled: None, the default, rebuilds on a CPU and keeps elsewhere: on an H200 a step of ViT-B in the memory of
@@ -111,6 +112,20 @@ def kept_for(x: Tensor) -> tuple[Recipe | None, tuple[Tensor, ...]]:
         if found is not None:
             return found
     return None, (x,)
+
+
+def kept_weight(weight: Tensor) -> Tensor:
+    """What a forward saves of a weight: the frozen parameter itself where this is what autocast has made of it"""
+    return getattr(weight, "efft_cast_of", weight) if rebuilds(weight.device) else weight
+
+
+def cast_again(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of a backward, of what :func:`kept_weight` gave"""
+    if weight.dtype == dtype:
+        return weight
+    cast = weight.detach().to(dtype)
+    cast.efft_cast_of = weight
+    return cast
 
 
 def _find(x: Tensor, node) -> tuple[Recipe, tuple[Tensor, ...]] | None:
