@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -46,18 +47,8 @@ def test_every_variant_is_a_config_that_changes_one_thing():
 
 
 def test_change_is_taken_seed_by_seed():
-    base = [
-        record("efft2", 50.0, "x", 0),
-        record("efft2", 60.0, "x", 1),
-        record("efft2", 10.0, "y", 0),
-        record("efft2", 20.0, "y", 1),
-    ]
-    found = [
-        record("efft2", 52.0, "x", 0),
-        record("efft2", 61.0, "x", 1),
-        record("efft2", 10.0, "y", 0),
-        record("efft2", 23.0, "y", 1),
-    ]
+    made = lambda *top1: [record("efft2", one, data, seed) for one, (data, seed) in zip(top1, product("xy", (0, 1)))]
+    base, found = made(50.0, 60.0, 10.0, 20.0), made(52.0, 61.0, 10.0, 23.0)
     moved = ablation.change(found, base)
     assert (moved.mean, moved.n) == (1.5, 2) and moved.deviation == pytest.approx(0.5**0.5)
     assert ablation.change([record("efft2", None)], base).mean is None
@@ -73,7 +64,7 @@ def test_quick_runs_that_subspace_and_ablation_share(tmp_path, capsys, monkeypat
     found = {row["compared"]: row for row in read_run(tmp_path / "subspace.json")["results"]}
     assert len(found) == len(subspace.COMPARISONS) + 1 and (tmp_path / "subspace.png").exists()
     for row in found.values():
-        assert row["block"] == 3 and all(0 <= row[key] <= 1.0001 for key in ("first", "quarter", "all", "mean"))
+        assert all(0 <= row[key] <= 1.0001 for key in ("first", "quarter", "all", "mean"))
     # attention-only and joint training start from the same factors with the same seed, from others with another
     assert found["q: MHSA-only and joint, one seed"]["first"] > 0.8 > found["q: MHSA-only and joint"]["first"]
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}

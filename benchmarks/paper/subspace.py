@@ -16,7 +16,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,23 +144,18 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
         plt.close(figure)
 
 
-def rows(title: str, found: dict[int, Tensor]) -> list[dict]:
-    """phi of the first directions, of the first quarter and of all, and its mean over (i, j), for each block."""
-    made = []
-    for block, phi in found.items():
-        quarter = max(1, min(phi.shape) // 4) - 1
-        values = {"first": phi[0, 0], "quarter": phi[quarter, quarter], "all": phi[-1, -1], "mean": phi.mean()}
-        made.append({"compared": title, "block": block} | {key: value.item() for key, value in values.items()})
-    return made
+def row(title: str, found: dict[int, Tensor]) -> dict:
+    """phi of the first directions, of the first quarter and of all, and its mean over (i, j), averaged over blocks."""
+    phi = torch.stack(list(found.values())).mean(0)
+    quarter = max(1, min(phi.shape) // 4) - 1
+    values = {"first": phi[0, 0], "quarter": phi[quarter, quarter], "all": phi[-1, -1], "mean": phi.mean()}
+    return {"compared": title} | {key: value.item() for key, value in values.items()}
 
 
 def table(results: list[dict]) -> str:
-    """The rows averaged over blocks."""
     lines = ["| compared | phi(1, 1) | phi(r/4, r/4) | phi(r, r) | mean over (i, j) |", "|---|---:|---:|---:|---:|"]
-    for title in dict.fromkeys(row["compared"] for row in results):
-        own = [row for row in results if row["compared"] == title]
-        means = (np.mean([row[key] for row in own]) for key in ("first", "quarter", "all", "mean"))
-        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
+    for title, *values in (found.values() for found in results):
+        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -177,12 +171,12 @@ def work(args: argparse.Namespace) -> dict[str, str]:
     if not all(0 <= block < depth for block in blocks):
         raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
     made = maps(found, blocks)
-    results = [row for title, of in made.items() for row in rows(title, of)]
+    results = [row(title, found) for title, found in made.items()]
     run = {
         "benchmark": "subspace",
         "format": FORMAT,
         "settings": settings | {"method": args.variant},
-        "data": data,
+        "data": data, "blocks": blocks,
         "machine": machine(), "versions": versions(), "commit": commit(),
         "results": results,
     }  # fmt: skip
