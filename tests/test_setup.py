@@ -73,7 +73,8 @@ def test_why_nothing_can_be_compiled(tmp_path, monkeypatch):
 )
 def test_installs_without_kernels_and_says_so(platform, compiler, says, source, tmp_path):
     says = says.format(missing=tmp_path / "missing")
-    none = {name: str(tmp_path / compiler) for name in ("CC", "CXX")} if compiler else {}
+    missing = {name: str(tmp_path / "missing") for name in ("CC", "CXX")}
+    none = missing if compiler else {}
     built = python("-c", SETUP, platform, "-q", "bdist_wheel", "-d", str(tmp_path), folder=source, **none)
     assert built.returncode == 0, built.stderr
     assert f"the kernels of csrc/ are not compiled: {says}" in built.stderr
@@ -85,7 +86,7 @@ def test_installs_without_kernels_and_says_so(platform, compiler, says, source, 
     # the package works with plain torch, and names the reason when it is asked
     installed = str(tmp_path / "installed")
     used = python(
-        "-c", USE, platform, folder=tmp_path, PYTHONPATH=installed, EFFT_CACHE=str(tmp_path / "cache"), **none
+        "-c", USE, platform, folder=tmp_path, PYTHONPATH=installed, EFFT_CACHE=str(tmp_path / "cache"), **missing
     )
     assert used.returncode == 0, used.stderr
     file, *_, gradient, reason = used.stdout.splitlines()
@@ -105,6 +106,11 @@ def test_kernels_of_aarch64(tmp_path):
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-psabi -static -DEFFT_AVAILABLE_ONLY".split()
     main = ROOT / "tests" / "sanitize" / "main.cpp"
     subprocess.run([CROSS, *flags, *sources, main, "-o", tmp_path / "main", "-lpthread"], check=True)
-    for processor, isas in (("max", ["neon_bf16", "neon", "portable"]), ("cortex-a72", ["neon", "portable"])):
-        done = subprocess.run([EMULATOR, "-cpu", processor, tmp_path / "main"], capture_output=True, text=True)
-        assert done.stdout.splitlines() == [f"{isa}: passed" for isa in isas]
+    for processor, isas in (
+        ("max", ["neon_bf16: passed", "neon: passed", "portable"]),
+        ("cortex-a72", ["neon", "portable"]),
+    ):
+        # emulated, each takes seconds; the portable ones are those that run on this machine
+        run = [isa.removesuffix(": passed") for isa in isas if ":" in isa] or ["none"]
+        done = subprocess.run([EMULATOR, "-cpu", processor, tmp_path / "main", *run], capture_output=True, text=True)
+        assert done.stdout.splitlines() == isas

@@ -1,5 +1,6 @@
 // compares the kernels of all instruction sets on odd shapes with plain loops in double. run under the sanitizers: each
 // buffer is exactly as large as its contents, so that a read or write past its end is reported.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -196,7 +197,8 @@ void run_mixed(const Kernels& k, Dtype dtype, int64_t B, int64_t T, int64_t K, i
 
 }  // namespace
 
-int main() {
+// with arguments: checks the kernels that they name, and prints only the names of the others
+int main(int count, char** names) {
 #ifdef EFFT_AVAILABLE_ONLY
   std::vector<const Kernels*> all;
 #else
@@ -208,6 +210,10 @@ int main() {
   const int64_t mixed[][6] = {{3, 0, 5, 3, 1, 2},     {1, 1, 1, 1, 1, 1},      {9, 1, 40, 33, 3, 4},
                               {4, 15, 33, 49, 16, 3}, {5, 31, 1100, 20, 9, 6}, {2, 25, 20, 300, 270, 2}};
   for (const Kernels* k : all) {
+    if (count > 1 && std::none_of(names + 1, names + count, [&](char* name) { return !std::strcmp(name, k->name); })) {
+      std::printf("%s\n", k->name);
+      continue;
+    }
     for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
       for (const auto& s : shapes) {
         for (bool transposed : {false, true}) run(*k, dtype, s[0], s[1], s[2], s[3], transposed);
