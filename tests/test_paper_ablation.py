@@ -1,8 +1,6 @@
 """Ablation and subspaces: variants that fit a model, changes seed by seed, maps of trained updates."""
 
 import sys
-from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,15 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
 
 import ablation
 import subspace
+from changes import table
 from record import read_run
-from runs import Run
 from test_paper_vtab1k import few_images
 
 import efft_kernels as ek
 
 
-def record(method, top1, data="x", seed=0):
-    return {"run": asdict(Run(data, method, seed, "test", {})), "top1": top1, "parameters": 1234}
+def record(method, top1, seed=0):
+    return {"data": "x", "method": method, "seed": seed, "top1": top1, "parameters": 1234}
 
 
 def test_every_variant_is_a_config_that_changes_one_thing():
@@ -47,13 +45,18 @@ def test_every_variant_is_a_config_that_changes_one_thing():
 
 
 def test_change_is_taken_seed_by_seed():
-    made = lambda *top1: [record("efft2", one, data, seed) for one, (data, seed) in zip(top1, product("xy", (0, 1)))]
-    base, found = made(50.0, 60.0, 10.0, 20.0), made(52.0, 61.0, 10.0, 23.0)
-    moved = ablation.change(found, base)
-    assert (moved.mean, moved.n) == (1.5, 2) and moved.deviation == pytest.approx(0.5**0.5)
-    assert ablation.change([record("efft2", None)], base).mean is None
-    text = ablation.table({("efft2", "base"): base, ("efft2", "v"): found}, ["efft1", "efft2"])
-    assert "| base | – | – | 0.001 | 35.0 ± 7.1 |" in text and "| v | – | – | 0.001 | +1.5 ± 0.7 |" in text
+    made = lambda top1, **settings: [record("efft2", one, seed=seed) | settings for seed, one in enumerate(top1)]
+    runs = made((50.0, 60.0)) + made((52.0, 61.0), **{"settings.zero_init": "u"})
+    runs += made((49.0,), **{"settings.targets": '["attn"]', "settings.blocks": "[0, 1]"})
+    runs += made((None,), **{"settings.cores": "shared"}) + [record("efft1", 40.0)]
+    head, lines = table(runs)
+    assert head == ["variant", "parameters (M)", "EFFT2, x", "EFFT1, x"]
+    assert lines == [
+        ["base", "0.001", "55.0 ± 7.1", "40.0"],
+        ["zero_init u", "0.001", "+1.5 ± 0.7", "–"],
+        ["blocks 0, 1; targets attn", "0.001", "−1.0", "–"],
+        ["cores shared", "0.001", "diverged", "–"],
+    ]
 
 
 @pytest.mark.slow
@@ -73,11 +76,11 @@ def test_quick_runs_that_subspace_and_ablation_share(tmp_path, capsys, monkeypat
     assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
     assert before.items() <= after.items() and len(after) == 8  # the base was trained before
-    table = (tmp_path / "table.md").read_text()
-    assert table in capsys.readouterr().out
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
     full = 7 * 192 * 4 + 6 * 12 * 16
     for count in (full, full + 2, 7 * 192 * 4 + 6 * 16):  # base, a scale per group, one set of cores
-        assert f"| {count / 1e6:.3f} |" in table
+        assert f"| {count / 1e6:.3f} |" in text
 
 
 def test_control_is_what_chance_gives():

@@ -11,9 +11,7 @@ adapters stay in FOLDER/adapters, where subspace.py compares them.
 
 import argparse
 import dataclasses
-import json
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder
 from efft_kernels.storage import write_bytes
-import tables
+from changes import table
+from markdown_table import Table
 from runs import Places, Run, Store, command, complete
 from vtab1k import FACTS
 
@@ -144,38 +143,6 @@ def fits(method: str, settings: dict) -> bool:
     return method == "efft2" or ("ffn_rank" not in settings and len(settings.get("zero_init", "v")) == 1)
 
 
-def change(found: list[dict], base: list[dict] | None = None) -> tables.Cell:
-    """The mean of top-1 over data sets, seed by seed; with a base, of its change in percentage points."""
-    at = {(r["run"]["data"], r["run"]["seed"]): r["top1"] if base else 0 for r in base or found}
-    differences = {}
-    for record in found:
-        key = record["run"]["data"], record["run"]["seed"]
-        if at.get(key) is None or record["top1"] is None:
-            return tables.Cell(None, None, len(found))
-        differences.setdefault(key[1], []).append(record["top1"] - at[key])
-    return tables.cell(statistics.fmean(values) for values in differences.values())
-
-
-def table(results: dict[tuple[str, str], list[dict]], methods: list[str]) -> str:
-    names = list(dict.fromkeys(name for _, name in results))
-    lines = [["variant", *(f"{m.upper()}{what}" for m in methods for what in (", params (M)", ", change"))]]
-    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
-    for name in names:
-        line = [name]
-        for method in methods:
-            found = results.get((method, name), [])
-            reference = results.get((method, "base"), [])
-            if not found:
-                line += ["–", "–"]
-                continue
-            count = found[0].get("parameters")
-            moved = change(found, None if name == "base" else reference)
-            sign = "" if name == "base" or moved.mean is None or moved.mean < 0 else "+"
-            line += [f"{count / 1e6:.3f}" if count is not None else "–", sign + tables.text(moved)]
-        lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def work(args: argparse.Namespace) -> dict[str, str]:
     """Do the missing runs and write the table; returns why runs failed."""
     prepare_folder(args.out)
@@ -190,20 +157,18 @@ def work(args: argparse.Namespace) -> dict[str, str]:
     if unknown := set(args.variants or ()) - todo.keys():
         raise ValueError(f"--variants must be of {'; '.join(todo)}, got {sorted(unknown)[0]!r}")
     todo = {"base": {}} | {name: more for name, more in todo.items() if name in (args.variants or todo)}
-    runs = {
-        (method, name): [run_of(d, method, seed, settings, more) for d in data for seed in seeds]
+    runs = (
+        run_of(d, method, seed, settings, more)
         for method in args.methods
-        for name, more in todo.items()
+        for more in todo.values()
         if fits(method, more)
-    }
-    store = Store(args.out)
-    _, failures = complete((r for found in runs.values() for r in found), store, places, args.workers, "ablation")
-    results = {key: [r for run in found if (r := store.get(run))] for key, found in runs.items()}
-    text = table(results, args.methods)
-    text += (
-        f"\nTop-1 of test images in % (base) and its change in points, mean ± standard deviation over {len(seeds)} "
-        f"seed{'s' * (len(seeds) > 1)}, on {', '.join(data)}; base: {json.dumps(settings)}\n"
+        for d in data
+        for seed in seeds
     )
+    done, failures = complete(runs, Store(args.out), places, args.workers, "ablation")
+    rows = [r["run"] | {f"settings.{k}": v for k, v in r["run"]["settings"].items()} | r for r in done]
+    made = Table(*table(rows), "Top-1 of test images in % and its change in points, by seed.", ["runs.csv"])
+    text = made.markdown(args.out / "table.md", args.out)
     write_bytes(args.out / "table.md", text.encode())
     print(text)
     return failures
