@@ -6,8 +6,8 @@ Starts ``python -m efft_kernels.serving`` with a random backbone and adapters th
 fixed rate, each with a randomly chosen adapter, as raw bodies and as forms. The rate is half of what this machine
 answers when 8 clients send as fast as they can for 5 s, and at most 20 per second; or --rate, which may exceed the
 capacity: a request that waits for more than 30 s is then lost. The adapters do not all fit the budget, so some are
-evicted and loaded again. Half-way one replica is killed (SIGKILL), just after 16 requests were sent at once. Malformed
-requests are sent throughout the run.
+evicted and loaded again. Replicas are killed (SIGKILL) at equal distances in time, each just after 16 requests were
+sent at once. Malformed requests are sent throughout the run.
 
     lost      good requests that had no answer of status 200 after 30 s of retries, or got a 4xx. A request is sent
               again after a broken connection, a time-out of 10 s, and the statuses that docs/serving.md says
@@ -125,10 +125,10 @@ def is_right(answer: dict, name: str | None, want: list[float]) -> bool:
     )
 
 
-def png(width: int, height: int, data: bytes = b"") -> bytes:
+def png(width: int, height: int, data: bytes = b"", bits: int = 8) -> bytes:
     """A PNG file whose header has this size, with any image data."""
     chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, 2, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
@@ -185,35 +185,23 @@ def malformed() -> dict[str, dict]:
 
 
 class Server:
-    """The service, started by its command in another process."""
+    """The service, started by its command in another process, with ``more`` options of the command."""
 
-    def __init__(self, settings: Settings, port: int, log: Path):
-        options = {
-            "model": settings.model, "adapters": settings.adapters, "weights": settings.weights,
-            "num_classes": settings.num_classes, "replicas": settings.replicas, "adapter_bytes": settings.adapter_bytes,
-            "max_ongoing": settings.max_ongoing, "max_queued": settings.max_queued, "port": port,
-        }  # fmt: skip
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", "efft_kernels.serving", *flags]
+    def __init__(self, settings: Settings, port: int, log: Path, *more: str):
+        given = {**settings.model_dump(exclude_defaults=True), "port": port}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        command = [sys.executable, "-m", "efft_kernels.serving", *flags, *more]
         self.url, self.log = f"http://127.0.0.1:{port}/", log
         with open(log, "wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
 
-    async def ready(self, session, seconds: float = 300) -> None:
-        import aiohttp
-
+    async def ready(self, seconds: float = 300) -> None:
+        """Wait until the command says that it serves: all replicas are up."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                async with session.get(self.url + "-/healthz") as answer:
-                    if answer.status == 200:
-                        async with session.get(self.url) as described:
-                            if described.status == 200:
-                                return
-            except (aiohttp.ClientError, asyncio.TimeoutError):
-                pass
-            await asyncio.sleep(0.5)
-        raise RuntimeError(f"the server did not start: {self.log.read_text()[-3000:]}")
+        while "\nserving " not in self.log.read_text():
+            if time.monotonic() > end or self.process.poll() is not None:
+                raise RuntimeError(f"the server did not start: {self.log.read_text()[-3000:]}")
+            await asyncio.sleep(0.2)
 
     def replicas(self) -> dict[int, psutil.Process]:
         found = {}
@@ -224,6 +212,10 @@ class Server:
             except psutil.Error:
                 pass
         return found
+
+    def kill(self, rng: random.Random) -> None:
+        """Kill one of the replicas."""
+        os.kill(rng.choice(sorted(self.replicas())), signal.SIGKILL)
 
     def stop(self, seconds: float = 180) -> int:
         """Stop the service by SIGTERM, or SIGKILL after ``seconds``; returns its exit status."""
@@ -329,12 +321,12 @@ class Load:
         await asyncio.gather(*[client() for _ in range(clients)])
         return self.statuses["200"] / (time.monotonic() - start)
 
-    async def run(self, seconds: float, rate: float, bad: int, kill: bool, rng: random.Random) -> None:
+    async def run(self, seconds: float, rate: float, bad: int, kills: int, rng: random.Random) -> None:
         stop, tasks = asyncio.Event(), set()
         watching = asyncio.create_task(self.watch(stop))
         names = sorted({name for _, name in self.want}, key=str)
         total, bad_requests = max(1, int(seconds * rate)), list(malformed().items())
-        start, killed = time.monotonic(), not kill
+        start = time.monotonic()
 
         def launch(coroutine):
             task = asyncio.create_task(coroutine)
@@ -348,14 +340,12 @@ class Load:
             while sent_bad < bad * (n + 1) // total:
                 launch(self.bad(*bad_requests[sent_bad % len(bad_requests)]))
                 sent_bad += 1
-            if not killed and n >= total // 2:
-                killed = True
+            if self.counts["killed"] < kills and n >= total * (self.counts["killed"] + 1) // (kills + 1):
+                self.counts["killed"] += 1
                 for _ in range(16):  # so that the replica dies with some of them
                     launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
                 await asyncio.sleep(0.02)
-                victim = rng.choice(sorted(self.server.replicas()))
-                os.kill(victim, signal.SIGKILL)
-                self.counts["killed"] += 1
+                self.server.kill(rng)
         while tasks:
             await asyncio.wait(set(tasks))
         stop.set()
@@ -375,13 +365,15 @@ async def measure(args, server: Server, files, want) -> Load:
     import aiohttp
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=256)) as session:
-        await server.ready(session)
+        await server.ready()
         if args.rate is None:
             args.rate = min(MOST, 0.5 * await Load(server, session, files, want).capacity(random.Random(1)))
             if not args.rate:
                 raise RuntimeError(f"nothing was answered in 5 s: {server.log.read_text()[-3000:]}")
         load = Load(server, session, files, want)
-        await load.run(60 * args.minutes, args.rate, args.malformed, args.replicas > 1, random.Random(0))
+        await load.run(
+            60 * args.minutes, args.rate, args.malformed, args.kills if args.replicas > 1 else 0, random.Random(0)
+        )
     return load
 
 
@@ -440,7 +432,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--minutes", type=float, default=5.0, help="duration of the load (default: 5)")
     p.add_argument("--rate", type=float, help="good requests per second (default: half the capacity, at most 20)")
     p.add_argument("--malformed", type=int, default=1000, help="malformed requests (default: 1000)")
-    p.add_argument("--replicas", type=int, default=2, help="if several, one is killed (default: 2)")
+    p.add_argument("--replicas", type=int, default=2, help="replicas of the service (default: 2)")
+    p.add_argument("--kills", type=int, default=3, help="replicas to kill, if there are several (default: 3)")
     p.add_argument("--adapters", type=int, default=12, help="of which two thirds fit the budget (default: 12)")
     p.add_argument("--port", type=int, default=8142, help="port of the service (default: 8142)")
     p.add_argument("--out", type=Path, help="folder for load_test.csv and load_test.json")

@@ -191,7 +191,7 @@ def test_memory_of_a_step_alone(tmp_path, capsys):
     rows = {row["method"]: row for row in read_run(tmp_path / "a" / "train_step.json")["results"]}
     assert rows.keys() == {"merged", "efft2"} and all("ms" not in row for row in rows.values())
     assert {row["dtype"] for row in rows.values()} == {"float32 autocast"}
-    assert rows["efft2"]["saved_bytes"] > rows["merged"]["saved_bytes"] > 0 and rows["efft2"]["peak_bytes"] > 0
+    assert all(row["saved_bytes"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
     with pytest.raises(SystemExit):
         bench_train_step.main([*SIZES, "--memory", "--compile"])
 

@@ -24,15 +24,10 @@ FLAGS = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def agents(count: int, *flags: str) -> list[subprocess.Popen]:
     """torchrun with one process, once for each machine"""
-    endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
     run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", "--nproc-per-node=1", endpoint]
     run += ["--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1", "-m", "efft_kernels.finetune.cli", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -30,6 +30,7 @@ from .uploads import Refused, read_upload
 
 log = logging.getLogger("efft_kernels.serving")
 STUCK_S = 120.0  # a replica whose forward takes longer is replaced
+_UNLIMITED = 100_000  # a replica counts requests itself, once their image has arrived: slow clients take no places
 
 
 def app(settings: Settings) -> serve.Application:
@@ -40,8 +41,7 @@ def app(settings: Settings) -> serve.Application:
         serve.ingress(_http)(EFFTClassifier),
         name="EFFTClassifier",
         num_replicas=settings.replicas,
-        # a replica counts the requests itself, because it alone knows which of them have arrived
-        max_ongoing_requests=settings.max_uploads + _most_accepted(settings),
+        max_ongoing_requests=_UNLIMITED,
         max_queued_requests=settings.max_queued,
         backpressure_config={"retry_after_s": api.RETRY_S},
         graceful_shutdown_timeout_s=settings.stop_s,
@@ -57,11 +57,6 @@ def _http():
     return api.build(lambda: serve.get_replica_context().servable_object)
 
 
-def _most_accepted(settings: Settings) -> int:
-    """Requests whose image has arrived that a replica may hold: those it works on, and its share of those that wait."""
-    return settings.max_ongoing + math.ceil(settings.max_queued / settings.replicas)
-
-
 class EFFTClassifier:
     """One replica: HTTP requests (api.py) in, batches to its :class:`Classifier`, JSON out."""
 
@@ -73,9 +68,10 @@ class EFFTClassifier:
         self.decoding = ThreadPoolExecutor(settings.threads, "decode")
         self.forward_since: float | None = None
         self.keys = read_keys(settings.key_file) if settings.key_file else ()
-        self.uploads = Uploads(settings.max_uploads, settings.upload_s)
+        self.uploads = Uploads(settings.max_uploads * settings.max_bytes, settings.upload_s)
         self.under_way = self.accepted = 0  # requests; those of them whose image has arrived
-        self.most_accepted = _most_accepted(settings)
+        # those it works on, and its share of those that wait
+        self.most_accepted = settings.max_ongoing + math.ceil(settings.max_queued / settings.replicas)
         self.stopping = False
         self.batched.set_max_batch_size(settings.max_batch)
         self.batched.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
@@ -120,7 +116,9 @@ class EFFTClassifier:
             raise Refused(503, "the service is stopping")
         self.check_key(request)
         self._check_room()
-        upload = await self.uploads.receive(read_upload(request, max_bytes=self.settings.max_bytes))
+        upload = await self.uploads.receive(
+            lambda room: read_upload(request, max_bytes=self.settings.max_bytes, room=room)
+        )
         self._check_room()
         self.accepted += 1
         try:

@@ -29,6 +29,8 @@ def ray_for(settings: Settings, server: ServerSettings) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # seconds that the HTTP server of Serve has to start in: 5 by default, which a busy machine may take longer than
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Ray runs its workers at niceness 15, and the replicas are workers: a busy machine would give them next to no time
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     try:

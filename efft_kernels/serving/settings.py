@@ -84,7 +84,8 @@ class Settings(_Checked):
     max_queued: Annotated[int, Field(ge=0)] = 128
     """requests that may wait, shared by the replicas; further ones are answered with 503"""
     max_uploads: Count = 64
-    """images that may be arriving at one replica, apart from those; the oldest is dropped for the next one"""
+    """room for images that are arriving at one replica, apart from those: their bytes are at most this many times
+    max_bytes, and then the oldest is dropped for the next"""
     upload_s: Annotated[float, Field(gt=0)] = 30.0
     """seconds within which an image must arrive"""
     stop_s: NonNegative = 20.0

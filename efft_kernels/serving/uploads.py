@@ -5,10 +5,12 @@ Pillow and Starlette are imported where they are used; the extra ``serve`` insta
 
 import io
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..preparation import to_rgb
 
+Room = Callable[[int], Awaitable[None]]  # waits until this many more bytes may be held
 _FORMATS = ("JPEG", "PNG", "WEBP")  # including MPO, a JPEG followed by further pictures, which phones make
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last: curl --data-binary
@@ -50,8 +52,8 @@ def check_adapter_name(name: str | None) -> str | None:
     return name
 
 
-async def read_upload(request, *, max_bytes: int) -> Upload:
-    """Read the upload of a Starlette request.
+async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> Upload:
+    """Read the upload of a Starlette request. ``room(n)`` is awaited for each ``n`` bytes that have arrived.
 
     The body is either the image itself or multipart/form-data with a file ``image``. ``adapter`` and ``top`` (number of
     scores, default 5) are query parameters or fields of the form.
@@ -66,7 +68,7 @@ async def read_upload(request, *, max_bytes: int) -> Upload:
         known = "image/*, application/octet-stream or multipart/form-data"
         raise Refused(415, f"content-type must be {known}, got {kind[:80]!r}")
     # room for the form's fields and separators
-    body = await _body(request, max_bytes + 4096 * form)
+    body = await _body(request, max_bytes + 4096 * form, room)
     fields = dict(request.query_params)
     if form:
         image, more = await _form(request, body)
@@ -83,7 +85,7 @@ async def read_upload(request, *, max_bytes: int) -> Upload:
     return Upload(image, check_adapter_name(fields.get("adapter")), int(top))
 
 
-async def _body(request, max_bytes: int) -> bytes:
+async def _body(request, max_bytes: int, room: Room | None) -> bytes:
     declared = request.headers.get("content-length")
     if declared is not None:
         if not (declared.isascii() and declared.isdigit()):
@@ -95,6 +97,8 @@ async def _body(request, max_bytes: int) -> bytes:
         total += len(chunk)
         if total > max_bytes:  # the declared length was missing or wrong
             raise Refused(413, f"the body must have at most {max_bytes} bytes")
+        if room:
+            await room(len(chunk))
         chunks.append(chunk)
     return b"".join(chunks)
 
