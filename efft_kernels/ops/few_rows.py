@@ -59,9 +59,9 @@ def _leads(rows: int, x, weight, bias, u, sigma, v) -> bool:
 
 def _slices(sigma: Tensor) -> Tensor:
     """sigma [S, P, Q] as [P, S * Q]"""
-    if sigma.dim() == 2 or len(sigma) == 1:
-        return sigma if sigma.dim() == 2 else sigma[0]
-    return sigma.transpose(0, 1).reshape(sigma.shape[1], -1)
+    if sigma.dim() == 2:
+        return sigma
+    return sigma[0] if sigma.shape[0] == 1 else sigma.transpose(0, 1).reshape(sigma.shape[1], -1)
 
 
 @checked()
@@ -85,11 +85,12 @@ def _backward(dy, x, weight, u, sigma, v, p, q, scale, needs) -> tuple[Tensor | 
     need_x, need_u, need_sigma, need_v = needs
     dx = du = dsigma = dv = None
     rows = as_rows(dy, "dy")
-    slices = rows.reshape(-1, v.shape[1])
+    slices = rows if rows.shape[1] == v.shape[1] else rows.reshape(-1, v.shape[1])
+    # with beta=0 the first argument is not read: this is a product that takes the scale along
     if need_v:
-        dv = torch.mm(q.t(), slices).mul_(scale)
+        dv = torch.addmm(v, q.t(), slices, beta=0, alpha=scale)
     if need_x or need_u or need_sigma:
-        dq = torch.mm(slices, v.t()).mul_(scale).view(len(rows), -1)
+        dq = torch.addmm(q, slices, v.t(), beta=0, alpha=scale).view(p.shape[0], -1)
     if need_sigma:
         dsigma = torch.mm(p.t(), dq)
         if sigma.dim() == 3:
