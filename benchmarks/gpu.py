@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
 
-from efft_kernels.kernels import reference
+from efft_kernels.kernels import build, reference
 from efft_kernels.kernels.tuning import children, plans, prove, run, table, timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     name = "dry" if args.dry else torch.cuda.get_device_name()
     out = (args.out or ROOT / "benchmarks" / "results" / name.replace(" ", "_").lower()).resolve()
     record.prepare_folder(out)
-    os.environ["EFFT_CACHE"] = str(out / "cache")  # not the records of the person who runs this
+    build.own_cache(out / "cache")  # not the records of the person who runs this
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
         simulate()

@@ -137,8 +137,12 @@ class EFFTLinear(nn.Linear):
             nn.init.xavier_uniform_(core)
 
     def forward(self, x: Tensor) -> Tensor:
-        u, sigma, v = self.u, self.sigma, self.v
-        if u.dtype != (dtype := self.weight.dtype):
+        own = self._parameters  # self.u would take a Python frame of nn.Module.__getattr__
+        if "weight" in own and "bias" in own and "u" in own and "sigma" in own and "v" in own:
+            weight, bias, u, sigma, v = own["weight"], own["bias"], own["u"], own["sigma"], own["v"]
+        else:  # one is parametrized or pruned
+            weight, bias, u, sigma, v = self.weight, self.bias, self.u, self.sigma, self.v
+        if u.dtype != (dtype := weight.dtype):
             dtype = dtype if dtype == torch.float64 else autocast_dtype(x.device) or dtype
             u, sigma, v = u.to(dtype), sigma.to(dtype), v.to(dtype)
         if self.training and self.factor_dropout:
@@ -148,7 +152,7 @@ class EFFTLinear(nn.Linear):
         if has_own_forward(self):
             up = group_update(sigma, v, self.scale, backend=self.backend).transpose(0, 1).flatten(1)
             return add_low_rank(super().forward(x), x, u, up)
-        return efft_linear(x, self.weight, self.bias, u, sigma, v, self.scale, backend=self.backend)
+        return efft_linear(x, weight, bias, u, sigma, v, self.scale, backend=self.backend)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:

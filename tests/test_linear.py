@@ -345,3 +345,18 @@ def test_cuda_graph():
     layer, x = make().cuda(), torch.randn(64, 24, device="cuda")
     graphed = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
     torch.testing.assert_close(graphed(x), dense(layer, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "sigma"])
+def test_parametrized_tensors_are_read_through_their_parametrization(name):
+    layer, x = make(), torch.randn(5, 24)
+    changed = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(changed, name).mul_(2)
+    torch.nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    torch.testing.assert_close(layer(x), changed(x))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, t):
+        return 2 * t

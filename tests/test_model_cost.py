@@ -127,7 +127,11 @@ CONFIGS = [ek.EFFTConfig("efft2"), slow(ek.EFFTConfig("efft1")), slow(ek.LoRACon
 @pytest.mark.parametrize("dtype, amp", DTYPES)
 @pytest.mark.parametrize("config", [*CONFIGS, slow(ek.FacTConfig("tt", activation_dropout=0.0))])
 def test_saved_bytes_are_those_of_the_frozen_model(config, dtype, amp):
-    """At 197 tokens, batch 8; two blocks are enough, because both sides grow with the number of blocks."""
-    model, x = vit("vit_base_patch16_224", depth=2, img_size=224).to(dtype), images(8, size=224, dtype=dtype)
+    """At 197 tokens; two blocks are enough, because both sides grow with the number of blocks.
+
+    Batch 8, but in bfloat16, which takes long here, batch 4: there the factors count for more than at batch 8.
+    """
+    batch = 8 if dtype == torch.float32 and not amp else 4
+    model, x = vit("vit_base_patch16_224", depth=2, img_size=224).to(dtype), images(batch, size=224, dtype=dtype)
     base = saved_bytes(merged_frozen(model).train(), x.clone().requires_grad_(), amp)
     assert saved_bytes(ek.inject(model, config).train(), x, amp) <= 1.06 * base

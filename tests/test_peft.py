@@ -384,7 +384,7 @@ def test_trainer_and_accelerate(tmp_path):
             return 8
 
         def __getitem__(self, i):
-            return {"pixel_values": torch.full((3, 32, 32), i / 8 - 0.5), "labels": i % 5}
+            return {"pixel_values": torch.full((3, 32, 32), i / 8 - 0.5), "labels": i // 4}  # the brighter ones
 
     model = peft.get_peft_model(hf_vit(), EFFTPeftConfig(rank=4, modules_to_save=["classifier"]))
     arguments = transformers.TrainingArguments(
@@ -394,7 +394,7 @@ def test_trainer_and_accelerate(tmp_path):
     trainer = transformers.Trainer(model, arguments, train_dataset=Data())
     start = trainer.evaluate(Data())["eval_loss"]
     trainer.train()
-    assert trainer.evaluate(Data())["eval_loss"] < 0.95 * start
+    assert trainer.evaluate(Data())["eval_loss"] < 0.8 * start
     trainer.save_model(tmp_path / "saved")
     x = images()
     again = peft.PeftModel.from_pretrained(trainer.model.get_base_model().__class__(model.config), tmp_path / "saved")

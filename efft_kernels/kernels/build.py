@@ -132,6 +132,17 @@ def compiled(part: str, arch: str | None = None) -> Path:
     return cache_folder() / f"{part}-{key}.so"
 
 
+def own_cache(folder: Path) -> None:
+    """Make folder the cache of this process and its children, with the libraries that are compiled already."""
+    from ..storage import cache_folder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in cache_folder().glob("*.so"):
+        if not (folder / library.name).exists():
+            (folder / library.name).symlink_to(library.resolve())
+    os.environ["EFFT_CACHE"] = str(folder)
+
+
 def compile_library(part: str, about: str, home: Path | None = None, arch: str | None = None) -> Path:
     """Compile csrc/cpu, or with the toolkit at home csrc/cuda, into the user's cache, and log one line about it.
 

@@ -26,12 +26,13 @@ def within(t: Tensor) -> bool:
         held = t.untyped_storage().nbytes()
     except NotImplementedError:
         return True  # a kind of tensor without a storage, which cannot be freed
-    if type(held) is not int or not all(type(n) is int for n in t.shape):
+    size = t.nbytes
+    if type(held) is not int or type(size) is not int:
         return True  # traced, with sizes that are not known yet
-    if held == t.nbytes and not t.storage_offset() and t.is_contiguous():  # most tensors; costs less than what follows
-        return True
-    extent = _extent(t.shape, t.stride())
-    return extent == 0 or (extent + t.storage_offset()) * t.itemsize <= held
+    if not t.is_contiguous():
+        size = _extent(t.shape, t.stride()) * t.itemsize
+    offset = t.storage_offset()
+    return size == 0 or (offset and offset * t.itemsize) + size <= held
 
 
 def check_memory(name: str, t: Tensor) -> None:

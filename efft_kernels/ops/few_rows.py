@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import decisions
 from ..kernels.memory import checked
 from .checks import as_rows, check_scale
-from .dispatch import default_backend, direct, once, records, remember, select, signature
+from .dispatch import default_backend, direct, once, records, remember, select
 
 _MOST = 16
 _SMALL = 1 << 19  # entries of a weight that is read before a kernel has made up for forming sigma v
@@ -20,25 +20,27 @@ _SMALL = 1 << 19  # entries of a weight that is read before a kernel has made up
 def take(x, weight, bias, u, sigma, v, scale, backend, check) -> Tensor | None:
     """The result if this association costs least, or None. ``check`` raises for arguments that do not fit."""
     # asked first: a symbolic size must not be read
-    if not isinstance(x, Tensor) or backend or not direct(x, weight, bias, u, sigma, v):
+    if not isinstance(x, Tensor) or backend or not direct(x, weight, bias, u, sigma, v) or not x.is_cpu:
         return None
-    if x.device.type != "cpu" or not x.dim():
+    if type(scale) not in (int, float) or not x.dim() or not 0 < x.numel() <= _MOST * x.shape[-1]:
         return None
-    rows = x.numel() // max(1, x.shape[-1])
-    if not 0 < rows <= _MOST:
-        return None
-    if scale != scale or default_backend() or type(scale) not in (int, float):
-        return None
-    tensors = x, weight, bias, u, sigma, v
-    key = ("few_rows", scale, *signature(*tensors))
+    # all that the checks and the choice read, spelled out because this runs at every call
+    key = (
+        *("few_rows", scale, default_backend(), x.shape, x.stride(), x.dtype, weight.shape, weight.stride()),
+        *(weight.dtype, weight.device, weight.requires_grad, u.shape, u.stride(), u.dtype, u.device),
+        *(sigma.shape, sigma.stride(), sigma.dtype, sigma.device, v.shape, v.stride(), v.dtype, v.device),
+        bias if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad),
+    )
     chosen = decisions.get(key)
     if chosen is None:
         check_scale(scale)
         check()
-        chosen = remember(key, _leads(rows, *tensors))
+        chosen = remember(key, not default_backend() and _leads(x.numel() // x.shape[-1], x, weight, bias, u, sigma, v))
     if not chosen:
         return None
-    return _FewRows.apply(*tensors, scale) if records(*tensors) else _forward(*tensors, scale)[0]
+    if records(x, weight, bias, u, sigma, v):
+        return _FewRows.apply(x, weight, bias, u, sigma, v, scale)
+    return _forward(x, weight, bias, u, sigma, v, scale)[0]
 
 
 def _leads(rows: int, x, weight, bias, u, sigma, v) -> bool:
@@ -57,17 +59,23 @@ def _leads(rows: int, x, weight, bias, u, sigma, v) -> bool:
 
 def _slices(sigma: Tensor) -> Tensor:
     """sigma [S, P, Q] as [P, S * Q]"""
-    return sigma if sigma.dim() == 2 else sigma.transpose(0, 1).reshape(sigma.shape[1], -1)
+    if sigma.dim() == 2:
+        return sigma
+    return sigma[0] if sigma.shape[0] == 1 else sigma.transpose(0, 1).reshape(sigma.shape[1], -1)
 
 
 @checked()
 def _forward(x, weight, bias, u, sigma, v, scale) -> tuple[Tensor, Tensor, Tensor]:
     """y, p = x @ u [M, P], q = p @ sigma [M * S, Q]"""
-    rows = as_rows(x)
+    rows = x if x.dim() == 2 else as_rows(x)
     y = F.linear(rows, weight, bias)
     p = torch.mm(rows, u)
-    q = torch.mm(p, _slices(sigma)).view(-1, v.shape[0])
-    y.view(-1, v.shape[1]).addmm_(q, v, alpha=scale)
+    q = torch.mm(p, _slices(sigma))
+    if q.shape[1] == v.shape[0]:
+        y.addmm_(q, v, alpha=scale)
+    else:  # several slices, side by side
+        q = q.view(-1, v.shape[0])
+        y.view(-1, v.shape[1]).addmm_(q, v, alpha=scale)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), p, q
 
 
@@ -77,11 +85,12 @@ def _backward(dy, x, weight, u, sigma, v, p, q, scale, needs) -> tuple[Tensor | 
     need_x, need_u, need_sigma, need_v = needs
     dx = du = dsigma = dv = None
     rows = as_rows(dy, "dy")
-    slices = rows.reshape(-1, v.shape[1])
+    slices = rows if rows.shape[1] == v.shape[1] else rows.reshape(-1, v.shape[1])
+    # with beta=0 the first argument is not read: this is a product that takes the scale along
     if need_v:
-        dv = torch.mm(q.t(), slices).mul_(scale)
+        dv = torch.addmm(v, q.t(), slices, beta=0, alpha=scale)
     if need_x or need_u or need_sigma:
-        dq = torch.mm(slices, v.t()).mul_(scale).view(len(rows), -1)
+        dq = torch.addmm(q, slices, v.t(), beta=0, alpha=scale).view(p.shape[0], -1)
     if need_sigma:
         dsigma = torch.mm(p.t(), dq)
         if sigma.dim() == 3:

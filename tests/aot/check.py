@@ -6,8 +6,8 @@ shared memory, tensor-core instructions.
     python tests/aot/check.py --all       # every chip, whether or not anything changed since the budget was written
     python tests/aot/check.py --update    # writes what it found as the new budget, if nothing spills or is too large
 
-What the compiler makes of the same kernels, tiles and calls with the same Triton is the same. While all that is what the
-budget was written of, only the kernels for CHIP are compiled, to see that it is so.
+What the compiler makes of the same kernels, tiles and calls with the same Triton is the same. While all that is what
+the budget was written of, only the kernels for CHIP are compiled, to see that it is so.
 """
 
 import argparse
