@@ -371,9 +371,8 @@ async def measure(args, server: Server, files, want) -> Load:
             if not args.rate:
                 raise RuntimeError(f"nothing was answered in 5 s: {server.log.read_text()[-3000:]}")
         load = Load(server, session, files, want)
-        await load.run(
-            60 * args.minutes, args.rate, args.malformed, args.kills if args.replicas > 1 else 0, random.Random(0)
-        )
+        kills = args.kills * (args.replicas > 1)
+        await load.run(60 * args.minutes, args.rate, args.malformed, kills, random.Random(0))
     return load
 
 

@@ -65,13 +65,18 @@ def test_every_mode_becomes_rgb_on_white(picture, mode):
     assert decode(saved(picture), max_pixels=PIXELS).getpixel((3, 3)) == (255, 255, 255)
 
 
-def test_cmyk_and_16_bit_grey(picture):
+def test_cmyk_16_bits_and_mpo(picture):
     assert decode(saved(picture.convert("CMYK"), "JPEG"), max_pixels=PIXELS).mode == "RGB"
     import numpy
 
     grey = Image.fromarray((numpy.arange(1200, dtype="uint16") * 54).reshape(30, 40))
     got = numpy.asarray(decode(saved(grey), max_pixels=PIXELS))[..., 0].astype(float)
     assert abs(got - numpy.asarray(grey) / 257).max() <= 1
+    deep = numpy.asarray(picture).astype(">u2") * 257
+    file = load_test.png(40, 30, zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep)), bits=16)
+    assert decode(file, max_pixels=PIXELS).tobytes() == picture.tobytes()
+    first = decode(saved(picture, "MPO", save_all=True, append_images=[picture.rotate(90)]), max_pixels=PIXELS)
+    assert first.size == (40, 30) and first.mode == "RGB"
 
 
 def test_exif_orientation_is_applied(picture):
@@ -85,24 +90,13 @@ def test_exif_orientation_is_applied(picture):
 def test_pixels_are_checked_before_decoding(picture, monkeypatch):
     from PIL import ImageFile
 
-    loads = []
-    load = ImageFile.ImageFile.load
+    loads, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loads.append(1) or load(self))
     with pytest.raises(Refused, match="at most 1199 pixels, got 40 x 30") as refused:
         decode(saved(picture), max_pixels=1199)
     assert refused.value.status == 413 and not loads
     decode(saved(picture), max_pixels=1200)
     assert loads
-
-
-def test_16_bit_rgb_and_mpo(picture):
-    import numpy
-
-    deep = numpy.asarray(picture).astype(">u2") * 257
-    file = load_test.png(40, 30, zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep)), bits=16)
-    assert decode(file, max_pixels=PIXELS).tobytes() == picture.tobytes()
-    first = decode(saved(picture, "MPO", save_all=True, append_images=[picture.rotate(90)]), max_pixels=PIXELS)
-    assert first.size == (40, 30) and first.mode == "RGB"
 
 
 @pytest.mark.parametrize("blocks", ["", "xmp", "mpf", "xmp mpf"])
@@ -240,8 +234,8 @@ def test_names_that_could_be_paths_are_refused(name):
 
 
 class FakeBank:
-    def __init__(self, factor=1):
-        self.held, self.factor, self.most = {}, factor, 0
+    def __init__(self):
+        self.held, self.factor, self.most = {}, 1, 0
 
     def add(self, name, path, strict):
         assert strict
@@ -323,19 +317,19 @@ def test_replaced_deleted_and_invalid_files(folder):
         touch(folder, "d")
     assert folder.names() == ["b", "c", "d"]
     touch(folder, "b")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        AdapterFolder(FakeBank(), folder.path / "none", 1)
 
 
-def test_adapters_larger_in_memory_than_on_disk(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.safetensors").write_bytes(b"x" * 100)
-    folder = AdapterFolder(FakeBank(factor=2), tmp_path, 250)
+def test_adapters_larger_in_memory_than_on_disk(folder):
+    folder.bank.factor = 2
     touch(folder, "a")
     touch(folder, "b")
     assert folder.bank.names == ["b"]
-    tight = AdapterFolder(FakeBank(factor=3), tmp_path, 250)
+    folder.bank.factor = 3
     with pytest.raises(DoesNotFit):
-        touch(tight, "a")
-    assert not tight.bank.held and not tight.loaded
+        touch(folder, "c")
+    assert not folder.bank.held and not folder.loaded
 
 
 def test_folder_in_many_threads(folder):
@@ -356,11 +350,6 @@ def test_folder_in_many_threads(folder):
     for thread in threads:
         thread.join()
     assert not failures and not folder.in_use and folder.bank.most <= 250
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        AdapterFolder(FakeBank(), tmp_path / "none", 1)
 
 
 def test_images_are_prepared_as_the_file_of_an_adapter_says(served, own, monkeypatch):
@@ -411,7 +400,7 @@ def test_labels_files(served, own):
         classifier.prepare(upload)
 
 
-def test_settings():
+def test_settings_and_options():
     made = Settings(model="m", adapters="x", replicas="3", batch_wait_ms="2.5")
     assert (made.replicas, made.batch_wait_ms, made.adapters) == (3, 2.5, os.path.abspath("x"))
     assert (made.weights, made.labels, Settings(model="m", adapters=2024).adapters) == ("", "", os.path.abspath("2024"))
@@ -422,9 +411,6 @@ def test_settings():
     ]:
         with pytest.raises(ValueError, match=says):
             Settings(**args)
-
-
-def test_options_become_settings():
     args = ["--model", "m", "--adapters=x", "--max_batch=4", "--max-queued", "0", "--dtype=float16", "--port", "80"]
     application, server = cli.settings(args)
     assert application == Settings(model="m", adapters="x", max_batch=4, max_queued=0, dtype="float16")
@@ -771,9 +757,7 @@ def test_http(prefix):
 
 
 def without_token(process):
-    """{method of Ray: statuses of calls without a token}, at all ports that a process and its children listen on on all
-    interfaces.
-    """
+    """{method of Ray: statuses of calls without a token}, at the ports of a process and its children on all interfaces"""
     import grpc
 
     pids = {one.pid for one in (process, *psutil.Process(process.pid).children(recursive=True))}
@@ -793,9 +777,7 @@ def without_token(process):
 
 @pytest.mark.slow
 def test_a_deployment_on_loopback(served, tmp_path, monkeypatch):
-    """Answers, refusals, a killed replica, slow clients, clients that leave, overload, ports, and a stop with requests
-    under way. Nothing here depends on how fast the machine is.
-    """
+    """Answers, a killed replica, slow clients, some that leave, overload, ports, a stop; on a machine of any speed."""
     pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")
     aiohttp = pytest.importorskip("aiohttp")
     settings, files, want = served
@@ -804,7 +786,7 @@ def test_a_deployment_on_loopback(served, tmp_path, monkeypatch):
     # half of the queue is enough for the last requests: the killed replica may not be back by then
     limits = {"replicas": 2, "max_ongoing": 8, "max_queued": 80, "upload_s": 300.0, "stop_s": 60.0}
     settings, port = settings.model_copy(update=limits), start.free_port("127.0.0.1", 0)
-    service = load_test.Server(settings, port, tmp_path / "log", "--timeout-s=600")
+    service = load_test.Server(settings, port, tmp_path / "log", "--timeout-s=600", "--drain-s=1")
 
     async def ask():
         # a connection for each request, because the server may close a kept one just when it is used again
@@ -884,7 +866,6 @@ def test_a_deployment_on_loopback(served, tmp_path, monkeypatch):
     assert not load.counts["wrong"] and not load.counts["accepted"], problems
     assert load.counts["sent"] == 46 and not load.counts["lost"], problems
     for statuses in turned_away.values():
-        # ports of other services, and of metrics
         assert "UNAUTHENTICATED" in statuses <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, turned_away
     assert [status for status, *_ in quick] == [200] * 20, quick
     assert {found[:2] for found in crowd} == {(200, None), (503, "1")}, problems

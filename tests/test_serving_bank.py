@@ -274,11 +274,8 @@ def test_checkpointing_with_several_uses_and_a_failing_backward(reentrant):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
     assert not bank._replays
 
-    def fail(grad):
-        raise RuntimeError("no memory")
-
-    handle = parameters[0].register_hook(fail)
-    with pytest.raises(RuntimeError, match="no memory"):
+    handle = parameters[0].register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         run()
     handle.remove()
     assert not bank._replays  # otherwise they keep the graph alive
@@ -485,11 +482,8 @@ def test_an_error_within_a_use_ends_it():
     bank, models = filled(classes=(3, 3, 3))
     x = images(1)
 
-    def fail(*args):
-        raise RuntimeError("inside")
-
-    handle = bank.model.blocks[1].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="inside"), bank.use(["a"]):
+    handle = bank.model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), bank.use(["a"]):
         bank.model(x)
     handle.remove()
     with torch.no_grad():
