@@ -757,7 +757,7 @@ def test_http(prefix):
 
 
 def without_token(process):
-    """{method of Ray: statuses of calls without a token}, at the ports of a process and its children on all interfaces"""
+    """{method of Ray: statuses of calls without a token}, at all ports of a process and its children but loopback's"""
     import grpc
 
     pids = {one.pid for one in (process, *psutil.Process(process.pid).children(recursive=True))}
@@ -862,15 +862,14 @@ def test_a_deployment_on_loopback(served, tmp_path, monkeypatch):
     finally:
         stopped = service.stop()
     problems = load.problems[:5], service.log.read_text()[-2000:]
-    assert load.counts["killed"] == 1 and load.counts["malformed"] >= 30
-    assert not load.counts["wrong"] and not load.counts["accepted"], problems
-    assert load.counts["sent"] == 46 and not load.counts["lost"], problems
+    assert load.counts["killed"] == 1 and load.counts["malformed"] >= 30 and load.counts["sent"] == 46
+    assert not any(load.counts[what] for what in ("lost", "wrong", "accepted")), problems
     for statuses in turned_away.values():
         assert "UNAUTHENTICATED" in statuses <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, turned_away
     assert [status for status, *_ in quick] == [200] * 20, quick
     assert {found[:2] for found in crowd} == {(200, None), (503, "1")}, problems
     assert described[0]["adapters"] == [f"adapter-{i}" for i in range(3)]
-    assert not any(found["in_use"]["adapters"] for found in described), described
+    assert not any(found["in_use"]["adapters"] for found in described)
     # never 404; a replica that has just started is told a moment later
     assert {503, (503, "1")} <= {*stopping} <= {503, (503, "1"), 200, (200, None)} and stopping[0] == 503, stopping
     for i, (status, _, answer) in enumerate(last):
@@ -948,7 +947,7 @@ def test_a_signal_at_any_moment(ray_serve, monkeypatch, capsys, when, answers, s
     for module, stubs in fakes.items():
         for name, stub in stubs.items():
             monkeypatch.setattr(module, name, stub)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(os, "environ", dict(os.environ, RAY_AUTH_MODE="token"))
     ray_serve.state.value, ray_serve.look = "DEPLOYING" if when == "starting" else "RUNNING", lambda: come("starting")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -14,7 +14,6 @@ from test_serving_app import load_test, served  # noqa: F401
 
 from efft_kernels.serving import start
 
-# prints the address and the process of each node, and ends them when its input ends
 NODES = """
 import sys
 from ray.cluster_utils import Cluster
@@ -78,7 +77,7 @@ def test_services_share_a_cluster_and_outlive_a_node(served, tmp_path, monkeypat
 
     with subprocess.Popen([sys.executable, "-c", NODES], stdin=-1, stdout=-1, text=True) as made:
         address, *pids = made.stdout.readline().split()
-        nodes = [psutil.Process(int(pid)) for pid in pids]  # the first is the head
+        nodes = [psutil.Process(int(pid)) for pid in pids]  # the head, and two others
         try:
             found = asyncio.run(scenario())
         finally:

@@ -1,6 +1,7 @@
 """Run the application until SIGTERM or SIGINT, on a Ray of its own or on a running cluster."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ def run(settings: Settings, server: ServerSettings) -> None:
         print(f"checking {settings.model} and the adapters in {settings.adapters}", flush=True)
         check_model(settings)
         _go_on(stop)
+        # read when Ray is imported: a thread of Serve that calls Ray after its end would begin or join another one
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         from .app import app  # imports Ray, which takes seconds
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
