@@ -82,7 +82,6 @@ def test_services_share_a_cluster_and_outlive_a_node(served, tmp_path, monkeypat
             found = asyncio.run(scenario())
         finally:
             for service in services:
-                service.process.kill()
-                service.process.wait()
+                service.stop(0)
     assert len(killed) > 2 and [counts["sent"] for counts, _ in found] == [58, 9]
     assert not any(counts[what] for counts, _ in found for what in ("lost", "wrong", "accepted")), found

@@ -32,7 +32,7 @@ def run(settings: Settings, server: ServerSettings) -> None:
         StartError: the service cannot start; the message says why.
     """
     stop = threading.Event()
-    _listen_for(stop)
+    _on_signals(lambda *_: stop.set())
     try:
         cluster.demand_token(server)
         check_files(settings, server)
@@ -49,7 +49,7 @@ def run(settings: Settings, server: ServerSettings) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         application = app(settings)
         with cluster.ray_for(settings, server):
-            _listen_for(stop)  # ray.init sets handlers of its own, which end the process at once
+            _on_signals(lambda *_: stop.set())  # ray.init sets handlers of its own, which end the process at once
             _go_on(stop)
             from ray import serve
 
@@ -85,11 +85,12 @@ def run(settings: Settings, server: ServerSettings) -> None:
                 del claim
     except Stopped:
         print("stopped before the service was up", flush=True)
+    _on_signals(signal.SIG_IGN)  # a further one would end the interpreter, which is about to, with another status
 
 
-def _listen_for(stop: threading.Event) -> None:
+def _on_signals(handler) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, handler)
 
 
 def _go_on(stop: threading.Event) -> None:
