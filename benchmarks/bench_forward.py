@@ -313,7 +313,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     known = [v.name for device in ("cpu", "cuda") for v in variants(device)[0]]
     p = argparse.ArgumentParser(
         description="Time one adapted Linear in every way it is done today. Without arguments: the four Linears of "
-        "ViT-B, batch 4, float32, and one small case in bfloat16.",
+        "ViT-B, batch 4, float32, and one small case in bfloat16."
     )
     p.add_argument("--model", choices=MODELS, default="vit_b", help="whose Linears (default: vit_b)")
     p.add_argument(

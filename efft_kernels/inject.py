@@ -14,14 +14,7 @@ from .base_linears import DenseWeights, has_own_forward, kept_in, untrainable
 from .calls import call_linear, uncall_linear
 from .configs import MethodConfig
 from .groups import make_group
-from .layouts import (
-    HEADS,
-    classifiers_of,
-    heads_of,
-    norms_outside,
-    tell_classes,
-    untrained_heads,
-)
+from .layouts import HEADS, classifiers_of, heads_of, norms_outside, tell_classes, untrained_heads
 from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, patterns, plan
@@ -218,10 +211,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
 def attach(model: nn.Module, owner: Adapters) -> None:
     """Register the adapters on the model, and the hooks around its forward that they need."""
     model.efft = owner.train(model.training)
-    owner.hooks = (
-        model.register_forward_pre_hook(_before),
-        model.register_forward_hook(_after, always_call=True),
-    )
+    owner.hooks = (model.register_forward_pre_hook(_before), model.register_forward_hook(_after, always_call=True))
 
 
 def detach(model: nn.Module) -> list[str]:

@@ -78,11 +78,7 @@ class _Found(NamedTuple):
 
 
 def find_sites(
-    model: nn.Module,
-    config: MethodConfig,
-    named: dict[str, nn.Module] | None = None,
-    *,
-    by_structure: bool = True,
+    model: nn.Module, config: MethodConfig, named: dict[str, nn.Module] | None = None, *, by_structure: bool = True
 ) -> list[Site]:
     """The Linears whose role in a block is known from their names, or from the structure of the block.
 
@@ -95,11 +91,7 @@ def find_sites(
 
 
 def survey(
-    model: nn.Module,
-    config: MethodConfig,
-    named: dict[str, nn.Module] | None = None,
-    *,
-    by_structure: bool = True,
+    model: nn.Module, config: MethodConfig, named: dict[str, nn.Module] | None = None, *, by_structure: bool = True
 ) -> tuple[list[Site], dict[str, str]]:
     """As :func:`find_sites`, and for the other Linears of blocks the reason why they have no role, by path."""
     named = dict(named_modules(model)) if named is None else named

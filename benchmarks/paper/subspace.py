@@ -174,7 +174,7 @@ def work(args: argparse.Namespace) -> dict[str, str]:
     results = [row(title, found) for title, found in made.items()]
     run = {
         "benchmark": "subspace",
-        "format": FORMAT,
+        "format": FORMAT, "complete": True,
         "settings": settings | {"method": args.variant},
         "data": data, "blocks": blocks,
         "machine": machine(), "versions": versions(), "commit": commit(),

@@ -255,10 +255,7 @@ def _add_lora(model: nn.Module, lora_rank: int | tuple[int, ...]) -> None:
 
 
 def add_noah(
-    model: nn.Module,
-    bottleneck: int | tuple[int, ...],
-    lora_rank: int | tuple[int, ...],
-    tokens: int | tuple[int, ...],
+    model: nn.Module, bottleneck: int | tuple[int, ...], lora_rank: int | tuple[int, ...], tokens: int | tuple[int, ...]
 ) -> None:
     """Add adapters after each FFN, LoRA on q and v, and deep prompts, with sizes per block; a size of 0 adds none.
 

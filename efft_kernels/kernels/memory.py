@@ -26,7 +26,7 @@ def within(t: Tensor) -> bool:
         held = t.untyped_storage().nbytes()
     except NotImplementedError:
         return True  # a kind of tensor without a storage, which cannot be freed
-    size = t.nbytes
+    size = t.numel() * t.itemsize  # nbytes cannot be read of a traced tensor
     if type(held) is not int or type(size) is not int:
         return True  # traced, with sizes that are not known yet
     if not t.is_contiguous():

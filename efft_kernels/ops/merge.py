@@ -48,9 +48,7 @@ def _merge_fake(weights, downs, ups, backend=None):
 
 
 _op = register(
-    "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str? backend=None) -> ()",
-    _merge,
-    _merge_fake,
+    "merge_(Tensor(a!)[] weights, Tensor[] downs, Tensor[] ups, str? backend=None) -> ()", _merge, _merge_fake
 )
 
 

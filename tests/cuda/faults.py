@@ -35,10 +35,7 @@ HOPPER = {
         "        barrier_wait(shared.full + ring.stage, ring.parity);\n        hand_over();\n",
         "        hand_over();\n",
     ),
-    "begun_before_the_other_has_seen_its_copies": (
-        "Tile::ALTERNATE && set != first",
-        "false",
-    ),
+    "begun_before_the_other_has_seen_its_copies": ("Tile::ALTERNATE && set != first", "false"),
     "never_handed_over": ("          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);\n", "          {}\n"),
     "no_wait_for_p": (
         "          barrier_wait(shared.full + ring.stage, ring.parity);\n          const uint32_t a",
@@ -79,12 +76,7 @@ HOPPER = {
     "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
     "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
     "rows_of_another_warp": ("m0 + warp_row + block * 64", "m0 + block * 64"),
-    "blocks_of_y_turned": (
-        "lane % 16",
-        "lane / 16 * 8 + lane % 8",
-        "2 * j + lane / 16",
-        "2 * j + lane / 8 % 2",
-    ),
+    "blocks_of_y_turned": ("lane % 16", "lane / 16 * 8 + lane % 8", "2 * j + lane / 16", "2 * j + lane / 8 % 2"),
     "wrong_stride": (
         "descriptor(tile + k16 * 16 * LINE, terms * LINE, 8 * LINE, LINE)",
         "descriptor(tile + k16 * 16 * LINE, 8 * LINE, terms * LINE, LINE)",
@@ -123,10 +115,7 @@ HOPPER_PASS = {
     "wrong_tile_of_up": ("(STEP * i + FIRST) * RANKS * LINE", "STEP * i * RANKS * LINE"),
     "parts_not_awaited": ("    barrier_wait_cluster(arrived + turn, row / 2 % 2);\n", ""),
     "parts_of_one_block": ("CONSUMERS * rank + consumer", "consumer"),
-    "one_inbox": (
-        "inboxes + (consumer * 2 + turn) * Tile::INBOX",
-        "inboxes + (consumer * 2 + turn * 0) * Tile::INBOX",
-    ),
+    "one_inbox": ("inboxes + (consumer * 2 + turn) * Tile::INBOX", "inboxes + (consumer * 2 + turn * 0) * Tile::INBOX"),
     "wrong_bytes": ("barrier_expect(arrived + turn, Tile::INBOX);", "barrier_expect(arrived + turn, Tile::INBOX / 2);"),
     "a_peer_for_all": (
         "map_shared(shared_address(dp_full + its * 2 + turn), peer)",
@@ -137,10 +126,7 @@ HOPPER_PASS = {
     "wrong_slot": ("((STEP * i + FIRST) * (RANKS / 8) + v)", "((COUNT * FIRST + i) * (RANKS / 8) + v)"),
     "the_rows_of_the_first_run": ("(first_of(0) + row) * PASS_ROWS", "row * PASS_ROWS"),
     "the_rows_of_the_other_warpgroup": ("(first_of(1) + row) * PASS_ROWS", "(first_of(0) + row) * PASS_ROWS"),
-    "dp_of_the_first_warpgroup": (
-        "(first + row) * PASS_ROWS",
-        "(first_of(0) + row) * PASS_ROWS",
-    ),
+    "dp_of_the_first_warpgroup": ("(first + row) * PASS_ROWS", "(first_of(0) + row) * PASS_ROWS"),
     "a_slot_for_both": ("int64_t(run * g.parts + part)", "int64_t(run / 2 * g.parts + part)"),
 }
 
