@@ -6,8 +6,8 @@ Starts ``python -m efft_kernels.serving`` with a random backbone and adapters th
 fixed rate, each with a randomly chosen adapter, as raw bodies and as forms. The rate is half of what this machine
 answers when 8 clients send as fast as they can for 5 s, and at most 20 per second; or --rate, which may exceed the
 capacity: a request that waits for more than 30 s is then lost. The adapters do not all fit the budget, so some are
-evicted and loaded again. Replicas are killed (SIGKILL) at equal distances in time, each just after 16 requests were
-sent at once. Malformed requests are sent throughout the run.
+evicted and loaded again. Replicas are killed (SIGKILL) at equal distances in time, each just after 200 clients sent a
+request at once. Malformed requests are sent throughout the run.
 
     lost      good requests that had no answer of status 200 after 30 s of retries, or got a 4xx. A request is sent
               again after a broken connection, a time-out of 10 s, and the statuses that docs/serving.md says
@@ -321,7 +321,10 @@ class Load:
         await asyncio.gather(*[client() for _ in range(clients)])
         return self.statuses["200"] / (time.monotonic() - start)
 
-    async def run(self, seconds: float, rate: float, bad: int, kills: int, rng: random.Random) -> None:
+    async def run(
+        self, seconds: float, rate: float, bad: int, kills: int, rng: random.Random, clients: int = 16
+    ) -> None:
+        """Load for some seconds; before each of the kills of a replica, as many clients send a request at once."""
         stop, tasks = asyncio.Event(), set()
         watching = asyncio.create_task(self.watch(stop))
         names = sorted({name for _, name in self.want}, key=str)
@@ -342,7 +345,7 @@ class Load:
                 sent_bad += 1
             if self.counts["killed"] < kills and n >= total * (self.counts["killed"] + 1) // (kills + 1):
                 self.counts["killed"] += 1
-                for _ in range(16):  # so that the replica dies with some of them
+                for _ in range(clients):  # so that the replica dies with some of them
                     launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
                 await asyncio.sleep(0.02)
                 self.server.kill(rng)
@@ -372,7 +375,7 @@ async def measure(args, server: Server, files, want) -> Load:
                 raise RuntimeError(f"nothing was answered in 5 s: {server.log.read_text()[-3000:]}")
         load = Load(server, session, files, want)
         kills = args.kills * (args.replicas > 1)
-        await load.run(60 * args.minutes, args.rate, args.malformed, kills, random.Random(0))
+        await load.run(60 * args.minutes, args.rate, args.malformed, kills, random.Random(0), args.clients)
     return load
 
 
@@ -433,6 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--malformed", type=int, default=1000, help="malformed requests (default: 1000)")
     p.add_argument("--replicas", type=int, default=2, help="replicas of the service (default: 2)")
     p.add_argument("--kills", type=int, default=3, help="replicas to kill, if there are several (default: 3)")
+    p.add_argument("--clients", type=int, default=200, help="that send a request at once before each (default: 200)")
     p.add_argument("--adapters", type=int, default=12, help="of which two thirds fit the budget (default: 12)")
     p.add_argument("--port", type=int, default=8142, help="port of the service (default: 8142)")
     p.add_argument("--out", type=Path, help="folder for load_test.csv and load_test.json")

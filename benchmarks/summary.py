@@ -291,6 +291,7 @@ def load_test() -> Table:
         ["wrong", f"{run['wrong']}"],
         ["malformed requests refused", f"{refused} of {run['malformed']}"],
         ["replicas, killed on the way", f"{arguments['replicas']}, {run['replicas_killed']}"],
+        ["clients at once before each kill", f"{arguments['clients']}"],
         ["latency: median, p99, largest", f"{latency} ms"],
         ["growth of a replica's memory", f"at most {growth:.1%}"],
     ]  # fmt: skip

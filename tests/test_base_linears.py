@@ -413,6 +413,7 @@ def test_from_linear_points_to_inject():
         ek.EFFTLinear.from_linear(bnb.nn.Linear4bit(64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["torchao-int8", "weight_norm"])
 def test_compiles_whole(base):
     model = shake(ek.inject(make(base), PLAIN))

@@ -127,6 +127,7 @@ def test_memory_counts_what_a_call_allocates():
     assert 8e6 <= peak < 8.1e6 and kept == 0
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     folder = tmp_path / "new" / "run"
     options = ["--backward", "--dtype", "float32", "bfloat16", "--no-compile", "--out", str(folder)]
@@ -199,6 +200,7 @@ def test_cuda_without_a_gpu(capsys):
     assert "argument --device: expected a device that torch can use, got 'cuda'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_from_anywhere(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "bench_forward.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

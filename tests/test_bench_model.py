@@ -196,6 +196,7 @@ def test_memory_of_a_step_alone(tmp_path, capsys):
         bench_train_step.main([*SIZES, "--memory", "--compile"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit_b", "swin_t"])
 def test_train_step(model, tmp_path, capsys):
     chosen, dtypes = ["full", "released_efft", "fact_tt", "efft2", "efft2_p0"], ["float32", "bfloat16"]
@@ -277,6 +278,7 @@ def test_a_method_that_cannot_be_compiled_is_left_out(capsys, monkeypatch):
     assert "efft2_p0         left out of float32: backend='no_efft' raised: NotImplementedError: no code" in shown
 
 
+@pytest.mark.slow
 def test_steps_from_a_graph_are_one_pass(tmp_path, capsys, monkeypatch):
     """The rows, table and chart of --graph, with eager steps in place of replayed ones."""
     found = [m for m in harness.methods("cpu")[0] if m.name in ("merged", "efft2_p0")]
@@ -308,6 +310,7 @@ def test_reasons():
     assert steps.reason(RuntimeError("backend='x' raised:\nTypeError: b\nc")) == "backend='x' raised: TypeError: b"
 
 
+@pytest.mark.slow
 def test_inference(tmp_path, capsys):
     chosen = ["merged", "released_efft", "efft2", "efft1"]
     options = ["--methods", *chosen, "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "run")]
@@ -330,6 +333,7 @@ def test_inference(tmp_path, capsys):
     assert record["adapter_bytes"]["bfloat16"] < record["adapter_bytes"]["float32"]
 
 
+@pytest.mark.slow
 def test_lora(tmp_path, capsys):
     assert bench_lora.main([*SIZES, "--lora-rank", "2", "--out", str(tmp_path / "run")]) == 0
     assert "after efft_kernels.peft.accelerate_lora" in capsys.readouterr().out
@@ -409,6 +413,7 @@ def test_bad_arguments(script, arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_from_anywhere(tmp_path):
     # it imports the other script
     command = [sys.executable, str(BENCHMARKS / "bench_inference.py"), "--help"]

@@ -71,6 +71,7 @@ def test_the_chart_shows_every_point_under_the_roof(record, monkeypatch):
         assert "stage1" in words and "stage2" in words and "limits: 100 GFLOP/s, 20.0 GB/s" in words
 
 
+@pytest.mark.slow
 def test_svg_twice_the_same(record):
     images = []
     for _ in range(2):

@@ -31,6 +31,7 @@ def test_all_ways_compute_the_same():
     assert not torch.allclose(bank, plain) and not torch.allclose(bank[1], fused[1])
 
 
+@pytest.mark.slow
 def test_serving(tmp_path, capsys):
     options = ["--adapters", "4", "1", "2", "--most-switches", "2", "--out", str(tmp_path / "run")]
     assert bench_serving.main([*SIZES, *options]) == 0

@@ -80,9 +80,11 @@ def cpu_ways():
             request.addfinalizer(lambda: cpu.set_isa(cpu.isas()[0]))
             monkeypatch.setattr(cpu, "_MANY_ROWS", {isa: rows})
 
-        yield Way(f"cpu-{isa}", cpu, set_up, FLOATS, CPU_SHAPES, CPU_MIXED)
+        # the best set of instructions in every run of the tests, the others with all that is slow
+        mark = () if isa == cpu.isas()[0] else (pytest.mark.slow,)
+        yield Way(f"cpu-{isa}", cpu, set_up, FLOATS, CPU_SHAPES, CPU_MIXED, mark=mark)
         packing = functools.partial(set_up, rows=0)
-        yield Way(f"cpu-{isa}-packing", cpu, packing, FLOATS, CPU_SHAPES[4:], CPU_MIXED[3:6], brief=True)
+        yield Way(f"cpu-{isa}-packing", cpu, packing, FLOATS, CPU_SHAPES[4:], CPU_MIXED[3:6], brief=True, mark=mark)
 
 
 def triton_ways():

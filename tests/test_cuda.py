@@ -546,6 +546,7 @@ def test_refusals():
         assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
 
 
+@pytest.mark.slow
 def test_the_build_refuses_what_it_does_not_know():
     setup = [sys.executable, simulator.CSRC.parents[1] / "setup.py", "--name"]
     done = subprocess.run(setup, env=os.environ | {"EFFT_CUDA": "yes"}, capture_output=True, text=True)

@@ -211,6 +211,7 @@ def test_reset_parameters_initialises_the_factors():
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_one_graph_casts_the_factors_too(autocast):
     model = adapted().train()

@@ -183,6 +183,7 @@ def test_several_labels_per_image(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_averaged_weights_and_patience_resume_exactly(run, tmp_path, monkeypatch):
     from test_finetune_run import end

@@ -50,6 +50,7 @@ def inputs(run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return y, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["test_vit", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"], ids=["vit", "two", "swin"]
 )
@@ -90,6 +91,7 @@ def test_a_head_without_a_bias_or_without_a_linear(photos, tmp_path):
         head_init.probe_head(run)
 
 
+@pytest.mark.slow
 def test_a_new_run_probes_and_a_resumed_one_does_not(photos, tmp_path, caplog):
     caplog.set_level("INFO", logger="efft_kernels.finetune")
     settings = tiny(photos, tmp_path / "whole", **PROBE)
@@ -102,6 +104,7 @@ def test_a_new_run_probes_and_a_resumed_one_does_not(photos, tmp_path, caplog):
     assert end(tmp_path / "killed") == end(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_learning_rates_survive_a_kill(photos, tmp_path):
     settings = tiny(photos, tmp_path / "whole", lr_ratio=8.0, rank_dropout=0.3, rank_weights=True, channel_scale=True)
     run = begun(photos, tmp_path, lr_ratio=8.0)

@@ -175,6 +175,7 @@ def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
     assert end(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_skipped(photos, whole, tmp_path, caplog):
     start(tiny(photos, tmp_path), _die_in(os, "replace"), 4).join()
     newest = checkpoints.states(tmp_path)[-1]
@@ -385,6 +386,7 @@ def nearly(photos, tmp_path_factory):
 WRITTEN = ["state", "adapter", "curves", "predictions", "report", "metrics"]  # from there on, in this order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 @pytest.mark.parametrize("number", range(1, 7), ids=WRITTEN)
 def test_a_failing_write(name, number, nearly, photos, whole, tmp_path, monkeypatch):
@@ -438,6 +440,7 @@ def assert_close_runs(out, want):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6, msg=lambda m: f"{key}: {m}")
 
 
+@pytest.mark.slow
 def test_accumulated_parts_equal_the_batch(photos, exact, tmp_path):
     train(tiny(photos, tmp_path, **EXACT, accumulate=4), progress=False)
     assert_close_runs(tmp_path, exact)
@@ -785,6 +788,7 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
         torch.testing.assert_close(plain(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
     from efft_kernels.finetune.data import seed_all
     from efft_kernels.finetune.finished import restore

@@ -66,6 +66,7 @@ def test_every_operator_has_a_formula():
     assert names == set(FORMULAS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["efft_kernels", "torch.utils.flop_counter"])
 def test_either_may_be_imported_first(first):
     code = f"import {first}, efft_kernels, torch; from torch.utils.flop_counter import flop_registry; "

@@ -196,6 +196,7 @@ def test_checkpointing(backend):
             assert torch.equal(t.grad, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_compile(backend, mode):
     torch._dynamo.reset()

@@ -56,6 +56,7 @@ def one_by_one(x, weight, bias, down, up, ids):
 
 
 # no deadline and no health check of speed, because the machine may be busy
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 @pytest.mark.parametrize("name", HERE)
@@ -104,6 +105,7 @@ def test_gradcheck(backend, device):
     assert torch.autograd.gradcheck(lambda *a: mixed_linear(*a, ids, backend=backend), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_bitwise_reproducible(backend, device, dtype):
     def run():

@@ -56,6 +56,7 @@ def test_compiled_inside_a_larger_function():
     assert_same(gradients(model, step(x)), gradients(model, loss_of(model, x)))
 
 
+@pytest.mark.slow
 def test_compiled_with_checkpointing():
     model = adapted().train()
     x = images()

@@ -298,6 +298,7 @@ def test_opcheck(backend):
     opcheck(names.merge_.default, ([weight.detach().clone()], [down.detach()], [up.detach()], backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_forward_and_gradients(backend, dynamic):
     def run(x, weight, bias, u, sigma, v):

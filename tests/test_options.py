@@ -79,6 +79,7 @@ def library_products(method, r, init):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, rank, ratios",
     [

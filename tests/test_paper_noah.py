@@ -42,6 +42,7 @@ def test_chosen_sizes_compute_what_a_model_of_these_sizes_does():
     assert net.count(sizes) == methods.count(small)
 
 
+@pytest.mark.slow
 def test_evolution_finds_the_best_sizes_within_the_budget():
     chance, scored = random.Random(0), []
     goal = tuple(chance.choices(SIZES, k=9))
@@ -59,6 +60,7 @@ def test_evolution_finds_the_best_sizes_within_the_budget():
         evolve(score, 9, lambda sizes: False, chance, 5, 1)
 
 
+@pytest.mark.slow
 def test_a_search_is_recorded_and_its_sizes_are_tested(tmp_path, capsys, monkeypatch):
     few_images(monkeypatch, 800)
     monkeypatch.setattr(noah_search, "opened", runs.opened)

@@ -54,6 +54,7 @@ def planned(method="efft2", **own):
     return settings | ({"factor_dropout": 0.0} if method.startswith("efft") else {}) | own
 
 
+@pytest.mark.slow
 def test_watching_a_run_changes_no_result(weights):
     one, places, seen = Run("three", "m", 0, "val", planned()), Places(None, weights, "cpu"), {}
     plain, watched = runs.measure(one, places), runs.measure(one, places, seen.__setitem__)
@@ -61,6 +62,7 @@ def test_watching_a_run_changes_no_result(weights):
     assert all(plain[name] == watched[name] for name in ("top1", "loss", "train_top1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [
     ("efft2", {}),
     pytest.param("efft1", {"rank_weights": True, "channel_scale": True}, marks=pytest.mark.slow),

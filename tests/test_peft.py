@@ -134,6 +134,7 @@ def test_checkpointing_sees_the_same_factors_and_masks(reentrant):
     assert_same(*grads)
 
 
+@pytest.mark.slow
 def test_compiled():
     model, x = adapt(vit()), images()
     torch._dynamo.reset()
@@ -690,6 +691,7 @@ def test_lora_layers_that_gain_nothing_are_refused_by_name(passes):
     assert len(passes) == 2 and y.shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_lora_under_autocast_and_compiled(passes):
     model, x = lora(), images()
     with torch.autocast("cpu", torch.bfloat16):

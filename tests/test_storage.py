@@ -57,6 +57,7 @@ def test_cache_folder(tmp_path, monkeypatch):
     assert storage.cache_folder() == tmp_path / "user" / "efft_kernels"
 
 
+@pytest.mark.slow
 def test_files_of_killed_writes_are_removed_and_those_under_way_stay(tmp_path):
     program = (
         "import os, sys; from efft_kernels import storage\n"

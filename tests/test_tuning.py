@@ -167,6 +167,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_choice_in_this_process(monkeypa
     assert table.choice(CPU, FORWARD, 200).backend == "cuda"
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_lose_nothing():
     code = """
 import sys
