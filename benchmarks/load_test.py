@@ -7,7 +7,7 @@ fixed rate, each with a randomly chosen adapter, as raw bodies and as forms. The
 answers when 8 clients send as fast as they can for 5 s, and at most 20 per second; or --rate, which may exceed the
 capacity: a request that waits for more than 30 s is then lost. The adapters do not all fit the budget, so some are
 evicted and loaded again. Replicas are killed (SIGKILL) at equal distances in time, each just after 200 clients sent a
-request at once. Malformed requests are sent throughout the run.
+request at once, which they also do at the start and when the next one is up. Malformed requests are sent throughout.
 
     lost      good requests that had no answer of status 200 after 30 s of retries, or got a 4xx. A request is sent
               again after a broken connection, a time-out of 10 s, and the statuses that docs/serving.md says
@@ -324,12 +324,18 @@ class Load:
     async def run(
         self, seconds: float, rate: float, bad: int, kills: int, rng: random.Random, clients: int = 16
     ) -> None:
-        """Load for some seconds; before each of the kills of a replica, as many clients send a request at once."""
+        """Load for some seconds; before each of the kills of a replica, as many clients send a request at once.
+
+        They also do 5 s from the start and 20 s after each kill: a replica shall have held the most that it will hold
+        in the first fifth of its life, so that what grows later is a leak.
+        """
         stop, tasks = asyncio.Event(), set()
         watching = asyncio.create_task(self.watch(stop))
         names = sorted({name for _, name in self.want}, key=str)
         total, bad_requests = max(1, int(seconds * rate)), list(malformed().items())
         start = time.monotonic()
+        kills_at = [total * (i + 1) // (kills + 1) for i in range(kills)]
+        crowds_at = {*kills_at, int(5 * rate), *(n + int(20 * rate) for n in kills_at)}
 
         def launch(coroutine):
             task = asyncio.create_task(coroutine)
@@ -343,10 +349,10 @@ class Load:
             while sent_bad < bad * (n + 1) // total:
                 launch(self.bad(*bad_requests[sent_bad % len(bad_requests)]))
                 sent_bad += 1
-            if self.counts["killed"] < kills and n >= total * (self.counts["killed"] + 1) // (kills + 1):
+            for _ in range(clients * (n in crowds_at)):
+                launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
+            if n in kills_at:  # it dies with some of them
                 self.counts["killed"] += 1
-                for _ in range(clients):  # so that the replica dies with some of them
-                    launch(self.good(rng.randrange(len(self.files)), rng.choice(names), False))
                 await asyncio.sleep(0.02)
                 self.server.kill(rng)
         while tasks:

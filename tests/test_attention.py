@@ -222,6 +222,7 @@ def test_the_vit_of_torchvision(tmp_path):
     assert torch.equal(bank_of(x), before)
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph():
     model = ek.inject(encoder(), EFFT, head="keep")
     shake(model, 0.5)

@@ -317,6 +317,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     assert f"efft-finetune merge {tmp_path}" in out
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_same_process(photos, whole, tmp_path, monkeypatch):
     original, steps = loop.one_step, []
 
@@ -462,6 +463,7 @@ def test_two_processes_of_a_launcher_equal_one(photos, exact, tmp_path):
     assert_close_runs(tmp_path, exact)
 
 
+@pytest.mark.slow
 def test_a_caller_may_end_a_run_after_an_epoch(photos, whole, tmp_path):
     entries = []
 

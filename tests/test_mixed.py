@@ -192,6 +192,7 @@ def test_saves_only_what_the_gradients_read(backend):
         assert all((t.grad is None) != (j == i) for j, t in enumerate(tensors))
 
 
+@pytest.mark.slow
 def test_opcheck(backend, device):
     x, weight, bias, down, up, ids = make(device=device, grad=True)
     names = torch.ops.efft_kernels

@@ -281,6 +281,7 @@ def test_merge_refuses_before_it_writes(backend):
         merge_(weights[:1], [1], ups[:1], backend=backend)
 
 
+@pytest.mark.slow
 def test_opcheck(backend):
     names = torch.ops.efft_kernels
     x, weight, bias, down, up = make(grad=True)

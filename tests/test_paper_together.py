@@ -110,6 +110,7 @@ def test_settings_that_a_pass_does_not_know_are_refused(weights):
         runs.measure_together([run], Places(None, weights, "cpu"))
 
 
+@pytest.mark.slow
 def test_nothing_is_started_or_finished_after_the_deadline(weights, tmp_path):
     # of 27 steps: it reckons after 20
     run, store = Run("three", "m", 0, "test", planned(epochs=9)), Store(tmp_path)

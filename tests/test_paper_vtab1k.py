@@ -408,6 +408,7 @@ def test_bad_data_sets(lists, tmp_path, capsys):
     assert "must hold at least one data set" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shares_of_torchrun():
     code = "import vtab1k; print(vtab1k.share(list(range(7))), vtab1k.os.environ.get('CUDA_VISIBLE_DEVICES'))"
     environment = {

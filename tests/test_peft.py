@@ -506,6 +506,7 @@ def test_blocks_are_chosen_as_elsewhere_in_peft():
     assert {slot.site.block for g in owned(model).values() for slot in g.spec.slots} == {0, 2}
 
 
+@pytest.mark.slow
 def test_without_peft_the_extra_is_named():
     code = "import sys; sys.modules['peft'] = None; import efft_kernels.peft"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
