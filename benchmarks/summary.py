@@ -280,7 +280,7 @@ def serving() -> Table:
 
 def load_test() -> Table:
     """minutes of load on the service"""
-    run = read_run(RESULTS / (name := "zen5/load_test") / "load_test.json")
+    run = read_run(RESULTS / (name := "zen3/load_test") / "load_test.json")
     seconds, arguments = run["seconds"], run["arguments"]
     refused = sum(r["count"] for r in run["results"] if r["request"] != "image" and r["status"] >= 400)
     latency = ", ".join(f"{1e3 * seconds[name]:.0f}" for name in ("median", "p99", "largest"))
