@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--malformed", type=int, default=1000, help="malformed requests (default: 1000)")
     p.add_argument("--replicas", type=int, default=2, help="replicas of the service (default: 2)")
     p.add_argument("--kills", type=int, default=3, help="replicas to kill, if there are several (default: 3)")
-    p.add_argument("--clients", type=int, default=200, help="that send a request at once before each (default: 200)")
+    p.add_argument("--clients", type=int, default=200, help="that send a request at once, see above (default: 200)")
     p.add_argument("--adapters", type=int, default=12, help="of which two thirds fit the budget (default: 12)")
     p.add_argument("--port", type=int, default=8142, help="port of the service (default: 8142)")
     p.add_argument("--out", type=Path, help="folder for load_test.csv and load_test.json")
