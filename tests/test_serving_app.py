@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,8 +171,8 @@ def test_truncated_files_are_refused(picture):
                 decode(data[:end], max_pixels=PIXELS)
 
 
-def read(body, headers=None, query=None, max_bytes=1000, chunk=None, left=()):
-    """The upload of a request that arrives in chunks; ``left`` becomes those that were not asked for."""
+def request(body, headers=None, query=None, chunk=None, left=()):
+    """A request that arrives in chunks; ``left`` becomes those that were not asked for."""
     from urllib.parse import urlencode
 
     headers, chunk = {"content-length": str(len(body))} | (headers or {}), chunk or max(1, len(body))
@@ -184,7 +186,12 @@ def read(body, headers=None, query=None, max_bytes=1000, chunk=None, left=()):
         "type": "http", "method": "POST", "path": "/", "query_string": urlencode(query or {}).encode(),
         "headers": [(name.encode(), value.encode()) for name, value in headers.items() if value is not None],
     }  # fmt: skip
-    return asyncio.run(read_upload(starlette.Request(scope, receive), max_bytes=max_bytes))
+    return starlette.Request(scope, receive)
+
+
+def read(*args, max_bytes=1000, **options):
+    """The upload of such a request."""
+    return asyncio.run(read_upload(request(*args, **options), max_bytes=max_bytes))
 
 
 def status_of(*args, **options):
@@ -646,9 +653,7 @@ def test_ports_addresses_and_tokens(monkeypatch):
         start.free_port("no.such.host", port)
     assert start.is_loopback("127.0.0.2") and start.is_loopback("::1") and not start.is_loopback("0.0.0.0")
     for address in (f"127.0.0.1:{port}", "ray://a:1"):
-        with pytest.raises(
-            start.StartError, match="no Ray cluster can be reached at --address|must be auto or HOST:PORT"
-        ):
+        with pytest.raises(start.StartError, match="can be reached at --address 127|must be auto or HOST:PORT"):
             cluster._check_reachable(address)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(start.StartError, match="RAY_AUTH_MODE is 'disabled', so Ray would not ask for a token"):
@@ -657,6 +662,25 @@ def test_ports_addresses_and_tokens(monkeypatch):
     monkeypatch.delenv("RAY_AUTH_MODE")
     cluster.demand_token(ServerSettings())
     assert os.environ.pop("RAY_AUTH_MODE") == "token"
+
+
+@pytest.mark.parametrize("says, insecure", [(None, 0), (None, 1), ("UNIMPLEMENTED", 0), ("UNAUTHENTICATED", 0)])
+def test_a_cluster_that_asks_for_no_token_is_refused(monkeypatch, says, insecure):
+    """A gRPC server stands for the control store of the cluster; the deployment below asks that of a real one."""
+    ray, grpc = pytest.importorskip("ray"), pytest.importorskip("grpc")
+    reply = lambda _, context: context.abort(grpc.StatusCode[says], "") if says else b""
+    store = grpc.server(ThreadPoolExecutor(1))
+    calls = {"CheckAlive": grpc.unary_unary_rpc_method_handler(reply)}
+    store.add_registered_method_handlers("ray.rpc.NodeInfoGcsService", calls)
+    address = f"127.0.0.1:{store.add_insecure_port('127.0.0.1:0')}"
+    store.start()
+    for name in ("init", "shutdown", "get_runtime_context"):
+        monkeypatch.setattr(ray, name, lambda **_: SimpleNamespace(gcs_address=address))
+    context = cluster.ray_for(Settings(model="m", adapters="."), ServerSettings(address=address, insecure=insecure))
+    refused = pytest.raises(start.StartError, match=f"the Ray cluster at {address} asks for no token: .*--insecure")
+    with contextlib.nullcontext() if insecure or says == "UNAUTHENTICATED" else refused, context:
+        pass
+    store.stop(None)
 
 
 def test_slow_uploads_keep_nobody_out(monkeypatch):
@@ -708,52 +732,75 @@ def test_keys(tmp_path):
         keys.read_keys(path)
 
 
-class FakeService:
-    stopping, allowed = False, True
-
-    async def classify(self, request):
-        self.check_key(request)
-        upload = await read_upload(request, max_bytes=100)
-        return {"adapter": upload.adapter, "image": len(upload.image)}
-
-    def describe(self):
-        return {"model": "m"}
-
-    def check_key(self, request):
-        if not self.allowed:
-            raise Refused(401, "no key")
+def alone(settings, monkeypatch):
+    """A replica without Ray."""
+    app = pytest.importorskip("efft_kernels.serving.app", reason="Ray Serve, of the extra serve, is not installed")
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100))
+    monkeypatch.setattr(app.serve, "get_replica_context", lambda: context)
+    return app.EFFTClassifier(settings)
 
 
 @pytest.mark.parametrize("prefix", ["", "/birds"])
-def test_http(prefix):
+def test_http(prefix, served, monkeypatch):
     """Routes, pages and refusals, at / and at the path of a named service."""
     api = pytest.importorskip("efft_kernels.serving.api", reason="FastAPI, of the extra serve, is not installed")
     from starlette.testclient import TestClient
 
-    service = FakeService()
-    client = TestClient(api.build(lambda: service), root_path=prefix, follow_redirects=False)
-    path = prefix or "/"
-    assert client.get(path).json() == client.get(prefix + "/", headers={"accept": "*/*"}).json() == {"model": "m"}
-    assert client.post(path, params={"adapter": "a"}, content=b"abc").json() == {"adapter": "a", "image": 3}
-    body, headers = form(image=b"abc", adapter="b")
-    assert client.post(path, content=body, headers=headers).json() == {"adapter": "b", "image": 3}
-    refused = client.post(path, content=b"a" * 101)
-    assert (refused.status_code, refused.json()) == (413, {"error": "the body must have at most 100 bytes, got 101"})
-    assert client.put(path).headers["allow"] == "GET, POST" and client.get(prefix + "/none").status_code == 404
-    for url, accept in ((path, "text/html,*/*;q=0.8"), (prefix + "/docs", "*/*")):
-        page = client.get(url, headers={"accept": accept})
-        assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in str(page.headers)
-        assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text), "a page loads something from elsewhere"
-    schema = client.get(prefix + "/openapi.json").json()
-    assert schema["paths"].keys() == {"/", "/health"} and "multipart/form-data" in str(schema["paths"]["/"]["post"])
-    service.allowed = False
-    for answer in (client.get(path), client.post(path, content=b"abc")):
-        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
-    assert client.get(path, headers={"accept": "text/html"}).status_code == 200  # the page asks for the key
-    assert client.get(prefix + "/health").status_code == 200
-    service.stopping = True
-    stopping = client.get(prefix + "/health")
-    assert stopping.status_code == 503 and stopping.headers["retry-after"] == "1"
+    settings, (file, *_), want = served
+    service = alone(settings.model_copy(update={"max_bytes": len(file)}), monkeypatch)
+    with TestClient(api.build(lambda: service), root_path=prefix, follow_redirects=False) as client:
+        path = prefix or "/"
+        assert [client.get(url).json() for url in (path, prefix + "/")] == [service.describe()] * 2
+        found = client.post(path, params={"adapter": "adapter-1", "top": 9}, content=file)
+        assert load_test.is_right(found.json(), "adapter-1", want[0, "adapter-1"])
+        body, headers = form(image=file, adapter="adapter-2", top="9")
+        found = client.post(path, content=body, headers=headers)
+        assert load_test.is_right(found.json(), "adapter-2", want[0, "adapter-2"])
+        refused, says = client.post(path, content=file + b"a"), f"at most {len(file)} bytes, got {len(file) + 1}"
+        assert (refused.status_code, refused.json()) == (413, {"error": f"the body must have {says}"})
+        assert client.put(path).headers["allow"] == "GET, POST" and client.get(prefix + "/none").status_code == 404
+        for url, accept in ((path, "text/html,*/*;q=0.8"), (prefix + "/docs", "*/*")):
+            page = client.get(url, headers={"accept": accept})
+            assert page.headers["content-type"].startswith("text/html") and "default-src 'none'" in str(page.headers)
+            assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text), "it loads from elsewhere"
+        schema = client.get(prefix + "/openapi.json").json()
+        assert schema["paths"].keys() == {"/", "/health"} and "multipart/form-data" in str(schema["paths"]["/"]["post"])
+        service.keys = (b"a digest",)
+        for answer in (client.get(path), client.post(path, content=b"abc")):
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        assert client.get(path, headers={"accept": "text/html"}).status_code == 200  # the page asks for the key
+        assert client.get(prefix + "/health").status_code == 200
+        service.stopping = True
+        stopping = client.get(prefix + "/health")
+        assert stopping.status_code == 503 and stopping.headers["retry-after"] == "1"
+
+
+def test_a_replica_decodes_no_more_than_it_works_on(served, monkeypatch):
+    settings, files, want = served
+    replica = alone(settings.model_copy(update={"max_ongoing": 2, "max_batch": 3, "max_queued": 38}), monkeypatch)
+    held, decoded, names = [], [], [f"adapter-{i % 3}" for i in range(60)]
+    prepare, compute = replica.classifier.prepare, replica.classifier.classify
+    replica.classifier.prepare = lambda upload: held.append(1) or decoded.append(len(held)) or prepare(upload)
+    replica.classifier.classify = lambda images, *names: held.__delitem__(slice(len(images))) or compute(images, *names)
+
+    async def crowd():
+        asked = [replica.classify(request(files[0], query={"adapter": name, "top": "9"})) for name in names]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    for name, answer in zip(names, found := asyncio.run(crowd())):
+        assert isinstance(answer, Refused) or load_test.is_right(answer, name, want[0, name])
+    assert sum(isinstance(answer, Refused) for answer in found) == 20 and max(decoded) == 6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_replica_that_rests_returns_freed_memory(served, monkeypatch):
+    replica, found = alone(served[0], monkeypatch), []
+    pieces = [bytearray(100_000) for _ in range(1000)]
+    del pieces[::2]  # 48 MiB, in pieces between those that stay
+    for replica.accepted in (1, 0):
+        replica.check_health()
+        replica.decoding.submit(lambda: found.append(psutil.Process().memory_info().rss >> 20)).result()
+    assert found[1] < found[0] - 24 and len(pieces) == 500
 
 
 def without_token(process):

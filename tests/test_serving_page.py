@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,10 +14,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="FastAPI, of the extra serve, is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn, of the extra serve, is not installed")
+from test_serving_app import alone, load_test
+
 from efft_kernels.serving import api
-from efft_kernels.serving.classifier import Classifier
-from efft_kernels.serving.keys import has_key, read_keys
-from efft_kernels.serving.uploads import Refused, read_upload
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KEY = "0123456789abcdef"
@@ -40,41 +38,18 @@ USER = """<script>(async () => {
 })()</script>"""
 
 
-class Replica:
-    stopping = False
-
-    def __init__(self, settings, keys):
-        self.classifier, self.keys, self.answers = Classifier(settings), keys, {}
-
-    async def classify(self, request):
-        self.check_key(request)
-        upload = await read_upload(request, max_bytes=10**6)
-        image = self.classifier.prepare(upload)
-        scores = self.classifier.classify([image], [upload.adapter])[0]
-        return self.answers.setdefault(upload.adapter, self.classifier.answer(upload, scores))
-
-    def describe(self):
-        return {"model": "test_vit", "classes": self.classifier.classes, "adapters": self.classifier.folder.names()}
-
-    def check_key(self, request):
-        if not has_key(request.headers, self.keys):
-            raise Refused(401, "no key")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-@pytest.mark.parametrize("width", [1280, 500])
-def test_an_image_is_dropped_on_the_page(tmp_path, monkeypatch, width):
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-    import load_test
-
+def test_an_image_is_dropped_on_the_page(tmp_path, monkeypatch):
     settings, image = load_test.make_adapters(tmp_path, [3, 4]), load_test.pictures(1)[0]
     Path(settings.adapters, "adapter-0.labels.txt").write_text("<b>ant</b>\nbee\ncat")
     (tmp_path / "keys").write_text(KEY)
     user = USER.replace("KEY", json.dumps(KEY)).replace("IMAGE", json.dumps(base64.b64encode(image).decode()))
     (tmp_path / "index.html").write_text((api._PAGES / "index.html").read_text() + user)
     monkeypatch.setattr(api, "_PAGES", tmp_path)
-    replica = Replica(settings, read_keys(tmp_path / "keys"))
+    replica, answers = alone(settings.model_copy(update={"key_file": str(tmp_path / "keys")}), monkeypatch), {}
+    answer = replica.classifier.answer
+    replica.classifier.answer = lambda upload, scores: answers.setdefault(upload.adapter, answer(upload, scores))
     server = uvicorn.Server(uvicorn.Config(api.build(lambda: replica), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -82,19 +57,23 @@ def test_an_image_is_dropped_on_the_page(tmp_path, monkeypatch, width):
         while not server.started:
             time.sleep(0.02)
         port = server.servers[0].sockets[0].getsockname()[1]
-        options = (
-            f"--headless --no-sandbox --disable-gpu --virtual-time-budget=60000 --dump-dom --window-size={width},900"
-        )
-        command = [CHROMIUM, *options.split(), f"--user-data-dir={tmp_path}/profile", f"http://127.0.0.1:{port}"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        for width in (1280, 500):
+            options = f"--headless --no-sandbox --disable-gpu --virtual-time-budget=60000 --window-size={width},900"
+            command = [CHROMIUM, "--dump-dom", *options.split(), f"--user-data-dir={tmp_path}/{width}"]
+            shown = subprocess.run([*command, f"http://127.0.0.1:{port}"], capture_output=True, text=True, timeout=120)
+            check(json.loads(html.unescape(re.search("<title>(.*?)</title>", shown.stdout)[1])), answers, width)
+            answers.clear()
     finally:
         server.should_exit = True
         thread.join()
-    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown)[1]))
+
+
+def check(found, answers, width):
+    """What the page showed in a window of this width."""
     assert [name for name, _ in found["cards"]] == ["Without an adapter", "adapter-0", "adapter-1"]
-    assert len(replica.answers) == 3
+    assert len(answers) == 3
     for name, rows in found["cards"]:
-        scores = replica.answers[None if name == "Without an adapter" else name]["scores"]
+        scores = answers[None if name == "Without an adapter" else name]["scores"]
         labels = [one["label"] if name == "adapter-0" else f"class {one['index']}" for one in scores]
         assert rows == [[label, f"{100 * one['score']:.1f} %"] for label, one in zip(labels, scores)]
     assert found["width"] <= found["room"] and found["picture"] > 50 and found["below"] == (width < 720)

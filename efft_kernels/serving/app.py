@@ -7,6 +7,8 @@ takes one replica with it; Ray starts another.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -72,9 +74,11 @@ class EFFTClassifier:
         self.under_way = self.accepted = 0  # requests; those of them whose image has arrived
         # those it works on, and its share of those that wait
         self.most_accepted = settings.max_ongoing + math.ceil(settings.max_queued / settings.replicas)
+        # decoded images take more memory than their files, so those of two batches at least, and no more, are held
+        self.working = asyncio.Semaphore(max(settings.max_ongoing, 2 * settings.max_batch))
         self.stopping = False
-        self.batched.set_max_batch_size(settings.max_batch)
-        self.batched.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)
+        wait_s = settings.batch_wait_ms / 1e3
+        self.batched = serve.batch(max_batch_size=settings.max_batch, batch_wait_timeout_s=wait_s)(self._compute)
         self._make_metrics()
 
     def _make_metrics(self) -> None:
@@ -123,8 +127,9 @@ class EFFTClassifier:
         self.accepted += 1
         try:
             loop = asyncio.get_running_loop()
-            image = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
-            scores = await self.batched((image, upload.adapter))
+            async with self.working:
+                image = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
+                scores = await self.batched((image, upload.adapter))
             if isinstance(scores, Refused):
                 raise scores
             return await loop.run_in_executor(self.decoding, self.classifier.answer, upload, scores)
@@ -140,9 +145,7 @@ class EFFTClassifier:
         if self.accepted >= self.most_accepted:
             raise Refused(503, f"{self.accepted} requests wait already")
 
-    # size and waiting time are set from the settings in __init__
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def batched(self, requests: list[tuple[Tensor, str | None]]) -> list[Tensor | Refused]:
+    async def _compute(self, requests: list[tuple[Tensor, str | None]]) -> list[Tensor | Refused]:
         """Classify the images of requests that arrived together, each with the name of its adapter."""
         images, adapters = zip(*requests)
         self.forward_since = time.monotonic()
@@ -177,6 +180,16 @@ class EFFTClassifier:
         }
 
     def check_health(self) -> None:
-        """Called by Ray, which replaces a replica whose check raises."""
+        """Called by Ray every two seconds, which replaces a replica whose check raises. One that rests frees memory."""
         if self.forward_since is not None and time.monotonic() - self.forward_since > STUCK_S:
             raise RuntimeError(f"a forward of the model has taken more than {STUCK_S:.0f} s")
+        if not self.accepted:
+            self.decoding.submit(release_memory)
+
+
+def release_memory() -> None:
+    """Have glibc return freed memory to the system. Once a large buffer has been freed, it takes those of up to 32 MiB
+    from its heaps, where smaller allocations between them prevent that. Under another C library this does nothing.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -35,23 +35,19 @@ def parser() -> argparse.ArgumentParser:
     for title, model in (("application", Settings), ("server", ServerSettings)):
         group = made.add_argument_group(title)
         for name, field in model.model_fields.items():
+            text = " ".join(field.description.split()).replace("%", "%%")
+            if field.annotation is bool:
+                group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
+                continue
             choices = typing.get_args(field.annotation)  # of a Literal
             default = "" if field.is_required() or field.default == "" else f" (default: {field.default})"
-            if field.annotation is bool:
-                group.add_argument(
-                    f"--{name}",
-                    action="store_true",
-                    default=argparse.SUPPRESS,
-                    help=" ".join(field.description.split()),
-                )
-                continue
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 required=field.is_required(),
                 choices=choices or None,
                 metavar=None if choices else "N" if field.annotation in (int, float) else name.upper(),
                 default=argparse.SUPPRESS,
-                help=" ".join(field.description.split()).replace("%", "%%") + default,
+                help=text + default,
             )
     return made
 
