@@ -88,6 +88,13 @@ def einsum(x, w, b, u, sigma, v):
     return F.linear(x, w, b) + SCALE * added.flatten(1)
 
 
+def left_to_right(x, w, b, u, sigma, v):
+    """y = F.linear(x, w, b), then y += ((x u) sigma) v in place: the fastest order in plain torch for a few rows"""
+    q, y = (x @ u) @ sigma.transpose(0, 1).flatten(1), F.linear(x, w, b)
+    y.view(-1, v.shape[1]).addmm_(q.view(-1, v.shape[0]), v, alpha=SCALE)
+    return y
+
+
 def peft(x, w, b, a, lora_b):
     """y = F.linear(x, w, b) + (x A) B * scale: LoRA as the PEFT library computes it"""
     return F.linear(x, w, b) + (x @ a) @ lora_b * SCALE
@@ -231,6 +238,7 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
         Variant("einsum_dw", "F.linear + x dW, dW formed per call, as the released EFFT", _of_core(einsum_dw)),
         Variant("einsum_merge", "F.linear with w + dW, formed per call", _of_core(einsum_merge), merged=True),
         Variant("einsum", "F.linear + ((x u) sigma) v by einsum", _of_core(einsum)),
+        Variant("left_to_right", "F.linear, then addmm_ of ((x u) sigma) v: for few rows", _of_core(left_to_right)),
         Variant("einsum_compiled", "einsum under torch.compile", _compiled(_of_core, einsum), compiled=True),
         Variant("peft", "F.linear + (x A) B * scale, as PEFT's LoRA", _of_lora(peft)),
         Variant("peft_compiled", "peft under torch.compile", _compiled(_of_lora, peft), compiled=True),

@@ -164,7 +164,38 @@ def write_run(folder: Path, run: dict) -> None:
     """Write a run as NAME.csv, its results, and NAME.json, everything else; NAME is run["benchmark"]."""
     path = folder / f"{run['benchmark']}.json"
     write_json(path, {key: value for key, value in run.items() if key not in _NOT_STORED})
-    write_csv(path.with_suffix(".csv"), run["results"])
+    write_csv(path.with_suffix(".csv"), _passes_beside(run["results"]))
+
+
+def _passes_beside(rows: list[dict]) -> list[dict]:
+    """Rows of one variant that differ in their pass as one row, with what was measured as PASS.NAME."""
+    if not all("pass" in row and "variant" in row for row in rows):
+        return rows
+    joined = {}
+    for row in rows:
+        names = list(row)
+        last = names.index("variant") + 1
+        case = {name: row[name] for name in names[:last] if name != "pass"}
+        measured = {f"{row['pass']}.{name}": row[name] for name in names[last:]}
+        joined.setdefault(tuple(case.values()), case).update(measured)
+    return list(joined.values())
+
+
+def _passes_apart(rows: list[dict]) -> list[dict]:
+    """The rows that _passes_beside joined, those of a case by pass."""
+    if not all("variant" in row and "pass" not in row for row in rows):
+        return rows
+    found = {}
+    for row in rows:
+        case = {name: value for name, value in row.items() if "." not in name}
+        shared = tuple(value for name, value in case.items() if name != "variant")
+        for part in dict.fromkeys(name.partition(".")[0] for name in row if "." in name):
+            measured = {name.partition(".")[2]: row[name] for name in row if name.startswith(f"{part}.")}
+            if any(value is not None for value in measured.values()):
+                found.setdefault((shared, part), []).append(case | {"pass": part} | measured)
+    cases = dict.fromkeys(shared for shared, _ in found)
+    passes = dict.fromkeys(part for _, part in found)
+    return [row for shared in cases for part in passes for row in found.get((shared, part), ())]
 
 
 def read_run(path: Path, *keys: str) -> dict:
@@ -181,7 +212,7 @@ def read_run(path: Path, *keys: str) -> dict:
             raise ValueError(f"expected format {FORMAT}, got {run.get('format')!r}")
         if missing := [key for key in keys if key not in run]:
             raise ValueError(f"expected {', '.join(missing)}, got {sorted(run)}")
-        return run | {"results": read_csv(path.with_suffix(".csv"))}
+        return run | {"results": _passes_apart(read_csv(path.with_suffix(".csv")))}
     except OSError as error:
         raise ValueError(f"{error.filename}: expected a file of a recorded run: {error.strerror}") from error
     except (ValueError, csv.Error) as error:  # json.JSONDecodeError is a ValueError

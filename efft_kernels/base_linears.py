@@ -44,7 +44,8 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:  # [
 
 def wraps(weight: Tensor) -> bool:
     """whether it is a tensor made of others; torch's own check for that gives the wrong answer under torch.compile"""
-    return hasattr(type(weight), "__tensor_flatten__")
+    # asked at every call: to find that a class lacks an attribute takes two microseconds
+    return type(weight) is not nn.Parameter and hasattr(type(weight), "__tensor_flatten__")
 
 
 def _bitsandbytes(cls: type) -> str | None:

@@ -123,6 +123,19 @@ def test_table_of_gpus(tmp_path, monkeypatch):
     assert made.records == ["some_gpu/gpu.csv"] and not summary.gpu_backward().rows
 
 
+def test_passes_of_a_variant_are_in_one_line(tmp_path):
+    row = lambda variant, part, **measured: {"layer": "fc1", "pass": part, "variant": variant, **measured}
+    rows = [
+        row("a", "forward", ms=1.5, rounds=3),
+        row("b", "forward", ms=2.5, rounds=3),
+        row("a", "both", ms=4.5, rounds=2),
+    ]
+    run = {"benchmark": "forward", "format": record.FORMAT, "results": rows}
+    record.write_run(tmp_path, run)
+    assert len((tmp_path / "forward.csv").read_text().splitlines()) == 3
+    assert record.read_run(tmp_path / "forward.json")["results"] == rows
+
+
 def test_records_are_small_and_in_their_form():
     """no run without its table or its conditions, no file over 500 kB, four significant digits"""
     try:
@@ -143,4 +156,4 @@ def test_records_are_small_and_in_their_form():
             assert {"benchmark", "complete", "machine", "versions", "commit"} <= run.keys(), path
             assert not run.get("dry"), path
     with (summary.RESULTS / "zen5/vit_b_float32/forward.csv").open(newline="") as file:
-        assert all(len(re.sub(r"e.*|^0\.0*|\.", "", row["ms"])) <= 4 for row in csv.DictReader(file))
+        assert all(len(re.sub(r"e.*|^0\.0*|\.", "", row["forward.ms"])) <= 4 for row in csv.DictReader(file))

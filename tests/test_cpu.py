@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from accuracy import assert_accurate
 
 from efft_kernels.kernels import build, cpu, reference
 
@@ -48,6 +49,64 @@ def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
     x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype)
     down, up = (torch.randn(*s).div(math.sqrt(s[1])).to(dtype) for s in ((A, K, R), (A, R, N)))
     return x, weight, bias, down, up, (torch.arange(B) // 2 * 5) % (A + 1) - 1, dy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice", "steps"])
+def test_a_few_rows_from_left_to_right(isa, threads, dtype, layout):
+    """y and the gradients of x, u, sigma, v, in all layouts, where columns are shared between threads and where not."""
+    threads(3)
+    torch.manual_seed(0)
+    lay = {
+        "contiguous": lambda t: t,
+        "transposed": lambda t: t.mT.contiguous().mT,
+        "slice": lambda t: torch.nn.functional.pad(t, (3, 5))[..., 3:-5],
+        "steps": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    }[layout]
+    for shape, N, S, P, Q in (
+        ((7,), 5, 1, 3, 2), ((2, 33), 20, 3, 4, 9), ((4, 100), 330, 4, 16, 16), ((7, 1, 64), 24, 2, 17, 5),
+        ((16, 300), 130, 1, 3, 8), ((3, 2, 40), 9, 1, 1, 1),
+    ):  # fmt: skip
+        random = lambda *size: torch.randn(size).div(size[-1] ** 0.5).to(dtype)
+        K = shape[-1]
+        x, weight, u, v = random(*shape), lay(random(S * N, K)), lay(random(K, P)), lay(random(Q, N))
+        sigma = lay(random(S, P, Q)[0 if S == 1 else ...])
+        bias, dy = random(S * N), random(*shape[:-1], S * N)
+        if x.dim() == 2:
+            x, dy = lay(x), lay(dy)
+
+        def formula(x, weight, bias, u, sigma, v, dy):
+            leaves = x, u, sigma, v = [t.detach().requires_grad_() for t in (x, u, sigma, v)]
+            q = x @ u @ sigma if sigma.dim() == 2 else (x @ u).unsqueeze(-2).unsqueeze(-2) @ sigma
+            low = (q @ v).reshape(*x.shape[:-1], -1)
+            y = torch.nn.functional.linear(x, weight, bias) + 0.7 * low
+            return y, *torch.autograd.grad(y, leaves, dy)
+
+        y, p, q = cpu.few_rows(x, weight, bias, u, sigma, v, 0.7)
+        got = y, *cpu.few_rows_backward(dy, x, weight, u, sigma, v, p, q, 0.7, [True] * 4)
+        given = x, weight, bias, u, sigma, v, dy
+        exact, summed = (formula(*(change(t.double()) for t in given)) for change in (lambda t: t, torch.abs))
+        for name, *results in zip(("y", "dx", "du", "dsigma", "dv"), got, formula(*given), exact, summed):
+            *compared, most = results
+            assert_accurate(*(t.detach() for t in compared), f"{name} of {shape}", most.detach())
+        threads(1)
+        assert torch.equal(y, cpu.few_rows(x, weight, bias, u, sigma, v, 0.7)[0]), "the same bits with one thread"
+        threads(3)
+
+
+def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
+    sizes = (2, 6), (15, 6), (6, 2), (3, 2, 4), (4, 5)
+    x, weight, u, sigma, v = (torch.randn(size) for size in sizes)
+    good = x, weight, torch.randn(15), u, sigma, v, 1.0
+    assert len(cpu.few_rows(*good)) == 3
+    for i, wrong in (
+        (0, x[:, :5]), (0, x.double()), (0, x.to_sparse()), (1, weight[:10]), (2, torch.randn(14)), (3, u[:5]),
+        (4, sigma[:2]), (4, sigma[0]), (5, v[:3]), (5, v.int()),
+    ):  # fmt: skip
+        assert not cpu.few_rows(*good[:i], wrong, *good[i + 1 :]), f"argument {i}"
+    u.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="u must have memory"):
+        cpu.few_rows(*good)
 
 
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):

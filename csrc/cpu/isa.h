@@ -17,6 +17,8 @@ namespace {
 
 #include "lowrank.inl"
 
+#include "few_rows.inl"
+
 template <class F>
 auto with_type(Dtype dtype, F f) {
   switch (dtype) {
@@ -50,6 +52,10 @@ void pack(Dtype dtype, const View& b, int64_t K, int64_t N, void* panels) {
 
 void lowrank(Dtype dtype, const LowRank& g) {
   with_type(dtype, [&](auto t) { LowRankPass<decltype(t)>(g).run(); });
+}
+
+void few_rows(Dtype dtype, const LowRank& g) {
+  with_type(dtype, [&](auto t) { FewRowsPass<decltype(t)>(g).run(); });
 }
 
 }  // namespace

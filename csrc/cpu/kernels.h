@@ -62,6 +62,9 @@ struct Kernels {
   // packs b [K, N] into panels
   void (*pack)(Dtype, const View& b, int64_t K, int64_t N, void* panels);
   void (*lowrank)(Dtype, const LowRank&);
+  // c = a @ b_rows + scale * q @ u + bias, or without q: c = scale * a @ b_rows + bias. nothing is packed, which pays
+  // for few rows; c is contiguous along a row
+  void (*few_rows)(Dtype, const LowRank&);
 };
 
 // the kernels this processor can run, fastest first, terminated by a null pointer

@@ -289,6 +289,45 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     return _backward(_load()[0].mixed_linear_backward, dy, x, weight, down, up, p, needs, ids)
 
 
+def few_rows_slower(x: Tensor, weight: Tensor) -> bool:
+    """Whether these few rows of efft_linear are better computed by way of sigma v, with a weight that is packed.
+
+    The limits of AVX2 are measured on a Zen 3; those of the others are where memory, not arithmetic, decides.
+    """
+    if x.dtype not in _FEW_ROWS:
+        return True
+    rows, entries = x.numel() // x.shape[-1], weight.numel()
+    if _rules() is _slower_avx2:
+        return rows * entries >= _FEW_ROWS[x.dtype]
+    return (rows > 2 and entries >= 1 << 19) or (x.itemsize == 2 and rows * entries >= 1 << 20)
+
+
+_FEW_ROWS = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}
+
+
+def few_rows(x, weight, bias, u, sigma, v, scale) -> list[Tensor]:
+    """y [..., N], p [M, P], q [M, S * Q]:  p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v
+
+    x [..., K], weight [S * N, K], u [K, P], sigma [P, Q] or [S, P, Q], v [Q, N]. An empty list where they do not fit.
+    """
+    return _few_rows()[0](x, weight, bias, u, sigma, v, scale)
+
+
+def few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, needs) -> list[Tensor]:
+    """dq = scale * dy @ v.T;  dp = dq @ sigma.T;  dx = dy @ weight + dp @ u.T;  du = x.T @ dp;  dsigma = p.T @ dq;
+    dv = scale * q.T @ dy, of which ``needs`` (x, u, sigma, v) asks for some
+    """
+    if dy.dim() > 2:  # its rows must be one dimension
+        dy = dy.contiguous()
+    return _few_rows()[1](dy, x, weight, u, sigma, v, p, q, scale, *needs)
+
+
+@functools.cache
+def _few_rows():
+    ops = _load()[0]
+    return ops.few_rows.default, ops.few_rows_backward.default
+
+
 def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once"""
     if weights:

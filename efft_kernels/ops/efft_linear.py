@@ -54,7 +54,7 @@ def efft_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`.
     """
-    y = few_rows.take(x, weight, bias, u, sigma, v, scale, backend, lambda: _check(x, weight, u, sigma, v))
+    y = few_rows.take(x, weight, bias, u, sigma, v, scale, backend)
     if y is not None:
         return y
     _check(x, weight, u, sigma, v)

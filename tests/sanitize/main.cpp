@@ -120,7 +120,7 @@ std::vector<double> product(int64_t I, int64_t J, int64_t L, const A& a, const B
   return c;
 }
 
-// all outputs of LowRank at once, then c alone with c_adds
+// all outputs of LowRank at once, then c alone: with b packed on the way, by the kernel of few rows, with c_adds
 void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t R, bool transposed) {
   Matrix a(dtype, M, K, transposed), b(dtype, K, N, !transposed);
   Matrix d(dtype, K, R, transposed), u(dtype, R, N, !transposed);
@@ -149,6 +149,15 @@ void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t
   std::fill_n(c.data.get(), M * N * c.size(), char(0x7f));
   k.lowrank(dtype, g);
   expect("c of a pass that packs b", k, c, K * R, C);
+
+  LowRank f;
+  f.M = M, f.K = K, f.N = N, f.R = R, f.scale = 0.5;
+  f.a = a.view(), f.b_rows = b.view(), f.q = q.view(), f.u = u.view(), f.bias = bias.view(), f.c = c.view();
+  k.few_rows(dtype, f);
+  auto F = product(M, N, R, q, u);
+  const auto AB = product(M, N, K, a, b);
+  for (int64_t i = 0; i < M * N; ++i) F[i] = 0.5 * F[i] + AB[i] + bias.values[i % N];
+  expect("c of few rows", k, c, K * R, F);
 
   LowRank h;
   h.M = M, h.K = K, h.N = N;
