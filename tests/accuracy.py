@@ -1,7 +1,7 @@
 """The tolerance of all tests: at most twice the error of plain torch in the same dtype.
 
-Errors of the kernels are measured against the contract (kernels/__init__.py) in numpy's longdouble, so that float64 can
-be judged like the other dtypes. longdouble has a mantissa of 64 bits on x86-64, and more on some others.
+Errors of the kernels are measured against the contract (kernels/__init__.py) in float64. Those of float64 are measured
+in numpy's longdouble, which has a mantissa of 64 bits on x86-64, more on some others, and is slow.
 """
 
 import numpy as np
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from efft_kernels.kernels import reference
 
-Wide = np.ndarray  # of longdouble
+Wide = np.ndarray  # of float64 or longdouble
 _WIDER = np.finfo(np.longdouble).eps < 0.01 * np.finfo(np.float64).eps
 
 
 def wide(t: Tensor) -> Wide:
-    return t.detach().cpu().double().numpy().astype(np.longdouble)
+    """The numbers of a tensor in a dtype whose roundings are less than a millionth of those of the tensor's, if any."""
+    exact = t.detach().cpu().double().numpy()
+    return exact.astype(np.longdouble) if t.dtype == torch.float64 else exact
 
 
 def assert_accurate(
@@ -51,7 +53,7 @@ def assert_accurate(
 
 
 class _Exact:
-    """The contract on longdouble arrays. Each function returns the list of all its results, needed or not."""
+    """The contract on arrays. Each function returns the list of all its results, needed or not."""
 
     @staticmethod
     def group_update(sigma, v, scale):
@@ -95,13 +97,12 @@ def _samples(rows, ids):
     return [(slice(i * each, (i + 1) * each), a) for i, a in enumerate(ids) if a >= 0]
 
 
-def exactly(name: str, arguments, change=lambda t: t, dtype=np.longdouble) -> list[np.ndarray]:
+def exactly(name: str, arguments, change=lambda t: t) -> list[np.ndarray]:
     """The needed results of one function of the contract, with ``change`` applied to its floating-point tensors."""
     needs = arguments[-1] if name.endswith("backward") else None
     given = arguments if needs is None else arguments[:-1]
     found = [
-        (wide(change(a)).astype(dtype) if a.is_floating_point() else a.cpu().numpy()) if isinstance(a, Tensor) else a
-        for a in given
+        (wide(change(a)) if a.is_floating_point() else a.cpu().numpy()) if isinstance(a, Tensor) else a for a in given
     ]
     results = getattr(_Exact, name)(*found)
     return results if needs is None else [result for result, need in zip(results, needs) if need]

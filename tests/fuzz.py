@@ -165,7 +165,7 @@ def _plain(t):
 
 
 def _wanted(op: str, given: dict, change=lambda t: t) -> list[np.ndarray]:
-    """The results in float64"""
+    """The results, more exact than the arguments' dtype"""
     if op == "merge_":
         lists = [[change(_plain(t).double().resolve_neg()).clone().numpy() for t in ts] for ts in given.values()]
         return [weight + (down @ up).T for weight, down, up in zip(*lists)]
@@ -175,7 +175,7 @@ def _wanted(op: str, given: dict, change=lambda t: t) -> list[np.ndarray]:
         for name, columns in (("x", K), ("p", given["up"].shape[-2])):
             if given[name] is None:  # no result that is asked for reads it
                 flat[name] = torch.zeros(rows, columns)
-    return exactly(op, tuple(map(_plain, flat.values())), change, np.float64)
+    return exactly(op, tuple(map(_plain, flat.values())), change)
 
 
 def check(backend: str, op: str, given: dict) -> None:

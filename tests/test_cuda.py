@@ -22,6 +22,7 @@ from simulator import Simulated
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 shapes = lambda *given: pytest.mark.parametrize("shape", given, ids=lambda s: "M{}-K{}-N{}-R{}".format(*s))
+ORDERS = Simulated.MODES + Simulated.BY_CHANCE
 ways = pytest.mark.parametrize("single", [True, False], ids=["single_pass", "extended_k"])
 
 
@@ -101,7 +102,7 @@ def test_hopper_in_any_order(tile, single, hopper_device, monkeypatch, request):
     x, weight, bias, down, up, dy = make(300, 456, 2 * tile + 24, 16, torch.bfloat16, hopper_device)
     check_lowrank_linear(cuda, x, weight, bias, down, up, dy, (True, False, False, True, True))
     runs = []
-    for mode in Simulated.MODES + Simulated.BY_CHANCE:
+    for mode in ORDERS:
         if hopper_device == "cpu":
             request.getfixturevalue("simulated").mode(*mode)
         y, p = cuda.lowrank_linear(x, weight, bias, down, up)
@@ -234,7 +235,7 @@ def test_hopper_passes_in_any_order(shape, hopper_device, request):
     M, N, K, R = shape
     dy, x, up, p = make_passes(M, K, N, R, torch.bfloat16, hopper_device)
     runs = []
-    for mode in Simulated.MODES + Simulated.BY_CHANCE:
+    for mode in ORDERS:
         if hopper_device == "cpu":
             request.getfixturevalue("simulated").mode(*mode)
         runs.append(cuda._ops().lowrank_linear_backward(dy, x, None, x[:1].t().expand(-1, R), up, p, False, True, 128))
@@ -420,48 +421,51 @@ def hopper_deviates(kernels, monkeypatch) -> bool:
     monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
     # Numbers that are not finite; many tiles of one step each; a ring that wraps around and a block without columns,
     # which takes longest.
-    cases = ((128, 64, 64, 14), False, True), ((900, 64, 384, 14), False, False), ((300, 328, 456, 14), True, False)
-    for sizes, backward, infinite in cases:
+    cases = []
+    for sizes, backward, infinite in (
+        ((128, 64, 64, 14), False, True), ((900, 64, 384, 14), False, False), ((300, 328, 456, 14), True, False)
+    ):  # fmt: skip
         x, weight, bias, down, up, dy = (t.abs() if infinite else t for t in make(*sizes, torch.bfloat16))
         x[20, 8] = float("inf") if infinite else 1
-        y_plain, p_plain = reference.lowrank_linear(x, weight, bias, down, up)
-        dx_plain = dy @ weight + (dy @ up.t()) @ down.t()
-        plans = itertools.product((192, 128), (True, False), Simulated.MODES + Simulated.BY_CHANCE)
-        for tile, single, mode in plans:
-            hopper(monkeypatch, single, tile)
-            kernels.mode(*mode)
-            try:
-                y, p = cuda.lowrank_linear(x, weight, bias, down, up)
-                pairs = [(y, y_plain), (p, p_plain)]
-                if backward and not single:
-                    needs = [True, False, False, False, False]
-                    pairs += [(*cuda.lowrank_linear_backward(dy, x, weight, down, up, p, needs), dx_plain)]
-            except RuntimeError as error:
-                assert "could not be launched: block" in str(error), error  # the simulator's message
-                return True
-            if not all(torch.allclose(a, b, rtol=0.05, atol=0.05, equal_nan=True) for a, b in pairs):
-                return True
+        plain = reference.lowrank_linear(x, weight, bias, down, up)
+        cases.append((x, weight, bias, down, up, dy, plain, dy @ weight + (dy @ up.t()) @ down.t(), backward))
+    # most faults show in the first order
+    for mode, case, tile, single in itertools.product(ORDERS, cases, (192, 128), (True, False)):
+        x, weight, bias, down, up, dy, plain, dx_plain, backward = case
+        hopper(monkeypatch, single, tile)
+        kernels.mode(*mode)
+        try:
+            y, p = cuda.lowrank_linear(x, weight, bias, down, up)
+            pairs = [*zip((y, p), plain)]
+            if backward and not single:
+                needs = [True, False, False, False, False]
+                pairs += [(*cuda.lowrank_linear_backward(dy, x, weight, down, up, p, needs), dx_plain)]
+        except RuntimeError as error:
+            assert "could not be launched: block" in str(error), error  # the simulator's message
+            return True
+        if not all(torch.allclose(a, b, rtol=0.05, atol=0.05, equal_nan=True) for a, b in pairs):
+            return True
     return False
 
 
 def hopper_passes_deviate(kernels, monkeypatch) -> bool:
     """Whether any order of events gives a wrong number, or ends a launch."""
     # A run for each warpgroup, a cluster of two and of four; the rings wrap around.
+    cases = []
     for M, N in ((17000, 128), (1300, 600), (660, 1536)):
         dy, x, up, p = make_passes(M, 128, N, 14, torch.bfloat16)
         dp = (dy.double() @ up.double().t()).to(dy.dtype).double()
-        exact = [x.double().t() @ dp, p.double().t() @ dy.double()]
-        for mode in Simulated.MODES + Simulated.BY_CHANCE:
-            kernels.mode(*mode)
-            try:
-                found = kernels.ops.lowrank_linear_backward(
-                    dy, x, None, x[:1].t().expand(-1, 14), up, p, False, True, 128
-                )
-            except RuntimeError as error:
-                assert "could not be launched: block" in str(error), error  # the simulator's message
-                return True
-            if not all((a.double() - b).norm() <= 0.01 * b.norm() for a, b in zip(found, exact)):
-                return True
+        cases.append((dy, x, up, p, [x.double().t() @ dp, p.double().t() @ dy.double()]))
+    for mode, (dy, x, up, p, exact) in itertools.product(ORDERS, cases[::-1]):
+        kernels.mode(*mode)
+        try:
+            down = x[:1].t().expand(-1, 14)
+            found = kernels.ops.lowrank_linear_backward(dy, x, None, down, up, p, False, True, 128)
+        except RuntimeError as error:
+            assert "could not be launched: block" in str(error), error  # the simulator's message
+            return True
+        if not all((a.double() - b).norm() <= 0.01 * b.norm() for a, b in zip(found, exact)):
+            return True
     return False
 
 

@@ -12,9 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -111,170 +109,24 @@ inline int fault = 0;        // the number of the planted fault that the kernels
 inline Thread& self() { return *cluster->current; }
 inline Block& block() { return *self().block; }
 
-inline void stop(At at) {
-  Thread& t = self();
-  t.at = at;
-  if (!_setjmp(t.resume)) _longjmp(cluster->scheduler, 1);
-}
-
-inline void entry() {
-  cluster->kernel();
-  stop(At::end);
-}
-
-inline void step(Thread& t) {
-  cluster->current = &t;
-  if (_setjmp(cluster->scheduler)) return;
-  if (t.started) _longjmp(t.resume, 1);
-  t.started = true;
-  setcontext(&t.context);
-}
-
+// Lets other threads run until this one is let go.
+void stop(At at);
 // Ends the launch, with what it has done so far.
-[[noreturn]] inline void fail(const char* what) {
-  const dim3 at = cluster->current ? block().index : dim3();
-  cluster->failure =
-      "block (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + "): ";
-  cluster->failure += what;
-  _longjmp(cluster->given_up, 1);
-}
-
-// Runs a warp until none of its threads can continue.
-inline bool run_warp(size_t warp) {
-  bool moved = false;
-  for (bool ready = true; ready;) {
-    ready = false;
-    for (size_t i = warp * WARP_SIZE; i < (warp + 1) * WARP_SIZE; ++i)
-      if (cluster->threads[i].at == At::ready) step(cluster->threads[i]), ready = moved = true;
-  }
-  return moved;
-}
-
-// Lets all of these threads continue if all are at the same barrier.
-template <class Threads>
-inline bool pass(Threads begin, Threads end, At at) {
-  for (auto t = begin; t != end; ++t)
-    if (t->at != at) return false;
-  for (auto t = begin; t != end; ++t) t->at = At::ready;
-  return true;
-}
-
-inline uint32_t chance(uint32_t below) {
-  static uint64_t state;
-  if (!below) state = uint64_t(mode_order) * 0x9e3779b97f4a7c15;  // at the start of a launch
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return below ? uint32_t(state >> 20) % below : 0;
-}
-
-// Does one piece of TMA's pending work: the first, the last, or any.
-inline void run_engine() {
-  auto& todo = cluster->engine;
-  const size_t i = mode_order > 1 ? chance(uint32_t(todo.size())) : mode_order ? todo.size() - 1 : 0;
-  const auto work = std::move(todo[i]);
-  todo.erase(todo.begin() + i);
-  work();
-}
-
-inline void run_cluster() {
-  auto& threads = cluster->threads;
-  const size_t warps = threads.size() / WARP_SIZE, each = threads.size() / cluster->blocks.size();
-  const bool by_chance = mode_order > 1;
-  std::vector<bool> slow(warps);  // these continue when nothing else can
-  for (size_t w = 0; w < warps; ++w) slow[w] = by_chance && !chance(4);
-  for (;;) {
-    bool moved = false;
-    if (by_chance)  // some of the others, in any order
-      for (uint32_t i = 1 + chance(uint32_t(warps)); i; --i) {
-        if (const uint32_t w = chance(uint32_t(warps)); !slow[w]) moved |= run_warp(w);
-        if (!cluster->engine.empty() && !chance(3)) run_engine(), moved = true;
-      }
-    for (size_t w = 0; w < warps && !(by_chance && moved); ++w)
-      if (!slow[w]) moved |= run_warp(mode_order == 1 ? warps - 1 - w : w);
-    size_t ended = 0;
-    for (Thread& t : threads) {
-      ended += t.at == At::end;
-      if (t.at == At::wait && t.waits_for()) t.at = At::ready, moved |= !slow[&t - threads.data() >> 5];
-    }
-    if (ended == threads.size()) break;
-    for (size_t b = 0; b < cluster->blocks.size(); ++b)
-      moved |= pass(threads.begin() + b * each, threads.begin() + (b + 1) * each, At::block);
-    moved |= pass(threads.begin(), threads.end(), At::cluster);
-    if (moved) continue;
-    // TMA works only now, when no thread can continue without it.
-    if (!cluster->engine.empty()) {
-      run_engine();
-      continue;
-    }
-    for (size_t w = 0; w < warps && !moved; ++w) moved |= slow[w] && run_warp(w);
-    if (!moved) fail("threads wait for what never comes");
-  }
-  if (!cluster->engine.empty()) fail("the kernel ends before the copy engine does");
-}
-
+[[noreturn]] void fail(const char* what);
 // Returns null, or what went wrong.
-inline const char* run(dim3 grid, int threads, size_t shared, std::function<void()> kernel, int blocks = 1) {
-  static std::string failure;
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  while (stacks.size() < size_t(threads * blocks)) stacks.emplace_back(new char[STACK]);
-  Cluster c;
-  cluster = &c;
-  chance(0);
-  c.grid = grid, c.size = dim3(threads), c.kernel = std::move(kernel);
-  ++launches;
-  if (_setjmp(c.given_up)) {
-    failure = c.failure;
-    return failure.c_str();
-  }
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; x += blocks) {
-        c.current = nullptr;
-        c.blocks.assign(blocks, Block());
-        c.threads.assign(threads * blocks, Thread());
-        for (int i = 0; i < blocks; ++i) {
-          Block& b = c.blocks[i];
-          b.index = dim3(x + i, y, z), b.rank = i;
-          b.memory.assign(shared + BASE + 1024, 0xff);
-          const auto start = (reinterpret_cast<uintptr_t>(b.memory.data()) + 1023) & ~uintptr_t(1023);
-          b.shared = reinterpret_cast<unsigned char*>(start);
-          b.warps.resize(threads / WARP_SIZE), b.groups.resize(threads / GROUP_SIZE), b.named.resize(16);
-        }
-        for (int i = 0; i < threads * blocks; ++i) {
-          Thread& t = c.threads[i];
-          t.block = &c.blocks[i / threads];
-          t.number = i % threads;
-          t.index = dim3(t.number, 0, 0);
-          getcontext(&t.context);
-          t.context.uc_stack.ss_sp = stacks[i].get();
-          t.context.uc_stack.ss_size = STACK;
-          t.context.uc_link = nullptr;
-          makecontext(&t.context, entry, 0);
-        }
-        run_cluster();
-      }
-  return nullptr;
-}
+const char* run(dim3 grid, int threads, size_t shared, std::function<void()> kernel, int blocks = 1);
+// Returns all threads of a meeting of `count` in their order to the last to arrive, and none to the others.
+std::vector<Thread*> met(Meeting& meeting, size_t count);
+// Arrives for a thread that does not wait for the others.
+void arrive_at(Meeting& meeting, size_t count);
 
-// Runs an instruction of `count` threads together: the last to arrive executes it for all of them, given in their
-// order.
+// Runs an instruction of `count` threads together: the last to arrive executes it for all of them.
 template <class Instruction>
 inline void meet(Meeting& meeting, size_t count, Instruction instruction) {
-  meeting.there.push_back(&self());
-  if (meeting.there.size() + meeting.passing.size() < count) return stop(At::meeting);
-  meeting.passing.clear();
-  std::vector<Thread*> there;
-  there.swap(meeting.there);
-  std::sort(there.begin(), there.end(), [](Thread* a, Thread* b) { return a->number < b->number; });
+  const std::vector<Thread*> there = met(meeting, count);
+  if (there.empty()) return;
   instruction(there.data());
   for (Thread* t : there) t->at = At::ready;
-}
-
-// Arrives for a thread that does not wait for the others.
-inline void arrive_at(Meeting& meeting, size_t count) {
-  meeting.passing.push_back(&self());
-  if (meeting.there.size() + meeting.passing.size() < count) return;
-  for (Thread* t : meeting.there) t->at = At::ready;
-  meeting.there.clear(), meeting.passing.clear();
 }
 
 // Runs an instruction of the lanes of a warp.
@@ -307,7 +159,7 @@ struct Numbers {
   static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
     auto& t = sim::self();
     t.in[0] = a, t.in[1] = b, t.out = d;
-    sim::together([](sim::Thread** lanes) {
+    sim::together([](sim::Thread* const* lanes) {
       float left[16][16], right[16][8];
       for (int l = 0; l < 32; ++l)
         for (int h = 0; h < 2; ++h) {
@@ -359,7 +211,7 @@ struct F16 : Numbers<F16> {
 };
 
 inline void warp_sync() {
-  sim::together([](sim::Thread**) {});
+  sim::together([](sim::Thread* const*) {});
 }
 inline void launch_dependents() {}
 inline void wait_for_prerequisites() {}
@@ -396,7 +248,7 @@ void ldmatrix(uint32_t (&f)[4], const uint16_t* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) sim::fail("an ldmatrix that is not on 16 bytes");
   auto& t = sim::self();
   t.in[0] = row, t.out = f;
-  sim::together([](sim::Thread** lanes) {
+  sim::together([](sim::Thread* const* lanes) {
     for (int l = 0; l < 32; ++l)
       for (int i = 0; i < 4; ++i) {
         uint32_t both = 0;

@@ -26,81 +26,15 @@ static_assert(sizeof(Bits) == 8, "as large as the hardware's");
 inline std::map<unsigned char*, bool> fresh;
 
 // The memory at an address of this block, or at a mapped one.
-inline unsigned char* at(uint32_t address) {
-  Block& b = address >> 24 ? cluster->blocks[(address >> 24) - 1] : block();
-  bool ended = true;
-  for (const Thread& t : cluster->threads) ended &= t.block != &b || t.at == At::end;
-  if (ended) fail("shared memory of a block that has ended");
-  address &= 0xffffff;
-  if (address >= b.memory.size()) fail("an address beyond shared memory");
-  return b.shared + address;
-}
-
-inline Bits& bits(unsigned char* p) {
-  Bits& b = *reinterpret_cast<Bits*>(p);
-  if (reinterpret_cast<uintptr_t>(p) % 8 || b.count == 0xffff) fail("a barrier that was not initialized");
-  if (fresh.count(p)) fail("a barrier before all of the cluster know of it");
-  return b;
-}
-
-inline void settle(Bits& b) {
-  if (b.pending || b.bytes) return;
-  b.phase ^= 1;
-  b.pending = b.count;
-}
-
-inline void arrive(Bits& b) {
-  if (!b.pending) fail("a barrier at which more arrive than it counts");
-  --b.pending;
-  settle(b);
-}
-
-inline void complete(unsigned char* barrier, int bytes) {
-  Bits& b = bits(barrier);
-  b.bytes -= bytes;
-  settle(b);
-}
-
-// Does work of TMA at once, or when no thread can continue without it.
-inline void engine(std::function<void()> work) {
-  if (mode_eager)
-    work();
-  else
-    cluster->engine.push_back(std::move(work));
-}
-
-// Address bits 4 and up are XORed with bits 7 and up: one bit for rows of 32 bytes, two for 64, three for 128.
-inline uint32_t swizzled(uint32_t address, int bytes) { return address ^ (address >> 7 & (bytes / 16 - 1)) << 4; }
+unsigned char* at(uint32_t address);
+Bits& bits(unsigned char* p);
+void arrive(Bits& b);
 
 struct Map {
   const void* data = nullptr;
   int64_t rows = 0, cols = 0, stride = 0;
   int box_rows = 0, box_cols = 0, swizzle = 0;
 };
-
-inline void check_box(const Map& map, uint32_t address) {
-  if (address % 128 || (address & 0xffffff) % (map.swizzle * 8)) fail("a box that is not where its swizzle starts");
-}
-
-// Visits the elements of a box one by one: f(its place in shared memory, its place in the matrix or null).
-template <class F>
-void box(const Map& map, unsigned char* shared, uint32_t address, int col, int row, F f) {
-  for (int i = 0; i < map.box_rows; ++i)
-    for (int j = 0; j < map.box_cols; ++j) {
-      const bool inside = row + i >= 0 && row + i < map.rows && col + j >= 0 && col + j < map.cols;
-      const auto to = shared + swizzled(address + (i * map.box_cols + j) * 2, map.swizzle);
-      const auto data = static_cast<const uint16_t*>(map.data);
-      f(reinterpret_cast<uint16_t*>(to), inside ? data + (row + i) * map.stride + col + j : nullptr);
-    }
-}
-
-inline void load_box(const Map& map, Block& b, uint32_t address, int col, int row, uint32_t barrier) {
-  check_box(map, address);
-  engine([=, &b] {
-    box(map, b.shared, address, col, row, [](uint16_t* to, const uint16_t* from) { *to = from ? *from : 0; });
-    complete(b.shared + barrier, map.box_rows * map.box_cols * 2);
-  });
-}
 
 // A group of boxes that a thread stores; done when TMA gets to it, or when the thread waits.
 struct Store {
@@ -119,16 +53,19 @@ struct Stores {
 };
 inline std::map<Thread*, Stores> stores;
 
-// A matmul that a warpgroup has issued.
-struct Product {
+struct Matmul {
   int columns;
   float (*widen)(uint16_t);
   bool b_k_major, add;
-  uint64_t a, b;
+  uint64_t a, b;  // descriptors
+  bool a_k_major = true;
+};
+
+// A matmul that a warpgroup has issued.
+struct Product : Matmul {
   Thread* threads[GROUP_SIZE];
   float* d[GROUP_SIZE];
   const uint32_t* registers[GROUP_SIZE];  // of a, or null
-  bool a_k_major = true;
   void run() const;
 };
 
@@ -138,69 +75,12 @@ struct Products {
 };
 inline std::map<Meeting*, Products> products;
 
-struct Descriptor {
-  uint32_t start, leading, stride;
-  int swizzle;
-  explicit Descriptor(uint64_t bits)
-      : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
-    const int kinds[] = {0, 128, 64, 32};
-    swizzle = kinds[bits >> 62];
-    if (!swizzle) fail("a descriptor without a swizzle");
-  }
-  // Element (i, k) of an operand with rows (or columns) i and terms k.
-  const uint16_t* at(const Block& b, bool k_major, int i, int k) const {
-    const int width = swizzle / 2;
-    const uint32_t offset = k_major ? i / 8 * stride + i % 8 * swizzle + k * 2
-                                    : i / width * leading + i % width * 2 + k / 8 * stride + k % 8 * swizzle;
-    return reinterpret_cast<const uint16_t*>(b.shared + swizzled(start + offset, swizzle));
-  }
-};
-
-inline void Product::run() const {
-  const Block& block = *threads[0]->block;
-  float left[64][16], right[16][256], sum[64][256];
-  if (registers[0]) {
-    for (int t = 0; t < 128; ++t)
-      for (int i = 0; i < 4; ++i)
-        for (int h = 0; h < 2; ++h)
-          left[t / 32 * 16 + t % 32 / 4 + i % 2 * 8][t % 4 * 2 + h + i / 2 * 8] =
-              widen(uint16_t(registers[t][i] >> 16 * h));
-  } else {
-    const Descriptor desc(a);
-    for (int m = 0; m < 64; ++m)
-      for (int k = 0; k < 16; ++k) left[m][k] = widen(*desc.at(block, a_k_major, m, k));
-  }
-  const Descriptor desc(b);
-  for (int n = 0; n < columns; ++n)
-    for (int k = 0; k < 16; ++k) right[k][n] = widen(*desc.at(block, b_k_major, n, k));
-  memset(sum, 0, sizeof sum);
-  for (int m = 0; m < 64; ++m)
-    for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < columns; ++n) sum[m][n] += left[m][k] * right[k][n];
-  for (int t = 0; t < 128; ++t)
-    for (int i = 0; i < columns / 2; ++i) {
-      const float s = sum[t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8][i / 4 * 8 + t % 4 * 2 + i % 2];
-      d[t][i] = add ? d[t][i] + s : s;
-    }
-}
-
 inline Meeting& my_group() { return block().groups[self().number / GROUP_SIZE]; }
 
-template <int COLUMNS, class T>
-void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, bool k_major, bool add, bool a_k_major = true) {
-  Thread& t = self();
-  t.in[0] = registers, t.out = d;
-  Meeting& group = my_group();
-  meet(group, GROUP_SIZE, [&](Thread** threads) {
-    Product product{COLUMNS, T::widen, k_major, add, a, b, {}, {}, {}, a_k_major};
-    for (size_t i = 0; i < GROUP_SIZE; ++i) {
-      product.threads[i] = threads[i];
-      product.d[i] = static_cast<float*>(threads[i]->out);
-      product.registers[i] = static_cast<const uint32_t*>(threads[i]->in[0]);
-    }
-    products[&group].open.push_back(product);
-  });
-}
+// Issues a matmul of the warpgroup, with this thread's part of the result and of operand a, or null.
+void issue(const Matmul& matmul, float* d, const uint32_t* registers);
+// Executes all but the last `open` groups of matmuls of the warpgroup.
+void wait_for_products(size_t open);
 
 }  // namespace efft::sim
 
@@ -208,36 +88,16 @@ namespace efft::cuda {
 
 using TensorMap = sim::Map;
 
-inline void barrier_init(uint64_t* barrier, int arrivals) {
-  *reinterpret_cast<sim::Bits*>(barrier) = {uint16_t(arrivals), uint16_t(arrivals), 0, 0};
-  sim::fresh[reinterpret_cast<unsigned char*>(barrier)] = false;
-}
-
-inline void barrier_init_fence() {
-  for (auto& [barrier, fenced] : sim::fresh) fenced = true;
-}
-
-inline void barrier_expect(uint64_t* barrier, int bytes) {
-  sim::Bits& b = sim::bits(reinterpret_cast<unsigned char*>(barrier));
-  b.bytes += bytes;
-  sim::arrive(b);
-}
-
-inline void barrier_arrive(uint64_t* barrier, int rank) {
-  sim::arrive(sim::bits(sim::at(shared_address(barrier) | uint32_t(rank + 1) << 24)));
-}
-
-inline void barrier_wait(uint64_t* barrier, int parity) {
-  const auto over = [=] { return sim::bits(reinterpret_cast<unsigned char*>(barrier)).phase != uint32_t(parity); };
-  if (over()) return;
-  sim::self().waits_for = over;
-  sim::stop(sim::At::wait);
-}
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_init_fence();
+void barrier_expect(uint64_t* barrier, int bytes);
+void barrier_arrive(uint64_t* barrier, int rank);
+void barrier_wait(uint64_t* barrier, int parity);
 
 inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
 
 inline void group_sync(int id, int threads) {
-  sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread**) {});
+  sim::meet(sim::block().named[id], size_t(threads), [](sim::Thread* const*) {});
 }
 
 inline void group_arrive(int id, int threads) { sim::arrive_at(sim::block().named[id], size_t(threads)); }
@@ -251,17 +111,7 @@ inline void cluster_sync() {
 
 inline uint32_t map_shared(uint32_t address, int rank) { return address | uint32_t(rank + 1) << 24; }
 
-inline void store_async(uint32_t to, const float* v, uint32_t barrier) {
-  if (to % 16) sim::fail("an asynchronous store that is not on 16 bytes");
-  if (sim::cluster->blocks.size() == 1) sim::fail("an illegal instruction: st.async in a launch without clusters");
-  unsigned char *const place = sim::at(to), *const counts = sim::at(barrier);
-  const float a = v[0], b = v[1], c = v[2], d = v[3];
-  sim::engine([=] {
-    const float values[] = {a, b, c, d};
-    memcpy(place, values, 16);
-    sim::complete(counts, 16);
-  });
-}
+void store_async(uint32_t to, const float* v, uint32_t barrier);
 
 template <int COUNT>
 void take_registers() {}
@@ -270,32 +120,10 @@ void leave_registers() {}
 
 inline void prefetch_map(const TensorMap*) {}
 
-inline void tma_load(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier) {
-  sim::load_box(*map, sim::block(), to, col, row, shared_address(barrier));
-}
-
-inline void tma_load_all(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier, int mask) {
-  for (sim::Block& b : sim::cluster->blocks)
-    if (mask >> b.rank & 1) sim::load_box(*map, b, to, col, row, shared_address(barrier));
-}
-
-inline void tma_store(const TensorMap* map, uint32_t from, int col, int row) {
-  sim::check_box(*map, from);
-  const auto copy = [=, m = *map, &b = sim::block()] {
-    sim::box(m, b.shared, from, col, row, [](uint16_t* source, const uint16_t* to) {
-      if (to) *const_cast<uint16_t*>(to) = *source;
-    });
-  };
-  sim::stores[&sim::self()].open->boxes.push_back(copy);
-}
-
-inline void tma_store_commit() {
-  sim::Stores& mine = sim::stores[&sim::self()];
-  const auto group = mine.open;
-  mine.open = std::make_shared<sim::Store>();
-  mine.groups.push_back(group);
-  if (sim::mode_eager) group->run();
-}
+void tma_load(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier);
+void tma_load_all(uint32_t to, const TensorMap* map, int col, int row, uint64_t* barrier, int mask);
+void tma_store(const TensorMap* map, uint32_t from, int col, int row);
+void tma_store_commit();
 
 template <int N>
 void tma_store_wait_read() {
@@ -304,19 +132,7 @@ void tma_store_wait_read() {
     if (!groups.front()->done) groups.front()->run();
 }
 
-inline void store_matrices(void* row, const uint32_t (&v)[4]) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) sim::fail("an stmatrix that is not on 16 bytes");
-  auto& t = sim::self();
-  t.in[0] = row, t.in[1] = v;
-  sim::together([](sim::Thread** lanes) {
-    for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i) {
-        const auto start = static_cast<const unsigned char*>(lanes[i * 8 + l / 4]->in[0]);
-        lanes[l]->unfenced.emplace_back(const_cast<unsigned char*>(start) + l % 4 * 4,
-                                        static_cast<const uint32_t*>(lanes[l]->in[1])[i]);
-      }
-  });
-}
+void store_matrices(void* row, const uint32_t (&v)[4]);
 
 inline void fence_async() {
   for (const auto& [to, v] : sim::self().unfenced) memcpy(to, &v, 4);
@@ -324,12 +140,12 @@ inline void fence_async() {
 }
 
 inline void wgmma_fence() {
-  sim::meet(sim::my_group(), sim::GROUP_SIZE, [](sim::Thread**) {});
+  sim::meet(sim::my_group(), sim::GROUP_SIZE, [](sim::Thread* const*) {});
 }
 
 inline void wgmma_commit() {
   sim::Meeting& group = sim::my_group();
-  sim::meet(group, sim::GROUP_SIZE, [&](sim::Thread**) {
+  sim::meet(group, sim::GROUP_SIZE, [&](sim::Thread* const*) {
     sim::Products& mine = sim::products[&group];
     mine.groups.push_back(std::move(mine.open));
     mine.open.clear();
@@ -338,12 +154,7 @@ inline void wgmma_commit() {
 
 template <int N>
 void wgmma_wait() {
-  sim::Meeting& group = sim::my_group();
-  sim::meet(group, sim::GROUP_SIZE, [&](sim::Thread**) {
-    auto& groups = sim::products[&group].groups;
-    for (; groups.size() > N; groups.pop_front())
-      for (const sim::Product& product : groups.front()) product.run();
-  });
+  sim::wait_for_products(N);
 }
 
 template <int COUNT>
@@ -360,18 +171,18 @@ template <class T, int N>
 struct Wgmma {
   template <bool B_K_MAJOR>
   static void shared(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
-    sim::issue<N, T>(d, nullptr, a, b, B_K_MAJOR, add);
+    sim::issue({N, T::widen, B_K_MAJOR, bool(add), a, b}, d, nullptr);
   }
   template <bool B_K_MAJOR>
   static void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
-    sim::issue<N, T>(d, a, 0, b, B_K_MAJOR, true);
+    sim::issue({N, T::widen, B_K_MAJOR, true, 0, b}, d, a);
   }
 };
 
 template <class T, int N>
 struct WgmmaTransposed {
   static void shared(float (&d)[N / 2], uint64_t a, uint64_t b) {
-    sim::issue<N, T>(d, nullptr, a, b, false, true, false);
+    sim::issue({N, T::widen, false, true, a, b, false}, d, nullptr);
   }
 };
 

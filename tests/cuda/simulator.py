@@ -57,12 +57,12 @@ def compiler() -> list[str] | None:
     return command if shutil.which(command[0]) else None
 
 
-def compile_all(jobs: list[tuple[Path, Path, list[str]]], optimize: str = "-O2") -> None:
-    """Compiles jobs of (source, object, flags)."""
+def compile_all(jobs: list[tuple[Path, Path, list[str]]]) -> None:
+    """Compiles jobs of (source, object, flags); kernels with -O1, as to compile them takes longer than to run them."""
 
     def run(job):
         source, target, flags = job
-        command = [*compiler(), "-x", "c++", optimize, "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
+        command = [*compiler(), "-x", "c++", "-O1", "-std=c++17", "-fPIC", "-DEFFT_SIM", f"-I{HERE}", *flags]
         command += ["-fno-strict-aliasing"]  # as in CUDA: the kernels read and write pairs of numbers as one
         command += ["-Wno-unknown-pragmas", "-c", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -104,8 +104,8 @@ def loaded() -> Simulated:
 
 def build(folder: Path) -> Path:
     """Builds the whole library, as torch.ops.efft_cuda_sim; its objects stay next to it."""
-    sources = [HERE / "sim.cpp", *sorted(CSRC.glob("*.cu"))]
-    jobs = [(source, folder / f"{source.stem}.o", []) for source in sources] + [bindings(folder, "efft_cuda_sim")]
+    jobs = [(source, folder / f"{source.stem}.o", []) for source in sorted(CSRC.glob("*.cu"))]
+    jobs += [(HERE / "sim.cpp", folder / "sim.o", [f"-I{CSRC}", "-O3"]), bindings(folder, "efft_cuda_sim")]
     compile_all(jobs)
     return link([target for _, target, _ in jobs], folder / "efft_cuda_sim.so")
 
@@ -163,7 +163,7 @@ def build_faulty(folder: Path, objects: Path, constant: tuple[str, str, str] | N
             (csrc / file).write_text(planted_in((csrc / file).read_text(), planted))
     jobs = [(HERE / f"one_{kernel}.cu", folder / f"one_{kernel}.o", [f"-I{csrc}"]) for kernel in kernels]
     jobs.append(bindings(folder, library))
-    compile_all(jobs, "-O1")  # compiling takes longer than running
+    compile_all(jobs)
     stems = {"sim", *(source.stem for source in CSRC.glob("*.cu"))} - {f"{kernel}_bf16" for kernel in kernels}
     rest = [objects / f"{stem}.o" for stem in sorted(stems)]
     return Simulated(link([*(target for _, target, _ in jobs), *rest], folder / f"{library}.so"), library)
