@@ -66,7 +66,9 @@ def evaluate(
     """
     s, accelerator = run.settings, run.accelerator
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    stats = _statistics(len(run.data.classes), run.data.multilabel, device)
+    classes = len(run.data.classes)
+    stats = _multilabel_statistics(classes, device) if run.data.multilabel else {}
+    counts = torch.zeros(2, classes, dtype=torch.int64, device=device)  # right answers, and images, of each class
     sums = torch.zeros(3, dtype=run.wide, device=device)  # loss, right answers, images
     found = []
     model.eval()
@@ -87,7 +89,10 @@ def evaluate(
         y, labels = y[: len(numbers)].to(run.wide), labels.to(device)[: len(numbers)]
         if numbers:
             for metric in stats.values():
-                metric.update(y.float() if run.data.multilabel else y, labels.long())
+                metric.update(y.float(), labels.long())
+            if not run.data.multilabel:
+                right = labels[y.argmax(1) == labels]
+                counts += torch.stack([torch.bincount(each, minlength=classes) for each in (right, labels)])
             loss = (
                 F.binary_cross_entropy_with_logits(y, labels.to(y.dtype), reduction="none").mean(1).sum()
                 if run.data.multilabel
@@ -106,8 +111,7 @@ def evaluate(
     if run.data.multilabel:
         percent = {name: round(100 * metric.compute().item(), 4) for name, metric in stats.items()}
         return {**percent, "exact": round(100 * right / n, 4), "loss": loss / n}
-    counts = stats["counts"].compute().double()  # [classes, 5]: true and false positives and negatives, images
-    right, images = counts[:, 0], counts[:, -1]
+    right, images = accelerator.reduce(counts, "sum").double()
     present = images > 0  # a class without images has no accuracy
     return {
         "top1": round(100 * (right.sum() / images.sum()).item(), 4),
@@ -116,12 +120,9 @@ def evaluate(
     }
 
 
-def _statistics(classes: int, multilabel: bool, device: torch.device) -> dict:
-    metrics = need("torchmetrics").classification
-    if multilabel:
-        made = {"mean_ap": metrics.MultilabelAveragePrecision(classes), "f1": metrics.MultilabelF1Score(classes)}
-    else:
-        made = {"counts": metrics.MulticlassStatScores(classes, average=None)}
+def _multilabel_statistics(classes: int, device: torch.device) -> dict:
+    metrics = need("torchmetrics").classification  # imported only here: it imports scipy and transformers for seconds
+    made = {"mean_ap": metrics.MultilabelAveragePrecision(classes), "f1": metrics.MultilabelF1Score(classes)}
     return {name: metric.to(device) for name, metric in made.items()}
 
 
