@@ -56,18 +56,7 @@ KERNELS = {
     "kernels.tuning.worker": {f"kernels.tuning.{name}" for name in ("plans", "prove", "table", "timing")},
     "kernels.tuning.run": {f"kernels.tuning.{name}" for name in ("children", "plans", "table")},
 }
-HEAVY = [
-    "triton",
-    "timm",
-    "transformers",
-    "peft",
-    "safetensors",
-    "torchvision",
-    "matplotlib",
-    "torch._dynamo",
-    "ray",
-    "PIL",
-]
+HEAVY = "triton timm transformers peft safetensors torchvision matplotlib torch._dynamo ray PIL".split()
 
 
 def module_name(path: Path) -> str:

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py without a GPU: a dry run of every step, what a step that hangs leaves, the table of the goals."""
 
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -66,31 +67,11 @@ def test_a_step_that_hangs_or_fails_ends_alone(tmp_path, monkeypatch):
 
 
 def test_table_of_the_goals():
-    size = {
-        "model": "vit_b",
-        "M": 8,
-        "K": 4,
-        "N": 4,
-        "R": 2,
-        "slices": 1,
-        "dtype": "bfloat16",
-        "count": 12,
-        "backend": "cuda",
-    }
-    us = {
-        "lorafusion a": 50.0,
-        "lorafusion b": 40.0,
-        "product first": 30.0,
-        "product last": 25.0,
-        "auto": 20.0,
-        "merged": 16.0,
-        "peft": 40.0,
-    }
-    cases = [
-        {**size, "layer": layer, "pass": kind, "us": us}
-        for layer in ("qkv", "proj")
-        for kind in ("forward", "backward")
-    ]
+    size = dict(model="vit_b", M=8, K=4, N=4, R=2, slices=1, dtype="bfloat16", count=12, backend="cuda")
+    us = {"lorafusion a": 50.0, "lorafusion b": 40.0, "product first": 30.0, "product last": 25.0}
+    us |= {"auto": 20.0, "merged": 16.0, "peft": 40.0}
+    kinds = itertools.product(("qkv", "proj"), ("forward", "backward"))
+    cases = [{**size, "layer": layer, "pass": kind, "us": us} for layer, kind in kinds]
     cases[2]["us"] = us | {"auto": 26.0}
     rows = gpu.rows_of(cases)
     steps = [

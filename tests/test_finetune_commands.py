@@ -44,15 +44,7 @@ def test_a_run_ends_with_its_report(run):
     text, record = html(run / "report.html"), json.loads((run / "metrics.json").read_text())
     assert (run / "curves.png").stat().st_size > 10_000
     top1 = record["result"]["metrics"]["test"]["top1"]
-    said = (
-        "Confusion matrix",
-        "Accuracy per class",
-        "&lt;b&gt; &amp; c",
-        "test_vit",
-        f"{top1:.2f} %",
-        "torch 2.",
-        "cpu",
-    )
+    said = "Confusion matrix", "Accuracy per class", "&lt;b&gt; &amp; c", "test_vit", "torch 2.", "cpu", f"{top1:.2f} %"
     for words in (*said, f"{record['result']['parameters']:,}", "width=device-width", "Linears, "):
         assert words in text, words
     rows = predictions.from_csv(run / "predictions.csv", False)

@@ -33,13 +33,10 @@ def test_a_plan_is_data_and_touches_nothing():
 @pytest.mark.parametrize(
     "targets, names",
     [
-        (("attn",), ["attn.qkv", "attn.proj"]),
-        (("mlp",), ["mlp.fc1", "mlp.fc2"]),
-        (("qkv",), ["attn.qkv"]),
-        (("proj", "fc2"), ["attn.proj", "mlp.fc2"]),
-        (("v",), ["attn.qkv"]),
+        (("attn",), ["attn.qkv", "attn.proj"]), (("mlp",), ["mlp.fc1", "mlp.fc2"]), (("qkv",), ["attn.qkv"]),
+        (("proj", "fc2"), ["attn.proj", "mlp.fc2"]), (("v",), ["attn.qkv"]),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("config", [ek.EFFTConfig, ek.LoRAConfig])
 def test_targets_and_blocks(config, targets, names):
     found = paths(vit(depth=3), config(rank=4, targets=targets, blocks=(0, 2)))

@@ -15,13 +15,14 @@ def fresh_compiler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize(
-    "config",
-    [PLAIN, ek.FacTConfig(activation_dropout=0.0), ek.LoRAConfig(), ek.LoRAConfig(dora=True)],
-    ids=["efft", "fact", "lora", "dora"],
+    "config, make",
+    # what swin adds, stages of their own groups, is in the groups: LoRA has one for each Linear, as in vit
+    [(PLAIN, vit), (PLAIN, swin), (ek.FacTConfig(activation_dropout=0.0), swin)]
+    + [(ek.LoRAConfig(), vit), (ek.LoRAConfig(dora=True), vit)],
+    ids=["efft-vit", "efft-swin", "fact-swin", "lora-vit", "dora-vit"],
 )
-def test_compiled_whole_model(make, config):
+def test_compiled_whole_model(config, make):
     model = adapted(config, make).train()
     x = images()
     want, grads = model(x), gradients(model, loss_of(model, x))

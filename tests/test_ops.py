@@ -503,14 +503,8 @@ def test_a_numpy_scalar_is_a_scale(backend, kind):
 
 
 def test_efft_linear_refuses(backend):
-    good = dict(
-        x=torch.randn(3, 6),
-        weight=torch.randn(10, 6),
-        bias=None,
-        u=torch.randn(6, 2),
-        sigma=torch.randn(2, 2, 4),
-        v=torch.randn(4, 5),
-    )
+    sizes = dict(x=(3, 6), weight=(10, 6), u=(6, 2), sigma=(2, 2, 4), v=(4, 5))
+    good = {"bias": None} | {name: torch.randn(size) for name, size in sizes.items()}
     assert efft_linear(**good, backend=backend).shape == (3, 10)
     for change, message in [
         (dict(u=torch.randn(6, 3)), r"u must be \[6, 2\], got \[6, 3\]"),

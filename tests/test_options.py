@@ -83,13 +83,10 @@ def library_products(method, r, init):
 @pytest.mark.parametrize(
     "method, rank, ratios",
     [
-        ("efft2", 16, {"attn": 2.0, "ffn": 2**0.5}),
-        ("fact-tt", 16, {"q": 4.2, "fc1": 4.2, "fc2": 8.4}),
-        ("fact-tk", 16, {"q": 9.7}),
-        ("fact-tk", 8, {"q": 6.9}),
-        ("lora", 8, {"q": 2.43}),
+        ("efft2", 16, {"attn": 2.0, "ffn": 2**0.5}), ("fact-tt", 16, {"q": 4.2, "fc1": 4.2, "fc2": 8.4}),
+        ("fact-tk", 16, {"q": 9.7}), ("fact-tk", 8, {"q": 6.9}), ("lora", 8, {"q": 2.43}),
     ],
-)
+)  # fmt: skip
 def test_released_starts_have_the_size_of_the_released_codes(method, rank, ratios):
     """the speed of an update is its scale times the rms of what multiplies the zero factor"""
     torch.manual_seed(0)

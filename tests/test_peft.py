@@ -62,13 +62,8 @@ def owned(model, name="default"):
 @pytest.mark.parametrize("make", [vit, swin, hf_vit])
 @pytest.mark.parametrize(
     "options",
-    [
-        {"variant": "efft1"},
-        {"variant": "efft2", "zero_init": "vu"},
-        {"cores": "shared", "trainable_scale": True},
-        {"targets": ("q", "v", "fc2")},
-        {"factor_dropout": 0.3},
-    ],
+    [{"variant": "efft1"}, {"variant": "efft2", "zero_init": "vu"}, {"cores": "shared", "trainable_scale": True}]
+    + [{"targets": ("q", "v", "fc2")}, {"factor_dropout": 0.3}],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_outputs_and_gradients_are_those_of_inject(make, options):

@@ -311,20 +311,8 @@ def planted(**faults) -> list[str]:
 def quick(monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setitem(run.STEP_LIMIT, "cuda", 8.0)
-    monkeypatch.setattr(
-        cuda,
-        "plans",
-        lambda arch, R: [
-            cuda.KernelPlan(*p)
-            for p in (
-                (True, False, 64),
-                (False, False, 64),
-                (False, False, 128),
-                (False, True, 128),
-                (False, True, 192),
-            )
-        ],
-    )
+    found = (True, False, 64), (False, False, 64), (False, False, 128), (False, True, 128), (False, True, 192)
+    monkeypatch.setattr(cuda, "plans", lambda arch, R: [cuda.KernelPlan(*plan) for plan in found])
 
 
 @pytest.mark.slow
