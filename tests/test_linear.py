@@ -115,10 +115,11 @@ def make_like(layer):
         (dict(rank=13), "rank must be an int or a pair of ints from 1 to 12, got 13"),
         *((dict(rank=rank), "rank must be") for rank in ((2, 3, 4), 2.0, True)),
         (dict(slices=5), "slices must be a positive divisor of out_features=36, got 5"),
-        (dict(slices=0), "slices must be"), (dict(scale=float("nan")), "scale must be finite, got nan"),
+        (dict(slices=0), "slices must be"), (dict(backend="fast"), "backend must be one of"),
         (dict(factor_dropout=1.0), r"factor_dropout must be a number in \[0, 1\), got 1.0"),
         (dict(factor_dropout="a"), r"factor_dropout must be a number in \[0, 1\), got 'a'"),
-        (dict(zero_init="w"), "zero_init must be 'v' or 'u', got 'w'"), (dict(backend="fast"), "backend must be one of"),
+        (dict(scale=float("nan")), "scale must be finite, got nan"),
+        (dict(zero_init="w"), "zero_init must be 'v' or 'u', got 'w'"),
     ],
     ids=str,
 )  # fmt: skip
