@@ -64,6 +64,16 @@ class _Exact:
         return [scale * (dup @ v.T), scale * (sigma.swapaxes(1, 2) @ dup).sum(0)]
 
     @staticmethod
+    def efft_linear(x, weight, bias, u, sigma, v, scale, dy):
+        """y and the gradients of x, u, sigma, v"""
+        p, slices = x @ u, dy.reshape(len(dy), len(sigma), v.shape[1]).swapaxes(0, 1)
+        y = x @ weight.T + (0 if bias is None else bias) + scale * np.concatenate(p @ sigma @ v, 1)
+        dq = scale * slices @ v.T
+        dp = (dq @ sigma.swapaxes(1, 2)).sum(0)
+        dv = scale * ((p @ sigma).swapaxes(1, 2) @ slices).sum(0)
+        return [y, dy @ weight + dp @ u.T, x.T @ dp, p.T @ dq, dv]
+
+    @staticmethod
     def lowrank_linear(x, weight, bias, down, up):
         p = x @ down
         return [x @ weight.T + p @ up + (0 if bias is None else bias), p]

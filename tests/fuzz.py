@@ -34,7 +34,7 @@ ROWS = 0, *SIZES, 130
 ONEDNN = "reference over oneDNN"
 OPS = (
     *("lowrank_linear", "lowrank_linear_backward", "mixed_linear", "mixed_linear_backward"),
-    *("group_update", "group_update_backward", "merge_"),
+    *("group_update", "group_update_backward", "merge_", "efft_linear"),
 )
 
 
@@ -115,6 +115,11 @@ def calls(draw, names: list[str], ops: tuple[str, ...] = OPS) -> tuple[str, str,
         n = draw(st.sampled_from([n for n in range(1, M + 1) if M % n == 0])) if M else 3
         lead = draw(st.sampled_from([(n, M // n), (1, M)]))
     rows = lead or (M,)
+    if op == "efft_linear":
+        S, Q = draw(st.integers(1, 3)), draw(size)
+        given = dict(x=make(*rows, K), weight=make(S * N, K), bias=draw(st.one_of(st.none(), tensors((S * N,), dtype))))
+        given |= dict(u=make(K, R), sigma=make(S, R, Q), v=make(Q, N), scale=draw(st.sampled_from([1.0, 0.1, 10.0])))
+        return backend, op, given | dict(dy=make(*rows, S * N))
     down, up = make(*adapters, K, R), make(*adapters, R, N)
     if backward:
         needs = draw(st.lists(st.booleans(), min_size=5, max_size=5))
@@ -150,6 +155,12 @@ def _compute(backend: str, op: str, given: dict) -> list[Tensor]:
         if op == "merge_":
             efft_kernels.merge_(*given.values(), backend=backend)
             return given["weights"]
+        if op == "efft_linear":  # by name in the general way; else a few rows are one call
+            *inputs, scale, dy = given.values()
+            inputs = [t if t is None else t.detach() for t in inputs]
+            leaves = [inputs[i].requires_grad_() for i in (0, 3, 4, 5)]
+            y = efft_kernels.efft_linear(*inputs, scale, backend=None if backend == "cpu" else backend)
+            return [y, *torch.autograd.grad(y, leaves, dy)]
         if op == "group_update":
             return [efft_kernels.group_update(*given.values(), backend=backend)]
         if op == "lowrank_linear":  # the public function gives y alone, by the short way
@@ -233,7 +244,8 @@ def check_freed(backend: str, op: str, given: dict, name: str, share: float, fir
     try:
         _compute(backend, op, given)
     except RuntimeError as error:
-        named = "(weights|downs|ups)" if op == "merge_" else name  # lists may share a storage
+        # lists may share a storage; the general way of efft_linear calls u what lowrank_linear calls it
+        named = "(weights|downs|ups)" if op == "merge_" else "(u|down)" if name == "u" else name
         assert re.search(rf"{named}(\[\d\])? must have memory", str(error)), error
         return
     raise AssertionError(f"{op} by {backend} computed with a {name} without memory")
