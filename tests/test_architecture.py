@@ -12,31 +12,12 @@ import efft_kernels
 PACKAGE = Path(efft_kernels.__file__).parent
 # as docs/architecture.md has them, from the ground up: a module imports from lower floors and from its own folder
 FLOORS = [
-    {"storage", "extras"},
-    {"hub", "attention"},
-    {"kernels", "preparation", "tensor_file"},
-    {"precision", "wrappers"},
-    {"ops", "configs", "base_linears", "tune"},
-    {"roles"},
-    {"layouts", "columns", "frozen_weights"},
-    {"dora"},
-    {"low_rank"},
-    {"per_matrix"},
-    {"groups", "linear"},
-    {"passes"},
-    {"adapted_linear"},
-    {"calls"},
-    {"plans"},
-    {"inject", "adapter_file"},
-    {"card"},
-    {"files", "merge", "analysis", "peft"},
-    {"averaging"},
-    {"export"},
-    {"__init__"},
-    {"finetune", "serving"},
-    {"deploy"},
-]
-FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    "storage extras", "hub attention", "kernels preparation tensor_file", "precision wrappers",
+    "ops configs base_linears tune", "roles", "layouts columns frozen_weights", "dora", "low_rank", "per_matrix",
+    "groups linear", "passes", "adapted_linear", "calls", "plans", "inject adapter_file", "card",
+    "files merge analysis peft", "averaging", "export", "__init__", "finetune serving", "deploy",
+]  # fmt: skip
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 # backends stand side by side: each may import the reference, the tables and the checks of memory, none another backend
 KERNELS = {
     "kernels": set(),

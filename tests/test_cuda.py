@@ -510,18 +510,12 @@ def test_where_p_is_formed(M, N, R, dup, expected):
     "M, N, K, single, measured",
     [
         (12608, 2304, 768, True, (192, 128)),  # qkv of ViT-B: within 1 % of each other
-        (12608, 768, 768, True, (192,)),
-        (12608, 3072, 768, True, (128,)),
-        (12608, 768, 3072, True, (192,)),
-        (200704, 288, 96, True, (192,)),
-        (200704, 384, 96, True, (192,)),
-        (200704, 96, 384, True, (96, 128)),
-        (50176, 576, 192, True, (128,)),
-        (12544, 1152, 384, True, (128,)),
-        (12608, 768, 2304, False, (192,)),
+        (12608, 768, 768, True, (192,)), (12608, 3072, 768, True, (128,)), (12608, 768, 3072, True, (192,)),
+        (200704, 288, 96, True, (192,)), (200704, 384, 96, True, (192,)), (200704, 96, 384, True, (96, 128)),
+        (50176, 576, 192, True, (128,)), (12544, 1152, 384, True, (128,)), (12608, 768, 2304, False, (192,)),
         (12608, 3072, 768, False, (128, 256)),
     ],
-)
+)  # fmt: skip
 def test_the_formula_takes_the_tile_that_was_fastest_on_an_h200(M, N, K, single, measured):
     assert cuda.hopper_tile(M, N, K, 16, single) in measured
 

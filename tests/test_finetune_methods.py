@@ -38,20 +38,13 @@ COUNTS = [
     ("efft1", {"rank": 32}, 159_744, 0.160),
     ("efft2", {"rank": 32}, 245_760, 0.245),
     # the sizes that NOAH found for clevr_count
-    (
-        "noah",
-        {
-            "bottleneck": (1, 10, 10, 10, 10, 1, 5, 10, 10, 10, 1, 1),
-            "lora_rank": (1, 1, 10, 5, 10, 10, 10, 1, 5, 1, 10, 1),
-            "tokens": (10, 1, 5, 10, 5, 1, 10, 5, 5, 5, 10, 1),
-        },
-        382_543,
-        None,
-    ),
+    ("noah", {"bottleneck": (1, 10, 10, 10, 10, 1, 5, 10, 10, 10, 1, 1),
+              "lora_rank": (1, 1, 10, 5, 10, 10, 10, 1, 5, 1, 10, 1),
+              "tokens": (10, 1, 5, 10, 5, 1, 10, 5, 5, 5, 10, 1)}, 382_543, None),
     ("noah", {"tokens": 0, "lora_rank": 0}, 12 * (2 * 768 * 8 + 8 + 768), 0.157),
     ("noah", {"tokens": 0, "bottleneck": 0}, 294_912, 0.295),
     ("noah", {"tokens": 5, "bottleneck": 0, "lora_rank": 0}, 12 * 5 * 768, None),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, options, formula, printed", COUNTS, ids=[f"{c[0]}-{i}" for i, c in enumerate(COUNTS)])

@@ -161,17 +161,13 @@ def test_csv_with_several_labels(tmp_path):
         ("image,label,split\nimages/0.png,a,train\nimages/1.png,a,later\n", ["line 3", "'later'"]),
         ("image,label,split\nimages/0.png,a,train\nimages/1.png,b,test\n", ["line 3", "'b'", "no class"]),
         ("image,label\nnone.png,a\nimages/0.png,a\nimages/no.png,b\n", ["2 images", "line 2) does", "line 4) does"]),
-        (
-            "image,label\nimages/0.png,a\nimages/0.png,b\n",
-            ["line 3) cannot be of class b", "as a train image of class a"],
-        ),
+        ("image,label\nimages/0.png,a\nimages/0.png,b\n",
+         ["line 3) cannot be of class b", "as a train image of class a"]),
         ('image,label\nimages/0.png,"a\n', ["is not CSV"]),
-        (
-            "image,label,split\nimages/0.png,a,train\nimages/0.png,a,test\n",
-            ["line 3) cannot be a test image", "line 2, has it as a train image"],
-        ),
+        ("image,label,split\nimages/0.png,a,train\nimages/0.png,a,test\n",
+         ["line 3) cannot be a test image", "line 2, has it as a train image"]),
     ],
-)
+)  # fmt: skip
 def test_wrong_csv(text, words, tmp_path):
     with pytest.raises(DataError) as error:
         open_data(csv_file(tmp_path, text), 16)

@@ -133,17 +133,14 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "said"),
     [
-        (
-            "hf-hub:me/none",
-            FileNotFoundError,
-            "the hub has no hf-hub:me/none, or not for this user: 404 for me/none@None$",
-        ),
+        ("hf-hub:me/none", FileNotFoundError,
+         "the hub has no hf-hub:me/none, or not for this user: 404 for me/none@None$"),
         ("hf-hub:me/pets@v2", FileNotFoundError, "the hub has no hf-hub:me/pets@v2"),
         ("hf-hub:me/pets/b.safetensors", FileNotFoundError, "404 for b.safetensors"),
         ("hf-hub:pets", ValueError, "must be 'hf-hub:OWNER/NAME'"),
         ("hf-hub:me/pets/../../x.safetensors", ValueError, "must be 'hf-hub:OWNER/NAME'"),
     ],
-)
+)  # fmt: skip
 def test_names_that_lead_nowhere(hub, name, kind, said):
     (hub / "me/pets").mkdir(parents=True)
     model = base()

@@ -400,31 +400,22 @@ def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
         (dict(x=torch.randn(3, 41)), ValueError, r"x must be \[..., 40\] for weight \[48, 40\], got \[3, 41\]"),
         (dict(x=torch.tensor(1.0)), ValueError, r"x must be \[..., 40\]"),
         (dict(x=[1.0]), TypeError, "x must be a torch.Tensor, got list"),
-        (
-            dict(x=torch.ones(3, 40, dtype=torch.int64)),
-            TypeError,
-            "x must be float32, bfloat16, float16 or float64, got torch.int64",
-        ),
+        (dict(x=torch.ones(3, 40, dtype=torch.int64)), TypeError,
+         "x must be float32, bfloat16, float16 or float64, got torch.int64"),
         (dict(weight=torch.randn(48)), ValueError, r"weight must be \[N, K\].*, got \[48\]"),
-        (
-            dict(weight=torch.randn(48, 40).double()),
-            TypeError,
-            "weight must have the dtype of x, torch.float32, got torch.float64",
-        ),
+        (dict(weight=torch.randn(48, 40).double()), TypeError,
+         "weight must have the dtype of x, torch.float32, got torch.float64"),
         (dict(bias=torch.randn(47)), ValueError, r"bias must be \[48\], got \[47\]"),
         (dict(bias=3.0), TypeError, "bias must be a torch.Tensor, got float"),
         (dict(down=torch.randn(41, 5)), ValueError, r"down must be \[40, R\].*, got \[41, 5\]"),
-        (
-            dict(down=torch.randn(40, 0)),
-            ValueError,
-            r"down must be \[40, R\] with every letter at least 1, got \[40, 0\]",
-        ),
+        (dict(down=torch.randn(40, 0)), ValueError,
+         r"down must be \[40, R\] with every letter at least 1, got \[40, 0\]"),
         (dict(down=torch.randn(40, 5, device="meta")), ValueError, "down must be on the device of x, cpu, got meta"),
         (dict(up=torch.randn(4, 48)), ValueError, r"up must be \[5, 48\], got \[4, 48\]"),
         (dict(up=torch.randn(5, 48).half()), TypeError, "up must have the dtype of x"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_lowrank_linear_refuses(backend, change, error, message):
     inputs = dict(zip(("x", "weight", "bias", "down", "up"), make())) | change
     with pytest.raises(error, match=message):

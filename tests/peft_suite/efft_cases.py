@@ -19,21 +19,13 @@ CASES = [
     ("MLP efft2 lin1", "MLP", EFFTPeftConfig, {"target_modules": ["lin1"], **SMALL}),
     ("MLP efft2 both", "MLP", EFFTPeftConfig, {"target_modules": ["lin0", "lin1"], **SMALL}),
     ("MLP efft1 both", "MLP", EFFTPeftConfig, {"target_modules": ["lin0", "lin1"], "variant": "efft1", **SMALL}),
-    (
-        "MLP efft2 modules_to_save",
-        "MLP",
-        EFFTPeftConfig,
-        {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **SMALL},
-    ),
-    (
-        "MLP efft2 shared cores, zero u, two ranks",
-        "MLP",
-        EFFTPeftConfig,
-        {"target_modules": ["lin0", "lin1"], "rank": [2, 1], "scale": 0.2, "cores": "shared", "zero_init": "u"},
-    ),
+    ("MLP efft2 modules_to_save", "MLP", EFFTPeftConfig,
+     {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **SMALL}),
+    ("MLP efft2 shared cores, zero u, two ranks", "MLP", EFFTPeftConfig,
+     {"target_modules": ["lin0", "lin1"], "rank": [2, 1], "scale": 0.2, "cores": "shared", "zero_init": "u"}),
     # rank 1, because its matrix is 1 x 5
     ("EmbConv1D efft2", "EmbConv1D", EFFTPeftConfig, {"target_modules": ["conv1d"], **SMALL, "rank": 1}),
-]
+]  # fmt: skip
 SAME = {"target_modules": ["lin0"], "init_weights": False, **SMALL}
 OTHER = {"target_modules": ["lin1"], "init_weights": False, **SMALL}
 BOTH = {"target_modules": ["lin0", "lin1"], "init_weights": False, **SMALL}
