@@ -16,8 +16,8 @@ request at once, which they also do at the start and when the next one is up. Ma
               model with this adapter, loaded here by load_adapter, computes for the picture alone. Of two classes as
               close as that, either may be the best
     accepted  malformed requests that were not answered with 4xx
-    memory    resident size of each replica's process: the median of the last fifth of its life over that of the second
-              fifth, flat if it grew by less than 5 %. The first fifth is warm-up
+    memory    what each replica alone holds, without libraries and Ray's object store: the median of the last fifth of
+              its life over that of the second fifth, flat if it grew by less than 5 %. The first fifth is warm-up
 """
 
 import argparse
@@ -304,7 +304,8 @@ class Load:
         while not stop.is_set():
             for pid, process in self.server.replicas().items():
                 try:
-                    self.memory.setdefault(pid, []).append((time.monotonic(), process.memory_info().rss))
+                    found = process.memory_info()
+                    self.memory.setdefault(pid, []).append((time.monotonic(), found.rss - found.shared))
                 except psutil.Error:
                     pass
             await asyncio.sleep(1)

@@ -69,7 +69,8 @@ def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch
         assert html(tmp_path / "b.html").count("data:image/jpeg") == before.count("data:image/jpeg")
     finally:
         moved.rename(run.parent / "photos")
-    assert cli.main(["report", str(tmp_path)]) == cli.WRONG and "no finished run" in capsys.readouterr().err
+    for command, *more in (["report"], ["predict", str(run.parent), "--out", str(tmp_path / "a.csv")]):
+        assert cli.main([command, str(tmp_path), *more]) == cli.WRONG and "no finished run" in capsys.readouterr().err
 
 
 def test_predict_any_number_of_images(run, tmp_path, capsys):

@@ -271,9 +271,9 @@ def storing(folder: Path, what: str):
     """Turn an OSError into a StorageError whose message says what could not be written and what is safe."""
     try:
         yield
-    except StorageError:
-        raise
     except OSError as error:
+        if isinstance(error, StorageError) or error.errno is None:  # a sentence already, not an error of the system
+            raise
         raise StorageError(error.errno, _sentence(folder, what, error)) from error
 
 

@@ -39,6 +39,7 @@ def app(settings: Settings) -> serve.Application:
     """Build the application. Ray passes the arguments of ``serve run`` or of a config file as :class:`Settings`."""
     # Ray reads this when it starts: it reports usage to its makers only if its user asks for it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    gpus, one_heap = int(settings.device.startswith("cuda")), {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
     return serve.deployment(
         serve.ingress(_http)(EFFTClassifier),
         name="EFFTClassifier",
@@ -50,7 +51,7 @@ def app(settings: Settings) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        ray_actor_options={"num_cpus": settings.threads, "num_gpus": int(settings.device.startswith("cuda"))},
+        ray_actor_options={"num_cpus": settings.threads, "num_gpus": gpus, "runtime_env": one_heap},
     ).bind(settings)
 
 
@@ -180,16 +181,16 @@ class EFFTClassifier:
         }
 
     def check_health(self) -> None:
-        """Called by Ray every two seconds, which replaces a replica whose check raises. One that rests frees memory."""
+        """Called by Ray every two seconds, which replaces a replica whose check raises. It also frees memory."""
         if self.forward_since is not None and time.monotonic() - self.forward_since > STUCK_S:
             raise RuntimeError(f"a forward of the model has taken more than {STUCK_S:.0f} s")
-        if not self.accepted:
-            self.decoding.submit(release_memory)
+        self.decoding.submit(release_memory)
 
 
 def release_memory() -> None:
     """Have glibc return freed memory to the system. Once a large buffer has been freed, it takes those of up to 32 MiB
-    from its heaps, where smaller allocations between them prevent that. Under another C library this does nothing.
+    from its heaps, where smaller allocations between them prevent that. The ends of heaps other than the first are not
+    returned by this call either: a replica has one heap for all threads. Under another C library nothing is done.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
