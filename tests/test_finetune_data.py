@@ -141,17 +141,6 @@ def test_a_class_may_be_called_train(tmp_path):
     assert found.classes == ("bus", "train") and len(found.train) == 8
 
 
-def test_hidden_files_and_others_are_left_out(tmp_path, caplog):
-    root = folder(tmp_path)
-    for name in ("cat/._0.png", "cat/.cache/1.png", "dog/a.heic", "dog/notes.txt"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(b"no image")
-    found = open_data(root, 16, test_fraction=0.0)
-    assert len(found.train) == 10
-    found.train.check(keep=True)
-    assert f"ignored, not an image: {root / 'dog/a.heic'} and 1 more" in caplog.text
-
-
 def test_names_that_are_no_utf8(tmp_path):
     root = folder(tmp_path)
     target = os.fsencode(root / "cat") + b"/\xff.png"
@@ -176,20 +165,24 @@ def broken_line(root, line, part="train800val200"):
     path.write_text(path.read_text() + line + "\n")
 
 
+def line(text, part="train800val200"):
+    return lambda root: broken_line(root, f"images/{text}", part)
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda root: broken_line(root, "images/train800/im 0.png"), ["train800val200.txt, line 7", "path label"]),
-        (lambda root: broken_line(root, "images/train800/im 0.png x"), ["line 7", "'images/train800/im 0.png x'"]),
-        (lambda root: broken_line(root, "images/train800/im 0.png 100"), ["line 7", "0 to 99", "100"]),
-        (lambda root: broken_line(root, "images/train800/im 0.png -1"), ["line 7", "-1"]),
-        (lambda root: broken_line(root, "images/none.png 1", "test"), ["images/none.png", "test.txt, line 4", "exist"]),
+        (line("train800/im 0.png"), ["train800val200.txt, line 7", "path label"]),
+        (line("train800/im 0.png x"), ["line 7", "'images/train800/im 0.png x'"]),
+        (line("train800/im 0.png 100"), ["line 7", "0 to 99", "100"]),
+        (line("train800/im 0.png -1"), ["line 7", "-1"]),
+        (line("none.png 1", "test"), ["images/none.png", "test.txt, line 4", "exist"]),
         (
-            lambda root: broken_line(root, "images/val200/../val200/im 1.png 1", "test"),
+            line("val200/../val200/im 1.png 1", "test"),
             ["im 1.png (", "test.txt, line 4) cannot be a test image", "train800val200.txt, line 6, has it", "class 1"],
         ),
         (
-            lambda root: broken_line(root, "images/val200/im 1.png 3"),
+            line("val200/im 1.png 3"),
             ["train800val200.txt, line 7) cannot be of class 3", "line 6, has it as a train image of class 1"],
         ),
         (lambda root: (root / "test.txt").write_text("\n \n"), ["test.txt", "empty"]),
@@ -261,6 +254,9 @@ def test_unreadable_image_of_a_list(content, keep, tmp_path):
         (lambda root: (folder(root), (root / "bird").mkdir()), ["bird", "has none"]),
         (lambda root: folder(root, n=1), ["two images of a class", "test_fraction=0"]),
         (lambda root: (folder(root, ("train",)), folder(root, ("test",), ("cow",))), ["test/cow", "cat, dog"]),
+        (lambda root: folder(root, ("val", "test")), ["folder train in addition to val"]),
+        (lambda root: folder(root, ("train", "val", "Valid")), ["one folder of val images, got Valid and val"]),
+        (lambda root: (folder(root), (root / "bird").symlink_to("gone")), ["bird is a link to a folder that does not"]),
     ],
 )
 def test_wrong_folders(make, words, tmp_path):

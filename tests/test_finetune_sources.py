@@ -29,6 +29,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     (root / "bird").symlink_to(tmp_path / "elsewhere/bird")  # a class
     (root / "cat/more").symlink_to(tmp_path / "elsewhere/more")  # a folder in a class
     (root / "dog/circle").symlink_to(root / "dog")
+    (root / "dog/out").symlink_to(root)
     (root / "dog/linked.png").symlink_to(tmp_path / "elsewhere/more/0.png")
     found = open_data(root, 16, test_fraction=0.0)
     assert found.classes == ("bird", "cat", "dog")
@@ -38,15 +39,43 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
 
 def test_thumbnails_and_metadata_of_other_programs(tmp_path, caplog):
     root = folder(tmp_path)
-    for place in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "cat/@eaDir/0.png", "dog/thumbs", "dog/.thumbnails", ".git"):
+    outside, inside = (
+        "@eaDir:__MACOSX:$RECYCLE.BIN:.git:iPod Photo Cache",
+        "@eaDir/0.png:thumbs:.thumbnails:@tmp:a.lrdata",
+    )
+    for place in (*outside.split(":"), *(f"cat/{name}" for name in inside.split(":"))):
         picture(root / place / "SYNOPHOTO_THUMB_M.jpg")
-    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", ".git/1.png"):
+        (root / "cat" / name).parent.mkdir(exist_ok=True)
         (root / "cat" / name).write_bytes(b"x")
     found = open_data(root, 16, test_fraction=0.0)
     assert found.classes == ("cat", "dog") and len(found.train) == 10
     assert caplog.text.count("ignored") == 1 and "a folder of another program" in caplog.text
     picture(root / "thumbs" / "0.png")  # up or down: a class may have this name
     assert open_data(root, 16, test_fraction=0.0).classes == ("cat", "dog", "thumbs")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda root: picture(root / "0.png"), "ignored, in no folder of a class: {}/0.png"),
+        (lambda root: (folder(root / "train"), picture(root / "0.png")), "ignored, no folder of a part: {}/cat and 2 "),
+        (
+            lambda root: [(root / n).touch() for n in ("dog/a.txt", "cat/0.heic")],
+            "not an image: {}/cat/0.heic and 1 more",
+        ),
+        (lambda root: (root / "cat/gone").symlink_to(root / "nowhere"), "ignored, not an image: {}/cat/gone"),
+        (lambda root: (root / "wolf").symlink_to(root / "dog"), "wolf/0.png is of class wolf, but {}/dog/0.png has it"),
+        (lambda root: (root / "cat/5.png").symlink_to(root / "cat/0.png"), "more than once, and count as often: {}"),
+        (lambda root: folder(root, classes=("Caf\u00e9", "cafe\u0301 ")), "look alike: 'Caf\u00e9' and 1 more"),
+    ],
+)
+def test_what_may_be_a_mistake_in_folders_is_said(change, says, tmp_path, caplog):
+    open_data(folder(tmp_path), 16, test_fraction=0.0)
+    assert not caplog.text
+    change(tmp_path)
+    open_data(tmp_path, 16, test_fraction=0.0)
+    assert says.format(tmp_path) in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "JPE", "avif", "mpo"])
@@ -86,15 +115,17 @@ def test_all_bad_images_are_named_at_once(tmp_path):
     (root / "cat/1.png").write_bytes(b"no image")
     (root / "dog/3.png").write_bytes((root / "dog/3.png").read_bytes()[:60])
     (root / "dog/9.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "dog/8.png")
     train = open_data(root, 16, test_fraction=0.0).train
     for keep in (True, False):
         with pytest.raises(BadImages) as error:
             train.check(keep)
         said = str(error.value)
-        assert said.startswith("3 images cannot be used:\n") and len(error.value.sentences) == 3
+        assert said.startswith("4 images cannot be used:\n") and len(error.value.sentences) == 4
         for words in (
             "cat/1.png cannot be read",
             "dog/3.png cannot be read",
+            "dog/8.png cannot be read as an image: it is no regular file",
             "dog/9.png is a link to a file that does",
         ):
             assert words in said
@@ -117,14 +148,16 @@ def test_out_and_the_images(tmp_path):
 def csv_file(root, text):
     for i in range(6):
         picture(root / "images" / f"{i}.png", i)
+    (root / "link.png").symlink_to(root / "images/0.png")
     (root / "list.csv").write_text(text)
     return root / "list.csv"
 
 
 def test_csv_with_a_class_per_image(tmp_path):
-    lines = "".join(f"images/{i}.png,{'cat' if i % 2 else 'dog, wet'!r}\n".replace("'", '"') for i in range(6))
+    words = "dog,\u2028wet", "cat\n"
+    lines = "".join(f'images/{i}.png,"{words[i % 2]}"\n' for i in range(6))
     found = open_data(csv_file(tmp_path, "image,label\n" + lines), 16)
-    assert found.classes == ("cat", "dog, wet") and not found.multilabel
+    assert found.classes == ("cat", "dog,\u2028wet") and not found.multilabel
     assert (len(found.train), len(found.test)) == (4, 2)
     assert "list.csv, line 2)" in names(open_data(tmp_path / "list.csv", 16, test_fraction=0.0).train)[0]
 
@@ -141,7 +174,7 @@ def test_csv_with_several_labels(tmp_path):
     flags = ["1,0,0", "1,1,0", "0,0,0", "1,1,0", "0,0,1", "0,1,1"]
     named = csv_file(tmp_path, "image,labels\n" + "".join(f"images/{i}.png,{w}\n" for i, w in enumerate(words)))
     marked = named.with_name("flags.csv")
-    marked.write_text("image,sea,sky,tree\n" + "".join(f"images/{i}.png,{w}\n" for i, w in enumerate(flags)))
+    marked.write_text("id,image,sea,sky,tree\n" + "".join(f"1,images/{i}.png,{w}\n" for i, w in enumerate(flags)))
     a, b = (open_data(path, 16, test_fraction=0.0) for path in (named, marked))
     assert a.classes == b.classes == ("sea", "sky", "tree") and a.multilabel and b.multilabel
     assert a.train.labels == b.train.labels == [(0,), (0, 1), (), (0, 1), (2,), (1, 2)]
@@ -164,6 +197,8 @@ def test_csv_with_several_labels(tmp_path):
         ("image,label\nimages/0.png,a\nimages/0.png,b\n",
          ["line 3) cannot be of class b", "as a train image of class a"]),
         ('image,label\nimages/0.png,"a\n', ["is not CSV"]),
+        ("image,label,label\nimages/0.png,a,b\n", ["one column of each name, got 'label' more than once"]),
+        ("image,label\nlink.png,a\nimages/../images/0.png,b\n", ["line 3) cannot be of class b"]),
         ("image,label,split\nimages/0.png,a,train\nimages/0.png,a,test\n",
          ["line 3) cannot be a test image", "line 2, has it as a train image"]),
     ],

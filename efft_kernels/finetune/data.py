@@ -15,7 +15,7 @@ from torch import Tensor
 from ..extras import need, timm
 from .arrow import is_dataset, read_dataset
 from .folders import read_folder
-from .images import BadImages, DataError, Images, Source, held_out, joined, plain
+from .images import BadImages, DataError, Images, Source, check_classes, held_out, joined, plain
 from .lists import is_lists, read_csv, read_lists
 
 # name -> a function that makes the Source
@@ -110,6 +110,7 @@ def open_data(
                 found = read_folder(root, test_fraction)
         except OSError as error:
             raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from error
+    check_classes(found.classes)
     if classes is not None and classes < len(found.classes):
         raise DataError(f"classes must be at least the {len(found.classes)} of {name}, got {classes}")
     if found.protocol and not hold_out and found.val is not None:
@@ -146,9 +147,7 @@ def transform(size: int, augment: str, interpolation: str):
     from timm.data import create_transform
 
     if augment == "none":
-        return create_transform(
-            size, crop_pct=1.0, crop_mode="squash", interpolation=interpolation, use_prefetcher=True
-        )
+        return create_transform(size, crop_pct=1, crop_mode="squash", interpolation=interpolation, use_prefetcher=True)
     crop = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if augment == "flip" else {}
     policy = {"auto_augment": "rand-m9-mstd0.5-inc1"} if augment == "rand" else {}
     # the image is made square first, so that the crop of "flip" covers all of it

@@ -1,20 +1,18 @@
 """Folders of images: which files of a folder are images, and data sets with a folder for each class."""
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .images import SUFFIXES, DataError, Files, Images, Source, held_out
-
-log = logging.getLogger("efft_kernels.finetune")
+from .images import SUFFIXES, DataError, Files, Source, check_apart, held_out, say
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 # folders and files that other programs put beside images, in lower case; hidden ones are left out anyway
 _FOREIGN_FOLDERS = frozenset(
     ("@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information")
     + ("lost+found", "lost.dir", "network trash folder", "temporary items", "__pycache__", "_vti_cnf", "_gsdata_")
-    + ("thumbnails", "_thumbnails", "_thumbs")
+    + ("thumbnails", "_thumbnails", "_thumbs", "@tmp", "@synoresource", "@sharebin", "@recently-snapshot", "~snapshot")
+    + ("recycler", "recycled", "found.000", "appledouble", "thevolumesettingsfolder", "ipod photo cache", "captureone")
 )
 _FOREIGN_INSIDE = frozenset(("thumbs", "thumb", "previews", "_previews"))  # a class may have such a name
 _FOREIGN_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "zbthumbnail.info", "icon\r"))
@@ -23,7 +21,7 @@ _FOREIGN_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.i
 def find_images(root: Path, inside: bool = True) -> tuple[list[Path], list[Path], list[Path]]:
     """The images in a folder and the folders in it, links followed, sorted by path.
 
-    A folder that is reached twice, by a link to it or to a folder around it, is read once.
+    A folder that is reached twice is read once; a link to a folder around root is not followed.
 
     Args:
         root: the folder.
@@ -36,7 +34,8 @@ def find_images(root: Path, inside: bool = True) -> tuple[list[Path], list[Path]
     Raises:
         OSError: a folder cannot be read.
     """
-    images, others, foreign, seen = [], [], [], set()
+    images, others, foreign = [], [], []
+    seen = set(map(os.path.realpath, Path(root).absolute().parents))
 
     def failed(error: OSError) -> None:
         raise error
@@ -60,7 +59,7 @@ def find_images(root: Path, inside: bool = True) -> tuple[list[Path], list[Path]
             path = here / name
             if path.suffix.lower() in SUFFIXES:
                 images.append(path)
-            elif path.is_file():
+            elif path.is_file() or path.is_symlink():
                 others.append(path)
     # by path, as if no folder were a link, which is the order of earlier versions
     return sorted(images), sorted(others), foreign
@@ -68,7 +67,8 @@ def find_images(root: Path, inside: bool = True) -> tuple[list[Path], list[Path]
 
 def is_foreign(name: str, inside: bool) -> bool:
     """Whether a folder of this name belongs to another program: thumbnails, metadata, recycle bins."""
-    return name.lower() in _FOREIGN_FOLDERS or (inside and name.lower() in _FOREIGN_INSIDE)
+    name = name.lower()
+    return name in _FOREIGN_FOLDERS or name.endswith(".lrdata") or (inside and name in _FOREIGN_INSIDE)
 
 
 def read_folder(root: Path, test_fraction: float) -> Source:
@@ -78,11 +78,16 @@ def read_folder(root: Path, test_fraction: float) -> Source:
         DataError: the folders are not those of classes.
         OSError: a folder cannot be read.
     """
-    below = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    parts = {part: next((below[n] for n in names if n in below), None) for part, names in PARTS.items()}
+    below = _folders(root)
+    parts = {part: [root / name for name in below if name.lower() in names] for part, names in PARTS.items()}
     # a folder train/ that holds images instead of folders is a class, of vehicles perhaps
-    if parts["train"] is None or not _folders(parts["train"]):
+    parts["train"] = [path for path in parts["train"] if _folders(path)]
+    if not parts["train"]:
+        found = [path for paths in parts.values() for path in paths]
+        if found and len(found) == len(below) and all(_folders(path) for path in found):
+            raise DataError(f"{root} must have a folder train in addition to {found[0].name}, but has none")
         classes, images = _class_folders(root, None)
+        check_apart({"train": images}, lambda label: classes[label])
         train, test = held_out(images, test_fraction) if test_fraction else (images, None)
         if test is not None and not len(test):
             raise DataError(
@@ -90,18 +95,33 @@ def read_folder(root: Path, test_fraction: float) -> Source:
                 "(test_fraction=0 holds out none)"
             )
         return Source(train, None, test, classes)
-    classes, train = _class_folders(parts["train"], None)
-    val, test = (parts[part] and _class_folders(parts[part], classes)[1] for part in ("val", "test"))
-    return Source(train, val, test, classes)
+    for part, paths in parts.items():
+        if len(paths) > 1:
+            raise DataError(f"{root} must have one folder of {part} images, got {' and '.join(p.name for p in paths)}")
+    taken = [path.name for paths in parts.values() for path in paths]
+    say("ignored, no folder of a part", [root / name for name in below if name not in taken] + _strays(root))
+    classes, train = _class_folders(*parts["train"], None)
+    read = {part: _class_folders(*parts[part], classes)[1] for part in ("val", "test") if parts[part]}
+    check_apart({"train": train, **read}, lambda label: classes[label])
+    return Source(train, read.get("val"), read.get("test"), classes)
+
+
+def _strays(root: Path) -> list[Path]:
+    """The images beside the folders in a folder."""
+    files = (path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in files if not path.is_dir())
 
 
 def _folders(root: Path) -> tuple[str, ...]:
     """The names of the folders in a folder, without hidden ones and those of other programs."""
-    names = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return tuple(sorted(name for name in names if not is_foreign(name, inside=False)))
+    found = [path for path in root.iterdir() if not path.name.startswith(".") and not is_foreign(path.name, False)]
+    for path in found:
+        if path.is_symlink() and not path.exists() and path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path} is a link to a folder that does not exist")
+    return tuple(sorted(path.name for path in found if path.is_dir()))
 
 
-def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], Images]:
+def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], Files]:
     found = _folders(root)
     if not found:
         raise DataError(f"{root} must have a folder of images for each class, but has no folders")
@@ -118,15 +138,10 @@ def _class_folders(root: Path, classes: tuple[str, ...] | None) -> tuple[tuple[s
         foreign += not_ours
         paths += [str(path.relative_to(root)) for path in images]
         labels += [classes.index(name)] * len(images)
-    if others:
-        log.warning(f"ignored, not an image: {others[0]}" + _and_more(others))
-    if foreign:
-        log.warning(f"ignored, a folder of another program: {foreign[0]}" + _and_more(foreign))
+    say("ignored, not an image", others)
+    say("ignored, a folder of another program", foreign)
+    say("ignored, in no folder of a class", _strays(root))
     return classes, Files(root, tuple(paths), tuple(labels))
-
-
-def _and_more(paths: list[Path]) -> str:
-    return f" and {len(paths) - 1} more" * (len(paths) > 1)
 
 
 def check_out(data: str, out: Path) -> None:

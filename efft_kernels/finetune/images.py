@@ -1,14 +1,22 @@
 """Labelled images: files, arrays, parts and unions of these."""
 
+import logging
+import os
+import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from ..preparation import to_rgb
+from ..storage import read_regular
+
+log = logging.getLogger("efft_kernels.finetune")
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm .mpo".split())
 Label = int | tuple[int, ...]  # a class, or with several labels per image the classes that it shows, ascending
@@ -71,6 +79,8 @@ class Files(Images):
     def load(self, i: int):
         path = self.root / self.paths[i]
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for its writer
+                raise OSError("it is no regular file")
             return decode(path)
         except FileNotFoundError as error:
             what = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
@@ -96,7 +106,7 @@ class Files(Images):
 
     def digest(self, i: int) -> bytes:
         try:
-            return sha256((self.root / self.paths[i]).read_bytes()).digest()
+            return sha256(read_regular(self.root / self.paths[i])).digest()
         except OSError:
             return b"missing"  # found and named when the images are read
 
@@ -144,25 +154,15 @@ class Subset(Images):
     def __len__(self) -> int:
         return len(self.index)
 
-    def load(self, i: int):
+    def _ask(self, method: str, i: int):
         part, j = self.index[i]
-        return self.of[part].load(j)
+        return getattr(self.of[part], method)(j)
 
-    def where(self, i: int) -> str:
-        part, j = self.index[i]
-        return self.of[part].where(j)
-
-    def file_name(self, i: int) -> str:
-        part, j = self.index[i]
-        return self.of[part].file_name(j)
-
-    def key(self, i: int) -> str:
-        part, j = self.index[i]
-        return self.of[part].key(j)
-
-    def digest(self, i: int) -> bytes:
-        part, j = self.index[i]
-        return self.of[part].digest(j)
+    load = partialmethod(_ask, "load")
+    where = partialmethod(_ask, "where")
+    file_name = partialmethod(_ask, "file_name")
+    key = partialmethod(_ask, "key")
+    digest = partialmethod(_ask, "digest")
 
 
 def joined(*parts: Images) -> Images:
@@ -191,6 +191,47 @@ def held_out(images: Images, fraction: float) -> tuple[Images, Images]:
         held.update(found[: min(max(1, round(fraction * len(found))), len(found) - 1)])
     parts = [i for i in range(len(images)) if i not in held], sorted(held)
     return tuple(Subset((images,), tuple((0, i) for i in part)) for part in parts)
+
+
+def check_apart(read: Mapping[str, Files], named: Callable[[Label], str] = str) -> None:
+    """Find files that are in two of these parts, or twice with different labels, by whatever path or link.
+
+    Raises:
+        DataError: there is one in lists; ``named`` gives its classes. In folders, where links may mean it, it is said.
+    """
+    seen, real, repeated, mixed = {}, {}, [], []
+    for part, images in read.items():
+        for i, label in enumerate(images.labels):
+            folder, name = os.path.split(os.path.normpath(os.path.join(images.root, images.paths[i])))
+            if folder not in real:
+                real[folder] = os.path.realpath(folder)
+            file = os.path.join(real[folder], name)
+            other, j = seen.setdefault(os.path.realpath(file) if os.path.islink(file) else file, (part, i))
+            if other != part or read[other].labels[j] != label:
+                what = f"a {part} image" if other != part else f"of class {named(label)}"
+                of = f"has it as a {other} image of class {named(read[other].labels[j])}"
+                if lines := read[other].lines:
+                    raise DataError(f"{images.where(i)} cannot be {what}: {lines[j][0]}, line {lines[j][1]}, {of}")
+                mixed.append(f"{images.where(i)} is {what}, but {read[other].where(j)} {of}")
+            elif i != j:
+                repeated.append(images.where(i))
+    say("one file in two places", mixed)
+    say("images that are there more than once, and count as often", repeated)
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Warn about names of which a typing error may have made two."""
+    alike = {}
+    for name in classes:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
+    for names in alike.values():
+        say("classes of their own, though they look alike", [repr(name) for name in names][len(names) == 1 :])
+
+
+def say(what: str, found: Sequence) -> None:
+    """Warn about these, if there are any: the first by name."""
+    if found:
+        log.warning(f"{what}: {found[0]}" + f" and {len(found) - 1} more" * (len(found) > 1))
 
 
 @dataclass(frozen=True)

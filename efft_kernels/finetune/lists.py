@@ -1,12 +1,12 @@
 """Data sets from lists: VTAB-1K's text files, and CSV files with one or several labels per image."""
 
 import csv
-import os
+import io
 import re
 from pathlib import Path
 
 from .folders import PARTS
-from .images import BadImages, DataError, Files, Source, held_out
+from .images import BadImages, DataError, Files, Source, check_apart, held_out
 
 # of the data sets of VTAB-1K, by the name of the folder
 VTAB_CLASSES = {
@@ -22,6 +22,7 @@ _IMAGE, _LABEL, _LABELS, _PART = (
     ("labels", "classes", "tags"),
     ("split", "part", "subset"),
 )
+_NUMBERS = ("", "id", "index", "unnamed: 0")  # columns that count the lines
 
 
 def is_lists(root: Path) -> bool:
@@ -44,7 +45,7 @@ def read_lists(root: Path, hold_out: bool, classes: int | None) -> Source:
             raise DataError(f"{root / name}.txt does not exist, but is needed in addition to {others}")
         read[part] = _list(root, root / f"{name}.txt", classes)
     _check_exist(read)
-    _check_apart(read)
+    check_apart(read)
     if classes is None:
         _check_dense(read)
     count = classes or 1 + max(max(images.labels) for images in read.values())
@@ -60,21 +61,6 @@ def _check_exist(read: dict[str, Files]) -> None:
                 bad.setdefault(images.where(i), f"{images.where(i)} does not exist")
     if bad:
         raise BadImages(list(bad.values()))
-
-
-def _check_apart(read: dict[str, Files], named=str) -> None:
-    """Check that no image is listed in two parts, or twice with different labels."""
-    seen = {}
-    for part, images in read.items():
-        for i, label in enumerate(images.labels):
-            other, j = seen.setdefault(os.path.normpath(images.paths[i]), (part, i))
-            if other != part or read[other].labels[j] != label:
-                list_, line = read[other].lines[j]
-                what = f"a {part} image" if other != part else f"of class {named(label)}"
-                raise DataError(
-                    f"{images.where(i)} cannot be {what}: {list_}, line {line}, has it as a {other} image of class "
-                    f"{named(read[other].labels[j])}"
-                )
 
 
 def _check_dense(read: dict[str, Files]) -> None:
@@ -95,7 +81,7 @@ def _existing(root: Path) -> list[str]:
 
 def _list(root: Path, path: Path, classes: int | None) -> Files:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     paths, labels, places = [], [], []
@@ -133,7 +119,7 @@ def read_csv(path: Path, test_fraction: float) -> Source:
         raise DataError(f"{path} cannot be read as UTF-8: {error}") from error
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    rows = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         lines = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(cell.strip() for cell in row)]
     except csv.Error as error:
@@ -141,13 +127,13 @@ def read_csv(path: Path, test_fraction: float) -> Source:
     if len(lines) < 2:
         raise DataError(f"{path} must have a header and a line for each image, got {len(lines)} lines")
     columns = lines.pop(0)[1]
-    for number, row in lines:
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise DataError(f"{path} must have one column of each name, got {twice[0]!r} more than once")
+    for n, row in lines:
         if len(row) != len(columns):
-            raise DataError(
-                f"{path}, line {number}, must have the {len(columns)} columns of the header, got {len(row)}"
-            )
+            raise DataError(f"{path}, line {n}, must have the {len(columns)} columns of the header, got {len(row)}")
     image, label, labels, part = (_column(columns, names) for names in (_IMAGE, _LABEL, _LABELS, _PART))
-    rest = [i for i in range(len(columns)) if i not in (image, part)]
+    rest = [i for i in range(len(columns)) if i not in (image, part) and columns[i].lower() not in _NUMBERS]
     flags = label is None and labels is None and bool(rest) and all(row[i] in "01" for _, row in lines for i in rest)
     if image is None or (label is None and labels is None and not flags):
         raise DataError(
@@ -191,7 +177,7 @@ def _csv_source(path: Path, found: list, classes: tuple[str, ...] | None, multil
                 tuple((path, number) for number, _, _, _ in lines),
             )
     _check_exist(read)
-    _check_apart(read, lambda label: " and ".join(classes[c] for c in (label if multilabel else [label])) or "none")
+    check_apart(read, lambda label: " and ".join(classes[c] for c in (label if multilabel else [label])) or "none")
     train, test = read["train"], read.get("test")
     if test is None and test_fraction:
         train, test = held_out(train, test_fraction)
