@@ -10,12 +10,13 @@ adapter needs) are read.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from . import frozen_weights
+from .base_linears import is_parametrized_class
 from .configs import MethodConfig
 from .layouts import head_state
 from .preparation import Preparation
@@ -61,7 +62,11 @@ def write(
     trained: Sequence[str] = (),
 ) -> None:
     """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules."""
-    more = head_state(model, trained)
+    more, factors = head_state(model, trained), groups.state_dict()
+    for key, group in groups.items():
+        if is_parametrized_class(type(group)) or group._forward_pre_hooks:  # a parametrization, or pruning
+            raise ValueError(f"the factors of group {key!r} must be plain parameters, but something computes one")
+    check_finite("the adapter", factors | head | more)
     metadata = {
         "format": f"{_FORMAT}{_LATEST}",
         "version": sys.modules[__package__].__version__,
@@ -73,7 +78,17 @@ def write(
         **({"train": json.dumps(list(trained))} if trained else {}),
         **stated(preparation, classes),
     }
-    write_tensors(path, groups.state_dict() | {_HEAD + key: t for key, t in (head | more).items()}, metadata)
+    write_tensors(path, factors | {_HEAD + key: t for key, t in (head | more).items()}, metadata)
+
+
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError, which begins with ``name``, for NaN and infinity, and for tensors without values."""
+    for key, t in tensors.items():
+        if t.is_meta:
+            raise ValueError(f"{name} must hold values, but {key} is on the meta device, offloaded or not loaded")
+        if t.is_floating_point() and not t.isfinite().all():
+            kind = str(t.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} must hold finite numbers, but {key} has NaN or infinity in {kind}")
 
 
 def stated(preparation: Preparation | None, classes: Sequence[str] | None) -> dict[str, str]:

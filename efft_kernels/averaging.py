@@ -119,9 +119,7 @@ def _plan_of_mean(model: nn.Module, adapters: list[nn.ModuleDict]) -> Plan:
         changes["rank_weights"] = any(config.rank_weights for config in configs)
     xs = isinstance(next(iter(adapters[0].values())), LoRAXSGroup)
     joined = max if xs else sum
-    needed = {
-        key: tuple(joined(adapter[key].spec.rank[i] for adapter in adapters) for i in range(2)) for key in adapters[0]
-    }
+    needed = {key: tuple(joined(a[key].spec.rank[i] for a in adapters) for i in range(2)) for key in adapters[0]}
 
     def together(ranks: list) -> int | tuple[int, int]:
         if all(isinstance(rank, int) for rank in ranks):
@@ -133,9 +131,7 @@ def _plan_of_mean(model: nn.Module, adapters: list[nn.ModuleDict]) -> Plan:
 
     changes["rank"] = together([config.rank for config in configs])
     if any(getattr(config, "ffn_rank", None) is not None for config in configs):
-        changes["ffn_rank"] = together(
-            [config.rank if config.ffn_rank is None else config.ffn_rank for config in configs]
-        )
+        changes["ffn_rank"] = together([c.rank if c.ffn_rank is None else c.ffn_rank for c in configs])
     while True:  # a stage that is narrower than the widest rounds its share of the rank
         made = plan(model, replace(first, **changes))
         if all(have >= need for group in made.groups for have, need in zip(group.rank, needed[group.name])):

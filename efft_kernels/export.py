@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import name_of
+from .adapter_file import check_finite, name_of
 from .dora import row_norms
 from .files import known, trained_head
 from .inject import adapted_linears, adapters
@@ -37,10 +37,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
         base_model: name of the pre-trained model to record; empty for the name that timm or transformers gave it.
 
     Raises:
-        ValueError: a model without this adapter, or with all adapters disabled and no name given; a Linear that was
-            removed or replaced; a projection of an nn.MultiheadAttention other than in_proj, which PEFT computes
-            otherwise, or any with ``dora``; a row of zeros in a weight with ``dora``; a head whose name is the end of
-            another module's, which PEFT would train as well.
+        ValueError: a model without this adapter, or with all adapters disabled and no name given; numbers that are not
+            finite; a Linear that was removed or replaced; a projection of an nn.MultiheadAttention other than in_proj,
+            which PEFT computes otherwise, or any with ``dora``; a row of zeros in a weight with ``dora``; a head whose
+            name is the end of another module's, which PEFT would train as well; within disable_adapter.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save
@@ -48,6 +48,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     owner = adapters(model)
     groups = owner[known(owner, owner.active if name is None else name)]
     adapted_linears(model, groups)
+    state = trained_head(model)
+    check_finite("the adapter", groups.state_dict() | state)
     with torch.no_grad():
         pairs = {path: pair for g in groups.values() for path, pair in g.pairs_without_dropout().items()}
     tensors, ranks = {}, {}
@@ -59,7 +61,6 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
             tensors[f"{place}.lora_A.weight"] = _own(down.mT)
             tensors[f"{place}.lora_B.weight"] = _own(up.mT)
             ranks[path] = down.shape[-1]
-    state = trained_head(model)
     heads = [key for key in heads_of(model) if any(name.startswith(f"{key}.") for name in state)]
     _check_heads(model, heads)
     tensors |= {key: _own(t) for key, t in state.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import frozen_weights
 from . import hub as hubs
-from .adapter_file import AdapterFile, read_adapter, write
+from .adapter_file import AdapterFile, check_finite, read_adapter, write
 from .card import card
 from .configs import MethodConfig
 from .inject import (
@@ -58,7 +58,8 @@ def save_adapter(
         path: of the file; an existing one is replaced.
         name: of the adapter; None for the active one.
         base_model: name of the pre-trained model to record; empty for the name that timm or transformers gave it.
-        head: whether to write the head; None writes it if it is trained, that is, if a parameter of it requires grad.
+        head: whether to write the head; None writes it if it is trained, that is, if a parameter of it requires grad or
+            it differs from the head before inject.
         preparation: how the training images were prepared, for programs that predict with the file. None for that of
             the file that this adapter was loaded from, if it states one; otherwise the new file states none.
         classes: names of the head's classes, in the order of its outputs; None as with preparation.
@@ -71,7 +72,8 @@ def save_adapter(
         TypeError: preparation, classes or metrics have another type.
         ImportError: hub, without huggingface_hub.
         ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
-            without a head; another number of classes than the head has.
+            without a head; another number of classes than the head has; within disable_adapter; factors that are
+            parametrized or on the meta device, or numbers that are not finite. An existing file is unchanged then.
         OSError: the file cannot be written, or is a device, a FIFO or a folder; an existing one is unchanged then. Or
             the hub cannot be reached or refuses; the file is written then.
 
@@ -86,7 +88,7 @@ def save_adapter(
         raise ValueError("metrics are for the model card on a hub, so they need hub")
     if not all(isinstance(value, int | float) for value in (metrics or {}).values()):
         raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
-    owner = adapters(model)
+    owner, trained = adapters(model), trained_head(model)
     groups = owner[known(owner, owner.active if name is None else name)]
     try:
         adapted_linears(model, groups)
@@ -94,7 +96,7 @@ def save_adapter(
         warnings.warn(f"the file holds all factors of the adapter, but {error}", stacklevel=3)
     if head and not head_state(model):
         raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
-    state = trained_head(model) if head is None else head_state(model) if head else {}
+    state = trained if head is None else head_state(model) if head else {}
     if preparation is not None and not isinstance(preparation, Preparation):
         raise TypeError(f"preparation must be an efft_kernels.Preparation, got {type(preparation).__name__}")
     classes = _checked_names(model, classes) if classes is not None else groups.classes if state else None
@@ -126,9 +128,18 @@ def _checked_names(model: nn.Module, classes: Sequence[str]) -> list[str]:
 
 @on_unwrapped
 def trained_head(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the head if a parameter of it requires grad, else an empty dict."""
+    """The state of the head if a parameter of it requires grad or it is not as before inject, else an empty dict.
+
+    Raises:
+        ValueError: within disable_adapter, where the model has the head of before.
+    """
+    owner, now = adapters(model), head_state(model)
+    if owner.swapped:
+        raise ValueError("this needs the trained head, so it must be called outside of disable_adapter")
+    before = {f"{path}.{key}": t for path, m in owner.modules_before.items() for key, t in m.state_dict().items()}
+    differ = lambda t, old: not t.is_meta and (t.shape != old.shape or not torch.equal(t, old.to(t)))
     trained = any(p.requires_grad for module in heads_of(model).values() for p in module.parameters())
-    return head_state(model) if trained else {}
+    return now if trained or any(key in before and differ(t, before[key]) for key, t in now.items()) else {}
 
 
 @before_parallel
@@ -240,10 +251,8 @@ def _fitting(model: nn.Module, state: dict[str, Tensor], path) -> str | int:
     """the argument ``head`` of install that prepares the model for the head of a file"""
     try:
         return head_classes(model, state) or "train"
-    except ValueError as error:
-        raise ValueError(
-            f"the head in {path} does not fit; load the adapter alone with head='keep': {error}"
-        ) from error
+    except ValueError as why:
+        raise ValueError(f"the head in {path} does not fit; load the adapter alone with head='keep': {why}") from why
 
 
 def head_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
@@ -343,6 +352,7 @@ def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torc
         raise ValueError(f"{file.path} must hold {key} of shape {wanted.get(key)}, got {found.get(key)}")
     # copies: a tensor of a file that was read under inference_mode could not be trained
     groups.load_state_dict({key: t.to(own[key], copy=True) for key, t in file.factors.items()}, assign=True)
+    check_finite(file.path, {key: t.to(own[key].dtype) for key, t in file.factors.items()} | file.head)
     groups.preparation, groups.classes = file.preparation, file.classes
     return groups
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .wrappers import named_modules
 
 _COUNT = 8  # values of a tensor
+_COMPUTED = ("original", "original0", "original1", "_orig", "_g", "_v")  # ends of names of what weights come from
 _GOLDEN = 0.6180339887498949  # multiples of it modulo 1 spread evenly, and do not follow rows or columns
 
 
@@ -37,8 +38,9 @@ def sample(model: nn.Module, left_out: Collection[str] = ()) -> str:
 def differences(model: nn.Module, samples: str) -> tuple[list[str], int]:
     """(names of the tensors that differ from their samples, number of tensors compared)
 
-    A tensor is compared if model and samples have it in the same shape. Values are equal if they differ by no more than
-    the rounding of the coarser of both dtypes.
+    A tensor differs if a value differs by more than the rounding of the coarser of both dtypes, or if only one side has
+    it, as a register token. One of another shape (a table of places for other images), one that cannot be read here and
+    a weight that a parametrization computes are not compared.
 
     Raises:
         ValueError: samples is not what :func:`sample` gives.
@@ -47,15 +49,21 @@ def differences(model: nn.Module, samples: str) -> tuple[list[str], int]:
         there = {key: _Sample(*entry) for key, entry in json.loads(samples).items()}
     except (AttributeError, TypeError, ValueError, RecursionError, RuntimeError) as error:
         raise ValueError(f"the samples of the frozen weights cannot be read: {error}") from error
-    own = _readable(model, ())
-    own = {key: t for key, t in own.items() if key in there and there[key].shape == tuple(t.shape)}
+    found, modules = _readable(model, ()), dict(named_modules(model))
+    own = {key: t for key, t in found.items() if key in there and there[key].shape == tuple(t.shape)}
+    owner = lambda key: modules.get(key.rpartition(".")[0])
+    has = lambda key: key.endswith(_COMPUTED) or getattr(owner(key), key.rpartition(".")[2], None) is not None
+    other = [key for key in there if key not in found and not has(key)]
+    beside = [module for key in there if (module := owner(key)) is not None and module._modules]
+    other += [key for key in found if key not in there and owner(key) in beside and not key.endswith(_COMPUTED)]
     if not own:
-        return [], 0
+        return other, len(other)
     mine, theirs = torch.stack(_values(list(own.values()))), torch.stack([there[key].values for key in own])
     steps = torch.tensor([max(there[key].step, torch.finfo(t.dtype).eps) for key, t in own.items()])[:, None]
     # float16 has no step below 6e-8
     same = ((mine - theirs).abs() <= steps * theirs.abs() + 1e-7) | (mine == theirs) | (mine.isnan() & theirs.isnan())
-    return [key for key, equal in zip(own, same.all(1).tolist()) if not equal], len(own)
+    other += [key for key, equal in zip(own, same.all(1).tolist()) if not equal]
+    return other, len(own | dict.fromkeys(other))
 
 
 class _Sample:

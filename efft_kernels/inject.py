@@ -194,16 +194,18 @@ def _copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
     """Within this context the modules that are trained with the factors are replaced by those of before inject."""
-    trained = {}
-    for path, module in model.efft.modules_before.items():
+    trained, owner = {}, model.efft
+    for path, module in owner.modules_before.items():
         trained[path] = now = module_at(model, path)
         like = next(now.parameters(), None)
         if like is not None:
             module.to(like.device, like.dtype)
         put_at(model, path, module.train(now.training))
+    owner.swapped += 1
     try:
         yield
     finally:
+        owner.swapped -= 1
         for path, module in trained.items():
             put_at(model, path, module)
 
@@ -278,8 +280,9 @@ def adapters(model: nn.Module) -> Adapters:
         ValueError: any other model.
     """
     model = unwrapped(model)
-    if isinstance(getattr(model, "efft", None), Adapters):
-        return model.efft
+    owner = model._modules.get("efft")  # not getattr: PEFT's wrapper hands out the attributes of the model in it
+    if isinstance(owner, Adapters):
+        return owner
     state = "is merged, unmerge it first" if hasattr(model, "_efft_merged") else "has none, inject it first"
     raise ValueError(f"the model must have adapters, but this {type(model).__name__} {state}")
 
@@ -368,9 +371,7 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
         raise ValueError(f"head must be 'train', 'keep', a number of classes or a module, got {head!r}")
     if isinstance(head, nn.Module):
         if len(heads) != 1:
-            raise ValueError(
-                f"head can be a module only where there is one head, got {heads} in {type(model).__name__}"
-            )
+            raise ValueError(f"head can be a module only if there is one head, got {heads} in {type(model).__name__}")
         owner, _, key = heads[0].rpartition(".")
         return [(module_at(model, owner), key, head)]
     found = []
@@ -390,10 +391,18 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
 def _check_trainable(model: nn.Module, trained: tuple[str, ...], replaced: list[nn.Module]) -> None:
     gone = {id(part) for module in replaced for part in module.modules()}
     inside = tuple(f"{path}." for path in trained)
+    parts = {id(part): part for path in trained for part in module_at(model, path).modules() if id(part) not in gone}
+    own = {id(p) for part in parts.values() for p in part.parameters(recurse=False)}
     for path, module in named_modules(model):
         if f"{path}.".startswith(inside) and id(module) not in gone:
             if isinstance(module, nn.Linear) and (why := untrainable(module)):
                 raise ValueError(
                     f"{path} {why} and cannot be trained: exclude the head from that, or pass head='keep' or a number "
                     "of classes for a new head"
+                )
+        elif id(module) not in parts:
+            for key in (key for key, p in module._parameters.items() if id(p) in own):
+                raise ValueError(
+                    f"{path}.{key} stays frozen, but is also a parameter of what is trained, {', '.join(trained)}: "
+                    "untie them, or leave that out with head='keep' or train=()"
                 )

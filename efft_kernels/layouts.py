@@ -274,8 +274,9 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _heads_in(owner: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    children = {key: getattr(owner, key, None) for key in HEADS}
-    return {prefix + key: unwrapped(child) for key, child in children.items() if isinstance(child, nn.Module)}
+    # not getattr: a wrapper may hand out the attributes of the model in it
+    children = {key: owner._modules.get(key) for key in HEADS}
+    return {prefix + key: unwrapped(child) for key, child in children.items() if child is not None}
 
 
 def _heads_below(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
@@ -342,8 +343,8 @@ def untrained_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:
         inside = {}
         for prefix, owner in level.items():
             children = {f"{prefix}{key}": child for key, child in _children(owner).items()}
-            base = getattr(owner, getattr(owner, "base_model_prefix", "") or " ", None)
-            base = unwrapped(base) if isinstance(base, nn.Module) else None
+            base = owner._modules.get(getattr(owner, "base_model_prefix", ""))
+            base = None if base is None else unwrapped(base)
             if base is not None and base is not owner:
                 beside = {path: child for path, child in children.items() if child is not base}
             elif not _of_library(owner) and not any(_is_block_list(child) for child in children.values()):

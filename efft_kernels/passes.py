@@ -120,7 +120,7 @@ class Passes:
     def _other_pair(self, now: _Pass | None, path: str, linear: nn.Linear) -> Pair | None:
         """without gradients, in a recomputation, or outside of a forward of the model"""
         inside, tracing = now is not None, torch.compiler.is_compiling()
-        if not inside and not tracing and self.active is not None:
+        if not inside and not tracing:
             now = self._replay[1]
         # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
         if now is None or (not now.recorded and self._recording()):
@@ -233,6 +233,7 @@ class Adapters(Passes, nn.ModuleDict):
         self.hooks: tuple = ()  # on the model, around its forward
         self.watched = set()
         self.modules_before: dict[str, nn.Module] = {}  # path -> what is trained with the factors, as it was before
+        self.swapped = 0  # how many contexts have put these in place now
         self._late_hooks: dict[str, list] = {}  # of frozen adapters that outputs may still depend on
         self._reset()
 
@@ -246,6 +247,10 @@ class Adapters(Passes, nn.ModuleDict):
                 self._late_hooks[other] = [handle for p in trained for handle in _take_late_gradients(p)]
             groups.requires_grad_(other == name)
         self.active = name
+
+    def forward(self, x):
+        """x itself: a model that is an nn.Sequential calls all its modules, this one too."""
+        return x
 
     def train(self, mode: bool = True) -> "Adapters":
         super().train(mode)
@@ -291,9 +296,11 @@ def _mode(model: nn.Module) -> tuple[bool, bool]:
     return model.training, torch.is_grad_enabled()
 
 
-def _tensors(tree) -> Iterator[Tensor]:
+def _tensors(tree, depth: int = 8) -> Iterator[Tensor]:
+    """the tensors in an output, also in the attributes of objects, which may form circles"""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping | list | tuple):
-        for branch in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _tensors(branch)
+    elif depth and not isinstance(tree, nn.Module | type):
+        inside = tree if isinstance(tree, Mapping | list | tuple) else getattr(tree, "__dict__", {})
+        for branch in inside.values() if isinstance(inside, Mapping) else inside:
+            yield from _tensors(branch, depth - 1)

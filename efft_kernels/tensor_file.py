@@ -56,10 +56,8 @@ def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[di
         tensors = load(data)
         length = struct.unpack("<Q", data[:8])[0]
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, KeyError, ValueError, RecursionError, RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file; it may be truncated or corrupt: {error}"
-        ) from error
+    except (SafetensorError, KeyError, ValueError, RecursionError, RuntimeError, AssertionError) as why:
+        raise ValueError(f"{path} is not a complete safetensors file; it may be truncated or corrupt: {why}") from why
     digest = metadata.pop(_DIGEST, None)
     if metadata.get("format") in digested and digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its contents differ from the digest that was written with them")

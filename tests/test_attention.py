@@ -125,9 +125,10 @@ def test_an_encoder_through_all_that_becomes_of_it(config, tmp_path):
     ek.inject(model, config, head="keep")
     shake(model, 0.5)
     assert {key for key in model.state_dict() if not key.startswith("efft.")} == names
-    trained = model.train()(x, src_key_padding_mask=mask).detach()
+    trained, whole = model.train()(x, src_key_padding_mask=mask).detach(), model(x).detach()
     with torch.no_grad():
         want = model.eval()(x, src_key_padding_mask=mask)  # a fast path would skip the adapter here
+        torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(want[1], before[1], atol=1e-2)
     torch.testing.assert_close(want[1], trained[1], rtol=1e-4, atol=1e-5)
 

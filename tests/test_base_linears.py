@@ -181,9 +181,7 @@ def test_a_model_trains_as_its_dense_twin(base):
     assert got.keys() == want.keys()
     for name in got:
         scale = want[name].abs().max()
-        torch.testing.assert_close(
-            got[name].double() / scale, want[name] / scale, msg=lambda m: f"{name}: {m}", **close
-        )
+        torch.testing.assert_close(got[name].double() / scale, want[name] / scale, msg=lambda m: f"{name} {m}", **close)
     assert not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(("efft", "head")))
 
 

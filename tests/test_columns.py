@@ -27,9 +27,7 @@ def test_pieces_are_the_columns_of_each_slot(name, make, masked):
     for spec in _specs(name, make):
         plan = plan_columns(spec.slots, spec.N, masked=masked)
         # (draw of v, core, column) of each column of the updates side by side
-        columns = [
-            (i // plan.cores_per_draw, core, column) for i, core in enumerate(plan.cores) for column in range(spec.N)
-        ]
+        columns = [(i // plan.cores_per_draw, core, n) for i, core in enumerate(plan.cores) for n in range(spec.N)]
         pieces, at = [], 0
         for width, times in zip(plan.widths, plan.uses):
             pieces += [columns[at : at + width]] * times

@@ -46,9 +46,7 @@ def test_links_exist(page):
         assert found.exists(), f"{page.name} links to {target}"
         assert found.is_relative_to(ROOT), f"{page.name} links outside of the repository: {target}"
         if anchor:
-            assert anchor in anchors(found), (
-                f"{page.name} links to {target}, but its headings are {sorted(anchors(found))}"
-            )
+            assert anchor in anchors(found), f"{page.name} links to {target}, but has {sorted(anchors(found))}"
 
 
 def test_the_link_check_sees_a_dead_link(tmp_path):
@@ -163,9 +161,7 @@ def test_architecture_names_every_module():
         if path.suffix == ".py" and path.name not in ("__init__.py", "deploy.py"):
             assert f"`{path.name}`" in page, f"docs/architecture.md does not name {path.name}"
         if path.is_dir() and (path / "__init__.py").exists():
-            assert f"`{path.name}/`" in page or f"`{path.name}`" in page, (
-                f"docs/architecture.md does not name {path.name}/"
-            )
+            assert f"`{path.name}/`" in page or f"`{path.name}`" in page, f"docs/architecture.md lacks {path.name}/"
 
 
 def test_one_version():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models import METHODS, images, shake, timm, vit
+from safetensors.torch import load_file
 
 import efft_kernels as ek
 
@@ -39,8 +40,6 @@ def test_peft_computes_the_same(method, tmp_path):
 
 
 def test_the_folder_is_a_plain_lora(tmp_path):
-    from safetensors.torch import load_file
-
     _, model = adapted(ek.LoRAConfig(rank=2, targets=("q", "v", "fc2")))
     ek.export_lora(model, tmp_path, base_model="vit_tiny")
     config, tensors = peft.LoraConfig.from_pretrained(str(tmp_path)), load_file(tmp_path / "adapter_model.safetensors")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import LOW_RANK, METHODS, PLAIN, adapted, images, shake, vit
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,8 +107,6 @@ def test_another_factor_dtype():
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
 def test_a_file_has_the_dtype_of_its_factors_and_loading_casts_up(tmp_path, factors):
-    from safetensors.torch import load_file
-
     path = tmp_path / "a.safetensors"
     model = shake(ek.inject(vit().bfloat16(), PLAIN, factor_dtype=factors))
     ek.save_adapter(model, path)

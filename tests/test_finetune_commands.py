@@ -14,10 +14,12 @@ from models import timm
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard", "jinja2", "matplotlib"):
     pytest.importorskip(package)
+from PIL import Image
 from test_finetune_data import folder, picture
-from test_finetune_run import tiny
+from test_finetune_run import end, tiny
 
-from efft_kernels.finetune import cli, loop, page, predictions, prepared
+from efft_kernels.finetune import cli, exporting, loop, page, predictions, prepared
+from efft_kernels.finetune.finished import predict
 from efft_kernels.finetune.loop import train
 
 
@@ -100,11 +102,6 @@ def test_predict_any_number_of_images(run, tmp_path, capsys):
 def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from PIL import Image
-
-    from efft_kernels.finetune import exporting
-    from efft_kernels.finetune.finished import predict
-
     file = tmp_path / "m.onnx"
     assert cli.main(["export", str(run), "--to", "onnx", "--out", str(file)]) == cli.DONE
     session = runtime.InferenceSession(str(file))
@@ -179,8 +176,6 @@ def test_several_labels_per_image(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_averaged_weights_and_patience_resume_exactly(run, tmp_path, monkeypatch):
-    from test_finetune_run import end
-
     photos = run.parent / "photos"
     settings = tiny(photos, tmp_path / "a", ema=0.9, select="val", patience=2, epochs=8, lr=0.0, min_lr=0.0)
     assert len(train(settings, progress=False).history) == 3  # nothing improves: one best epoch and two more
@@ -205,8 +200,6 @@ def test_averaged_weights_and_patience_resume_exactly(run, tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("undrawn")
 def test_recomputed_activations_give_the_same_run(run, tmp_path):
-    from test_finetune_run import end
-
     settings = tiny(run.parent / "photos", tmp_path / "a", epochs=1)
     train(settings, progress=False)
     train(replace(settings, out=str(tmp_path / "b"), gradient_checkpointing=True), progress=False)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import images, swin, timm, vit
+from timm.models import _factory, save_for_hf
 
 from efft_kernels.finetune.models import logits, make_model, normalisation
 
@@ -177,8 +178,6 @@ def test_normalisation():
 
 
 def test_a_model_of_timm_in_a_folder(tmp_path):
-    from timm.models import save_for_hf
-
     source = vit(num_classes=3)
     folder = tmp_path / "model"
     save_for_hf(source, folder, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
@@ -195,8 +194,6 @@ def test_a_model_of_timm_in_a_folder(tmp_path):
 
 
 def test_a_model_of_timm_on_the_hub(tmp_path, monkeypatch):
-    from timm.models import _factory, save_for_hf
-
     source = vit(num_classes=3)
     save_for_hf(source, tmp_path, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
     asked = []

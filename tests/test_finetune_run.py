@@ -26,15 +26,21 @@ from models import timm
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
     pytest.importorskip(package)
+import numpy as np
 from accelerate.state import PartialState
+from PIL import Image
 from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
 from efft_kernels import storage
-from efft_kernels.finetune import checkpoints, cli, evaluation, loop, prepared, results
+from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared, results
+from efft_kernels.finetune.data import seed_all
+from efft_kernels.finetune.finished import merged, predict, restore
 from efft_kernels.finetune.loop import Interrupted, train
+from efft_kernels.finetune.methods import METHODS
 from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
+from efft_kernels.serving import AdapterBank
 
 pytestmark = pytest.mark.usefixtures("undrawn_module")  # tests/test_finetune_commands.py has the figures
 FORK = multiprocessing.get_context("fork")
@@ -615,8 +621,6 @@ def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, c
     assert code == 0
     plain = timm().create_model("test_vit", num_classes=3, img_size=32)
     plain.load_state_dict(load_file(target))
-    from efft_kernels.finetune.finished import restore
-
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(x), restore(result.out)[0](x), rtol=1e-4, atol=1e-5)
@@ -661,13 +665,9 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
 
 def test_accuracy_over_classes_is_of_those_that_have_images(tmp_path):
     """A class without test images does not count, even if images of other classes are taken for it."""
-    import numpy as np
-
     root = folder(tmp_path / "photos", ("train",), ("a", "b", "c"), n=8)
     folder(root, ("test",), ("a", "b"), n=9)
     result = train(tiny(root, tmp_path / "out", epochs=1), progress=False)
-    from efft_kernels.finetune.finished import predict
-
     files = sorted(str(path) for path in (root / "test").rglob("*.png"))
     right = [Path(file).parent.name == label for file, label, _ in predict(result.out, files)]
     found = result.metrics["test"]
@@ -725,8 +725,6 @@ def test_what_happens_before_the_first_step_is_a_sentence(error, code, words, ph
 
 
 def test_weights_that_have_moved(photos, tmp_path):
-    from efft_kernels.finetune.finished import restore
-
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "a.pth")
     out = train(tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1), progress=False).out
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
@@ -760,8 +758,6 @@ def test_merging_to_where_nothing_can_be_written(photos, tmp_path, capsys):
 
 
 def test_help_names_what_there_is(capsys):
-    from efft_kernels.finetune.methods import METHODS
-
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -780,8 +776,6 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     result = train(settings, progress=False)
     train(replace(settings, out=str(tmp_path / "again")), progress=False)
     assert end(result.out) == end(tmp_path / "again")
-    from efft_kernels.finetune.finished import merged, restore
-
     model, _ = restore(result.out)
     merged(result.out, tmp_path / "base/model.safetensors")
     plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
@@ -792,10 +786,6 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
-    from efft_kernels.finetune.data import seed_all
-    from efft_kernels.finetune.finished import restore
-    from efft_kernels.serving import AdapterBank
-
     outs = [tmp_path / str(rank) for rank in (2, 4)]
     for rank, out in zip((2, 4), outs):
         train(tiny(photos, out, rank=rank, epochs=1, lr=1e-2), progress=False)
@@ -814,8 +804,6 @@ def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
 
 
 def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
-    from efft_kernels.finetune import finished
-
     def make(*args):
         model = make_model(*args)
         model.mask_token = torch.nn.Parameter(torch.ones(3))
@@ -832,9 +820,6 @@ def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_learns(tmp_path):
     """Dark and light images: every test image is classified correctly in the end."""
-    import numpy as np
-    from PIL import Image
-
     for part, n in (("train", 16), ("test", 8)):
         for name, low in (("dark", 0), ("light", 160)):
             (tmp_path / "data" / part / name).mkdir(parents=True)

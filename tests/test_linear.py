@@ -133,9 +133,8 @@ def test_refuses(options, message):
 
 
 def test_from_linear_refuses_what_is_not_a_plain_linear():
-    with pytest.raises(
-        TypeError, match="linear must be an nn.Linear, not a subclass, got NonDynamicallyQuantizableLinear"
-    ):
+    says = "linear must be an nn.Linear, not a subclass, got NonDynamicallyQuantizableLinear"
+    with pytest.raises(TypeError, match=says):
         EFFTLinear.from_linear(nn.MultiheadAttention(8, 2).out_proj)
     with pytest.raises(TypeError, match="got Conv1d"):
         EFFTLinear.from_linear(nn.Conv1d(3, 4, 1))

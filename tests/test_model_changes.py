@@ -2,13 +2,14 @@
 
 import copy
 import warnings
-from types import MethodType
+from contextlib import nullcontext
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from models import LOW_RANK, METHODS, PLAIN, adapted, images, shake, vit
+from models import DROPPED, LOW_RANK, METHODS, PLAIN, adapted, assert_same, gradients, images, shake, vit
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -108,6 +109,40 @@ def test_what_is_made_under_inference_mode_can_be_trained(method, tmp_path):
         made.train()(x).sum().backward()
         trained = ek.adapter_parameters(made)
         assert all(p.grad is not None for p in trained) and made.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("around", [lambda model: nullcontext(), ek.disable_adapter])
+def test_a_recomputed_block_has_the_masks_of_its_forward(around):
+    model, x, found = vit().train(), images(), []
+    model.register_forward_hook(lambda module, args, y: SimpleNamespace(found=[{"logits": y}]))
+    shake(ek.inject(model, DROPPED))
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)
+        logits = model(x).found[0]["logits"]
+        with around(model):
+            logits.square().sum().backward()
+        found.append(gradients(model))
+        model.zero_grad()
+    assert_same(*found)
+
+
+def test_a_sequential_calls_its_modules_and_not_the_adapter():
+    model, x = nn.Sequential(vit(), nn.Linear(10, 3)), images()
+    before = model(x)
+    torch.testing.assert_close(ek.inject(model, PLAIN, train=("1",))(x), before)
+    want = shake(model)(x)
+    torch.testing.assert_close(ek.merge(model)(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", [("head", {}), ("extra", {"head": "keep", "train": ("extra",)})])
+def test_a_frozen_weight_that_would_be_trained_elsewhere_is_refused(name, options):
+    model = vit()
+    setattr(model, name, nn.Linear(192, 768))
+    getattr(model, name).weight = model.blocks[0].mlp.fc1.weight
+    with pytest.raises(ValueError, match="blocks.0.mlp.fc1.weight stays frozen, but is also a parameter of what is"):
+        ek.inject(model, PLAIN, **options)
+    assert not hasattr(model, "efft") and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("features", [False, True])

@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import adapted, assert_same, gradients, images
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import efft_kernels as ek
 
@@ -37,9 +39,6 @@ def loss_of_half(model, x, half):
 
 
 def sharded(model, parts):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (2,))
     for part in (*parts(model), model):
         fully_shard(part, mesh=mesh)

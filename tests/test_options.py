@@ -9,6 +9,8 @@ from models import METHODS, adapted, gradients, images, loss_of, shake, swin, ti
 from torch import nn
 
 import efft_kernels as ek
+from efft_kernels.groups import make_group
+from efft_kernels.serving import AdapterBank
 
 SEVERAL = ["efft1", "efft2", "efft2-shared", "fact-tt", "fact-tk", "lora", "lora-all", "lora-xs"]
 
@@ -60,8 +62,6 @@ def library_products(method, r, init):
         "fact-tk": ek.FacTConfig("tk", rank=r, init=init),
         "lora": ek.LoRAConfig(rank=r, init=init, targets=("q",)),
     }[method]
-    from efft_kernels.groups import make_group
-
     made = ek.plan(model, config)
     groups = {s.name: make_group(s, config, {slot.site.path: torch.empty(0) for slot in s.slots}) for s in made.groups}
     if method == "efft2":
@@ -261,8 +261,6 @@ def test_two_learning_rates(method):
 @pytest.mark.parametrize("method", ["efft2", "lora"])
 def test_adapters_with_and_without_options_share_a_batch(method):
     """in a bank, what an adapter does not have counts as ones"""
-    from efft_kernels.serving import AdapterBank
-
     torch.manual_seed(0)
     plain = vit().double()
     state = {key: t.clone() for key, t in plain.state_dict().items()}

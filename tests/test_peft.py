@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accuracy import assert_accurate
 from models import assert_bits, assert_same, gradients, images, loss_of, shake, swin, timm, vit
+from safetensors.torch import load_file
+from test_attention import Beit, encoder
 from torch import nn
 
 import efft_kernels as ek
@@ -142,8 +145,6 @@ def test_compiled():
 @pytest.mark.parametrize("low", [False, True], ids=["", "low_cpu_mem_usage"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_holds_every_factor_once_and_comes_back_exactly(tmp_path, low, dtype):
-    from safetensors.torch import load_file
-
     torch.manual_seed(0)
     base = vit().to(dtype)
     model, x = adapt(copy.deepcopy(base)), images(dtype=dtype)
@@ -396,8 +397,6 @@ def test_trainer_and_accelerate(tmp_path):
     again = peft.PeftModel.from_pretrained(trainer.model.get_base_model().__class__(model.config), tmp_path / "saved")
     assert_bits(owned(again).state_dict(), owned(model).state_dict())
 
-    from accelerate import Accelerator
-
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -469,8 +468,6 @@ def test_every_option_of_the_library_is_one_in_peft(options, tmp_path):
 
 
 def test_attentions_that_call_no_linear():
-    from test_attention import Beit, encoder
-
     for model, x, options in (
         (Beit(), torch.randn(2, 3, 16), {}),
         (encoder(), torch.randn(2, 3, 16), {"target_modules": ["out_proj", "linear1"]}),

@@ -43,7 +43,8 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "a.bin").read_bytes() == b"new"
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path):
+def test_permissions_are_those_of_any_new_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask belongs to all threads"))
     storage.write_bytes(tmp_path / "a.bin", b"")
     (tmp_path / "b.bin").touch()
     assert (tmp_path / "a.bin").stat().st_mode == (tmp_path / "b.bin").stat().st_mode

@@ -38,9 +38,7 @@ def _put(owner: nn.Module, name: str, module: nn.Module) -> None:
 def _per_block(name: str, value: int | tuple[int, ...], n: int, least: int = 1) -> list[int]:
     sizes = [value] * n if type(value) is int else list(value)
     if len(sizes) != n or not all(type(size) is int and size >= least for size in sizes):
-        raise ValueError(
-            f"{name} must be an int of at least {least}, or {n} of them, one for each block, got {value!r}"
-        )
+        raise ValueError(f"{name} must be an int of at least {least}, or {n} of them, one per block, got {value!r}")
     return sizes
 
 
@@ -198,9 +196,7 @@ def add_prompts(model: nn.Module, tokens: int | tuple[int, ...], deep: bool, lea
         ValueError: a model with stages or with positions in its attention, or a wrong number of tokens.
     """
     attention = sites(model, "attn")
-    rope = next(
-        (key for key in ("rope", "rel_pos_bias", "shared_rel_pos") if getattr(model, key, None) is not None), None
-    )
+    rope = next((k for k in ("rope", "rel_pos_bias", "shared_rel_pos") if getattr(model, k, None) is not None), None)
     if len({site.stage for site in attention}) > 1 or rope:
         raise ValueError(
             f"prompts need blocks that take any number of tokens, but {type(model).__name__} has "
