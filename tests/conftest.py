@@ -17,7 +17,7 @@ torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow what runs CUDA kernels: the simulator of a GPU takes a minute to compile."""
+    """Marks as slow what runs CUDA kernels: the simulator of a GPU takes half a minute to compile."""
     for item in items:
         if item.path.name == "test_cuda.py" and {"device", "built"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

@@ -129,7 +129,7 @@ def cuda_ways():
         name = f"cuda-{'simulator' if device == 'cpu' else 'gpu'}-{'single_pass' if single else 'extended_k'}-{tile}"
         shapes = CUDA_SHAPES if single else (*CUDA_SHAPES, LARGEST_RANK)
         brief = tile != cuda.SMALL_TILE
-        # the simulator of a GPU takes a minute to compile
+        # the simulator of a GPU takes half a minute to compile
         yield Way(name, cuda, set_up, FLOATS[1:3], shapes, (), device, brief, (pytest.mark.slow,))
 
 
@@ -259,7 +259,7 @@ def test_mixed_linear(way, shape, dtype):
         check_mixed_linear(way.module, turned, weight, None, down.mT.contiguous().mT, up, ids, dy, few)
 
 
-@for_each("dtype", lambda way: [(dtype,) for dtype in way.dtypes * bool(way.mixed)])
+@for_each("dtype", lambda way: [(dtype,) for dtype in some(way) * bool(way.mixed)])
 def test_samples_beside_each_other_share_an_adapter(way, dtype):
     x, weight, bias, down, up, _, dy = make_mixed(8, 5, 33, 40, 3, 3, dtype, way.device)
     for order in ([1, 1, 1, 0, 0, -1, -1, 1], [2] * 8):

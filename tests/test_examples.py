@@ -1,6 +1,5 @@
 """examples/: each script runs as its first lines say, on its default small model."""
 
-import functools
 import os
 import re
 import subprocess
@@ -12,6 +11,8 @@ import torch
 from models import timm
 from safetensors.torch import load_file
 
+from efft_kernels import extras
+
 timm()
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -21,13 +22,8 @@ HELPED = "import runpy, sys; sys.path.insert(0, {tests!r}); from models import t
 HELPED += "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-@functools.cache
-def needs_help() -> bool:
-    return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode != 0
-
-
 def run(name: str, folder: Path, *arguments: str) -> str:
-    starter = ["-c", HELPED.format(tests=str(TESTS))] if needs_help() else []
+    starter = ["-c", HELPED.format(tests=str(TESTS))] if extras._declared else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, *starter, str(ROOT / "examples" / name), *arguments]
