@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from models import images, swin, timm, vit
-from timm.models import _factory, save_for_hf
 
 from efft_kernels.finetune.models import logits, make_model, normalisation
 
@@ -180,7 +179,7 @@ def test_normalisation():
 def test_a_model_of_timm_in_a_folder(tmp_path):
     source = vit(num_classes=3)
     folder = tmp_path / "model"
-    save_for_hf(source, folder, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
+    timm().models.save_for_hf(source, folder, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
     for checkpoint in (None, "download"):
         model = make_model(f"local-dir:{folder}", 5, 32, checkpoint)
         assert model.num_classes == 5 and torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
@@ -195,14 +194,14 @@ def test_a_model_of_timm_in_a_folder(tmp_path):
 
 def test_a_model_of_timm_on_the_hub(tmp_path, monkeypatch):
     source = vit(num_classes=3)
-    save_for_hf(source, tmp_path, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
+    timm().models.save_for_hf(source, tmp_path, model_config={"num_classes": 3}, model_args=dict(depth=2, img_size=32))
     asked = []
 
     def fetched(model_id, cache_dir=None):  # the folder stands in for the hub
         asked.append(model_id)
-        return _factory.load_model_config_from_path(str(tmp_path))
+        return timm().models._factory.load_model_config_from_path(str(tmp_path))
 
-    monkeypatch.setattr(_factory, "load_model_config_from_hf", fetched)
+    monkeypatch.setattr(timm().models._factory, "load_model_config_from_hf", fetched)
     model = make_model("hf-hub:someone/vit", 5, 32, "download")
     assert asked == ["someone/vit"] and torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     with pytest.raises(ValueError, match="checkpoint must name"):
