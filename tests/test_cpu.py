@@ -101,7 +101,7 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
     assert len(cpu.few_rows(*good)) == 3
     for i, wrong in (
         (0, x[:, :5]), (0, x.double()), (0, x.to_sparse()), (1, weight[:10]), (2, torch.randn(14)), (3, u[:5]),
-        (4, sigma[:2]), (4, sigma[0]), (5, v[:3]), (5, v.int()),
+        (3, u[:, :1].expand(6, 1 << 50)), (4, sigma[:2]), (4, sigma[0]), (5, v[:3]), (5, v.int()),
     ):  # fmt: skip
         assert not cpu.few_rows(*good[:i], wrong, *good[i + 1 :]), f"argument {i}"
     u.untyped_storage().resize_(0)

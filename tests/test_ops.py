@@ -170,13 +170,24 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
         assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
 
 
-def test_second_derivatives_are_refused(backend):
-    tensors = make(grad=True)
-    (dx,) = torch.autograd.grad(
-        lowrank_linear(*tensors, backend=backend).square().sum(), tensors[:1], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@pytest.mark.parametrize("few_rows", [False, True])
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_are_refused(backend, few_rows, power):
+    """also of a loss that is linear in y, and where the leaves are named, which need no part of dy"""
+    if few_rows:
+        leaves = [torch.randn(size, requires_grad=True) for size in ((3, 6), (6, 2), (3, 2, 4), (4, 5))]
+        x, *factors = leaves
+        y = efft_linear(x, torch.randn(15, 6), None, *factors)
+    else:
+        leaves = x, _, _, down, up = make(grad=True)
+        y = lowrank_linear(*leaves, backend=backend)
+    grads = torch.autograd.grad(y.pow(power).sum(), leaves, create_graph=True)
+    for grad in grads:
+        if grad.requires_grad:  # that of a bias does not depend on anything
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                grad.sum().backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                torch.autograd.grad(grad.sum(), leaves, retain_graph=True, allow_unused=True)
 
 
 def test_saved_tensors_are_guarded_against_in_place_edits(backend):

@@ -25,7 +25,8 @@ struct FewRows {
           const Tensor& v)
       : sigma(sigma) {
     for (const Tensor* t : {&rows, &weight, &u, &sigma, &v}) {
-      if (!t->is_cpu() || t->scalar_type() != rows.scalar_type() || !strided(*t) || !t->numel()) return;
+      if (!t->is_cpu() || t->scalar_type() != rows.scalar_type() || !strided(*t)) return;
+      if (t->numel() < 1 || t->numel() > INT32_MAX) return;  // an expanded tensor can have any sizes
     }
     const int64_t dim = rows.dim(), cores = sigma.dim() - 2;
     if (!dim || (dim > 2 && !rows.is_contiguous()) || weight.dim() != 2 || u.dim() != 2 || v.dim() != 2) return;
@@ -118,7 +119,7 @@ std::vector<Tensor> few_rows_backward(const Tensor& dy,      // [..., S * N]
                                       const Tensor& q,  // [M, S * Q]
                                       double scale, bool need_x, bool need_u, bool need_sigma, bool need_v) {
   const FewRows f(dy, true, weight, u, sigma, v);
-  if (!f.fits) return {};
+  STD_TORCH_CHECK(f.fits, "dy must be a strided tensor like y");
   check("p", p, dy, {f.M, f.P});
   check("q", q, dy, {f.M, f.S * f.Q});
   STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type() && x.dim() && x.numel() == f.M * f.K,
@@ -131,8 +132,9 @@ std::vector<Tensor> few_rows_backward(const Tensor& dy,      // [..., S * N]
   const View slices{dy_rows.data, dy_rows.col * f.N, dy_rows.col, S, dy_rows.row};
   std::vector<Tensor> grads;
   Tensor dq = empty({M, width}, dy), dp = empty({M, f.P}, dy);
-  if (need_x || need_u || need_sigma)
-    product(dtype, M * S, f.N, f.Q, slices, transposed(view(v)), View{dq.mutable_data_ptr(), f.Q, 1}, scale);
+  if (need_x || need_u || need_sigma) {
+    product(dtype, M * S, f.N, f.Q, slices, transposed(view(v)), {dq.mutable_data_ptr(), f.Q, 1}, scale);
+  }
   // the sum over slices is one product, with the cores on top of each other
   const View cores{sigma.const_data_ptr(), f.core(0).col, f.core(0).row, f.Q, sigma.dim() == 3 ? sigma.stride(0) : 0};
   if (need_x || need_u) product(dtype, M, width, f.P, view(dq), cores, view(dp));

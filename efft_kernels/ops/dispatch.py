@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import Kernels, decisions, reference
@@ -211,13 +210,33 @@ def below_autograd(op, *args):
 
 
 def once(backward: Callable) -> Callable:
-    """once_differentiable, entered only where a second derivative may be asked for: it costs 5 microseconds"""
-    guarded = once_differentiable(backward)
+    """A backward whose gradients cannot be differentiated: a second derivative raises instead of lacking their part.
+
+    torch's own once_differentiable raises only where ``grads`` require grad and the leaves are not named.
+    """
 
     def choose(ctx, *grads):
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # the usual case
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        read = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        results = iter(_Once.apply(len(read), *read, *(t for t in found if t is not None)))
+        return tuple(t if t is None else next(results) for t in found)
 
     return choose
+
+
+class _Once(torch.autograd.Function):
+    """The gradients that a backward has computed, with what it has read as their origin."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(t.detach() for t in tensors[count:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("the operators of efft_kernels are differentiable once; a second derivative was asked for")
 
 
 _library = torch.library.Library("efft_kernels", "DEF")
