@@ -305,7 +305,8 @@ def draw(record: dict, folder: Path) -> None:
     if not record["complete"]:
         note += "; interrupted, partial"
     chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
-    print(f"written: {folder}/forward.csv, forward.json, forward.png")
+    drawn = ", forward.png" if (folder / "forward.png").exists() else ""
+    print(f"written: {folder}/forward.csv, forward.json{drawn}")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:

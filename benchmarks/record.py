@@ -316,7 +316,12 @@ def chart(
     note: str,
     limit: float = 5.0,
 ) -> None:
-    """Draw bars of medians with whiskers from quartile to quartile, one panel below the other; a line marks 1."""
+    """Draw bars of medians with whiskers from quartile to quartile, one panel below the other; a line marks 1.
+
+    Bars without a colour are left out, and there is no chart if none has one.
+    """
+    if not any(colours.keys() & bars.keys() for _, groups in panels for bars in groups.values()):
+        return
     import matplotlib
 
     matplotlib.use("Agg")

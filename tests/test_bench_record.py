@@ -123,6 +123,11 @@ def test_table_of_gpus(tmp_path, monkeypatch):
     assert made.records == ["some_gpu/gpu.csv"] and not summary.gpu_backward().rows
 
 
+def test_no_chart_of_variants_without_a_colour(tmp_path):
+    record.chart(tmp_path / "chart.png", [("fc1", {"M=4": {"efft_cpu": (1.0, 0.9, 1.1)}})], {"efft": "red"}, "", "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_passes_of_a_variant_are_in_one_line(tmp_path):
     row = lambda variant, part, **measured: {"layer": "fc1", "pass": part, "variant": variant, **measured}
     rows = [
