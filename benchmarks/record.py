@@ -158,18 +158,19 @@ def read_csv(path: Path) -> list[dict]:
 # What write_run does not store: the rows, which are in the CSV file, what is computed from them, and the meanings of
 # names, which are in the sources of the commit.
 _NOT_STORED = ("results", "summary", "methods", "variants")
+_WIDE = "forward"  # the benchmark whose CSV file has a line for a variant, with all of its passes
 
 
 def write_run(folder: Path, run: dict) -> None:
     """Write a run as NAME.csv, its results, and NAME.json, everything else; NAME is run["benchmark"]."""
     path = folder / f"{run['benchmark']}.json"
     write_json(path, {key: value for key, value in run.items() if key not in _NOT_STORED})
-    write_csv(path.with_suffix(".csv"), _passes_beside(run["results"]))
+    write_csv(path.with_suffix(".csv"), _passes_beside(run["benchmark"], run["results"]))
 
 
-def _passes_beside(rows: list[dict]) -> list[dict]:
+def _passes_beside(benchmark: str, rows: list[dict]) -> list[dict]:
     """Rows of one variant that differ in their pass as one row, with what was measured as PASS.NAME."""
-    if not all("pass" in row and "variant" in row for row in rows):
+    if benchmark != _WIDE or not all("pass" in row and "variant" in row for row in rows):
         return rows
     joined = {}
     for row in rows:
@@ -181,9 +182,9 @@ def _passes_beside(rows: list[dict]) -> list[dict]:
     return list(joined.values())
 
 
-def _passes_apart(rows: list[dict]) -> list[dict]:
+def _passes_apart(benchmark: str, rows: list[dict]) -> list[dict]:
     """The rows that _passes_beside joined, those of a case by pass."""
-    if not all("variant" in row and "pass" not in row for row in rows):
+    if benchmark != _WIDE or not all("variant" in row and "pass" not in row for row in rows):
         return rows
     found = {}
     for row in rows:
@@ -212,7 +213,7 @@ def read_run(path: Path, *keys: str) -> dict:
             raise ValueError(f"expected format {FORMAT}, got {run.get('format')!r}")
         if missing := [key for key in keys if key not in run]:
             raise ValueError(f"expected {', '.join(missing)}, got {sorted(run)}")
-        return run | {"results": _passes_apart(read_csv(path.with_suffix(".csv")))}
+        return run | {"results": _passes_apart(run["benchmark"], read_csv(path.with_suffix(".csv")))}
     except OSError as error:
         raise ValueError(f"{error.filename}: expected a file of a recorded run: {error.strerror}") from error
     except (ValueError, csv.Error) as error:  # json.JSONDecodeError is a ValueError

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import io
 import os
 import platform
@@ -819,6 +820,18 @@ def without_token(process):
                 except grpc.RpcError as error:
                     statuses.add(error.code().name)
     return found
+
+
+def test_a_signal_while_ray_ends_changes_nothing():
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    if (child := os.fork()) == 0:
+        with cluster._signals_ignored():
+            libc.signal(signal.SIGTERM, 0)  # SIG_DFL, as Ray's C++ does
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.mark.slow

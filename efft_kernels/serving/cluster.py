@@ -4,9 +4,12 @@ Ray is imported in the functions, because it reads RAY_AUTH_MODE at its import.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 from .settings import ServerSettings, Settings
@@ -57,7 +60,36 @@ def ray_for(settings: Settings, server: ServerSettings) -> Iterator[None]:
             raise StartError(f"the Ray cluster at {control} asks for no token: {_EXPOSED}")
         yield
     finally:
-        ray.shutdown()
+        with _signals_ignored():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Ignore SIGTERM and SIGINT while Ray ends: its C++ gives them back their defaults, of which Python knows nothing,
+    and a further signal would end this process with another status.
+    """
+    numbers, done = (signal.SIGTERM, signal.SIGINT), threading.Event()
+
+    def ignore():
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        while not done.wait(0.001):
+            for number in numbers:
+                libc.signal(number, int(signal.SIG_IGN))
+
+    thread = threading.Thread(target=ignore, daemon=True)
+    if os.name == "posix":
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                signal.signal(number, signal.getsignal(number))
 
 
 def _check_reachable(address: str) -> None:
