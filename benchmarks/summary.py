@@ -95,11 +95,11 @@ def memory_models() -> Table:
     shown = ["efft2", "efft1", "efft_lora", "efft_fact", "peft_lora", "full", "released_efft"]
     rows = []
     for folder in records:
-        run, steps = _steps(folder.relative_to(RESULTS))
-        of, cast = steps["merged"], ", autocast to bfloat16" * run["arguments"]["autocast"]
+        steps = {row["method"]: row for row in read_csv(folder / "train_step.csv")}
+        of = steps["merged"]
         ratios = lambda row: [f"{row[key] / of[key]:.2f}" for key in ("saved_bytes", "peak_bytes")]
         cells = [" / ".join(ratios(steps[method])) if method in steps else "–" for method in shown]
-        rows.append([f"{of['model']}, {of['dtype']}{cast}, batch {of['batch']}, {of['image']} px", *cells])
+        rows.append([f"{of['model']}, {of['dtype']}, batch {of['batch']}, {of['image']} px", *cells])
     note = (
         "Bytes that the forward saves for the backward / peak of the step, both over those of the frozen model with a "
         "trained head; without weights, packed weights and the optimizer's state."
