@@ -109,6 +109,15 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
         cpu.few_rows(*good)
 
 
+def test_few_rows_on_a_processor_that_was_not_measured(monkeypatch):
+    monkeypatch.setattr(cpu, "_rules", lambda: "not measured")
+    for rows, entries, dtype, slower in (
+        (2, 1024, torch.float32, False), (3, 1024, torch.float32, True), (16, 128, torch.float32, False),
+        (1, 1024, torch.float16, True), (16, 128, torch.bfloat16, False), (1, 128, torch.int64, True),
+    ):  # fmt: skip
+        assert cpu.few_rows_slower(torch.ones(rows, entries, dtype=dtype), torch.ones(entries, entries)) == slower
+
+
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
     results = []
     for count in (1, 2, 3):

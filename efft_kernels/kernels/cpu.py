@@ -292,14 +292,15 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
 def few_rows_slower(x: Tensor, weight: Tensor) -> bool:
     """Whether these few rows of efft_linear are better computed by way of sigma v, with a weight that is packed.
 
-    The limits of AVX2 are measured on a Zen 3; those of the others are where memory, not arithmetic, decides.
+    The limits of AVX2 are measured on a Zen 3. Nothing was measured elsewhere: there a few rows are taken only where
+    reading the weight, or the host, is most of the time.
     """
     if x.dtype not in _FEW_ROWS:
         return True
     rows, entries = x.numel() // x.shape[-1], weight.numel()
     if _rules() is _slower_avx2:
         return rows * entries >= _FEW_ROWS[x.dtype]
-    return (rows > 2 and entries >= 1 << 19) or (x.itemsize == 2 and rows * entries >= 1 << 20)
+    return rows * entries >= (1 << 20 if x.itemsize == 2 else 1 << 19) and (rows > 2 or x.itemsize == 2)
 
 
 _FEW_ROWS = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}

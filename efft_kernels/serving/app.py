@@ -188,9 +188,11 @@ class EFFTClassifier:
 
 
 def release_memory() -> None:
-    """Have glibc return freed memory to the system. Once a large buffer has been freed, it takes those of up to 32 MiB
-    from its heaps, where smaller allocations between them prevent that. The ends of heaps other than the first are not
-    returned by this call either: a replica has one heap for all threads. Under another C library nothing is done.
+    """Have glibc return freed memory to the system; under another C library nothing is done.
+
+    After the first large buffer was freed, glibc serves buffers of up to 32 MiB from its heaps and keeps what smaller
+    allocations lie behind. This call returns it, but not the ends of heaps other than the first, so a replica has one
+    heap for all threads (MALLOC_ARENA_MAX).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

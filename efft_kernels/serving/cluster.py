@@ -66,8 +66,10 @@ def ray_for(settings: Settings, server: ServerSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
-    """Ignore SIGTERM and SIGINT while Ray ends: its C++ gives them back their defaults, of which Python knows nothing,
-    and a further signal would end this process with another status.
+    """Ignore SIGTERM and SIGINT while Ray ends.
+
+    Ray's C++ sets them back to their defaults at its end, past Python's handlers, so a further signal would end this
+    process with another status.
     """
     numbers, done = (signal.SIGTERM, signal.SIGINT), threading.Event()
 
@@ -89,7 +91,8 @@ def _signals_ignored() -> Iterator[None]:
             thread.join()
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
-                signal.signal(number, signal.getsignal(number))
+                if (handler := signal.getsignal(number)) is not None:  # None: it was not set by Python
+                    signal.signal(number, handler)
 
 
 def _check_reachable(address: str) -> None:
