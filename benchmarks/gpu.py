@@ -40,6 +40,7 @@ from efft_kernels.kernels.tuning import children, plans, prove, run, table, timi
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, R = 64, 16
+MIXED = [(8, 8), (8, 64), (64, 64)]  # adapters and samples of mixed batches of ViT-B
 DRY = [Layer("qkv", 48, 72, 3, 10, 12)]  # instead of real layers
 # goal, what it is, which layers or methods, and at most what ratio
 GOALS = [
@@ -215,12 +216,8 @@ def stress(dry: bool) -> None:
             if table.plan_name(plan) not in proven or not plans.takes(backend, plan, table.LINEAR, given, None):
                 continue
             with table.override(backend, plan):
-                emit(
-                    backend=backend,
-                    plan=table.plan_name(plan),
-                    runs=count,
-                    differ=_differing(backend, given, count, dry),
-                )
+                differ = _differing(backend, given, count, dry)
+                emit(backend=backend, plan=table.plan_name(plan), runs=count, differ=differ)
 
 
 def _differing(backend: str, given: tuple, count: int, dry: bool) -> int:
@@ -295,15 +292,8 @@ def goals(rows: list[dict], step: list[dict]) -> list[dict]:
                 values = {"all": sum(ours for ours, _ in times) / sum(merged for _, merged in times)}
         else:
             values = _step_ratios(step, of)
-        found.append(
-            {
-                "goal": name,
-                "what": what,
-                "at_most": limit,
-                "cases": values,
-                "measured": max(values.values(), default=None),
-            }
-        )
+        worst = max(values.values(), default=None)
+        found.append({"goal": name, "what": what, "at_most": limit, "cases": values, "measured": worst})
     return found
 
 
@@ -373,10 +363,13 @@ def everything(found: Run, out: Path, args) -> int:
     commit = record.commit()  # before the shipped record changes
     about = found.step("info", [*here, "info"], 60 * patience)
     sizes = [(layer.tokens * (4 if args.dry else BATCH), layer.K, layer.N, R) for _, layer in chosen_layers(args.dry)]
+    of = [layer for model, layer in chosen_layers(args.dry) if model != "swin_t"]
+    several = [(2, 4)] if args.dry else MIXED
+    sizes += [(layer.tokens * B, layer.K, layer.N, R, A, B) for A, B in several for layer in of]
     report = run.tune(
         dict.fromkeys(sizes),
         [torch.float16] if args.dry else [torch.bfloat16, torch.float16][: 1 + (args.minutes > 12)],
-        backends=("cuda", "triton"), device="cpu" if args.dry else None, minutes=max(0.1, min(4.0, found.left() / 120)),
+        backends=("cuda", "triton"), device="cpu" if args.dry else None, minutes=max(0.1, min(5.0, found.left() / 110)),
         worker=[*here, "worker"] if args.dry else children.WORKER, simulated=args.dry,
         say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
     )  # fmt: skip

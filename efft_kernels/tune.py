@@ -2,12 +2,14 @@
 
     python -m efft_kernels.tune --model vit_b --batch 64 --rank 16
     python -m efft_kernels.tune --shapes 12608,768,2304,16 --dtype bfloat16 float16
+    python -m efft_kernels.tune --model vit_b --batch 64 --adapters 2 64    # mixed batches of 2 to 64 adapters
 
 What it finds is kept in tuned.json in $EFFT_CACHE or the user's cache folder, and used from then on; deleting that file
 undoes it.
 """
 
 import argparse
+import itertools
 import sys
 
 import torch
@@ -16,14 +18,11 @@ from .kernels.tuning import run, table
 from .kernels.tuning.shapes import MODELS, model_shapes
 
 
-def shape(text: str) -> tuple[int, int, int, int]:
-    try:
-        M, K, N, R = (int(part) for part in text.split(","))
-        if min(M, K, N, R) > 0:
-            return M, K, N, R
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected M,K,N,R, four positive integers, got {text!r}")
+def shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) in (4, 6) and all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        return tuple(map(int, parts))
+    raise argparse.ArgumentTypeError(f"expected M,K,N,R or M,K,N,R,A,B, positive integers, got {text!r}")
 
 
 def positive(text: str) -> int:
@@ -40,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--batch", nargs="+", type=positive, metavar="B", help="images (default: 64, on a CPU 4)")
     p.add_argument("--rank", nargs="+", type=positive, default=[16], metavar="R", help="of the adapter (default: 16)")
-    p.add_argument("--shapes", nargs="+", type=shape, default=[], metavar="M,K,N,R", help="rows, inputs, outputs, rank")
+    several = "in mixed batches of --batch images, timed for Triton; may be empty (default: 8 and B, on a CPU none)"
+    p.add_argument("--adapters", nargs="*", type=positive, metavar="A", help=several)
+    sizes = "rows, inputs, outputs, rank; of a mixed batch also adapters and samples"
+    p.add_argument("--shapes", nargs="+", type=shape, default=[], metavar="M,K,N,R[,A,B]", help=sizes)
     dtypes = "bfloat16", "float16", "float32"
     p.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"], help="default: bfloat16")
     p.add_argument("--backend", nargs="+", choices=run.BACKENDS, help="default: all that the device has")
@@ -51,7 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         models = args.model or ([] if args.shapes else ["vit_b"])
         on_cpu = str(args.device).startswith("cpu") or (args.device is None and not torch.cuda.is_available())
         batches = args.batch or [4 if on_cpu else 64]
-        shapes = args.shapes + [s for m in models for B in batches for R in args.rank for s in model_shapes(m, B, R)]
+        if args.adapters and not models:
+            p.error("--adapters needs --model; a mixed batch of --shapes is M,K,N,R,A,B")
+        shapes, mixes = args.shapes, not on_cpu and "triton" in (args.backend or run.BACKENDS)
+        for m, B, R in itertools.product(models, batches, args.rank):
+            found = model_shapes(m, B, R)
+            adapters = {min(8, B), B} - {1} if args.adapters is None and mixes else args.adapters or []
+            shapes = [*shapes, *found, *((*s, A, B) for A in sorted(adapters) for s in found)]
         found = run.tune(
             dict.fromkeys(shapes), [getattr(torch, name) for name in args.dtype], backends=args.backend,
             device=args.device, minutes=args.minutes, say=lambda line: print(line, flush=True),

@@ -35,6 +35,7 @@ def test_a_dry_run_exercises_every_step(tmp_path):
     assert end["outcome"] == "passed", end
     lines = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
     assert {"info", "tune", "ratios", "stress", "small"} == {line["step"] for line in lines}
+    assert len([line for line in lines if "A2 B4" in line.get("entry", "")]) == 3  # mixed batches, with their backward
     assert not [line for line in lines if line.get("outcome", "passed") != "passed"]
     record = json.loads((out / "gpu.json").read_text())
     assert record["dry"] and record["proven"]["cuda"].keys() >= {"single_pass tile64", "hopper tile128", "merge_"}

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from efft_kernels import tune as command
-from efft_kernels.kernels import build, cuda
-from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, tune
+from efft_kernels.kernels import build, cuda, reference
+from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, tune, worker
+from efft_kernels.ops import dispatch
 
 CPU = torch.device("cpu")
 PLAN = {"single_pass": True, "hopper": False, "tile": 128}
@@ -88,11 +90,8 @@ def test_a_choice_needs_a_gain_of_three_percent():
 
 
 def test_a_choice_keeps_the_host_no_longer_than_plain_torch_does_unless_the_device_takes_longer():
-    rows = {
-        "100": row(host=3.0, torch_host=2.5),
-        "200": row(host=2.0, torch_host=1.0),
-        "300": row(host=3, torch_host=3),
-    }
+    hosts = {"100": (3.0, 2.5), "200": (2.0, 1.0), "300": (3, 3)}
+    rows = {M: row(host=host, torch_host=torch_host) for M, (host, torch_host) in hosts.items()}
     write(table.user_file(), proof(PLAN), {FORWARD: rows})
     assert [table.choice(CPU, FORWARD, M).backend for M in (100, 200, 300)] == [None, "cuda", "cuda"]
     x, weight, bias, down, up, _, _ = make(100, 96, 64, 8)
@@ -280,11 +279,79 @@ def test_slower_unless_on_record_as_faster():
     # fewer gradients are another entry
     first = [False, False, False, True, True]
     assert "not been measured" in cuda.slower(table.BACKWARD, *backward, needs=first)
-    for op in ("mixed_linear",):
-        assert cuda.slower(op, *forward) == "it has not been measured"
+    assert cuda.slower("another", *forward) == "it has not been measured"
     measured[FORWARD]["200"]["triton"] = {"us": 0.5, "plan": {"way": "single_pass"}}
     write(table.user_file(), proof(PLAN), measured)
     assert cuda.slower(table.LINEAR, *forward) is None  # triton is not proven here
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """(A, B, rows of each, needs) -> what is selected of the kernels of GPUs, for K 16, N 32, R 4"""
+    module, reason = dispatch.load("triton")
+    if module is None or not module.INTERPRETED:
+        pytest.skip(reason or "for the interpreter")
+    monkeypatch.setattr(dispatch, "candidates", lambda device: [cuda, module])
+    proven = dict.fromkeys((*module.WAYS, "group_update", "merge_", table.MIXED), 8)
+    table.save(name(), {"triton": table.conditions("triton", CPU) | {"dropped": {}, "plans": proven}})
+
+    def selected(A, B, T, needs=None):
+        x, weight, bias, _, _, dy, p = (t.half() for t in make(B * T, 32, 16, 4))
+        factors, ids = (x.new_zeros(A, 16, 4), x.new_zeros(A, 4, 32)), torch.zeros(B, dtype=torch.int64)
+        given = (dy, x, weight, *factors, p, ids) if needs else (x, weight, bias, *factors, ids)
+        op = table.MIXED + "_backward" * bool(needs)
+        return dispatch.select(op, None, *given, needs=needs).__name__.rpartition(".")[2]
+
+    return selected
+
+
+def test_a_mixed_batch_goes_by_those_with_no_more_and_no_less_adapters_samples_and_rows(mixed):
+    rows = {(2, 4, 16): (1, 1), (8, 32, 16): (1, 1), (2, 64, 16): (2, 1), (1, 2, 3): (1, 4), (1, 3, 3): (1.9, 3)}
+    for (A, B, T), (us, host) in rows.items():
+        timed = {"torch": 2, "torch_host": 3, "triton": {"us": us, "host": host, "plan": {"op": table.MIXED}}}
+        entry = table.key(table.MIXED, torch.float16, 16, 32, 4, None, A, B)
+        table.save(name(), measured={entry: {f"{B * T}": timed}})
+    assert all(mixed(*size) == "triton" for size in ((2, 4, 16), (8, 32, 16), (4, 8, 16), (3, 32, 16), (1, 3, 3)))
+    # between a gain and a loss, outside, a loss, and where one call takes the host longer
+    for size in ((2, 33, 16), (2, 32, 16), (9, 32, 16), (8, 33, 16), (2, 4, 17), (2, 64, 16), (1, 2, 3), (2, 0, 16)):
+        assert mixed(*size) == "reference", size
+
+
+@pytest.mark.parametrize("speed", ["fast", "slow"])
+def test_mixed_batches_are_timed_beside_plain_torch_and_chosen_where_they_gain(mixed, speed, monkeypatch):
+    kept = {}
+
+    def planted(op, *given):
+        key = op, *(t.data_ptr() for t in given if isinstance(t, torch.Tensor))
+        if speed == "slow" or key not in kept:
+            time.sleep(0.003)
+            kept[key] = getattr(reference, op)(*given), given  # held, or others would get their addresses
+        return kept[key][0]
+
+    class Here:  # runs a child's jobs in this process
+        __init__ = stop = lambda *_: None
+        run = lambda self, job, on_event, *_: [on_event(e) for e in worker.events(job) if "at" not in e] and None
+
+    monkeypatch.setattr(children, "Child", Here)
+    for op in (table.MIXED, f"{table.MIXED}_backward"):
+        monkeypatch.setattr(plans.module("triton"), op, functools.partial(planted, op))
+    report = tune([(64, 16, 32, 4, 2, 4)], [torch.float16], backends=["triton"], device="cpu", simulated=True)
+    assert len(report.timed) == 3 and not report.left and not any(report.dropped.values())
+    for needs in (None, table.ALL, run.FIRST_LAYER):
+        assert mixed(2, 4, 16, needs) == ("triton" if speed == "fast" else "reference")
+        assert mixed(3, 4, 16, needs) == mixed(2, 5, 16, needs) == "reference"
+
+
+def test_the_command_asks_for_mixed_batches_of_models(monkeypatch):
+    def asked(*more):
+        found = []
+        monkeypatch.setattr(run, "tune", lambda shapes, *_, **options: found.extend(shapes) or run.Report(*[{}] * 5))
+        assert command.main(["--model", "vit_b", "--batch", "1", "64", *more]) == 0
+        return {(M, *rest[3:]) for M, *rest in found if len(rest) > 3}
+
+    assert asked("--device", "cuda") == {(64 * 197, 8, 64), (64 * 197, 64, 64)}
+    assert asked("--adapters", "2") == {(197, 2, 1), (64 * 197, 2, 64)}
+    assert not asked("--device", "cuda", "--adapters") | asked("--device", "cpu") | asked("--backend", "cuda")
 
 
 def test_entries_of_the_other_ops():
@@ -400,8 +467,6 @@ def test_a_cpu_is_tuned_by_instruction_set(monkeypatch):
 
 
 def test_an_unproven_gpu_is_told_of_the_command_once(monkeypatch, caplog):
-    from efft_kernels.ops import dispatch
-
     device = torch.device("cuda", 0)
     monkeypatch.setattr(table, "gpu", lambda index: ("Some GPU", "sm_90"))
     for module in (cuda, plans.module("triton")):
@@ -421,8 +486,8 @@ def test_an_unproven_gpu_is_told_of_the_command_once(monkeypatch, caplog):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="backends must be of .*got 'reference'"):
         tune([(1, 2, 3, 4)], backends=["reference"])
-    for bad in ((1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 1.5)):
-        with pytest.raises(ValueError, match="positive integers, got"):
+    for bad in ((1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 1.5), (64, 16, 32, 4, 2), (64, 16, 32, 4, 2, 3)):
+        with pytest.raises(ValueError, match="positive integers, M a multiple of B, got"):
             tune([(8, 8, 8, 8), bad])
     with pytest.raises(ValueError, match="minutes must be a positive number, got 0"):
         tune([(8, 8, 8, 8)], minutes=0)
@@ -435,20 +500,16 @@ def test_the_command(quick, monkeypatch, capsys):
     assert command.main(["--shapes", "160,64,96,5", "--backend", "cuda", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "hopper tile192 is right in" in out and "chosen: cuda" in out and str(table.user_file()) in out
-    for bad in (["--shapes", "1,2,3"], ["--batch", "0"], ["--dtype", "int8"]):
+    for bad in ("--shapes 1,2,3", "--batch 0", "--dtype int8", "--shapes 1,2,3,4 --adapters 2"):
         with pytest.raises(SystemExit):
-            command.main(bad)
+            command.main(bad.split())
     assert command.main(["--model", "no_such_model"]) == 1 and "no_such_model" in capsys.readouterr().err
 
 
 def test_sizes_of_models():
     M = 2 * 197
-    assert shapes.model_shapes("vit_b", 2, 8) == [
-        (M, 768, 2304, 8),
-        (M, 768, 768, 8),
-        (M, 768, 3072, 8),
-        (M, 3072, 768, 8),
-    ]
+    sizes = (768, 2304), (768, 768), (768, 3072), (3072, 768)
+    assert shapes.model_shapes("vit_b", 2, 8) == [(M, *size, 8) for size in sizes]
     assert len(set(shapes.model_shapes("swin_t", 64, 16))) == 16
     pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
     assert shapes.model_shapes("vit_base_patch16_224", 2, 8) == shapes.model_shapes("vit_b", 2, 8)
@@ -456,8 +517,6 @@ def test_sizes_of_models():
 
 
 def test_a_backend_without_kernels_for_the_dtypes_is_neither_proven_nor_dropped():
-    from efft_kernels.kernels.tuning import worker
-
     plan = {"op": "merge_"}
     job = {"task": "prove", "device": "cpu", "backend": "cpu", "plans": [plan], "dtypes": ["complex64"]}
     assert list(worker.events(job | {"simulated": True})) == [{"plan": plan, "cases": 0}]

@@ -6,7 +6,7 @@ import torch
 
 
 def tune(
-    shapes: Iterable[tuple[int, int, int, int]],  # (M, K, N, R) of each low-rank linear
+    shapes: Iterable[tuple[int, ...]],  # (M, K, N, R) of each low-rank linear, (M, K, N, R, A, B) of a mixed batch
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     **options,
 ):

@@ -57,6 +57,8 @@ def takes(backend: str, plan: dict, op: str, tensors: tuple, needs: list[bool] |
     kernels = module(backend)
     if kernels.unsupported(op, *tensors):
         return False
+    if "op" in plan:
+        return True
     x, weight = tensors[0], tensors[1 if op == table.LINEAR else 2]
     R = tensors[4].shape[0]
     if backend == "cuda":

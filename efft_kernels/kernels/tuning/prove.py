@@ -48,15 +48,18 @@ def make(*shape: int, std: float, like: torch.Generator, dtype: torch.dtype) -> 
     return torch.randn(*shape, generator=like, device=like.device).mul_(std).to(dtype)
 
 
-def linear_inputs(M: int, K: int, N: int, R: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple:
+def linear_inputs(
+    M: int, K: int, N: int, R: int, dtype: torch.dtype, device: torch.device, seed: int = 0, *A: int
+) -> tuple:
     """x, weight, bias, down, up, dy; the adapter's part is as large as the weight's, so that a missing one is seen.
 
     down has K contiguous, as groups hand it to the kernels of a GPU, and R where 16 does not divide K, as a parameter.
+    With a number of adapters, A, down and up are those of a mixed batch.
     """
     g = torch.Generator(device).manual_seed(seed)
-    sizes = ((M, K), 1), ((N, K), K**-0.5), ((N,), 1), ((R, K), K**-0.5), ((R, N), R**-0.5), ((M, N), 1)
+    sizes = ((M, K), 1), ((N, K), K**-0.5), ((N,), 1), ((*A, R, K), K**-0.5), ((*A, R, N), R**-0.5), ((M, N), 1)
     x, weight, bias, down, up, dy = (make(*size, std=std, like=g, dtype=dtype) for size, std in sizes)
-    return x, weight, bias, down.t() if K % 16 == 0 else down.t().contiguous(), up, dy
+    return x, weight, bias, down.mT if K % 16 == 0 else down.mT.contiguous(), up, dy
 
 
 def error(got: Tensor, plain: Tensor, exact: Tensor) -> float:

@@ -46,7 +46,7 @@ class Report(NamedTuple):
 
 
 def tune(
-    shapes: Iterable[tuple[int, int, int, int]],  # (M, K, N, R) of each low-rank linear
+    shapes: Iterable[tuple[int, ...]],  # (M, K, N, R) of each low-rank linear, (M, K, N, R, A, B) of a mixed batch
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     *,
     backends: Iterable[str] | None = None,
@@ -66,7 +66,8 @@ def tune(
     ``tuned.json`` in $EFFT_CACHE or the user's cache folder; deleting that file undoes the choice.
 
     Args:
-        shapes: (M, K, N, R), positive integers.
+        shapes: (M, K, N, R), positive integers; of a mixed batch also the numbers of its adapters and of its samples,
+            which have M / B rows each.
         dtypes: of the activations; a backend skips those that it has no kernels for.
         backends: of "cuda", "triton" and "cpu"; default: all that this device has.
         device: default: the current GPU if there is one, else the CPU.
@@ -81,8 +82,10 @@ def tune(
     """
     shapes, dtypes = [tuple(shape) for shape in shapes], list(dtypes)
     for shape in shapes:
-        if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"shapes must be of (M, K, N, R), positive integers, got {shape}")
+        B = shape[5] if len(shape) == 6 else 1
+        if len(shape) not in (4, 6) or not all(isinstance(n, int) and n > 0 for n in shape) or shape[0] % B:
+            of = "(M, K, N, R) or (M, K, N, R, A, B), positive integers, M a multiple of B"
+            raise ValueError(f"shapes must be of {of}, got {shape}")
     if not isinstance(minutes, int | float) or not minutes > 0:
         raise ValueError(f"minutes must be a positive number, got {minutes!r}")
     for name in backends or ():
@@ -229,15 +232,16 @@ class _Tuner:
 
     def time(self, shapes: list[tuple]) -> None:
         child = children.Child(self.worker)
-        jobs = [
-            (op, shape, dtype, needs)
-            for op, needs in ((table.LINEAR, None), (table.BACKWARD, table.ALL), (table.BACKWARD, FIRST_LAYER))
-            for dtype in self.dtypes
-            for shape in shapes
+        passes = ("", None), ("_backward", table.ALL), ("_backward", FIRST_LAYER)
+        jobs_of = lambda op, sizes: [
+            (op + more, each, dtype, needs) for more, needs in passes for dtype in self.dtypes for each in sizes
         ]
+        linear, mixed = ([shape for shape in shapes if len(shape) == count] for count in (4, 6))
+        jobs = jobs_of(table.LINEAR, linear)
         if self.backends != ["cpu"]:  # there, rules hold for the other ops
-            others = _other_ops(shapes[:1] if self.simulated else shapes, (1,) if self.simulated else (1, 12, 48))
+            others = _other_ops(linear[:1] if self.simulated else linear, (1,) if self.simulated else (1, 12, 48))
             jobs += [(op, sizes, dtype, None) for op, sizes in others for dtype in self.dtypes]
+        jobs += jobs_of(table.MIXED, mixed)
         each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs)) / 3))
         try:
             for op, shape, dtype, needs in jobs:
@@ -257,6 +261,9 @@ class _Tuner:
             if op in (table.LINEAR, table.BACKWARD):
                 able = plans.linear_plans(backend, self.device, shape[3])
             candidates += [(backend, plan) for plan in able if table.plan_name(plan) in proven]
+        if not candidates and op.startswith(table.MIXED):
+            self.left.append(f"{what}: no proven kernel is here for mixed batches; on a CPU rules hold")
+            return
 
         def on_event(event: dict) -> None:
             if "dropped" in event:

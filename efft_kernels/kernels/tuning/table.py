@@ -36,7 +36,7 @@ from .. import decisions
 FORMAT = 2
 SHIPPED = Path(__file__).with_name("tuned.json")
 GAIN = 0.97  # a kernel is chosen if it takes at most this part of plain torch's time
-LINEAR, BACKWARD = "lowrank_linear", "lowrank_linear_backward"
+LINEAR, BACKWARD, MIXED = "lowrank_linear", "lowrank_linear_backward", "mixed_linear"
 ALL = [True, False, False, True, True]  # needs of a backward with a frozen weight: (x, weight, bias, down, up)
 
 COMMAND = "python -m efft_kernels.tune"
@@ -245,10 +245,15 @@ def rank_class(R: int) -> int:
     return max(16, 1 << max(0, R - 1).bit_length())
 
 
-def key(op: str, dtype: torch.dtype, K: int, N: int, R: int, needs: list[bool] | None = None) -> str:
-    """The name of an entry; a backward is measured for each set of low-rank gradients, (x, down, up), apart."""
+def key(
+    op: str, dtype: torch.dtype, K: int, N: int, R: int, needs: list[bool] | None = None, A: int = 0, B: int = 0
+) -> str:
+    """The name of an entry; a backward is measured for each set of low-rank gradients, (x, down, up), apart, and a
+    mixed batch for each number of adapters and of samples, A and B.
+    """
+    mixed = f" A{A} B{B}" if A else ""
     wanted = "" if needs is None else " needs " + _wanted(needs)
-    return f"{op} {str(dtype)[6:]} K{K} N{N} R{rank_class(R)}{wanted}"
+    return f"{op} {str(dtype)[6:]} K{K} N{N} R{rank_class(R)}{mixed}{wanted}"
 
 
 def _wanted(needs: list[bool]) -> str:
@@ -257,19 +262,46 @@ def _wanted(needs: list[bool]) -> str:
 
 @cached
 def choice(device: torch.device, entry: str, M: int) -> Choice | None:
-    """What is on record for M rows: measured there, or chosen alike at the next smaller and the next larger M."""
-    name = device_name(device)
-    for devices in _files():
-        measured = devices.get(name, {}).get("measured", {}).get(entry, {})
-        rows = {int(m): row for m, row in measured.items() if _proven(row, device)}
-        if M in rows:
-            return _choice(rows[M], device)
-        below, above = max((m for m in rows if m < M), default=None), min((m for m in rows if m > M), default=None)
-        if below is not None and above is not None:
-            low, high = _choice(rows[below], device), _choice(rows[above], device)
-            if low.backend == high.backend:
-                return low if math.log(M / below) < math.log(above / M) else high
+    """What is on record for M rows: measured there, or chosen alike at all nearest smaller and larger sizes.
+
+    The size of a mixed batch is three numbers: adapters, samples, rows of each. A smaller one has no more of any.
+    """
+    equal, here = _size(entry, M)
+    for rows in (sizes.get(equal, {}) for sizes in _rows(device_name(device), device)):
+        if here in rows:
+            return _choice(rows[here], device)
+        above, below = [at for at in rows if _within(here, at)], [at for at in rows if _within(at, here)]
+        if above and below:
+            nearest = [at for at in above if not any(_within(other, at) for other in above if other != at)]
+            nearest += [at for at in below if not any(_within(at, other) for other in below if other != at)]
+            if len({_choice(rows[at], device).backend for at in nearest}) == 1:
+                return _choice(rows[min(nearest, key=lambda at: abs(math.log(at[-1] / here[-1])))], device)
     return None
+
+
+@cached
+def _rows(name: str, device: torch.device) -> list[dict[str, dict[tuple, dict]]]:
+    """{what must be equal: {size: row}} of the user's file, then of the shipped one: rows with a proven plan"""
+    found: list[dict[str, dict[tuple, dict]]] = [{}, {}]
+    for sizes, devices in zip(found, _files()):
+        for entry, rows in devices.get(name, {}).get("measured", {}).items():
+            for M, row in rows.items():
+                if _proven(row, device):
+                    equal, size = _size(entry, int(M))
+                    sizes.setdefault(equal, {})[size] = row
+    return found
+
+
+def _size(entry: str, M: int) -> tuple[str, tuple[int, ...]]:
+    """(the part of an entry that must be equal, the sizes that may lie between measured ones)"""
+    if mixed := re.search(r" A(\d+) B(\d+)", entry):
+        A, B = map(int, mixed.groups())
+        return entry.replace(mixed[0], ""), (A, B, M // B if B else 0)
+    return entry, (M,)
+
+
+def _within(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    return all(a <= b for a, b in zip(small, large))
 
 
 def _proven(row: dict, device: torch.device) -> dict[str, dict]:
@@ -335,10 +367,12 @@ def recorded_isa() -> str | None:
 def _entries(op: str, tensors: tuple, needs: list[bool] | None) -> list[tuple[str, int]]:
     """[(entry, M)] that a call goes by; M is what varies: rows of x, slices of a group, matrices of one merge"""
     dtype = tensors[0].dtype
-    if op in (LINEAR, BACKWARD):
-        N, K = tensors[2 if op == BACKWARD else 1].shape
-        wanted = None if op == LINEAR else needs or ALL
-        return [(key(op, dtype, K, N, tensors[4].shape[0], wanted), len(tensors[0]))]
+    if op.removesuffix("_backward") in (LINEAR, MIXED):
+        backward = op.endswith("_backward")
+        N, K = tensors[2 if backward else 1].shape
+        *A, R, _ = tensors[4].shape  # of up
+        mixed = (*A, len(tensors[-1])) if A else ()
+        return [(key(op, dtype, K, N, R, (needs or ALL) if backward else None, *mixed), len(tensors[0]))]
     if op.startswith("group_update"):
         (S, P, Q), N = tensors[-2].shape, tensors[-1].shape[1]
         return [(f"{op} {str(dtype)[6:]} P{P} Q{Q} N{N}", S)]

@@ -37,22 +37,24 @@ def plain_orders(op: str, needs: list[bool] | None) -> dict[str, Callable]:
 
 
 def _plain_here(op: str, needs: list[bool] | None) -> dict[str, Callable]:
-    """what a CPU would run otherwise, which may be another library's product"""
+    """what runs otherwise: on a CPU maybe another library's product, for a mixed batch one product per sample"""
     function = getattr(reference, op)
     return {"product first": lambda *given: function(*given, *([] if needs is None else [needs]))}
 
 
 def linear_copies(op: str, shape, dtype, device, needs) -> list[tuple]:
     """Inputs of the op, several times: more than a cache holds where memory allows it"""
-    M, K, N, R = shape
+    M, K, N, R, *mixed = shape
     size = M * (K + N) * torch.empty(0, dtype=dtype).element_size()
+    ids = [torch.arange(mixed[1], device=device) % mixed[0]] if mixed else []  # neighbours have different adapters
     copies = []
     for seed in range(max(2, min(6, int(5e8 / size)))):
-        x, weight, bias, down, up, dy = prove.linear_inputs(*shape, dtype, device, seed)
-        if op == table.LINEAR:
-            copies.append((x, weight, bias, down, up))
+        x, weight, bias, down, up, dy = prove.linear_inputs(M, K, N, R, dtype, device, seed, *mixed[:1])
+        if needs is None:
+            copies.append((x, weight, bias, down, up, *ids))
         else:
-            copies.append((dy, x if needs[3] else None, weight, down, up, x @ down if needs[4] else None))
+            p = (x.view(-1, M // mixed[1], K) @ down[ids[0]]).view(M, R) if mixed else x @ down
+            copies.append((dy, x if needs[3] else None, weight, down, up, p if needs[4] else None, *ids))
     return copies
 
 
@@ -61,12 +63,14 @@ def time_linear(
 ) -> Iterator[dict]:
     """Events for one op at one size: {"at": ...} before each risky launch, then {"row": ...} for the table.
 
+    shape: M, K, N, R; of a mixed batch also the numbers of its adapters and samples, A and B.
     A candidate is first compared with float64 at this very size; a wrong one is dropped and named.
     """
-    M, K, N, R = shape
+    M, K, N, R, *mixed = shape
+    size = " ".join(f"{name}{value}" for name, value in zip("MKNRAB", shape))
     yield {"at": {}}  # no plan is to blame if there is no memory for the inputs
     copies = linear_copies(op, shape, dtype, device, needs)
-    variants = plain_orders(op, needs) if device.type == "cuda" else _plain_here(op, needs)
+    variants = plain_orders(op, needs) if device.type == "cuda" and not mixed else _plain_here(op, needs)
     plain_names = list(variants)
     judged = _judge(op, copies[0], needs)
     made = {}
@@ -75,11 +79,11 @@ def time_linear(
     for backend, plan in candidates:
         if not plans.takes(backend, plan, op, copies[0], needs):
             continue
-        yield {"at": plan, "backend": backend, "case": f"{op} M{M} K{K} N{N} R{R}"}
+        yield {"at": plan, "backend": backend, "case": f"{op} {size}"}
         call = _called(backend, plan, op, needs)
         try:
             with plans.active(backend, plan):
-                prove.check(f"{op} M{M} K{K} N{N} R{R}", lambda: list(call(*copies[0])), *judged, device)
+                prove.check(f"{op} {size}", lambda: list(call(*copies[0])), *judged, device)
         except prove.Wrong as reason:
             yield {"backend": backend, "plan": plan, "dropped": str(reason)}
             continue
@@ -96,7 +100,7 @@ def time_linear(
             row[backend] = {"us": us[name], "plan": plan}
     best = {b: _bound(b, row[b]["plan"], op, needs, copies[0]) for b in row if b != "torch"}
     _add_host(row, {name: variants[name] for name in plain_names}, best, copies, device)
-    entry = table.key(op, dtype, K, N, R, needs)
+    entry = table.key(op, dtype, K, N, R, needs, *mixed)
     yield {"row": row, "entry": entry, "M": M, "us": us}
 
 
@@ -157,12 +161,9 @@ def _bound(backend: str, plan: dict, op: str, needs, given: tuple) -> Callable:
 
 def _judge(op: str, given: tuple, needs) -> tuple[list, list]:
     """(plain torch's results, those of float64)"""
-    if op == table.LINEAR:
-        x, weight, bias, down, up = given
-        exact = [x.double() @ weight.double().t() + bias.double(), x.double() @ down.double()]
-        return list(reference.lowrank_linear(*given)), [exact[0] + exact[1] @ up.double(), exact[1]]
-    wide = [None if t is None else t.double() for t in given]
-    return reference.lowrank_linear_backward(*given, needs), reference.lowrank_linear_backward(*wide, needs)
+    function, more = getattr(reference, op), () if needs is None else (needs,)
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in given]
+    return list(function(*given, *more)), list(function(*wide, *more))
 
 
 def interleaved(

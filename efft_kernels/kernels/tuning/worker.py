@@ -35,7 +35,7 @@ def events(job: dict) -> Iterator[dict]:
     candidates = [(backend, plan) for backend, plan in job["candidates"]]
     sizes = tuple(job["shape"])
     for dtype in dtypes:
-        if job["op"] in (table.LINEAR, table.BACKWARD):
+        if job["op"].removesuffix("_backward") in (table.LINEAR, table.MIXED):
             yield from timing.time_linear(job["op"], sizes, dtype, device, job["needs"], candidates, job["budget"])
         else:
             yield from timing.time_op(job["op"], sizes, dtype, device, candidates, job["budget"])
