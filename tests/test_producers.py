@@ -208,7 +208,7 @@ def test_a_changed_eps_and_an_unknown_norm():
 
 
 def test_inputs_are_rebuilt_on_a_cpu_unless_it_is_said_and_elsewhere_if_it_is():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    cpu, gpu = torch.zeros(1), torch.zeros(1, device="meta")
     for setting, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
         ek.rebuild_inputs(setting)
         assert (producers.rebuilds(cpu), producers.rebuilds(gpu)) == expected

@@ -104,8 +104,8 @@ Tensor empty(const std::vector<int64_t>& shape, const Tensor& like, bool float32
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type, device,
-                                                  index, &made));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type, device, index, &made));
   Tensor t(made);
 #ifdef EFFT_SIM
   memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());  // nan, to show what no kernel writes
@@ -117,6 +117,10 @@ Tensor zeros(std::vector<int64_t> shape, const Tensor& like) {
   return torch::stable::new_zeros(like, {shape.data(), shape.size()});
 }
 
+void launched(const char* error) {
+  STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "");
+}
+
 // Makes the device of a tensor current for as long as this object lives, and gives its current stream.
 class Stream {
  public:
@@ -126,6 +130,8 @@ class Stream {
   explicit Stream(const Tensor& t) : guard_(t.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch is not a CUDA build");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    // torch makes no context for a device that is current anyway, and tensor maps cannot be made without one
+    launched(use_device(t.get_device_index()));
   }
 #endif
   operator void*() const { return stream_; }
@@ -136,10 +142,6 @@ class Stream {
 #endif
   void* stream_ = nullptr;
 };
-
-void launched(const char* error) {
-  STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "");
-}
 
 // A matrix in memory. Element (i, j) is at (i / group) * outer + (i % group) * row + j * col.
 struct View {
@@ -494,10 +496,11 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   } else if (need_dp && !dp) {
     dp = form_p(rows, up_turned, stream);
   }
-  if (weight && !dx) form_dx(nullptr);
   if (x)  // (dp.T @ x).T
     sums.insert(sums.begin(), std::get<0>(pass(*x_rows, nullptr, matrix(*dp), true, hopper, stream)));
   complete(sums, stream);
+  // last, so that dx is in the L2 cache for what reads it next
+  if (weight && !dx) form_dx(nullptr);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);
   return grads;

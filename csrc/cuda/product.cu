@@ -84,6 +84,13 @@ const char* launch_all(Product* list, int32_t count, void* stream) {
 
 }  // namespace
 
+const char* use_device([[maybe_unused]] int32_t index) {
+#ifndef EFFT_SIM
+  if (const cudaError_t error = cudaSetDevice(index); error != cudaSuccess) return cudaGetErrorString(error);
+#endif
+  return nullptr;
+}
+
 const char* products(Dtype dtype, Product* list, int32_t count, void* stream) {
   return dtype == Dtype::bf16 ? launch_all<Bf16>(list, count, stream) : launch_all<F16>(list, count, stream);
 }

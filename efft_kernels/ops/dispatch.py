@@ -1,8 +1,8 @@
 """Which backend computes a call, and which way a call takes there: through torch's dispatcher or past it.
 
-A call skips the dispatcher when only autograd would have anything to do there; ``direct`` alone decides that, for
-forward and backward. A call is checked and given a backend once for each set of shapes, strides, dtypes and devices
-(``decisions``). At one row the short way saves 13 of 36 microseconds of a forward without gradients.
+A call skips the dispatcher when only autocast and autograd would have anything to do there, which Python does in a
+third of the time; ``direct`` alone decides that, for forward and backward. A call is checked and given a backend once
+for each set of shapes, strides, dtypes and devices (``decisions``).
 """
 
 import functools
@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -167,8 +167,8 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}  # other subclasses may want t
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors may skip the dispatcher: only autograd could have anything to do there"""
-    if torch.compiler.is_compiling() or _modes() or any_autocast() or tracing():
+    """Whether a call on these tensors may skip the dispatcher: only autocast and autograd could do anything there"""
+    if torch.compiler.is_compiling() or _modes() or tracing():
         return False
     if forward_ad._current_level >= 0 or _functorch_level() is not None:
         return False
@@ -176,6 +176,11 @@ def direct(*tensors: Tensor | None) -> bool:
         if type(t) not in _PLAIN:
             return False
     return True
+
+
+def direct_outside_autocast(*tensors: Tensor | None) -> bool:
+    """The same where autocast is off: for a backward, in which it has nothing to cast"""
+    return not any_autocast() and direct(*tensors)
 
 
 def records(*tensors: Tensor | None) -> bool:
@@ -207,6 +212,37 @@ def below_autograd(op, *args):
     """Call the op through the dispatcher, below the autograd and autocast keys"""
     with _BelowAutograd():
         return op(*args)
+
+
+class Call:
+    """How the function of an op calls it: directly where that is the same, else through torch's dispatcher.
+
+    op: as :func:`register` returns it. compute: what the op does, below autograd. function: its gradients, whose
+    ``apply`` takes ``compute`` before the arguments of the op. tensors: how many arguments, the first, are tensors.
+    """
+
+    def __init__(self, op, compute: Callable, function: type[torch.autograd.Function], tensors: int):
+        self.op, self.compute, self.tensors = op, compute, tensors
+        self.name = op._schema.name.partition("::")[2]
+        # without the part of torch.autograd.Function.apply that concerns torch.func, which `direct` has excluded
+        self._record = super(torch.autograd.Function, function).apply
+
+    def __call__(self, *args) -> Tensor:
+        """The op's first result"""
+        tensors = args[: self.tensors]
+        if not direct(*tensors):
+            refuse_transforms(self.name)
+            result = self.op(*args)
+        elif any_autocast() and torch.is_autocast_enabled(device := tensors[0].device.type):
+            args = _cast(device, args)
+            with _Exclude(_AUTOCAST[device]):
+                result = self._compute(args[: self.tensors], args)
+        else:
+            result = self._compute(tensors, args)
+        return result[0] if type(result) is tuple else result
+
+    def _compute(self, tensors: Sequence[Tensor | None], args: Sequence):
+        return self._record(self.compute, *args) if records(*tensors) else self.compute(*args)
 
 
 def once(backward: Callable) -> Callable:
@@ -270,25 +306,34 @@ def register(schema: str, compute: Callable, fake: Callable, function: type[torc
     return op
 
 
-def _autocast(op, device: str, cast: bool) -> Callable:
-    """A kernel for the autocast key: casts what autocast casts (float64 stays), then runs the op outside autocast"""
-    off = _KeySet(getattr(_Key, f"Autocast{device.upper()}"))
+_AUTOCAST = {device: _KeySet(getattr(_Key, f"Autocast{device.upper()}")) for device in ("cpu", "cuda")}
 
-    def kernel(*given):
-        args = given
+
+def _autocast(op, device: str, cast: bool) -> Callable:
+    """A kernel for the autocast key: casts what autocast casts, then runs the op outside of autocast"""
+
+    def kernel(*args):
         if cast:
-            dtype = torch.get_autocast_dtype(device)
-            args = [
-                a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-                for a in args
-            ]
-            x = args[0]
-            if x is not given[0] and x.requires_grad and given[0]._version:
-                x.efft_source_changed = True  # producers.py cannot see the tensor behind the cast
-            weight = given[1]
-            if type(weight) is torch.nn.Parameter and not weight.requires_grad and args[1] is not weight:
-                args[1].efft_cast_of = weight  # it outlives the step, so its cast need not
-        with _Exclude(off):
+            args = _cast(device, args)
+        with _Exclude(_AUTOCAST[device]):
             return op(*args)
 
     return kernel
+
+
+def _cast(device: str, given: Sequence) -> list:
+    """The arguments of a forward, x and weight first, as autocast casts them; float64 stays"""
+    dtype = torch.get_autocast_dtype(device)
+    args = [
+        a.to(dtype)
+        if isinstance(a, Tensor) and a.dtype != dtype and a.is_floating_point() and a.dtype != torch.float64
+        else a
+        for a in given
+    ]
+    x = args[0]
+    if x is not given[0] and x.requires_grad and given[0]._version:
+        x.efft_source_changed = True  # producers.py cannot see the tensor behind the cast
+    weight = given[1]
+    if type(weight) is torch.nn.Parameter and not weight.requires_grad and args[1] is not weight:
+        args[1].efft_cast_of = weight  # it outlives the step, so its cast need not
+    return args

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .dispatch import candidates, default_backend, direct, once, records
+from .dispatch import candidates, default_backend, direct_outside_autocast, once, records
 
 _MOST = 16
 _CPU = torch.device("cpu")
@@ -18,7 +18,12 @@ _CPU = torch.device("cpu")
 def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
     """The result if this association costs least, or None: then also for arguments that do not fit together."""
     # asked first: a symbolic size must not be read
-    if not isinstance(x, Tensor) or backend or not direct(x, weight, bias, u, sigma, v) or not x.is_cpu:
+    if (
+        not isinstance(x, Tensor)
+        or backend
+        or not direct_outside_autocast(x, weight, bias, u, sigma, v)
+        or not x.is_cpu
+    ):
         return None
     if (
         type(scale) not in (int, float)

@@ -5,17 +5,7 @@ from torch import Tensor
 
 from ..kernels import decisions
 from .checks import check_floats, check_product, check_scale, check_shape, check_tensors
-from .dispatch import (
-    below_autograd,
-    check_backend,
-    decide,
-    direct,
-    once,
-    records,
-    refuse_transforms,
-    register,
-    signature,
-)
+from .dispatch import Call, below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 
 
 def _check(sigma, v, scale) -> None:
@@ -77,7 +67,7 @@ class _GroupUpdate(torch.autograd.Function):
         sigma, v = ctx.saved_tensors
         _, need_sigma, need_v, _, _ = ctx.needs_input_grad
         args = dup, sigma, v, ctx.scale, [need_sigma, need_v], ctx.backend
-        grads = _backward(*args) if direct(dup, sigma, v) else below_autograd(_backward_op, *args)
+        grads = _backward(*args) if direct_outside_autocast(dup, sigma, v) else below_autograd(_backward_op, *args)
         return None, grads[0] if need_sigma else None, grads[-1] if need_v else None, None, None
 
 
@@ -87,6 +77,7 @@ _op = register(
     _forward_fake,
     _GroupUpdate,
 )
+_call = Call(_op, _forward, _GroupUpdate, tensors=2)
 _backward_op = register(
     "group_update_backward(Tensor dup, Tensor sigma, Tensor v, float scale, bool[] needs, str? backend=None) "
     "-> Tensor[]",
@@ -127,9 +118,4 @@ def group_update(
     scale = check_scale(scale)
     if backend is not None:
         check_backend(backend)
-    if not direct(sigma, v):
-        refuse_transforms("group_update")
-        return _op(sigma, v, scale, backend)
-    if records(sigma, v):
-        return _GroupUpdate.apply(_forward, sigma, v, scale, backend)
-    return _forward(sigma, v, scale, backend)
+    return _call(sigma, v, scale, backend)

@@ -8,17 +8,7 @@ from torch import Tensor
 
 from ..kernels import Kernels, decisions
 from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
-from .dispatch import (
-    below_autograd,
-    check_backend,
-    direct,
-    once,
-    records,
-    refuse_transforms,
-    register,
-    remember,
-    select,
-)
+from .dispatch import Call, below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
 from .producers import cast_again, kept_for, kept_weight
 
 
@@ -128,10 +118,15 @@ class _LowRankLinear(torch.autograd.Function):
         weight, down, up, p, *kept = ctx.saved_tensors
         weight = cast_again(weight, down.dtype)
         x = kept[0] if ctx.recipe is None else ctx.recipe.x(kept)
-        args = dy, x, weight, down, up, p, list(ctx.needs_input_grad[1:6]), ctx.backend
-        grads = _backward(*args) if direct(dy, x, weight, down, up, p) else below_autograd(_backward_op, *args)
+        needs = list(ctx.needs_input_grad[1:6])
+        args = dy, x, weight, down, up, p, needs, ctx.backend
+        grads = (
+            _backward(*args)
+            if direct_outside_autocast(dy, x, weight, down, up, p)
+            else below_autograd(_backward_op, *args)
+        )
         found = iter(grads)
-        return None, *[next(found) if need else None for need in ctx.needs_input_grad[1:6]], None
+        return None, *[next(found) if need else None for need in needs], None
 
 
 _op = register(
@@ -141,6 +136,7 @@ _op = register(
     _forward_fake,
     _LowRankLinear,
 )
+_call = Call(_op, _forward, _LowRankLinear, tensors=5)
 _backward_op = register(
     "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? p, bool[] needs, "
     "str? backend=None) -> Tensor[]",
@@ -182,9 +178,4 @@ def lowrank_linear(
             check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up)
     if backend is not None:
         check_backend(backend)
-    if not direct(x, weight, bias, down, up):
-        refuse_transforms("lowrank_linear")
-        return _op(x, weight, bias, down, up, backend)[0]
-    if records(x, weight, bias, down, up):
-        return _LowRankLinear.apply(_forward, x, weight, bias, down, up, backend)
-    return _forward(x, weight, bias, down, up, backend)[0]
+    return _call(x, weight, bias, down, up, backend)

@@ -8,17 +8,7 @@ from torch import Tensor
 from ..kernels import decisions
 from ..kernels.memory import check_memory
 from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors
-from .dispatch import (
-    below_autograd,
-    check_backend,
-    decide,
-    direct,
-    once,
-    records,
-    refuse_transforms,
-    register,
-    signature,
-)
+from .dispatch import Call, below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 from .producers import cast_again, kept_for, kept_weight
 
 
@@ -125,7 +115,11 @@ class _MixedLinear(torch.autograd.Function):
         weight = cast_again(weight, down.dtype)
         x = kept[0] if ctx.recipe is None else ctx.recipe.x(kept)
         args = dy, x, weight, down, up, p, ids, list(ctx.needs_input_grad[1:6]), ctx.backend
-        grads = _backward(*args) if direct(dy, x, weight, down, up, p, ids) else below_autograd(_backward_op, *args)
+        grads = (
+            _backward(*args)
+            if direct_outside_autocast(dy, x, weight, down, up, p, ids)
+            else below_autograd(_backward_op, *args)
+        )
         found = iter(grads)
         return None, *[next(found) if need else None for need in ctx.needs_input_grad[1:6]], None, None
 
@@ -137,6 +131,7 @@ _op = register(
     _forward_fake,
     _MixedLinear,
 )
+_call = Call(_op, _forward, _MixedLinear, tensors=6)
 _backward_op = register(
     "mixed_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? p, Tensor ids, "
     "bool[] needs, str? backend=None) -> Tensor[]",
@@ -178,9 +173,4 @@ def mixed_linear(
     check_tensors(x=x, weight=weight, bias=x if bias is None else bias, down=down, up=up, ids=ids)
     if backend is not None:
         check_backend(backend)
-    if not direct(x, weight, bias, down, up, ids):
-        refuse_transforms("mixed_linear")
-        return _op(x, weight, bias, down, up, ids, backend)[0]
-    if records(x, weight, bias, down, up):
-        return _MixedLinear.apply(_forward, x, weight, bias, down, up, ids, backend)
-    return _forward(x, weight, bias, down, up, ids, backend)[0]
+    return _call(x, weight, bias, down, up, ids, backend)

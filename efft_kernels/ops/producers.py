@@ -42,9 +42,9 @@ def rebuild_inputs(enabled: bool | None) -> None:
     _enabled = None if enabled is None else bool(enabled)
 
 
-def rebuilds(device: torch.device) -> bool:
-    """Whether inputs on this device are rebuilt."""
-    return device.type == "cpu" if _enabled is None else _enabled
+def rebuilds(t: Tensor) -> bool:
+    """Whether inputs on the device of t are rebuilt."""
+    return t.is_cpu if _enabled is None else _enabled
 
 
 class _Share:
@@ -107,7 +107,7 @@ def _check_versions(tensors: list[Tensor], versions: tuple[int, ...]) -> None:
 
 def kept_for(x: Tensor) -> tuple[Recipe | None, tuple[Tensor, ...]]:
     """What a forward saves in order to have x in its backward: (None, (x,)) or (recipe, the tensors that it takes)."""
-    if rebuilds(x.device) and (node := x.grad_fn) is not None and not x._version and x.is_contiguous():
+    if rebuilds(x) and (node := x.grad_fn) is not None and not x._version and x.is_contiguous():
         found = _find(x, node)
         if found is not None:
             return found
@@ -116,7 +116,7 @@ def kept_for(x: Tensor) -> tuple[Recipe | None, tuple[Tensor, ...]]:
 
 def kept_weight(weight: Tensor) -> Tensor:
     """What a forward saves of a weight: the frozen parameter itself where this is what autocast has made of it"""
-    return getattr(weight, "efft_cast_of", weight) if rebuilds(weight.device) else weight
+    return getattr(weight, "efft_cast_of", weight) if rebuilds(weight) else weight
 
 
 def cast_again(weight: Tensor, dtype: torch.dtype) -> Tensor:
