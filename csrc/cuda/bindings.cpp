@@ -496,11 +496,10 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   } else if (need_dp && !dp) {
     dp = form_p(rows, up_turned, stream);
   }
+  if (weight && !dx) form_dx(nullptr);
   if (x)  // (dp.T @ x).T
     sums.insert(sums.begin(), std::get<0>(pass(*x_rows, nullptr, matrix(*dp), true, hopper, stream)));
   complete(sums, stream);
-  // last, so that dx is in the L2 cache for what reads it next
-  if (weight && !dx) form_dx(nullptr);
   if (dx) grads.push_back(*dx);
   for (const Sum& sum : sums) grads.push_back(sum.out);
   return grads;

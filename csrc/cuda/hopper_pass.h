@@ -2,9 +2,9 @@
 // hopper_pass_*.cu. ddown.T = dp.T @ x is the first of the two products alone.
 //
 // One thread loads tiles of 64 x 64 numbers of dy by TMA; two warpgroups read them from shared memory. A tile is the A
-// operand of both products: k-major for dp, transposed for dup, whose rows are the columns of dy. Both products have
-// only 16 or 32 columns, the ranks, so every byte of dy is read from global memory once and from shared memory twice.
-// dup stays in registers for a whole run of rows; each run then writes a slot of float32 numbers, and reduce() sums the
+// operand of both products: k-major for dp, transposed for dup, whose rows are the columns of dy. Both products have only
+// 16 or 32 columns, the ranks, so every byte of dy is read from global memory once and from shared memory twice. dup
+// stays in registers for a whole run of rows; each run then writes a slot of float32 numbers, and reduce() sums the
 // slots. There are two ways to share the work:
 //
 // ROWS      Where dy is narrow, each warpgroup has runs of its own with all columns. dp is complete in its registers.
@@ -21,7 +21,7 @@
 
 namespace efft::cuda {
 
-constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;   // The last warp issues the TMA loads.
+constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;  // The last warp issues the TMA loads.
 constexpr int PASS_ROWS = 64, PASS_TILE = PASS_ROWS * LINE;  // rows and bytes of a tile of dy
 static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS && CONSUMERS == HOPPER_PASS_WORKERS,
               "the plan and bindings.cpp count by these");
@@ -29,9 +29,8 @@ static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS && C
 struct HopperPass {
   TensorMap dy, up, p;
   int32_t M, R;
-  int32_t runs;   // run r has every runs-th tile of 64 rows, from the r-th on
-  int32_t parts;  // blocks across the columns, which form a cluster for dp
-  uint16_t* dp;   // [M, R], rows dp_row apart; dp_row is even
+  int32_t tiles, parts;  // tiles of 64 rows per run; blocks across the columns, which form a cluster for dp
+  uint16_t* dp;          // [M, R], rows dp_row apart; dp_row is even
   int32_t dp_row;
   float* slots;  // [runs, parts, TILES, RANKS / 8, WARPGROUP, 4]: accumulators as the threads hold them
 };
@@ -41,8 +40,8 @@ struct HopperPassTile {
   static constexpr int TILES = TILES_, RANKS = RANKS_;
   static constexpr bool DP = DP_, ROWS = ROWS_;
   static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // in bytes; P for one stage
-  static constexpr int INBOX = DP && !ROWS ? PASS_ROWS * RANKS * 4 : 0;                // bytes per warpgroup
-  static constexpr int P_RINGS = ROWS ? CONSUMERS : 1;                                 // of the tiles of p
+  static constexpr int INBOX = DP && !ROWS ? PASS_ROWS * RANKS * 4 : 0;  // bytes per warpgroup
+  static constexpr int P_RINGS = ROWS ? CONSUMERS : 1;                   // of the tiles of p
   // Given the stages of dy for each warpgroup, the stages of p, for more rows than those of dy can hold: p of a row has
   // been read long before its stage is filled again, because the tiles of that row had to be read for the tiles loaded
   // since.
@@ -89,18 +88,12 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   const auto inbox = [&](int consumer, int turn) { return inboxes + (consumer * 2 + turn) * Tile::INBOX; };
 
   const int part = int(blockIdx.x) % g.parts;
-  // The run of a warpgroup, how many tiles of rows it has, and the first row of one of them. All runs go from the last
-  // rows to the first: what wrote dy has left its end in the L2 cache, and the kernel of dx starts where this one ends.
+  // The run of a warpgroup, its first tile of rows, and how many of these it has.
   const auto run_of = [&](int consumer) {
     return ROWS ? CONSUMERS * int(blockIdx.x) + consumer : int(blockIdx.x) / g.parts;
   };
-  const auto count_of = [&](int consumer) {
-    const int run = run_of(consumer);  // the second warpgroup of the last block may have none
-    return run < g.runs ? cdiv(cdiv(g.M, PASS_ROWS) - run, g.runs) : 0;
-  };
-  const auto row_of = [&](int consumer, int row) {
-    return ((count_of(consumer) - 1 - row) * g.runs + run_of(consumer)) * PASS_ROWS;
-  };
+  const auto first_of = [&](int consumer) { return run_of(consumer) * g.tiles; };
+  const auto count_of = [&](int consumer) { return least(g.tiles, cdiv(g.M, PASS_ROWS) - first_of(consumer)); };
   if (threadIdx.x == CONSUMERS * WARPGROUP) {
     prefetch_map(&g.dy), prefetch_map(&g.p);
     if constexpr (DP) prefetch_map(&g.up);
@@ -143,7 +136,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       };
 #pragma unroll 1
       for (int row = 0; row < count_of(0); ++row, p_ring.next()) {  // The second warpgroup has no more than the first.
-        const int m0 = row_of(0, row), m1 = row_of(1, row);
+        const int m0 = (first_of(0) + row) * PASS_ROWS, m1 = (first_of(1) + row) * PASS_ROWS;
         const bool second = row < count_of(1);
         load_p(0, m0);
         if (ROWS && second) load_p(1, m1);
@@ -160,11 +153,11 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   const int consumer = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
   const int warp = thread / WARP, lane = threadIdx.x % WARP;
   const int rank = DP && !ROWS ? cluster_rank() : 0;
-  const int run = run_of(consumer), count = count_of(consumer);
+  const int run = run_of(consumer), first = first_of(consumer), count = count_of(consumer);
 
   // Stores 4 numbers of dp as the accumulators hold them: ranks v * 8 to v * 8 + 7 of the rows of `row`.
   const auto store_dp = [&](const float* four, int row, int v) {
-    const int m = row_of(consumer, row) + warp * 16 + lane / 4, r = v * 8 + lane % 4 * 2;
+    const int m = (first + row) * PASS_ROWS + warp * 16 + lane / 4, r = v * 8 + lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (m + half * 8 < g.M && r < g.R)
@@ -178,7 +171,7 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };
   uint64_t* const arrived = dp_full + consumer * 2;
 
-  const auto send = [&](const float (&dp)[RANKS / 2], int row) {
+  const auto send = [&](const float(&dp)[RANKS / 2], int row) {
     const int turn = row % 2;
     if (thread == 0) barrier_expect(arrived + turn, Tile::INBOX);
 #pragma unroll
@@ -270,8 +263,8 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       }
     }
     if (count < 1) return;  // the second warpgroup of the last block
-    uint4* const slot =
-        reinterpret_cast<uint4*>(g.slots) + int64_t(run * g.parts + part) * TILES * (RANKS / 8) * WARPGROUP;
+    uint4* const slot = reinterpret_cast<uint4*>(g.slots) +
+                        int64_t(run * g.parts + part) * TILES * (RANKS / 8) * WARPGROUP;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
 #pragma unroll
@@ -292,7 +285,7 @@ template <class T, class Tile>
 const char* launch_hopper_pass(const DyPass& g, const HopperPassPlan& plan, void* stream) {
   constexpr int RANKS = Tile::RANKS;
   HopperPass h{};
-  h.M = g.M, h.R = g.R, h.runs = plan.runs, h.parts = plan.parts;
+  h.M = g.M, h.R = g.R, h.tiles = plan.rows / PASS_ROWS, h.parts = plan.parts;
   h.dp = static_cast<uint16_t*>(g.dp_slots), h.dp_row = g.dp_row;
   h.slots = static_cast<float*>(g.dup_slots);
   const char* error = make_map(&h.dy, g.dy.data, g.M, g.N, g.dy.row, PASS_ROWS, CELLS, LINE);

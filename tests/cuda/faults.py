@@ -124,13 +124,9 @@ HOPPER_PASS = {
     "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
     "barriers_before_all_know": ("  cluster_sync();\n", ""),
     "wrong_slot": ("((STEP * i + FIRST) * (RANKS / 8) + v)", "((COUNT * FIRST + i) * (RANKS / 8) + v)"),
-    "the_rows_of_the_first_run": (
-        "(count_of(consumer) - 1 - row) * g.runs + run_of(consumer)",
-        "(count_of(consumer) - 1 - row) * g.runs",
-    ),
-    "the_rows_of_the_other_warpgroup": ("m1 = row_of(1, row)", "m1 = row_of(0, row)"),
-    "dp_of_the_first_warpgroup": ("row_of(consumer, row) + warp * 16", "row_of(0, row) + warp * 16"),
-    "a_run_too_many": ("run < g.runs", "true"),
+    "the_rows_of_the_first_run": ("(first_of(0) + row) * PASS_ROWS", "row * PASS_ROWS"),
+    "the_rows_of_the_other_warpgroup": ("(first_of(1) + row) * PASS_ROWS", "(first_of(0) + row) * PASS_ROWS"),
+    "dp_of_the_first_warpgroup": ("(first + row) * PASS_ROWS", "(first_of(0) + row) * PASS_ROWS"),
     "a_slot_for_both": ("int64_t(run * g.parts + part)", "int64_t(run / 2 * g.parts + part)"),
 }
 
