@@ -63,6 +63,8 @@ TRAIN = {  # name of the files -> options beside the methods
     "train_step_graph": ["--graph"],
     "swin_t_train_step": ["--model", "swin_t"],
     "swin_t_train_step_graph": ["--model", "swin_t", "--graph"],
+    "train_step_compile_graph": ["--compile", "--graph"],
+    "train_step_autocast": ["--dtype", "float32", "--autocast"],
     "train_step_compile": ["--compile"],
 }
 OTHER_BATCHES = [1, 8, 32, 128, 16, 256]  # tuned with what is left of the time, in this order

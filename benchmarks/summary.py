@@ -70,14 +70,15 @@ def train_step() -> Table:
     records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
     gpus = [folder for folder, _ in recorded()]
     kinds = [(name, "train_step") for name in [*records, *gpus]]
-    kinds += [(name, "train_step_graph") for name in gpus if (RESULTS / name / "train_step_graph.json").exists()]
+    for kind in ("train_step_graph", "train_step_compile_graph"):
+        kinds += [(name, kind) for name in gpus if (RESULTS / name / f"{kind}.json").exists()]
     records += gpus
     head, columns, rounds = ["training step of ViT-B"], [], set()
     for name, kind in kinds:
         run, steps = _steps(name, kind)
         arguments = run["arguments"]
-        graph = ", CUDA graph" if arguments.get("graph") else ""
-        head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}{graph}")
+        mode = "" if (mode := _mode(arguments)) == "eager" else f", {mode}"
+        head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}{mode}")
         rounds |= {row["rounds"] for row in steps.values()}
         columns.append({method: f"{digits(r['ms'])} ms, {_mib(_memory(r))} MiB" for method, r in steps.items()})
     methods = ["efft2", "peft_lora", "full", "released_efft"]
@@ -143,7 +144,8 @@ def gpu_train_step() -> Table:
 
 
 def _mode(arguments: dict) -> str:
-    return "CUDA graph" if arguments.get("graph") else "torch.compile" if arguments.get("compile") else "eager"
+    modes = {"autocast": "autocast", "compile": "torch.compile", "graph": "CUDA graph"}
+    return ", ".join(mode for name, mode in modes.items() if arguments.get(name)) or "eager"
 
 
 def lora() -> Table:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from operands import strided
 from torch.library import opcheck
 
 import efft_kernels
-from efft_kernels import efft_linear, group_update, lowrank_linear, merge_
+from efft_kernels import efft_linear, group_update, lowrank_linear, merge_, mixed_linear
 from efft_kernels.kernels import decisions, reference
 from efft_kernels.ops import dispatch
 
@@ -357,6 +358,22 @@ def test_autocast(backend):
     with torch.autocast("cpu", torch.bfloat16):
         y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors)
+
+
+def test_plain_calls_go_past_the_dispatcher(backend, monkeypatch):
+    refuse = lambda *args: pytest.fail("the dispatcher costs the host as much as the call")
+    for name in ("lowrank_linear", "group_update", "mixed_linear"):
+        module = sys.modules[f"efft_kernels.ops.{name}"]
+        monkeypatch.setattr(module._call, "op", refuse)
+        monkeypatch.setattr(module, "below_autograd", refuse)
+    for autocast in (False, True):
+        x, weight, bias, down, up = make(grad=True)
+        v = up.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = lowrank_linear(x, weight, bias, down, group_update(torch.eye(len(up))[None], v, backend=backend)[0])
+            y = y + mixed_linear(x, weight, bias, down[None], up[None], torch.zeros(len(x), dtype=torch.int64))
+        y.float().sum().backward()
+        assert all(t.grad.abs().sum() > 0 for t in (x, weight, bias, down, up, v))
 
 
 def test_backends_says_what_and_why():

@@ -555,6 +555,12 @@ def test_one_setting_for_all_data_sets(tmp_path):
         runs.choose_together(grid, store)
 
 
+def test_where_every_run_failed_the_reasons_are_said_instead_of_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vtab1k, "offline", lambda args: ([("lora", [])], {}, {"lora on cifar10": "TimeoutError: late"}))
+    assert vtab1k.main(["--offline", "--out", str(tmp_path)]) == 1
+    assert "lora on cifar10" in "".join(capsys.readouterr()) and not (tmp_path / "table.md").exists()
+
+
 def test_offline_settings_are_settings():
     """every entry of the plan, the optional ones included, makes a run"""
     from efft_kernels.finetune import methods

@@ -531,7 +531,7 @@ def work(args: argparse.Namespace) -> dict[str, str]:
         failures, records = sweep(args), []
     else:
         records, groups, failures = offline(args) if args.offline else benchmark(args)
-    if records and RANK == 0:
+    if RANK == 0 and any(found for _, found in records):
         print(write_report(args, records, groups))
     return failures
 

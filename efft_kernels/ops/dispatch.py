@@ -298,9 +298,11 @@ def register(schema: str, compute: Callable, fake: Callable, function: type[torc
             args += (None,) * (count - len(args))  # the dispatcher leaves out a backend that is None
             if forward_ad._current_level >= 0:
                 raise RuntimeError(_REFUSAL.format(name))
-            if records(*[a for a in args if isinstance(a, Tensor)]):
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            if records(*tensors):
                 return function.apply(below, *args)
-            return below(*args)
+            # in a compiled graph, which differentiates by itself: the dispatcher need not be asked again
+            return compute(*args) if direct_outside_autocast(*tensors) else below(*args)
 
         _library.impl(name, autograd, "Autograd")
     return op
