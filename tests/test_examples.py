@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,30 +12,28 @@ import torch
 from models import timm
 from safetensors.torch import load_file
 
-from efft_kernels import extras
-
 timm()
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# PyPI's torchvision cannot be imported with a CPU build of torch; the timm() of models.py declares what it misses
-HELPED = "import runpy, sys; sys.path.insert(0, {tests!r}); from models import timm; timm(); del sys.argv[0]; "
-HELPED += "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def run(name: str, folder: Path, *arguments: str) -> str:
-    starter = ["-c", HELPED.format(tests=str(TESTS))] if extras._declared else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, *starter, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, which has imported what takes most of the time, and returns what it printed."""
+
+    def run(name: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_finetune_timm(tmp_path):
-    printed = run("finetune_timm.py", tmp_path)
+def test_finetune_timm(run, tmp_path):
+    printed = run("finetune_timm.py")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
     assert losses[-1] < 0.5 * losses[0]
     assert float(printed.split()[-1]) < 1e-4
@@ -43,17 +42,17 @@ def test_finetune_timm(tmp_path):
 
 
 @pytest.mark.slow
-def test_peft_trainer(tmp_path):
+def test_peft_trainer(run, tmp_path):
     pytest.importorskip("peft")
-    printed = run("peft_trainer.py", tmp_path)
+    printed = run("peft_trainer.py")
     assert "trainable params" in printed
     assert float(printed.split()[-1]) >= 0.9
     assert (tmp_path / "peft_example" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
-def test_many_adapters(tmp_path):
-    printed = run("many_adapters.py", tmp_path)
+def test_many_adapters(run):
+    printed = run("many_adapters.py")
     assert "refused: " in printed
     assert "[200, 10, 196, 200]" in printed
 
