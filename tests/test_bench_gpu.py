@@ -53,10 +53,7 @@ def test_a_dry_run_exercises_every_step(tmp_path):
 
 def test_a_step_that_hangs_or_fails_ends_alone(tmp_path, monkeypatch):
     run = gpu.Run(tmp_path, 5)
-    never = (
-        "import json, subprocess; print('@@' + json.dumps(dict(a=1))); print('b', flush=True); "
-        "subprocess.run(['sleep', '600'])"
-    )
+    never = "import subprocess; print('@@{\"a\": 1}\\nb', flush=True); subprocess.run(['sleep', '600'])"
     assert run.step("hangs", [sys.executable, "-c", never], 5) == [{"a": 1}]
     assert run.step("fails", [sys.executable, "-c", "raise SystemExit('why')"], 60) == []
     run.end = run.start
