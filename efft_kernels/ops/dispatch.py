@@ -308,6 +308,7 @@ def register(schema: str, compute: Callable, fake: Callable, function: type[torc
     return op
 
 
+_CAST = {torch.float32, torch.float16, torch.bfloat16}
 _AUTOCAST = {device: _KeySet(getattr(_Key, f"Autocast{device.upper()}")) for device in ("cpu", "cuda")}
 
 
@@ -326,12 +327,7 @@ def _autocast(op, device: str, cast: bool) -> Callable:
 def _cast(device: str, given: Sequence) -> list:
     """The arguments of a forward, x and weight first, as autocast casts them; float64 stays"""
     dtype = torch.get_autocast_dtype(device)
-    args = [
-        a.to(dtype)
-        if isinstance(a, Tensor) and a.dtype != dtype and a.is_floating_point() and a.dtype != torch.float64
-        else a
-        for a in given
-    ]
+    args = [a.to(dtype) if isinstance(a, Tensor) and a.dtype is not dtype and a.dtype in _CAST else a for a in given]
     x = args[0]
     if x is not given[0] and x.requires_grad and given[0]._version:
         x.efft_source_changed = True  # producers.py cannot see the tensor behind the cast
