@@ -138,10 +138,8 @@ def test_a_linear_is_its_own_product_and_the_update(base, dtype):
     linear = model.blocks[0].mlp.fc1
     shake(ek.inject(model, PLAIN))
     x = torch.randn(3, 7, 192).to(dtype)
-    assert linear is model.blocks[0].mlp.fc1 and type(own).__name__ in (
-        linear.base.__name__,
-        f"Parametrized{linear.base.__name__}",
-    )
+    assert linear is model.blocks[0].mlp.fc1
+    assert type(own).__name__ in (linear.base.__name__, f"Parametrized{linear.base.__name__}")
     dy = torch.randn(3, 7, 768).to(dtype)
 
     def run(update, factors):

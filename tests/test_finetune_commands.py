@@ -90,9 +90,8 @@ def test_predict_any_number_of_images(run, tmp_path, capsys):
     assert {row["label"] for row in rows} <= {"a", "<b> & c"} and all(0.5 <= float(row["probability"]) for row in rows)
     assert cli.main(["predict", str(run), rows[0]["image"]]) == cli.DONE
     file, label, p = capsys.readouterr().out.rstrip("\n").split("\t")
-    assert (file, label) == (rows[0]["image"], rows[0]["label"]) and abs(
-        float(p) - float(rows[0]["probability"])
-    ) < 2e-4
+    assert (file, label) == (rows[0]["image"], rows[0]["label"])
+    assert abs(float(p) - float(rows[0]["probability"])) < 2e-4
     assert cli.main(["predict", str(run), str(tmp_path / "new/bad.jpg")]) == cli.WRONG
     assert cli.main(["predict", str(run), str(tmp_path / "none")]) == cli.WRONG
     assert "none does not exist" in capsys.readouterr().err
@@ -144,11 +143,8 @@ def test_compare(run, tmp_path, capsys):
     out = tmp_path / "c.html"
     assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == cli.DONE
     head, one, two = capsys.readouterr().out.splitlines()[:3]
-    assert (
-        head.split()[:2] == ["run", "lr"]
-        and one.split()[:2] == ["one", "0.001"]
-        and two.split()[:2] == ["two", "0.002"]
-    )
+    starts = [line.split()[:2] for line in (head, one, two)]
+    assert starts == [["run", "lr"], ["one", "0.001"], ["two", "0.002"]]
     text = html(out)
     assert text.count("data:image/svg+xml") == 2 and "top-1 accuracy" in text
 

@@ -39,10 +39,8 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
 
 def test_thumbnails_and_metadata_of_other_programs(tmp_path, caplog):
     root = folder(tmp_path)
-    outside, inside = (
-        "@eaDir:__MACOSX:$RECYCLE.BIN:.git:iPod Photo Cache",
-        "@eaDir/0.png:thumbs:.thumbnails:@tmp:a.lrdata",
-    )
+    outside = "@eaDir:__MACOSX:$RECYCLE.BIN:.git:iPod Photo Cache"
+    inside = "@eaDir/0.png:thumbs:.thumbnails:@tmp:a.lrdata"
     for place in (*outside.split(":"), *(f"cat/{name}" for name in inside.split(":"))):
         picture(root / place / "SYNOPHOTO_THUMB_M.jpg")
     for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", ".git/1.png"):

@@ -90,10 +90,8 @@ def test_gradcheck(backend, device):
 
 def test_efft_linear_equals_the_dense_formula(backend, device):
     x = torch.randn(2, 3, 6, dtype=torch.float64, device=device)
-    weight, bias = (
-        torch.randn(15, 6, dtype=torch.float64, device=device),
-        torch.randn(15, dtype=torch.float64, device=device),
-    )
+    weight = torch.randn(15, 6, dtype=torch.float64, device=device)
+    bias = torch.randn(15, dtype=torch.float64, device=device)
     u, v = torch.randn(6, 2, dtype=torch.float64, device=device), torch.randn(4, 5, dtype=torch.float64, device=device)
     sigma = torch.randn(3, 2, 4, dtype=torch.float64, device=device)
     dw = torch.cat([10 * u @ core @ v for core in sigma], dim=1)

@@ -482,12 +482,7 @@ def test_divergence_is_a_result():
 
 @pytest.mark.slow
 def test_probe_learns_where_a_linear_head_can():
-    settings = {
-        "model": "vit_tiny_patch16_224",
-        "checkpoint": "random",
-        "image_size": 32,
-        "probe": {"epochs": 100, "lr": 1e-2},
-    }
+    settings = dict(model="vit_tiny_patch16_224", checkpoint="random", image_size=32, probe=dict(epochs=100, lr=1e-2))
     pytest.importorskip("sklearn")
     found = runs.measure(Run("digits", "linear", 0, "test", settings | {"test_images": 400}), Places(None, None, "cpu"))
     assert found["top1"] > 60  # random features separate digits; chance is 10 %
@@ -517,8 +512,11 @@ def test_offline_quick(tmp_path, capsys, monkeypatch):
     """The whole experiment on 96 training images: weights of a package, six methods, test, table and chart."""
     from sources import weights
 
-    few_images(monkeypatch)
+    from efft_kernels.finetune import plots
 
+    few_images(monkeypatch)
+    monkeypatch.setattr(plots, "as_svg", lambda figure: "")  # of the runs' reports; the chart is drawn
+    monkeypatch.setattr(plots, "curves", lambda file, record: None)
     try:
         weights("dinov2s_mri")
     except FileNotFoundError as error:

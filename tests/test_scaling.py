@@ -31,10 +31,8 @@ def agents(count: int, *flags: str) -> list[subprocess.Popen]:
     run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", "--nproc-per-node=1", endpoint]
     run += ["--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1", "-m", "efft_kernels.finetune.cli", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(count)
-    ]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen(run, env=environment, **pipes) for _ in range(count)]
 
 
 @pytest.mark.slow

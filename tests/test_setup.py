@@ -106,10 +106,8 @@ def test_kernels_of_aarch64(tmp_path):
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-psabi -static -DEFFT_AVAILABLE_ONLY".split()
     main = ROOT / "tests" / "sanitize" / "main.cpp"
     subprocess.run([CROSS, *flags, *sources, main, "-o", tmp_path / "main", "-lpthread"], check=True)
-    for processor, isas in (
-        ("max", ["neon_bf16: passed", "neon: passed", "portable"]),
-        ("cortex-a72", ["neon", "portable"]),
-    ):
+    processors = {"max": ["neon_bf16: passed", "neon: passed", "portable"], "cortex-a72": ["neon", "portable"]}
+    for processor, isas in processors.items():
         # emulated, each takes seconds; the portable ones are those that run on this machine
         run = [isa.removesuffix(": passed") for isa in isas if ":" in isa] or ["none"]
         done = subprocess.run([EMULATOR, "-cpu", processor, tmp_path / "main", *run], capture_output=True, text=True)
