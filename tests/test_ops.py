@@ -351,6 +351,7 @@ def test_autocast(backend):
     # float64 is not an autocast dtype, and a backward inside the region computes in the dtype of the forward
     with torch.autocast("cpu", torch.bfloat16):
         assert lowrank_linear(*make(dtype=torch.float64), backend=backend).dtype == torch.float64
+        assert lowrank_linear(*make(device="meta")).dtype == torch.float32  # of another device than autocast's
     tensors = make(grad=True)
     y = lowrank_linear(*tensors, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):

@@ -233,7 +233,7 @@ class Call:
         if not direct(*tensors):
             refuse_transforms(self.name)
             result = self.op(*args)
-        elif any_autocast() and torch.is_autocast_enabled(device := tensors[0].device.type):
+        elif any_autocast() and (device := _autocast_on(tensors[0])):
             args = _cast(device, args)
             with _Exclude(_AUTOCAST[device]):
                 result = self._compute(args[: self.tensors], args)
@@ -310,6 +310,12 @@ def register(schema: str, compute: Callable, fake: Callable, function: type[torc
 
 _CAST = {torch.float32, torch.float16, torch.bfloat16}
 _AUTOCAST = {device: _KeySet(getattr(_Key, f"Autocast{device.upper()}")) for device in ("cpu", "cuda")}
+
+
+def _autocast_on(t: Tensor) -> str | None:
+    """The kind of device of t, if it is one on which autocast is on and for which the ops have a kernel; else None"""
+    device = t.device.type
+    return device if device in _AUTOCAST and torch.is_autocast_enabled(device) else None
 
 
 def _autocast(op, device: str, cast: bool) -> Callable:
