@@ -446,7 +446,7 @@ def lines(value, indent: str = "") -> str:
     not finite
     """
     text, height = json.dumps(value, allow_nan=False), _height(value)
-    if height == 0 or (height <= 4 and len(text) <= 480):
+    if height == 0 or (height <= 4 and len(text) <= 1000):
         return text
     inner = indent + "  "
     if isinstance(value, dict):
