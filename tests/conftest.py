@@ -10,8 +10,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# the tests' tensors are too small for a second thread to help
+# The tests' tensors are too small for a second thread to help, here and in the processes that tests start: on a busy
+# machine two threads that wait for each other take many times the processor time of one.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # some names of tests hold numbers that are drawn at collection, and every process must find the same names
 torch.manual_seed(0)
 
