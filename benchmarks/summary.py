@@ -85,7 +85,7 @@ def train_step() -> Table:
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
         f"Medians of {min(rounds)} to {max(rounds)} rounds. Memory: the peak of a step without the model's weights, "
-        "plus optimizer state and packed weights. Zen 5: an earlier commit."
+        "plus optimizer state and packed weights. Zen 5 and H200: earlier commits."
     )
     return Table(head, rows, note, [*dict.fromkeys(records)])
 

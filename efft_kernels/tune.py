@@ -20,13 +20,13 @@ from .kernels.tuning.shapes import MODELS, model_shapes
 
 def shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) in (4, 6) and all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) in (4, 6) and all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         return tuple(map(int, parts))
     raise argparse.ArgumentTypeError(f"expected M,K,N,R or M,K,N,R,A,B, positive integers, got {text!r}")
 
 
 def positive(text: str) -> int:
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
 
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.adapters and not models:
             p.error("--adapters needs --model; a mixed batch of --shapes is M,K,N,R,A,B")
         shapes, mixes = args.shapes, not on_cpu and "triton" in (args.backend or run.BACKENDS)
+        if not mixes and (args.adapters or any(len(each) == 6 for each in shapes)):
+            p.error("mixed batches are timed for triton on a GPU; expected that backend and device for them")
         for m, B, R in itertools.product(models, batches, args.rank):
             found = model_shapes(m, B, R)
             adapters = {min(8, B), B} - {1} if args.adapters is None and mixes else args.adapters or []

@@ -352,6 +352,8 @@ def test_autocast(backend):
     with torch.autocast("cpu", torch.bfloat16):
         assert lowrank_linear(*make(dtype=torch.float64), backend=backend).dtype == torch.float64
         assert lowrank_linear(*make(device="meta")).dtype == torch.float32  # of another device than autocast's
+        x, weight, *rest = make()
+        assert lowrank_linear(x, weight.to(torch.float8_e4m3fn), *rest, backend=backend).dtype == torch.bfloat16
     tensors = make(grad=True)
     y = lowrank_linear(*tensors, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -373,6 +375,18 @@ def test_plain_calls_go_past_the_dispatcher(backend, monkeypatch):
             y = y + mixed_linear(x, weight, bias, down[None], up[None], torch.zeros(len(x), dtype=torch.int64))
         y.float().sum().backward()
         assert all(t.grad.abs().sum() > 0 for t in (x, weight, bias, down, up, v))
+
+
+def test_tensors_that_outlive_a_transform_are_tensors():
+    sigma, v, left = torch.randn(1, 3, 4, requires_grad=True), torch.randn(4, 5), []
+    torch.func.grad(lambda v: (left.append(v * 2), v.sum())[1])(v)
+    torch.testing.assert_close(group_update(sigma, left[0]), group_update(sigma, v * 2))
+
+
+def test_the_op_on_meta_tensors_computes_no_values(backend):
+    with torch.no_grad():
+        y, p = torch.ops.efft_kernels.lowrank_linear(*make(device="meta"), backend)
+    assert y.shape == (37, 48) and p.shape == (37, 5) and y.is_meta
 
 
 def test_backends_says_what_and_why():

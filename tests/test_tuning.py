@@ -342,6 +342,12 @@ def test_mixed_batches_are_timed_beside_plain_torch_and_chosen_where_they_gain(m
         assert mixed(3, 4, 16, needs) == mixed(2, 5, 16, needs) == "reference"
 
 
+def test_a_record_of_a_mixed_batch_has_rows_for_every_sample():
+    row = {"torch": 1.0, "triton": {"us": 1.0, "plan": {}}}
+    with pytest.raises(ValueError, match="A2 B4 M 3: a mixed batch has at least one row for each sample"):
+        table._checked({"GPU": {"proof": {}, "measured": {"mixed_linear bfloat16 K8 N8 R16 A2 B4": {"3": row}}}})
+
+
 def test_the_command_asks_for_mixed_batches_of_models(monkeypatch):
     def asked(*more):
         found = []
@@ -350,8 +356,11 @@ def test_the_command_asks_for_mixed_batches_of_models(monkeypatch):
         return {(M, *rest[3:]) for M, *rest in found if len(rest) > 3}
 
     assert asked("--device", "cuda") == {(64 * 197, 8, 64), (64 * 197, 64, 64)}
-    assert asked("--adapters", "2") == {(197, 2, 1), (64 * 197, 2, 64)}
+    assert asked("--device", "cuda", "--adapters", "2") == {(197, 2, 1), (64 * 197, 2, 64)}
     assert not asked("--device", "cuda", "--adapters") | asked("--device", "cpu") | asked("--backend", "cuda")
+    for bad in (["--device", "cpu"], ["--device", "cuda", "--backend", "cuda"]):
+        with pytest.raises(SystemExit):
+            asked(*bad, "--adapters", "2")
 
 
 def test_entries_of_the_other_ops():

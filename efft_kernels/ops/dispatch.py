@@ -1,8 +1,8 @@
 """Which backend computes a call, and which way a call takes there: through torch's dispatcher or past it.
 
-A call skips the dispatcher when only autocast and autograd would have anything to do there, which Python does in a
-third of the time; ``direct`` alone decides that, for forward and backward. A call is checked and given a backend once
-for each set of shapes, strides, dtypes and devices (``decisions``).
+A call skips the dispatcher when only autocast and autograd would have anything to do there, which is done here instead;
+``direct`` alone decides that, for forward and backward. A call is checked and given a backend once for each set of
+shapes, strides, dtypes and devices (``decisions``).
 """
 
 import functools
@@ -167,7 +167,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}  # other subclasses may want t
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors may skip the dispatcher: only autocast and autograd could do anything there"""
+    """Whether a call on these tensors may skip the dispatcher: only autocast (see Call) and autograd act there"""
     if torch.compiler.is_compiling() or _modes() or tracing():
         return False
     if forward_ad._current_level >= 0 or _functorch_level() is not None:
@@ -179,7 +179,7 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def direct_outside_autocast(*tensors: Tensor | None) -> bool:
-    """The same where autocast is off: for a backward, in which it has nothing to cast"""
+    """The same where autocast is off, for what casts nothing"""
     return not any_autocast() and direct(*tensors)
 
 
@@ -217,32 +217,33 @@ def below_autograd(op, *args):
 class Call:
     """How the function of an op calls it: directly where that is the same, else through torch's dispatcher.
 
-    op: as :func:`register` returns it. compute: what the op does, below autograd. function: its gradients, whose
-    ``apply`` takes ``compute`` before the arguments of the op. tensors: how many arguments, the first, are tensors.
+    compute: what the op does, below autograd. function: its gradients, whose ``apply`` takes ``compute`` before the
+    arguments of the op.
     """
 
-    def __init__(self, op, compute: Callable, function: type[torch.autograd.Function], tensors: int):
-        self.op, self.compute, self.tensors = op, compute, tensors
+    def __init__(self, op, compute: Callable, function: type[torch.autograd.Function]):
+        self.op, self.compute, self._record = op, compute, function.apply
         self.name = op._schema.name.partition("::")[2]
-        # without the part of torch.autograd.Function.apply that concerns torch.func, which `direct` has excluded
-        self._record = super(torch.autograd.Function, function).apply
+        self.tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)  # the first arguments
+        self.several = len(op._schema.returns) > 1
 
     def __call__(self, *args) -> Tensor:
         """The op's first result"""
         tensors = args[: self.tensors]
         if not direct(*tensors):
             refuse_transforms(self.name)
-            result = self.op(*args)
-        elif any_autocast() and (device := _autocast_on(tensors[0])):
+            return self._first(self.op(*args))
+        if any_autocast() and (device := tensors[0].device.type) in _AUTOCAST and torch.is_autocast_enabled(device):
             args = _cast(device, args)
             with _Exclude(_AUTOCAST[device]):
-                result = self._compute(args[: self.tensors], args)
-        else:
-            result = self._compute(tensors, args)
-        return result[0] if type(result) is tuple else result
+                return self._compute(args[: self.tensors], args)
+        return self._compute(tensors, args)
 
-    def _compute(self, tensors: Sequence[Tensor | None], args: Sequence):
-        return self._record(self.compute, *args) if records(*tensors) else self.compute(*args)
+    def _compute(self, tensors: Sequence[Tensor | None], args: Sequence) -> Tensor:
+        return self._record(self.compute, *args) if records(*tensors) else self._first(self.compute(*args))
+
+    def _first(self, result) -> Tensor:
+        return result[0] if self.several else result
 
 
 def once(backward: Callable) -> Callable:
@@ -279,7 +280,7 @@ _library = torch.library.Library("efft_kernels", "DEF")
 
 
 def register(schema: str, compute: Callable, fake: Callable, function: type[torch.autograd.Function] | None = None):
-    """Define an op of torch and return it.
+    """Define an op of torch and return it; with gradients, the :class:`Call` of it.
 
     compute: what the op does, below autograd. fake: its results' shapes, for tracing. function: its gradients, for a
     forward; ``function.apply`` takes, before the arguments of the op, what computes the forward.
@@ -302,20 +303,14 @@ def register(schema: str, compute: Callable, fake: Callable, function: type[torc
             if records(*tensors):
                 return function.apply(below, *args)
             # in a compiled graph, which differentiates by itself: the dispatcher need not be asked again
-            return compute(*args) if direct_outside_autocast(*tensors) else below(*args)
+            here = tensors[0].device.type in _AUTOCAST and direct_outside_autocast(*tensors)
+            return compute(*args) if here else below(*args)
 
         _library.impl(name, autograd, "Autograd")
-    return op
+    return op if function is None else Call(op, compute, function)
 
 
-_CAST = {torch.float32, torch.float16, torch.bfloat16}
 _AUTOCAST = {device: _KeySet(getattr(_Key, f"Autocast{device.upper()}")) for device in ("cpu", "cuda")}
-
-
-def _autocast_on(t: Tensor) -> str | None:
-    """The kind of device of t, if it is one on which autocast is on and for which the ops have a kernel; else None"""
-    device = t.device.type
-    return device if device in _AUTOCAST and torch.is_autocast_enabled(device) else None
 
 
 def _autocast(op, device: str, cast: bool) -> Callable:
@@ -333,7 +328,10 @@ def _autocast(op, device: str, cast: bool) -> Callable:
 def _cast(device: str, given: Sequence) -> list:
     """The arguments of a forward, x and weight first, as autocast casts them; float64 stays"""
     dtype = torch.get_autocast_dtype(device)
-    args = [a.to(dtype) if isinstance(a, Tensor) and a.dtype is not dtype and a.dtype in _CAST else a for a in given]
+    args = [
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype is not torch.float64 else a
+        for a in given
+    ]
     x = args[0]
     if x is not given[0] and x.requires_grad and given[0]._version:
         x.efft_source_changed = True  # producers.py cannot see the tensor behind the cast

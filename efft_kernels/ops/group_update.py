@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..kernels import decisions
 from .checks import check_floats, check_product, check_scale, check_shape, check_tensors
-from .dispatch import Call, below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
+from .dispatch import below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 
 
 def _check(sigma, v, scale) -> None:
@@ -71,13 +71,12 @@ class _GroupUpdate(torch.autograd.Function):
         return None, grads[0] if need_sigma else None, grads[-1] if need_v else None, None, None
 
 
-_op = register(
+_call = register(
     "group_update(Tensor sigma, Tensor v, float scale, str? backend=None) -> Tensor",
     _forward,
     _forward_fake,
     _GroupUpdate,
 )
-_call = Call(_op, _forward, _GroupUpdate, tensors=2)
 _backward_op = register(
     "group_update_backward(Tensor dup, Tensor sigma, Tensor v, float scale, bool[] needs, str? backend=None) "
     "-> Tensor[]",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels import Kernels, decisions
 from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
-from .dispatch import Call, below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
+from .dispatch import below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
 from .producers import cast_again, kept_for, kept_weight
 
 
@@ -129,14 +129,13 @@ class _LowRankLinear(torch.autograd.Function):
         return None, *[next(found) if need else None for need in needs], None
 
 
-_op = register(
+_call = register(
     "lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, str? backend=None) "
     "-> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _LowRankLinear,
 )
-_call = Call(_op, _forward, _LowRankLinear, tensors=5)
 _backward_op = register(
     "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? p, bool[] needs, "
     "str? backend=None) -> Tensor[]",

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import decisions
 from ..kernels.memory import check_memory
 from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors
-from .dispatch import Call, below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
+from .dispatch import below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 from .producers import cast_again, kept_for, kept_weight
 
 
@@ -124,14 +124,13 @@ class _MixedLinear(torch.autograd.Function):
         return None, *[next(found) if need else None for need in ctx.needs_input_grad[1:6]], None, None
 
 
-_op = register(
+_call = register(
     "mixed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor ids, str? backend=None) "
     "-> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _MixedLinear,
 )
-_call = Call(_op, _forward, _MixedLinear, tensors=6)
 _backward_op = register(
     "mixed_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor down, Tensor up, Tensor? p, Tensor ids, "
     "bool[] needs, str? backend=None) -> Tensor[]",

@@ -241,8 +241,8 @@ class _Tuner:
         if self.backends != ["cpu"]:  # there, rules hold for the other ops
             others = _other_ops(linear[:1] if self.simulated else linear, (1,) if self.simulated else (1, 12, 48))
             jobs += [(op, sizes, dtype, None) for op, sizes in others for dtype in self.dtypes]
-        jobs += jobs_of(table.MIXED, mixed)
-        each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs)) / 3))
+        each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs) or 3 * len(mixed)) / 3))
+        jobs += jobs_of(table.MIXED, mixed)  # with what is left of the time
         try:
             for op, shape, dtype, needs in jobs:
                 what = f"{op} {str(dtype)[6:]} {','.join(map(str, shape))}" + (f" needs {needs}" if needs else "")
@@ -262,7 +262,7 @@ class _Tuner:
                 able = plans.linear_plans(backend, self.device, shape[3])
             candidates += [(backend, plan) for plan in able if table.plan_name(plan) in proven]
         if not candidates and op.startswith(table.MIXED):
-            self.left.append(f"{what}: no proven kernel is here for mixed batches; on a CPU rules hold")
+            self.left.append(f"{what}: no kernel for mixed batches is proven here")
             return
 
         def on_event(event: dict) -> None:

@@ -193,6 +193,8 @@ def _checked(devices: dict[str, dict]) -> dict[str, dict]:
                 plans = [value["plan"] for value in found]
                 if int(M) < 1 or not all(isinstance(t, int | float) and t > 0 for t in times):
                     raise ValueError(f"{entry} M {M}: times must be positive numbers, got {times}")
+                if min(_size(entry, int(M))[1]) < 1:
+                    raise ValueError(f"{entry} M {M}: a mixed batch has at least one row for each sample")
                 if not all(isinstance(plan, dict) for plan in plans):
                     raise ValueError(f"{entry} M {M}: plans must be objects, got {plans}")
     return devices
