@@ -6,9 +6,9 @@
 Each step is a process of its own with a limit, so that a hang or an illegal address ends that step and not the run, and
 each result is a line of gpu.jsonl as soon as it is known. At the end stand gpu.csv and gpu.json (results/README.md),
 tuned.json, which `python -m efft_kernels.tune` uses and the package ships, and a CSV and a JSON for each kind of
-training step: eager, replayed from CUDA graphs, compiled. With LORAFUSION=DIR in the environment, a checkout of its
-repository, its kernels are timed beside ours. The time that is left goes to other batches. The libraries
-travel prebuilt: nothing is compiled here but Triton's kernels and, for the compiled step, models.
+training step: eager, under autocast, replayed from CUDA graphs, compiled, compiled and replayed. With LORAFUSION=DIR in
+the environment, a checkout of its repository, its kernels are timed beside ours. The time that is left goes to other
+batches. The libraries travel prebuilt: nothing is compiled here but Triton's kernels and, for compiled steps, models.
 """
 
 import argparse

@@ -173,6 +173,7 @@ def test_training_several_adapters_at_once():
     untouched = [p.clone() for p in bank.parameters("b")]
     optimizer = torch.optim.Adam([*bank.parameters("a"), *bank.parameters("c")], lr=0.01)
     losses = []
+    # the start differs from one version of torch to the next: eight steps were too few with 2.11
     for _ in range(12):
         with bank.use(["a", "c"] * 3):
             loss = F.cross_entropy(bank.model(x), target)
