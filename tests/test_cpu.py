@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 
-from efft_kernels.kernels import build, cpu, reference
+from efft_kernels.kernels import build, cpu, cpu_rules, reference
 
 if reason := cpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -109,13 +109,22 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
         cpu.few_rows(*good)
 
 
-def test_few_rows_on_a_processor_that_was_not_measured(monkeypatch):
-    monkeypatch.setattr(cpu, "_rules", lambda: "not measured")
-    for rows, entries, dtype, slower in (
-        (2, 1024, torch.float32, False), (3, 1024, torch.float32, True), (16, 128, torch.float32, False),
-        (1, 1024, torch.float16, True), (16, 128, torch.bfloat16, False), (1, 128, torch.int64, True),
-    ):  # fmt: skip
-        assert cpu.few_rows_slower(torch.ones(rows, entries, dtype=dtype), torch.ones(entries, entries)) == slower
+@pytest.mark.parametrize(
+    ("rules", "rows", "entries", "dtype", "how"),
+    [
+        ("not measured", 2, 1024, torch.float32, "kernel"), ("not measured", 3, 1024, torch.float32, "torch"),
+        ("not measured", 16, 128, torch.float32, "kernel"), ("not measured", 1, 1024, torch.float16, "torch"),
+        ("not measured", 16, 128, torch.bfloat16, "kernel"), ("not measured", 1, 128, torch.int64, None),
+        (cpu_rules._amd_avx512, 16, 1024, torch.float32, None), (cpu_rules._avx2, 16, 1024, torch.float32, "kernel"),
+        (cpu_rules._avx2, 16, 1024, torch.float16, None), (cpu_rules._intel_avx512, 1, 1024, torch.float32, "torch"),
+        (cpu_rules._intel_avx512, 4, 1024, torch.float32, "kernel"),
+        (cpu_rules._intel_avx512, 4, 1024, torch.bfloat16, "kernel"),
+        (cpu_rules._intel_avx512, 16, 1024, torch.bfloat16, "torch"),
+    ],
+)  # fmt: skip
+def test_how_a_few_rows_are_multiplied(monkeypatch, rules, rows, entries, dtype, how):
+    monkeypatch.setattr(cpu_rules, "of", lambda isa: rules)
+    assert cpu.for_few_rows(torch.ones(rows, entries, dtype=dtype), torch.ones(entries, entries)) == how
 
 
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):
@@ -440,17 +449,27 @@ def test_the_compiled_operators_refuse_what_would_crash():
 
 @pytest.fixture
 def rules(isa, monkeypatch):
-    """slower() by shape and dtype, as on an AMD processor with this instruction set"""
-    monkeypatch.setattr(cpu, "amd_processor", lambda: True)
-    cpu._rules.cache_clear()
-    yield lambda op, *tensors: cpu.slower(op, *tensors)
-    cpu._rules.cache_clear()
+    """slower() by shape and dtype, as on the processors that each instruction set was measured on"""
+    monkeypatch.setattr(cpu_rules, "amd_processor", lambda: isa != "avx512")
+    monkeypatch.setattr(cpu_rules, "_words_of_cpuinfo", lambda: {"GenuineIntel"} if isa == "avx512" else set())
+    cpu_rules.of.cache_clear()
+    yield lambda op, *tensors, needs=None: cpu.slower(op, *tensors, needs=needs)
+    cpu_rules.of.cache_clear()
 
 
 def test_plain_torch_where_it_is_as_fast(isa, rules):
     slower = lambda M, K, N, dtype: rules("lowrank_linear", *make(M, K, N, 4, dtype)[:5])
-    if isa in ("avx512", "portable"):
+    if isa == "portable":
         assert "not been measured" in slower(197, 768, 768, torch.float32)
+        return
+    if isa == "avx512":
+        assert "MKL" in slower(197, 768, 768, torch.float32)
+        assert slower(197, 768, 768, torch.bfloat16) is slower(197, 768, 768, torch.float16) is None
+        assert slower(1, 768, 768, torch.bfloat16) is None and "1 rows" in slower(1, 768, 768, torch.float16)
+        assert "too small" in slower(3136, 64, 64, torch.bfloat16)
+        factors = make(64, 1024, 768, 4, torch.bfloat16)
+        asked = lambda x: rules("lowrank_linear_backward", *(factors[i] for i in (5, 0, 1, 3, 4)), needs=[x, 0, 0, 1, 1])
+        assert asked(True) is None and "factors" in asked(False)
         return
     assert slower(197, 768, 768, torch.float32) is None
     assert slower(197, 3072, 768, torch.float32) is None
@@ -475,7 +494,7 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rules_of_the_other_products(isa, rules, dtype):
-    if isa in ("avx512", "portable"):
+    if isa == "portable" or (isa == "avx512" and dtype.itemsize > 2):
         return
     rows = lambda M: make(M, 768, 256, 4, dtype)
 
@@ -489,9 +508,17 @@ def test_rules_of_the_other_products(isa, rules, dtype):
     assert all("rows" in reason for reason in mixed(1))
 
 
-@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no dot product of bfloat16")
 def test_rules_of_one_make_are_not_those_of_another(monkeypatch):
-    monkeypatch.setattr(cpu, "amd_processor", lambda: False)
-    cpu._rules.cache_clear()
-    assert "not been measured" in cpu.slower("lowrank_linear", *make(197, 768, 768, 4)[:5])
-    cpu._rules.cache_clear()
+    monkeypatch.setattr(cpu_rules, "amd_processor", lambda: False)
+    for isa, words, reason in (
+        ("avx512_bf16", {"GenuineIntel"}, "not been measured"),
+        ("avx512", {"GenuineIntel", "amx_tile"}, "AMX"),
+        ("avx512", {"AuthenticAMD"}, "not been measured"),
+    ):
+        cpu_rules.of.cache_clear()
+        monkeypatch.setattr(cpu_rules, "_words_of_cpuinfo", lambda words=words: words)
+        assert reason in cpu_rules.of(isa)
+    monkeypatch.setattr(cpu_rules, "_words_of_cpuinfo", lambda: {"avx512_fp16"})
+    half = make(197, 768, 768, 4, torch.float16)[:5]
+    assert "AVX512-FP16" in cpu_rules._intel_avx512("lowrank_linear", None, *half)
+    cpu_rules.of.cache_clear()

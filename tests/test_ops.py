@@ -16,7 +16,7 @@ from torch.library import opcheck
 
 import efft_kernels
 from efft_kernels import efft_linear, group_update, lowrank_linear, merge_, mixed_linear
-from efft_kernels.kernels import decisions, reference
+from efft_kernels.kernels import cpu, decisions, reference
 from efft_kernels.ops import dispatch
 
 HERE = [b.name for b in efft_kernels.backends() if b.available and b.name in ("reference", "cpu")]
@@ -105,10 +105,12 @@ def test_efft_linear_equals_the_dense_formula(backend, device):
     torch.testing.assert_close(one, x @ weight[:5].T + x @ dw[:, :5], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 6), (17, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (17, 6)], ids=str)
 @pytest.mark.parametrize("slices", [None, 3])
-def test_efft_linear_of_a_few_rows(shape, slices):
+@pytest.mark.parametrize("how", ["kernel", "torch"])
+def test_efft_linear_of_a_few_rows(shape, slices, how, monkeypatch):
     """From left to right or by way of sigma v: the same y and gradients."""
+    monkeypatch.setattr(cpu, "for_few_rows", lambda x, weight: how)
     r = lambda *s: torch.randn(*s, dtype=torch.float64, requires_grad=True)
     x, u, v, sigma = r(*shape), r(6, 2), r(4, 5), r(*([slices] if slices else []), 2, 4)
     weight, bias = torch.randn(5 * (slices or 1), 6, dtype=torch.float64), torch.randn(5 * (slices or 1)).double()
@@ -171,8 +173,9 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
 
 @pytest.mark.parametrize("few_rows", [False, True])
 @pytest.mark.parametrize("power", [1, 2])
-def test_second_derivatives_are_refused(backend, few_rows, power):
+def test_second_derivatives_are_refused(backend, few_rows, power, monkeypatch):
     """also of a loss that is linear in y, and where the leaves are named, which need no part of dy"""
+    monkeypatch.setattr(cpu, "for_few_rows", lambda x, weight: "kernel")
     if few_rows:
         leaves = [torch.randn(size, requires_grad=True) for size in ((3, 6), (6, 2), (3, 2, 4), (4, 5))]
         x, *factors = leaves

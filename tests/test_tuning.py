@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from efft_kernels import tune as command
-from efft_kernels.kernels import build, cuda, reference
+from efft_kernels.kernels import build, cpu_rules, cuda, reference
 from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, tune, worker
 from efft_kernels.ops import dispatch
 
@@ -462,7 +462,7 @@ def test_a_cpu_is_tuned_by_instruction_set(monkeypatch):
     (plan,) = {json.dumps(each.choice.plans["cpu"]) for each in report.timed}
     assert table.recorded_isa() == json.loads(plan)["isa"]
     given = [torch.zeros(size) for size in ((24, 40), (48, 40), (48,), (40, 5), (5, 48))]
-    monkeypatch.setattr(cpu, "_rules", functools.cache(lambda: "a rule"))
+    monkeypatch.setattr(cpu_rules, "of", lambda isa: "a rule")
     chosen = report.timed[0].choice.backend
     try:
         cpu.set_isa(table.recorded_isa())

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build, decisions
+from . import build, cpu_rules, decisions
 from .memory import check_memory
-from .reference import amd_processor
 from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -75,87 +74,14 @@ def unproven(device: torch.device) -> str | None:
 
 
 def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) -> str | None:
-    """As measured by the tuner on this processor if that is on record, else by rules.
-
-    The rules go by shape and dtype alone, from measurements against reference.py with one thread.
-    """
+    """As measured by the tuner on this processor if that is on record, else by rules (cpu_rules.py)."""
     if table.recorded_isa() == isa() and table.on_record(op, tensors, needs):
         return table.slower("cpu", op, tensors, needs)
-    rules = _rules()
-    return rules if isinstance(rules, str) else rules(op, *tensors)
+    rules = cpu_rules.of(isa())
+    return rules if isinstance(rules, str) else rules(op, needs, *tensors)
 
 
 @functools.cache
-def _rules():
-    """The rules for this processor, or why there are none"""
-    if isa() == "avx2":
-        return _slower_avx2
-    # only AMD's: Intel's MKL uses AVX-512 for float32, and its processors may have AMX for bfloat16
-    if isa() == "avx512_bf16" and amd_processor():
-        return _slower_avx512_bf16
-    return f"the {isa()} kernels have not been measured on a processor like this one"
-
-
-def _slower_avx2(op: str, *tensors: Tensor | None) -> str | None:
-    """Measured on a Zen 3"""
-    first = tensors[0]
-    wide = first.dtype in (torch.float32, torch.float64)  # plain torch has no fast 16-bit matmul on AVX2
-    if op == "merge_":
-        return "one product per weight is as fast" if wide else None
-    if op.startswith("group"):
-        S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
-        if S * P * N > 8192 and (first.dtype == torch.float32 or (wide and op == "group_update")):
-            return f"one plain product is as fast for {S} slices of [{P}, {N}]"
-        return None
-    weight = tensors[2 if op.endswith("backward") else 1]
-    M, (N, K) = first.shape[0], weight.shape
-    if op.startswith("mixed") and M < 6 * len(tensors[-1]):
-        return f"{M // max(1, len(tensors[-1]))} rows a sample are less than a tile"
-    if M < (4 if wide else 2):
-        return f"{M} rows are as fast row by row"
-    if first.dtype == torch.float32 and (N * K < 65536 or (N * K < 131072 and M < 1024)):
-        return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
-    if first.dtype == torch.float32 and op.endswith("_linear") and K > 1024 and M >= 512:
-        return f"a sum over {K} passes through memory in blocks, which plain torch does as fast"
-    if wide and weight.requires_grad:
-        return "a weight that is trained would be packed at every call"
-    if weight.requires_grad and M < 16:
-        return f"a weight that is trained would be packed for {M} rows"
-    return None
-
-
-def _slower_avx512_bf16(op: str, *tensors: Tensor | None) -> str | None:
-    """Measured on a Zen 5, where plain torch is oneDNN with AVX-512 in float32 and bfloat16"""
-    first = tensors[0]
-    dtype, half = first.dtype, first.dtype in (torch.bfloat16, torch.float16)
-    if op == "merge_":
-        return None if half else "one product per weight is as fast"
-    if op.startswith("group"):
-        S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
-        large = dtype == torch.bfloat16 and S * P * N > 262144
-        return f"one plain product is as fast for {S} slices of [{P}, {N}]" if large else None
-    backward = op.endswith("backward")
-    weight = tensors[2 if backward else 1]
-    M, (N, K) = first.shape[0], weight.shape
-    if op.startswith("mixed"):
-        rows = M // max(1, len(tensors[-1]))
-        if rows < ((100 if half else 8) if backward else 2 if half else 4):
-            return f"{rows} rows a sample are less than pays for the kernel"
-    if weight.requires_grad and dtype != torch.float16:
-        return "a weight that is trained would be packed at every call"
-    if dtype == torch.float32:
-        few = 1 if N * K >= 65536 else 8
-    elif dtype == torch.float64:
-        few = 4
-    else:
-        few = 2 if N * K <= 4096 else 1
-    if M < few:
-        return f"{M} rows of {K} to {N} are as fast in plain torch"
-    if dtype == torch.bfloat16 and N * K <= 4096 and M >= 1024:
-        return f"a weight of [{N}, {K}] is too small to gain at {M} rows"
-    return None
-
-
 def isa() -> str:
     """The instruction set in use: avx512_bf16, avx512, avx2, neon_bf16, neon or portable."""
     return _load()[0].isa()
@@ -169,7 +95,7 @@ def isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Use one of :func:`isas`, for tests. Not while another thread computes."""
     _load()[0].set_isa(name)
-    _rules.cache_clear()
+    isa.cache_clear()
     decisions.clear()
     clear_packed()
 
@@ -180,7 +106,7 @@ def set_isa(name: str) -> None:
 _packed = {}
 _keep = True
 # rows of dy from which on a backward packs by itself, by isa: with fewer, packing would be a large part of it. AVX-512
-# computes faster, but packs no faster, so it takes more rows; that number is not measured
+# computes faster, but packs no faster, so it takes more rows
 _MANY_ROWS = {"avx512_bf16": 256, "avx512": 256}
 _MANY_ROWS_ELSEWHERE = 128
 
@@ -289,21 +215,9 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     return _backward(_load()[0].mixed_linear_backward, dy, x, weight, down, up, p, needs, ids)
 
 
-def few_rows_slower(x: Tensor, weight: Tensor) -> bool:
-    """Whether these few rows of efft_linear are better computed by way of sigma v, with a weight that is packed.
-
-    The limits of AVX2 are measured on a Zen 3. Nothing was measured elsewhere: there a few rows are taken only where
-    reading the weight, or the host, is most of the time.
-    """
-    if x.dtype not in _FEW_ROWS:
-        return True
-    rows, entries = x.numel() // x.shape[-1], weight.numel()
-    if _rules() is _slower_avx2:
-        return rows * entries >= _FEW_ROWS[x.dtype]
-    return rows * entries >= (1 << 20 if x.itemsize == 2 else 1 << 19) and (rows > 2 or x.itemsize == 2)
-
-
-_FEW_ROWS = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}
+def for_few_rows(x: Tensor, weight: Tensor) -> str | None:
+    """How efft_linear computes these few rows: by this "kernel" or by "torch", from left to right, or as more rows."""
+    return cpu_rules.few_rows(isa(), x, weight)
 
 
 def few_rows(x, weight, bias, u, sigma, v, scale) -> list[Tensor]:

@@ -117,6 +117,18 @@ def lowrank_linear(x, weight, bias, down, up):
 
 
 @checked()
+def few_rows(x, weight, bias, u, sigma, v, scale):
+    """y [..., S * N] = x @ weight.T + bias + scale * ((x @ u) @ sigma) @ v, differentiated by torch; sigma may be 2-D"""
+    if x.dim() == sigma.dim() == 2:
+        return F.linear(x, weight, bias).addmm(torch.mm(torch.mm(x, u), sigma), v, alpha=scale)
+    # one product for all slices, and no matmul, whose sums depend on whether autograd records them
+    rows, sigmas = x.reshape(-1, x.shape[-1]), sigma.transpose(0, -2).flatten(1)  # [P, S * Q]
+    q = torch.mm(torch.mm(rows, u), sigmas).view(-1, len(v))
+    y = F.linear(rows, weight, bias).view(len(q), -1)
+    return y.addmm(q, v, alpha=scale).view(*x.shape[:-1], len(weight))
+
+
+@checked()
 def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs

@@ -1,7 +1,7 @@
-"""efft_linear of a few rows on a CPU: (x u) sigma v from left to right, in one call of the C++ kernels.
+"""efft_linear of a few rows on a CPU: (x u) sigma v from left to right, by one call of the C++ kernels or plain torch.
 
 Forming sigma v first costs as much as P rows, which a few rows do not pay back. A call of one row is mostly the host's
-time, so forward and backward are one node of autograd and one call each, and C++ checks the arguments.
+time, so forward and backward of the kernels are one node of autograd and one call each, and C++ checks the arguments.
 """
 
 import sys
@@ -9,6 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
+from ..kernels import reference
 from .dispatch import candidates, default_backend, direct_outside_autocast, once, records
 
 _MOST = 16
@@ -35,12 +36,30 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
     if weight.requires_grad or (bias is not None and bias.requires_grad) or default_backend():
         return None
     kernels = candidates(_CPU)
-    if not kernels or kernels[0].few_rows_slower(x, weight):
+    how = kernels[0].for_few_rows(x, weight) if kernels else "torch"
+    if how == "torch" and _fit(x, weight, bias, u, sigma, v):
+        return reference.few_rows(x, weight, bias, u, sigma, v, scale)
+    if how != "kernel":
         return None
     if records(x, weight, bias, u, sigma, v):
         return _FewRows.apply(kernels[0], x, weight, bias, u, sigma, v, scale)
     found = kernels[0].few_rows(x, weight, bias, u, sigma, v, scale)
     return found[0] if found else None
+
+
+def _fit(x, weight, bias, u, sigma, v) -> bool:
+    """Whether plain torch would compute what is meant; if not, the caller says what is wrong"""
+    if sigma.dim() not in (2, 3) or not u.dim() == v.dim() == weight.dim() == 2:
+        return False
+    (K, P), (Q, N), S = u.shape, v.shape, len(sigma) if sigma.dim() == 3 else 1
+    return (
+        sigma.shape[-2:] == (P, Q)
+        and weight.shape == (S * N, K)
+        and x.shape[-1] == K
+        and S * P * Q * N > 0
+        and (bias is None or (bias.shape == (S * N,) and bias.dtype == x.dtype))
+        and x.dtype == weight.dtype == u.dtype == sigma.dtype == v.dtype
+    )
 
 
 class _FewRows(torch.autograd.Function):
