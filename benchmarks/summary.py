@@ -35,7 +35,12 @@ from record import digits, read_csv, read_run
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MARKERS = re.compile(r"^<!-- table: (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
-PROCESSORS = {"zen5": "AMD Zen 5 (AVX-512)", "zen3": "AMD Zen 3 (AVX2)", "nvidia_h200": "NVIDIA H200"}
+PROCESSORS = {
+    "zen5": "AMD Zen 5 (AVX-512)",
+    "zen3": "AMD Zen 3 (AVX2)",
+    "emerald_rapids": "Intel Emerald Rapids (AVX-512, no AMX)",
+    "nvidia_h200": "NVIDIA H200",
+}
 VARIANTS = {
     "efft": "EFFT (this library)",
     "merged": "merged weight",
@@ -113,14 +118,15 @@ def memory_models() -> Table:
 def train_step_methods() -> Table:
     """training step of ViT-B, every recorded method, per processor"""
     records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
-    records += ["zen3/train_vit_b_bfloat16"]
+    records += ["zen3/train_vit_b_bfloat16", "emerald_rapids/train_vit_b"]
     rows = []
     for name in records:
-        run, steps = _steps(name)
-        arguments = run["arguments"]
-        where = f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}, {arguments['image']} px"
-        for method in (method for method in METHODS if method in steps):
-            rows.append([where, METHODS[method], *_step(steps[method])])
+        arguments = read_run(RESULTS / name / "train_step.json")["arguments"]
+        for dtype in arguments["dtype"]:
+            run, steps = _steps(name, dtype=dtype)
+            where = f"{_where(name, run)}, {dtype}, batch {arguments['batch']}, {arguments['image']} px"
+            for method in (method for method in METHODS if method in steps):
+                rows.append([where, METHODS[method], *_step(steps[method])])
     return Table(_STEP_HEAD, rows, _STEP_NOTE, records, 2)
 
 
@@ -415,10 +421,11 @@ TABLES: dict[str, Callable[[], Table]] = {
 }  # fmt: skip
 
 
-def _steps(name: str, benchmark: str = "train_step") -> tuple[dict, dict[str, dict]]:
-    """(a record of training steps, {method: its row of the whole step})"""
+def _steps(name: str, benchmark: str = "train_step", dtype: str | None = None) -> tuple[dict, dict[str, dict]]:
+    """(a record of training steps, {method: its row of the whole step}), of a dtype if the record has several"""
     run = read_run(RESULTS / name / f"{benchmark}.json")
-    return run, {row["method"]: row for row in run["results"] if row["pass"] == "step"}
+    rows = [row for row in run["results"] if row["pass"] == "step" and dtype in (None, row["dtype"])]
+    return run, {row["method"]: row for row in rows}
 
 
 def _step(row: dict) -> list[str]:

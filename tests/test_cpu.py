@@ -116,8 +116,8 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
         ("not measured", 16, 128, torch.float32, "kernel"), ("not measured", 1, 1024, torch.float16, "torch"),
         ("not measured", 16, 128, torch.bfloat16, "kernel"), ("not measured", 1, 128, torch.int64, None),
         (cpu_rules._amd_avx512, 16, 1024, torch.float32, None), (cpu_rules._avx2, 16, 1024, torch.float32, "kernel"),
-        (cpu_rules._avx2, 16, 1024, torch.float16, None), (cpu_rules._intel_avx512, 1, 1024, torch.float32, "torch"),
-        (cpu_rules._intel_avx512, 4, 1024, torch.float32, "kernel"),
+        (cpu_rules._avx2, 16, 1024, torch.float16, None), (cpu_rules._intel_avx512, 9, 1024, torch.float32, "torch"),
+        (cpu_rules._intel_avx512, 8, 1024, torch.float32, "kernel"),
         (cpu_rules._intel_avx512, 4, 1024, torch.bfloat16, "kernel"),
         (cpu_rules._intel_avx512, 16, 1024, torch.bfloat16, "torch"),
     ],
@@ -467,8 +467,8 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
         assert slower(197, 768, 768, torch.bfloat16) is slower(197, 768, 768, torch.float16) is None
         assert slower(1, 768, 768, torch.bfloat16) is None and "1 rows" in slower(1, 768, 768, torch.float16)
         assert "too small" in slower(3136, 64, 64, torch.bfloat16)
-        factors = make(64, 1024, 768, 4, torch.bfloat16)
-        asked = lambda x: rules("lowrank_linear_backward", *(factors[i] for i in (5, 0, 1, 3, 4)), needs=[x, 0, 0, 1, 1])
+        x, weight, _, down, up, dy = make(64, 1024, 768, 4, torch.bfloat16)
+        asked = lambda dx: rules("lowrank_linear_backward", dy, x, weight, down, up, needs=[dx, 0, 0, 1, 1])
         assert asked(True) is None and "factors" in asked(False)
         return
     assert slower(197, 768, 768, torch.float32) is None

@@ -152,9 +152,7 @@ def few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
     if rules is _avx2:
         return "kernel" if rows * entries < _FEW_ROWS_AVX2[x.dtype] else None
     if rules is _intel_avx512:
-        if x.itemsize == 2:
-            return "kernel" if rows <= 4 or rows * entries <= 1 << 21 else "torch"
-        return "kernel" if 4 <= rows <= 8 and entries >= 1 << 20 else "torch"
+        return "kernel" if rows <= (4 if x.itemsize == 2 else 8) or rows * entries <= 1 << 21 else "torch"
     # not measured: the kernel is taken only where reading the weight, or the host, is most of the time
     if rows * entries < (1 << 20 if x.itemsize == 2 else 1 << 19) or (rows <= 2 and x.itemsize > 2):
         return "kernel"

@@ -30,6 +30,10 @@ def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) ->
     return None
 
 
+def for_few_rows(x: Tensor, weight: Tensor) -> str:
+    return "torch"
+
+
 @functools.cache
 def amd_processor() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
@@ -117,18 +121,6 @@ def lowrank_linear(x, weight, bias, down, up):
 
 
 @checked()
-def few_rows(x, weight, bias, u, sigma, v, scale):
-    """y [..., S * N] = x @ weight.T + bias + scale * ((x @ u) @ sigma) @ v, differentiated by torch; sigma may be 2-D"""
-    if x.dim() == sigma.dim() == 2:
-        return F.linear(x, weight, bias).addmm(torch.mm(torch.mm(x, u), sigma), v, alpha=scale)
-    # one product for all slices, and no matmul, whose sums depend on whether autograd records them
-    rows, sigmas = x.reshape(-1, x.shape[-1]), sigma.transpose(0, -2).flatten(1)  # [P, S * Q]
-    q = torch.mm(torch.mm(rows, u), sigmas).view(-1, len(v))
-    y = F.linear(rows, weight, bias).view(len(q), -1)
-    return y.addmm(q, v, alpha=scale).view(*x.shape[:-1], len(weight))
-
-
-@checked()
 def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
@@ -144,6 +136,49 @@ def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
         grads.append(torch.mm(x.t(), dp))
     if need_up:
         grads.append(torch.mm(p.t(), dy))
+    return grads
+
+
+def _side_by_side(sigma: Tensor) -> Tensor:  # [P, Q] or [S, P, Q] -> [P, S * Q]
+    return sigma if sigma.dim() == 2 else sigma.transpose(0, 1).flatten(1)
+
+
+@checked()
+def few_rows(x, weight, bias, u, sigma, v, scale):
+    """y [..., N], p [M, P], q [M, S * Q]:  p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y, p = F.linear(rows, weight, bias), torch.mm(rows, u)
+    q = torch.mm(p, _side_by_side(sigma))
+    if sigma.dim() == 2:
+        y = torch.addmm(y, q, v, alpha=scale)
+    else:
+        y.view(-1, v.shape[1]).addmm_(q.view(-1, len(v)), v, alpha=scale)
+    return [y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight)), p, q]
+
+
+@checked()
+def few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, needs):
+    """dq = scale * dy @ v.T;  dp = dq @ sigma.T;  dx = dy @ weight + dp @ u.T;  du = x.T @ dp;  dsigma = p.T @ dq;
+    dv = scale * q.T @ dy, of which ``needs`` (x, u, sigma, v) asks for some
+    """
+    need_x, need_u, need_sigma, need_v = needs
+    dy, grads = dy.reshape(len(p), -1), []
+    slices = dy.view(-1, v.shape[1])
+    if need_x or need_u or need_sigma:
+        dq = (torch.mm(slices, v.t()) * scale).view(q.shape)
+    if need_x or need_u:
+        dp = torch.mm(dq, _side_by_side(sigma).t())
+    if need_x:
+        grads.append(torch.mm(dy, weight).addmm_(dp, u.t()).view(x.shape))
+    if need_u:
+        grads.append(torch.mm(x.reshape(-1, x.shape[-1]).t(), dp))
+    if need_sigma:
+        dsigma = torch.mm(p.t(), dq)
+        if sigma.dim() == 3:
+            dsigma = dsigma.view(len(dsigma), len(sigma), -1).transpose(0, 1).contiguous()
+        grads.append(dsigma)
+    if need_v:
+        grads.append(torch.mm(q.view(-1, len(v)).t() * scale, slices))
     return grads
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from .checks import FLOATS
 from .dispatch import candidates, default_backend, direct_outside_autocast, once, records
 
 _MOST = 16
@@ -35,15 +36,15 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or default_backend():
         return None
-    kernels = candidates(_CPU)
-    how = kernels[0].for_few_rows(x, weight) if kernels else "torch"
+    kernels = (candidates(_CPU) or [reference])[0]
+    how = kernels.for_few_rows(x, weight)
     if how == "torch" and _fit(x, weight, bias, u, sigma, v):
-        return reference.few_rows(x, weight, bias, u, sigma, v, scale)
-    if how != "kernel":
+        kernels = reference
+    elif how != "kernel":
         return None
     if records(x, weight, bias, u, sigma, v):
-        return _FewRows.apply(kernels[0], x, weight, bias, u, sigma, v, scale)
-    found = kernels[0].few_rows(x, weight, bias, u, sigma, v, scale)
+        return _FewRows.apply(kernels, x, weight, bias, u, sigma, v, scale)
+    found = kernels.few_rows(x, weight, bias, u, sigma, v, scale)
     return found[0] if found else None
 
 
@@ -57,8 +58,9 @@ def _fit(x, weight, bias, u, sigma, v) -> bool:
         and weight.shape == (S * N, K)
         and x.shape[-1] == K
         and S * P * Q * N > 0
-        and (bias is None or (bias.shape == (S * N,) and bias.dtype == x.dtype))
-        and x.dtype == weight.dtype == u.dtype == sigma.dtype == v.dtype
+        and (bias is None or bias.shape == (S * N,))
+        and x.dtype in FLOATS
+        and all(t is None or (t.dtype == x.dtype and t.is_cpu) for t in (weight, bias, u, sigma, v))
     )
 
 

@@ -256,7 +256,7 @@ def main() -> int:
             if isinstance(found, dict):
                 cells = "{registers:>10}{stack:>7}{shared:>8}  ".format(**found) + " ".join(found["tensor_cores"])
                 wrong += spilled(found) if same or not budget else []
-                wrong += excesses(found, budget["cases"].get(arch, {}).get(case)) if same else []
+                wrong += excesses(found, _of_kernel(budget["cases"].get(arch, {}), case)) if same else []
             bad += bool(wrong)
             print(f"{arch:8}{case:46}{cells}{'  FAULT: ' + '; '.join(wrong) if wrong else ''}", flush=True)
             result.setdefault(arch, {})[case] = found
@@ -266,12 +266,19 @@ def main() -> int:
     return 1 if bad else 0
 
 
+def _of_kernel(kernels: dict, case: str) -> list | None:
+    kernel, _, rest = case.partition(" ")
+    return kernels.get(kernel, {}).get(rest)
+
+
 def written(result: dict) -> str:
     """the budget as JSON; of each case the registers, the bytes of shared memory and the tensor-core instructions"""
-    cases = {
-        arch: {case: [f["registers"], f["shared"], *f["tensor_cores"]] for case, f in found.items()}
-        for arch, found in result.items()
-    }
+    cases: dict = {}
+    for arch, found in result.items():
+        for case, f in found.items():
+            kernel, _, rest = case.partition(" ")
+            of_kernel = cases.setdefault(arch, {}).setdefault(kernel, {})
+            of_kernel[rest] = [f["registers"], f["shared"], *f["tensor_cores"]]
     return table.lines({"triton": triton.__version__, "sources": digest(), "cases": cases}) + "\n"
 
 
