@@ -18,8 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.manual_seed(0)
 
 
+# the files that take longest, longest first: processes that share the files (.ci/run) then end at about the same time
+LONGEST = (
+    "cuda finetune_run serving_cluster contract paper_vtab1k tuning serving_app model_compile bench_model paper_ablation "
+    "bench_gpu serving_bank models_table paper_together scaling bench"
+).split()
+
+
 def pytest_collection_modifyitems(items):
-    """Marks as slow what runs CUDA kernels: the simulator of a GPU takes half a minute to compile."""
+    """Puts the longest files first, and marks as slow what runs CUDA kernels, whose simulator compiles for a while."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
         if item.path.name == "test_cuda.py" and {"device", "built"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
