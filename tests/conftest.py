@@ -20,8 +20,8 @@ torch.manual_seed(0)
 
 # the files that take longest, longest first: processes that share the files (.ci/run) then end at about the same time
 LONGEST = (
-    "cuda finetune_run serving_cluster contract paper_vtab1k tuning serving_app model_compile bench_model paper_ablation "
-    "bench_gpu serving_bank models_table paper_together scaling bench"
+    "cuda finetune_run serving_cluster contract paper_vtab1k tuning serving_app model_compile bench_model "
+    "paper_ablation bench_gpu serving_bank models_table paper_together scaling bench"
 ).split()
 
 
