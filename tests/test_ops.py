@@ -116,9 +116,13 @@ def test_efft_linear_of_a_few_rows(shape, slices, how, monkeypatch):
     weight, bias = torch.randn(5 * (slices or 1), 6, dtype=torch.float64), torch.randn(5 * (slices or 1)).double()
     ys = [efft_linear(x, weight, bias, u, sigma, v, 0.7, backend=backend) for backend in (None, "reference")]
     torch.testing.assert_close(*ys)
-    dy = torch.randn_like(ys[0])
-    for a, b in zip(*(torch.autograd.grad(y, (x, u, sigma, v), dy) for y in ys)):
+    dy, leaves = torch.randn_like(ys[0]), (x, u, sigma, v)
+    got, want = (torch.autograd.grad(y, leaves, dy) for y in ys)
+    for i, (a, b) in enumerate(zip(got, want)):
         torch.testing.assert_close(a, b)
+        only = [t.detach().requires_grad_(i == j) for j, t in enumerate(leaves)]
+        y = efft_linear(only[0], weight, bias, *only[1:], 0.7)
+        assert torch.equal(torch.autograd.grad(y, only[i], dy)[0], a)
 
 
 def test_slices_side_by_side_are_a_view(backend):
