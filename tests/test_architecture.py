@@ -25,7 +25,7 @@ KERNELS = {
     "kernels.reference": {"kernels.memory"},
     "kernels.build": {"storage"},
     "kernels.cpu": {"kernels", "kernels.build", "kernels.cpu_rules", "kernels.memory", "kernels.tuning.table"},
-    "kernels.cpu_rules": {"kernels.reference"},
+    "kernels.cpu_rules": {"kernels", "kernels.reference"},
     "kernels.triton": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.cuda": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.tuning": {"kernels.tuning.run"},

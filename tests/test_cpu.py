@@ -13,6 +13,7 @@ import torch
 from accuracy import assert_accurate
 
 from efft_kernels.kernels import build, cpu, cpu_rules, reference
+from efft_kernels.ops import few_rows
 
 if reason := cpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -82,13 +83,15 @@ def test_a_few_rows_from_left_to_right(isa, threads, dtype, layout):
             y = torch.nn.functional.linear(x, weight, bias) + 0.7 * low
             return y, *torch.autograd.grad(y, leaves, dy)
 
-        y, p, q = cpu.few_rows(x, weight, bias, u, sigma, v, 0.7)
-        got = y, *cpu.few_rows_backward(dy, x, weight, u, sigma, v, p, q, 0.7, [True] * 4)
         given = x, weight, bias, u, sigma, v, dy
         exact, summed = (formula(*(change(t.double()) for t in given)) for change in (lambda t: t, torch.abs))
-        for name, *results in zip(("y", "dx", "du", "dsigma", "dv"), got, formula(*given), exact, summed):
-            *compared, most = results
-            assert_accurate(*(t.detach() for t in compared), f"{name} of {shape}", most.detach())
+        for module in (reference, cpu):
+            y, p, q = module.few_rows(x, weight, bias, u, sigma, v, 0.7)
+            got = y, *module.few_rows_backward(dy, x, weight, u, sigma, v, p, q, 0.7, [True] * 4)
+            for name, *results in zip(("y", "dx", "du", "dsigma", "dv"), got, formula(*given), exact, summed):
+                *compared, most = results
+                what = f"{name} of {shape} by {module.__name__}"
+                assert_accurate(*(t.detach() for t in compared), what, most.detach())
         threads(1)
         assert torch.equal(y, cpu.few_rows(x, weight, bias, u, sigma, v, 0.7)[0]), "the same bits with one thread"
         threads(3)
@@ -103,10 +106,21 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
         (0, x[:, :5]), (0, x.double()), (0, x.to_sparse()), (1, weight[:10]), (2, torch.randn(14)), (3, u[:5]),
         (3, u[:, :1].expand(6, 1 << 50)), (4, sigma[:2]), (4, sigma[0]), (5, v[:3]), (5, v.int()),
     ):  # fmt: skip
-        assert not cpu.few_rows(*good[:i], wrong, *good[i + 1 :]), f"argument {i}"
+        given = *good[:i], wrong, *good[i + 1 :]
+        assert not cpu.few_rows(*given) and not few_rows._fit(*given[:-1]), f"argument {i}"
+    assert few_rows._fit(*good[:-1]) and not few_rows._fit(*good[:3], None, sigma, v)
     u.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="u must have memory"):
-        cpu.few_rows(*good)
+    for module in (cpu, reference):
+        with pytest.raises(RuntimeError, match="u must have memory"):
+            module.few_rows(*good)
+
+
+def test_a_wide_p_is_summed_in_short_chains(isa):
+    """2^24 + 1 is 2^24 in float32: one chain over all of x would lose every one that follows"""
+    x = torch.ones(3, 256)
+    x[:, 0] = 2**24
+    _, p = cpu.lowrank_linear(x, torch.zeros(8, 256), None, torch.ones(256, 70), torch.zeros(70, 8))
+    assert p.min() >= 2**24 + 190
 
 
 @pytest.mark.parametrize(
@@ -115,15 +129,15 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
         ("not measured", 2, 1024, torch.float32, "kernel"), ("not measured", 3, 1024, torch.float32, "torch"),
         ("not measured", 16, 128, torch.float32, "kernel"), ("not measured", 1, 1024, torch.float16, "torch"),
         ("not measured", 16, 128, torch.bfloat16, "kernel"), ("not measured", 1, 128, torch.int64, None),
-        (cpu_rules._amd_avx512, 16, 1024, torch.float32, None), (cpu_rules._avx2, 16, 1024, torch.float32, "kernel"),
-        (cpu_rules._avx2, 16, 1024, torch.float16, None), (cpu_rules._intel_avx512, 9, 1024, torch.float32, "torch"),
-        (cpu_rules._intel_avx512, 8, 1024, torch.float32, "kernel"),
-        (cpu_rules._intel_avx512, 4, 1024, torch.bfloat16, "kernel"),
-        (cpu_rules._intel_avx512, 16, 1024, torch.bfloat16, "torch"),
+        ("_amd_avx512", 16, 1024, torch.float32, None), ("_amd_avx512", 2, 1024, torch.float32, "kernel"),
+        ("_avx2", 16, 1024, torch.float32, "kernel"), ("_avx2", 16, 1024, torch.float16, None),
+        ("_intel_avx512", 8, 1024, torch.float32, "kernel"), ("_intel_avx512", 9, 1024, torch.float32, "torch"),
+        ("_intel_avx512", 4, 1024, torch.bfloat16, "kernel"), ("_intel_avx512", 16, 1024, torch.bfloat16, "torch"),
+        ("_intel_avx512", 16, 362, torch.bfloat16, "kernel"),
     ],
 )  # fmt: skip
 def test_how_a_few_rows_are_multiplied(monkeypatch, rules, rows, entries, dtype, how):
-    monkeypatch.setattr(cpu_rules, "of", lambda isa: rules)
+    monkeypatch.setattr(cpu_rules, "of", lambda isa: getattr(cpu_rules, rules, rules))
     assert cpu.for_few_rows(torch.ones(rows, entries, dtype=dtype), torch.ones(entries, entries)) == how
 
 
@@ -448,13 +462,23 @@ def test_the_compiled_operators_refuse_what_would_crash():
 
 
 @pytest.fixture
-def rules(isa, monkeypatch):
+def on_processor(monkeypatch):
+    """makes this processor one with these words in /proc/cpuinfo"""
+
+    def become(*words):
+        for module in (cpu_rules, reference):
+            monkeypatch.setattr(module, "processor", lambda: words)
+        cpu_rules.of.cache_clear()
+
+    yield become
+    cpu_rules.of.cache_clear()
+
+
+@pytest.fixture
+def rules(isa, on_processor):
     """slower() by shape and dtype, as on the processors that each instruction set was measured on"""
-    monkeypatch.setattr(cpu_rules, "amd_processor", lambda: isa != "avx512")
-    monkeypatch.setattr(cpu_rules, "_words_of_cpuinfo", lambda: {"GenuineIntel"} if isa == "avx512" else set())
-    cpu_rules.of.cache_clear()
-    yield lambda op, *tensors, needs=None: cpu.slower(op, *tensors, needs=needs)
-    cpu_rules.of.cache_clear()
+    on_processor("GenuineIntel" if isa == "avx512" else "AuthenticAMD")
+    return lambda op, *tensors, needs=None: cpu.slower(op, *tensors, needs=needs)
 
 
 def test_plain_torch_where_it_is_as_fast(isa, rules):
@@ -508,17 +532,34 @@ def test_rules_of_the_other_products(isa, rules, dtype):
     assert all("rows" in reason for reason in mixed(1))
 
 
-def test_rules_of_one_make_are_not_those_of_another(monkeypatch):
-    monkeypatch.setattr(cpu_rules, "amd_processor", lambda: False)
-    for isa, words, reason in (
-        ("avx512_bf16", {"GenuineIntel"}, "not been measured"),
-        ("avx512", {"GenuineIntel", "amx_tile"}, "AMX"),
-        ("avx512", {"AuthenticAMD"}, "not been measured"),
+def test_rules_of_one_make_are_not_those_of_another(on_processor):
+    for isa, word, reason in (
+        ("avx512_bf16", "GenuineIntel", "not been measured"),
+        ("avx512", "AuthenticAMD", "not been measured"),
+        ("neon", "", "not been measured"),
     ):
-        cpu_rules.of.cache_clear()
-        monkeypatch.setattr(cpu_rules, "_words_of_cpuinfo", lambda words=words: words)
+        on_processor(word)
         assert reason in cpu_rules.of(isa)
-    monkeypatch.setattr(cpu_rules, "_words_of_cpuinfo", lambda: {"avx512_fp16"})
-    half = make(197, 768, 768, 4, torch.float16)[:5]
-    assert "AVX512-FP16" in cpu_rules._intel_avx512("lowrank_linear", None, *half)
-    cpu_rules.of.cache_clear()
+    on_processor("GenuineIntel", "amx_tile")
+    assert "AMX" in cpu_rules.of("avx512")
+    on_processor("GenuineIntel", "avx512_fp16")
+    assert "AVX512-FP16" in cpu_rules.of("avx512")("lowrank_linear", None, *make(197, 768, 768, 4, torch.float16)[:5])
+    on_processor("GenuineIntel")
+    rules = cpu_rules.of("avx512")
+    zeros = lambda *size: torch.zeros(size, dtype=torch.bfloat16)
+
+    def merge(R, *widths):
+        given = [zeros(768, K) for K in widths] + [zeros(K, R) for K in widths] + [zeros(R, 768)] * len(widths)
+        return rules("merge_", None, *given)
+
+    def group(op, S):
+        dup = [zeros(S, 16, 768)] if op.endswith("backward") else []
+        return rules(op, None, *dup, zeros(S, 16, 16), zeros(16, 768))
+
+    assert merge(16, 768) is merge(64, 96, 768) is None and merge(65, 768, 768) and merge(16, 96, 96)
+    assert group("group_update", 48) is group("group_update_backward", 49) is None and group("group_update", 49)
+
+
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no dot product of bfloat16")
+def test_the_instruction_set_that_is_used_first():
+    assert ISAS[0] == ("avx512" if "GenuineIntel" in reference.processor() else "avx512_bf16")

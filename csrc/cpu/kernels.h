@@ -67,7 +67,7 @@ struct Kernels {
   void (*few_rows)(Dtype, const LowRank&);
 };
 
-// the kernels this processor can run, fastest first, terminated by a null pointer
+// the kernels this processor can run, the one to use first, terminated by a null pointer
 const Kernels* const* available_kernels();
 
 // runs task(0) ... task(count - 1) in any order, on thread_count() threads. both are defined by the host program.

@@ -215,13 +215,13 @@ class LowRankPass {
           for (int64_t t = 0; t < tiles; ++t) {
             S* out = p + r * r_strip_size + t * MR * r_width_;
             const auto r_tile = r_width_ == VL ? tile<T, 1, MR> : tile<T, 2, MR>;
-            // a wide tile has one set of accumulators: p is as accurate as plain torch's if its chains are shorter
+            // a wide tile has one set of accumulators, whose chains of roundings would be longer than plain torch's
             const int64_t most = r_width_ == VL ? KC : KC / 4;
             for (int64_t k = 0; k < chunks_.size(i); k += most) {
               const Steps<T> steps{chunk + t * MR * PITCH + k, d + k * r_width_, std::min(most, chunks_.size(i) - k)};
               const bool adds = i > 0 || k > 0;
               r_tile(steps, {}, adds ? out : zeros(), adds ? r_width_ : 0, out, r_width_,
-                     Ahead{reinterpret_cast<const char*>(d)});
+                     Ahead{reinterpret_cast<const char*>(steps.b)});
             }
           }
         }

@@ -142,3 +142,39 @@ class Kernels(Protocol):
 
         Three lists of equal length, all of one dtype and device; nothing but the weights is written.
         """
+
+
+class FewRows(Protocol):
+    """What cpu and reference have besides: efft_linear of a few rows, from left to right."""
+
+    def for_few_rows(self, x: Tensor, weight: Tensor) -> str | None:
+        """By what they are multiplied: "kernel", "torch" (the reference), or None: as more rows are."""
+
+    def few_rows(
+        self,
+        x: Tensor,  # [..., K]
+        weight: Tensor,  # [S * N, K]
+        bias: Tensor | None,  # [S * N]
+        u: Tensor,  # [K, P]
+        sigma: Tensor,  # [P, Q] or [S, P, Q]
+        v: Tensor,  # [Q, N]
+        scale: float,
+    ) -> list[Tensor]:  # y [..., S * N], p [M, P], q [M, S * Q]
+        """p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""
+
+    def few_rows_backward(
+        self,
+        dy: Tensor,  # [..., S * N]
+        x: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        sigma: Tensor,
+        v: Tensor,
+        p: Tensor,
+        q: Tensor,
+        scale: float,
+        needs: list[bool],  # (x, u, sigma, v)
+    ) -> list[Tensor]:
+        """dq = scale * dy @ v.T;  dp = dq @ sigma.T;  dx = dy @ weight + dp @ u.T;  du = x.T @ dp;
+        dsigma = p.T @ dq;  dv = scale * q.T @ dy
+        """

@@ -88,7 +88,7 @@ def isa() -> str:
 
 
 def isas() -> list[str]:
-    """The instruction sets this processor can run, the fastest first."""
+    """The instruction sets this processor can run, the one that is used first."""
     return _load()[0].isas().split()
 
 
@@ -106,7 +106,7 @@ def set_isa(name: str) -> None:
 _packed = {}
 _keep = True
 # rows of dy from which on a backward packs by itself, by isa: with fewer, packing would be a large part of it. AVX-512
-# computes faster, but packs no faster, so it takes more rows
+# computes faster, but packs no faster, so it takes more rows; that number is not measured
 _MANY_ROWS = {"avx512_bf16": 256, "avx512": 256}
 _MANY_ROWS_ELSEWHERE = 128
 
@@ -217,7 +217,7 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
 
 def for_few_rows(x: Tensor, weight: Tensor) -> str | None:
     """How efft_linear computes these few rows: by this "kernel" or by "torch", from left to right, or as more rows."""
-    return cpu_rules.few_rows(isa(), x, weight)
+    return cpu_rules.way_of_few_rows(isa(), x, weight)
 
 
 def few_rows(x, weight, bias, u, sigma, v, scale) -> list[Tensor]:

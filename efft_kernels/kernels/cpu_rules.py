@@ -1,17 +1,18 @@
 """Where the C++ kernels are chosen over plain torch, by rules of shape and dtype for each kind of processor.
 
-From measurements with one thread against reference.py. A processor that the tuner has timed goes by its own record.
+From measurements with one thread against reference.py. Where the tuner has timed an op on a processor, that record
+goes before the rules; it does not time few rows.
 """
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .reference import amd_processor
+from . import largest_rank
+from .reference import amd_processor, processor
 
 Needs: TypeAlias = list[bool] | None
 
@@ -27,21 +28,9 @@ def of(isa: str) -> Callable[..., str | None] | str:
         return _avx2
     if isa == "avx512_bf16" and amd_processor():
         return _amd_avx512
-    if isa == "avx512" and intel_processor():
-        if "amx_tile" in _words_of_cpuinfo():
-            return "plain torch has AMX, which these kernels do not use"
-        return _intel_avx512
+    if isa == "avx512" and "GenuineIntel" in processor():
+        return "plain torch has AMX, these kernels do not" if "amx_tile" in processor() else _intel_avx512
     return f"the {isa} kernels have not been measured on a processor like this one"
-
-
-@functools.cache
-def _words_of_cpuinfo() -> frozenset[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-
-
-def intel_processor() -> bool:
-    return "GenuineIntel" in _words_of_cpuinfo()
 
 
 def _avx2(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
@@ -107,16 +96,18 @@ def _amd_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
 def _intel_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
     """Measured on an Emerald Rapids without AMX, also with oneDNN held to what an Ice Lake has.
 
-    These kernels compute 16-bit floats as float32. vdpbf16ps, by which plain torch computes bfloat16, is half as fast
-    there; without it, or for float16 without AVX512-FP16, plain torch is slower still. In float32 MKL is as fast.
+    These kernels convert 16-bit floats to float32, by which Intel's processors compute faster than by vdpbf16ps, plain
+    torch's instruction for bfloat16; without it, or for float16 without AVX512-FP16, plain torch is slower still.
+    For float32 and float64 plain torch calls MKL, which uses AVX-512 there.
     """
     first = tensors[0]
     if first.dtype in (torch.float32, torch.float64):
         return "MKL is as fast"
-    if first.dtype == torch.float16 and "avx512_fp16" in _words_of_cpuinfo():
+    if first.dtype == torch.float16 and "avx512_fp16" in processor():
         return "plain torch has AVX512-FP16"
     if op == "merge_":
-        small = first.numel() < 1 << 19 or tensors[1].shape[1] > 64
+        small = max(t.numel() for t in tensors[: len(tensors) // 3]) < 1 << 19
+        small |= largest_rank(op, tensors) > 64
         return "one product per weight is as fast" if small else None
     if op.startswith("group"):
         S, P, N = *tensors[-2].shape[:2], tensors[-1].shape[1]
@@ -143,7 +134,7 @@ def _intel_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
 _FEW_ROWS_AVX2 = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}
 
 
-def few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
+def way_of_few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
     """How efft_linear multiplies at most 16 rows: "kernel", "torch", or None for as it multiplies more rows"""
     if x.dtype not in _FEW_ROWS_AVX2:
         return None
@@ -153,7 +144,8 @@ def few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
         return "kernel" if rows * entries < _FEW_ROWS_AVX2[x.dtype] else None
     if rules is _intel_avx512:
         return "kernel" if rows <= (4 if x.itemsize == 2 else 8) or rows * entries <= 1 << 21 else "torch"
-    # not measured: the kernel is taken only where reading the weight, or the host, is most of the time
+    # not measured: the kernel is taken only where reading the weight, or the host, is most of the time. elsewhere plain
+    # torch goes from left to right, which is less work than forming sigma v, except where many rows have their kernel
     if rows * entries < (1 << 20 if x.itemsize == 2 else 1 << 19) or (rows <= 2 and x.itemsize > 2):
         return "kernel"
     return None if rules is _amd_avx512 else "torch"

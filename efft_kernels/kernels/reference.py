@@ -31,13 +31,19 @@ def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) ->
 
 
 def for_few_rows(x: Tensor, weight: Tensor) -> str:
+    """As cpu.for_few_rows, where there are no kernels"""
     return "torch"
 
 
 @functools.cache
-def amd_processor() -> bool:
+def processor() -> frozenset[str]:
+    """The words of /proc/cpuinfo, among them the maker and the flags of the processor"""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+
+
+def amd_processor() -> bool:
+    return "AuthenticAMD" in processor()
 
 
 @functools.cache
@@ -145,15 +151,13 @@ def _side_by_side(sigma: Tensor) -> Tensor:  # [P, Q] or [S, P, Q] -> [P, S * Q]
 
 @checked()
 def few_rows(x, weight, bias, u, sigma, v, scale):
-    """y [..., N], p [M, P], q [M, S * Q]:  p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""
+    """y [..., S * N], p [M, P], q [M, S * Q]:  p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, p = F.linear(rows, weight, bias), torch.mm(rows, u)
     q = torch.mm(p, _side_by_side(sigma))
-    if sigma.dim() == 2:
-        y = torch.addmm(y, q, v, alpha=scale)
-    else:
-        y.view(-1, v.shape[1]).addmm_(q.view(-1, len(v)), v, alpha=scale)
-    return [y if x.dim() == 2 else y.view(*x.shape[:-1], len(weight)), p, q]
+    y.view(-1, v.shape[1]).addmm_(q.view(-1, len(v)), v, alpha=float(scale))
+    # not a view, which a custom function may not return to a caller that changes it in place
+    return [y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)]), p, q]
 
 
 @checked()
@@ -162,10 +166,11 @@ def few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, needs):
     dv = scale * q.T @ dy, of which ``needs`` (x, u, sigma, v) asks for some
     """
     need_x, need_u, need_sigma, need_v = needs
-    dy, grads = dy.reshape(len(p), -1), []
-    slices = dy.view(-1, v.shape[1])
+    dy, grads = dy.reshape(len(p), len(weight)), []
+    slices, scaled = dy.reshape(-1, v.shape[1]), dict(beta=0, alpha=float(scale))
     if need_x or need_u or need_sigma:
-        dq = (torch.mm(slices, v.t()) * scale).view(q.shape)
+        # scaled before the one rounding: a float16 may be too large for it before
+        dq = torch.addmm(dy.new_empty(()), slices, v.t(), **scaled).view(q.shape)
     if need_x or need_u:
         dp = torch.mm(dq, _side_by_side(sigma).t())
     if need_x:
@@ -178,7 +183,7 @@ def few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, needs):
             dsigma = dsigma.view(len(dsigma), len(sigma), -1).transpose(0, 1).contiguous()
         grads.append(dsigma)
     if need_v:
-        grads.append(torch.mm(q.view(-1, len(v)).t() * scale, slices))
+        grads.append(torch.addmm(dy.new_empty(()), q.view(-1, len(v)).t(), slices, **scaled))
     return grads
 
 

@@ -1,7 +1,8 @@
 """efft_linear of a few rows on a CPU: (x u) sigma v from left to right, by one call of the C++ kernels or plain torch.
 
 Forming sigma v first costs as much as P rows, which a few rows do not pay back. A call of one row is mostly the host's
-time, so forward and backward of the kernels are one node of autograd and one call each, and C++ checks the arguments.
+time, so both are one node of autograd; of the kernels, forward and backward are one call each, and C++ checks the
+arguments.
 """
 
 import sys
@@ -48,8 +49,12 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
     return found[0] if found else None
 
 
-def _fit(x, weight, bias, u, sigma, v) -> bool:
+def _fit(x, *others) -> bool:
     """Whether plain torch would compute what is meant; if not, the caller says what is wrong"""
+    weight, bias, u, sigma, v = others
+    for t in others if bias is not None else (weight, u, sigma, v):
+        if t is None or t.dtype != x.dtype or t.layout is not torch.strided or not t.is_cpu or t.numel() >= 1 << 31:
+            return False
     if sigma.dim() not in (2, 3) or not u.dim() == v.dim() == weight.dim() == 2:
         return False
     (K, P), (Q, N), S = u.shape, v.shape, len(sigma) if sigma.dim() == 3 else 1
@@ -60,7 +65,7 @@ def _fit(x, weight, bias, u, sigma, v) -> bool:
         and S * P * Q * N > 0
         and (bias is None or bias.shape == (S * N,))
         and x.dtype in FLOATS
-        and all(t is None or (t.dtype == x.dtype and t.is_cpu) for t in (weight, bias, u, sigma, v))
+        and x.layout is torch.strided
     )
 
 
