@@ -187,7 +187,7 @@ _SUMS_NOTE = "EFFT's time over that of each alternative, of sums over all Linear
 
 def _sums(part: str, zen5: list[str], zen3: list[str]) -> Table:
     rows, others = [], [name for name in VARIANTS if name != "efft"]
-    records = [f"zen5/{name}" for name in zen5] + [f"zen3/{name}" for name in zen3]
+    records = [f"zen5/{name}" for name in zen5] + [f"zen3/{name}" for name in zen3] + ["emerald_rapids/vit_b"]
     for name in records:
         run = read_run(RESULTS / name / "forward.json")
         for (size, dtype), ms in _model_ms(run["results"], part).items():
@@ -228,7 +228,8 @@ def few_rows() -> Table:
 
 def swin() -> Table:
     """Swin-T's Linears, against each alternative"""
-    records, rows, others = ["zen5/swin_t_float32", "zen5/swin_t_bfloat16"], [], [n for n in VARIANTS if n != "efft"]
+    records, rows = ["zen5/swin_t_float32", "zen5/swin_t_bfloat16"], []
+    others = ["merged", "onednn", "unfused", "peft"]
     for name in records:
         run = read_run(RESULTS / name / "forward.json")
         for part in ("forward", "forward+backward"):
