@@ -21,9 +21,12 @@ def test_both_orders_are_right(last, bias, dtype, monkeypatch):
     assert (N, K) in orders and (K, N) in orders  # forward, and dx
 
 
-def test_where_the_large_product_goes_last():
+@pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel"])
+def test_where_the_large_product_goes_last(maker, monkeypatch):
+    monkeypatch.setattr(reference, "processor", lambda: {maker})
     x = torch.zeros(2, 2)
-    assert not reference._large_product_last(x, 9, 3)
+    assert reference._large_product_last(x, 9, 3) == reference._large_product_last(x, 3, 9) == (maker == "GenuineIntel")
+    assert not reference._large_product_last(x.bfloat16(), 9, 3)
 
     class OnAGpu:
         is_cuda = True

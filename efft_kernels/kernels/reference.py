@@ -76,9 +76,12 @@ def _product(
 def _large_product_last(a: Tensor, N: int, K: int) -> bool:
     """Whether the product of K terms follows that of R: its own time then hides one pass over the result.
 
-    On an H200 that gained 2 to 16 % where N > K, and lost up to 3 % elsewhere (benchmarks/results/nvidia_h200).
+    On an H200 that gained 2 to 16 % where N > K, and lost up to 3 % elsewhere (benchmarks/results/nvidia_h200). On a
+    CPU it was measured with MKL on an Intel processor, where it was never slower.
     """
-    return a.is_cuda and N > K
+    if a.is_cuda:
+        return N > K
+    return a.is_cpu and a.dtype in (torch.float32, torch.float64) and "GenuineIntel" in processor()
 
 
 def _sum(
