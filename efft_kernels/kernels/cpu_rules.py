@@ -145,7 +145,7 @@ def way_of_few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
     if rules is _intel_avx512:
         return "kernel" if rows <= (4 if x.itemsize == 2 else 8) or rows * entries <= 1 << 21 else "torch"
     # not measured: the kernel is taken only where reading the weight, or the host, is most of the time. elsewhere plain
-    # torch goes from left to right, which is less work than forming sigma v, except where many rows have their kernel
+    # torch goes from left to right, which is less work than forming sigma v, but on AMD, where that has a fast kernel
     if rows * entries < (1 << 20 if x.itemsize == 2 else 1 << 19) or (rows <= 2 and x.itemsize > 2):
         return "kernel"
     return None if rules is _amd_avx512 else "torch"
