@@ -790,8 +790,8 @@ def test_a_replica_decodes_no_more_than_it_works_on(served, monkeypatch):
 
     for name, answer in zip(names, found := asyncio.run(crowd())):
         assert isinstance(answer, Refused) or load_test.is_right(answer, name, want[0, name])
-    # at most two batches of three; how close it comes depends on how fast decoding is
-    assert sum(isinstance(answer, Refused) for answer in found) == 20 and 3 <= max(decoded) <= 6
+    # at most two batches of three; how near it comes depends on how fast they are classified
+    assert sum(isinstance(answer, Refused) for answer in found) == 20 and max(decoded) <= 6
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
