@@ -780,9 +780,21 @@ def test_a_replica_decodes_no_more_than_it_works_on(served, monkeypatch):
     settings, files, want = served
     replica = alone(settings.model_copy(update={"max_ongoing": 2, "max_batch": 3, "max_queued": 38}), monkeypatch)
     held, decoded, names = [], [], [f"adapter-{i % 3}" for i in range(60)]
-    prepare, compute = replica.classifier.prepare, replica.classifier.classify
-    replica.classifier.prepare = lambda upload: held.append(1) or decoded.append(len(held)) or prepare(upload)
-    replica.classifier.classify = lambda images, *names: held.__delitem__(slice(len(images))) or compute(images, *names)
+    prepare, compute, full = replica.classifier.prepare, replica.classifier.classify, threading.Event()
+
+    def counted(upload):
+        held.append(1)
+        decoded.append(len(held))
+        if len(held) == 6:  # two batches of three: one at work, one that waits
+            full.set()
+        return prepare(upload)
+
+    def late(images, *names):
+        assert full.wait(30)  # however fast images are decoded
+        del held[: len(images)]
+        return compute(images, *names)
+
+    replica.classifier.prepare, replica.classifier.classify = counted, late
 
     async def crowd():
         asked = [replica.classify(request(files[0], query={"adapter": name, "top": "9"})) for name in names]
@@ -790,8 +802,7 @@ def test_a_replica_decodes_no_more_than_it_works_on(served, monkeypatch):
 
     for name, answer in zip(names, found := asyncio.run(crowd())):
         assert isinstance(answer, Refused) or load_test.is_right(answer, name, want[0, name])
-    # at most two batches of three; how near it comes depends on how fast they are classified
-    assert sum(isinstance(answer, Refused) for answer in found) == 20 and max(decoded) <= 6
+    assert sum(isinstance(answer, Refused) for answer in found) == 20 and max(decoded) == 6
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
