@@ -32,7 +32,7 @@ def subspace_similarity(a: Matrix, b: Matrix, i: int, j: int) -> float:
             matrix (singular vectors beyond the rank are arbitrary).
     """
     left, right = _basis(a, i, "a", "i"), _basis(b, j, "b", "j")
-    return _overlaps(left, right).sum().item() / min(i, j)
+    return _overlaps(left, right)[:i, :j].sum().item() / min(i, j)
 
 
 def subspace_map(a: Matrix, b: Matrix, i: int | None = None, j: int | None = None) -> Tensor:
@@ -46,7 +46,8 @@ def subspace_map(a: Matrix, b: Matrix, i: int | None = None, j: int | None = Non
         Tensor [i, j], float64: entry [p, q] is phi(a, b, p + 1, q + 1).
     """
     left, right = _basis(a, i, "a", "i"), _basis(b, j, "b", "j")
-    sums = _overlaps(left, right).cumsum(0).cumsum(1)
+    # sums over all directions before some are taken, so that an entry has the same bits whatever i and j are
+    sums = _overlaps(left, right).cumsum(0).cumsum(1)[:i, :j]
     count = [torch.arange(1, n + 1, dtype=sums.dtype, device=sums.device) for n in sums.shape]
     return sums / torch.minimum(count[0][:, None], count[1])
 
@@ -79,7 +80,7 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
 
 
 def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Tensor:
-    """The leading left singular vectors [d, count], float64."""
+    """All left singular vectors [d, rank], float64, of a matrix that has ``count`` of them."""
     pair = isinstance(matrix, tuple | list)
     parts = [part.detach().double() for part in (matrix if pair else (matrix,))]
     if any(part.ndim != 2 for part in parts) or (pair and (len(parts) != 2 or parts[0].shape[1] != parts[1].shape[0])):
@@ -101,7 +102,7 @@ def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Ten
     count = rank if count is None else count
     if type(count) is not int or not 1 <= count <= rank:
         raise ValueError(f"{count_name} must be from 1 to the rank of {name}, which is {rank}, got {count!r}")
-    return vectors[:, :count]
+    return vectors[:, :rank]
 
 
 def _overlaps(left: Tensor, right: Tensor) -> Tensor:
