@@ -22,10 +22,11 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.s
 KERNELS = {
     "kernels": set(),
     "kernels.memory": set(),
-    "kernels.reference": {"kernels.memory"},
+    "kernels.processor": set(),
+    "kernels.reference": {"kernels.memory", "kernels.processor"},
     "kernels.build": {"storage"},
     "kernels.cpu": {"kernels", "kernels.build", "kernels.cpu_rules", "kernels.memory", "kernels.tuning.table"},
-    "kernels.cpu_rules": {"kernels", "kernels.reference"},
+    "kernels.cpu_rules": {"kernels", "kernels.processor"},
     "kernels.triton": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.cuda": {"kernels.build", "kernels.memory", "kernels.tuning.table"},
     "kernels.tuning": {"kernels.tuning.run"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 
-from efft_kernels.kernels import build, cpu, cpu_rules, reference
+from efft_kernels.kernels import build, cpu, cpu_rules, processor, reference
 from efft_kernels.ops import few_rows
 
 if reason := cpu.unavailable():
@@ -466,8 +466,7 @@ def on_processor(monkeypatch):
     """makes this processor one with these words in /proc/cpuinfo"""
 
     def become(*words):
-        for module in (cpu_rules, reference):
-            monkeypatch.setattr(module, "processor", lambda: words)
+        monkeypatch.setattr(processor, "words", lambda: words)
         cpu_rules.of.cache_clear()
 
     yield become
@@ -562,4 +561,4 @@ def test_rules_of_one_make_are_not_those_of_another(on_processor):
 
 @pytest.mark.skipif("avx512_bf16" not in ISAS, reason="this processor has no dot product of bfloat16")
 def test_the_instruction_set_that_is_used_first():
-    assert ISAS[0] == ("avx512" if "GenuineIntel" in reference.processor() else "avx512_bf16")
+    assert ISAS[0] == ("avx512" if processor.intel() else "avx512_bf16")

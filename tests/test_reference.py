@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import check_lowrank_linear
 
-from efft_kernels.kernels import reference
+from efft_kernels.kernels import processor, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -23,7 +23,7 @@ def test_both_orders_are_right(last, bias, dtype, monkeypatch):
 
 @pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel"])
 def test_where_the_large_product_goes_last(maker, monkeypatch):
-    monkeypatch.setattr(reference, "processor", lambda: {maker})
+    monkeypatch.setattr(processor, "words", lambda: {maker})
     x = torch.zeros(2, 2)
     assert reference._large_product_last(x, 9, 3) == reference._large_product_last(x, 3, 9) == (maker == "GenuineIntel")
     assert not reference._large_product_last(x.bfloat16(), 9, 3)

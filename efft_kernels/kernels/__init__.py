@@ -145,36 +145,18 @@ class Kernels(Protocol):
 
 
 class FewRows(Protocol):
-    """What cpu and reference have besides: efft_linear of a few rows, from left to right."""
+    """What cpu and reference have besides, for efft_linear of a few rows: from left to right.
+
+    Sizes are those of efft_linear; M rows give p [M, P] and q [M, S * Q].
+    """
 
     def for_few_rows(self, x: Tensor, weight: Tensor) -> str | None:
         """By what they are multiplied: "kernel", "torch" (the reference), or None: as more rows are."""
 
-    def few_rows(
-        self,
-        x: Tensor,  # [..., K]
-        weight: Tensor,  # [S * N, K]
-        bias: Tensor | None,  # [S * N]
-        u: Tensor,  # [K, P]
-        sigma: Tensor,  # [P, Q] or [S, P, Q]
-        v: Tensor,  # [Q, N]
-        scale: float,
-    ) -> list[Tensor]:  # y [..., S * N], p [M, P], q [M, S * Q]
+    def few_rows(self, x, weight, bias, u, sigma, v, scale: float) -> list[Tensor]:  # y, p, q
         """p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""
 
-    def few_rows_backward(
-        self,
-        dy: Tensor,  # [..., S * N]
-        x: Tensor,
-        weight: Tensor,
-        u: Tensor,
-        sigma: Tensor,
-        v: Tensor,
-        p: Tensor,
-        q: Tensor,
-        scale: float,
-        needs: list[bool],  # (x, u, sigma, v)
-    ) -> list[Tensor]:
+    def few_rows_backward(self, dy, x, weight, u, sigma, v, p, q, scale: float, needs: list[bool]) -> list[Tensor]:
         """dq = scale * dy @ v.T;  dp = dq @ sigma.T;  dx = dy @ weight + dp @ u.T;  du = x.T @ dp;
-        dsigma = p.T @ dq;  dv = scale * q.T @ dy
+        dsigma = p.T @ dq;  dv = scale * q.T @ dy, of which needs (x, u, sigma, v) asks for some
         """

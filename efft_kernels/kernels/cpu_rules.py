@@ -11,8 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import largest_rank
-from .reference import amd_processor, processor
+from . import largest_rank, processor
 
 Needs: TypeAlias = list[bool] | None
 
@@ -26,10 +25,10 @@ def of(isa: str) -> Callable[..., str | None] | str:
     """
     if isa == "avx2":
         return _avx2
-    if isa == "avx512_bf16" and amd_processor():
+    if isa == "avx512_bf16" and processor.amd():
         return _amd_avx512
-    if isa == "avx512" and "GenuineIntel" in processor():
-        return "plain torch has AMX, these kernels do not" if "amx_tile" in processor() else _intel_avx512
+    if isa == "avx512" and processor.intel():
+        return "plain torch has AMX, these kernels do not" if "amx_tile" in processor.words() else _intel_avx512
     return f"the {isa} kernels have not been measured on a processor like this one"
 
 
@@ -103,7 +102,7 @@ def _intel_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
     first = tensors[0]
     if first.dtype in (torch.float32, torch.float64):
         return "MKL is as fast"
-    if first.dtype == torch.float16 and "avx512_fp16" in processor():
+    if first.dtype == torch.float16 and "avx512_fp16" in processor.words():
         return "plain torch has AVX512-FP16"
     if op == "merge_":
         small = max(t.numel() for t in tensors[: len(tensors) // 3]) < 1 << 19

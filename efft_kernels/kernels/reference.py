@@ -5,12 +5,12 @@ one rounding per product).
 """
 
 import functools
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import processor
 from .memory import checked
 
 
@@ -36,21 +36,10 @@ def for_few_rows(x: Tensor, weight: Tensor) -> str:
 
 
 @functools.cache
-def processor() -> frozenset[str]:
-    """The words of /proc/cpuinfo, among them the maker and the flags of the processor"""
-    cpuinfo = Path("/proc/cpuinfo")
-    return frozenset(cpuinfo.read_text().split() if cpuinfo.exists() else ())
-
-
-def amd_processor() -> bool:
-    return "AuthenticAMD" in processor()
-
-
-@functools.cache
 def _onednn_leads() -> bool:
     """Whether oneDNN has the faster float32 product: MKL, torch's default, does not use AVX-512 on AMD processors"""
     avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return amd_processor() and torch.backends.mkldnn.is_available() and avx512
+    return processor.amd() and torch.backends.mkldnn.is_available() and avx512
 
 
 def _rows_apart(t: Tensor) -> bool:
@@ -82,7 +71,7 @@ def _large_product_last(a: Tensor, N: int, K: int) -> bool:
     """
     if a.is_cuda:
         return N > K
-    return a.is_cpu and a.dtype in (torch.float32, torch.float64) and "GenuineIntel" in processor()
+    return a.is_cpu and a.dtype in (torch.float32, torch.float64) and processor.intel()
 
 
 def _sum(

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from ..kernels import reference
+from ..kernels import FewRows, reference
 from .checks import FLOATS
 from .dispatch import candidates, default_backend, direct_outside_autocast, once, records
 
@@ -37,7 +37,7 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or default_backend():
         return None
-    kernels = (candidates(_CPU) or [reference])[0]
+    kernels: FewRows = (candidates(_CPU) or [reference])[0]
     how = kernels.for_few_rows(x, weight)
     if how == "torch" and _fit(x, weight, bias, u, sigma, v):
         kernels = reference
