@@ -26,7 +26,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first. Marks as slow what runs CUDA kernels: their simulator compiles for half a minute."""
+    """Longest files first. What runs CUDA kernels is slow: the simulator takes half a minute to compile."""
     place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
