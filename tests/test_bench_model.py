@@ -253,6 +253,7 @@ def test_compiled_steps(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="it cannot compile attention's float64 gradients")
 def test_a_compiled_step_computes_the_same():
     base, batches = backbone("vit_b"), [(torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1]))]
     losses = []

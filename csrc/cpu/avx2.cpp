@@ -10,6 +10,6 @@ EFFT_TARGET_BEGIN("avx2,fma")
 EFFT_TARGET_END
 
 namespace efft {
-extern const Kernels avx2_kernels{"avx2", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels avx2_kernels{"avx2", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }
 #endif

@@ -10,6 +10,6 @@ EFFT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 EFFT_TARGET_END
 
 namespace efft {
-extern const Kernels avx512_kernels{"avx512", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels avx512_kernels{"avx512", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }
 #endif

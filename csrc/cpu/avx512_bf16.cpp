@@ -13,6 +13,6 @@ EFFT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 EFFT_TARGET_END
 
 namespace efft {
-extern const Kernels avx512_bf16_kernels{"avx512_bf16", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels avx512_bf16_kernels{"avx512_bf16", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }
 #endif

@@ -131,14 +131,24 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   return {y, p};
 }
 
+// dx of a backward that has everything but c: in the place of x if x may be overwritten
+Tensor make_dx(LowRank& g, const Tensor& dy, const std::optional<Tensor>& x, bool overwrite_x) {
+  g.c = g.x;
+  const bool over = overwrite_x && x && x->is_contiguous() && kernels().overwrites_x(dtype_of(dy), g);
+  const Tensor dx = over ? *x : empty({g.M, g.N}, dy);
+  g.c = view(dx);
+  return dx;
+}
+
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
-// dx, ddown, dup are computed if weight, x, p are given, respectively
+// dx, ddown, dup are computed if weight, x, p are given, respectively. overwrite_x: x is not read after the call
 std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
                                             const std::optional<Tensor>& weight,  // [N, K], packed or not
                                             const std::optional<Tensor>& x,       // [M, K]
                                             const Tensor& down,                   // [K, R]
                                             const Tensor& up,                     // [R, N]
-                                            const std::optional<Tensor>& p) {     // [M, R]
+                                            const std::optional<Tensor>& p,       // [M, R]
+                                            bool overwrite_x) {
   check_dim("dy", dy, 2);
   check_dim("down", down, 2);
   const int64_t M = dy.size(0), N = dy.size(1), K = down.size(0), R = down.size(1);
@@ -152,11 +162,6 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   g.a = view(dy);
   std::vector<Tensor> grads;
   if (weight || x) g.d = transposed(view(up));
-  if (weight) {
-    set_weight(g, *weight, dtype_of(dy));
-    grads.push_back(empty({M, K}, dy));
-    g.u = transposed(view(down)), g.c = view(grads.back());
-  }
   if (x) {
     check("x", *x, dy, {M, K});
     grads.push_back(empty({K, R}, dy));
@@ -166,6 +171,11 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
     check("p", *p, dy, {M, R});
     grads.push_back(empty({R, N}, dy));
     g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
+  }
+  if (weight) {
+    set_weight(g, *weight, dtype_of(dy));
+    g.u = transposed(view(down));
+    grads.insert(grads.begin(), make_dx(g, dy, x, overwrite_x));
   }
   kernels().lowrank(dtype_of(dy), g);
   return grads;
@@ -220,7 +230,8 @@ std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     
                                           const Tensor& down,                   // [A, K, R]
                                           const Tensor& up,                     // [A, R, N]
                                           const std::optional<Tensor>& p,       // [M, R]
-                                          const Tensor& ids) {                  // [B]
+                                          const Tensor& ids,                    // [B]
+                                          bool overwrite_x) {
   check_dim("dy", dy, 2);
   check_dim("down", down, 3);
   const int64_t M = dy.size(0), N = dy.size(1), A = down.size(0), K = down.size(1), R = down.size(2);
@@ -234,12 +245,6 @@ std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     
   g.a = view(dy);
   std::vector<Tensor> grads;
   if (weight || x) g.d = transposed(first_adapter(up)), g.d_adapter = up.stride(0);
-  if (weight) {
-    set_weight(g, *weight, dtype_of(dy));
-    grads.push_back(empty({M, K}, dy));
-    g.u = transposed(first_adapter(down)), g.u_adapter = down.stride(0);
-    g.c = view(grads.back());
-  }
   if (x) {
     check("x", *x, dy, {M, K});
     grads.push_back(empty({A, K, R}, dy));
@@ -249,6 +254,11 @@ std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     
     check("p", *p, dy, {M, R});
     grads.push_back(empty({A, R, N}, dy));
     g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
+  }
+  if (weight) {
+    set_weight(g, *weight, dtype_of(dy));
+    g.u = transposed(first_adapter(down)), g.u_adapter = down.stride(0);
+    grads.insert(grads.begin(), make_dx(g, dy, x, overwrite_x));
   }
   kernels().lowrank(dtype_of(dy), g);
   return grads;
@@ -339,11 +349,13 @@ STABLE_TORCH_LIBRARY(efft_cpu, m) {
   m.def("pack(Tensor weight, bool for_backward) -> Tensor");
   m.def("fingerprint(Tensor weight) -> int");
   m.def("lowrank_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up) -> (Tensor, Tensor)");
-  m.def("lowrank_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor down, Tensor up, Tensor? p) -> Tensor[]");
+  m.def(
+      "lowrank_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor down, Tensor up, Tensor? p, "
+      "bool overwrite_x=False) -> Tensor[]");
   m.def("mixed_linear(Tensor x, Tensor packed, Tensor? bias, Tensor down, Tensor up, Tensor ids) -> (Tensor, Tensor)");
   m.def(
-      "mixed_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor down, Tensor up, Tensor? p, Tensor ids) -> "
-      "Tensor[]");
+      "mixed_linear_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor down, Tensor up, Tensor? p, Tensor ids, "
+      "bool overwrite_x=False) -> Tensor[]");
   m.def("group_update(Tensor sigma, Tensor v, float scale) -> Tensor");
   m.def(
       "group_update_backward(Tensor dup, Tensor sigma, Tensor v, float scale, bool need_sigma, bool need_v) -> "

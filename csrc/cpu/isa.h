@@ -54,6 +54,10 @@ void lowrank(Dtype dtype, const LowRank& g) {
   with_type(dtype, [&](auto t) { LowRankPass<decltype(t)>(g).run(); });
 }
 
+bool overwrites_x(Dtype dtype, const LowRank& g) {
+  return with_type(dtype, [&](auto t) { return LowRankPass<decltype(t)>(g).shares() == 1; });
+}
+
 void few_rows(Dtype dtype, const LowRank& g) {
   with_type(dtype, [&](auto t) { FewRowsPass<decltype(t)>(g).run(); });
 }

@@ -32,7 +32,7 @@ struct View {
 // a mixed batch has A adapters and B samples of M / B rows each. the rows of a sample use the d and u of its adapter,
 // and qa and xp hold one sum per adapter, over the rows of its samples: zeros for an adapter without samples.
 //
-// a null pointer means that an output is not wanted or an input is absent.
+// a null pointer means that an output is not wanted or an input is absent. c may be in the place of x where overwrites_x.
 struct LowRank {
   int64_t M = 0, K = 0, N = 0, R = 0;
   View a;                        // [M, K]
@@ -62,6 +62,8 @@ struct Kernels {
   // packs b [K, N] into panels
   void (*pack)(Dtype, const View& b, int64_t K, int64_t N, void* panels);
   void (*lowrank)(Dtype, const LowRank&);
+  // whether each row of x is read before that row of c is written
+  bool (*overwrites_x)(Dtype, const LowRank&);
   // c = a @ b_rows + scale * q @ u + bias, or without q: c = scale * a @ b_rows + bias. nothing is packed, which pays
   // for few rows; c is contiguous along a row
   void (*few_rows)(Dtype, const LowRank&);

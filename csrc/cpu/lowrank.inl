@@ -98,10 +98,7 @@ class LowRankPass {
     for (int64_t j = 0; j < panels_ * NR; ++j) {
       bias_[j] = g_.bias.data && j < g_.N ? load_one(static_cast<const T*>(g_.bias.data) + j * g_.bias.col) : S{0};
     }
-    // with few rows, the columns of c are divided into shares as well. each share packs its rows again, without waiting
-    // for another
-    int64_t shares = 1;
-    if (g_.c.data && splits > 0) shares = std::min((thread_count() + splits - 1) / splits, (panels_ + 7) / 8);
+    const int64_t shares = this->shares();
     parallel_for(splits * shares, [&](int64_t i) {
       const int64_t number = i / shares, share = i % shares;
       const Split& split = splits_[number];
@@ -112,6 +109,13 @@ class LowRankPass {
     });
     if (g_.qa) reduce(qa_, g_.K, static_cast<T*>(g_.qa), 1, g_.K);
     if (g_.xp) reduce(xp_, g_.N, static_cast<T*>(g_.xp), g_.R, 1);
+  }
+
+  // with few rows, the columns of c are divided into shares as well. each share packs its rows again, without waiting
+  // for another
+  int64_t shares() const {
+    const int64_t splits = int64_t(splits_.size());
+    return g_.c.data && splits > 0 ? std::min((thread_count() + splits - 1) / splits, (panels_ + 7) / 8) : 1;
   }
 
  private:
@@ -186,12 +190,13 @@ class LowRankPass {
             bool adds) {
     const int64_t tiles = (count + MR - 1) / MR, padded = tiles * MR;
     const int64_t chunk_size = padded * PITCH, strip_size = padded * NR, r_strip_size = padded * r_width_;
-    const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count) * chunk_size + 64, 2 * r_panels_ * r_strip_size,
+    const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count + (g_.xp ? 1 : 0)) * chunk_size + 64, 2 * r_panels_ * r_strip_size,
                              (blocked_ ? panels_ : 1) * strip_size, MR * NR, packs_ ? chunks_.length * NR : 0};
     thread_local Scratch scratch(64);
     Cell<T>* const a =
         static_cast<Cell<T>*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4]) * sizeof(S)));
     Cell<T>* const p_chunks = a + chunks_.per_block * chunk_size;           // [r chunk][row][PITCH]
+    Cell<T>* const x_chunk = p_chunks + r_chunks_.count * chunk_size;       // [row][PITCH]
     S* const p = reinterpret_cast<S*>(a + sizes[0]);                        // [r panel][row][r_width]
     Cell<T>* const q = a + sizes[0] + r_panels_ * r_strip_size;             // [r panel][row, or pair][r_width]
     S* const strips = p + sizes[1];                                         // [panel][row][NR]
@@ -227,19 +232,19 @@ class LowRankPass {
         }
       }
       if (last && g_.d.data) finish_p(row0, count, padded, first, p, p_chunks);
+      if (last && g_.xp && sums) {  // before c, which may be in the place of x
+        const Cell<T>* factors = pair_rows(p, padded, q);
+        const Chunks n(cells<T>(g_.N), KC);
+        for (int64_t i = 0; i < n.count; ++i) {
+          const int64_t k0 = n.begin(i) * PER, k_count = std::min(n.size(i) * PER, g_.N - k0);
+          pack_chunk<T>(g_.x, row0, count, k0, k_count, x_chunk);
+          transposed(x_chunk, factors, count, k0, k_count, xp_, split, g_.N, adds);
+        }
+      }
       if (!g_.c.data) continue;
       for (int64_t j = panel0; j < panel1; ++j) {
         S* strip = strips + (blocked_ ? j - panel0 : 0) * strip_size;
         columns(row0, count, j, chunk0, chunk1, a, chunk_size, packed, p_chunks, slot, strip, edge);
-      }
-    }
-    if (g_.xp && sums) {
-      const Cell<T>* factors = pair_rows(p, padded, q);
-      const Chunks n(cells<T>(g_.N), KC);
-      for (int64_t i = 0; i < n.count; ++i) {
-        const int64_t k0 = n.begin(i) * PER, k_count = std::min(n.size(i) * PER, g_.N - k0);
-        pack_chunk<T>(g_.x, row0, count, k0, k_count, a);
-        transposed(a, factors, count, k0, k_count, xp_, split, g_.N, adds);
       }
     }
   }

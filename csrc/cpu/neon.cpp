@@ -8,6 +8,6 @@
 #include "isa.h"
 
 namespace efft {
-extern const Kernels neon_kernels{"neon", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels neon_kernels{"neon", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }
 #endif

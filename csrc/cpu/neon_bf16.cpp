@@ -13,7 +13,7 @@ EFFT_TARGET_BEGIN("arch=armv8.2-a+bf16")
 EFFT_TARGET_END
 
 namespace efft {
-extern const Kernels neon_bf16_kernels{"neon_bf16", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels neon_bf16_kernels{"neon_bf16", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 extern const bool has_neon_bf16 = true;
 }  // namespace efft
 #elif defined(__aarch64__)

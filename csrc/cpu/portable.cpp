@@ -7,5 +7,5 @@
 #include "isa.h"
 
 namespace efft {
-extern const Kernels portable_kernels{"portable", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels portable_kernels{"portable", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }

@@ -144,6 +144,22 @@ class Kernels(Protocol):
         """
 
 
+class OverwritesX(Protocol):
+    """What cpu and reference take besides: ``overwrite_x``, which lets a backward write dx in the place of x.
+
+    A caller that has rebuilt x for this call alone then needs no second tensor of its size. A backend makes new memory
+    where x is not contiguous or where its way of computing does not allow it.
+    """
+
+    OVERWRITES_X: bool
+
+    def lowrank_linear_backward(self, dy, x, weight, down, up, p, needs, overwrite_x: bool = False) -> list[Tensor]:
+        """As :meth:`Kernels.lowrank_linear_backward`"""
+
+    def mixed_linear_backward(self, dy, x, weight, down, up, p, ids, needs, overwrite_x: bool = False) -> list[Tensor]:
+        """As :meth:`Kernels.mixed_linear_backward`"""
+
+
 class FewRows(Protocol):
     """What cpu and reference have besides, for efft_linear of a few rows: from left to right.
 

@@ -23,6 +23,7 @@ from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OVERWRITES_X = True  # kernels/__init__.py
 
 
 def _library() -> Path:
@@ -181,17 +182,18 @@ def lowrank_linear(x, weight, bias, down, up):
     return _load()[0].lowrank_linear(x, _panels(weight, False), bias, down, up)
 
 
-def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
+def lowrank_linear_backward(dy, x, weight, down, up, p, needs, overwrite_x=False):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
-    return _backward(_load()[0].lowrank_linear_backward, dy, x, weight, down, up, p, needs)
+    return _backward(_load()[0].lowrank_linear_backward, dy, x, weight, down, up, p, (), needs, overwrite_x)
 
 
-def _backward(kernel, dy, x, weight, down, up, p, needs, *ids) -> list[Tensor]:
+def _backward(kernel, dy, x, weight, down, up, p, ids, needs, overwrite_x) -> list[Tensor]:
     need_x, need_weight, need_bias, need_down, need_up = needs
     fused = []
     if need_x or need_down or need_up:
         used = _of_backward(weight, len(dy)) if need_x else None
-        fused = kernel(dy, used, x if need_down else None, down, up, p if need_up else None, *ids)
+        read = x if need_down else None, down, up, p if need_up else None
+        fused = kernel(dy, used, *read, *ids, overwrite_x and not need_weight)
     grads = iter(fused)
     found = [next(grads)] if need_x else []
     # these two have no low-rank part; only a weight or bias that is trained asks for them
@@ -210,9 +212,9 @@ def mixed_linear(x, weight, bias, down, up, ids):
     return _load()[0].mixed_linear(x, _panels(weight, False), bias, down, up, ids)
 
 
-def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
+def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs, overwrite_x=False):
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
-    return _backward(_load()[0].mixed_linear_backward, dy, x, weight, down, up, p, needs, ids)
+    return _backward(_load()[0].mixed_linear_backward, dy, x, weight, down, up, p, (ids,), needs, overwrite_x)
 
 
 def for_few_rows(x: Tensor, weight: Tensor) -> str | None:

@@ -52,7 +52,9 @@ def checked(*, addresses: bool = False) -> Callable[[_Function], _Function]:
     """
 
     def decorate(function: _Function) -> _Function:
-        names = [name for name in inspect.signature(function).parameters if name not in ("scale", "needs")]
+        names = [
+            name for name in inspect.signature(function).parameters if name not in ("scale", "needs", "overwrite_x")
+        ]
         count = len(names)
 
         @functools.wraps(function)

@@ -13,6 +13,8 @@ from torch import Tensor
 from . import processor
 from .memory import checked
 
+OVERWRITES_X = True  # kernels/__init__.py
+
 
 def unavailable() -> str | None:
     return None
@@ -52,14 +54,15 @@ def _product(
     a: Tensor,  # [M, K]
     weight: Tensor,  # [N, K]
     bias: Tensor | None,  # [N]
+    out: Tensor | None = None,  # [M, N]
 ) -> Tensor:  # [M, N]
-    """a @ weight.T + bias"""
+    """a @ weight.T + bias; in the memory of out where torch's product can write there"""
     # for a few rows oneDNN is no faster, and costs more per call; it refuses rows that overlap
     if a.is_cpu and a.dtype == torch.float32 and a.shape[0] >= 8 and _onednn_leads() and _rows_apart(weight):
         # it reads the numbers of a bias as contiguous, and as they are in memory
         own = bias if bias is None else bias.resolve_neg().contiguous()
         return torch.ops.mkldnn._linear_pointwise(a, weight, own, "none", [], "")
-    return F.linear(a, weight, bias)
+    return F.linear(a, weight, bias) if out is None else torch.mm(a, weight.t(), out=out)
 
 
 def _large_product_last(a: Tensor, N: int, K: int) -> bool:
@@ -80,12 +83,13 @@ def _sum(
     bias: Tensor | None,  # [N]
     p: Tensor,  # [M, R]
     up: Tensor,  # [R, N]
+    out: Tensor | None = None,  # [M, N]
 ) -> Tensor:  # [M, N]
     """a @ weight.T + bias + p @ up"""
     if _large_product_last(a, *weight.shape):
-        small = torch.mm(p, up) if bias is None else torch.addmm(bias, p, up)
+        small = torch.mm(p, up, out=out) if bias is None else torch.addmm(bias, p, up)
         return small.addmm_(a, weight.t())
-    return _product(a, weight, bias).addmm_(p, up)
+    return _product(a, weight, bias, out).addmm_(p, up)
 
 
 @checked()
@@ -120,21 +124,20 @@ def lowrank_linear(x, weight, bias, down, up):
 
 
 @checked()
-def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
+def lowrank_linear_backward(dy, x, weight, down, up, p, needs, overwrite_x=False):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
-    grads = []
     dp = torch.mm(dy, up.t()) if need_x or need_down else None
-    if need_x:
-        grads.append(_sum(dy, weight.t(), None, dp, down.t()))
-    if need_weight:
-        grads.append(torch.mm(dy.t(), x))
+    grads = [torch.mm(dy.t(), x)] if need_weight else []
     if need_bias:
         grads.append(dy.sum(0))
     if need_down:
         grads.append(torch.mm(x.t(), dp))
     if need_up:
         grads.append(torch.mm(p.t(), dy))
+    if need_x:  # last, because dx may take the place of x
+        place = x if overwrite_x and x is not None and x.is_contiguous() else None
+        grads.insert(0, _sum(dy, weight.t(), None, dp, down.t(), place))
     return grads
 
 
@@ -217,7 +220,7 @@ def mixed_linear(x, weight, bias, down, up, ids):
 
 
 @checked()
-def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
+def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs, overwrite_x=False):
     """dp = dy @ up[a].T;  dx = dy @ weight + dp @ down[a].T;  ddown[a] = sum x.T @ dp;  dup[a] = sum p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
     (M, N), (A, K, R), B = dy.shape, down.shape, len(ids)
@@ -228,20 +231,18 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs):
     def samples(t: Tensor) -> Tensor:  # [M, n] -> [B, M / B, n]
         return t.reshape(B, M // B, t.shape[1])
 
-    grads = []
     dp = torch.bmm(samples(dy), _of_samples(up, ids).mT) if need_x or need_down else None
-    if need_x:
-        dx = _product(dy, weight.t(), None)
-        samples(dx).baddbmm_(dp, _of_samples(down, ids).mT)
-        grads.append(dx)
-    if need_weight:
-        grads.append(torch.mm(dy.t(), x))
+    grads = [torch.mm(dy.t(), x)] if need_weight else []
     if need_bias:
         grads.append(dy.sum(0))
     if need_down:
         grads.append(_to_adapters(torch.bmm(samples(x).mT, dp), ids, A))
     if need_up:
         grads.append(_to_adapters(torch.bmm(samples(p).mT, samples(dy)), ids, A))
+    if need_x:  # last, because dx may take the place of x
+        dx = _product(dy, weight.t(), None, x if overwrite_x and x is not None and x.is_contiguous() else None)
+        samples(dx).baddbmm_(dp, _of_samples(down, ids).mT)
+        grads.insert(0, dx)
     return grads
 
 

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from ..kernels import Kernels, decisions
 from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
-from .dispatch import below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
+from .dispatch import (
+    below_autograd,
+    check_backend,
+    direct_outside_autocast,
+    once,
+    overwriting,
+    register,
+    remember,
+    select,
+)
 from .producers import cast_again, kept_for, kept_weight
 
 
@@ -51,9 +60,10 @@ def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, *rest: Tensor | 
     return forward
 
 
-def _backward(dy, x, weight, down, up, p, needs, backend=None):
+def _backward(dy, x, weight, down, up, p, needs, backend=None, overwrite_x=False):
     key = (
-        *("lowrank_linear_backward", backend, *needs, dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15),
+        *("lowrank_linear_backward", backend, overwrite_x, *needs),
+        *(dy.shape, dy.stride(), dy.dtype, dy.device, dy.data_ptr() & 15),
         *(weight.shape, weight.stride(), weight.dtype, weight.device, weight.data_ptr() & 15, weight.requires_grad),
         *(down.shape, down.stride(), down.dtype, down.device, up.shape, up.stride(), up.dtype, up.device),
         x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15),
@@ -64,18 +74,21 @@ def _backward(dy, x, weight, down, up, p, needs, backend=None):
         _check_backward(dy, x, weight, down, up, p, needs)
         rows = as_rows(dy, "dy"), as_rows(x), weight, down, up, p
         kernels = select("lowrank_linear_backward", backend, *rows, needs=needs)
-        compute = remember(key, _bound_backward(kernels, needs, dy, x, weight, down, up, p))
+        compute = remember(key, _bound_backward(kernels, overwrite_x, needs, dy, x, weight, down, up, p))
     return compute(dy, x, weight, down, up, p, needs)
 
 
-def _bound_backward(kernels: Kernels, needs: list[bool], dy: Tensor, *rest: Tensor | None) -> Callable:
+def _bound_backward(
+    kernels: Kernels, overwrite_x: bool, needs: list[bool], dy: Tensor, *rest: Tensor | None
+) -> Callable:
     """The backend's backward for calls like this one, with dy [..., N] and x [..., K]"""
     bind = getattr(kernels, "bind_lowrank_linear_backward", None)
     if bind and (bound := bind(dy, *rest, needs)):
         return bound
+    over = overwriting(kernels, overwrite_x)
 
     def backward(dy, x, weight, down, up, p, needs):
-        grads = kernels.lowrank_linear_backward(as_rows(dy, "dy"), as_rows(x), weight, down, up, p, needs)
+        grads = kernels.lowrank_linear_backward(as_rows(dy, "dy"), as_rows(x), weight, down, up, p, needs, *over)
         if needs[0] and dy.dim() != 2:
             grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
         return grads
@@ -117,11 +130,11 @@ class _LowRankLinear(torch.autograd.Function):
             return (None,) * 7
         weight, down, up, p, *kept = ctx.saved_tensors
         weight = cast_again(weight, down.dtype)
-        x = kept[0] if ctx.recipe is None else ctx.recipe.x(kept)
+        x, own = (kept[0], False) if ctx.recipe is None else ctx.recipe.x(kept)
         needs = list(ctx.needs_input_grad[1:6])
         args = dy, x, weight, down, up, p, needs, ctx.backend
         grads = (
-            _backward(*args)
+            _backward(*args, overwrite_x=own)
             if direct_outside_autocast(dy, x, weight, down, up, p)
             else below_autograd(_backward_op, *args)
         )

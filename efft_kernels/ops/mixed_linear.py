@@ -8,7 +8,16 @@ from torch import Tensor
 from ..kernels import decisions
 from ..kernels.memory import check_memory
 from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors
-from .dispatch import below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
+from .dispatch import (
+    below_autograd,
+    check_backend,
+    decide,
+    direct_outside_autocast,
+    once,
+    overwriting,
+    register,
+    signature,
+)
 from .producers import cast_again, kept_for, kept_weight
 
 
@@ -66,14 +75,15 @@ def _forward(x, weight, bias, down, up, ids, backend=None):
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), p
 
 
-def _backward(dy, x, weight, down, up, p, ids, needs, backend=None):
+def _backward(dy, x, weight, down, up, p, ids, needs, backend=None, overwrite_x=False):
     key = ("mixed_linear_backward", backend, *needs, *signature(dy, x, weight, down, up, p, ids))
     kernels = decisions.get(key)
     if kernels is None:
         _check_backward(dy, x, weight, down, up, p, ids, needs)
         kernels = decide(key, as_rows(dy, "dy"), as_rows(x), weight, down, up, p, ids, needs=needs)
     _check_values(ids, down.shape[0])
-    grads = kernels.mixed_linear_backward(as_rows(dy, "dy"), as_rows(x), weight, down, up, p, ids.contiguous(), needs)
+    rows, over = (as_rows(dy, "dy"), as_rows(x)), overwriting(kernels, overwrite_x)
+    grads = kernels.mixed_linear_backward(*rows, weight, down, up, p, ids.contiguous(), needs, *over)
     if needs[0] and dy.dim() != 2:
         grads[0] = grads[0].view(*dy.shape[:-1], weight.shape[1])
     return grads
@@ -113,10 +123,10 @@ class _MixedLinear(torch.autograd.Function):
             return (None,) * 8
         weight, down, up, p, ids, *kept = ctx.saved_tensors
         weight = cast_again(weight, down.dtype)
-        x = kept[0] if ctx.recipe is None else ctx.recipe.x(kept)
+        x, own = (kept[0], False) if ctx.recipe is None else ctx.recipe.x(kept)
         args = dy, x, weight, down, up, p, ids, list(ctx.needs_input_grad[1:6]), ctx.backend
         grads = (
-            _backward(*args)
+            _backward(*args, overwrite_x=own)
             if direct_outside_autocast(dy, x, weight, down, up, p, ids)
             else below_autograd(_backward_op, *args)
         )

@@ -72,13 +72,13 @@ class Recipe:
             x = move(x, tensors)
         return x
 
-    def x(self, tensors: list[Tensor]) -> Tensor:
-        """x in a backward."""
+    def x(self, tensors: list[Tensor]) -> tuple[Tensor, bool]:
+        """(x in a backward, whether nobody else will read it)"""
         if self.versions is not None:
             _check_versions(tensors, self.versions)
         share = self.share
         if share.users == 1:
-            return self.x_outside_autocast(tensors)
+            return self.x_outside_autocast(tensors), True
         # a tensor that another stream computes might not be there yet
         now, held = (graph_task(), raw_stream(tensors[0].device)), share.held
         if held is None or held[0] != now:
@@ -87,7 +87,7 @@ class Recipe:
         left.pop()
         if not left:
             share.held = None
-        return x
+        return x, not left
 
     def x_outside_autocast(self, tensors: list[Tensor]) -> Tensor:
         if not any_autocast():

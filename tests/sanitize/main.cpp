@@ -149,6 +149,13 @@ void run(const Kernels& k, Dtype dtype, int64_t M, int64_t K, int64_t N, int64_t
   std::fill_n(c.data.get(), M * N * c.size(), char(0x7f));
   k.lowrank(dtype, g);
   expect("c of a pass that packs b", k, c, K * R, C);
+  if (!transposed && k.overwrites_x(dtype, g)) {
+    g.c = g.x;
+    k.lowrank(dtype, g);
+    expect("c in the place of x", k, x, K * R, C);
+    expect("xp of x that is overwritten", k, xp, M * K,
+           product(N, R, M, [&](int64_t i, int64_t j) { return x(j, i); }, p_at));
+  }
 
   LowRank f;
   f.M = M, f.K = K, f.N = N, f.R = R, f.scale = 0.5;

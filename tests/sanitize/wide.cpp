@@ -7,5 +7,5 @@
 #include "../../csrc/cpu/isa.h"
 
 namespace efft {
-extern const Kernels wide_kernels{"wide", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels wide_kernels{"wide", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }

@@ -8,5 +8,5 @@
 #include "../../csrc/cpu/isa.h"
 
 namespace efft {
-extern const Kernels wide_bf16_kernels{"wide_bf16", packed_bytes, pack, lowrank, few_rows};
+extern const Kernels wide_bf16_kernels{"wide_bf16", packed_bytes, pack, lowrank, overwrites_x, few_rows};
 }
