@@ -139,7 +139,9 @@ class Group(nn.Module):
         pairs = self._pairs(backend, path, dtype)
         if self.channel_scale is not None:  # Adapter+ (arXiv 2406.06820)
             of = self._of_outputs(narrowed(self.channel_scale, dtype), 1.0, pairs)
-            pairs = {path: Pair(pair.down, pair.up * of[path].unsqueeze(-2), pair.dropout) for path, pair in pairs.items()}
+            pairs = {
+                path: Pair(pair.down, pair.up * of[path].unsqueeze(-2), pair.dropout) for path, pair in pairs.items()
+            }
         if self.magnitude is not None:
             of = self._of_outputs(self.magnitude, 0.0, pairs)
             pairs = {path: Pair(*pair[:3], of[path]) for path, pair in pairs.items()}

@@ -32,7 +32,8 @@ struct View {
 // a mixed batch has A adapters and B samples of M / B rows each. the rows of a sample use the d and u of its adapter,
 // and qa and xp hold one sum per adapter, over the rows of its samples: zeros for an adapter without samples.
 //
-// a null pointer means that an output is not wanted or an input is absent. c may be in the place of x where overwrites_x.
+// a null pointer means that an output is not wanted or an input is absent. c may be in the place of x where
+// overwrites_x.
 struct LowRank {
   int64_t M = 0, K = 0, N = 0, R = 0;
   View a;                        // [M, K]

@@ -190,8 +190,9 @@ class LowRankPass {
             bool adds) {
     const int64_t tiles = (count + MR - 1) / MR, padded = tiles * MR;
     const int64_t chunk_size = padded * PITCH, strip_size = padded * NR, r_strip_size = padded * r_width_;
-    const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count + (g_.xp ? 1 : 0)) * chunk_size + 64, 2 * r_panels_ * r_strip_size,
-                             (blocked_ ? panels_ : 1) * strip_size, MR * NR, packs_ ? chunks_.length * NR : 0};
+    const int64_t sizes[] = {(chunks_.per_block + r_chunks_.count + (g_.xp ? 1 : 0)) * chunk_size + 64,
+                             2 * r_panels_ * r_strip_size, (blocked_ ? panels_ : 1) * strip_size, MR * NR,
+                             packs_ ? chunks_.length * NR : 0};
     thread_local Scratch scratch(64);
     Cell<T>* const a =
         static_cast<Cell<T>*>(scratch.at_least((sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4]) * sizeof(S)));

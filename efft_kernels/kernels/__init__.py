@@ -160,6 +160,11 @@ class OverwritesX(Protocol):
         """As :meth:`Kernels.mixed_linear_backward`"""
 
 
+def overwriting(kernels: Kernels, overwrite_x: bool) -> list[bool]:
+    """What a backward of these kernels is called with besides, so that it may write dx in the place of x."""
+    return [True] if overwrite_x and getattr(kernels, "OVERWRITES_X", False) else []
+
+
 class FewRows(Protocol):
     """What cpu and reference have besides, for efft_linear of a few rows: from left to right.
 

@@ -115,11 +115,6 @@ def remember(key: tuple, decision: Kernels | Callable) -> Kernels | Callable:
     return decision
 
 
-def overwriting(module: Kernels, overwrite_x: bool) -> list[bool]:
-    """What a backward of the module is called with besides, so that it may write dx in the place of x"""
-    return [True] if overwrite_x and getattr(module, "OVERWRITES_X", False) else []
-
-
 class Backend(NamedTuple):
     """One line of :func:`backends`."""
 

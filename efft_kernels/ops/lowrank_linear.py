@@ -6,18 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels import Kernels, decisions
+from ..kernels import Kernels, decisions, overwriting
 from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
-from .dispatch import (
-    below_autograd,
-    check_backend,
-    direct_outside_autocast,
-    once,
-    overwriting,
-    register,
-    remember,
-    select,
-)
+from .dispatch import below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
 from .producers import cast_again, kept_for, kept_weight
 
 

@@ -5,19 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import decisions
+from ..kernels import decisions, overwriting
 from ..kernels.memory import check_memory
 from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors
-from .dispatch import (
-    below_autograd,
-    check_backend,
-    decide,
-    direct_outside_autocast,
-    once,
-    overwriting,
-    register,
-    signature,
-)
+from .dispatch import below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 from .producers import cast_again, kept_for, kept_weight
 
 
