@@ -318,10 +318,10 @@ class _Tuner:
 
 
 def _other_ops(shapes: list[tuple], slices: tuple[int, ...]) -> list[tuple[str, tuple]]:
-    """(op, sizes): group updates of that many slices, and the merge of twelve layers with these Linears"""
+    """(op, sizes): group updates of that many slices, and the merge of at most twelve layers with these Linears"""
     ops = "group_update", "group_update_backward"
     found = [(op, (S, R, R, N)) for _, _, N, R in shapes for op in ops for S in slices]
-    return list(dict.fromkeys(found + [("merge_", (12, N, K, R)) for _, K, N, R in shapes]))
+    return list(dict.fromkeys(found + [("merge_", (min(12, max(slices)), N, K, R)) for _, K, N, R in shapes]))
 
 
 def _parts(backend: str, missing: list[dict], dtypes) -> list[tuple[list[dict], list, int]]:
