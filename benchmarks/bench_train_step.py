@@ -27,7 +27,7 @@ from timing import Stages, memory, run
 from tqdm import tqdm
 
 # methods that all times are divided by, round by round
-REFERENCES = ("merged", "merged_onednn", "full", "peft_lora", "released_efft", "fact_tt")
+REFERENCES = ("merged", "merged_onednn", "full", "peft_lora", "released_efft", "fact_tt", "efft2_kept")
 # stages of a step that make up a pass: forward with loss, backward, AdamW with the gradients cleared
 PASSES = {
     "forward": slice(0, 1),
@@ -107,7 +107,8 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, Built], grap
     """Make a row per pass and method from the complete rounds. A captured step is one pass, which cannot be divided."""
     rows, passes = [], {"step": slice(0, 1)} if graph else PASSES
     for (part, which), (name, (step, _, facts)) in itertools.product(passes.items(), built.items()):
-        timed = timings(samples, name, which, {other: other for other in REFERENCES if other in built}, "merged")
+        references = {other: other for other in REFERENCES if other in built}
+        timed = timings(samples, name, which, references, "merged", "efft2_kept")
         loss = step.loss.item()
         rows.append(
             {

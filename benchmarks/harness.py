@@ -215,6 +215,13 @@ def _efft(config: Callable[[Options], object]):
     return lambda base, o: efft_kernels.inject(share(base), config(o), backend=o.backend)
 
 
+def efft2_kept(base: nn.Module, o: Options) -> nn.Module:
+    model = _efft(lambda o: EFFTConfig("efft2", rank=o.rank))(base, o)
+    model.register_forward_pre_hook(lambda *_: efft_kernels.rebuild_inputs(False))
+    model.register_forward_hook(lambda *_: efft_kernels.rebuild_inputs(None))
+    return model
+
+
 def methods(device: str) -> tuple[list[Method], dict[str, str]]:
     """All methods for a device, and {name: why} for those that cannot run on it."""
     found = [
@@ -241,4 +248,8 @@ def methods(device: str) -> tuple[list[Method], dict[str, str]]:
         found.insert(1, Method("merged_onednn", meaning, merged_onednn))
     else:
         left_out["merged_onednn"] = f"there is no oneDNN on device {device}"
+    if device == "cpu":
+        found.append(Method("efft2_kept", "as efft2, inputs of Linears kept instead of rebuilt", efft2_kept, True))
+    else:
+        left_out["efft2_kept"] = f"inputs are kept by every method on device {device}"
     return found, left_out

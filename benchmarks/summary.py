@@ -54,6 +54,7 @@ REBUILT = "inputs_rebuilt"  # folder of training steps that rebuild in the backw
 METHODS = {
     "efft2": "EFFT2 (this library)",
     "efft2_p0": "EFFT2 without dropout",
+    "efft2_kept": "EFFT2, inputs kept",
     "efft1": "EFFT1",
     "efft_lora": "LoRA on these kernels",
     "efft_fact": "FacT on these kernels",

@@ -31,6 +31,7 @@ COLOURS = {
     "peft_lora": "#c28f00",
     "efft2": "#1b7837",
     "efft2_p0": "#5aae61",
+    "efft2_kept": "#00441b",
     "efft1": "#a6dba0",
     "efft_lora": "#2166ac",
     "efft_fact": "#92c5de",
@@ -163,18 +164,18 @@ def measure_by_dtype(
 
 
 def timings(
-    samples: list[dict], name: str, which: slice, references: dict[str, str], quartiles: str, whole: bool = False
+    samples: list[dict], name: str, which: slice, references: dict[str, str], *quartiles: str, whole: bool = False
 ) -> dict:
     """The columns of the times of some stages of a method.
 
     Args:
         references: {name in the columns: method}.
-        quartiles: the reference whose ratio gets quartiles.
+        quartiles: the references whose ratios get quartiles.
         whole: whether to divide by the time of all stages of a reference instead of the same stages.
     """
     of = lambda name, which: [round[name][which] for round in samples]
     others = {column: of(other, slice(None) if whole else which) for column, other in references.items()}
-    return columns(of(name, which), others, (quartiles,))
+    return columns(of(name, which), others, quartiles)
 
 
 def forget_packed() -> None:
