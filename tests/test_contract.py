@@ -255,26 +255,25 @@ def test_two_runs_are_bit_equal(way):
 
 @for_each("dtype", lambda way: [(dtype,) for dtype in way.dtypes] * getattr(way.module, "OVERWRITES_X", False))
 def test_dx_takes_the_place_of_x(way, dtype):
-    # one block of rows, whose columns the threads share; several blocks, also of columns
-    for (M, K, N, R), mixed in itertools.product(((24, 520, 40, 5), (700, 70, 1100, 17)), (False, True)):
+    # one block of rows, whose columns two threads share; several blocks, also of columns
+    for (M, K, N, R), name in itertools.product(((24, 520, 40, 5), (700, 70, 1100, 17)), ("lowrank", "mixed")):
         x, weight, _, down, up, dy = make(M, K, N, R, dtype, way.device)
-        linear, factors, ids = (way.module.lowrank_linear, way.module.lowrank_linear_backward), (down, up), ()
-        if mixed:
-            linear = way.module.mixed_linear, way.module.mixed_linear_backward
+        forward, compute = (getattr(way.module, f"{name}_linear{which}") for which in ("", "_backward"))
+        factors, ids = (down, up), ()
+        if name == "mixed":
             factors, ids = (torch.stack([down, -down]), torch.stack([up, up])), (torch.tensor([1, 0, -1, 0]),)
-        p = linear[0](x, weight, None, *factors, *ids)[1]
+        p = forward(x, weight, None, *factors, *ids)[1]
+        torch.set_num_threads(2 if M < 100 else 1)
         for trained in (False, True):
-            backward = lambda x, *over: linear[1](
-                dy, x, weight, *factors, p, *ids, [True, trained, False, True, True], *over
-            )
-            want, place = backward(x), x.clone()
+            needs = [True, trained, False, True, True]
+            backward = lambda x, *over: compute(dy, x, weight, *factors, p, *ids, needs, *over)
+            place, turned, want = x.clone(), x.t().contiguous().t(), backward(x)
             got = backward(place, True)
-            assert all(map(torch.equal, got, want))
             overwritten = got[0].data_ptr() == place.data_ptr()
-            assert torch.equal(place, want[0] if overwritten else x)
+            assert all(map(torch.equal, got, want)) and torch.equal(place, want[0] if overwritten else x)
             assert overwritten or trained or M < 100 or reference._onednn_leads()
-            turned = x.t().contiguous().t()
             assert all(map(torch.equal, backward(turned, True), backward(turned))) and torch.equal(turned, x)
+    torch.set_num_threads(1)
 
 
 @for_each("shape, dtype", lambda way: in_dtypes(way, way.mixed))

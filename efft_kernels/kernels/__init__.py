@@ -144,24 +144,12 @@ class Kernels(Protocol):
         """
 
 
-class OverwritesX(Protocol):
-    """What cpu and reference take besides: ``overwrite_x``, which lets a backward write dx in the place of x.
-
-    A caller that has rebuilt x for this call alone then needs no second tensor of its size. A backend makes new memory
-    where x is not contiguous or where its way of computing does not allow it.
-    """
-
-    OVERWRITES_X: bool
-
-    def lowrank_linear_backward(self, dy, x, weight, down, up, p, needs, overwrite_x: bool = False) -> list[Tensor]:
-        """As :meth:`Kernels.lowrank_linear_backward`"""
-
-    def mixed_linear_backward(self, dy, x, weight, down, up, p, ids, needs, overwrite_x: bool = False) -> list[Tensor]:
-        """As :meth:`Kernels.mixed_linear_backward`"""
-
-
 def overwriting(kernels: Kernels, overwrite_x: bool) -> list[bool]:
-    """What a backward of these kernels is called with besides, so that it may write dx in the place of x."""
+    """What a backward of these kernels is called with besides, so that it may write dx in the place of x.
+
+    Those with OVERWRITES_X, cpu and reference, take it as their last argument: no second tensor of the size of x is
+    needed where x was rebuilt for one call. It is made where x is not contiguous, or cannot all be read before.
+    """
     return [True] if overwrite_x and getattr(kernels, "OVERWRITES_X", False) else []
 
 

@@ -23,7 +23,7 @@ from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OVERWRITES_X = True  # kernels/__init__.py
+OVERWRITES_X = True  # see kernels.overwriting
 
 
 def _library() -> Path:

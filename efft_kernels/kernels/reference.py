@@ -13,7 +13,7 @@ from torch import Tensor
 from . import processor
 from .memory import checked
 
-OVERWRITES_X = True  # kernels/__init__.py
+OVERWRITES_X = True  # see kernels.overwriting
 
 
 def unavailable() -> str | None:
