@@ -26,23 +26,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 MARKERS = "<!-- models -->\n", "<!-- end -->\n"
 CONFIG = efft_kernels.EFFTConfig("efft2", rank=4)
 STATES = "whole", "part", "refused", "not made"
-SMALLEST = (
-    "atto",
-    "femto",
-    "pico",
-    "nano",
-    "xxs",
-    "_xs",
-    "tiny",
-    "_t0",
-    "_t_",
-    "_tt",
-    "mini",
-    "_s0",
-    "_s_",
-    "small",
-    "_b0",
-)
+SMALLEST = tuple("atto femto pico nano xxs _xs tiny _t0 _t_ _tt mini _s0 _s_ small _b0".split())
 
 
 class Row(NamedTuple):

@@ -38,15 +38,8 @@ LINEARS = {
     },
 }
 HEADS = (
-    "head",
-    "head_dist",
-    "dist_head",
-    "aux_head",
-    "heads",
-    "fc",
-    "classifier",
-    "cls_classifier",
-    "distillation_classifier",
+    *("head", "head_dist", "dist_head", "aux_head", "heads", "fc"),
+    *("classifier", "cls_classifier", "distillation_classifier"),
 )
 
 

