@@ -23,6 +23,7 @@ namespace efft::cuda {
 constexpr int BLOCKS_AT_ONCE = 132, BLOCKS_IN_FOURS = 120;
 
 // d += a @ b for one 16 x 8 x 16 product of a warp, of 16-bit numbers summed in float32 (mma.sync.m16n8k16).
+// clang-format off: it would divide the text of the instruction
 #define EFFT_MMA(type)                                                                                                 \
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {               \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "          \
@@ -30,6 +31,7 @@ constexpr int BLOCKS_AT_ONCE = 132, BLOCKS_IN_FOURS = 120;
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                               \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                           \
   }
+// clang-format on
 
 struct Bf16 {
   static __device__ __forceinline__ float widen(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
@@ -121,7 +123,8 @@ inline cudaError_t current_device(Device& found, int& index) {
   }
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.minor, cudaDevAttrComputeCapabilityMinor, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (error == cudaSuccess && index < KEPT) kept[index] = found;
   return error;
 }

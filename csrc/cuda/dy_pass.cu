@@ -208,8 +208,8 @@ HopperPassPlan plan_hopper_pass(int32_t M, int32_t N, int32_t R, bool dp) {
   // A cost is counted in tiles loaded by a block, plus what its p and its slots cost.
   const double p = 0.015 * ranks, slot = ranks / 16.0;
   if (dp) {
-    // Up to 9 tiles (with 32 ranks 6), beyond which clusters were as fast on an H200; below, the exchange of dp took most
-    // of their time.
+    // Up to 9 tiles (with 32 ranks 6), beyond which clusters were as fast on an H200; below, the exchange of dp took
+    // most of their time.
     for (int tiles : {2, 3, 5, 6, ranks == 16 ? 9 : 6})
       consider(tiles, 1, HOPPER_PASS_WORKERS * BLOCKS_AT_ONCE, HOPPER_PASS_WORKERS * (tiles + p),
                HOPPER_PASS_WORKERS * tiles * slot);

@@ -19,10 +19,10 @@ constexpr int WARPGROUP = 128, CONSUMERS = 2, HOPPER_THREADS = (1 + CONSUMERS) *
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232, REGISTERS = 168;  // per thread; the last one at launch
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * REGISTERS,
               "else they never come");
-constexpr int LINE = 128;         // bytes of a row of a tile, and of the widest swizzle
-constexpr int CELLS = LINE / 2;   // 16-bit numbers in a LINE
-constexpr int ALIGNMENT = 1024;   // of tiles, in bytes: the swizzle depends on bits 4 to 9 of an address
-constexpr int WARP_ROWS = 16;     // rows of y that a warp of a consumer holds and stores
+constexpr int LINE = 128;        // bytes of a row of a tile, and of the widest swizzle
+constexpr int CELLS = LINE / 2;  // 16-bit numbers in a LINE
+constexpr int ALIGNMENT = 1024;  // of tiles, in bytes: the swizzle depends on bits 4 to 9 of an address
+constexpr int WARP_ROWS = 16;    // rows of y that a warp of a consumer holds and stores
 constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
 static_assert(CELLS == BK, "a row of a tile has the terms of a step");
 
@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
 #if defined(EFFT_HOPPER)
   constexpr int BM = Tile::BM, BN = Tile::BN, RANKS = Tile::RANKS, CLUSTER = Tile::CLUSTER, STAGES = Tile::STAGES;
   constexpr int UP_TERMS = RANKS ? RANKS : BK;  // rows of a tile of up that is not k-major
-  static_assert(RANKS == 0 || (W_K_MAJOR && !LOW_K_MAJOR), "w and down are one operand, up has its columns side by side");
+  static_assert(RANKS == 0 || (W_K_MAJOR && !LOW_K_MAJOR),
+                "w and down are one operand, up has its columns side by side");
   EFFT_SHARED(raw);
   // The offset is the same in every block of the cluster, because a multicast copy goes to one offset in all of them.
   const uint32_t skip = (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
@@ -242,7 +243,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         for (int k16 = 0; k16 < BK / 16; ++k16)
 #pragma unroll
           for (int block = 0; block < Tile::BLOCKS; ++block)
-            Wgmma<T, Tile::COLUMNS>::template shared<W_K_MAJOR>(acc[block], operand<true>(a + block * 64 * LINE, k16, 0),
+            Wgmma<T, Tile::COLUMNS>::template shared<W_K_MAJOR>(acc[block],
+                                                                operand<true>(a + block * 64 * LINE, k16, 0),
                                                                 operand<W_K_MAJOR>(b, k16, BK), step > 0 || k16 > 0);
         wgmma_commit();
         // One step stays in flight; the tensor cores are done with the stage before it.
@@ -281,14 +283,18 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
         memcpy(stored, p, sizeof p);
 #pragma unroll
         for (int block = 0; block < Tile::BLOCKS; ++block)
+          // clang-format off: its space after float would make another digest of what was proven on a GPU
           hold(p[block]), hold(reinterpret_cast<float(&)[BN / 2]>(acc[block]));
+        // clang-format on
         wgmma_fence();
 #pragma unroll
         for (int k16 = 0; k16 < RANKS / 16; ++k16)
 #pragma unroll
           for (int block = 0; block < Tile::BLOCKS; ++block)
+            // clang-format off: its space after float would make another digest of what was proven on a GPU
             Wgmma<T, BN>::template registers<LOW_K_MAJOR>(reinterpret_cast<float(&)[BN / 2]>(acc[block]), p[block][k16],
                                                           operand<LOW_K_MAJOR>(w_tile(ring.stage), k16, UP_TERMS));
+        // clang-format on
         wgmma_commit();
         if (n0 == 0)
 #pragma unroll
@@ -350,7 +356,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_linear_kernel(const 
             for (int e = 0; e < 4; ++e) {
               const int square = i * Tile::PART_COLS / 8 + 2 * j + e / 2;
               const float* const d = acc[block] + square * 4 + e % 2 * 2;
-              packed[e] = T::pack(d[0] + T::widen(uint16_t(bias[square])), d[1] + T::widen(uint16_t(bias[square] >> 16)));
+              packed[e] =
+                  T::pack(d[0] + T::widen(uint16_t(bias[square])), d[1] + T::widen(uint16_t(bias[square] >> 16)));
             }
             const int line = lane % 16, chunk = 2 * j + lane / 16;
             constexpr int CHUNKS = Tile::PART_LINE / 16;

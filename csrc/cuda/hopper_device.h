@@ -291,15 +291,15 @@ EFFT_WGMMAS(F16, "f16")
 template <class T, int N>
 struct WgmmaTransposed;
 
-#define EFFT_WGMMA_TRANSPOSED(T, TYPE, N, REGS, O0, O1)                                            \
-  template <>                                                                                      \
-  struct WgmmaTransposed<T, N> {                                                                   \
-    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b) {      \
+#define EFFT_WGMMA_TRANSPOSED(T, TYPE, N, REGS, O0, O1)                                              \
+  template <>                                                                                        \
+  struct WgmmaTransposed<T, N> {                                                                     \
+    static __device__ __forceinline__ void shared(float (&d)[REGS], uint64_t a, uint64_t b) {        \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" EFFT_D##REGS \
-                   "}, %" O0 ", %" O1 ", 1, 1, 1, 1, 1;"                                           \
-                   : EFFT_F##REGS                                                                  \
-                   : "l"(a), "l"(b));                                                              \
-    }                                                                                              \
+                   "}, %" O0 ", %" O1 ", 1, 1, 1, 1, 1;"                                             \
+                   : EFFT_F##REGS                                                                    \
+                   : "l"(a), "l"(b));                                                                \
+    }                                                                                                \
   };
 
 EFFT_WGMMA_TRANSPOSED(Bf16, "bf16", 16, 8, "8", "9")

@@ -2,9 +2,9 @@
 // hopper_pass_*.cu. ddown.T = dp.T @ x is the first of the two products alone.
 //
 // One thread loads tiles of 64 x 64 numbers of dy by TMA; two warpgroups read them from shared memory. A tile is the A
-// operand of both products: k-major for dp, transposed for dup, whose rows are the columns of dy. Both products have only
-// 16 or 32 columns, the ranks, so every byte of dy is read from global memory once and from shared memory twice. dup
-// stays in registers for a whole run of rows; each run then writes a slot of float32 numbers, and reduce() sums the
+// operand of both products: k-major for dp, transposed for dup, whose rows are the columns of dy. Both products have
+// only 16 or 32 columns, the ranks, so every byte of dy is read from global memory once and from shared memory twice.
+// dup stays in registers for a whole run of rows; each run then writes a slot of float32 numbers, and reduce() sums the
 // slots. There are two ways to share the work:
 //
 // ROWS      Where dy is narrow, each warpgroup has runs of its own with all columns. dp is complete in its registers.
@@ -21,7 +21,7 @@
 
 namespace efft::cuda {
 
-constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;  // The last warp issues the TMA loads.
+constexpr int PASS_THREADS = CONSUMERS * WARPGROUP + WARP;   // The last warp issues the TMA loads.
 constexpr int PASS_ROWS = 64, PASS_TILE = PASS_ROWS * LINE;  // rows and bytes of a tile of dy
 static_assert(PASS_ROWS == HOPPER_PASS_ROWS && CELLS == HOPPER_PASS_COLUMNS && CONSUMERS == HOPPER_PASS_WORKERS,
               "the plan and bindings.cpp count by these");
@@ -40,8 +40,8 @@ struct HopperPassTile {
   static constexpr int TILES = TILES_, RANKS = RANKS_;
   static constexpr bool DP = DP_, ROWS = ROWS_;
   static constexpr int UP = DP ? TILES * RANKS * LINE : 0, P = PASS_ROWS * 2 * RANKS;  // in bytes; P for one stage
-  static constexpr int INBOX = DP && !ROWS ? PASS_ROWS * RANKS * 4 : 0;  // bytes per warpgroup
-  static constexpr int P_RINGS = ROWS ? CONSUMERS : 1;                   // of the tiles of p
+  static constexpr int INBOX = DP && !ROWS ? PASS_ROWS * RANKS * 4 : 0;                // bytes per warpgroup
+  static constexpr int P_RINGS = ROWS ? CONSUMERS : 1;                                 // of the tiles of p
   // Given the stages of dy for each warpgroup, the stages of p, for more rows than those of dy can hold: p of a row has
   // been read long before its stage is filled again, because the tiles of that row had to be read for the tiles loaded
   // since.
@@ -171,7 +171,9 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
   const auto place = [&](int piece, int source) { return (((piece & ~(sources - 1)) + source) * WARP + lane) * 16; };
   uint64_t* const arrived = dp_full + consumer * 2;
 
+  // clang-format off: its space after float would make another digest of what was proven on a GPU
   const auto send = [&](const float(&dp)[RANKS / 2], int row) {
+    // clang-format on
     const int turn = row % 2;
     if (thread == 0) barrier_expect(arrived + turn, Tile::INBOX);
 #pragma unroll
@@ -263,8 +265,8 @@ __global__ void __launch_bounds__(PASS_THREADS, 1) hopper_pass_kernel(const __gr
       }
     }
     if (count < 1) return;  // the second warpgroup of the last block
-    uint4* const slot = reinterpret_cast<uint4*>(g.slots) +
-                        int64_t(run * g.parts + part) * TILES * (RANKS / 8) * WARPGROUP;
+    uint4* const slot =
+        reinterpret_cast<uint4*>(g.slots) + int64_t(run * g.parts + part) * TILES * (RANKS / 8) * WARPGROUP;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
 #pragma unroll

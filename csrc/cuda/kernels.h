@@ -31,10 +31,10 @@ struct Operand {
 // forward:  x, w = weight.T, down, up              backward:  x = dy, w = weight, down = up.T, up = down.T: y is dx
 struct Linear {
   int32_t M = 0, N = 0, K = 0, R = 0;
-  Operand x;                 // [M, K]
-  Operand w;                 // [K, N]
-  Operand down;              // [K, R], with at most 64 ranks
-  Operand up;                // [R, N]
+  Operand x;                   // [M, K]
+  Operand w;                   // [K, N]
+  Operand down;                // [K, R], with at most 64 ranks
+  Operand up;                  // [R, N]
   const void* bias = nullptr;  // [N], or null
   int32_t bias_stride = 0;
   void* p = nullptr;  // [M, R]
@@ -60,8 +60,8 @@ const char* hopper_linear_f16(const Linear&, int32_t tile, void* stream);
 struct Product {
   int32_t M = 0, N = 0, K = 0;
   float scale = 1;
-  Operand a;        // [M, K]
-  Operand b;        // [K, N]
+  Operand a;          // [M, K]
+  Operand b;          // [K, N]
   void* c = nullptr;  // [M, N]
   int32_t c_row = 0, c_col = 1;
   bool adds = false;
@@ -99,8 +99,8 @@ const char* dy_pass(Dtype, const DyPass&, void* stream);
 //     dp_slots = dp, 16-bit, complete        dup_slots = a slot for each run, which reduce() sums (Reduction::ranks)
 //
 // The plan splits the work among blocks: `parts` blocks across the columns, each with `tiles` tiles of 64 columns, and
-// `runs` runs of `rows` rows. With dp and one part, each of the HOPPER_PASS_WORKERS warpgroups of a block has a run. The
-// plan follows from the shape alone, so that results do not depend on the GPU.
+// `runs` runs of `rows` rows. With dp and one part, each of the HOPPER_PASS_WORKERS warpgroups of a block has a run.
+// The plan follows from the shape alone, so that results do not depend on the GPU.
 constexpr int32_t HOPPER_PASS_RANK = 32, HOPPER_PASS_ROWS = 64, HOPPER_PASS_COLUMNS = 64, HOPPER_PASS_WORKERS = 2;
 
 struct HopperPassPlan {
