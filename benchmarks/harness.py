@@ -218,7 +218,7 @@ def _efft(config: Callable[[Options], object]):
 def efft2_kept(base: nn.Module, o: Options) -> nn.Module:
     model = _efft(lambda o: EFFTConfig("efft2", rank=o.rank))(base, o)
     model.register_forward_pre_hook(lambda *_: efft_kernels.rebuild_inputs(False))
-    model.register_forward_hook(lambda *_: efft_kernels.rebuild_inputs(None))
+    model.register_forward_hook(lambda *_: efft_kernels.rebuild_inputs(None), always_call=True)
     return model
 
 

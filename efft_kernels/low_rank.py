@@ -27,7 +27,11 @@ class Pair(NamedTuple):
     def of(self, columns: slice) -> "Pair":
         """The pair of some of the outputs."""
         magnitude = None if self.magnitude is None else self.magnitude[..., columns]
-        return Pair(self.down, self.up[..., columns], self.dropout, magnitude)  # torch 2.11 compiles no _replace
+        return self.with_(self.up[..., columns], magnitude)
+
+    def with_(self, up: Tensor, magnitude: Tensor | None) -> "Pair":
+        """The pair with another up and magnitude: torch 2.11 cannot compile _replace."""
+        return Pair(self.down, up, self.dropout, magnitude)
 
 
 class Group(nn.Module):
@@ -139,12 +143,10 @@ class Group(nn.Module):
         pairs = self._pairs(backend, path, dtype)
         if self.channel_scale is not None:  # Adapter+ (arXiv 2406.06820)
             of = self._of_outputs(narrowed(self.channel_scale, dtype), 1.0, pairs)
-            pairs = {
-                path: Pair(pair.down, pair.up * of[path].unsqueeze(-2), pair.dropout) for path, pair in pairs.items()
-            }
+            pairs = {path: pair.with_(pair.up * of[path].unsqueeze(-2), pair.magnitude) for path, pair in pairs.items()}
         if self.magnitude is not None:
             of = self._of_outputs(self.magnitude, 0.0, pairs)
-            pairs = {path: Pair(*pair[:3], of[path]) for path, pair in pairs.items()}
+            pairs = {path: pair.with_(pair.up, of[path]) for path, pair in pairs.items()}
         return pairs
 
     def _pairs(self, backend: str | None, path: str | None, dtype: torch.dtype | None) -> dict[str, Pair]:

@@ -19,7 +19,7 @@ def fresh_compiler():
     "config, make",
     # what swin adds, stages of their own groups, is in the groups: LoRA has one for each Linear, as in vit
     [(PLAIN, vit), (PLAIN, swin), (ek.FacTConfig(activation_dropout=0.0), swin)]
-    + [(ek.LoRAConfig(), vit), (ek.LoRAConfig(dora=True), vit)],
+    + [(ek.LoRAConfig(), vit), (ek.LoRAConfig(dora=True, channel_scale=True), vit)],
     ids=["efft-vit", "efft-swin", "fact-swin", "lora-vit", "dora-vit"],
 )
 def test_compiled_whole_model(config, make):

@@ -131,9 +131,9 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   return {y, p};
 }
 
-// dx of a backward that has everything but c: in the place of x if x may be overwritten
+// dx of a backward that has everything but c: in the place of x if x may be overwritten. the schema does not say that, and
+// nothing between the operator and ops/, which passes it for tensors that nobody else knows, would read it
 Tensor make_dx(LowRank& g, const Tensor& dy, const std::optional<Tensor>& x, bool overwrite_x) {
-  g.c = g.x;
   const bool over = overwrite_x && x && x->is_contiguous() && kernels().overwrites_x(dtype_of(dy), g);
   const Tensor dx = over ? *x : empty({g.M, g.N}, dy);
   g.c = view(dx);

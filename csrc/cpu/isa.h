@@ -55,7 +55,9 @@ void lowrank(Dtype dtype, const LowRank& g) {
 }
 
 bool overwrites_x(Dtype dtype, const LowRank& g) {
-  return with_type(dtype, [&](auto t) { return LowRankPass<decltype(t)>(g).shares() == 1; });
+  LowRank apart = g;
+  apart.c = g.a;  // anywhere but in the place of x
+  return with_type(dtype, [&](auto t) { return LowRankPass<decltype(t)>(apart).shares() == 1; });
 }
 
 void few_rows(Dtype dtype, const LowRank& g) {

@@ -45,7 +45,8 @@ class LowRankPass {
   static constexpr int PER = Shape<T>::PER, RT = Shape<T>::RT;
   static_assert(sizeof(Cell<T>) == sizeof(S) && MR % 2 == 0 && KC % NR == 0 && VL % RT == 0, "what is assumed below");
   static constexpr int64_t CHUNKS_PER_BLOCK = 4;
-  // part of the L2 cache, which the panels stream through as well: it has at least 512 KB, with AVX-512 at least 1 MB
+  // part of the L2 cache, which the panels and the chunks of x stream through as well: it has at least 512 KB, with
+  // AVX-512 at least 1 MB
   static constexpr int64_t BLOCK_BYTES = (VB == 64 ? 480 : 320) * 1024;
   // a block that packs its panels itself is higher, so that packing is rare. its rows come from the L3 cache, but a
   // panel is small enough to stay in L2
@@ -114,6 +115,7 @@ class LowRankPass {
   // with few rows, the columns of c are divided into shares as well. each share packs its rows again, without waiting
   // for another
   int64_t shares() const {
+    if (g_.c.data == g_.x.data) return 1;  // c is in the place of x: no share may write what another still reads
     const int64_t splits = int64_t(splits_.size());
     return g_.c.data && splits > 0 ? std::min((thread_count() + splits - 1) / splits, (panels_ + 7) / 8) : 1;
   }

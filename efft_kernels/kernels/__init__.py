@@ -145,10 +145,10 @@ class Kernels(Protocol):
 
 
 def overwriting(kernels: Kernels, overwrite_x: bool) -> list[bool]:
-    """What a backward of these kernels is called with besides, so that it may write dx in the place of x.
+    """The last argument of a backward of these kernels, overwrite_x, where they take it: those with OVERWRITES_X do.
 
-    Those with OVERWRITES_X, cpu and reference, take it as their last argument: no second tensor of the size of x is
-    needed where x was rebuilt for one call. It is made where x is not contiguous, or cannot all be read before.
+    It lets a backward write dx in the place of x, which was rebuilt for this call alone. A new tensor is made where x
+    is not contiguous, where a trained weight reads it too, and where threads or oneDNN cannot compute in place.
     """
     return [True] if overwrite_x and getattr(kernels, "OVERWRITES_X", False) else []
 

@@ -56,13 +56,13 @@ def _product(
     bias: Tensor | None,  # [N]
     out: Tensor | None = None,  # [M, N]
 ) -> Tensor:  # [M, N]
-    """a @ weight.T + bias; in the memory of out where torch's product can write there"""
+    """a @ weight.T + bias; without a bias in the memory of out, where torch's product can write there"""
     # for a few rows oneDNN is no faster, and costs more per call; it refuses rows that overlap
     if a.is_cpu and a.dtype == torch.float32 and a.shape[0] >= 8 and _onednn_leads() and _rows_apart(weight):
         # it reads the numbers of a bias as contiguous, and as they are in memory
         own = bias if bias is None else bias.resolve_neg().contiguous()
         return torch.ops.mkldnn._linear_pointwise(a, weight, own, "none", [], "")
-    return F.linear(a, weight, bias) if out is None else torch.mm(a, weight.t(), out=out)
+    return F.linear(a, weight, bias) if out is None or bias is not None else torch.mm(a, weight.t(), out=out)
 
 
 def _large_product_last(a: Tensor, N: int, K: int) -> bool:

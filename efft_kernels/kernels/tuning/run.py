@@ -239,7 +239,7 @@ class _Tuner:
         linear, mixed = ([shape for shape in shapes if len(shape) == count] for count in (4, 6))
         jobs = jobs_of(table.LINEAR, linear)
         if self.backends != ["cpu"]:  # there, rules hold for the other ops
-            others = _other_ops(linear[:1] if self.simulated else linear, (1,) if self.simulated else (1, 12, 48))
+            others = _other_ops(linear[:1], (1,), 1) if self.simulated else _other_ops(linear, (1, 12, 48), 12)
             jobs += [(op, sizes, dtype, None) for op, sizes in others for dtype in self.dtypes]
         each = max(0.5, min(5.0, (self.deadline - time.monotonic()) / max(1, len(jobs) or 3 * len(mixed)) / 3))
         jobs += jobs_of(table.MIXED, mixed)  # with what is left of the time
@@ -317,11 +317,11 @@ class _Tuner:
         return Report(proven, self.dropped, self.timed, self.left, self.not_written)
 
 
-def _other_ops(shapes: list[tuple], slices: tuple[int, ...]) -> list[tuple[str, tuple]]:
-    """(op, sizes): group updates of that many slices, and the merge of at most twelve layers with these Linears"""
+def _other_ops(shapes: list[tuple], slices: tuple[int, ...], layers: int) -> list[tuple[str, tuple]]:
+    """(op, sizes): group updates of that many slices, and the merge of so many layers with these Linears"""
     ops = "group_update", "group_update_backward"
     found = [(op, (S, R, R, N)) for _, _, N, R in shapes for op in ops for S in slices]
-    return list(dict.fromkeys(found + [("merge_", (min(12, max(slices)), N, K, R)) for _, K, N, R in shapes]))
+    return list(dict.fromkeys(found + [("merge_", (layers, N, K, R)) for _, K, N, R in shapes]))
 
 
 def _parts(backend: str, missing: list[dict], dtypes) -> list[tuple[list[dict], list, int]]:
