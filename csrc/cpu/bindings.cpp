@@ -106,6 +106,25 @@ void set_weight(LowRank& g, const Tensor& weight, Dtype dtype) {
   }
 }
 
+// the matrix down or up; of a stack the first adapter's
+View factor(const Tensor& t) { return t.dim() == 3 ? View{t.const_data_ptr(), t.stride(1), t.stride(2)} : view(t); }
+
+// from one adapter's matrix to the next in a stack
+int64_t step(const Tensor& t) { return t.dim() == 3 ? t.stride(0) : 0; }
+
+// y and p of a forward whose sizes and adapters are in g
+std::tuple<Tensor, Tensor> results(LowRank& g, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                                   const Tensor& down, const Tensor& up) {
+  if (bias) check("bias", *bias, x, {g.N}), g.bias = view(*bias);
+  check_packed(packed, dtype_of(x), g.K, g.N);
+  Tensor y = empty({g.M, g.N}, x), p = empty({g.M, g.R}, x);
+  g.a = view(x), g.b = packed.const_data_ptr(), g.d = factor(down), g.u = factor(up);
+  g.d_adapter = step(down), g.u_adapter = step(up);
+  g.c = view(y), g.p = p.mutable_data_ptr();
+  kernels().lowrank(dtype_of(x), g);
+  return {y, p};
+}
+
 // p = x @ down        y = x @ weight.T + bias + p @ up
 std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    // [M, K]
                                           const Tensor& packed,               // weight.T [K, N]
@@ -121,27 +140,42 @@ std::tuple<Tensor, Tensor> lowrank_linear(const Tensor& x,                    //
   check("x", x, x, {g.M, g.K});
   check("down", down, x, {g.K, g.R});
   check("up", up, x, {g.R, g.N});
-  if (bias) check("bias", *bias, x, {g.N});
-  check_packed(packed, dtype_of(x), g.K, g.N);
-  Tensor y = empty({g.M, g.N}, x), p = empty({g.M, g.R}, x);
-  g.a = view(x), g.b = packed.const_data_ptr(), g.d = view(down), g.u = view(up);
-  if (bias) g.bias = view(*bias);
-  g.c = view(y), g.p = p.mutable_data_ptr();
-  kernels().lowrank(dtype_of(x), g);
-  return {y, p};
+  return results(g, x, packed, bias, down, up);
 }
 
-// dx of a backward that has everything but c: in the place of x if x may be overwritten. the schema does not say that, and
-// nothing between the operator and ops/, which passes it for tensors that nobody else knows, would read it
-Tensor make_dx(LowRank& g, const Tensor& dy, const std::optional<Tensor>& x, bool overwrite_x) {
-  const bool over = overwrite_x && x && x->is_contiguous() && kernels().overwrites_x(dtype_of(dy), g);
-  const Tensor dx = over ? *x : empty({g.M, g.N}, dy);
-  g.c = view(dx);
-  return dx;
+// the gradients of a backward whose sizes and adapters are in g: dx, ddown and dup where weight, x and p are given.
+// overwrite_x: dx may be in the place of x. the schema does not say that: nothing reads it between here and ops/, which
+// asks for it where nobody else knows x
+std::vector<Tensor> gradients(LowRank& g, const Tensor& dy, const std::optional<Tensor>& weight,
+                              const std::optional<Tensor>& x, const Tensor& down, const Tensor& up,
+                              const std::optional<Tensor>& p, bool overwrite_x) {
+  const auto like = [&](const Tensor& t) { return empty({t.sizes().begin(), t.sizes().end()}, dy); };
+  std::vector<Tensor> grads;
+  g.a = view(dy);
+  if (weight || x) g.d = transposed(factor(up)), g.d_adapter = step(up);
+  if (x) {
+    check("x", *x, dy, {g.M, g.N});
+    grads.push_back(like(down));
+    g.x = view(*x), g.xp = grads.back().mutable_data_ptr();
+  }
+  if (p) {
+    check("p", *p, dy, {g.M, g.R});
+    grads.push_back(like(up));
+    g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
+  }
+  if (weight) {
+    set_weight(g, *weight, dtype_of(dy));
+    g.u = transposed(factor(down)), g.u_adapter = step(down);
+    const bool over = overwrite_x && x && x->is_contiguous() && kernels().overwrites_x(dtype_of(dy), g);
+    grads.insert(grads.begin(), over ? *x : empty({g.M, g.N}, dy));
+    g.c = view(grads.front());
+  }
+  kernels().lowrank(dtype_of(dy), g);
+  return grads;
 }
 
 // dp = dy @ up.T        dx = dy @ weight + dp @ down.T        ddown = x.T @ dp        dup = p.T @ dy
-// dx, ddown, dup are computed if weight, x, p are given, respectively. overwrite_x: x is not read after the call
+// see gradients
 std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                     // [M, N]
                                             const std::optional<Tensor>& weight,  // [N, K], packed or not
                                             const std::optional<Tensor>& x,       // [M, K]
@@ -159,30 +193,8 @@ std::vector<Tensor> lowrank_linear_backward(const Tensor& dy,                   
   check("up", up, dy, {R, N});
   LowRank g;
   g.M = M, g.K = N, g.N = K, g.R = R;
-  g.a = view(dy);
-  std::vector<Tensor> grads;
-  if (weight || x) g.d = transposed(view(up));
-  if (x) {
-    check("x", *x, dy, {M, K});
-    grads.push_back(empty({K, R}, dy));
-    g.x = view(*x), g.xp = grads.back().mutable_data_ptr();
-  }
-  if (p) {
-    check("p", *p, dy, {M, R});
-    grads.push_back(empty({R, N}, dy));
-    g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
-  }
-  if (weight) {
-    set_weight(g, *weight, dtype_of(dy));
-    g.u = transposed(view(down));
-    grads.insert(grads.begin(), make_dx(g, dy, x, overwrite_x));
-  }
-  kernels().lowrank(dtype_of(dy), g);
-  return grads;
+  return gradients(g, dy, weight, x, down, up, p, overwrite_x);
 }
-
-// the first adapter's matrix of down [A, K, R] or up [A, R, N]
-View first_adapter(const Tensor& t) { return {t.const_data_ptr(), t.stride(1), t.stride(2)}; }
 
 void set_adapters(LowRank& g, const Tensor& ids, int64_t A) {
   check_dim("ids", ids, 1);
@@ -211,16 +223,8 @@ std::tuple<Tensor, Tensor> mixed_linear(const Tensor& x,                    // [
   check("x", x, x, {g.M, g.K});
   check("down", down, x, {A, g.K, g.R});
   check("up", up, x, {A, g.R, g.N});
-  if (bias) check("bias", *bias, x, {g.N});
-  check_packed(packed, dtype_of(x), g.K, g.N);
   set_adapters(g, ids, A);
-  Tensor y = empty({g.M, g.N}, x), p = empty({g.M, g.R}, x);
-  g.a = view(x), g.b = packed.const_data_ptr(), g.d = first_adapter(down), g.u = first_adapter(up);
-  g.d_adapter = down.stride(0), g.u_adapter = up.stride(0);
-  if (bias) g.bias = view(*bias);
-  g.c = view(y), g.p = p.mutable_data_ptr();
-  kernels().lowrank(dtype_of(x), g);
-  return {y, p};
+  return results(g, x, packed, bias, down, up);
 }
 
 // see lowrank_linear_backward
@@ -242,26 +246,7 @@ std::vector<Tensor> mixed_linear_backward(const Tensor& dy,                     
   LowRank g;
   g.M = M, g.K = N, g.N = K, g.R = R;
   set_adapters(g, ids, A);
-  g.a = view(dy);
-  std::vector<Tensor> grads;
-  if (weight || x) g.d = transposed(first_adapter(up)), g.d_adapter = up.stride(0);
-  if (x) {
-    check("x", *x, dy, {M, K});
-    grads.push_back(empty({A, K, R}, dy));
-    g.x = view(*x), g.xp = grads.back().mutable_data_ptr();
-  }
-  if (p) {
-    check("p", *p, dy, {M, R});
-    grads.push_back(empty({A, R, N}, dy));
-    g.q = view(*p), g.qa = grads.back().mutable_data_ptr();
-  }
-  if (weight) {
-    set_weight(g, *weight, dtype_of(dy));
-    g.u = transposed(first_adapter(down)), g.u_adapter = down.stride(0);
-    grads.insert(grads.begin(), make_dx(g, dy, x, overwrite_x));
-  }
-  kernels().lowrank(dtype_of(dy), g);
-  return grads;
+  return gradients(g, dy, weight, x, down, up, p, overwrite_x);
 }
 
 // sigma [S, P, Q] or dup [S, P, N] as a matrix: row p * S + s, or row s * P + p
