@@ -394,12 +394,12 @@ def vtab1k_paired() -> Table:
 
 
 def ablation() -> Table:
-    """ablation of EFFT2 on real weights and images"""
+    """ablation of EFFT2 and EFFT1 on real weights and images"""
     from paper.changes import table
 
     note = (
-        "EFFT2, rank 16, ViT-S at 56 pixels, 1000 training images, 2 epochs: top-1 of 2000 test images in % (base) and "
-        "its change in points, mean ± standard deviation of two seeds, seed 0 alone where there is no deviation."
+        "Rank 16, ViT-S at 56 pixels, 1000 training images, 2 epochs: top-1 of 2000 test images in % (base) and its "
+        "change in points, mean ± standard deviation of two seeds, seed 0 alone where there is no deviation."
     )
     return Table(*table(read_csv(RESULTS / "ablation/runs.csv")), note, ["ablation/runs.csv"])
 

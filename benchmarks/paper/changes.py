@@ -22,7 +22,8 @@ def table(runs: list[dict]) -> tuple[list[str], list[list[str]]]:
     columns = list(dict.fromkeys(column for of in found.values() for column in of))
     lines = []
     for variant, of in found.items():
-        counts = dict.fromkeys(f"{run['parameters'] / 1e6:.3f}" for seeds in of.values() for run in seeds.values())
+        in_order = [run for column in columns for run in of.get(column, {}).values()]
+        counts = dict.fromkeys(f"{run['parameters'] / 1e6:.3f}" for run in in_order)
         lines.append([variant, ", ".join(counts), *(_change(of.get(c, {}), found["base"].get(c, {})) for c in columns)])
     return ["variant", "parameters (M)", *columns], lines
 

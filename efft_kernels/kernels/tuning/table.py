@@ -458,7 +458,7 @@ def lines(value, indent: str = "") -> str:
     start, end = "{}" if isinstance(value, dict) else "[]"
     filled: list[str] = []
     for part in parts:
-        if filled and "\n" not in filled[-1] + part and len(inner) + len(filled[-1]) + len(part) <= 116:
+        if filled and "\n" not in filled[-1] + part and len(inner) + len(filled[-1]) + len(part) <= 236:
             filled[-1] += f", {part}"
         else:
             filled.append(part)
