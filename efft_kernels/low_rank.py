@@ -27,9 +27,9 @@ class Pair(NamedTuple):
     def of(self, columns: slice) -> "Pair":
         """The pair of some of the outputs."""
         magnitude = None if self.magnitude is None else self.magnitude[..., columns]
-        return self.with_(self.up[..., columns], magnitude)
+        return self.changed(self.up[..., columns], magnitude)
 
-    def with_(self, up: Tensor, magnitude: Tensor | None) -> "Pair":
+    def changed(self, up: Tensor, magnitude: Tensor | None) -> "Pair":
         """The pair with another up and magnitude: torch 2.11 cannot compile _replace."""
         return Pair(self.down, up, self.dropout, magnitude)
 
@@ -143,10 +143,12 @@ class Group(nn.Module):
         pairs = self._pairs(backend, path, dtype)
         if self.channel_scale is not None:  # Adapter+ (arXiv 2406.06820)
             of = self._of_outputs(narrowed(self.channel_scale, dtype), 1.0, pairs)
-            pairs = {path: pair.with_(pair.up * of[path].unsqueeze(-2), pair.magnitude) for path, pair in pairs.items()}
+            pairs = {
+                path: pair.changed(pair.up * of[path].unsqueeze(-2), pair.magnitude) for path, pair in pairs.items()
+            }
         if self.magnitude is not None:
             of = self._of_outputs(self.magnitude, 0.0, pairs)
-            pairs = {path: pair.with_(pair.up, of[path]) for path, pair in pairs.items()}
+            pairs = {path: pair.changed(pair.up, of[path]) for path, pair in pairs.items()}
         return pairs
 
     def _pairs(self, backend: str | None, path: str | None, dtype: torch.dtype | None) -> dict[str, Pair]:

@@ -63,7 +63,7 @@ struct Kernels {
   // packs b [K, N] into panels
   void (*pack)(Dtype, const View& b, int64_t K, int64_t N, void* panels);
   void (*lowrank)(Dtype, const LowRank&);
-  // whether c may be in the place of x without that the threads share fewer columns
+  // whether the threads share no columns of c, which may then be in the place of x
   bool (*overwrites_x)(Dtype, const LowRank&);
   // c = a @ b_rows + scale * q @ u + bias, or without q: c = scale * a @ b_rows + bias. nothing is packed, which pays
   // for few rows; c is contiguous along a row

@@ -318,7 +318,7 @@ class _Tuner:
 
 
 def _other_ops(shapes: list[tuple], slices: tuple[int, ...], layers: int) -> list[tuple[str, tuple]]:
-    """(op, sizes): group updates of that many slices, and the merge of so many layers with these Linears"""
+    """(op, sizes): group updates of that many slices, and the merge of `layers` layers with these Linears"""
     ops = "group_update", "group_update_backward"
     found = [(op, (S, R, R, N)) for _, _, N, R in shapes for op in ops for S in slices]
     return list(dict.fromkeys(found + [("merge_", (layers, N, K, R)) for _, K, N, R in shapes]))
