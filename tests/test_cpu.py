@@ -124,21 +124,28 @@ def test_a_wide_p_is_summed_in_short_chains(isa):
 
 
 @pytest.mark.parametrize(
-    ("rules", "rows", "entries", "dtype", "how"),
+    ("rules", "rows", "entries", "dtype", "ways"),
     [
         ("not measured", 2, 1024, torch.float32, "kernel"), ("not measured", 3, 1024, torch.float32, "torch"),
         ("not measured", 16, 128, torch.float32, "kernel"), ("not measured", 1, 1024, torch.float16, "torch"),
         ("not measured", 16, 128, torch.bfloat16, "kernel"), ("not measured", 1, 128, torch.int64, None),
         ("_amd_avx512", 16, 1024, torch.float32, None), ("_amd_avx512", 2, 1024, torch.float32, "kernel"),
         ("_avx2", 16, 1024, torch.float32, "kernel"), ("_avx2", 16, 1024, torch.float16, None),
-        ("_intel_avx512", 8, 1024, torch.float32, "kernel"), ("_intel_avx512", 9, 1024, torch.float32, "torch"),
-        ("_intel_avx512", 4, 1024, torch.bfloat16, "kernel"), ("_intel_avx512", 16, 1024, torch.bfloat16, "torch"),
-        ("_intel_avx512", 16, 362, torch.bfloat16, "kernel"),
+        ("_intel_avx512", 2, 2048, torch.float32, "kernel"), ("_intel_avx512", 13, 1024, torch.float32, "torch"),
+        ("_intel_avx512", 4, 2048, torch.bfloat16, "kernel"), ("_intel_avx512", 5, 2048, torch.float16, "torch"),
+        ("_intel_avx512", 9, 362, torch.float16, "kernel"), ("_intel_avx512", 12, 1024, torch.float32, "kernel torch"),
+        ("_intel_avx512", 4, 2048, torch.float16, "kernel torch"), ("_intel_avx512", 1, 128, torch.int64, None),
+        ("_intel_avx512", 16, 2048, torch.bfloat16, "kernel torch"),
+        ("_intel_avx512", 8, 2048, torch.float64, "kernel torch"),
     ],
 )  # fmt: skip
-def test_how_a_few_rows_are_multiplied(monkeypatch, rules, rows, entries, dtype, how):
+def test_how_a_few_rows_are_multiplied(monkeypatch, rules, rows, entries, dtype, ways):
+    """The way of the forward, and that of the backward where it is another one."""
     monkeypatch.setattr(cpu_rules, "of", lambda isa: getattr(cpu_rules, rules, rules))
-    assert cpu.for_few_rows(torch.ones(rows, entries, dtype=dtype), torch.ones(entries, entries)) == how
+    x, weight = torch.ones(rows, entries, dtype=dtype), torch.ones(entries, entries)
+    first, *second = ways.split() if ways else [None]
+    assert cpu.for_few_rows(x, weight, False) == first
+    assert cpu.for_few_rows(x, weight, True) == (second[0] if second else first)
 
 
 def test_a_mixed_batch_does_not_depend_on_threads(isa, threads):

@@ -107,22 +107,25 @@ def test_efft_linear_equals_the_dense_formula(backend, device):
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (17, 6)], ids=str)
 @pytest.mark.parametrize("slices", [None, 3])
-@pytest.mark.parametrize("how", ["kernel", "torch"])
-def test_efft_linear_of_a_few_rows(shape, slices, how, monkeypatch):
+@pytest.mark.parametrize("ways", [("kernel", "kernel"), ("kernel", "torch"), ("torch", "kernel"), ("torch", "torch")])
+def test_efft_linear_of_a_few_rows(shape, slices, ways, monkeypatch):
     """From left to right or by way of sigma v: the same y and gradients."""
-    monkeypatch.setattr(cpu, "for_few_rows", lambda x, weight: how)
-    module, called = (cpu, reference)[how == "torch"], []
-    computes = module.few_rows
-    monkeypatch.setattr(module, "few_rows", lambda *given: called.append(given) or computes(*given))
+    monkeypatch.setattr(cpu, "for_few_rows", lambda x, weight, backward: ways[backward])
+    called = []
+    for name, way in zip(("few_rows", "few_rows_backward"), ways):
+        module = (cpu, reference)[way == "torch"]
+        computes = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, f=computes, n=name: called.append(n) or f(*given))
     r = lambda *s: torch.randn(*s, dtype=torch.float64, requires_grad=True)
     x, u, v, sigma = r(*shape), r(6, 2), r(4, 5), r(*([slices] if slices else []), 2, 4)
     weight, bias = torch.randn(5 * (slices or 1), 6, dtype=torch.float64), torch.randn(5 * (slices or 1)).double()
     ys = [efft_linear(x, weight, bias, u, sigma, v, 0.7, backend=backend) for backend in (None, "reference")]
-    assert len(called) == (shape[0] != 17)
+    assert called == ["few_rows"] * (shape[0] != 17)
     torch.testing.assert_close(*ys)
     ys[0].add_(1)  # y is the caller's own
     dy, leaves = torch.randn_like(ys[0]), (x, u, sigma, v)
     got, want = (torch.autograd.grad(y, leaves, dy) for y in ys)
+    assert called == ["few_rows", "few_rows_backward"] * (shape[0] != 17)
     for i, (a, b) in enumerate(zip(got, want)):
         torch.testing.assert_close(a, b)
         only = [t.detach().requires_grad_(i == j) for j, t in enumerate(leaves)]

@@ -159,8 +159,8 @@ class FewRows(Protocol):
     Sizes are those of efft_linear; M rows give p [M, P] and q [M, S * Q].
     """
 
-    def for_few_rows(self, x: Tensor, weight: Tensor) -> str | None:
-        """By what they are multiplied: "kernel", "torch" (the reference), or None: as more rows are."""
+    def for_few_rows(self, x: Tensor, weight: Tensor, backward: bool) -> str | None:
+        """By what this pass is computed: "kernel", "torch" (the reference), or None, in both: as more rows are."""
 
     def few_rows(self, x, weight, bias, u, sigma, v, scale: float) -> list[Tensor]:  # y, p, q
         """p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""

@@ -217,9 +217,9 @@ def mixed_linear_backward(dy, x, weight, down, up, p, ids, needs, overwrite_x=Fa
     return _backward(_load()[0].mixed_linear_backward, dy, x, weight, down, up, p, (ids,), needs, overwrite_x)
 
 
-def for_few_rows(x: Tensor, weight: Tensor) -> str | None:
+def for_few_rows(x: Tensor, weight: Tensor, backward: bool) -> str | None:
     """How efft_linear computes these few rows: by this "kernel" or by "torch", from left to right, or as more rows."""
-    return cpu_rules.way_of_few_rows(isa(), x, weight)
+    return cpu_rules.way_of_few_rows(isa(), x, weight, backward)
 
 
 def few_rows(x, weight, bias, u, sigma, v, scale) -> list[Tensor]:

@@ -132,8 +132,16 @@ def _intel_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
 # the largest number of rows, times entries of the weight, that the kernel of few rows takes on AVX2 (a Zen 3)
 _FEW_ROWS_AVX2 = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}
 
+# (forward, backward), each: the kernel of few rows takes so many rows of any weight, else as on AVX2 (Emerald Rapids)
+_FEW_ROWS_INTEL = {
+    torch.float32: ((12, 1 << 22), (2, 5 << 19)),
+    torch.float64: ((8, 1 << 22), (1, 3 << 19)),
+    torch.bfloat16: ((16, 1 << 22), (4, 1 << 22)),
+    torch.float16: ((4, 1 << 22), (1, 1 << 21)),
+}
 
-def way_of_few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
+
+def way_of_few_rows(isa: str, x: Tensor, weight: Tensor, backward: bool) -> str | None:
     """How efft_linear multiplies at most 16 rows: "kernel", "torch", or None for as it multiplies more rows"""
     if x.dtype not in _FEW_ROWS_AVX2:
         return None
@@ -142,7 +150,8 @@ def way_of_few_rows(isa: str, x: Tensor, weight: Tensor) -> str | None:
     if rules is _avx2:
         return "kernel" if rows * entries < _FEW_ROWS_AVX2[x.dtype] else None
     if rules is _intel_avx512:
-        return "kernel" if rows <= (4 if x.itemsize == 2 else 8) or rows * entries <= 1 << 21 else "torch"
+        always, most = _FEW_ROWS_INTEL[x.dtype][backward]
+        return "kernel" if rows <= always or rows * entries <= most else "torch"
     # not measured: the kernel is taken only where reading the weight, or the host, is most of the time. elsewhere plain
     # torch goes from left to right, which is less work than forming sigma v, but on AMD, where that has a fast kernel
     if rows * entries < (1 << 20 if x.itemsize == 2 else 1 << 19) or (rows <= 2 and x.itemsize > 2):

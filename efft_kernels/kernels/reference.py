@@ -32,7 +32,7 @@ def slower(op: str, *tensors: Tensor | None, needs: list[bool] | None = None) ->
     return None
 
 
-def for_few_rows(x: Tensor, weight: Tensor) -> str:
+def for_few_rows(x: Tensor, weight: Tensor, backward: bool) -> str:
     """As cpu.for_few_rows, where there are no kernels"""
     return "torch"
 

@@ -2,7 +2,7 @@
 
 Forming sigma v first costs as much as P rows, which a few rows do not pay back. A call of one row is mostly the host's
 time, so both are one node of autograd; of the kernels, forward and backward are one call each, and C++ checks the
-arguments.
+arguments. Each pass is computed by what is faster for it: both keep the same p and q.
 """
 
 import sys
@@ -38,14 +38,14 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
     if weight.requires_grad or (bias is not None and bias.requires_grad) or default_backend():
         return None
     kernels: FewRows = (candidates(_CPU) or [reference])[0]
-    how = kernels.for_few_rows(x, weight)
-    if how == "torch" and _fit(x, weight, bias, u, sigma, v):
-        kernels = reference
-    elif how != "kernel":
+    how = kernels.for_few_rows(x, weight, False)
+    if how is None or (how == "torch" and not _fit(x, weight, bias, u, sigma, v)):
         return None
+    forward = reference if how == "torch" else kernels
     if records(x, weight, bias, u, sigma, v):
-        return _FewRows.apply(kernels, x, weight, bias, u, sigma, v, scale)
-    found = kernels.few_rows(x, weight, bias, u, sigma, v, scale)
+        backward = reference if kernels.for_few_rows(x, weight, True) == "torch" else kernels
+        return _FewRows.apply(forward, backward, x, weight, bias, u, sigma, v, scale)
+    found = forward.few_rows(x, weight, bias, u, sigma, v, scale)
     return found[0] if found else None
 
 
@@ -71,20 +71,20 @@ def _fit(x, *others) -> bool:
 
 class _FewRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, weight, bias, u, sigma, v, scale):
-        found = kernels.few_rows(x, weight, bias, u, sigma, v, scale)
+    def forward(ctx, first, second, x, weight, bias, u, sigma, v, scale):  # the kernels of forward and of backward
+        found = first.few_rows(x, weight, bias, u, sigma, v, scale)
         if not found:
             return None
         y, p, q = found
         ctx.save_for_backward(x, weight, u, sigma, v, p, q)
-        ctx.kernels, ctx.scale = kernels, scale
+        ctx.kernels, ctx.scale = second, scale
         return y
 
     @staticmethod
     @once
     def backward(ctx, dy):
-        _, need_x, _, _, *needs, _ = ctx.needs_input_grad
+        _, _, need_x, _, _, *needs, _ = ctx.needs_input_grad
         needs = need_x, *needs
         grads = iter(ctx.kernels.few_rows_backward(dy, *ctx.saved_tensors, ctx.scale, needs))
         dx, du, dsigma, dv = (next(grads) if need else None for need in needs)
-        return None, dx, None, None, du, dsigma, dv, None
+        return None, None, dx, None, None, du, dsigma, dv, None
