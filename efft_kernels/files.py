@@ -280,9 +280,11 @@ def _trained_modules(
         train = check_train(model, file.trained, made)
     except ValueError as error:
         raise ValueError(f"{file.path} holds modules that this {type(model).__name__} lacks: {error}") from error
-    inside = tuple(f"{key}." for key in train)
-    more = {key: t for key, t in file.head.items() if key.startswith(inside)}
-    own = head_state(model, train)
+    heads = tuple(f"{path}." for path in heads_of(model))  # whose classes vary: what train named of one belongs to it
+    train = tuple(path for path in train if not f"{path}.".startswith(heads))
+    inside = tuple(f"{path}." for path in train)
+    more = {key: t for key, t in file.head.items() if key.startswith(inside) and not key.startswith(heads)}
+    own = {key: t for key, t in head_state(model, train).items() if not key.startswith(heads)}
     wanted, found = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (own, more))
     if wanted != found:
         key = sorted(wanted.items() ^ found.items())[0][0]
@@ -303,6 +305,7 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path, paths: Itera
     """Refuse a head, or modules at these paths, that differ from the model's: loading them would silently change what
     the other adapters give."""
     own = head_state(model, paths)
+    own = own if paths is None else {key: own[key] for key in state}
     same = own.keys() == state.keys() and all(torch.equal(own[key], t.to(own[key])) for key, t in state.items())
     if state and not same:
         raise ValueError(

@@ -19,7 +19,7 @@ from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, patterns, plan
 from .precision import beside, check_factor_dtype
-from .wrappers import before_parallel, module_at, named_modules, named_parameters, on_unwrapped, put_at, unwrapped
+from .wrappers import before_parallel, module_at, named_modules, named_parameters, on_unwrapped, outermost, put_at
 
 
 @before_parallel
@@ -176,13 +176,12 @@ def install(
 
 def _copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
     """Frozen copies of modules that are about to be trained or replaced, of those that have values (not on meta)."""
+    modules = {path: module_at(model, path) for path in paths}
+    known = (path for path, m in modules.items() if not any(t.is_meta for t in (*m.parameters(), *m.buffers())))
     found = {}
-    for path in paths:
-        module = module_at(model, path)
-        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-            continue
+    for path in outermost(known):  # a part that is put back by itself would be left out when its whole is
         try:
-            found[path] = copy.deepcopy(module).requires_grad_(False)
+            found[path] = copy.deepcopy(modules[path]).requires_grad_(False)
         except RuntimeError as error:  # a weight that a hook computes, as the older weight_norm does
             raise ValueError(
                 f"{path} must be copied, for disable_adapter to restore it, but cannot be: {error}; use the "
@@ -273,13 +272,13 @@ def eject(model: nn.Module) -> None:
         parameters[key].requires_grad_(before[key])
 
 
+@on_unwrapped
 def adapters(model: nn.Module) -> Adapters:
     """The adapters of an injected model.
 
     Raises:
         ValueError: any other model.
     """
-    model = unwrapped(model)
     owner = model._modules.get("efft")  # not getattr: PEFT's wrapper hands out the attributes of the model in it
     if isinstance(owner, Adapters):
         return owner

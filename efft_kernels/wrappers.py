@@ -1,7 +1,7 @@
 """Modules that torch puts around others (compile, checkpointing, parallel training), which are no part of a path."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
 from torch import nn
@@ -57,6 +57,12 @@ def put_at(model: nn.Module, path: str, module: nn.Module) -> None:
     while (wrapper := owner._modules.get(name)) is not None and _inside(wrapper) is not None:
         owner, name = wrapper, next(key for key, inside in wrapper._modules.items() if inside is _inside(wrapper))
     setattr(owner, name, module)
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Those of the paths that are inside no other one of them, each once."""
+    paths = list(dict.fromkeys(paths))
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def named_modules(model: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:

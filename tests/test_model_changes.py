@@ -402,10 +402,11 @@ def test_a_bank_releases_what_is_left_of_its_model():
 
 
 @pytest.mark.parametrize("head", ["train", 3, nn.Sequential(nn.LayerNorm(192), nn.Linear(192, 4)), "keep"], ids=str)
-def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, tmp_path):
+@pytest.mark.parametrize("train", [(), ("patch_embed", "head", "patch_embed.proj")], ids=str)
+def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, train, tmp_path):
     model, x = vit(), images(4)
     before, state = model(x).detach(), {key: t.clone() for key, t in model.state_dict().items()}
-    ek.inject(model, PLAIN, head=head)
+    ek.inject(model, PLAIN, head=head, train=train)
     optimizer = torch.optim.AdamW(ek.adapter_parameters(model), 1e-2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -424,7 +425,7 @@ def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, tmp_p
     model.train()
     with ek.disable_adapter(model):
         assert model.head.training and not any(p.requires_grad for p in model.head.parameters())
-    assert head == "keep" or all(p.requires_grad for p in model.head.parameters())
+    assert (head == "keep" and not train) or all(p.requires_grad for p in model.head.parameters())
     model.eval().double()
     with ek.disable_adapter(model):
         torch.testing.assert_close(model(x.double()).float(), before)
