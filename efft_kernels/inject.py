@@ -42,7 +42,7 @@ def inject(
         model, config: as :func:`plan`.
         name: of the adapter; :func:`efft_kernels.add_adapter` puts further ones on the model.
         head: the classifier is trained ("train"), left unchanged and frozen ("keep"), or replaced and trained (a number
-            of classes, or a module). It is found by its name also within a wrapper, and beside a model in a wrapper if
+            of classes, or a module). It is found by its name also within a wrapper, and behind a model in a wrapper if
             it is made of Linears.
         train: paths of further modules to train in full, such as ("decode_head",). They are saved and loaded together
             with the adapter, and :func:`adapter_parameters` has them.
@@ -57,8 +57,9 @@ def inject(
 
     Raises:
         TypeError, ValueError: as :func:`plan`; a model that is already injected or merged, a name that cannot be used,
-            no head to replace, a module of ``train`` that does not exist, has no parameters or holds an adapted Linear,
-            a factor_dtype that is no floating-point dtype. The model is unchanged then.
+            no head to replace or several of unequal widths, a module of ``train`` that does not exist, has no
+            parameters or holds an adapted Linear, a factor_dtype that is no floating-point dtype. The model is
+            unchanged then.
 
     Warns:
         UserWarning: Linears of the adapted blocks are left out, or a classifier or another module on top of the model
@@ -142,7 +143,7 @@ def build(
             weights = dict.fromkeys(linears, torch.empty(0, dtype=dtype, device=device))
         groups[spec.name] = make_group(spec, made.config, weights)
     groups.plan = made
-    groups.preparation = groups.classes = None  # what an adapter file states
+    groups.preparation, groups.classes, groups.multilabel = None, None, False  # what an adapter file states
     return groups
 
 
@@ -373,7 +374,9 @@ def _replacements(model: nn.Module, heads: list[str], head) -> list[tuple[nn.Mod
             raise ValueError(f"head can be a module only if there is one head, got {heads} in {type(model).__name__}")
         owner, _, key = heads[0].rpartition(".")
         return [(module_at(model, owner), key, head)]
-    found = []
+    found, widths = [], {path: linear.out_features for path, linear in classifiers_of(model)}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"head={head} replaces classifiers of equal widths, got {widths}; replace one by hand instead")
     for path, old in classifiers_of(model):
         dtype, device = kept_in(old)
         new = nn.Linear(old.in_features, head, old.bias is not None, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ imported.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -257,7 +258,7 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
 
     They are the children with a known name (``HEADS``). A module that is not of timm or transformers, such as one's own
     network or a Lightning module around a model, is a wrapper: there a head may have any name, if it is made of Linears
-    alone and stands beside the model, and otherwise it is looked for in the wrapped modules.
+    alone and stands behind the model, and otherwise it is looked for in the wrapped modules.
     """
     model = unwrapped(model)
     found = _heads_in(model, "")
@@ -295,14 +296,15 @@ def _heads_below(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
 
 
 def _new_in(wrapper: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """The modules of Linears and norms alone that stand in a wrapper beside a model with blocks."""
+    """The modules of Linears and norms alone that stand in a wrapper after a model with blocks."""
     children = _children(wrapper)
     models = {key for key, child in children.items() if any(_is_block_list(m) for m in child.modules())}
     if _of_library(wrapper) or not models or isinstance(wrapper, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return {}
     if any(_is_block_list(children[key]) for key in models):  # a model itself
         return {}
-    return {f"{prefix}{key}": child for key, child in children.items() if key not in models and _all_linears(child)}
+    after = dropwhile(lambda item: item[0] not in models, children.items())  # a Linear before it embeds patches
+    return {f"{prefix}{key}": child for key, child in after if key not in models and _all_linears(child)}
 
 
 def _children(owner: nn.Module) -> dict[str, nn.Module]:

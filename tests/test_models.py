@@ -52,6 +52,25 @@ def test_heads_are_found_within_wrappers_and_beside_a_model():
     assert trained(model) == {"cls.weight", "cls.bias"}
 
 
+class Encoder(nn.Module):
+    """A transformer written by hand: the Linear that embeds patches stands before its blocks."""
+
+    def __init__(self, *more):
+        super().__init__()
+        self.embed = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 32))
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+        self.out, self.more = nn.Linear(32, 10), nn.ModuleList(more)
+
+
+def test_what_embeds_patches_is_no_head():
+    with pytest.warns(UserWarning, match=r"train=\('embed',\) would train"):
+        assert trained(ek.inject(Encoder(), PLAIN)) == {"out.weight", "out.bias"}
+    model = ek.inject(Encoder(), PLAIN, head=5)
+    assert model.embed[1].out_features == 32 and model.out.out_features == 5
+    with pytest.raises(ValueError, match="equal widths, got {'out': 10, 'more.0': 7}"):
+        ek.inject(Encoder(nn.Linear(32, 7)), PLAIN, head=5)
+
+
 def test_a_missing_head_is_said_and_a_plain_model_says_nothing():
     with pytest.warns(UserWarning, match="has no classifier that was found and trained"):
         ek.inject(vit(num_classes=0), PLAIN)
