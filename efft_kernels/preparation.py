@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,11 @@ def _transform(preparation: Preparation, dtype: torch.dtype) -> Callable[..., Te
         use_prefetcher=True,  # the pixels as uint8
     )
     mean, std = (torch.tensor(t, dtype=dtype).view(3, 1, 1) * 255 for t in (preparation.mean, preparation.std))
-    return lambda image: (torch.as_tensor(resize(image)).to(dtype) - mean) / std
+    return partial(_prepared, resize, mean, std)
+
+
+def _prepared(resize, mean: Tensor, std: Tensor, image) -> Tensor:  # of the module, so that processes can be given it
+    return (torch.as_tensor(resize(image)).to(mean.dtype) - mean) / std
 
 
 def to_rgb(image):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from PIL import Image
 from test_finetune_data import folder, picture
 from test_finetune_run import end, tiny
 
-from efft_kernels.finetune import cli, exporting, loop, page, predictions, prepared
-from efft_kernels.finetune.finished import predict
+from efft_kernels.finetune import cli, evaluation, exporting, labelling, loop, page, predictions, prepared
+from efft_kernels.finetune.finished import predict, preparation, restore
 from efft_kernels.finetune.loop import train
+from efft_kernels.finetune.models import logits
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +71,17 @@ def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch
         flags = ["report", str(run), "--data", str(moved), "--out", str(tmp_path / "b.html")]
         assert cli.main(flags) == cli.DONE
         assert html(tmp_path / "b.html").count("data:image/jpeg") == before.count("data:image/jpeg")
+        assert cli.main([*flags[:3], f"{moved}/", *flags[4:]]) == cli.DONE
+        assert html(tmp_path / "b.html").count("data:image/jpeg") == before.count("data:image/jpeg")
     finally:
         moved.rename(run.parent / "photos")
+    for command in (["report", "hf-hub:a/b"], ["export", "hf-hub:a/b", "--to", "onnx"]):
+        assert cli.main(command) == cli.WRONG and "out must name a file" in capsys.readouterr().err
     for command, *more in (["report"], ["predict", str(run.parent), "--out", str(tmp_path / "a.csv")]):
         assert cli.main([command, str(tmp_path), *more]) == cli.WRONG and "no finished run" in capsys.readouterr().err
 
 
-def test_predict_any_number_of_images(run, tmp_path, capsys):
+def test_predict_any_number_of_images(run, tmp_path, capsys, caplog):
     for i in range(5):
         picture(tmp_path / "new" / "sub" / f"{i}, x.png", i)
     picture(tmp_path / "new/thumbs/0.png")
@@ -84,6 +90,7 @@ def test_predict_any_number_of_images(run, tmp_path, capsys):
     flags = ["predict", str(run), str(tmp_path / "new"), "--out", str(out), "--batch-size", "2"]
     assert cli.main(flags) == cli.DONE
     said = capsys.readouterr()
+    assert "1 files or folders that hold no images are left out: " in caplog.text and "thumbs" in caplog.text
     assert "1 of 6 images are left out" in said.err and "bad.jpg cannot be read" in said.err and "5 images" in said.out
     rows = list(csv.DictReader(out.open()))
     assert [Path(row["image"]).name for row in rows] == [f"{i}, x.png" for i in range(5)]
@@ -150,12 +157,14 @@ def test_compare(run, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_several_labels_per_image(tmp_path, capsys):
+def test_several_labels_per_image(tmp_path, capsys, monkeypatch):
+    """Scores are means over the classes that some image has, and do not depend on the range of a batch's logits."""
     sets = [["sea"], ["sea", "sky"], [], ["sky"]]
     lines = []
     for i in range(24):
         picture(tmp_path / "images" / f"{i}.png", i)
-        lines.append(f"images/{i}.png,{'|'.join(sets[i % 4])},{'train' if i < 16 else 'test'}\n")
+        labels = sets[i % 4] + ["rare"] * (i == 3)
+        lines.append(f"images/{i}.png,{'|'.join(labels)},{'train' if i < 16 else 'test'}\n")
     (tmp_path / "list.csv").write_text("image,labels,split\n" + "".join(lines))
     settings = tiny(tmp_path / "list.csv", tmp_path / "out", epochs=2, class_weights="balanced", label_smoothing=0.1)
     result = train(settings, progress=False)
@@ -167,6 +176,24 @@ def test_several_labels_per_image(tmp_path, capsys):
     assert 100 * sum(not row.wrong for row in rows) / 8 == pytest.approx(result.metrics["test"]["exact"])
     assert cli.main(["predict", str(tmp_path / "out"), str(tmp_path / "images")]) == cli.DONE
     assert len(capsys.readouterr().out.splitlines()) == 24
+    monkeypatch.setattr(
+        evaluation, "logits", lambda model, x: logits(model, x).sigmoid()
+    )  # all in [0, 1], at least 0.5
+    result = train(replace(settings, out=str(tmp_path / "positive"), epochs=1), progress=False)
+    rows = predictions.from_csv(tmp_path / "positive/predictions.csv", True)
+    assert all(row.predicted == ("rare", "sea", "sky") for row in rows)
+    assert result.metrics["test"]["f1"] == pytest.approx(100 * 2 / 3, abs=1e-3)  # half of the images have each of two
+    monkeypatch.setattr(labelling, "logits", lambda model, x: logits(model, x).sigmoid())
+    assert len(next(labelling.label(result.out, [str(tmp_path / "images/0.png")], top=1)).classes) == 3
+
+
+def test_predict_names_that_are_no_utf8_by_processes_of_any_kind(run, tmp_path, capsysbinary):
+    path = picture(tmp_path / "caf\udce9.png")
+    assert cli.main(["predict", str(run), str(path)]) == cli.DONE
+    assert b"caf\xe9.png\t" in capsysbinary.readouterr().out
+    prepare = preparation(*restore(run))  # a process that is spawned gets it as bytes
+    with Image.open(path) as image:
+        assert torch.equal(pickle.loads(pickle.dumps(prepare))(image), prepare(image))
 
 
 @pytest.mark.slow
@@ -233,6 +260,6 @@ def test_wrong_settings(changes, words, run, tmp_path):
 
 
 def test_confusion_of_many_classes_and_long_names():
-    names = [f"class {i} with a long name" for i in range(40)]
+    names = ["a$10_$20", "caf\udce9", *(f"class {i} with a long name" for i in range(38))]
     for n in (2, 40):
         assert page.plots.confusion([[1] * n] * n, names[:n]).startswith("data:image/svg+xml")

@@ -146,7 +146,9 @@ def test_folder_of_transformers(tmp_path):
     model = make_model(f"hf:{tmp_path}", 5)
     want = source.state_dict()
     assert all(torch.equal(t, want[key]) for key, t in model.state_dict().items() if not key.startswith("classifier"))
-    assert logits(model, images()).shape == logits(model, images(size=64)).shape == (2, 5)
+    wrapped = torch.nn.DataParallel(model)  # as DistributedDataParallel, it has no config
+    for each in (model, wrapped):
+        assert logits(each, images()).shape == logits(each, images(size=64)).shape == (2, 5)
     random = make_model(f"hf:{tmp_path}", 5, 64, "random")
     assert random.config.image_size == 64
     with pytest.raises(ValueError, match="normalize must be 'imagenet' or 'none' for this ViTForImageClassification"):

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
 from efft_kernels import storage
-from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared, results
+from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared
 from efft_kernels.finetune.data import seed_all
 from efft_kernels.finetune.finished import merged, predict, restore
 from efft_kernels.finetune.loop import Interrupted, train
@@ -226,7 +226,10 @@ def _changed(state, **changes):
         (lambda s: _changed(s, optimizer={"state": {}}), "its optimizer is for other parameters"),
         (lambda s: {"step": s["step"], "other": 1}, "it has no identity"),
         (lambda s: [1], "not the state of the step in its name"),
-        (lambda s: _changed(s, identity={**s["identity"], "seed": 5}), "differs in seed"),
+        (
+            lambda s: _changed(s, identity={**s["identity"], "rank": 5}, weights={}),
+            "is skipped: out must be a new folder",
+        ),
     ],
     ids=["empty", "weights", "step", "history", "optimizer", "keys", "list", "another run"],
 )
@@ -247,6 +250,12 @@ def test_the_state_before_a_wrong_one_is_taken(change, says, halfway, photos, tm
     loop._reset_accelerate()
     assert saved["step"] == int(older.stem[6:])
     assert f"{newest} is " in caplog.text and says in caplog.text
+
+
+def test_a_new_state_outlives_later_ones_that_were_skipped(tmp_path):
+    for step in (90, 100, 10, 20, 30):
+        path = checkpoints.save(tmp_path, step, {"step": step})
+    assert [int(there.stem[6:]) for there in checkpoints.states(tmp_path)] == [20, 30] and path.is_file()
 
 
 def test_images_that_were_replaced_are_noticed(halfway, photos, tmp_path):
@@ -306,10 +315,10 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
     """The command is stopped and run again, with worker processes."""
     flags = ["--data", str(photos), "--out", str(tmp_path), *FLAGS, "--workers", "1"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen([*COMMAND, *flags, "--memory", "0"], env=ENVIRONMENT, **pipes)
+    process = subprocess.Popen([*COMMAND, *flags, "--memory", "0"], env=ENVIRONMENT, start_new_session=True, **pipes)
     while not checkpoints.states(tmp_path) and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # also to the workers, as timeout and systemd do
     out, err = process.communicate(timeout=120)
     if process.returncode != 0:  # zero if it had finished already
         assert process.returncode == cli.INTERRUPTED, err
@@ -582,6 +591,10 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
     with pytest.raises(ValueError, match="differs in the images"):
         train(replace(settings, data=str(other)), progress=False)
+    for wrong in ({"data": str(tmp_path / "none")}, {"checkpoint": "none.pth"}):
+        with pytest.raises((ValueError, FileNotFoundError), match="none"):
+            train(replace(settings, resume=False, **wrong), progress=False)
+    assert train(settings, progress=False).metrics == first.metrics  # nothing is removed before a run can start
     again = train(replace(settings, lr=0.1, resume=False), progress=False)
     assert again.metrics["test"]["loss"] != first.metrics["test"]["loss"]
     with checkpoints.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
@@ -679,9 +692,10 @@ def test_starting_over_leaves_nothing_of_before(photos, tmp_path):
     settings = tiny(photos, tmp_path, epochs=1)
     train(settings, progress=False)
     before = {path.name for path in (tmp_path / "logs").iterdir()}
+    (tmp_path / "logs/of another program").touch()
     train(replace(settings, resume=False), progress=False)
-    after = {path.name for path in (tmp_path / "logs").iterdir()}
-    assert len(before) == len(after) == 1 and before != after
+    after = {path.name for path in (tmp_path / "logs").iterdir()} - {"of another program"}
+    assert len(before) == len(after) == 1 and before != after and (tmp_path / "logs/of another program").exists()
 
 
 def test_a_state_that_diverged_replaces_none(photos, tmp_path, monkeypatch):
@@ -726,7 +740,8 @@ def test_what_happens_before_the_first_step_is_a_sentence(error, code, words, ph
 
 def test_weights_that_have_moved(photos, tmp_path):
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "a.pth")
-    out = train(tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1), progress=False).out
+    settings = tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1)
+    out = train(settings, progress=False).out
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, set checkpoint to its new"):
         restore(out)
@@ -734,6 +749,16 @@ def test_weights_that_have_moved(photos, tmp_path):
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "c.pth")
     with pytest.raises(ValueError, match="checkpoint must be the weights that the run in .* started from"):
         restore(out, str(tmp_path / "c.pth"))
+    assert train(replace(settings, checkpoint=str(tmp_path / "b.pth")), progress=False).out == out
+    with pytest.raises(ValueError, match="differs in the frozen weights"):
+        train(replace(settings, checkpoint=str(tmp_path / "c.pth")), progress=False)
+
+
+def test_training_images_are_measured_without_augmentation(tmp_path):
+    root = folder(tmp_path / "photos", classes=("a", "b"), n=12)
+    result = train(tiny(root, tmp_path / "out", epochs=2, augment="rand", test_fraction=0.0), progress=False)
+    right = [Path(f).parent.name == label for f, label, _ in predict(result.out, [*map(str, root.rglob("*.png"))])]
+    assert result.metrics["train"]["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3)
 
 
 def test_out_is_a_folder(photos, tmp_path):
@@ -810,7 +835,6 @@ def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(prepared, "make_model", make)
-    monkeypatch.setattr(results, "make_model", make)
     monkeypatch.setattr(finished, "make_model", make)
     settings = tiny(photos, tmp_path, method="full", rank=None, epochs=1)
     train(settings, progress=False)

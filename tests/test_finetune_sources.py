@@ -17,6 +17,8 @@ from efft_kernels import preparation
 from efft_kernels.finetune.data import open_data
 from efft_kernels.finetune.folders import check_out
 from efft_kernels.finetune.images import BadImages, DataError, Files
+from efft_kernels.finetune.prepared import open_images
+from efft_kernels.finetune.settings import Settings
 
 
 def names(part):
@@ -186,6 +188,8 @@ def test_csv_with_several_labels(tmp_path):
     "text, words",
     [
         ("image,label\n", ["header and a line"]),
+        ("image,a,b\nimages/0.png,1,0\nimages/1.png,0,\n", ["a column of 0 and 1 for each class"]),
+        ("image,a,b\nimages/0.png,1,0\nimages/1.png,0,01\n", ["a column of 0 and 1 for each class"]),
         ("a,b\n0.png,cat\n", ["must have a header with one of image", "got a, b"]),
         ("image,label\nimages/0.png\n", ["line 2", "2 columns", "got 1"]),
         ("image,label\nimages/0.png,\n", ["line 2", "must have a label"]),
@@ -250,9 +254,14 @@ def test_datasets_with_texts_and_several_labels(library, tmp_path):
     rows(library, 4, labels=(several, [[0], [0, 1], [], [1]])).save_to_disk(tmp_path / "several")
     found = open_data(tmp_path / "several", 16, test_fraction=0.0)
     assert found.multilabel and found.train.labels == [(0,), (0, 1), (), (1,)]
-    rows(library, 2, label=(text, ["a", None])).save_to_disk(tmp_path / "none")
-    with pytest.raises(DataError, match="class"):
-        open_data(tmp_path / "none", 16)
+    texts = library.List(text)
+    for name, column in {"label": (text, ["a", None]), "labels": (texts, [["a"], None])}.items():
+        rows(library, 2, **{name: column}).save_to_disk(tmp_path / name)
+        with pytest.raises(DataError, match=f"a class in each row of '{name}', got None"):
+            open_data(tmp_path / name, 16)
+    rows(library, 2, label=(text, ["a", "b"])).save_to_disk(tmp_path / "empty")  # too few for a fifth of each class
+    with pytest.raises(DataError, match="must have images in each part, but has none for test"):
+        open_images(Settings(str(tmp_path / "empty"), "out", checkpoint="random", batch_size=2), 1)
     library.Dataset.from_dict({"x": [1, 2]}).save_to_disk(tmp_path / "other")
     with pytest.raises(DataError, match="column of images and a column label or labels, but has x"):
         open_data(tmp_path / "other", 16)

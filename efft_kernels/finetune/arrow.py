@@ -72,9 +72,9 @@ def read_dataset(root: Path, test_fraction: float) -> Source:
     names = getattr(inner, "names", None)
     values = {part: rows[label] for part, rows in parts.items() if rows is not None}
     if names is None:
-        taught = {value for cell in values["train"] for value in (cell if multilabel else [cell])}
-        if any(not isinstance(value, int | str) for value in taught):
-            raise DataError(f"{root} must have a class in each row of {label!r}, got {next(iter(taught))!r}")
+        taught = {value for cell in values["train"] for value in (cell if multilabel and cell is not None else [cell])}
+        if wrong := [value for value in taught if not isinstance(value, int | str)]:
+            raise DataError(f"{root} must have a class in each row of {label!r}, got {wrong[0]!r}")
         names = sorted(taught)
     place = {value: c for c, value in enumerate(names)} | {c: c for c in range(len(names)) if hasattr(inner, "names")}
     made = {}

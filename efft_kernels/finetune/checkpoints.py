@@ -147,7 +147,7 @@ def states(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
-    """Write a checkpoint, then remove all but the last ``keep``.
+    """Write a checkpoint, then remove all but the last ``keep``, and those of later steps, which a run skipped.
 
     Raises:
         StorageError: it could not be written; the earlier ones are unchanged.
@@ -163,7 +163,9 @@ def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
         write(path, fill)
     except OSError as error:
         raise StorageError(error.errno, _sentence(folder, f"the state of step {step}", error)) from error
-    for old in states(folder)[:-keep]:
+    there = states(folder)
+    kept = there[: there.index(path) + 1][-keep:]
+    for old in set(there) - set(kept):
         old.unlink(missing_ok=True)
     return path
 

@@ -45,7 +45,7 @@ other commands:
 exit status:
   {DONE}   success: adapter, metrics.json, predictions.csv, curves.png and report.html are in OUT
   {FAILED}   an unexpected error, with its traceback
-  {WRONG}   settings, data or weights that cannot be used; nothing was trained
+  {WRONG}   settings, data or weights that cannot be used, before the first step; or the loss is not finite
   {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them
   {INTERRUPTED}  stopped by SIGTERM or SIGINT after writing a checkpoint; the same command continues from it.
       Also of the other processes of a run, when one of them was killed

@@ -35,12 +35,12 @@ def _report_arguments(made: argparse.ArgumentParser) -> None:
 def _report(given: argparse.Namespace) -> int:
     """Write the report of a finished run again, a page of HTML."""
     from . import page, predictions
-    from .finished import read_record
+    from .finished import beside, read_record
 
+    path = Path(given.out) if given.out else beside(given.run, page.NAME)
     record = read_record(given.run)
     rows = Path(given.run) / predictions.NAME
     rows = predictions.from_csv(rows, record.get("multilabel", False)) if rows.is_file() else []
-    path = Path(given.out) if given.out else Path(given.run) / page.NAME
     html = page.build(record, rows, _pictures(record, given.data))
     with checkpoints.storing(path.parent, str(path)):
         write_bytes(path, html.encode())
@@ -62,12 +62,17 @@ def _pictures(record: dict, data: str | None):
     except DataError as error:
         print(f"efft-finetune: the report has no pictures, --data can name their place: {error}", file=sys.stderr)
         return lambda row: None
-    if data:  # their names begin with the old place
-        from dataclasses import replace
+    if not data:
+        return loader(opened)
+    from dataclasses import replace
 
-        found = loader(opened)
-        return lambda row: found(replace(row, image=row.image.replace(s.data, data, 1)))
-    return loader(opened)
+    found = loader(opened)
+    old, new = (path.parent if path.suffix.lower() in (".csv", ".tsv") else path for path in (Path(s.data), Path(data)))
+
+    def moved(name: str) -> str:
+        return str(new / Path(name).relative_to(old)) if Path(name).is_relative_to(old) else name
+
+    return lambda row: found(replace(row, image=moved(row.image)))
 
 
 def _predict_arguments(made: argparse.ArgumentParser) -> None:
@@ -91,6 +96,7 @@ def _predict(given: argparse.Namespace) -> int:
     options |= {"workers": given.workers, "show": given.out is not None}
     if given.out is None:
         bad = []
+        sys.stdout.reconfigure(errors="surrogateescape")  # the name of a file may contain bytes that are not UTF-8
         for found in label(given.run, files, **options):
             if found.problem:
                 bad.append(found.problem)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -135,6 +136,12 @@ def open_data(
     return Data(*parts, names, found.multilabel)
 
 
+def leave_signals(worker: int) -> None:
+    """In a process that reads images: ignore signals to stop, after which the run takes a step and saves its state."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def transform(size: int, augment: str, interpolation: str):
     """A function from a PIL image to uint8 [3, S, S]: resized to a square without a crop, or augmented by timm.
 
@@ -175,6 +182,12 @@ class Pictures(torch.utils.data.Dataset):
         self.labels = [plain(label) for label in images.labels]
         self.classes = classes
         self.kept: Tensor | None = None  # [N, 3, S, S] uint8
+
+    def unchanged(self, interpolation: str) -> "Pictures":
+        """These images without augmentation, to be measured."""
+        if self.seed is None:
+            return self
+        return Pictures(self.images, transform(self.size, "none", interpolation), self.size, None, self.classes)
 
     def __len__(self) -> int:
         return len(self.labels)

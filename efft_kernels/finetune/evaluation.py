@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..extras import need
 from . import methods
-from .data import Pictures
+from .data import Pictures, leave_signals
 from .images import DataError
 from .models import logits
 from .prepared import Prepared
@@ -61,8 +61,8 @@ def evaluate(
 
     Returns:
         The metrics, in % and nats: top1, mean_class and loss, or with several labels per image mean_ap (average
-        precision, mean over classes), f1 (at probability 0.5, mean over classes), exact (images whose labels are all
-        right) and loss.
+        precision) and f1 (at probability 0.5), means over the classes that some image has, exact (images whose labels
+        are all right) and loss.
     """
     s, accelerator = run.settings, run.accelerator
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -78,7 +78,8 @@ def evaluate(
     mine += [-1] * (-(-len(part) // world) - len(mine))
     sampler = [[max(i, 0) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
     workers = 0 if part.kept is not None else s.workers
-    batches = iter(torch.utils.data.DataLoader(part, batch_sampler=sampler, num_workers=workers))
+    options = {"num_workers": workers, "worker_init_fn": leave_signals}
+    batches = iter(torch.utils.data.DataLoader(part, batch_sampler=sampler, **options))
     at = 0
     for _ in range(len(sampler)):
         images, labels = next_batch(batches)
@@ -88,9 +89,11 @@ def evaluate(
             y = logits(model, run.normalise(images))
         y, labels = y[: len(numbers)].to(run.wide), labels.to(device)[: len(numbers)]
         if numbers:
-            for metric in stats.values():
-                metric.update(y.float(), labels.long())
-            if not run.data.multilabel:
+            if run.data.multilabel:
+                for metric in stats.values():
+                    metric.update(y.sigmoid().float(), labels.long())
+                counts[1] += labels.sum(0).long()
+            else:
                 right = labels[y.argmax(1) == labels]
                 counts += torch.stack([torch.bincount(each, minlength=classes) for each in (right, labels)])
             loss = (
@@ -108,11 +111,12 @@ def evaluate(
     if predictions is not None:
         found = need("accelerate").utils.gather_object(found) if world > 1 else found
         predictions += sorted(found, key=lambda prediction: prediction.image)
-    if run.data.multilabel:
-        percent = {name: round(100 * metric.compute().item(), 4) for name, metric in stats.items()}
-        return {**percent, "exact": round(100 * right / n, 4), "loss": loss / n}
-    right, images = accelerator.reduce(counts, "sum").double()
+    exact, (right, images) = right, accelerator.reduce(counts, "sum").double()
     present = images > 0  # a class without images has no accuracy
+    if run.data.multilabel:
+        found = {name: metric.compute()[present] for name, metric in stats.items()}
+        percent = {name: round(100 * each.mean().item(), 4) if len(each) else 0.0 for name, each in found.items()}
+        return {**percent, "exact": round(100 * exact / n, 4), "loss": loss / n}
     return {
         "top1": round(100 * (right.sum() / images.sum()).item(), 4),
         "mean_class": round(100 * (right[present] / images[present]).mean().item(), 4),
@@ -122,8 +126,8 @@ def evaluate(
 
 def _multilabel_statistics(classes: int, device: torch.device) -> dict:
     metrics = need("torchmetrics").classification  # imported only here: it imports scipy and transformers for seconds
-    made = {"mean_ap": metrics.MultilabelAveragePrecision(classes), "f1": metrics.MultilabelF1Score(classes)}
-    return {name: metric.to(device) for name, metric in made.items()}
+    kinds = {"mean_ap": metrics.MultilabelAveragePrecision, "f1": metrics.MultilabelF1Score}
+    return {name: kind(classes, average="none").to(device) for name, kind in kinds.items()}
 
 
 def _predictions(numbers: list[int], y: Tensor, labels: Tensor) -> list[Prediction]:

@@ -15,7 +15,7 @@ from ..hub import ADAPTER, PREFIX, repository
 from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints
-from .finished import merged, read_record, restore
+from .finished import beside, merged, read_record, restore
 from .models import logits, normalisation
 from .results import NAMES
 from .settings import Settings
@@ -47,7 +47,7 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
     if to == "hub":
         return _to_hub(out, path)
-    path = Path(path) if path is not None else Path(out) / f"exported{FORMATS[to]}"
+    path = Path(path) if path is not None else beside(out, f"exported{FORMATS[to]}")
     if to == "weights":
         return merged(out, path, checkpoint)
     if to == "onnx":
@@ -73,7 +73,7 @@ def _to_hub(out: str | Path, name: str | Path | None) -> str:
         for key, value in found.items()
     }
     for key in ("data", "out", "checkpoint"):  # a folder of this machine is nobody's business
-        record["settings"][key] = record["settings"][key] and Path(record["settings"][key]).name
+        record["settings"][key] = record["settings"][key] and (Path(record["settings"][key]).resolve().name or key)
     record["result"]["adapter"] = ADAPTER
     record.pop("run", None)
     publish(adapter, repo, metrics, {"metrics.json": json.dumps(record, indent=1).encode()})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..hub import local_folder
+from ..hub import PREFIX, local_folder
 from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints, methods
@@ -55,6 +55,17 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
             f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}"
         )
     return model.eval(), record
+
+
+def beside(run: str | Path, name: str) -> Path:
+    """The path of a file in the folder of a run.
+
+    Raises:
+        ValueError: a run on the hub, which has no folder here.
+    """
+    if str(run).startswith(PREFIX):
+        raise ValueError(f"out must name a file, because {run} has no folder here")
+    return Path(run) / name
 
 
 def read_record(out: str | Path) -> dict:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from .finished import preparation, restore
 from .folders import find_images
 from .images import DataError, Files
 from .models import logits
+
+log = logging.getLogger("efft_kernels.finetune")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ def find_files(places: Sequence[str]) -> list[str]:
         path = Path(place)
         if path.is_dir():
             try:
-                images = [str(image) for image in find_images(path)[0]]
+                images, *left_out = find_images(path)
             except OSError as error:
                 raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
             if not images:
                 raise DataError(f"{place} has no images")
-            found += images
+            if left_out := sorted(left_out[0] + left_out[1]):
+                log.warning(
+                    f"{place}: {len(left_out)} files or folders that hold no images are left out: {left_out[0]}..."
+                )
+            found += map(str, images)
         elif not path.exists() and not path.is_symlink():
             raise DataError(f"{place} does not exist")
         else:
@@ -89,15 +96,14 @@ def label(
         device: of torch; "auto" for a GPU if there is one.
         batch_size: images per forward.
         workers: processes that read images.
-        top: classes at most of each image; those of a run with several labels per image are the ones with a
-            probability of at least 0.5.
+        top: classes at most of each image; with several labels per image all with a probability of at least 0.5.
         show: a progress bar.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`finished.restore`.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model, record = restore(out, checkpoint)
     prepare = preparation(model, record)
     model.to(device)
@@ -116,7 +122,7 @@ def label(
                 if isinstance(x, str):
                     yield Labelled(files[i], (), (), several, x)
                     continue
-                values, best = next(p).topk(min(top, len(classes)))
+                values, best = next(p).topk(len(classes) if several else min(top, len(classes)))
                 pairs = [(classes[c], float(v)) for c, v in zip(best, values) if not several or v >= 0.5]
                 yield Labelled(files[i], tuple(c for c, _ in pairs), tuple(v for _, v in pairs), several)
             shown.update(len(batch))

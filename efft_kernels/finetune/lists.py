@@ -134,7 +134,9 @@ def read_csv(path: Path, test_fraction: float) -> Source:
             raise DataError(f"{path}, line {n}, must have the {len(columns)} columns of the header, got {len(row)}")
     image, label, labels, part = (_column(columns, names) for names in (_IMAGE, _LABEL, _LABELS, _PART))
     rest = [i for i in range(len(columns)) if i not in (image, part) and columns[i].lower() not in _NUMBERS]
-    flags = label is None and labels is None and bool(rest) and all(row[i] in "01" for _, row in lines for i in rest)
+    flags = (
+        label is None and labels is None and bool(rest) and all(row[i] in ("0", "1") for _, row in lines for i in rest)
+    )
     if image is None or (label is None and labels is None and not flags):
         raise DataError(
             f"{path} must have a header with one of {', '.join(_IMAGE)}, and with one of {', '.join(_LABEL)} (one "

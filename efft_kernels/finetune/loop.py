@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ from . import checkpoints, methods
 from .bars import bar
 from .captured import CapturedStep
 from .checkpoints import Progress
-from .data import SOURCES, seed_all
+from .data import SOURCES, leave_signals, seed_all
 from .evaluation import evaluate, loss_of, next_batch, right_answers
 from .folders import check_out
 from .head_init import probe_head
@@ -81,23 +80,29 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
             if main:
                 stack.enter_context(checkpoints.alone(out))
                 checkpoints.tidy(out)
-                if not settings.resume:
-                    checkpoints.clear(out)
-                    (out / "metrics.json").unlink(missing_ok=True)
-                    shutil.rmtree(out / "logs", ignore_errors=True)  # the curves of two runs would mix
         accelerator.wait_for_everyone()
         data = open_images(settings, accelerator.num_processes)
-        if result := read_finished(settings, data, out, main):
+        if settings.resume and (result := read_finished(settings, data, out, main)):
             return result
         run, saved = prepare(settings, accelerator, out, data, progress and main)
+        if not settings.resume:  # only now, when the new run can start
+            on_main(run, lambda: _remove_run(out))
         if saved is None and settings.head_init == "probe":
             probe_head(run)
         made, schedule = begin(run, saved)
         del saved  # as large as the optimizer
-        logs = Trackers(accelerator, settings, made.step // run.steps + 1 if made.step else None)
+        logs = Trackers(accelerator, settings, made.step // run.steps + 1)
         with _stop_signals() as stop:
             fit(run, made, schedule, logs, stop, after_epoch)
             return finish(run, made, logs)
+
+
+def _remove_run(out: Path) -> None:
+    """Remove the checkpoints and the result of the run in a folder, and its curves, which would mix with new ones."""
+    with checkpoints.storing(out, "the former run"):
+        checkpoints.clear(out)
+        for path in (out / "metrics.json", *(out / "logs").rglob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -209,6 +214,7 @@ def fit(
         images,
         batch_sampler=batches,
         num_workers=0 if images.kept is not None else s.workers,
+        worker_init_fn=leave_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
     gradients = functools.partial(_gradients, run, progress)
@@ -244,7 +250,8 @@ def fit(
                 save(run, progress)
             if stopping and not ended:
                 raise Interrupted(
-                    f"stopped after step {progress.step} of {batches.total}; the same command continues from there"
+                    f"stopped after step {progress.step} of {batches.total}; the same command "
+                    f"{'' if s.resume else 'with resume true '}continues from there"
                 )
             began = time.perf_counter()
     if progress.step < batches.total and run.main:

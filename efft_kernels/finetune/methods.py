@@ -204,6 +204,7 @@ def save(
     base_model: str = "",
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
+    multilabel: bool = False,
 ) -> None:
     """Write the trained parameters and the head; for a method of this library as save_adapter does.
 
@@ -211,10 +212,12 @@ def save(
         OSError: the file cannot be written; an existing one is unchanged then.
     """
     if hasattr(model, "efft"):
-        save_adapter(model, path, base_model=base_model, head=True, preparation=preparation, classes=classes)
+        said = {"preparation": preparation, "classes": classes, "multilabel": multilabel}
+        save_adapter(model, path, base_model=base_model, head=True, **said)
         return
     made = {"format": _FORMAT, "method": name, "options": json.dumps(dict(options)), "base_model": base_model}
-    write_tensors(path, _state(model), {**made, "model": type(model).__name__, **stated(preparation, classes)})
+    made |= {"model": type(model).__name__, **stated(preparation, classes, multilabel)}
+    write_tensors(path, _state(model), made)
 
 
 def read_needs(path: Path) -> tuple[Preparation | None, tuple[str, ...] | None]:

@@ -172,7 +172,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, classes]
     """The logits of a model of either library."""
-    size = getattr(getattr(model, "config", None), "image_size", None)
+    size = getattr(getattr(getattr(model, "module", model), "config", None), "image_size", None)  # also of DDP's model
     if isinstance(size, int) and size != images.shape[-1]:
         out = model(images, interpolate_pos_encoding=True)
     else:

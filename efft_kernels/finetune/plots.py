@@ -97,6 +97,11 @@ def _marker(points: Sequence) -> str | None:
     return "o" if len(points) == 1 else None  # a line of one point would not be seen
 
 
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: without formulas between $, and with ? for bytes that are not UTF-8."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """A confusion matrix as an SVG data URI: rows are labels, columns are predictions, in shares of each row."""
     import numpy as np
@@ -110,7 +115,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axis.set(xlabel="predicted", ylabel="label")
     if few:
-        names = [name if len(name) <= 18 else name[:17] + "…" for name in classes]
+        names = [_label(name if len(name) <= 18 else name[:17] + "…") for name in classes]
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(names)), names)
         for i, j in zip(*np.nonzero(counts)):

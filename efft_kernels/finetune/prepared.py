@@ -152,6 +152,8 @@ def open_images(settings: Settings, processes: int) -> Data:
         raise DataError(f"{s.data} must have at least 2 classes, but has {len(data.classes)}")
     if data.multilabel and s.head_init == "probe":
         raise ValueError("head_init must be 'random' with several labels per image, got 'probe'")
+    if empty := [name for name, part in data.parts().items() if not len(part)]:
+        raise DataError(f"{s.data} must have images in each part, but has none for {', '.join(empty)}")
     if len(data.train) < s.batch_size:
         raise DataError(f"batch_size must be at most the {len(data.train)} training images, got {s.batch_size}")
     return data
@@ -175,9 +177,7 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
         checkpoints.StorageError: not enough space for the files of the run.
     """
     s, dtype = settings, getattr(torch, settings.dtype)
-    seed_all(f"model {s.seed}")
-    model = make_model(s.model, len(data.classes), s.image_size, s.checkpoint, s.drop_path)
-    methods.apply(s.method, model.to(dtype), s.options)
+    model = make_adapted(s, len(data.classes))
     weights = methods.fingerprint(model)
     if accelerator.is_main_process:
         log.info(describe_device(accelerator))
@@ -194,8 +194,9 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
     def check(state: dict) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         steps = len(data.train) // s.batch_size
+        if isinstance(state.get("identity"), dict):  # first: a state of another run has other contents, undamaged
+            check_same(out, state["identity"], identity)
         checkpoints.check_contents(state, trained, steps, steps * s.epochs)
-        check_same(out, state["identity"], identity)
 
     saved = checkpoints.load(out, log.warning, check) if s.resume else None
     read_images(data, s.memory, show, resumed=bool(saved))
@@ -211,6 +212,15 @@ def prepare(settings: Settings, accelerator, out: Path, data: Data, show: bool) 
     weights = weigh_classes(data).to(accelerator.device) if s.class_weights else None
     counts = (parameters, head_parameters)
     return Prepared(s, accelerator, out, show, data, model, unused, mean, std, *counts, identity, weights), saved
+
+
+def make_adapted(settings: Settings, classes: int) -> nn.Module:
+    """The model of a run before its first step, on the CPU."""
+    s = settings
+    seed_all(f"model {s.seed}")
+    model = make_model(s.model, classes, s.image_size, s.checkpoint, s.drop_path).to(getattr(torch, s.dtype))
+    methods.apply(s.method, model, s.options)
+    return model
 
 
 def weigh_classes(data: Data) -> Tensor:

@@ -17,10 +17,10 @@ from .. import storage
 from . import checkpoints, methods, page, plots, predictions
 from .bars import bar
 from .checkpoints import Progress
-from .data import Data, seed_all
-from .evaluation import Prediction, evaluate
-from .models import make_model, preparation_of
-from .prepared import Prepared, check_same, describe_device, make_identity
+from .data import Data
+from .evaluation import evaluate
+from .models import preparation_of
+from .prepared import Prepared, check_same, describe_device, make_adapted, make_identity
 from .settings import Settings
 from .trackers import Trackers
 
@@ -61,10 +61,13 @@ def read_finished(settings: Settings, data: Data, out: Path, main: bool) -> Resu
     try:
         found = json.loads(path.read_text())
         identity, result = found["identity"], found["result"]
-        weights = identity["weights"]  # not computed again, which would take reading them
+        weights, checkpoint = identity["weights"], found["settings"]["checkpoint"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
     check_same(out, identity, make_identity(settings, data, weights))
+    if settings.checkpoint != checkpoint:  # only then, because it takes reading them
+        weights = methods.fingerprint(make_adapted(settings, len(data.classes)))
+        check_same(out, identity, make_identity(settings, data, weights))
     if main:
         checkpoints.clear(out)  # those of a run that was killed after it wrote its results
         log.info(f"{out} holds this run, finished; resume=false would repeat it")
@@ -87,10 +90,10 @@ def finish(run: Prepared, progress: Progress, logs: Trackers) -> Result:
         else:
             stack.enter_context(progress.averaged())
         for name in [name for name in ("val", "test") if name in parts] or ["train"]:
-            with bar(run.show, len(parts[name]), f"measuring on {name}", "img") as shown:
-                found: list[Prediction] = []
-                metrics[name] = evaluate(run, progress.model, parts[name], shown, found)
-            rows += predictions.rows_of(name, parts[name], found, data.classes)
+            part, found = parts[name].unchanged(s.interpolation), []
+            with bar(run.show, len(part), f"measuring on {name}", "img") as shown:
+                metrics[name] = evaluate(run, progress.model, part, shown, found)
+            rows += predictions.rows_of(name, part, found, data.classes)
         result = {
             "metrics": metrics,
             "parameters": run.parameters,
@@ -122,14 +125,13 @@ def _write(run: Prepared, progress: Progress, record: dict, rows: list, weights:
     with checkpoints.storing(run.out, "the results"):
         model = run.accelerator.unwrap_model(progress.model)
         if s.fsdp:  # its weights are shards; a new model takes the complete ones
-            seed_all(f"model {s.seed}")
-            model = make_model(s.model, len(record["classes"]), s.image_size, s.checkpoint)
-            methods.apply(s.method, model.to(getattr(torch, s.dtype)), s.options)
+            model = make_adapted(s, len(record["classes"]))
             model.load_state_dict(weights, strict=False)
         for p in run.unused:
             p.requires_grad_(True)
         path = run.out / record["result"]["adapter"]
-        methods.save(s.method, s.options, model, path, s.model, preparation_of(model, s), record["classes"])
+        said = preparation_of(model, s), record["classes"], record["multilabel"]
+        methods.save(s.method, s.options, model, path, s.model, *said)
         storage.write(run.out / "curves.png", lambda file: plots.curves(file, record))
         storage.write_bytes(run.out / predictions.NAME, predictions.to_csv(rows))
         storage.write_bytes(run.out / page.NAME, page.build(record, rows, page.loader(run.data)).encode())

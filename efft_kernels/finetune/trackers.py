@@ -26,11 +26,11 @@ def check(names: tuple[str, ...]) -> None:
 class Trackers:
     """The trackers of a run; made on every process, they log on the main one."""
 
-    def __init__(self, accelerator, settings: Settings, first: int | None):
+    def __init__(self, accelerator, settings: Settings, first: int):
         """
         Args:
-            first: the first epoch to be logged, if a run continues. An interrupted start may have logged it already;
-                those entries of TensorBoard are hidden.
+            first: the first epoch to be logged. An interrupted start may have logged it already; those entries of
+                TensorBoard are hidden.
 
         Raises:
             checkpoints.StorageError: the logs cannot be written.
