@@ -44,6 +44,7 @@ class AdapterFile:
     classes: tuple[str, ...] | None  # names; None if the file does not state them
     frozen: str | None  # samples of the frozen weights; None in files of formats 1 and 2
     trained: tuple[str, ...] = ()  # paths of modules that were trained in full; ``head`` has their tensors, too
+    multilabel: bool = False  # an image may have several of the classes, or none
 
     @property
     def trained_on(self) -> str:
@@ -60,6 +61,7 @@ def write(
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
     trained: Sequence[str] = (),
+    multilabel: bool = False,
 ) -> None:
     """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules."""
     more, factors = head_state(model, trained), groups.state_dict()
@@ -76,7 +78,7 @@ def write(
         "base_model": base_model or name_of(model),
         "frozen": frozen_weights.sample(model, head_state(model) | more),
         **({"train": json.dumps(list(trained))} if trained else {}),
-        **stated(preparation, classes),
+        **stated(preparation, classes, multilabel),
     }
     write_tensors(path, factors | {_HEAD + key: t for key, t in (head | more).items()}, metadata)
 
@@ -91,18 +93,21 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} must hold finite numbers, but {key} has NaN or infinity in {kind}")
 
 
-def stated(preparation: Preparation | None, classes: Sequence[str] | None) -> dict[str, str]:
-    """The metadata that say how images are prepared and what the classes are called; without what is not known."""
+def stated(
+    preparation: Preparation | None, classes: Sequence[str] | None, multilabel: bool = False
+) -> dict[str, str]:
+    """The metadata that say how images are prepared, what the classes are called, and if an image may have several of
+    them; without what is not known."""
     made = {}
     if preparation is not None:
         made["preparation"] = preparation.to_json()
     if classes is not None:
         made["classes"] = json.dumps(list(classes))
-    return made
+    return {**made, "multilabel": "true"} if multilabel else made
 
 
 def read_stated(metadata: dict[str, str]) -> tuple[Preparation | None, tuple[str, ...] | None]:
-    """What :func:`stated` gave.
+    """(preparation, classes) that :func:`stated` gave.
 
     Raises:
         TypeError, ValueError: it is something else.
@@ -155,6 +160,7 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
         classes=classes,
         frozen=frozen,
         trained=tuple(trained),
+        multilabel=metadata.get("multilabel") == "true",
         **names,
     )
 

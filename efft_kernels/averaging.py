@@ -73,9 +73,9 @@ def average_adapters(
         mean = _mean(group, [adapter[key] for adapter in adapters], weights)
         group.load_state_dict({name: mean[name].to(t) for name, t in own.items()}, assign=True)
     head = {key: sum(w * h[key].double() for w, h in zip(weights, heads)).to(t) for key, t in heads[0].items()}
-    stated = {(file.preparation, file.classes) for file in files}
-    preparation, classes = stated.pop() if len(stated) == 1 else (None, None)
-    write(out, model, made, head, files[0].base_model, preparation, classes)
+    stated = {(file.preparation, file.classes, file.multilabel) for file in files}
+    preparation, classes, multilabel = stated.pop() if len(stated) == 1 else (None, None, False)
+    write(out, model, made, head, files[0].base_model, preparation, classes, multilabel=multilabel)
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -45,6 +45,7 @@ def save_adapter(
     head: bool | None = None,
     preparation: Preparation | None = None,
     classes: Sequence[str] | None = None,
+    multilabel: bool | None = None,
     hub: str | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
@@ -63,6 +64,8 @@ def save_adapter(
         preparation: how the training images were prepared, for programs that predict with the file. None for that of
             the file that this adapter was loaded from, if it states one; otherwise the new file states none.
         classes: names of the head's classes, in the order of its outputs; None as with preparation.
+        multilabel: whether an image may have several of the classes, or none, so that scores are sigmoids and no
+            softmax; None as with preparation, and False if nothing is stated.
         hub: "OWNER/NAME" of a repository on the Hugging Face hub to upload the file to, as adapter.safetensors, with a
             model card that is written from it. A repository that does not exist is made, with the visibility that the
             owner's account has as its default. ``load_adapter(model, "hf-hub:OWNER/NAME")`` reads it.
@@ -100,7 +103,8 @@ def save_adapter(
     if preparation is not None and not isinstance(preparation, Preparation):
         raise TypeError(f"preparation must be an efft_kernels.Preparation, got {type(preparation).__name__}")
     classes = _checked_names(model, classes) if classes is not None else groups.classes if state else None
-    write(path, model, groups, state, base_model, preparation or groups.preparation, classes, owner.trained)
+    several = groups.multilabel if multilabel is None else multilabel
+    write(path, model, groups, state, base_model, preparation or groups.preparation, classes, owner.trained, several)
     if repo is not None:
         publish(path, repo, metrics)
 
@@ -195,7 +199,7 @@ def load_adapter(
     train, more, state = _trained_modules(model, groups.plan, file)
     state = state if head == "train" else {}
     if not state:
-        groups.classes = None  # those of another head
+        groups.classes, groups.multilabel = None, False  # those of another head
     if injected:
         _check_shared(model, state, path)
         _check_shared(model, more, path, train)
@@ -356,7 +360,7 @@ def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torc
     # copies: a tensor of a file that was read under inference_mode could not be trained
     groups.load_state_dict({key: t.to(own[key], copy=True) for key, t in file.factors.items()}, assign=True)
     check_finite(file.path, {key: t.to(own[key].dtype) for key, t in file.factors.items()} | file.head)
-    groups.preparation, groups.classes = file.preparation, file.classes
+    groups.preparation, groups.classes, groups.multilabel = file.preparation, file.classes, file.multilabel
     return groups
 
 
