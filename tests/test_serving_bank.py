@@ -372,12 +372,13 @@ def test_names_classes_and_bytes(tmp_path):
 @pytest.mark.parametrize("make", [vit, swin])
 def test_add_and_save_files(make, tmp_path):
     model = trained(make=make, head=3)
-    ek.save_adapter(model, tmp_path / "file")
+    ek.save_adapter(model, tmp_path / "file", multilabel=True)
     bank = AdapterBank(bare(make))
     bank.add("a", tmp_path / "file")
     bank.add("same", model)
     bank.save("a", tmp_path / "again")
     loaded = ek.load_adapter(bare(make), str(tmp_path / "again"))
+    assert loaded.efft["default"].multilabel and not bank.multilabel("same")
     x = images(2)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
@@ -522,15 +523,60 @@ def test_bad_ids_are_refused_before_any_compute(monkeypatch):
                 bank.model(x)
 
 
-def test_a_linear_whose_input_does_not_start_with_the_batch_is_named():
+def reordered(order, back):
+    """A model whose first MLP has its tokens [B, 5, 192] in another order."""
+
+    def make(**options):
+        model = vit(**options)
+        forward = model.blocks[0].mlp.forward
+        model.blocks[0].mlp.forward = lambda x: back(forward(order(x)), x)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["efft2", "efft2-dora"])
+def test_samples_along_the_second_dimension(method):
+    make = reordered(lambda x: x.transpose(0, 1), lambda y, _: y.transpose(0, 1))
+    bank, models = filled(METHODS[method], make)
+    for ids in (["a", None, "c", "a", "b"], ["a", "b"], ["b"] * 5):  # five: as many as tokens
+        x = images(len(ids))
+        with bank.use(ids), torch.no_grad():
+            y = bank.model(x)
+        torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_whose_input_does_not_keep_the_samples_together_is_named():
     bank, _ = filled()
     with bank.use(["a", "b"]):
-        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv gets x \[5, 4, 192\], whose first dimension must be"):
+        with pytest.raises(ValueError, match=r"blocks.0.mlp.fc1 gets x \[2, 192\] before a forward of the model"):
+            bank.model.blocks[0].mlp.fc1(torch.randn(2, 192))
+        bank.model(images(2))
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv gets x \[5, 4, 192\], whose first or second dim"):
             bank.model.blocks[0].attn.qkv(torch.randn(5, 4, 192))
-        with pytest.raises(ValueError, match=r"head gets x \[3, 192\], whose first dimension"):
+        with pytest.raises(ValueError, match=r"head gets x \[3, 192\], whose first or second"):
             bank.model.head(torch.randn(3, 192))
         with pytest.raises(ValueError, match=r"blocks.0.mlp.fc1 gets x \[192\]"):
             bank.model.blocks[0].mlp.fc1(torch.randn(192))
+    flat = lambda y, x: y.unflatten(0, (x.shape[1], -1)).transpose(0, 1)
+    bank, _ = filled(make=reordered(lambda x: x.transpose(0, 1).flatten(0, 1), flat))
+    with bank.use(["a", "b"]), pytest.raises(ValueError, match=r"blocks.0.mlp.fc1 gets x \[10, 192\], whose first or"):
+        bank.model(images(2))
+    assert not bank.model.training
+
+
+def test_adapters_of_several_methods_and_linears():
+    bank, models = filled()
+    for name in ("lora", "efft2-part", "efft1"):
+        models[name] = trained(METHODS[name])
+        bank.add(name, models[name])
+    x = images(3)
+    for name in ("lora", "a", "efft2-part", "efft1"):
+        with bank.use([name, None, name]), torch.no_grad():
+            torch.testing.assert_close(bank.model(x), one_by_one(models, [name, None, name], x), rtol=1e-4, atol=1e-5)
+        other = "lora" if name == "a" else "a"
+        with pytest.raises(ValueError, match=f"same Linears, got '{name}', '{other}'"), bank.use([name, other]):
+            pytest.fail("entered")
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -552,9 +598,6 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ("x", merged, ValueError, "is merged"),
         ("x", disabled, ValueError, "must have an active adapter"),
         ("x", trained(depth=3), ValueError, "whose Linears or shapes differ from those of this VisionTransformer"),
-        ("x", trained(METHODS["lora"]), ValueError, "'x' must be of the method and for the Linears of 'a', EFFTConfig"),
-        ("x", trained(METHODS["efft2-part"]), ValueError, "must be of the method and for the Linears of 'a'"),
-        ("x", trained(METHODS["efft1"]), ValueError, "must be of the method and for the Linears of 'a'"),
         ("x", batchnorm, ValueError, "the head in this VisionTransformer does not fit: head"),
     ]:
         with pytest.raises(error, match=says):

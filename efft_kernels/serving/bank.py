@@ -5,7 +5,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from os import PathLike
 
@@ -27,10 +27,11 @@ from ..passes import Passes
 from ..precision import check_factor_dtype
 from ..preparation import Preparation
 from ..wrappers import module_at, named_parameters, unwrapped
-from .loading import Adapter, load, signature
+from .batch_dims import Trial, batch_dim
+from .loading import Adapter, load
 
 # the uses that this thread or asyncio task has entered and not left, innermost last
-_uses: ContextVar[tuple["_Use", ...]] = ContextVar("efft_kernels_uses", default=())
+_uses: ContextVar[tuple["_Use | Trial", ...]] = ContextVar("efft_kernels_uses", default=())
 
 
 class AdapterBank:
@@ -46,9 +47,9 @@ class AdapterBank:
     (:func:`efft_kernels.mixed_linear`): one forward for the whole batch, however many adapters are in it. Outside of
     :meth:`use` the model computes what it did before.
 
-    All adapters are of one method and adapt the same Linears; rank, scale and number of classes may differ. Logits of a
-    batch have the largest number of classes among its samples; classes that a sample does not have are -inf. A sample
-    whose adapter brought no head gets the model's.
+    Adapters of one batch are of one :meth:`kind`; rank, scale and number of classes may differ. Logits of a batch have
+    the largest number of classes among its samples; classes that a sample does not have are -inf. A sample whose
+    adapter brought no head gets the model's.
 
     Adapters may be added and removed while other threads compute: a use keeps the adapters it started with. Threads and
     asyncio tasks may each have their own use of the model at the same time.
@@ -79,6 +80,8 @@ class AdapterBank:
         self._adapters: dict[str, Adapter] = {}
         self._changed: list[AdaptedLinear] = []  # Linears whose class was changed
         self.watched: set = set()  # as for Passes
+        self._batch_dims: dict[str, int | None] = {}  # of a Linear's input, by path
+        self._tried = 0  # Linears that there were when these were found
         self._replays = weakref.WeakValueDictionary()  # id of a backward -> the use whose forward it recomputes
         self._lock = threading.Lock()
         self._requires_grad_before = {key: p.requires_grad for key, p in named_parameters(model)}
@@ -113,22 +116,26 @@ class AdapterBank:
         with self._lock:
             return list(self._adapters)
 
-    def add(self, name: str, source: str | PathLike | nn.Module, *, strict: bool = False) -> None:
+    def read(self, source: str | PathLike | nn.Module, *, strict: bool = False) -> Adapter:
+        """An adapter for :meth:`add`, which is not yet in the bank; ``bytes()`` says how much memory it takes."""
+        with torch.inference_mode(False), torch.no_grad():
+            return load(self.model, source, self.factor_dtype, strict)
+
+    def add(self, name: str, source: str | PathLike | nn.Module | Adapter, *, strict: bool = False) -> None:
         """Add an adapter to the bank, with its head if it has one.
 
         Args:
             name: the name for :meth:`use`.
-            source: a file of :func:`efft_kernels.save_adapter`, or an injected model. The active adapter of a model is
-                copied, with its head if the head is trained.
+            source: a file of :func:`efft_kernels.save_adapter`, what :meth:`read` gave, or an injected model. The
+                active adapter of a model is copied, with its head if the head is trained.
             strict: as for :func:`efft_kernels.load_adapter`.
 
         Raises:
             FileNotFoundError: there is no such file.
             TypeError: source or name has another type.
             ValueError: the name is taken; the file is not an adapter file; the adapter or its head does not fit the
-                model or, if strict, was trained on other weights or images; its method or Linears differ from those in
-                the bank; or a Linear of the model is quantized, parametrized or weight-normed. The bank is unchanged
-                then.
+                model or, if strict, was trained on other weights or images; or a Linear of the model is quantized,
+                parametrized or weight-normed. The bank is unchanged then.
             RuntimeError: the bank has released its model.
         """
         if not isinstance(name, str):
@@ -137,17 +144,10 @@ class AdapterBank:
             raise ValueError("name must not be empty")
         self._check_not_released()
         self._check_name_free(name)
-        with torch.inference_mode(False), torch.no_grad():
-            adapter = load(self.model, source, self.factor_dtype, strict)
+        adapter = source if isinstance(source, Adapter) else self.read(source, strict=strict)
         self._check_plain_weights(name, adapter)
         with self._lock:
             self._check_name_free(name)
-            other, kept = next(iter(self._adapters.items()), (None, adapter))
-            if signature(kept) != signature(adapter):
-                raise ValueError(
-                    f"{name!r} must be of the method and for the Linears of {other!r}, "
-                    f"{kept.groups.plan.config}, got {adapter.groups.plan.config}"
-                )
             for path in (path for group in adapter.groups.values() for path in group.slots):
                 linear = module_at(self.model, path)
                 if not isinstance(linear, AdaptedLinear):
@@ -183,6 +183,10 @@ class AdapterBank:
         heads = heads or dict(classifiers_of(self.model))
         return next((linear.out_features for linear in heads.values()), None)
 
+    def kind(self, name: str) -> Hashable:
+        """What adapters of one batch have in common, the method and the Linears; errors as :meth:`classes`."""
+        return self._find(name).kind
+
     def preparation(self, name: str) -> Preparation | None:
         """How an adapter's file says that images are to be prepared; None if it does not.
 
@@ -190,6 +194,10 @@ class AdapterBank:
             ValueError: there is no adapter of this name.
         """
         return self._find(name).groups.preparation
+
+    def multilabel(self, name: str) -> bool:
+        """Whether an adapter's file says that an image may have several classes; errors as :meth:`classes`."""
+        return self._find(name).groups.multilabel
 
     def labels(self, name: str) -> tuple[str, ...] | None:
         """Names of an adapter's classes as its file states them; None if it does not.
@@ -221,8 +229,8 @@ class AdapterBank:
         head = head_state(self.model) if adapter.heads else {}
         for key, linear in adapter.heads.items():
             head |= {f"{key}.{part}": t for part, t in linear.state_dict().items()}
-        groups = adapter.groups
-        write(path, self.model, groups, head, preparation=groups.preparation, classes=groups.classes)
+        said = {key: getattr(adapter.groups, key) for key in ("preparation", "classes", "multilabel")}
+        write(path, self.model, adapter.groups, head, **said)
 
     @contextlib.contextmanager
     def use(self, ids: Sequence[str | None]) -> Iterator["AdapterBank"]:
@@ -233,19 +241,15 @@ class AdapterBank:
 
         Raises:
             TypeError: ids is a string or not a sequence.
-            ValueError: a name is not in the bank. The model's forward raises it too, before it computes anything, for a
-                batch of another size; and a Linear, by its name, for an input whose first dimension is not the batch or
-                a multiple of it (the windows of Swin). Calls that bypass the model's forward (``forward_features``, one
-                block) have only the Linears' check.
+            ValueError: a name is not in the bank, or the adapters are of more than one :meth:`kind`. The model's
+                forward raises it too, before it computes anything, for a batch of another size; and a Linear, by its
+                name, for an input that has the samples neither along its first dimension (also as windows or tokens of
+                each) nor along its second (sequence first). The first forward of a mixed batch computes twice, to find
+                where each Linear has them; calls that bypass it (``forward_features``, one block) may follow it.
             RuntimeError: the bank has released its model.
         """
-        use = self._start(ids)
-        _uses.set((*_uses.get(), use))
-        try:
+        with _entered(self._start(ids)):
             yield self
-        finally:
-            # not ContextVar.reset: generators may exit in another order, or be closed by another task
-            _uses.set(tuple(other for other in _uses.get() if other is not use))
 
     def release(self) -> None:
         """Restore the model: plain Linears, and ``requires_grad`` of its parameters as before.
@@ -273,7 +277,14 @@ class AdapterBank:
             linear.keep()
         self._changed.append(linear)
 
-    def _current_use(self) -> "_Use | None":
+    def _find_batch(self, use: "_Use", args: tuple, kwargs: dict) -> None:
+        linears = len(self._changed)
+        if use.mixed and self._tried != linears:
+            with _entered(trial := Trial(self, len(use.index))):
+                self._batch_dims = trial.run(args, kwargs)
+            self._tried = linears
+
+    def _current_use(self) -> "_Use | Trial | None":
         """The use that a layer running now belongs to: of the forward that backward recomputes, or the innermost."""
         if self._replays and (use := self._replays.get(torch._C._current_graph_task_id())):
             return use
@@ -285,6 +296,9 @@ class AdapterBank:
         self._check_not_released()
         with self._lock:
             held = {name: self._find(name) for name in ids if name is not None}
+        if len(kinds := {adapter.kind: name for name, adapter in held.items()}) > 1:
+            names = ", ".join(map(repr, kinds.values()))
+            raise ValueError(f"ids must name adapters of one method, for the same Linears, got {names}, which differ")
         position = {name: i for i, name in enumerate(held)}
         return _Use(self, list(held.values()), [position.get(name, -1) for name in ids])
 
@@ -315,9 +329,20 @@ class AdapterBank:
             raise ValueError(f"name must be new, but the bank already has an adapter {name!r}")
 
 
+@contextlib.contextmanager
+def _entered(use: "_Use | Trial") -> Iterator[None]:
+    _uses.set((*_uses.get(), use))
+    try:
+        yield
+    finally:
+        # not ContextVar.reset: generators may exit in another order, or be closed by another task
+        _uses.set(tuple(other for other in _uses.get() if other is not use))
+
+
 def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
     if use := model.efft._current_use():
         use.check_batch(next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None))
+        use.bank._find_batch(use, args, kwargs)
         use.begin(model)
 
 
@@ -334,6 +359,7 @@ class _Use(Passes):
     def __init__(self, bank: AdapterBank, held: list[Adapter], index: list[int]):
         self.bank, self.backend, self.held, self.index = bank, bank.backend, held, index
         self.single = len(held) == 1 and -1 not in index
+        self.mixed = len(set(index)) > 1
         # samples of one adapter that follow each other are one run of rows, with one product
         self.run = math.gcd(*(len(list(run)) for _, run in itertools.groupby(index)))
         self._ids: dict[torch.device, Tensor] = {}
@@ -380,27 +406,23 @@ class _Use(Passes):
             batch = len(x) if x.dim() else 0
             raise ValueError(f"ids must name an adapter for each of the {batch} samples, got {len(self.index)}")
 
-    def check_rows(self, path: str, x: Tensor) -> None:
-        B = len(self.index)
-        if x.dim() < 2 or (x.shape[0] % B if B else x.shape[0]):
-            raise ValueError(
-                f"{path} gets x {list(x.shape)}, whose first dimension must be the batch of {B} samples or a multiple "
-                "of it for each sample to have its own adapter"
-            )
+    def batch_dim(self, path: str, x: Tensor) -> int:
+        return batch_dim(self.bank._batch_dims, path, x, len(self.index)) if self.mixed else 0
 
     def linear(
         self,
         layer: nn.Linear,
         path: str,
-        x: Tensor,  # [B, ..., K]
+        x: Tensor,  # [B, ..., K] or [L, B, ..., K]
         weight: Tensor,  # [N, K], or the rows of it that columns names
         bias: Tensor | None,
         columns: slice | None = None,
-    ) -> Tensor:  # [B, ..., N]
+    ) -> Tensor:  # [B, ..., N] or [L, B, ..., N]
         pair = self.pair(path, layer)
         if pair is None:
             return F.linear(x, weight, bias)
-        self.check_rows(path, x)
+        if dim := self.batch_dim(path, x):
+            x = x.transpose(0, dim)
         pair = pair if columns is None else pair.of(columns)
         down, up, dropout, magnitude = pair
         if down.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -414,11 +436,11 @@ class _Use(Passes):
             y = lowrank_linear(x, weight, bias, down[0], up[0], backend=self.backend)
         else:
             y = mixed_linear(x, weight, bias, down, up, self.ids(x.device), backend=self.backend)
-        if magnitude is None:
-            return y
-        # the row behind those of the adapters, which the id -1 finds, is of no adapter
-        gains = F.pad(gain(weight, down, up, magnitude), (0, 0, 0, 1))[self.ids(x.device)]
-        return scaled(y.reshape(len(gains), -1, y.shape[-1]), bias, gains.unsqueeze(1)).view(y.shape)
+        if magnitude is not None:
+            # the row behind those of the adapters, which the id -1 finds, is of no adapter
+            gains = F.pad(gain(weight, down, up, magnitude), (0, 0, 0, 1))[self.ids(x.device)]
+            y = scaled(y.reshape(len(gains), -1, y.shape[-1]), bias, gains.unsqueeze(1)).view(y.shape)
+        return y.transpose(0, dim).contiguous() if dim else y
 
     def head(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:  # [B, ..., K] -> [B, ..., classes]
         heads = [adapter.heads.get(path, layer) for adapter in self.held] + [layer]  # the last one for no adapter
@@ -426,7 +448,8 @@ class _Use(Passes):
         if len(used := list(dict.fromkeys(chosen))) <= 1:
             only = used[0] if used else layer
             return F.linear(x, only.weight, only.bias)
-        self.check_rows(path, x)
+        if dim := self.batch_dim(path, x):
+            x = x.transpose(0, dim)
         width = max(head.out_features for head in used)
         samples = x.unflatten(0, (len(self.index), -1))
         # heads differ in size, and a sample must not be affected by another's head (NaN): one small matmul per head
@@ -438,10 +461,10 @@ class _Use(Passes):
             part = F.linear(samples[mine], head.weight, head.bias)
             logits.append(F.pad(part, (0, width - head.out_features), value=float("-inf")))
             order += rows
-        if order == sorted(order):
-            return torch.cat(logits).flatten(0, 1)
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(logits)[back].flatten(0, 1)
+        y = torch.cat(logits)
+        if order != sorted(order):
+            y = y[sorted(range(len(order)), key=order.__getitem__)]
+        return y.flatten(0, 1).transpose(0, dim)
 
 
 class _Linear(AdaptedLinear):

@@ -1,6 +1,7 @@
 """Adapters of a bank, made from files and injected models."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 
 import torch
@@ -24,6 +25,12 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for module in (self.groups, *self.heads.values()) for p in module.parameters()]
+
+    @cached_property
+    def kind(self) -> tuple:
+        """What adapters of one batch have in common: the method, and the plan but for rank and initial values."""
+        specs = (replace(spec, rank=(0, 0), zero="") for spec in self.groups.plan.groups)
+        return *(type(group) for group in self.groups.values()), *specs
 
     def bytes(self) -> int:
         modules = self.groups, *self.heads.values()
@@ -94,10 +101,5 @@ def _file_of(model: nn.Module) -> AdapterFile:
         classes=groups.classes,
         frozen=frozen_weights.sample(model, head_state(model)),
         trained=owner.trained,
+        multilabel=groups.multilabel,
     )
-
-
-def signature(adapter: Adapter) -> tuple[list, list]:
-    """What all adapters of a bank must have in common: the method, and the plan but for rank and initial values."""
-    specs = adapter.groups.plan.groups
-    return [type(group) for group in adapter.groups.values()], [replace(spec, rank=(0, 0), zero="") for spec in specs]

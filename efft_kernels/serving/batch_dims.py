@@ -1,0 +1,63 @@
+"""Where the Linears of a bank have the batch: found by a forward in which all samples but the first are NaN."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+class Trial:
+    """Such a forward, of which the Linears see this object as their use.
+
+    NaN marks the rows of the other samples wherever the model puts them. Shapes would not tell: 50 rows may be the
+    tokens of a sequence or the windows of 5 samples.
+    """
+
+    def __init__(self, bank, batch: int):
+        self.bank, self.batch = bank, batch
+        self.dims: dict[str, set[int]] = {}
+
+    @torch.compiler.disable
+    def run(self, args: tuple, kwargs: dict) -> dict[str, int | None]:
+        """path -> the dimension of its input, 0 or 1, in which the samples follow each other; None if in neither."""
+        model = self.bank.model
+        training = [module for module in model.modules() if module.training]
+        for module in training:  # BatchNorm would keep NaN in its statistics
+            module.training = False
+        try:
+            args, kwargs = tree_map(self._with_nan, (args, kwargs))
+            model.forward(*args, **kwargs)  # without the model's hooks
+        finally:
+            for module in training:
+                module.training = True
+        return {path: min(dims, default=None) for path, dims in self.dims.items()}
+
+    def _with_nan(self, t):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape[:1] != (self.batch,):
+            return t
+        return torch.cat([t[:1].nan_to_num(0.0, 0.0, 0.0), torch.full_like(t[1:], float("nan"))])
+
+    def linear(self, layer: nn.Linear, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, *columns) -> Tensor:
+        parts = {dim: divmod(x.shape[dim], self.batch) for dim in range(min(2, x.dim() - 1))}
+        fit = {d for d, (rows, rest) in parts.items() if not rest and not x.narrow(d, 0, rows).isnan().any()}
+        self.dims[path] = self.dims.get(path, fit) & fit
+        return F.linear(x, weight, bias)
+
+    def head(self, layer: nn.Linear, path: str, x: Tensor) -> Tensor:
+        return self.linear(layer, path, x, layer.weight, layer.bias)
+
+
+def batch_dim(dims: Mapping[str, int | None], path: str, x: Tensor, batch: int) -> int:
+    """The dimension in which x, the input of the Linear at this path, has the samples; a ValueError if in none."""
+    where = f"{path} gets x {list(x.shape)}"
+    if path not in dims:
+        raise ValueError(f"{where} before a forward of the model has shown where it has the {batch} samples")
+    dim = dims[path]
+    if dim is None or x.dim() < dim + 2 or x.shape[dim] % batch:
+        raise ValueError(
+            f"{where}, whose first or second dimension must be the batch of {batch} samples, or a multiple of it with "
+            "the rows of each together, for each sample to have its own adapter"
+        )
+    return dim
