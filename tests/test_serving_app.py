@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import timm
+from models import shake, timm
 
 from efft_kernels.serving.folder import AdapterFolder, DoesNotFit
 from efft_kernels.serving.uploads import Refused, Upload, check_adapter_name, decode, read_upload
@@ -210,6 +210,11 @@ def form(**fields):
     return b"".join(parts) + b"--x--\r\n", {"content-type": "multipart/form-data; boundary=x"}
 
 
+@pytest.mark.parametrize("top", ["0", "100001", "000000001", "9" * 5000, "-1", "five"])
+def test_a_top_that_is_no_number_of_scores(top):
+    assert status_of(b"a", query={"top": top}) == 400
+
+
 def test_raw_bodies_and_forms_give_the_same_upload():
     raw = read(b"abc", {"content-type": "image/png"}, {"adapter": "cats", "top": "3"})
     assert (raw.image, raw.adapter, raw.top) == (b"abc", "cats", 3)
@@ -245,20 +250,20 @@ class FakeBank:
     def __init__(self):
         self.held, self.factor, self.most = {}, 1, 0
 
-    def add(self, name, path, strict):
+    def read(self, path, strict):
         assert strict
         data = Path(path).read_bytes()
         if data.startswith(b"bad"):
             raise ValueError("no adapter")
+        return SimpleNamespace(bytes=lambda: len(data) * self.factor)
+
+    def add(self, name, adapter):
         assert name not in self.held
-        self.held[name] = len(data) * self.factor
+        self.held[name] = adapter.bytes()
         self.most = max(self.most, sum(self.held.values()))
 
     def remove(self, name):
         del self.held[name]
-
-    def bytes(self, name):
-        return self.held[name]
 
     @property
     def names(self):
@@ -314,6 +319,11 @@ def test_replaced_deleted_and_invalid_files(folder):
             assert new != old and folder.bank.held[new] == 120 and old in folder.bank.held
     touch(folder, "b")
     assert sorted(folder.bank.held.values()) == [100, 120]
+    changed, loads = os.stat(folder.file("b")).st_mtime_ns, folder.loads
+    folder.file("b").write_bytes(b"B" * 100)
+    os.utime(folder.file("b"), ns=(changed, changed))
+    touch(folder, "b")
+    assert folder.loads == loads + 1
     (folder.path / "a.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no adapter 'a'"):
         touch(folder, "a")
@@ -335,9 +345,10 @@ def test_adapters_larger_in_memory_than_on_disk(folder):
     touch(folder, "b")
     assert folder.bank.names == ["b"]
     folder.bank.factor = 3
-    with pytest.raises(DoesNotFit):
-        touch(folder, "c")
-    assert not folder.bank.held and not folder.loaded
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'c' of 300 bytes is larger than the budget of 250"):
+            touch(folder, "c")
+    assert folder.bank.names == ["b"] and folder.evictions == 1, "nothing is evicted for it"
 
 
 def test_folder_in_many_threads(folder):
@@ -370,20 +381,27 @@ def test_images_are_prepared_as_the_file_of_an_adapter_says(served, own, monkeyp
     mine = ek.Preparation(size, (0.1, 0.2, 0.3), (0.9, 0.8, 0.7), "nearest", 1.0, "squash")
     made = {"stated": mine, "wide": replace(mine, size=(size[0] + 32, size[1] + 32))}
     labels = ["x", "y", "z"]
-    for name, preparation in made.items():
-        ek.save_adapter(model, classifier.folder.file(name), preparation=preparation, classes=labels)
-    upload = Upload(files[0], "stated", 5)
-    image = classifier.prepare(upload)
+    for name, preparation in {**made, "several": mine}.items():
+        multilabel = name == "several" or None
+        file = classifier.folder.file(name)
+        ek.save_adapter(model, file, preparation=preparation, classes=labels, multilabel=multilabel)
+    image = classifier.prepare(Upload(files[0], "stated", 5))
     picture = decode(files[0], max_pixels=10**8)
-    assert torch.equal(image, mine.transform()(picture))
+    assert torch.equal(image.image, mine.transform()(picture))
     plain = classifier.prepare(Upload(files[0], None, 5))
-    assert torch.equal(plain, classifier.preparation.transform()(picture)) and not torch.equal(image, plain)
-    assert classifier.answer(upload, classifier.classify([image], ["stated"])[0])["label"] in labels
+    assert torch.equal(plain.image, classifier.preparation.transform()(picture))
+    assert classifier.answer(image, classifier.classify([image])[0])["label"] in labels
     wide = classifier.prepare(Upload(files[0], "wide", 5))  # this model takes images of several sizes
-    assert wide.shape[1] == size[0] + 32
-    both = classifier.classify([image, wide, plain], ["stated", "wide", None])
-    for alone, name, found in zip((image, wide, plain), ("stated", "wide", None), both):
-        torch.testing.assert_close(classifier.classify([alone], [name])[0], found)
+    assert wide.image.shape[1] == size[0] + 32
+    both = classifier.classify([image, wide, plain])
+    for alone, found in zip((image, wide, plain), both):
+        torch.testing.assert_close(classifier.classify([alone])[0], found)
+    several = classifier.classify([classifier.prepare(Upload(files[0], "several", 5))])[0]
+    torch.testing.assert_close(several.logit().softmax(0), both[0])
+    fixed = lambda _, args: None if args[0].shape[2:] == size else 1 / 0  # a model that does not say so
+    classifier.model.patch_embed.register_forward_pre_hook(fixed)
+    good, bad = classifier.classify([image, wide])
+    assert bad.status == 422 and torch.equal(good, classifier.classify([image])[0])
     monkeypatch.setattr(classifier_module, "input_size", lambda model: size)
     with pytest.raises(Refused, match="'wide' needs images of another size") as refused:
         classifier.prepare(Upload(files[0], "wide", 5))
@@ -394,9 +412,13 @@ def test_labels_files(served, own):
     classifier = Classifier(own)
     path, upload = Path(own.adapters, "adapter-0.labels.txt"), Upload(served[1][0], "adapter-0", 5)
     path.write_bytes("ant\nbee\ncat\n".encode("utf-8-sig"))
-    classifier.prepare(upload)
-    scores = classifier.answer(upload, torch.tensor([0.2, 0.5, 0.3]))["scores"]
+    prepared = classifier.prepare(upload)
+    path.write_text("dog\neel\nfox\n")  # for the requests after this one
+    scores = classifier.answer(prepared, torch.tensor([0.2, 0.5, 0.3]))["scores"]
     assert [s["label"] for s in scores] == ["bee", "cat", "ant"]
+    shutil.copy(classifier.folder.file("adapter-1"), classifier.folder.file("adapter-0"))
+    assert [found.status for found in classifier.classify([prepared])] == [503]
+    shutil.copy(Path(served[0].adapters, "adapter-0.safetensors"), own.adapters)
     for data in ("chat\nchien\n\u00e9meu\n".encode("latin-1"), b"ant\nbee\n"):
         path.write_bytes(data)
         with pytest.raises(Refused, match="its labels") as refused:
@@ -419,9 +441,9 @@ def test_settings_and_options():
     ]:
         with pytest.raises(ValueError, match=says):
             Settings(**args)
-    args = ["--model", "m", "--adapters=x", "--max_batch=4", "--max-queued", "0", "--dtype=float16", "--port", "80"]
+    args = ["--model", "m", "--adapters=x", "--max_batch=4", "--max-queued", "1", "--dtype=float16", "--port", "80"]
     application, server = cli.settings(args)
-    assert application == Settings(model="m", adapters="x", max_batch=4, max_queued=0, dtype="float16")
+    assert application == Settings(model="m", adapters="x", max_batch=4, max_queued=1, dtype="float16")
     assert server == ServerSettings(port=80)
 
 
@@ -434,7 +456,8 @@ def test_settings_and_options():
         (["--model=m", "--adapters=x", "--replicas=two"], "--replicas must be a valid integer, .* got 'two'"),
         (["--model=m", "--adapters=x", "--port=99999"], "--port must be less than or equal to 65535, got '99999'"),
         (["--model=m", "--adapters=x", "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--model=m", "--adapters=x", "--device=tpu"], r"--device must match pattern '\^\(cpu\|cuda\).* got 'tpu'"),
+        (["--model=m", "--adapters=x", "--max-queued=0"], "--max-queued must be greater than or equal to 1, got '0'"),
+        (["--model=m", "--adapters=x", "--device=cuda:1"], "argument --device: invalid choice: 'cuda:1'"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )
@@ -480,31 +503,32 @@ def own(served, tmp_path):
     return served[0].model_copy(update={"adapters": str(adapters)})
 
 
-def test_a_mixed_batch_equals_each_adapter_alone(served):
-    settings, files, want = served
-    classifier = Classifier(settings.model_copy(update={"adapter_bytes": 100_000}))
-    names = [None, "adapter-0", "adapter-2", "adapter-1", None, "adapter-0"]
-    uploads = [Upload(files[i % len(files)], name, 100) for i, name in enumerate(names)]
-    scores = classifier.classify([classifier.prepare(upload) for upload in uploads], names)
-    for i, (name, upload, found) in enumerate(zip(names, uploads, scores)):
-        answer = classifier.answer(upload, found)
+def test_a_mixed_batch_equals_each_adapter_alone(served, own):
+    import efft_kernels as ek
+
+    files, names = served[1], [None, "adapter-0", "adapter-2", "lora", "adapter-1", None, "adapter-0"]
+    other = shake(ek.inject(base_model(own), ek.LoRAConfig(rank=4), head=3))
+    ek.save_adapter(other, Path(own.adapters, "lora.safetensors"))
+    want = load_test.expected(own, files)
+    classifier = Classifier(own.model_copy(update={"adapter_bytes": 100_000}))
+    images = [classifier.prepare(Upload(files[i % len(files)], name, 100)) for i, name in enumerate(names)]
+    for i, (name, image, found) in enumerate(zip(names, images, classifier.classify(images))):
+        answer = classifier.answer(image, found)
         assert load_test.is_right(answer, name, want[i % len(files), name])
         labels = ["ant", "bee", "cat"] if name == "adapter-0" else "0123456789"
         assert answer["label"] == labels[answer["index"]]
-    assert not classifier.folder.in_use and classifier.folder.loads == 3
+    assert not classifier.folder.in_use and classifier.folder.loads == 4
 
 
 def test_adapters_are_held_while_the_model_runs(served, monkeypatch):
     settings, files, _ = served
     classifier, held = Classifier(settings), []
     classifier.model.register_forward_hook(lambda *_: held.append(classifier.folder.in_use))
-    image = classifier.prepare(Upload(files[0], None, 5))
-    classifier.classify([image] * 3, ["adapter-0", None, "adapter-1"])
+    images = [classifier.prepare(Upload(files[0], name, 5)) for name in ("adapter-0", None, "adapter-1")]
+    classifier.classify(images)
     assert held == [2] and not classifier.folder.in_use
     monkeypatch.setattr(classifier, "model", lambda x: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        classifier.classify([image], ["adapter-0"])
-    assert not classifier.folder.in_use
+    assert classifier.classify(images[:1])[0].status == 500 and not classifier.folder.in_use
     monkeypatch.setattr(classifier_module, "decode", lambda *_, **__: held.append(classifier.folder.in_use) or decoded)
     decoded = decode(files[0], max_pixels=10**8)
     classifier.prepare(Upload(files[0], "adapter-0", 5))
@@ -530,13 +554,14 @@ def test_adapters_that_cannot_be_served_are_refused(served, own):
         classifier.prepare(Upload(files[0][:50], "adapter-0", 5))
     assert refused.value.status in (415, 422) and not classifier.folder.in_use
     # in a batch they do not affect the others
-    names = ["nobody", "adapter-0", "broken", None]
-    *_, right, bad, plain = found = classifier.classify([image] * 4, names)
-    assert (found[0].status, bad.status) == (404, 422)
-    for name, scores in (("adapter-0", right), (None, plain)):
-        answer = classifier.answer(Upload(files[0], name, 100), scores)
-        assert load_test.is_right(answer, name, want[0, name])
-    assert [type(result) for result in classifier.classify([image] * 2, ["nobody", "broken"])] == [Refused] * 2
+    lost = [replace(image, upload=Upload(files[0], name, 5), key=f"{name}@1") for name in ("nobody", "broken")]
+    good = [classifier.prepare(Upload(files[0], name, 100)) for name in ("adapter-0", None)]
+    *refused, right, plain = classifier.classify(lost + good)
+    assert [error.status for error in refused] == [404, 422]
+    for one, scores in zip(good, (right, plain)):
+        name = one.upload.adapter
+        assert load_test.is_right(classifier.answer(one, scores), name, want[0, name])
+    assert [type(result) for result in classifier.classify(lost)] == [Refused] * 2
 
 
 def test_adapters_of_a_batch_that_exceed_the_budget_are_refused(served):
@@ -544,26 +569,24 @@ def test_adapters_of_a_batch_that_exceed_the_budget_are_refused(served):
     largest = max(path.stat().st_size for path in Path(settings.adapters).glob("*.safetensors"))
     classifier = Classifier(settings.model_copy(update={"adapter_bytes": largest}))
     names = ["adapter-0", "adapter-1", "adapter-0"]
-    images = [classifier.prepare(Upload(files[0], name, 5)) for name in names]
-    first, refused, last = classifier.classify(images, names)
+    images = [classifier.prepare(Upload(files[0], name, 100)) for name in names]
+    first, refused, last = classifier.classify(images)
     assert refused.status == 503 and "does not fit" in str(refused)
     for scores in (first, last):
-        answer = classifier.answer(Upload(files[0], names[0], 100), scores)
+        answer = classifier.answer(images[0], scores)
         assert load_test.is_right(answer, names[0], want[0, names[0]])
 
 
 def test_scores_that_are_not_finite_are_refused(served):
     settings, files, _ = served
     classifier = Classifier(settings)
-    names = ["adapter-0", "adapter-1"]
-    uploads = [Upload(files[0], name, 5) for name in names]
-    images = [classifier.prepare(upload) for upload in uploads]
+    images = [classifier.prepare(Upload(files[0], name, 5)) for name in ("adapter-0", "adapter-1")]
     with classifier.folder.hold("adapter-0") as key, torch.no_grad():
         classifier.bank.parameters(key)[0].fill_(float("nan"))
-    bad, good = classifier.classify(images, names)
+    bad, good = classifier.classify(images)
     with pytest.raises(Refused, match="'adapter-0' gives scores for this image that are not finite") as refused:
-        classifier.answer(uploads[0], bad)
-    assert refused.value.status == 422 and classifier.answer(uploads[1], good)["adapter"] == "adapter-1"
+        classifier.answer(images[0], bad)
+    assert refused.value.status == 422 and classifier.answer(images[1], good)["adapter"] == "adapter-1"
 
 
 @pytest.mark.parametrize("busy, ends", [([], 0.7), ([(0.25, 0.45)], 0.9), ([(0, 99)], 2.0)], ids=str)
@@ -615,10 +638,12 @@ def test_what_prevents_a_start_is_a_sentence(served, tmp_path, given, says):
 
 
 def test_a_start_warns_of_adapters_that_cannot_be_served(own, caplog):
-    for name in ("broken", "not a name"):
-        Path(own.adapters, f"{name}.safetensors").write_bytes(b"x")
+    found, bad = AdapterFolder(FakeBank(), own.adapters, 1), ["broken", "caf\udce9", "not a name"]
+    for name in bad:
+        found.file(name).write_bytes(b"x")
     start.check_model(own)
-    assert [record.args[0] for record in caplog.records] == ["broken", "not a name"]
+    assert [record.args[0] for record in caplog.records] == bad
+    assert found.names() == ["adapter-0", "adapter-1", "adapter-2", "broken"], "others cannot be asked for"
 
 
 def test_a_backbone_without_classes(served, tmp_path):
@@ -631,9 +656,9 @@ def test_a_backbone_without_classes(served, tmp_path):
     save_file({key: t for key, t in weights.items() if not key.startswith("head.")}, path)
     for classes in (7, 0):  # 0: as the model's default in timm, here 1000
         classifier = Classifier(settings.model_copy(update={"weights": path, "num_classes": classes}))
-        upload = Upload(files[0], "adapter-1", 100)
-        scores = classifier.classify([classifier.prepare(upload)], ["adapter-1"])[0]
-        assert load_test.is_right(classifier.answer(upload, scores), "adapter-1", want[0, "adapter-1"])
+        image = classifier.prepare(Upload(files[0], "adapter-1", 100))
+        answer = classifier.answer(image, classifier.classify([image])[0])
+        assert load_test.is_right(answer, "adapter-1", want[0, "adapter-1"])
         with pytest.raises(Refused, match="adapter must be given: test_vit has no classes") as refused:
             classifier.prepare(Upload(files[0], None, 5))
         assert refused.value.status == 400 and classifier.classes == 0
@@ -789,10 +814,10 @@ def test_a_replica_decodes_no_more_than_it_works_on(served, monkeypatch):
             full.set()
         return prepare(upload)
 
-    def late(images, *names):
+    def late(images):
         assert full.wait(30)  # however fast images are decoded
         del held[: len(images)]
-        return compute(images, *names)
+        return compute(images)
 
     replica.classifier.prepare, replica.classifier.classify = counted, late
 

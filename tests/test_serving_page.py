@@ -49,7 +49,7 @@ def test_an_image_is_dropped_on_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(api, "_PAGES", tmp_path)
     replica, answers = alone(settings.model_copy(update={"key_file": str(tmp_path / "keys")}), monkeypatch), {}
     answer = replica.classifier.answer
-    replica.classifier.answer = lambda upload, scores: answers.setdefault(upload.adapter, answer(upload, scores))
+    replica.classifier.answer = lambda one, scores: answers.setdefault(one.upload.adapter, answer(one, scores))
     server = uvicorn.Server(uvicorn.Config(api.build(lambda: replica), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -24,7 +24,7 @@ except ImportError as error:
 from torch import Tensor
 
 from . import api
-from .classifier import Classifier
+from .classifier import Classifier, Prepared
 from .keys import has_key, read_keys
 from .places import Uploads
 from .settings import Settings
@@ -129,11 +129,11 @@ class EFFTClassifier:
         try:
             loop = asyncio.get_running_loop()
             async with self.working:
-                image = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
-                scores = await self.batched((image, upload.adapter))
+                prepared = await loop.run_in_executor(self.decoding, self.classifier.prepare, upload)
+                scores = await self.batched(prepared)
             if isinstance(scores, Refused):
                 raise scores
-            return await loop.run_in_executor(self.decoding, self.classifier.answer, upload, scores)
+            return await loop.run_in_executor(self.decoding, self.classifier.answer, prepared, scores)
         finally:
             self.accepted -= 1
 
@@ -146,17 +146,16 @@ class EFFTClassifier:
         if self.accepted >= self.most_accepted:
             raise Refused(503, f"{self.accepted} requests wait already")
 
-    async def _compute(self, requests: list[tuple[Tensor, str | None]]) -> list[Tensor | Refused]:
-        """Classify the images of requests that arrived together, each with the name of its adapter."""
-        images, adapters = zip(*requests)
+    async def _compute(self, images: list[Prepared]) -> list[Tensor | Refused]:
+        """Classify the images of requests that arrived together."""
         self.forward_since = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.computing, self.classifier.classify, images, adapters)
+            return await loop.run_in_executor(self.computing, self.classifier.classify, images)
         finally:
             self.forward_since = None
-            self.batch_images.observe(len(adapters))
-            self.batch_adapters.observe(len(set(adapters)))
+            self.batch_images.observe(len(images))
+            self.batch_adapters.observe(len({one.upload.adapter for one in images}))
             folder = self.classifier.folder
             self.adapter_bytes.set(folder.bytes)
             self.loads.set(folder.loads)

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,16 @@ from .uploads import Refused, Upload, decode
 log = logging.getLogger("efft_kernels.serving")
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An upload that is ready for the model."""
+
+    upload: Upload
+    image: Tensor  # [3, H, W]
+    key: str | None  # of the adapter in the bank, by which a file that is replaced meanwhile is told
+    labels: Sequence[str]
+
+
 class Classifier:
     """A model whose adapters are loaded from a folder when requests ask for them.
 
@@ -34,7 +44,6 @@ class Classifier:
         self.preparation = default_preparation(self.model)
         self.bank = AdapterBank(self.model, backend=settings.backend or None, factor_dtype=self.dtype)
         self.folder = AdapterFolder(self.bank, settings.adapters, settings.adapter_bytes)
-        self._stated_labels: dict[str, Sequence[str]] = {}  # adapter -> labels in its file
         # of the model without an adapter
         self.classes = (
             0 if any(c.weight.isnan().all() for _, c in classifiers_of(self.model)) else self.bank.classes(None)
@@ -46,15 +55,16 @@ class Classifier:
                 f"{len(self.own_labels)}"
             )
 
-    def prepare(self, upload: Upload) -> Tensor:  # [3, H, W]
+    def prepare(self, upload: Upload) -> Prepared:
         """Load the upload's adapter, which is cheaper to refuse than its image, then decode the image and prepare it as
         the adapter's file says, or as timm evaluates the model if it says nothing.
 
         Raises:
             Refused: as :meth:`classify` and :func:`decode`.
         """
-        with self._checked(upload.adapter) as preparation:
-            return preparation.transform()(decode(upload.image, max_pixels=self.settings.max_pixels))
+        with self._checked(upload.adapter) as (key, preparation, labels):
+            image = preparation.transform()(decode(upload.image, max_pixels=self.settings.max_pixels))
+            return Prepared(upload, image, key, labels)
 
     def check(self, adapter: str | None) -> None:
         """Load an adapter, or raise Refused as :meth:`prepare`, after its reason has been logged."""
@@ -62,7 +72,7 @@ class Classifier:
             pass
 
     @contextlib.contextmanager
-    def _checked(self, adapter: str | None) -> Iterator[Preparation]:
+    def _checked(self, adapter: str | None) -> Iterator[tuple[str | None, Preparation, Sequence[str]]]:
         if adapter is None and not self.classes:
             raise Refused(400, f"adapter must be given: {self.settings.model} has no classes without an adapter")
         with self._hold(adapter) as key:
@@ -70,45 +80,56 @@ class Classifier:
             if preparation.size != (input_size(self.model) or preparation.size):
                 log.warning("adapter %r needs images of %s pixels", adapter, preparation.size)
                 raise Refused(422, f"adapter {adapter!r} needs images of another size than the model takes")
-            if key is not None:
-                self._stated_labels[adapter] = self.bank.labels(key) or ()
-                self._labels(adapter, self.bank.classes(key))
-            yield preparation
+            yield key, preparation, self.own_labels if key is None else self._labels(adapter, key)
 
-    def classify(
-        self,
-        images: Sequence[Tensor],  # each [3, H, W]
-        adapters: Sequence[str | None],
-    ) -> list[Tensor | Refused]:  # each [classes]
-        """Probabilities of each image under its adapter, from one forward of the model for each size of image.
+    def classify(self, images: Sequence[Prepared]) -> list[Tensor | Refused]:  # each [classes]
+        """Probabilities of each image under its adapter, from a forward of the model for each size of image and kind of
+        adapter.
 
-        The adapters stay in the bank during the forward. An image whose adapter cannot be loaded gets a
-        :class:`Refused` in place of probabilities: 404 if there is no such file, 422 if the file does not fit the
-        model, 503 if there is no room for it next to the adapters in use.
+        The adapters stay in the bank during the forwards. An image that cannot be classified gets a :class:`Refused` in
+        place of probabilities: 404 if there is no file of its adapter any more, 422 if the model does not take its
+        size, 503 if there is no room for its adapter or the file was replaced, 500 for other errors.
         """
         with contextlib.ExitStack() as stack:
             held: dict[str | None, str | Refused | None] = {}
-            for adapter in dict.fromkeys(adapters):
-                try:
-                    held[adapter] = stack.enter_context(self._hold(adapter))
-                except Refused as error:
-                    held[adapter] = error
-            results = [held[adapter] for adapter in adapters]
-            sizes: dict[torch.Size, list[int]] = {}  # adapters may want several, if the model takes them
+            for one in images:
+                if one.key not in held:
+                    try:
+                        held[one.key] = stack.enter_context(self._hold(one.upload.adapter, one.key))
+                    except Refused as error:
+                        held[one.key] = error
+            kinds = {key: self.bank.kind(key) for key in held.values() if isinstance(key, str)}
+            usual = next(iter(kinds.values()), None)  # images without an adapter share a forward with this kind
+            results, groups = [held[one.key] for one in images], {}
             for i, key in enumerate(results):
                 if not isinstance(key, Refused):
-                    sizes.setdefault(images[i].shape, []).append(i)
-            for rows in sizes.values():
-                keys = [results[i] for i in rows]
-                x = torch.stack([images[i] for i in rows]).to(self.settings.device, self.dtype)
-                with torch.inference_mode(), self.bank.use(keys):
-                    logits = self.model(x).float().cpu()
-                    for i, key, row in zip(rows, keys, logits):
-                        results[i] = row[: self.bank.classes(key)].softmax(0)
+                    groups.setdefault((images[i].image.shape, kinds.get(key, usual)), []).append(i)
+            for rows in groups.values():
+                for i, found in zip(rows, self._forward([images[i] for i in rows])):
+                    results[i] = found
         return results
 
+    def _forward(self, images: Sequence[Prepared]) -> list[Tensor | Refused]:
+        """The results for images of one size and kind of adapter."""
+        try:
+            x = torch.stack([one.image for one in images]).to(self.settings.device, self.dtype)
+            with torch.inference_mode(), self.bank.use([one.key for one in images]):
+                return [self._scores(one.key, row) for one, row in zip(images, self.model(x).float().cpu())]
+        except Exception as error:  # models raise errors of many types for a size that they do not take
+            size = tuple(images[0].image.shape[1:])
+            log.warning("a forward for images of %s pixels failed", size, exc_info=True)
+            if size == self.preparation.size or isinstance(error, torch.OutOfMemoryError):
+                refused = Refused(500, "internal error")
+            else:
+                refused = Refused(422, f"the model does not take images of {size[0]} x {size[1]}, the adapter's size")
+            return [refused] * len(images)
+
+    def _scores(self, key: str | None, logits: Tensor) -> Tensor:
+        several, logits = key is not None and self.bank.multilabel(key), logits[: self.bank.classes(key)]
+        return logits.sigmoid() if several else logits.softmax(0)
+
     @contextlib.contextmanager
-    def _hold(self, adapter: str | None) -> Iterator[str | None]:
+    def _hold(self, adapter: str | None, expected: str | None = None) -> Iterator[str | None]:
         """Hold an adapter in the bank; the context is its name there. Errors are what the client is told."""
         with contextlib.ExitStack() as stack:
             try:
@@ -120,17 +141,19 @@ class Classifier:
             except (ValueError, OSError) as error:  # its message has the path, which clients must not see
                 log.warning("adapter %r cannot be served: %s", adapter, error)
                 raise Refused(422, f"adapter {adapter!r} cannot be served: its file does not fit the model") from error
+            if expected not in (None, key):
+                raise Refused(503, f"the file of adapter {adapter!r} was replaced while the request was under way")
             yield key
 
-    def answer(self, upload: Upload, scores: Tensor) -> dict:
+    def answer(self, prepared: Prepared, scores: Tensor) -> dict:
         """The answer to a request as data for JSON: the best class, and the best ``upload.top`` of them.
 
         Raises:
             Refused: 422 for scores that are not finite: the adapter diverged in training, or overflowed for this image.
         """
+        upload, labels = prepared.upload, prepared.labels
         if not scores.isfinite().all():
             raise Refused(422, f"adapter {upload.adapter!r} gives scores for this image that are not finite")
-        labels = self._labels(upload.adapter, len(scores))
         best = scores.topk(min(upload.top, len(scores)))
         found = [
             {"label": labels[index] if labels else str(index), "index": index, "score": score}
@@ -138,20 +161,17 @@ class Classifier:
         ]
         return {"adapter": upload.adapter, **found[0], "scores": found}
 
-    def _labels(self, adapter: str | None, classes: int) -> Sequence[str]:
-        """The labels of an adapter or of the model: of NAME.labels.txt, else of the adapter's file; empty if neither
-        has any.
+    def _labels(self, adapter: str, key: str) -> Sequence[str]:
+        """The labels of an adapter: of NAME.labels.txt, else of its file; empty if neither has any.
 
         Raises:
             Refused: 422 for labels that cannot be read, or that are not as many as the classes.
         """
-        if adapter is None:
-            return self.own_labels
-        path = self.folder.path / f"{adapter}.labels.txt"
+        path, classes = self.folder.path / f"{adapter}.labels.txt", self.bank.classes(key)
         try:
             labels = read_labels(path)
         except FileNotFoundError:
-            labels = self._stated_labels.get(adapter, ())
+            labels = self.bank.labels(key) or ()
         except (OSError, ValueError) as error:
             log.warning("adapter %r cannot be served: its labels cannot be read: %s", adapter, error)
             raise Refused(422, f"adapter {adapter!r} cannot be served: its labels cannot be read") from error

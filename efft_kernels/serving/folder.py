@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..hub import local_folder
+from .uploads import ADAPTER_NAME
 
 
 class DoesNotFit(Exception):
@@ -21,7 +22,7 @@ class AdapterFolder:
     it; a file that was deleted is not found any more. Thread-safe.
 
     Args:
-        bank: holds the loaded adapters: an AdapterBank, or an object with its ``add``, ``remove`` and ``bytes``.
+        bank: holds the loaded adapters: an AdapterBank, or an object with its ``read``, ``add`` and ``remove``.
         path: the folder; adapter ``name`` is the file ``path/name.safetensors``. "hf-hub:OWNER/NAME" stands for the
             files of a repository as they are when this object is made.
         budget: bytes that the loaded adapters may take together.
@@ -56,7 +57,11 @@ class AdapterFolder:
         return sum(tuple(self._sizes.values()))
 
     def names(self) -> list[str]:
-        """Names of the adapters in the folder, sorted."""
+        """Names of the adapters in the folder that can be asked for, sorted."""
+        return [name for name in self.files() if ADAPTER_NAME.fullmatch(name)]
+
+    def files(self) -> list[str]:
+        """Names of all adapter files in the folder without their suffix, sorted; they may hold any characters."""
         return sorted(file.stem for file in self.path.glob("*.safetensors"))
 
     def file(self, name: str) -> Path:
@@ -70,18 +75,19 @@ class AdapterFolder:
         Raises:
             FileNotFoundError: there is no such adapter.
             DoesNotFit: there is no room for it next to the adapters that are held.
-            ValueError: its file is not an adapter for the bank's model, or is larger than the budget.
+            ValueError: its file is not an adapter for the bank's model, or takes more memory than the budget.
         """
         try:
-            status = os.stat(self.file(name))
+            s = os.stat(self.file(name))
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"there is no adapter {name!r}") from None
-        key = f"{name}@{status.st_mtime_ns}.{status.st_ino}"  # a replaced file is another adapter
+        # a replaced file is another adapter, also where the time of its change was set
+        key = f"{name}@{s.st_mtime_ns}.{s.st_ctime_ns}.{s.st_ino}.{s.st_size}"
         with self._lock:  # kept while a file is read, so that two requests do not both load it
             if key in self._sizes:
                 self._sizes.move_to_end(key)
             else:
-                self._load(name, key, status.st_size)
+                self._load(name, key)
             self._holders[key] = self._holders.get(key, 0) + 1
         try:
             yield key
@@ -91,28 +97,23 @@ class AdapterFolder:
                 if not self._holders[key]:
                     del self._holders[key]
 
-    def _load(self, name: str, key: str, size: int) -> None:
-        if size > self.budget:
+    def _load(self, name: str, key: str) -> None:
+        adapter = self.bank.read(self.file(name), strict=True)
+        if (size := adapter.bytes()) > self.budget:
             raise ValueError(f"adapter {name!r} of {size} bytes is larger than the budget of {self.budget}")
         for old in [old for old in self._sizes if old.rpartition("@")[0] == name and old not in self._holders]:
             self._evict(old)
         self._make_room(name, size)
-        self.bank.add(key, self.file(name), strict=True)
-        self._sizes[key] = self.bank.bytes(key)
+        self.bank.add(key, adapter)
+        self._sizes[key] = size
         self.loads += 1
-        try:  # in the model's dtype it may be larger than its file
-            self._make_room(name, 0, loading=key)
-        except DoesNotFit:
-            self._evict(key)
-            raise
 
-    def _make_room(self, name: str, size: int, loading: str = "") -> None:
+    def _make_room(self, name: str, size: int) -> None:
         """Evict until ``size`` more bytes fit, or raise DoesNotFit before anything is evicted."""
-        fixed = sum(bytes_ for key, bytes_ in self._sizes.items() if key in self._holders or key == loading)
-        if fixed + size > self.budget:
+        if sum(self._sizes[key] for key in self._holders) + size > self.budget:
             in_use = len(self._holders)
             raise DoesNotFit(f"adapter {name!r} does not fit the {self.budget} bytes next to {in_use} in use")
-        for key in [key for key in self._sizes if key not in self._holders and key != loading]:
+        for key in [key for key in self._sizes if key not in self._holders]:
             if self.bytes + size <= self.budget:
                 return
             self._evict(key)

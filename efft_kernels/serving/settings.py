@@ -60,8 +60,8 @@ class Settings(_Checked):
     keys"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """data type the model computes in"""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d+)?$")] = "cpu"
-    """cpu or cuda"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the model computes; CUDA_VISIBLE_DEVICES says which GPUs there are for the replicas, one for each"""
     backend: str = ""
     """a name from efft_kernels.backends(); empty for the fastest proven one"""
     replicas: Count = 1
@@ -81,7 +81,7 @@ class Settings(_Checked):
     """limit of width times height of an image"""
     max_ongoing: Count = 32
     """requests that one replica works on at a time; further ones wait"""
-    max_queued: Annotated[int, Field(ge=0)] = 128
+    max_queued: Count = 128
     """requests that may wait, shared by the replicas; further ones are answered with 503"""
     max_uploads: Count = 64
     """room for images that are arriving at one replica, apart from those: their bytes are at most this many times

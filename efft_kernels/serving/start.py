@@ -69,7 +69,7 @@ def check_model(settings: Settings) -> None:
         raise
     except Exception as error:  # timm and torch raise errors of many types for names and files that they cannot use
         raise StartError(f"{settings.model} cannot be served: {sentence(error)}") from error
-    names, end = classifier.folder.names(), time.monotonic() + _LOADING_S
+    names, end = classifier.folder.files(), time.monotonic() + _LOADING_S
     for done, name in enumerate(names):
         if time.monotonic() > end:
             log.warning(

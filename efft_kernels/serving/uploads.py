@@ -12,7 +12,7 @@ from ..preparation import to_rgb
 
 Room = Callable[[int], Awaitable[None]]  # waits until this many more bytes may be held
 _FORMATS = ("JPEG", "PNG", "WEBP")  # including MPO, a JPEG followed by further pictures, which phones make
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _RAW = "", "application/octet-stream", "application/x-www-form-urlencoded"  # the last: curl --data-binary
 # limit of longer / shorter side: transforms resize the shorter one to the model's size, and the longer in proportion
 _ASPECT = 100
@@ -47,7 +47,7 @@ def check_adapter_name(name: str | None) -> str | None:
     """
     if not name:
         return None
-    if not _NAME.fullmatch(name):
+    if not ADAPTER_NAME.fullmatch(name):
         raise Refused(400, f"adapter must be letters, digits, '_', '-' and '.', at most 100, got {name[:120]!r}")
     return name
 
@@ -80,7 +80,7 @@ async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> U
     if len(image) > max_bytes:
         raise Refused(413, f"image must have at most {max_bytes} bytes, got {len(image)}")
     top = fields.get("top", "5")
-    if not (top.isascii() and top.isdigit() and 1 <= int(top[:9]) <= 100_000):
+    if not (re.fullmatch("[0-9]{1,6}", top) and 1 <= int(top) <= 100_000):
         raise Refused(400, f"top must be a number from 1 to 100000, got {top[:20]!r}")
     return Upload(image, check_adapter_name(fields.get("adapter")), int(top))
 
