@@ -266,8 +266,10 @@ def test_images_that_were_replaced_are_noticed(halfway, photos, tmp_path):
     data = bytearray(image.read_bytes())
     data[-20] ^= 1  # of the same size in bytes
     image.write_bytes(data)
-    with pytest.raises(ValueError, match="differs in the contents of the images"):
-        train(tiny(tmp_path / "photos", tmp_path / "out"), progress=False)
+    train(tiny(photos, tmp_path / "finished", epochs=1), progress=False)
+    for settings in (tiny(photos, tmp_path / "out"), tiny(photos, tmp_path / "finished", epochs=1)):
+        with pytest.raises(ValueError, match="differs in the contents of the images"):
+            train(replace(settings, data=str(tmp_path / "photos")), progress=False)
 
 
 def test_a_folder_is_of_one_run_and_not_of_its_workers(tmp_path):

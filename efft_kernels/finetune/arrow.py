@@ -2,11 +2,12 @@
 
 import io
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from ..extras import need
 from .folders import PARTS
-from .images import DataError, Images, Label, Source, decode, held_out
+from .images import DataError, Files, Images, Label, Source, decode, held_out
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Rows(Images):
 
     def key(self, i: int) -> str:
         return f"{self.part} {self.rows._fingerprint} {i}"
+
+    def digest(self, i: int) -> bytes:
+        cell = self.rows[i][self.image] or {}
+        if cell.get("bytes"):
+            return sha256(cell["bytes"]).digest()
+        return Files(Path(), (cell.get("path") or "",), (0,)).digest(0)
 
 
 def is_dataset(root: Path) -> bool:

@@ -64,7 +64,7 @@ def read_finished(settings: Settings, data: Data, out: Path, main: bool) -> Resu
         weights, checkpoint = identity["weights"], found["settings"]["checkpoint"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
-    check_same(out, identity, make_identity(settings, data, weights))
+    check_same(out, identity, make_identity(settings, data, weights) | {"contents": data.contents()})
     if settings.checkpoint != checkpoint:  # only then, because it takes reading them
         weights = methods.fingerprint(make_adapted(settings, len(data.classes)))
         check_same(out, identity, make_identity(settings, data, weights))
