@@ -214,17 +214,19 @@ def forward_rows() -> Table:
 
 def few_rows() -> Table:
     """efft_linear of 1 to 16 rows, with its group update, against the merged weight and plain torch's best order"""
-    record, rows = "zen3/few_rows", {}
-    for part in ("forward", "forward+backward"):
-        for (size, _), ms in _model_ms(read_run(RESULTS / record / "forward.json")["results"], part).items():
-            ratios = [f"{ms['efft_group'] / ms[name]:.2f}" for name in ("merged", "left_to_right")]
-            rows.setdefault(size.removeprefix("M="), []).extend(ratios)
-    head = ["rows", "forward, / merged weight", "/ plain torch", "forward+backward, / merged weight", "/ plain torch"]
+    records, rows = ["zen3/few_rows", "emerald_rapids/few_rows"], {}
+    for name in records:
+        run = read_run(RESULTS / name / "forward.json")
+        for part in ("forward", "forward+backward"):
+            for (size, dtype), ms in _model_ms(run["results"], part).items():
+                ratios = [f"{ms['efft_group'] / ms[other]:.2f}" for other in ("merged", "left_to_right")]
+                rows.setdefault((f"{_where(name, run)}, {dtype}", size.removeprefix("M=")), []).extend(ratios)
+    head = ["", "rows", "forward, / merged weight", "/ plain torch", "forward+backward, / merged weight"]
     note = (
-        "Time of `efft_linear` over that of the alternative, of sums over proj and fc1 of ViT-B, float32, AMD Zen 3, "
-        "one thread. Plain torch multiplies from left to right, too."
+        "Time of `efft_linear` over that of the alternative, of sums over proj and fc1 of ViT-B. Plain torch multiplies "
+        "from left to right, too."
     )
-    return Table(head, [[M, *cells] for M, cells in rows.items()], note, [record])
+    return Table([*head, "/ plain torch"], [[*case, *cells] for case, cells in rows.items()], note, records)
 
 
 def swin() -> Table:

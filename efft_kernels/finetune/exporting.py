@@ -29,7 +29,8 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
     Args:
         out: the folder of the run.
         to: "lora", a folder for PEFT; "onnx"; "weights", merged ones for timm or transformers; or "hub", the adapter
-            with a model card and the record of the run, in which paths of data, weights and run are cut to their last name.
+            with a model card and the record of the run, in which the paths of data, weights and run are cut to their
+            last name.
         path: the file, the folder of a LoRA, or OWNER/NAME of a repository; None for a name in the folder of the run.
         checkpoint: the pre-trained weights, if they have moved since.
 
