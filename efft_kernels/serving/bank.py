@@ -5,7 +5,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from os import PathLike
 
@@ -183,16 +183,12 @@ class AdapterBank:
         heads = heads or dict(classifiers_of(self.model))
         return next((linear.out_features for linear in heads.values()), None)
 
-    def kind(self, name: str) -> Hashable:
-        """What adapters of one batch have in common, the method and the Linears; errors as :meth:`classes`."""
+    def kind(self, name: str) -> str:
+        """A digest of what adapters of one batch have in common, method and Linears; errors as :meth:`classes`."""
         return self._find(name).kind
 
     def preparation(self, name: str) -> Preparation | None:
-        """How an adapter's file says that images are to be prepared; None if it does not.
-
-        Raises:
-            ValueError: there is no adapter of this name.
-        """
+        """How an adapter's file says that images are to be prepared; None if it does not; errors as :meth:`classes`."""
         return self._find(name).groups.preparation
 
     def multilabel(self, name: str) -> bool:
@@ -200,11 +196,7 @@ class AdapterBank:
         return self._find(name).groups.multilabel
 
     def labels(self, name: str) -> tuple[str, ...] | None:
-        """Names of an adapter's classes as its file states them; None if it does not.
-
-        Raises:
-            ValueError: there is no adapter of this name.
-        """
+        """Names of an adapter's classes as its file states them; None if it does not; errors as :meth:`classes`."""
         return self._find(name).groups.classes
 
     def bytes(self, name: str | None = None) -> int:

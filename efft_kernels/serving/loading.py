@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from os import PathLike
 
 import torch
@@ -27,10 +28,11 @@ class Adapter:
         return [p for module in (self.groups, *self.heads.values()) for p in module.parameters()]
 
     @cached_property
-    def kind(self) -> tuple:
-        """What adapters of one batch have in common: the method, and the plan but for rank and initial values."""
-        specs = (replace(spec, rank=(0, 0), zero="") for spec in self.groups.plan.groups)
-        return *(type(group) for group in self.groups.values()), *specs
+    def kind(self) -> str:
+        """A digest, quick to compare, of what adapters of one batch have in common: the method, and the plan but for
+        rank and initial values."""
+        specs = [replace(spec, rank=(0, 0), zero="") for spec in self.groups.plan.groups]
+        return sha256(repr(([type(group) for group in self.groups.values()], specs)).encode()).hexdigest()
 
     def bytes(self) -> int:
         modules = self.groups, *self.heads.values()
