@@ -63,12 +63,13 @@ def write(
     trained: Sequence[str] = (),
     multilabel: bool = False,
 ) -> None:
-    """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules."""
+    """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules,
+    which is the model's where ``head`` does not have it."""
     more, factors = head_state(model, trained), groups.state_dict()
     for key, group in groups.items():
         if is_parametrized_class(type(group)) or group._forward_pre_hooks:  # a parametrization, or pruning
             raise ValueError(f"the factors of group {key!r} must be plain parameters, but something computes one")
-    check_finite("the adapter", factors | head | more)
+    check_finite("the adapter", factors | more | head)
     metadata = {
         "format": f"{_FORMAT}{_LATEST}",
         "version": sys.modules[__package__].__version__,
@@ -80,7 +81,7 @@ def write(
         **({"train": json.dumps(list(trained))} if trained else {}),
         **stated(preparation, classes, multilabel),
     }
-    write_tensors(path, factors | {_HEAD + key: t for key, t in (head | more).items()}, metadata)
+    write_tensors(path, factors | {_HEAD + key: t for key, t in (more | head).items()}, metadata)
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -93,9 +94,7 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} must hold finite numbers, but {key} has NaN or infinity in {kind}")
 
 
-def stated(
-    preparation: Preparation | None, classes: Sequence[str] | None, multilabel: bool = False
-) -> dict[str, str]:
+def stated(preparation: Preparation | None, classes: Sequence[str] | None, multilabel: bool = False) -> dict[str, str]:
     """The metadata that say how images are prepared, what the classes are called, and if an image may have several of
     them; without what is not known."""
     made = {}

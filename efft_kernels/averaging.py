@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapter_file import read_adapter, write
 from .configs import MethodConfig
-from .files import check_needs, filled
+from .files import check_needs, filled, modules_in
 from .groups import EFFTGroup, FacTTuckerGroup
 from .inject import Plan, build, plan
 from .low_rank import Group
@@ -32,8 +32,8 @@ def average_adapters(
     Its update of each matrix is the weighted mean of theirs, exactly: the factors stand side by side and the cores as
     blocks on a diagonal, so the rank is the sum of the ranks (that of LoRA-XS, whose outer factors are those of the
     weights, stays). One forward costs that of one adapter of this rank. The file is loaded, trained, merged and served
-    as any other. Heads are averaged entry by entry (Model soups, arXiv 2203.05482), which suits runs that started from
-    nearly the same head, as with ``efft-finetune --head-init probe``.
+    as any other. Heads and ``train`` modules are averaged entry by entry (Model soups, arXiv 2203.05482), which
+    suits runs that started from nearly the same ones, as with ``efft-finetune --head-init probe``.
 
     Args:
         model: the one that the adapters were made for, plain or injected. It is not changed.
@@ -59,6 +59,7 @@ def average_adapters(
     adapters, heads = [filled(model, file, torch.float64) for file in files], [file.head for file in files]
     for file in files:
         check_needs(model, file, strict=False)
+    trained, _, _ = modules_in(model, adapters[0].plan, files[0])
     for adapter, head, path in zip(adapters, heads, paths):
         _check_alike(adapter, adapters[0], path, paths[0])
         shapes, first = ({key: tuple(t.shape) for key, t in h.items()} for h in (head, heads[0]))
@@ -75,7 +76,7 @@ def average_adapters(
     head = {key: sum(w * h[key].double() for w, h in zip(weights, heads)).to(t) for key, t in heads[0].items()}
     stated = {(file.preparation, file.classes, file.multilabel) for file in files}
     preparation, classes, multilabel = stated.pop() if len(stated) == 1 else (None, None, False)
-    write(out, model, made, head, files[0].base_model, preparation, classes, multilabel=multilabel)
+    write(out, model, made, head, files[0].base_model, preparation, classes, trained, multilabel)
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -196,7 +196,7 @@ def load_adapter(
     injected = isinstance(getattr(model, "efft", None), Adapters)
     if injected and (head not in ("train", "keep") or backend is not None):
         raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
-    train, more, state = _trained_modules(model, groups.plan, file)
+    train, more, state = modules_in(model, groups.plan, file)
     state = state if head == "train" else {}
     if not state:
         groups.classes, groups.multilabel = None, False  # those of another head
@@ -276,7 +276,7 @@ def head_classes(model: nn.Module, state: dict[str, Tensor]) -> int | None:
     return classes
 
 
-def _trained_modules(
+def modules_in(
     model: nn.Module, made: Plan, file: AdapterFile
 ) -> tuple[tuple[str, ...], dict[str, Tensor], dict[str, Tensor]]:
     """The modules that were trained in full with an adapter, their state, and that of the head."""

@@ -20,16 +20,17 @@ def others(config):
     return dataclasses.replace(config, rank=rank, scale=3.0)
 
 
-def written(folder, configs, make=vit, seed=7):
+def written(folder, configs, make=vit, seed=7, train=()):
     """adapters of one base model in float64, with heads of their own: (models, files)"""
     models, files = [], []
     for i, config in enumerate(configs):
         torch.manual_seed(seed)
         base = make().double()
         torch.manual_seed(i)
-        model = shake(ek.inject(base, config), 0.1)
+        model = shake(ek.inject(base, config, train=train), 0.1)
         with torch.no_grad():
-            model.get_classifier().weight.add_(torch.randn_like(model.get_classifier().weight))
+            for part in (model.get_classifier(), *map(model.get_submodule, train)):
+                part.weight.add_(torch.randn_like(part.weight))
         models.append(model)
         files.append(folder / f"{i}.safetensors")
         ek.save_adapter(model, files[-1])
@@ -44,7 +45,7 @@ def updates(model):
 @pytest.mark.parametrize("method", EXACT)
 def test_the_update_is_the_mean_of_the_updates(method, tmp_path):
     config = METHODS[method]
-    plain, models, files = written(tmp_path, [config, others(config), config])
+    plain, models, files = written(tmp_path, [config, others(config), config], train=("patch_embed.proj",))
     before = {key: t.clone() for key, t in plain.state_dict().items()}
     ek.average_adapters(plain, files, tmp_path / "mean", weights=[1, 2, 1])
     assert all(torch.equal(t, before[key]) for key, t in plain.state_dict().items()) and not hasattr(plain, "efft")
@@ -54,8 +55,9 @@ def test_the_update_is_the_mean_of_the_updates(method, tmp_path):
         want = sum(w * part[key] for w, part in zip((0.25, 0.5, 0.25), parts))
         # the file holds float32 beside float64 weights only if its factors were float32
         torch.testing.assert_close(update, want, rtol=1e-10, atol=1e-12, msg=lambda m: f"{key}: {m}")
-    heads = [model.get_classifier().weight for model in models]
-    torch.testing.assert_close(plain.get_classifier().weight, (heads[0] + 2 * heads[1] + heads[2]) / 4)
+    for part in ("head", "patch_embed.proj"):
+        a, b, c = (model.get_submodule(part).weight for model in models)
+        torch.testing.assert_close(plain.get_submodule(part).weight, (a + 2 * b + c) / 4)
     x = images(dtype=torch.float64)
     y = plain(x)
     torch.testing.assert_close(ek.merge(plain)(x), y, rtol=1e-8, atol=1e-10)
