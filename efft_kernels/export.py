@@ -12,10 +12,10 @@ from .adapter_file import check_finite, name_of
 from .dora import row_norms
 from .files import known, trained_head
 from .inject import adapted_linears, adapters
-from .layouts import heads_of
+from .layouts import head_state, heads_of
 from .low_rank import Pair
 from .storage import write_bytes
-from .wrappers import module_at
+from .wrappers import module_at, outermost
 
 _PREFIX = "base_model.model."  # where PEFT's wrapper keeps the model
 
@@ -26,8 +26,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     Every method computes y = x W + b + (x @ down) @ up, so the LoRA is exact: lora_A = down.T and lora_B = up.T, with
     lora_alpha = r. Parts of a fused qkv that are not adapted are zeros in lora_B. A Linear of another rank than most
     has its rank in rank_pattern. With ``dora`` it is a DoRA (use_dora), with a magnitude for each output. A trained
-    head is among modules_to_save. Dropout is not exported. The LoRA has a matrix for each Linear, so its file is larger
-    than that of a method whose Linears share factors.
+    head and the ``train`` modules are modules_to_save. Dropout is not exported. The LoRA has a matrix for each Linear,
+    so its file is larger than that of a method whose Linears share factors.
 
     Args:
         model: an injected model. The base that the LoRA is loaded on has its modules and names before :func:`inject`,
@@ -39,8 +39,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given; numbers that are not
             finite; a Linear that was removed or replaced; a projection of an nn.MultiheadAttention other than in_proj,
-            which PEFT computes otherwise, or any with ``dora``; a row of zeros in a weight with ``dora``; a head whose
-            name is the end of another module's, which PEFT would train as well; within disable_adapter.
+            which PEFT computes otherwise, or any with ``dora``; a row of zeros in a weight with ``dora``; a head or
+            module of ``train`` that PEFT cannot save, or whose name is the end of another module's, which PEFT would
+            train as well; within disable_adapter.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save
@@ -48,7 +49,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     owner = adapters(model)
     groups = owner[known(owner, owner.active if name is None else name)]
     adapted_linears(model, groups)
-    state = trained_head(model)
+    state = trained_head(model) | head_state(model, owner.trained)
     check_finite("the adapter", groups.state_dict() | state)
     with torch.no_grad():
         pairs = {path: pair for g in groups.values() for path, pair in g.pairs_without_dropout().items()}
@@ -62,9 +63,10 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
             tensors[f"{place}.lora_B.weight"] = _own(up.mT)
             ranks[path] = down.shape[-1]
     heads = [key for key in heads_of(model) if any(name.startswith(f"{key}.") for name in state)]
-    _check_heads(model, heads)
+    whole = outermost((*heads, *owner.trained))
+    _check_whole(model, whole)
     tensors |= {key: _own(t) for key, t in state.items()}
-    config = _config(ranks, model, heads, any(pair.magnitude is not None for pair in pairs.values()))
+    config = _config(ranks, model, whole, any(pair.magnitude is not None for pair in pairs.values()))
     config["base_model_name_or_path"] = base_model or name_of(model) or None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def _own(t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _config(ranks: dict[str, int], model: nn.Module, heads: list[str], dora: bool) -> dict:
+def _config(ranks: dict[str, int], model: nn.Module, whole: list[str], dora: bool) -> dict:
     """adapter_config.json, with what a version of PEFT does not name left at its default"""
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     other = {path: rank for path, rank in ranks.items() if rank != usual}
@@ -130,7 +132,7 @@ def _config(ranks: dict[str, int], model: nn.Module, heads: list[str], dora: boo
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": _targets(ranks, model),
-        "modules_to_save": heads or None,
+        "modules_to_save": whole or None,
     }
 
 
@@ -145,9 +147,11 @@ def _ends_with_one_of(path: str, ends: Iterable[str]) -> bool:
     return any(path.endswith(f".{end}") for end in ends)
 
 
-def _check_heads(model: nn.Module, heads: list[str]) -> None:
-    for path, _ in model.named_modules():
-        for key in heads:
+def _check_whole(model: nn.Module, whole: list[str]) -> None:
+    for path, module in model.named_modules():
+        if path in whole and isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            raise ValueError(f"{path} must not be a {type(module).__name__} to be among modules_to_save of PEFT")
+        for key in whole:
             if path.endswith(key) and path != key:
                 raise ValueError(
                     f"{key} must be the end of no other module's path to be among modules_to_save of PEFT, which would "

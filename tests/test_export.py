@@ -21,7 +21,7 @@ def adapted(config, **options):
     torch.manual_seed(0)
     base = vit(**options).double()
     torch.manual_seed(0)
-    model = ek.inject(vit(**options).double(), config, **({} if options.get("num_classes") == 0 else {"head": 5}))
+    model = ek.inject(vit(**options).double(), config, head=5, train=("patch_embed", "patch_embed.proj"))
     return base, shake(model)
 
 
@@ -29,7 +29,7 @@ def adapted(config, **options):
 def test_peft_computes_the_same(method, tmp_path):
     base, model = adapted(METHODS[method])
     with torch.no_grad():
-        for p in model.head.parameters():
+        for p in (*model.head.parameters(), *model.patch_embed.parameters()):
             p.normal_()
     ek.export_lora(model, tmp_path / "lora")
     base.reset_classifier(5)
@@ -43,7 +43,7 @@ def test_the_folder_is_a_plain_lora(tmp_path):
     _, model = adapted(ek.LoRAConfig(rank=2, targets=("q", "v", "fc2")))
     ek.export_lora(model, tmp_path, base_model="vit_tiny")
     config, tensors = peft.LoraConfig.from_pretrained(str(tmp_path)), load_file(tmp_path / "adapter_model.safetensors")
-    assert config.base_model_name_or_path == "vit_tiny" and config.modules_to_save == ["head"]
+    assert config.base_model_name_or_path == "vit_tiny" and config.modules_to_save == ["head", "patch_embed"]
     up = tensors["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
     assert up[:192].any() and not up[192:384].any() and up[384:].any()
     assert set(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == {
@@ -105,6 +105,10 @@ def test_refusals(tmp_path):
         ek.inject(model, ek.LoRAConfig(rank=2, targets=targets), head="keep")
         with pytest.raises(ValueError, match=said):
             ek.export_lora(model, tmp_path / "lora")
+    model = vit()
+    model.more = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="more must not be a ModuleList"):
+        ek.export_lora(ek.inject(model, ek.LoRAConfig(rank=2), train=("more",)), tmp_path / "lora")
     _, model = adapted(ek.LoRAConfig(rank=2))
     with pytest.raises(ValueError, match="name must be one of"):
         ek.export_lora(model, tmp_path / "lora", name="other")
