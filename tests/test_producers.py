@@ -75,6 +75,9 @@ PRODUCERS = {
     "reshaped": lambda h: F.gelu(h).reshape(-1, C),
     "windows": lambda h: windows(NORM(h)),
     "padded_by_nothing": lambda h: F.pad(NORM(h), (0, 0, 0, 0)),
+    "rounded": lambda h: F.gelu(h).to(torch.bfloat16).to(h.dtype),
+    "rounded_and_scaled": lambda h: F.gelu(h).to(torch.bfloat16) * h.detach(),
+    "enlarged": lambda h: F.gelu(h).view(2, -1, C).view(2, 1, -1, C) * torch.randn(2, 4, 1, C).to(h.dtype),
     "attention": lambda h: (h.flatten(1, 2) @ h.flatten(1, 2).mT @ h.flatten(1, 2)).reshape(2, -1, C),
 }
 

@@ -367,7 +367,7 @@ def _clone(node, size, saved: _Saved) -> tuple:
 
 
 def _cast(node, size, saved: _Saved) -> tuple:
-    dtype = saved.dtype
+    dtype = node._input_metadata[0].dtype  # of its result, which need not be that of x
     return (lambda x, _: x.to(dtype)), node.next_functions[0][0], size
 
 
@@ -385,7 +385,11 @@ def _scale(node, size, saved: _Saved) -> tuple | None:
     other = saved.tensors[i]
     if not other.dim() or other.dtype != saved.dtype:
         return None
-    return (lambda x, tensors: x * tensors[i]), node.next_functions[1 - number][0], size
+    before, output = node.next_functions[1 - number]
+    if before is None:
+        return None
+    # its own size, because the saved operand may have enlarged it
+    return (lambda x, tensors: x * tensors[i]), before, tuple(before._input_metadata[output].shape)
 
 
 # name of a node -> (node, size of its result, saved) -> (the operation, the node before it, the size of its input)
