@@ -35,17 +35,20 @@ def adapter_file(path: Path, config, classes: int) -> Path:
 
 
 with tempfile.TemporaryDirectory() as folder:
-    # ranks, scales and numbers of classes may differ; the method and the adapted Linears may not
+    # ranks, scales and numbers of classes may differ; in one batch the method and the adapted Linears may not
     birds = adapter_file(Path(folder, "birds.safetensors"), EFFTConfig("efft2", rank=8), classes=200)
     cars = adapter_file(Path(folder, "cars.safetensors"), EFFTConfig("efft2", rank=4, scale=1.0), classes=196)
     other = adapter_file(Path(folder, "lora.safetensors"), LoRAConfig(rank=4), classes=5)
     bank = AdapterBank(model)
     bank.add("birds", birds)
     bank.add("cars", cars)
-    try:
-        bank.add("lora", other)
-    except ValueError as error:
-        print(f"refused: {error}")
+    bank.add("lora", other)
+
+try:
+    with bank.use(["birds", "lora"]):
+        pass
+except ValueError as error:
+    print(f"refused: {error}")
 
 images = torch.randn(4, 3, args.image_size, args.image_size)
 with torch.inference_mode(), bank.use(["birds", None, "cars", "birds"]):
