@@ -151,7 +151,15 @@ class Passes:
         """Store the pair of every Linear of the active adapter, by path, for a forward of the model.
 
         They are in the dtype of the group's first Linear, so that no Linear casts its own.
+
+        Raises:
+            RuntimeError: the model is a replica of nn.DataParallel.
         """
+        if not torch.compiler.is_compiling() and "_is_replica" in vars(model):
+            raise RuntimeError(
+                f"this {type(model).__name__} is a replica of nn.DataParallel, which does not give it the factors: use "
+                "DistributedDataParallel, or make one GPU visible"
+            )
         self._enter(None)
         if groups := self.groups():
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -188,7 +196,7 @@ class Passes:
             self._check_called(model, done.pairs)
         if done.recorded:
             for t in _tensors(output):
-                if t.requires_grad:
+                if t.grad_fn is not None:  # not a parameter or an input, which keeps its hooks
                     t.register_hook(partial(self._restore, done))
 
     def _check_called(self, model: nn.Module, pairs: _Watched) -> None:

@@ -34,7 +34,7 @@ class Own(nn.Module):
         self.decode = nn.Conv2d(3, 4, 1)
 
     def forward(self, x):
-        return self.cls(self.backbone(x))
+        return self.cls(self.backbone(x)), self.decode.bias
 
 
 def trained(model):
@@ -90,6 +90,7 @@ def test_train_names_modules_that_are_trained_saved_and_loaded(tmp_path):
     shake(ek.inject(model, PLAIN, train=("decode",)))
     assert trained(model) == {"cls.weight", "cls.bias", "decode.weight", "decode.bias"}
     assert {model.decode.weight, model.decode.bias} <= set(ek.adapter_parameters(model))
+    assert model(images())[1] is model.decode.bias and not model.decode.bias._backward_hooks
     with torch.no_grad():
         model.decode.weight.normal_()
     with ek.disable_adapter(model):

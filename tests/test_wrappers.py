@@ -67,6 +67,9 @@ def test_a_wrapped_model_is_planned_saved_loaded_and_merged_as_the_plain_one(wra
     if isinstance(model, nn.DataParallel) or isinstance(getattr(model, "_orig_mod", None), nn.DataParallel):
         with pytest.raises(ValueError, match="before it is wrapped in DataParallel, which would not reduce"):
             ek.inject(model, PLAIN)
+        replica = want._replicate_for_data_parallel()  # what a forward on several GPUs calls
+        with pytest.raises(RuntimeError, match="VisionTransformer is a replica of nn.DataParallel"):
+            replica(x)
         return
     assert ek.load_adapter(model, tmp_path / "plain.safetensors") is model
     torch.testing.assert_close(model(x), want(x))
