@@ -19,6 +19,7 @@ from PIL import Image
 from test_finetune_data import folder, picture
 from test_finetune_run import end, tiny
 
+from efft_kernels import read_adapter
 from efft_kernels.finetune import cli, evaluation, exporting, labelling, loop, page, predictions, prepared
 from efft_kernels.finetune.finished import predict, preparation, restore
 from efft_kernels.finetune.loop import train
@@ -169,7 +170,7 @@ def test_several_labels_per_image(tmp_path, capsys, monkeypatch):
     settings = tiny(tmp_path / "list.csv", tmp_path / "out", epochs=2, class_weights="balanced", label_smoothing=0.1)
     result = train(settings, progress=False)
     assert set(result.metrics["test"]) == {"mean_ap", "f1", "exact", "loss"}
-    assert set(result.history[0]["train"]) == {"exact", "loss"}
+    assert set(result.history[0]["train"]) == {"exact", "loss"} and read_adapter(result.adapter).multilabel
     assert "F1 per class" in html(tmp_path / "out/report.html")
     rows = predictions.from_csv(tmp_path / "out/predictions.csv", True)
     assert [row.label for row in rows] == [tuple(sets[i % 4]) for i in range(16, 24)]

@@ -28,7 +28,8 @@ class Trial:
             module.training = False
         try:
             args, kwargs = tree_map(self._with_nan, (args, kwargs))
-            model.forward(*args, **kwargs)  # without the model's hooks
+            with torch.no_grad():
+                model.forward(*args, **kwargs)  # without the model's hooks
         finally:
             for module in training:
                 module.training = True
