@@ -424,7 +424,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Remove an adapter. If it was the active one, none is active afterwards.
 
-    Removing the last one gives the plain model back, with requires_grad of its parameters as before it was injected.
+    Removing the last one gives the plain model back, with the head, the ``train`` modules and requires_grad of before
+    it was injected, and its batch norms in its own mode. :func:`merge` takes adapters off and keeps what was trained.
 
     Raises:
         ValueError: a model without an adapter of this name.

@@ -196,18 +196,22 @@ def as_before(model: nn.Module) -> Iterator[None]:
     """Within this context the modules that are trained with the factors are replaced by those of before inject."""
     trained, owner = {}, model.efft
     for path, module in owner.modules_before.items():
-        trained[path] = now = module_at(model, path)
-        like = next(now.parameters(), None)
-        if like is not None:
-            module.to(like.device, like.dtype)
-        put_at(model, path, module.train(now.training))
+        trained[path] = module_at(model, path)
+        _put_in_place(model, path, module)
     owner.swapped += 1
     try:
         yield
     finally:
         owner.swapped -= 1
-        for path, module in trained.items():
-            put_at(model, path, module)
+        for path in owner.modules_before:  # none any more if the last adapter was deleted
+            put_at(model, path, trained[path])
+
+
+def _put_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
+    now = module_at(model, path)
+    if (like := next(now.parameters(), None)) is not None:
+        module.to(like.device, like.dtype)
+    put_at(model, path, module.train(now.training))
 
 
 def attach(model: nn.Module, owner: Adapters) -> None:
@@ -265,9 +269,23 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
 
 
 def eject(model: nn.Module) -> None:
-    """Take all adapters off and restore requires_grad of each parameter as it was before inject."""
-    before = model.efft.requires_grad_before
+    """Take all adapters off and restore the modules and requires_grad of before inject. Norms get the model's mode."""
+    owner, widths = model.efft, [linear.out_features for _, linear in classifiers_of(model)]
+    before = owner.requires_grad_before
     detach(model)
+    modules = dict(named_modules(model))  # without those that were removed since
+    for path in owner.modules_before.keys() & modules.keys():
+        now, module = modules[path], owner.modules_before[path]
+        kinds = [(type(m), {k: getattr(t, "shape", 0) for k, t in m.state_dict().items()}) for m in (now, module)]
+        if kinds[0] == kinds[1]:
+            now.load_state_dict(module.state_dict())  # others may refer to it
+        else:
+            _put_in_place(model, path, module)
+    owner.modules_before = {}
+    if widths != (widths := [linear.out_features for _, linear in classifiers_of(model)]):
+        tell_classes(model, *widths[:1] or [0])
+    for norm in owner.frozen_norms:
+        norm.train(model.training)
     parameters = dict(named_parameters(model))
     for key in before.keys() & parameters.keys():  # a head that was replaced may have other names
         parameters[key].requires_grad_(before[key])

@@ -253,6 +253,7 @@ def test_batch_norms_outside_the_head_keep_their_statistics():
     assert not model.pre.weight.requires_grad
     model.pre(images())
     assert model.pre.num_batches_tracked == 0
+    assert ek.delete_adapter(model, "default").pre.training
 
 
 def test_hooks_and_references_of_a_linear_survive():

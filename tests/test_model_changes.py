@@ -437,6 +437,12 @@ def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, train
         torch.testing.assert_close(loaded(x), trained)
         with ek.disable_adapter(loaded):
             assert torch.equal(loaded(x), before)
+            ek.delete_adapter(loaded, "default")
+        assert torch.equal(loaded(x), before)
+    own = model.head
+    ek.delete_adapter(model, "default")
+    assert torch.equal(model(x), before) and all(p.requires_grad for p in model.parameters())
+    assert model.num_classes == 10 and (model.head is own) == isinstance(head, str)
 
 
 def test_adapters_of_equal_shapes_share_one_graph():
