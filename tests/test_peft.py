@@ -548,6 +548,8 @@ def test_lora_is_the_same_to_rounding(dtype, options, passes):
     assert len(passes) == 8 * 2 * len(options.get("target_modules", TARGETS)) and fast.keys() == plain.keys()
     for key in fast:
         assert_accurate(fast[key], plain[key], exact[key], key, exact[key].abs().sum())
+    again = accelerate_lora(model, backend="reference").modules()
+    assert {layer.efft_backend for layer in again if isinstance(layer, FastLoraLinear)} == {"reference"}
     restore_lora(model)
     assert_bits(stacked(model, dtype), plain)
 

@@ -78,7 +78,7 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
             unchanged then.
     """
     check_backend(backend)
-    found, refused = [], []
+    found, refused = [layer for layer in model.modules() if isinstance(layer, FastLoraLinear)], []
     for path, layer in model.named_modules():
         if not isinstance(layer, lora.LoraLayer) or isinstance(layer, FastLoraLinear):
             continue
@@ -95,10 +95,12 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
             f"accelerate_lora supports LoRA of nn.Linear, got {'; '.join(refused[:5])}{more}; strict=False leaves "
             "these to PEFT"
         )
-    if not found and not any(isinstance(layer, FastLoraLinear) for layer in model.modules()):
+    if not found:
         raise ValueError(f"{type(model).__name__} has no LoRA layer of PEFT that accelerate_lora supports")
     for layer in found:
-        layer.__class__, layer.efft_backend = FastLoraLinear, backend
+        layer.efft_backend = backend
+        if type(layer) is lora.Linear:
+            layer.__class__ = FastLoraLinear
     return model
 
 
