@@ -158,14 +158,16 @@ def unmerge(model: nn.Module) -> nn.Module:
         found = module_at(model, path)
         if type(found) not in PLAIN or found.weight.shape != shape:
             raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
-    device = module_at(model, merged.names[0]).weight.device
     with torch.no_grad():
         for path, weight in merged.weights.items():
             module_at(model, path).weight.copy_(weight)
     for path, linear in merged.modules.items():
-        put_at(model, path, linear.to(device).train(module_at(model, path).training))
+        now = module_at(model, path)
+        put_at(model, path, linear.to(now.weight.device).train(now.training))
     del model._efft_merged
-    attach(model, merged.adapters.to(device))
+    for group in (group for groups in merged.adapters.values() for group in groups.values()):
+        group.to(kept_in(module_at(model, next(iter(group.slots))))[1])  # which may differ between parts of a model
+    attach(model, merged.adapters)
     for path in merged.names:
         AdaptedLinear.adopt(module_at(model, path), path, model.efft)
         call_linear(model, path)

@@ -332,6 +332,16 @@ def test_a_merge_that_fails_midway_changes_nothing(keep, monkeypatch):
     ek.merge(model)
 
 
+def test_unmerge_puts_each_group_where_its_linears_are_now():
+    model = ek.merge(ek.inject(swin(), SMALL))
+    model.layers[1].to("meta")
+    groups = ek.unmerge(model).efft["default"].values()
+    assert {(next(iter(g.slots))[:8], p.device.type) for g in groups for p in g.parameters()} == {
+        ("layers.0", "cpu"),
+        ("layers.1", "meta"),
+    }
+
+
 def test_unmerge_refuses_linears_that_were_replaced():
     model = ek.merge(shake(ek.inject(vit(), ek.EFFTConfig(rank=4))))
     model.blocks[0].mlp.fc1 = torch.nn.Identity()
