@@ -221,12 +221,16 @@ def few_rows() -> Table:
             for (size, dtype), ms in _model_ms(run["results"], part).items():
                 ratios = [f"{ms['efft_group'] / ms[other]:.2f}" for other in ("merged", "left_to_right")]
                 rows.setdefault((f"{_where(name, run)}, {dtype}", size.removeprefix("M=")), []).extend(ratios)
-    head = ["", "rows", "forward, / merged weight", "/ plain torch", "forward+backward, / merged weight"]
+    head = [
+        "",
+        "rows",
+        *(part + over for part in ("forward", "forward+backward") for over in (", / merged", ", / torch")),
+    ]
     note = (
-        "Time of `efft_linear` over that of the alternative, of sums over proj and fc1 of ViT-B. Plain torch multiplies "
-        "from left to right, too."
+        "Time of `efft_linear` over that of the alternative, of sums over proj and fc1 of ViT-B. Plain torch, too, "
+        "multiplies from left to right."
     )
-    return Table([*head, "/ plain torch"], [[*case, *cells] for case, cells in rows.items()], note, records)
+    return Table(head, [[*case, *cells] for case, cells in rows.items()], note, records)
 
 
 def swin() -> Table:
