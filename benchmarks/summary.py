@@ -404,9 +404,9 @@ def ablation() -> Table:
     from paper.changes import table
 
     note = (
-        "Rank 16, ViT-S at 56 pixels, 1000 training images, 2 epochs on cifar10 and 5 on dsprites_loc: top-1 of 2000 test "
-        "images in % (base) and its change in points, mean ± standard deviation of two seeds, seed 0 alone where there "
-        "is no deviation."
+        "Rank 16, ViT-S at 56 pixels, 1000 training images, 2 epochs (dsprites_loc: 5): top-1 of 2000 test images in % "
+        "(base) and its change in points, mean ± standard deviation of two seeds, seed 0 alone where there is no "
+        "deviation."
     )
     return Table(*table(read_csv(RESULTS / "ablation/runs.csv")), note, ["ablation/runs.csv"])
 

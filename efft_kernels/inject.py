@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear
 from .attention import with_projections
@@ -268,22 +268,31 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
                 call_linear(model, path)
 
 
+def _as_split(t, now) -> Tensor:
+    """A tensor as the one that it replaces, which FSDP2 may have split among processes."""
+    if not isinstance(now, Tensor) or not hasattr(now, "device_mesh"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(now.device), now.device_mesh, now.placements)
+
+
 def eject(model: nn.Module) -> None:
     """Take all adapters off and restore the modules and requires_grad of before inject. Norms get the model's mode."""
-    owner, widths = model.efft, [linear.out_features for _, linear in classifiers_of(model)]
-    before = owner.requires_grad_before
+    owner, before = model.efft, model.efft.requires_grad_before
     detach(model)
     modules = dict(named_modules(model))  # without those that were removed since
     for path in owner.modules_before.keys() & modules.keys():
         now, module = modules[path], owner.modules_before[path]
         kinds = [(type(m), {k: getattr(t, "shape", 0) for k, t in m.state_dict().items()}) for m in (now, module)]
         if kinds[0] == kinds[1]:
-            now.load_state_dict(module.state_dict())  # others may refer to it
-        else:
+            state = now.state_dict()
+            now.load_state_dict({key: _as_split(t, state[key]) for key, t in module.state_dict().items()})
+        else:  # otherwise in the same object, because others may refer to it
             _put_in_place(model, path, module)
+    if owner.modules_before.keys() - owner.trained or owner.modules_before.keys() & heads_of(model):
+        tell_classes(model, *[linear.out_features for _, linear in classifiers_of(model)][:1] or [0])
     owner.modules_before = {}
-    if widths != (widths := [linear.out_features for _, linear in classifiers_of(model)]):
-        tell_classes(model, *widths[:1] or [0])
     for norm in owner.frozen_norms:
         norm.train(model.training)
     parameters = dict(named_parameters(model))

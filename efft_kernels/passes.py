@@ -155,13 +155,13 @@ class Passes:
         Raises:
             RuntimeError: the model is a replica of nn.DataParallel.
         """
-        if not torch.compiler.is_compiling() and "_is_replica" in vars(model):
-            raise RuntimeError(
-                f"this {type(model).__name__} is a replica of nn.DataParallel, which does not give it the factors: use "
-                "DistributedDataParallel, or make one GPU visible"
-            )
         self._enter(None)
         if groups := self.groups():
+            if not torch.compiler.is_compiling() and "_is_replica" in vars(model):
+                raise RuntimeError(
+                    f"this {type(model).__name__} is a replica of nn.DataParallel, which does not give it the factors: "
+                    "use DistributedDataParallel, or make one GPU visible"
+                )
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 know(model)  # the norms whose results may be rebuilt in the backward
             pairs = {}

@@ -314,6 +314,19 @@ def test_kept_equals_read(tmp_path):
     assert all(torch.equal(a, c) and b == d for (a, b), (c, d) in zip(want, (found.train[0, i] for i in range(8))))
 
 
+@pytest.mark.slow
+def test_a_process_that_raises_ends_with_its_workers():
+    """Its traceback keeps the loader alive, so that the workers are ended by SIGTERM."""
+    code = (
+        "import torch; from efft_kernels.finetune.data import keeping_readers, reading\n"
+        "with keeping_readers():\n"
+        "    loader = iter(torch.utils.data.DataLoader([1] * 9, **reading(1)))\n"
+        "    next(loader); loader._workers[0].terminate(); next(loader); raise ValueError('stopped')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ValueError: stopped" in done.stderr
+
+
 def test_importing_it_loads_nothing_heavy():
     heavy = ("timm", "accelerate", "transformers", "sklearn")
     code = f"import sys, efft_kernels.finetune.data; print([m for m in {heavy} if m in sys.modules])"

@@ -66,6 +66,9 @@ def check(rank, make, parts, batch, fsdp):
         with torch.no_grad():
             torch.testing.assert_close(wrapped.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
         wrapped.train()
+    if fsdp and hasattr(model, "efft"):
+        ek.delete_adapter(wrapped, "default")
+        assert not hasattr(model, "efft") and wrapped(x).isfinite().all()
 
 
 def worker(rank, path, folder):

@@ -550,6 +550,39 @@ def test_samples_along_the_second_dimension(method):
         torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
 
 
+class Calls:
+    """What a forward changes, as it does a cache; the second block may be left out."""
+
+    count, short = 0, False
+
+
+def with_calls(**options):
+    model = vit(**options)
+    forward, block = model.forward, model.blocks[1].forward
+    calls = model.calls = Calls()
+
+    def run(x, given=calls, scaled=False):
+        given.count += 1
+        return forward(x / x.abs().max() if scaled else x)
+
+    model.forward, model.blocks[1].forward = run, lambda x: x if calls.short else block(x)
+    return model
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_the_search_for_the_samples_cannot_see(scaled):
+    """It changes no object of the caller, and leaves what it does not reach, or where NaN spreads, as it was."""
+    bank, models = filled(make=with_calls)
+    x, ids, calls = images(3), ["a", None, "b"], Calls()
+    for short in (True, False):
+        for model in (bank.model, *models.values()):
+            model.calls.short = short
+        with bank.use(ids), torch.no_grad():
+            y = bank.model(x, calls, scaled)
+        torch.testing.assert_close(y, one_by_one(models, ids, x / x.abs().max() if scaled else x), rtol=1e-4, atol=1e-5)
+    assert calls.count == 2
+
+
 def test_a_linear_whose_input_does_not_keep_the_samples_together_is_named():
     bank, _ = filled()
     with bank.use(["a", "b"]):

@@ -1,6 +1,7 @@
 """What efft-finetune does with finished runs: report, predict, export, merge, compare."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def _predict(given: argparse.Namespace) -> int:
     options |= {"workers": given.workers, "show": given.out is not None}
     if given.out is None:
         bad = []
-        sys.stdout.reconfigure(errors="surrogateescape")  # the name of a file may contain bytes that are not UTF-8
+        with contextlib.suppress(AttributeError):  # of a stream that a caller put in its place
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files may contain bytes that are not UTF-8
         for found in label(given.run, files, **options):
             if found.problem:
                 bad.append(found.problem)

@@ -1,10 +1,12 @@
 """Data sets: read from a folder, a list or a registered source, checked, and turned into tensors."""
 
 import contextlib
+import functools
+import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -136,10 +138,36 @@ def open_data(
     return Data(*parts, names, found.multilabel)
 
 
-def leave_signals(worker: int) -> None:
-    """In a process that reads images: ignore signals to stop, after which the run takes a step and saves its state."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@functools.cache
+def _run_goes_on():  # memory that is shared with processes that read images
+    return multiprocessing.RawValue("b", False)
+
+
+@contextlib.contextmanager
+def keeping_readers() -> Iterator[None]:
+    """Within this context processes of :func:`reading` ignore SIGTERM."""
+    goes_on = _run_goes_on()
+    goes_on.value = True
+    try:
+        yield
+    finally:
+        goes_on.value = False
+
+
+def reading(workers: int) -> dict:
+    """Options of a DataLoader. A signal to stop may go to all processes of a run, which then still takes a step and
+    saves its state: those that read images leave it to the run until that ends.
+    """
+    return {"num_workers": workers, "worker_init_fn": functools.partial(_leave_signals, _run_goes_on())}
+
+
+def _leave_signals(goes_on, worker: int) -> None:
+    def end(number, frame):
+        if not goes_on.value:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
 
 
 def transform(size: int, augment: str, interpolation: str):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..extras import need
 from . import methods
-from .data import Pictures, leave_signals
+from .data import Pictures, reading
 from .images import DataError
 from .models import logits
 from .prepared import Prepared
@@ -78,8 +78,7 @@ def evaluate(
     mine += [-1] * (-(-len(part) // world) - len(mine))
     sampler = [[max(i, 0) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
     workers = 0 if part.kept is not None else s.workers
-    options = {"num_workers": workers, "worker_init_fn": leave_signals}
-    batches = iter(torch.utils.data.DataLoader(part, batch_sampler=sampler, **options))
+    batches = iter(torch.utils.data.DataLoader(part, batch_sampler=sampler, **reading(workers)))
     at = 0
     for _ in range(len(sampler)):
         images, labels = next_batch(batches)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layouts import classifiers_of
-from .data import leave_signals
+from .data import reading
 from .models import logits
 from .prepared import Prepared
 
@@ -106,8 +106,7 @@ def _batches(run: Prepared, order: list[int]) -> Iterator[Tensor]:
     size = run.settings.batch_size // (run.settings.accumulate * run.accelerator.num_processes)
     sampler = [order[at : at + size] for at in range(0, len(order), size)]
     workers = 0 if run.data.train.kept is not None else run.settings.workers
-    options = {"batch_sampler": sampler, "num_workers": workers, "worker_init_fn": leave_signals}
-    for images, _ in torch.utils.data.DataLoader(run.data.train, **options):
+    for images, _ in torch.utils.data.DataLoader(run.data.train, batch_sampler=sampler, **reading(workers)):
         yield images
 
 

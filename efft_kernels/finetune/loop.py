@@ -23,7 +23,7 @@ from . import checkpoints, methods
 from .bars import bar
 from .captured import CapturedStep
 from .checkpoints import Progress
-from .data import SOURCES, leave_signals, seed_all
+from .data import SOURCES, keeping_readers, reading, seed_all
 from .evaluation import evaluate, loss_of, next_batch, right_answers
 from .folders import check_out
 from .head_init import probe_head
@@ -92,7 +92,7 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
         made, schedule = begin(run, saved)
         del saved  # as large as the optimizer
         logs = Trackers(accelerator, settings, made.step // run.steps + 1)
-        with _stop_signals() as stop:
+        with keeping_readers(), _stop_signals() as stop:
             fit(run, made, schedule, logs, stop, after_epoch)
             return finish(run, made, logs)
 
@@ -213,9 +213,8 @@ def fit(
     loader = torch.utils.data.DataLoader(
         images,
         batch_sampler=batches,
-        num_workers=0 if images.kept is not None else s.workers,
-        worker_init_fn=leave_signals,
         pin_memory=accelerator.device.type == "cuda",
+        **reading(0 if images.kept is not None else s.workers),
     )
     gradients = functools.partial(_gradients, run, progress)
     if s.cuda_graph:

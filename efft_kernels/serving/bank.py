@@ -31,6 +31,7 @@ from .batch_dims import Trial, batch_dim
 from .loading import Adapter, load
 
 # the uses that this thread or asyncio task has entered and not left, innermost last
+_trial = threading.Lock()
 _uses: ContextVar[tuple["_Use | Trial", ...]] = ContextVar("efft_kernels_uses", default=())
 
 
@@ -80,7 +81,7 @@ class AdapterBank:
         self._adapters: dict[str, Adapter] = {}
         self._changed: list[AdaptedLinear] = []  # Linears whose class was changed
         self.watched: set = set()  # as for Passes
-        self._batch_dims: dict[str, int | None] = {}  # of a Linear's input, by path
+        self._batch_dims: dict[str, int | None] | None = {}  # of a Linear's input, by path
         self._tried = 0  # Linears that there were when these were found
         self._replays = weakref.WeakValueDictionary()  # id of a backward -> the use whose forward it recomputes
         self._lock = threading.Lock()
@@ -271,10 +272,13 @@ class AdapterBank:
 
     def _find_batch(self, use: "_Use", args: tuple, kwargs: dict) -> None:
         linears = len(self._changed)
-        if use.mixed and self._tried != linears:
-            with _entered(trial := Trial(self, len(use.index))):
-                self._batch_dims = trial.run(args, kwargs)
-            self._tried = linears
+        if not use.mixed or self._tried == linears:
+            return
+        with _trial:  # it changes the mode of the model
+            if self._tried != linears:
+                with _entered(trial := Trial(self, len(use.index))):
+                    self._batch_dims = trial.run(args, kwargs)
+                self._tried = linears
 
     def _current_use(self) -> "_Use | Trial | None":
         """The use that a layer running now belongs to: of the forward that backward recomputes, or the innermost."""

@@ -1,43 +1,58 @@
 """Where the Linears of a bank have the batch: found by a forward in which all samples but the first are NaN."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Trial:
     """Such a forward, of which the Linears see this object as their use.
 
     NaN marks the rows of the other samples wherever the model puts them. Shapes would not tell: 50 rows may be the
-    tokens of a sequence or the windows of 5 samples.
+    tokens of a sequence or the windows of 5 samples. Nothing is found where no input can be NaN, or where NaN reaches
+    the first sample, as by a BatchNorm without statistics.
     """
 
     def __init__(self, bank, batch: int):
         self.bank, self.batch = bank, batch
         self.dims: dict[str, set[int]] = {}
+        self.marked = False
 
     @torch.compiler.disable
-    def run(self, args: tuple, kwargs: dict) -> dict[str, int | None]:
-        """path -> the dimension of its input, 0 or 1, in which the samples follow each other; None if in neither."""
+    def run(self, args: tuple, kwargs: dict) -> dict[str, int | None] | None:
+        """path -> the dimension of its input, 0 or 1, in which the samples follow each other; None if in neither.
+
+        Returns:
+            None if nothing is found.
+        """
         model = self.bank.model
         training = [module for module in model.modules() if module.training]
         for module in training:  # BatchNorm would keep NaN in its statistics
             module.training = False
         try:
             args, kwargs = tree_map(self._with_nan, (args, kwargs))
+            if not self.marked:
+                return None
             with torch.no_grad():
-                model.forward(*args, **kwargs)  # without the model's hooks
+                found = model.forward(*args, **kwargs)  # without the model's hooks
         finally:
             for module in training:
                 module.training = True
+        outputs = [t for t in tree_leaves(found) if isinstance(t, Tensor) and t.shape[:1] == (self.batch,)]
+        if any(t[0].isnan().any() for t in outputs):
+            return None
         return {path: min(dims, default=None) for path, dims in self.dims.items()}
 
     def _with_nan(self, t):
-        if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape[:1] != (self.batch,):
+        if not isinstance(t, Tensor):
+            return copy.deepcopy(t)  # such as a cache, which a forward changes
+        if not t.is_floating_point() or t.shape[:1] != (self.batch,):
             return t
+        self.marked = True
         return torch.cat([t[:1].nan_to_num(0.0, 0.0, 0.0), torch.full_like(t[1:], float("nan"))])
 
     def linear(self, layer: nn.Linear, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, *columns) -> Tensor:
@@ -50,12 +65,16 @@ class Trial:
         return self.linear(layer, path, x, layer.weight, layer.bias)
 
 
-def batch_dim(dims: Mapping[str, int | None], path: str, x: Tensor, batch: int) -> int:
-    """The dimension in which x, the input of the Linear at this path, has the samples; a ValueError if in none."""
+def batch_dim(dims: Mapping[str, int | None] | None, path: str, x: Tensor, batch: int) -> int:
+    """The dimension in which x, the input of the Linear at this path, has the samples; a ValueError if in none.
+
+    dims: of :meth:`Trial.run`. A Linear that the trial did not call has them where all others have; where nothing was
+    found, the first dimension is taken.
+    """
     where = f"{path} gets x {list(x.shape)}"
-    if path not in dims:
+    if dims is not None and path not in dims and len(set(dims.values())) != 1:
         raise ValueError(f"{where} before a forward of the model has shown where it has the {batch} samples")
-    dim = dims[path]
+    dim = 0 if dims is None else dims.get(path, next(iter(dims.values())))
     if dim is None or x.dim() < dim + 2 or x.shape[dim] % batch:
         raise ValueError(
             f"{where}, whose first or second dimension must be the batch of {batch} samples, or a multiple of it with "

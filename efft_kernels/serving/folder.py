@@ -38,6 +38,7 @@ class AdapterFolder:
             raise FileNotFoundError(f"there is no folder {self.path} for adapters")
         self.loads = self.evictions = 0
         self._sizes: OrderedDict[str, int] = OrderedDict()  # key in the bank -> bytes, most recently used last
+        self._too_large: dict[str, tuple[str, int]] = {}  # name -> key and bytes of its file, if they exceed the budget
         self._holders: dict[str, int] = {}  # key -> number of contexts that hold it
         self._lock = threading.Lock()
 
@@ -98,8 +99,12 @@ class AdapterFolder:
                     del self._holders[key]
 
     def _load(self, name: str, key: str) -> None:
-        adapter = self.bank.read(self.file(name), strict=True)
-        if (size := adapter.bytes()) > self.budget:
+        there, size = self._too_large.get(name, ("", 0))
+        if there != key:
+            adapter = self.bank.read(self.file(name), strict=True)
+            size = adapter.bytes()
+        if size > self.budget:
+            self._too_large[name] = key, size  # it is not read again
             raise ValueError(f"adapter {name!r} of {size} bytes is larger than the budget of {self.budget}")
         for old in [old for old in self._sizes if old.rpartition("@")[0] == name and old not in self._holders]:
             self._evict(old)
