@@ -238,7 +238,8 @@ class AdapterBank:
                 forward raises it too, before it computes anything, for a batch of another size; and a Linear, by its
                 name, for an input that has the samples neither along its first dimension (also as windows or tokens of
                 each) nor along its second (sequence first). The first forward of a mixed batch computes twice, to find
-                where each Linear has them; calls that bypass it (``forward_features``, one block) may follow it.
+                where each Linear has them (the first dimension where that shows nothing, as with inputs that are all
+                integers); calls that bypass it (``forward_features``, one block) may follow it.
             RuntimeError: the bank has released its model.
         """
         with _entered(self._start(ids)):
