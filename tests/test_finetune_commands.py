@@ -119,6 +119,13 @@ def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
     y = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]).softmax(1)[0]
     ((_, label, p),) = predict(run, [file])
     assert json.loads(meta["classes"])[int(y.argmax())] == label and abs(float(y.max()) - p) < 1e-3
+    monkeypatch.setattr(exporting, "_IN_ONE_FILE", 1000)
+    apart = tmp_path / "apart/m.onnx"
+    apart.parent.mkdir()
+    assert cli.main(["export", str(run), "--to", "onnx", "--out", str(apart)]) == cli.DONE
+    assert {path.name for path in apart.parent.iterdir()} == {"m.onnx", "m.onnx.data"}
+    again = runtime.InferenceSession(str(apart)).run(None, {"pixels": pixels.numpy()})[0]
+    assert np.array_equal(again, session.run(None, {"pixels": pixels.numpy()})[0])
     original = exporting._FromPixels.forward
     calls = []
 

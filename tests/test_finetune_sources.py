@@ -254,6 +254,17 @@ def test_datasets_with_texts_and_several_labels(library, tmp_path):
     rows(library, 4, labels=(several, [[0], [0, 1], [], [1]])).save_to_disk(tmp_path / "several")
     found = open_data(tmp_path / "several", 16, test_fraction=0.0)
     assert found.multilabel and found.train.labels == [(0,), (0, 1), (), (1,)]
+    for kind, classes in (
+        (library.Value("float32"), ("0", "1", "2")),
+        (library.ClassLabel(names=["a", "b", "c"]), "abc"),
+    ):
+        column = (library.List(kind), [[0, 1, 0], [1, 0, 1], [0, 0, 0]])
+        rows(library, 3, labels=column).save_to_disk(tmp_path / classes[0])
+        found = open_data(tmp_path / classes[0], 16, test_fraction=0.0)
+        assert found.classes == tuple(classes) and found.train.labels == [(1,), (0, 2), ()]
+    rows(library, 2, labels=(library.List(library.Value("int64")), [[2, 2], [3]])).save_to_disk(tmp_path / "twice")
+    with pytest.raises(DataError, match="lists of different classes, or of 0 or 1 for each class, in 'labels'"):
+        open_data(tmp_path / "twice", 16)
     texts = library.List(text)
     for name, column in {"label": (text, ["a", None]), "labels": (texts, [["a"], None])}.items():
         rows(library, 2, **{name: column}).save_to_disk(tmp_path / name)

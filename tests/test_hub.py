@@ -1,5 +1,6 @@
 """Adapters on a hub, for which a local folder stands in: huggingface_hub's own calls are replaced."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,11 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert f"| test, top-1 (%) | {result.metrics['test']['top1']:.4g} |" in card and str(tmp_path) not in record
     (mine, _), (theirs, _) = restore(tmp_path / "out"), restore("hf-hub:me/run")
     assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
+    record = json.loads((tmp_path / "out/metrics.json").read_text())
+    record["settings"]["model"] = f"hf:{photos}"
+    (tmp_path / "out/metrics.json").write_text(json.dumps(record))
+    export(tmp_path / "out", "hub", "me/folder")
+    assert '"model": "hf:photos"' in (hub / "me/folder/metrics.json").read_text()
 
 
 @pytest.mark.parametrize(

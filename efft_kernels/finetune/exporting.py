@@ -1,6 +1,7 @@
 """Export a finished run: merged weights, an ONNX model that takes pixels, a LoRA for PEFT, a repository on the hub."""
 
 import json
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..extras import need
 from ..files import publish
 from ..hub import ADAPTER, PREFIX, repository
 from ..merge import merge
-from ..storage import write_bytes
+from ..storage import write
 from . import checkpoints
 from .finished import beside, merged, read_record, restore
 from .models import logits, normalisation
@@ -21,6 +22,7 @@ from .results import NAMES
 from .settings import Settings
 
 FORMATS = {"lora": "-lora", "onnx": ".onnx", "weights": ".safetensors", "hub": None}  # -> end of the default name
+_IN_ONE_FILE = 2**31 - 2**24  # bytes of weights; the graph beside them takes less than 16 MiB
 
 
 def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint: str | None = None) -> Path | str:
@@ -75,6 +77,9 @@ def _to_hub(out: str | Path, name: str | Path | None) -> str:
     }
     for key in ("data", "out", "checkpoint"):  # a folder of this machine is nobody's business
         record["settings"][key] = record["settings"][key] and (Path(record["settings"][key]).resolve().name or key)
+    kind, _, place = record["settings"]["model"].partition(":")
+    if kind in ("hf", "local-dir") and Path(place).exists():
+        record["settings"]["model"] = f"{kind}:{Path(place).resolve().name}"
     record["result"]["adapter"] = ADAPTER
     record.pop("run", None)
     publish(adapter, repo, metrics, {"metrics.json": json.dumps(record, indent=1).encode()})
@@ -97,7 +102,8 @@ class _FromPixels(nn.Module):
 def _onnx(out: str | Path, path: Path, checkpoint: str | None) -> Path:
     """Write the merged model as ONNX: pixels [batch, 3, S, S] from 0 to 255, RGB, float32 -> logits [batch, classes].
 
-    Size, interpolation and the names of the classes are among the metadata of the file.
+    Size, interpolation and the names of the classes are among the metadata of the file. Weights of more than 2 GiB,
+    which the format cannot hold, are in a second file beside it, PATH.data.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package, "onnx")
@@ -133,16 +139,21 @@ def _onnx(out: str | Path, path: Path, checkpoint: str | None) -> Path:
     }
     for key, value in described.items():
         proto.metadata_props.add(key=key, value=value)
-    data = proto.SerializeToString()
-    onnx.checker.check_model(proto)
-    _check(whole, data, size)
-    with checkpoints.storing(path.parent, str(path)):
-        write_bytes(path, data)
+    apart = sum(t.nbytes for t in whole.state_dict().values()) > _IN_ONE_FILE
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, path.name)
+        onnx.save_model(proto, written, save_as_external_data=apart, location=f"{path.name}.data")
+        onnx.checker.check_model(written)
+        _check(whole, written, size)
+        with checkpoints.storing(path.parent, str(path)):
+            for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first
+                with open(part, "rb") as source:
+                    write(path.parent / part.name, lambda file, source=source: shutil.copyfileobj(source, file))
     return path
 
 
 @torch.no_grad()
-def _check(model: nn.Module, data: bytes, size: int) -> None:
+def _check(model: nn.Module, file: Path, size: int) -> None:
     """Compare an ONNX model with the one in torch on batches of 1 and 3 images.
 
     Raises:
@@ -152,15 +163,12 @@ def _check(model: nn.Module, data: bytes, size: int) -> None:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:  # a model above 2 GiB cannot be given as bytes
-        file = Path(folder) / "model.onnx"
-        file.write_bytes(data)
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        for batch in (1, 3):
-            generator = torch.Generator().manual_seed(batch)
-            pixels = torch.randint(0, 256, (batch, 3, size, size), generator=generator).float()
-            want = model(pixels)
-            got = torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
-            far = (got - want).abs().max().item()
-            if not far <= 1e-3 * max(1.0, want.abs().max().item()):  # also for nan
-                raise ValueError(f"the ONNX model gives other logits than torch: they differ by {far:.2g}")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        generator = torch.Generator().manual_seed(batch)
+        pixels = torch.randint(0, 256, (batch, 3, size, size), generator=generator).float()
+        want = model(pixels)
+        got = torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
+        far = (got - want).abs().max().item()
+        if not far <= 1e-3 * max(1.0, want.abs().max().item()):  # also for nan
+            raise ValueError(f"the ONNX model gives other logits than torch: they differ by {far:.2g}")
