@@ -198,6 +198,13 @@ def peft_lora(base: nn.Module, o: "Options") -> nn.Module:
     return model
 
 
+def accelerated(base: nn.Module, o: "Options") -> nn.Module:
+    model = peft_lora(base, o)
+    from efft_kernels.peft import accelerate_lora
+
+    return accelerate_lora(model, backend=o.backend)
+
+
 class Options(NamedTuple):
     rank: int = 16
     lora_rank: int = 8
@@ -228,6 +235,8 @@ def methods(device: str) -> tuple[list[Method], dict[str, str]]:
         Method("merged", "frozen, head trained, gradient through all blocks: a lower bound for adapters", merged),
         Method("full", "every weight trained", full),
         Method("peft_lora", "LoRA on all Linears by the PEFT library, factors in the model's dtype", peft_lora),
+        Method("accelerated", "peft_lora after efft_kernels.peft.accelerate_lora: the same layers and parameters",
+               accelerated, True),
         Method("released_efft", f"EFFT2, shared cores, dW formed dense per call, factor dropout {DROPOUT}",
                released_efft),
         Method("fact_tt", f"FacT-TT in plain torch, slice by slice, activation dropout {DROPOUT}", fact_tt),

@@ -29,6 +29,7 @@ COLOURS = {
     "released_efft": "#8c2d04",
     "fact_tt": "#d9603b",
     "peft_lora": "#c28f00",
+    "accelerated": "#80cdc1",
     "efft2": "#1b7837",
     "efft2_p0": "#5aae61",
     "efft2_kept": "#00441b",

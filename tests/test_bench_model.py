@@ -18,7 +18,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import bench_inference
-import bench_lora
 import bench_train_step
 import harness
 import steps
@@ -59,7 +58,7 @@ NAMES = [m.name for m in harness.methods("cpu")[0]]
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "merged_onednn"])  # oneDNN has no float64
 @pytest.mark.parametrize("model", ["vit_b", "swin_t"])
 def test_methods_start_as_the_backbone_and_share_it(model, name):
-    if name == "peft_lora":
+    if name in ("peft_lora", "accelerated"):
         pytest.importorskip("peft")
     base = backbone(model)
     made, x = build(name, base), torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -199,9 +198,13 @@ def test_memory_of_a_step_alone(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit_b", "swin_t"])
 def test_train_step(model, tmp_path, capsys):
-    chosen, dtypes = ["full", "released_efft", "fact_tt", "efft2", "efft2_p0"], ["float32", "bfloat16"]
+    pytest.importorskip("peft")
+    chosen, dtypes = (
+        ["full", "peft_lora", "accelerated", "released_efft", "fact_tt", "efft2", "efft2_p0"],
+        ["float32", "bfloat16"],
+    )
     if model == "swin_t":
-        chosen, dtypes = chosen[:2] + chosen[3:], dtypes[:1]
+        chosen, dtypes = [name for name in chosen if name != "fact_tt"], dtypes[:1]
     options = ["--model", model, "--methods", *chosen, "--dtype", *dtypes, "--out", str(tmp_path / "a" / "b")]
     assert bench_train_step.main([*SIZES, *options]) == 0
     shown = capsys.readouterr().out
@@ -224,6 +227,8 @@ def test_train_step(model, tmp_path, capsys):
     for dtype in dtypes:
         get = lambda name, dtype=dtype: bare[dtype, name]
         assert get("merged")["ops"] < get("efft2_p0")["ops"] < get("efft2")["ops"] < get("released_efft")["ops"]
+        assert get("accelerated")["ops"] < get("peft_lora")["ops"]
+        assert get("accelerated")["trained"] == get("peft_lora")["trained"]
         assert get("merged")["saved_bytes"] < get("efft2_p0")["saved_bytes"] < get("released_efft")["saved_bytes"]
         assert get("merged")["trained_without_head"] == 0 < get("efft2")["trained_without_head"]
         assert steps[dtype, "efft2"]["ops"] > get("efft2")["ops"]
@@ -233,7 +238,7 @@ def test_train_step(model, tmp_path, capsys):
     assert [(s["dtype"], s["pass"]) for s in summary] == [
         (dtype, part) for dtype in dtypes for part in ("step", "forward+backward")
     ]
-    assert summary[0]["efft2_ratio"].keys() == {"merged", *chosen} - {"efft2", "efft2_p0"}
+    assert summary[0]["efft2_ratio"].keys() == {"merged", *chosen} - {"efft2", "efft2_p0", "accelerated"}
 
 
 def fake_compiler(monkeypatch, backend):
@@ -334,28 +339,14 @@ def test_inference(tmp_path, capsys):
     assert record["adapter_bytes"]["bfloat16"] < record["adapter_bytes"]["float32"]
 
 
-@pytest.mark.slow
-def test_lora(tmp_path, capsys):
-    assert bench_lora.main([*SIZES, "--lora-rank", "2", "--out", str(tmp_path / "run")]) == 0
-    assert "after efft_kernels.peft.accelerate_lora" in capsys.readouterr().out
-    record = check_files(tmp_path / "run", "lora", tmp_path)
-    assert record.keys() == RECORD
-    bare = {row["method"]: row for row in record["results"] if row["pass"] == "forward+backward"}
-    assert list(bare) == ["merged", "peft_lora", "accelerated", "efft2_p0"]
-    assert bare["accelerated"]["ops"] < bare["peft_lora"]["ops"]
-    assert bare["accelerated"]["trained"] == bare["peft_lora"]["trained"]
-    assert bench_lora.summary(record["results"])[0]["accelerated_ratio"].keys() == {"merged", "peft_lora"}
-
-
-@pytest.mark.parametrize("script", [bench_train_step, bench_inference, bench_lora])
+@pytest.mark.parametrize("script", [bench_train_step, bench_inference])
 def test_interrupted(script, tmp_path, capsys, monkeypatch):
     def interleave(calls, lap, rounds, deadline):
         yield from timing.interleave(calls, lap, 2, deadline)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(whole_model, "interleave", interleave)
-    chosen = "accelerated" if script is bench_lora else "efft2"
-    assert script.main([*SIZES, "--lora-rank", "2", "--methods", chosen, "--out", str(tmp_path)]) == 130
+    assert script.main([*SIZES, "--lora-rank", "2", "--methods", "efft2", "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
     record = read_run(next(tmp_path.glob("*.json")))
     assert record["complete"] is False

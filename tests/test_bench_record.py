@@ -152,7 +152,7 @@ def test_records_are_small_and_in_their_form():
     paths = [ROOT / name for name in listed.stdout.splitlines()]
     assert {path.suffix for path in paths} <= {".csv", ".json", ".md", ".png"}
     assert all(path.stat().st_size < 500_000 for path in paths if path.exists())
-    several = {"first_run.json": ("timings.csv", "checks.csv", "profile.csv")}
+    several = {"first_run.json": ("timings.csv", "profile.csv")}
     for path in (path for path in paths if path.suffix == ".json" and path.stem != "tuned"):
         run = record.read_run(path) if path.name not in several and path.stem != "runs" else None
         for name in several.get(path.name, (f"{path.stem}.csv",)):
