@@ -73,18 +73,19 @@ METHODS = {
 
 def train_step() -> Table:
     """training step of ViT-B, time and memory, per processor"""
-    records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
+    records = ["emerald_rapids/train_vit_b", "zen5/train_vit_b_float32"]
     gpus = [folder for folder, _ in recorded()]
-    kinds = [(name, "train_step") for name in [*records, *gpus]]
+    kinds = [(records[0], "train_step", dtype) for dtype in ("float32", "bfloat16")]
+    kinds += [(name, "train_step", None) for name in [records[1], *gpus]]
     for kind in ("train_step_graph", "train_step_compile_graph"):
-        kinds += [(name, kind) for name in gpus if (RESULTS / name / f"{kind}.json").exists()]
+        kinds += [(name, kind, None) for name in gpus if (RESULTS / name / f"{kind}.json").exists()]
     records += gpus
     head, columns, rounds = ["training step of ViT-B"], [], set()
-    for name, kind in kinds:
-        run, steps = _steps(name, kind)
+    for name, kind, dtype in kinds:
+        run, steps = _steps(name, kind, dtype)
         arguments = run["arguments"]
         mode = "" if (mode := _mode(arguments)) == "eager" else f", {mode}"
-        head.append(f"{_where(name, run)}, {arguments['dtype'][0]}, batch {arguments['batch']}{mode}")
+        head.append(f"{_where(name, run)}, {dtype or arguments['dtype'][0]}, batch {arguments['batch']}{mode}")
         rounds |= {row["rounds"] for row in steps.values()}
         columns.append({method: f"{digits(r['ms'])} ms, {_mib(_memory(r))} MiB" for method, r in steps.items()})
     methods = ["efft2", "peft_lora", "full", "released_efft"]
