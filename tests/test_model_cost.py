@@ -1,6 +1,8 @@
 """What an adapted training step adds to a merged, frozen one: operations launched and activations held."""
 
 import functools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,35 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import efft_kernels as ek
 
-# every operation that is not a view is a launch on a GPU; these launch nothing although they are not marked as views
-FREE = {"aten::_unsafe_view", "aten::empty_like"}
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import steps
 
 
-class Launches(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += not (op.is_view or op._schema.name in FREE)
-        return op(*args, **(kwargs or {}))
-
-
-def measure(model, x) -> tuple[int, int]:
-    """(launches of forward and backward, bytes that the forward saves besides the parameters)"""
-    saved = {}
-
-    def pack(t):
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    launches = Launches()
-    with launches:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long))
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        loss.backward()
-    return launches.count, sum(n for address, n in saved.items() if address not in own)
+def launches_of(model, x) -> int:
+    """of forward and backward"""
+    with steps.Ops() as launches:
+        F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+    return launches.count
 
 
 def merged_frozen(model):
@@ -63,14 +45,14 @@ def test_launches_of_a_vit_b_step(config, dropout, record_property):
     model = ek.inject(twelve_blocks(), config(dropout)).train()
     ek.rebuild_inputs(False)
     try:
-        launches, _ = measure(model, images())
+        launches = launches_of(model, images())
     finally:
         ek.rebuild_inputs(None)
     record_property("launches", launches)
     assert launches <= (300 if dropout == 0 else 320)
     # rebuilt: the norms and the GELU of each block, but for the first norm, in front of which nothing is trained
     model.zero_grad()
-    assert measure(model, images())[0] == launches + 3 * 12 - 1
+    assert launches_of(model, images()) == launches + 3 * 12 - 1
 
 
 @pytest.mark.parametrize(
@@ -81,12 +63,12 @@ def test_launches_of_a_vit_b_step(config, dropout, record_property):
 )
 def test_launches_of_the_relatives(config):
     model = ek.inject(twelve_blocks(), config).train()
-    assert measure(model, images())[0] <= 360
+    assert launches_of(model, images()) <= 360
 
 
 def test_merged_step_is_the_baseline():
     x = images().requires_grad_()  # a gradient has to travel through all blocks, as it does with adapters
-    launches, _ = measure(merged_frozen(twelve_blocks()).train(), x)
+    launches = launches_of(merged_frozen(twelve_blocks()).train(), x)
     assert 280 <= launches <= 300
 
 
@@ -107,18 +89,9 @@ def test_one_group_update_per_group_and_step():
 
 
 def saved_bytes(model, x, amp: bool = False) -> int:
-    """Bytes that a forward saves besides the parameters, each storage once"""
-    saved = {}
-
-    def pack(t):
-        saved[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, amp):
-        out = model(x)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    del out
-    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in own)
+    with (saved := steps.Saved(model)), torch.autocast("cpu", torch.bfloat16, amp):
+        _out = model(x)
+    return saved.bytes
 
 
 def of_a_vit_b(dtype, amp: bool):

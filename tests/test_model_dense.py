@@ -43,18 +43,20 @@ def unscaled_update_of(group, site, part):
     if isinstance(config, ek.FacTConfig):
         u, v = numbers["u"], numbers["v"]
         sigma = numbers["sigma"] if "sigma" in numbers else torch.einsum("sk,kpq->spq", numbers["p"], numbers["c"])
+        if "rank_weights" in numbers:
+            sigma = sigma * numbers["rank_weights"].unsqueeze(1)
         n = {"fc1": site.width // len(u), "fc2": site.in_features // len(u)}.get(part, 1)
         first = sum(count for key, count in group.order[: [key for key, _ in group.order].index((site.block, part))])
         slices = [scale * u @ sigma[first + i] @ v for i in range(n)]
         return torch.cat(slices, 0 if part == "fc2" else 1)
     row, column = group.order.index((site.block, part)) // len(site.chosen), site.chosen.index(part)
-    if isinstance(config, ek.LoRAConfig):
+    if isinstance(config, (ek.LoRAConfig, ek.LoRAXSConfig)):
         a = numbers["a"][row, column]
         if "rank_weights" in numbers:
             a = a @ numbers["rank_weights"][row, column].diag()
+        if isinstance(config, ek.LoRAXSConfig):
+            return scale * a @ numbers["sigma"][row, column] @ numbers["v"][row, column]
         return scale * a @ numbers["b"][row, column]
-    if isinstance(config, ek.LoRAXSConfig):
-        return scale * numbers["a"][row, column] @ numbers["sigma"][row, column] @ numbers["v"][row, column]
     assert isinstance(config, ek.VeRAConfig)
     d, b = numbers["d"][row, column], numbers["b"][row, column]
     return scale * numbers["u"] @ d.diag() @ numbers["v"] @ b.diag()
@@ -81,7 +83,7 @@ class Numbers:
             keys = list(dict.fromkeys(part if config.cores == "shared" else (block, part) for block, part in keys))
         if isinstance(config, ek.FacTConfig):
             keys = [(key, 4 if key[1] in ("fc1", "fc2") else 1) for key in keys]
-        self.order, self.rank = keys, group.spec.rank[1]
+        self.order, self.rank = keys, group.spec.rank[1 if group.spec.zero == "v" else 0]
         self.channels, first = {}, 0  # (path, part) -> its entries of channel_scale
         for slot in group.spec.slots:
             for part in (part for part in slot.site.parts if part in slot.site.chosen):
@@ -110,13 +112,17 @@ DORA = {
     f"{name}, dora": dataclasses.replace(METHODS[name], dora=True)
     for name in ("efft1", "efft2-scale", "fact-tt", "fact-tk", "lora-all", "lora-options", "lora-xs")
 }
+OPTIONS = {
+    f"{name}, options": dataclasses.replace(METHODS[name], rank_weights=True, channel_scale=True, rank_stabilized=True)
+    for name in ("efft1", "efft2", "efft2-shared", "fact-tt", "fact-tk", "lora-all", "lora-xs")
+}
 
 
 @pytest.mark.parametrize("make", [vit, swin])
-@pytest.mark.parametrize("method", [*METHODS, *DORA])
+@pytest.mark.parametrize("method", [*METHODS, *DORA, *OPTIONS])
 def test_outputs_and_gradients_equal_the_dense_formula(make, method):
     base = make().double()
-    config = (METHODS | DORA)[method]
+    config = (METHODS | DORA | OPTIONS)[method]
     for p in (p for key, p in base.named_parameters() if key.endswith("bias")):  # timm's are zeros
         nn.init.normal_(p, std=0.1)
     model = shake(ek.inject(copy.deepcopy(base), config))

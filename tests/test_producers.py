@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import fuzz
 import pytest
@@ -16,6 +17,9 @@ from efft_kernels import lowrank_linear, mixed_linear
 from efft_kernels.kernels import cpu, reference
 from efft_kernels.ops import producers
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import steps
+
 C = 32
 
 
@@ -25,18 +29,11 @@ def switched_on():
     ek.rebuild_inputs(None)
 
 
-def kept_bytes(run, model=()) -> int:
+def kept_bytes(run, model=None) -> int:
     """Bytes that are saved for the backward, each storage once, without the parameters and buffers of the model."""
-    held, own = {}, {t.untyped_storage().data_ptr() for t in model.state_dict().values()} if model else ()
-
-    def pack(t):
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = run()
-    del result
-    return sum(n for place, n in held.items() if place not in own)
+    with (saved := steps.Saved(model or nn.Module())):
+        _result = run()
+    return saved.bytes
 
 
 class RMSNorm(nn.Module):
