@@ -1,12 +1,12 @@
 """What an adapter costs, and which subspaces its updates span."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from .groups import EFFTGroup, make_group
+from .groups import make_group
 from .inject import Plan, adapters
 from .precision import beside
 
@@ -28,6 +28,7 @@ def subspace_similarity(a: Matrix, b: Matrix, i: int, j: int) -> float:
         A number in [0, 1], computed in float64.
 
     Raises:
+        TypeError: a or b is no floating-point tensor.
         ValueError: shapes that do not fit, entries that are not finite, or i or j outside of 1 to the rank of its
             matrix (singular vectors beyond the rank are arbitrary).
     """
@@ -82,7 +83,10 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
 def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Tensor:
     """All left singular vectors [d, rank], float64, of a matrix that has ``count`` of them."""
     pair = isinstance(matrix, tuple | list)
-    parts = [part.detach().double() for part in (matrix if pair else (matrix,))]
+    given = matrix if pair else (matrix,)
+    if wrong := [part for part in given if not (isinstance(part, Tensor) and part.is_floating_point())]:
+        raise TypeError(f"{name} must be floating-point tensors, got {getattr(wrong[0], 'dtype', wrong[0])!r}")
+    parts = [part.detach().double() for part in given]
     if any(part.ndim != 2 for part in parts) or (pair and (len(parts) != 2 or parts[0].shape[1] != parts[1].shape[0])):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(f"{name} must be a matrix [d, n] or a pair [d, r], [r, n], got {shapes}")
@@ -95,10 +99,9 @@ def _basis(matrix: Matrix, count: int | None, name: str, count_name: str) -> Ten
         vectors = rotation @ vectors
     else:
         vectors, values, _ = torch.linalg.svd(parts[0], full_matrices=False)
-    # values below this are rounding errors; the inputs may have come in a narrower dtype
-    dtype = max((part.dtype for part in (matrix if pair else (matrix,))), key=lambda d: torch.finfo(d).eps)
-    d, n = parts[0].shape[0], parts[-1].shape[1]
-    rank = int((values > max(d, n) * torch.finfo(dtype).eps * values[:1].sum()).sum())
+    # values below this come from the rounding of entries, and of what made them, which wide dtypes leave more room for
+    eps, size = max(torch.finfo(part.dtype).eps for part in given), max(parts[0].shape[0], parts[-1].shape[1])
+    rank = int((values > eps * min(size, max(4, 1e-4 / eps)) * values[:1].sum()).sum())
     count = rank if count is None else count
     if type(count) is not int or not 1 <= count <= rank:
         raise ValueError(f"{count_name} must be from 1 to the rank of {name}, which is {rank}, got {count!r}")
@@ -140,15 +143,17 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
     for spec in plan.groups:
         empty = {slot.site.path: torch.empty(0) for slot in spec.slots}
         group = make_group(spec, plan.config, empty).requires_grad_(False)
-        if isinstance(group, EFFTGroup):
-            update += 2 * spec.cores * math.prod(spec.rank) * spec.N
+        with FlopCounterMode(display=False) as counted:
+            pairs = group.low_rank_pairs("reference")
+        update += counted.get_total_flops()
         for slot in spec.slots:
             K, N = slot.site.in_features, slot.site.out_features
             frozen += K * N
-            pair = group.low_rank_pairs("reference", slot.site.path)[slot.site.path]
-            added += pair.down.shape[1] * (K + N)
-            if pair.magnitude is not None:  # W down, and the norms of W
-                update += 2 * K * N * (pair.down.shape[1] + 1)
+            pair = pairs[slot.site.path]
+            R = pair.down.shape[1]
+            added += R * (K + N)
+            if pair.magnitude is not None:  # the norms of W and of W + dW (dora.row_norms)
+                update += 2 * K * N * (R + 1) + 2 * R * R * (K + N)
     size = dtype.itemsize
     return Cost(
         plan.parameters, frozen, 2 * rows * frozen, 2 * rows * added, update,

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from models import LOW_RANK, METHODS, shake, timm, vit
+from models import LOW_RANK, METHODS, images, shake, timm, vit
+from torch.utils.flop_counter import FlopCounterMode
 
 import efft_kernels as ek
 from efft_kernels.analysis import cost, subspace_map, subspace_similarity, updates
@@ -107,6 +108,15 @@ def test_updates_are_what_merging_adds(name):
             assert not down.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_in_16_bits(dtype):
+    left, right = torch.randn(768, 16).to(dtype), torch.randn(16, 768).to(dtype)
+    assert subspace_map((left, right), (left @ right).to(dtype)).shape == (16, 16)
+    for wrong in ([[1.0]], torch.eye(4, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="b must be floating-point tensors, got"):
+            subspace_similarity((left, right), wrong, 1, 1)
+
+
 def test_updates_need_adapters():
     with pytest.raises(ValueError, match="must have adapters"):
         updates(vit())
@@ -139,6 +149,14 @@ def test_cost_counts_what_is_injected(name):
     plan = ek.plan(vit(), METHODS[name])
     model = ek.inject(vit(), METHODS[name])
     pairs = {path: pair for g in model.efft.groups() for path, pair in g.low_rank_pairs("reference").items()}
+    x, found = images(2), cost(plan, 2 * vit().pos_embed.shape[1])
+    with torch.no_grad(), FlopCounterMode(display=False) as adapted:
+        model.eval()(x)
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        vit().eval()(x)
+    # the norms of W are no matrix product, which alone are counted
+    norms = sum(2 * down.shape[-2] * up.shape[-1] for down, up, _, magnitude in pairs.values() if magnitude is not None)
+    assert found.adapter_flops + found.update_flops - norms == adapted.get_total_flops() - plain.get_total_flops()
     found = cost(plan, 5)
     assert found.adapter_flops == sum(2 * 5 * (down.numel() + up.numel()) for down, up, *_ in pairs.values())
     assert found.parameters == sum(p.numel() for p in model.efft.parameters())
