@@ -40,6 +40,15 @@ def shake(model, std: float = 0.05):
     return model
 
 
+def biased(model):
+    """The biases of timm's Linears start at zero, where nothing shows what becomes of them."""
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("bias"):
+                p.normal_(std=0.1)
+    return model
+
+
 METHODS = {
     "efft1": ek.EFFTConfig("efft1", rank=4, scale=2.0, factor_dropout=0.0),
     "efft1-shared": ek.EFFTConfig("efft1", rank=4, scale=2.0, cores="shared", factor_dropout=0.0),

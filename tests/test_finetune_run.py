@@ -34,13 +34,11 @@ from test_finetune_data import folder, lists
 
 from efft_kernels import storage
 from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared
-from efft_kernels.finetune.data import seed_all
 from efft_kernels.finetune.finished import merged, predict, restore
 from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.methods import METHODS
 from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
-from efft_kernels.serving import AdapterBank
 
 pytestmark = pytest.mark.usefixtures("undrawn_module")  # tests/test_finetune_commands.py has the figures
 FORK = multiprocessing.get_context("fork")
@@ -809,25 +807,6 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_adapters_of_two_runs_serve_from_one_bank(photos, tmp_path):
-    outs = [tmp_path / str(rank) for rank in (2, 4)]
-    for rank, out in zip((2, 4), outs):
-        train(tiny(photos, out, rank=rank, epochs=1, lr=1e-2), progress=False)
-    seed_all("model 0")
-    base = make_model("test_vit", 3, 32, "random").eval()
-    bank = AdapterBank(base)
-    for out in outs:
-        bank.add(out.name, out / "adapter.safetensors")
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        with bank.use([out.name for out in outs]):
-            served = base(x)
-        want = torch.cat([restore(out)[0](x[i : i + 1]) for i, out in enumerate(outs)])
-    assert not torch.allclose(want, base(x), atol=1e-3)
-    torch.testing.assert_close(served, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_without_effect_is_left_alone(photos, tmp_path, monkeypatch):

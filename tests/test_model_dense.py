@@ -5,8 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from models import METHODS, images, shake, swin, vit
-from torch import nn
+from models import METHODS, biased, images, shake, swin, vit
 
 import efft_kernels as ek
 from efft_kernels.kernels import reference
@@ -121,10 +120,8 @@ OPTIONS = {
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("method", [*METHODS, *DORA, *OPTIONS])
 def test_outputs_and_gradients_equal_the_dense_formula(make, method):
-    base = make().double()
+    base = biased(make().double())
     config = (METHODS | DORA | OPTIONS)[method]
-    for p in (p for key, p in base.named_parameters() if key.endswith("bias")):  # timm's are zeros
-        nn.init.normal_(p, std=0.1)
     model = shake(ek.inject(copy.deepcopy(base), config))
     factors = list(model.efft.parameters())
     x = images(dtype=torch.float64)
@@ -179,7 +176,7 @@ def test_at_the_start_outputs_are_bit_equal_to_the_base(make, method, monkeypatc
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_rounds_and_unmerge_restores_every_bit(make, method):
-    model = make()
+    model = biased(make())
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     shake(ek.inject(model, METHODS[method]))
     x = images()

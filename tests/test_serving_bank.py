@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from models import METHODS, PLAIN, images, shake, swin, timm, vit
+from models import METHODS, PLAIN, biased, images, shake, swin, timm, vit
 from torch import nn
 
 import efft_kernels as ek
@@ -21,7 +21,7 @@ BATCH = ["a", None, "b", "a", "c", None]
 
 def bare(make=vit, **options):
     torch.manual_seed(0)
-    return make(**options)
+    return biased(make(**options))
 
 
 def trained(config=PLAIN, make=vit, head="train", seed=1, dtype=torch.float32, **options):
@@ -65,7 +65,7 @@ def test_mixed_batch_equals_one_forward_per_adapter(make, method):
 
 
 @pytest.mark.parametrize("make", [vit, swin])
-@pytest.mark.parametrize("method", ["efft1", "efft2-scale", "fact-tk", "lora-all", "vera"])
+@pytest.mark.parametrize("method", ["efft1", "efft2-scale", "fact-tk", "lora-all", "vera", "lora-dora", "efft2-dora"])
 def test_gradients_equal_those_of_one_forward_per_adapter(make, method):
     bank, models = filled(METHODS[method], make, torch.float64, classes=(3, 7, 3))
     x, target = images(6, torch.float64), torch.tensor([0, 1, 2, 1, 0, 2])
