@@ -80,7 +80,10 @@ def average_adapters(
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
-    found = [1.0] * count if weights is None else [float(w) for w in weights]
+    try:  # by position: a dict would give its keys, and a text its letters
+        found = [1.0] * count if weights is None else [float(weights[i] + 0) for i in range(len(weights))]
+    except (TypeError, KeyError):
+        found = []
     if len(found) != count or not math.isfinite(total := sum(found)) or not total:
         raise ValueError(f"weights must be {count} finite numbers whose sum is not 0, got {weights!r}")
     return [w / total for w in found]

@@ -101,7 +101,7 @@ def test_what_has_no_mean_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             ek.average_adapters(plain, paths, mean)
-    for weights in ([1.0], [1, -1], [1, float("nan")]):
+    for weights in ([1.0], [1, -1], [1, float("nan")], [None, 1], "12", {"a": 1, "b": 1}, 5):
         with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
             ek.average_adapters(plain, [files[0]] * 2, mean, weights=weights)
     for method, what in (("vera", "VeRA"), ("efft2-options", "channel_scale"), ("lora-dora", "dora=True")):

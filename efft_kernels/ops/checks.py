@@ -13,10 +13,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(**tensors) -> None:
-    """TypeError for an argument that is not a tensor"""
+    """TypeError for an argument that is not a tensor, or a sparse, nested or opaque one"""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided or t.is_nested:
+            raise TypeError(f"{name} must be a strided tensor, got {'a nested one' if t.is_nested else t.layout}")
 
 
 def check_floats(first: str, like: Tensor, **others: Tensor | None) -> None:

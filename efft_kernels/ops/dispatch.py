@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from .. import kernels
 from ..kernels import Kernels, decisions, reference
 from ..kernels.tuning import table
+from .checks import check_tensors
 
 _NAMES = ("cuda", "triton", "cpu", "reference")
 # type of device -> backends that backend=None may choose there, best first
@@ -230,14 +231,19 @@ class Call:
     def __call__(self, *args) -> Tensor:
         """The op's first result"""
         tensors = args[: self.tensors]
-        if not direct(*tensors):
-            refuse_transforms(self.name)
-            return self._first(self.op(*args))
-        if any_autocast() and (device := tensors[0].device.type) in _AUTOCAST and torch.is_autocast_enabled(device):
-            args = _cast(device, args)
-            with _Exclude(_AUTOCAST[device]):
-                return self._compute(args[: self.tensors], args)
-        return self._compute(tensors, args)
+        try:
+            if not direct(*tensors):
+                refuse_transforms(self.name)
+                return self._first(self.op(*args))
+            if any_autocast() and (device := tensors[0].device.type) in _AUTOCAST and torch.is_autocast_enabled(device):
+                args = _cast(device, args)
+                with _Exclude(_AUTOCAST[device]):
+                    return self._compute(args[: self.tensors], args)
+            return self._compute(tensors, args)
+        except RuntimeError:  # of torch, where a tensor has no strides, or no address: looked at only now
+            names = (argument.name for argument in self.op._schema.arguments)
+            check_tensors(**{name: t for name, t in zip(names, tensors) if t is not None})
+            raise
 
     def _compute(self, tensors: Sequence[Tensor | None], args: Sequence) -> Tensor:
         return self._record(self.compute, *args) if records(*tensors) else self._first(self.compute(*args))

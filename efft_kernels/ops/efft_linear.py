@@ -54,7 +54,11 @@ def efft_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`.
     """
-    y = few_rows.take(x, weight, bias, u, sigma, v, scale, backend)
+    try:
+        y = few_rows.take(x, weight, bias, u, sigma, v, scale, backend)
+    except (AttributeError, RuntimeError):  # it looks at no more than it must
+        _check(x, weight, u, sigma, v)
+        raise
     if y is not None:
         return y
     _check(x, weight, u, sigma, v)

@@ -73,12 +73,13 @@ def merge_(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`, before anything is written.
     """
+    weights, downs, ups = list(weights), list(downs), list(ups)
     for what, tensors in (("weights", weights), ("downs", downs), ("ups", ups)):
         check_tensors(**{f"{what}[{i}]": t for i, t in enumerate(tensors)})
     if backend is not None:
         check_backend(backend)
     for i, weight in enumerate(weights):
-        if weight.is_neg():
+        if not torch.compiler.is_compiling() and weight.is_neg():  # which a compiler cannot trace
             raise ValueError(f"weights[{i}] must hold its values, got a view that is negated when it is read")
     with torch.no_grad():
         if weights and downs and weights[0].dtype in LOW and downs[0].dtype == torch.float32:
@@ -88,4 +89,4 @@ def merge_(
                 _op([wide], [down], [up], backend)
                 weight.copy_(wide)
             return
-        _op(list(weights), list(downs), list(ups), backend)
+        _op(weights, downs, ups, backend)

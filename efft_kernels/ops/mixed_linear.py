@@ -165,7 +165,7 @@ def mixed_linear(
         backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
 
     Returns:
-        [..., N] in the dtype of x; under autocast all inputs but the ids are first cast to its dtype.
+        [..., N] in the dtype of x; under autocast all inputs but the ids are first cast to its dtype (float64 stays).
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`group_update`.
