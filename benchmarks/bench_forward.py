@@ -369,7 +369,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     if args.device == "cpu" and not (args.dtype or args.batch or args.rows):
         small = chosen[KINDS.index("proj")] if len(chosen) > 1 else chosen[0]
         cases.append(Case(small, small.tokens, "bfloat16", "batch 1"))
-    return args, cases
+    return args, list(dict.fromkeys(cases))  # a size or dtype that is given twice is measured once
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,11 +77,14 @@ class Run:
     def __init__(self, out: Path, minutes: float):
         self.start, self.out = time.monotonic(), out
         self.end = self.start + 60 * minutes
+        self.not_passed: list[str] = []  # steps
         self.file = (out / "gpu.jsonl").open("w")
         self.lock = threading.Lock()
 
     def note(self, step: str, **found) -> None:
         with self.lock:
+            if found.get("outcome", "passed") != "passed":
+                self.not_passed.append(f"{step}: {found['outcome']}")
             line = {"step": step, "at": round(time.monotonic() - self.start, 1), **found}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -325,6 +328,9 @@ def train(found: Run, out: Path, dry: bool, backend: str | None) -> list[dict]:
         command = [sys.executable, "benchmarks/bench_train_step.py", *device, *more, "--methods", *METHODS]
         command += ["--seconds", "5" if dry else "45", "--out", str(folder)]
         command += ["--backend", backend] if backend else []
+        for suffix in (".csv", ".json"):  # those of an earlier run are not what this step measures
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         found.step(name, command, 300 if dry else 110)
         for path in (folder / "train_step.csv", folder / "train_step.json"):
             if path.exists():
@@ -346,6 +352,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.step:
         worker() if args.step == "worker" else globals()[args.step](args.dry)
         return 0
+    if not args.minutes > 0:
+        p.error(f"argument --minutes: expected a positive number, got {args.minutes}")
     if not args.dry and not torch.cuda.is_available():
         p.error("expected a GPU and a CUDA build of torch, and torch sees none; --dry runs without")
     name = "dry" if args.dry else torch.cuda.get_device_name()
@@ -386,15 +394,16 @@ def everything(found: Run, out: Path, args) -> int:
     if table.user_file().exists():
         shutil.copyfile(table.user_file(), out / "tuned.json")
         if not args.dry:
-            shutil.copyfile(out / "tuned.json", table.SHIPPED)
+            ship(out / "tuned.json")
     shutil.rmtree(out / "cache", ignore_errors=True)
     rows = rows_of([case for case in measured if "us" in case])
+    not_done = [*report.left, *found.not_passed]
     reached = goals(rows, step)
     record.write_run(out, {
         "benchmark": "gpu", "format": record.FORMAT, "date": datetime.date.today().isoformat(), "dry": args.dry,
-        "complete": not report.left, "machine": record.machine(), "versions": record.versions(),
+        "complete": not not_done, "machine": record.machine(), "versions": record.versions(),
         "commit": commit, "info": about, "proven": report.proven, "dropped": report.dropped,
-        "not_done": report.left, "stress": stressed, "goals": reached, "results": rows,
+        "not_done": not_done, "stress": stressed, "goals": reached, "results": rows,
     })  # fmt: skip
     lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
     print("\n" + record.text_table(["goal", "what", "at most", "worst", "cases"], lines))
@@ -403,8 +412,17 @@ def everything(found: Run, out: Path, args) -> int:
             f"{backend}: proven {', '.join(found_plans) or 'nothing'}; "
             f"dropped {report.dropped.get(backend) or 'nothing'}"
         )
-    print(f"\nwritten: {out}")
-    return int(any(report.dropped.values()) or any(each.get("differ") for each in stressed))
+    print("".join(f"not done: {what}\n" for what in not_done) + f"\nwritten: {out}")
+    wrong = any(report.dropped.values()) or any(each.get("differ") for each in stressed)
+    return int(wrong or bool(found.not_passed))
+
+
+def ship(tuned: Path) -> None:
+    """Add the devices of a table to the one that ships with the package, which has other devices too"""
+    shutil.copyfile(table.SHIPPED, table.user_file())  # save() adds to the user's file, here one in DIR/cache
+    for device, found in json.loads(tuned.read_text())["devices"].items():
+        table.save(device, **found)
+    shutil.copyfile(table.user_file(), table.SHIPPED)
 
 
 def tune_other_batches(found: Run) -> None:

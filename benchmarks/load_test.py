@@ -399,6 +399,7 @@ def summary(load: Load, args, stopped: int) -> dict:
         }
         for pid, samples in load.memory.items()
     ]
+    grown = [m["growth"] for m in memory if m["growth"] is not None]  # a replica that was killed has too few samples
     return {
         "rate": args.rate,
         "sent": load.counts["sent"],
@@ -410,7 +411,7 @@ def summary(load: Load, args, stopped: int) -> dict:
         "sent_again": dict(load.again),
         "seconds": {"median": at(0.5), "p90": at(0.9), "p99": at(0.99), "largest": ordered[-1]},
         "memory": memory,
-        "memory_flat": all(m["growth"] is None or m["growth"] < 0.05 for m in memory),
+        "memory_flat": max(grown) < 0.05 if grown else None,
         "exit_status_after_sigterm": stopped,
         "problems": load.problems[:50],
         "results": [
@@ -430,7 +431,8 @@ def show(found: dict) -> None:
         grown = "too few samples" if m["growth"] is None else f"{m['growth']:+.1%}"
         first, largest = (m[name] / 2**20 for name in ("first_bytes", "largest_bytes"))
         rows.append([f"replica {m['pid']}, MiB", f"{first:.0f} to {largest:.0f}, {grown}"])
-    rows += [["memory flat", found["memory_flat"]], ["exit status", found["exit_status_after_sigterm"]]]
+    flat = "not measured" if found["memory_flat"] is None else found["memory_flat"]
+    rows += [["memory flat", flat], ["exit status", found["exit_status_after_sigterm"]]]
     print(text_table(["", "found"], rows))
     for problem in found["problems"][:10]:
         print(problem[:300])
@@ -449,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, help="folder for load_test.csv and load_test.json")
     args = p.parse_args(argv)
     rate = 1 if args.rate is None else args.rate
-    if min(args.minutes, rate, args.replicas, args.adapters) <= 0 or args.malformed < 0:
+    if not all(value > 0 for value in (args.minutes, rate, args.replicas, args.adapters)) or args.malformed < 0:
         p.error("minutes, rate, replicas and adapters must be positive, malformed not negative")
     if args.out:
         prepare_folder(args.out)

@@ -193,6 +193,11 @@ def test_bad_arguments(arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sizes", [["--rows", "40", "40"], ["--batch", "4", "4", "--dtype", "float32", "float32"]])
+def test_a_case_that_is_given_twice_is_one(sizes):
+    assert len(bench_forward.parse(["--layer", "qkv", *sizes])[1]) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
@@ -217,6 +222,9 @@ def test_limits_are_raised_to_what_a_variant_reached():
         "flops": {"float32": flops}, "bandwidth": moved, "source": "measured; more where a variant showed more",
     }  # fmt: skip
     assert [bench_forward.floor_share(row, run["limits"]) for row in rows] == [1.0, 0.25]
+    run["limits"] |= {"flops": {"float32": flops / 4}, "bandwidth": moved / 2}  # both are too low
+    bench_forward.raise_limits(run)
+    assert run["limits"]["flops"] == {"float32": flops} and run["limits"]["bandwidth"] == moved
 
 
 def test_a_record_is_dirty_by_the_code_and_not_by_other_records(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,29 @@ def test_a_step_that_hangs_or_fails_ends_alone(tmp_path, monkeypatch):
     assert [(line["step"], line.get("outcome"), line.get("end")) for line in lines] == [
         ("hangs", None, None), ("hangs", "stopped", "b"), ("fails", "failed", "why"), ("late", "no time left", None)
     ]  # fmt: skip
+
+
+def test_where_every_step_fails_nothing_is_complete_measured_or_lost(tmp_path, monkeypatch):
+    old = {"proof": {}, "measured": {"lowrank_linear bfloat16 K8 N8 R16": {"8": {"torch": 1.0}}}}
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped.json")
+    table.SHIPPED.write_text(json.dumps({"format": table.FORMAT, "devices": {"other": old}}))
+    monkeypatch.setenv("EFFT_CACHE", str(tmp_path / "cache"))
+    new = {name.replace("8", "9"): rows for name, rows in old["measured"].items()}
+
+    def tune(*args, **options):
+        table.save("this", measured=new)
+        return gpu.run.Report({}, {}, [], [], None)
+
+    monkeypatch.setattr(gpu.run, "tune", tune)
+    monkeypatch.setattr(gpu.Run, "step", lambda self, name, *_: self.note(name, outcome="failed") or [])
+    earlier = [{"model": "vit_b", "pass": "step", "method": name, "ms": 1.0} for name in ("efft2", "merged")]
+    gpu.record.write_csv(tmp_path / "train_step.csv", earlier)
+    args = SimpleNamespace(dry=False, minutes=0.5, no_train=False)
+    assert gpu.everything(gpu.Run(tmp_path, 0.5), tmp_path, args) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert not found["complete"] and {"info: failed", "ratios: failed", "train_step: failed"} <= set(found["not_done"])
+    assert not any(goal["cases"] for goal in found["goals"])
+    assert json.loads(table.SHIPPED.read_text())["devices"] == {"other": old, "this": {"proof": {}, "measured": new}}
 
 
 def test_table_of_the_goals():

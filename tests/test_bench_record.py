@@ -71,6 +71,10 @@ def test_a_load_test_is_a_run_with_a_row_per_kind_of_answer(tmp_path):
     assert [tuple(row.values()) for row in kept["results"]] == [
         ("image", 200, 2), ("empty", 400, 3), ("a line", 422, 1), ("a line", 400, 1),
     ]  # fmt: skip
+    assert found["memory_flat"] is None  # of one sample nothing is known
+    for last, flat in ((100, True), (900, False)):
+        load.memory[8] = [(n, last if n > 10 else 100) for n in range(15)]
+        assert load_test.summary(load, SimpleNamespace(rate=1.0), 0)["memory_flat"] is flat
 
 
 def test_every_page_agrees_with_the_records(capsys):
