@@ -57,6 +57,40 @@ def test_change_is_taken_seed_by_seed():
         ["blocks 0, 1; targets attn", "0.001", "−1.0", "–"],
         ["cores shared", "0.001", "diverged", "–"],
     ]
+    runs[-2].pop("parameters")  # as the record of a run that diverged
+    assert table(runs)[1][3] == ["cores shared", "–", "diverged", "–"]
+    assert table(runs[2:])[1][0] == ["zero_init u", "0.001", "–", "–"]  # all runs of the base failed
+    with pytest.raises(ValueError, match=r"runs of EFFT1, x: expected .* alone, got \['epochs 1', 'epochs 2'\]"):
+        table([record("efft1", 40.0) | {"settings.epochs": epochs} for epochs in (1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--quick", "--data", ".", "--checkpoint", "x", "--datasets", "a"], "--quick has data of its own"),
+        (["--quick", "--model", "x"], "--checkpoint and --model need --data"),
+        (["--lr", "nan"], "--lr must be positive, got nan"),
+        (["--seeds", "0"], "--seeds must be positive, got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        ablation.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_a_quick_run_takes_what_is_given_and_stays_apart(tmp_path, monkeypatch, capsys):
+    args = ablation.parse(["--quick", "--rank", "2", "--lr", "0.5", "--epochs", "3", "--datasets", "a", "a"])
+    assert args.out.name == "ablation_quick" and ablation.data_sets(args) == ["a"]
+    settings = ablation.base(args)[0]
+    assert [settings[name] for name in ("rank", "lr", "epochs", "scale")] == [2, 0.5, 3, 1.0]
+    seen = []
+    monkeypatch.setattr(ablation, "complete", lambda runs, *rest: (seen.extend(runs), ([], {"a": "why"}))[1])
+    out = ["--quick", "--out", str(tmp_path)]
+    assert ablation.main([*out, "--families", "cores", "--methods", "efft1", "--seeds", "2"]) == 1  # all runs failed
+    assert [run.seed for run in seen] == [0, 1, 0, 1] and "failed: a: why" in capsys.readouterr().err
+    monkeypatch.setattr(subspace, "trained", None)  # nothing is trained before the blocks are known to be there
+    assert subspace.main([*out, "--blocks", "12"]) == 2 and "must be from 0 to 11" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -72,7 +106,6 @@ def test_quick_runs_that_subspace_and_ablation_share(tmp_path, capsys, monkeypat
     assert found["q: MHSA-only and joint, one seed"]["first"] > 0.8 > found["q: MHSA-only and joint"]["first"]
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
     assert len(before) == 6
-    assert subspace.main(["--quick", "--blocks", "12", "--out", str(tmp_path)]) == 2  # no such block
     assert ablation.main(["--quick", "--methods", "efft2", "--families", "cores", "scale", "--out", str(tmp_path)]) == 0
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("adapter.safetensors")}
     assert before.items() <= after.items() and len(after) == 8  # the base was trained before

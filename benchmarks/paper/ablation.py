@@ -54,12 +54,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--families", nargs="+", choices=families, default=families, metavar="FAMILY", help=f"of {', '.join(families)}")
     add("--variants", nargs="+", metavar="NAME", help="only these of the families, as the table names them")
     add("--methods", nargs="+", choices=["efft1", "efft2"], default=["efft1", "efft2"])
-    add("--seeds", type=int, help="number of seeds; default 3")
+    add("--seeds", type=int, help="number of seeds; default 3, with --quick 1")
     add("--out", type=Path, default=HERE.parent / "results" / "ablation")
     add_shared(add)
     args = parser.parse_args(arguments)
-    if args.seeds is not None and args.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {args.seeds}")
     check(parser, args)
     return args
 
@@ -69,54 +67,55 @@ def add_shared(add: Callable) -> None:
     add("--data", type=Path, metavar="DIR", help="folder of VTAB-1K's data sets; default: built-in sources")
     add("--checkpoint", help="with --data: file of the pre-trained weights")
     add("--model", help="with --data: model of timm")
-    add("--datasets", nargs="+", metavar="NAME", help="default cifar10")
+    add("--datasets", nargs="+", metavar="NAME", help="default cifar10, with --quick dsprites_loc")
     add("--epochs", type=int, help="default 5, with --data 100")
-    add("--rank", type=int, default=BASE["rank"])
+    add("--rank", type=int, help=f"default {BASE['rank']}")
     add("--scale", type=float, help=f"scale of the base; default {BASE['scale']}, with --data 10")
     add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3")
-    add("--workers", type=int, default=os.cpu_count() or 1)
+    add("--workers", type=int, help="runs at the same time; default one per core, with --quick 1")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--quick", action="store_true")
+    add("--quick", action="store_true", help="a tiny model with random weights; results go to a folder of their own")
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.data and not (args.checkpoint and args.datasets):
         parser.error("--data needs --checkpoint and --datasets")
-    if args.rank < 1:
-        parser.error(f"--rank must be at least 1, got {args.rank}")
+    if args.quick and args.data:
+        parser.error(f"--quick has data of its own: expected no --data, got {args.data}")
+    if (args.checkpoint or args.model) and not args.data:
+        parser.error("--checkpoint and --model need --data")
+    for option in ("rank", "scale", "lr", "epochs", "workers", "seeds"):
+        if (value := getattr(args, option, None)) is not None and not value > 0:
+            parser.error(f"--{option} must be positive, got {value}")
+    args.workers = args.workers or (1 if args.quick else os.cpu_count() or 1)
+    if args.quick and args.out == parser.get_default("out"):  # not among the results that tables are made from
+        args.out = args.out.with_name(f"{args.out.name}_quick")
 
 
 def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
     """(settings of every run, location of data and weights, number of blocks of the model)."""
     if args.quick:
-        tiny = {
-            "model": "vit_tiny_patch16_224",
-            "checkpoint": "random",
-            "image_size": 32,
-            "epochs": 1,
-            "test_images": 100,
-        }
-        return tiny | {"rank": 4, "scale": 1.0, "lr": 1e-3, "factor_dropout": 0.0}, Places(device="cpu"), 12
-    chosen = {"rank": args.rank}
-    if args.data:
+        settings = {"model": "vit_tiny_patch16_224", "checkpoint": "random", "image_size": 32, "test_images": 100}
+        settings |= {"epochs": 1, "rank": 4, "scale": 1.0, "lr": 1e-3, "factor_dropout": 0.0}
+        places = Places(device=args.device)
+    elif args.data:
         settings = {"model": args.model or FACTS["recipe"]["model"], "checkpoint": Path(args.checkpoint).name}
-        chosen |= {"scale": args.scale or 10.0, "lr": args.lr or 1e-3}
+        settings |= BASE | {"scale": 10.0, "lr": 1e-3}
         places = Places(str(args.data), args.checkpoint, args.device)
     else:
         from sources import weights
 
         plan = FACTS["offline"]
         found = weights(plan["weights"])
-        settings = {"model": found.model, "checkpoint": plan["weights"], "factor_dropout": 0.0, **plan["recipe"]}
-        chosen |= {"scale": args.scale or BASE["scale"], "lr": args.lr or BASE["lr"]}
+        settings = {"model": found.model, "checkpoint": plan["weights"], "factor_dropout": 0.0}
+        settings |= plan["recipe"] | BASE
         places = Places(None, str(found.path), args.device)
-    if args.epochs:
-        chosen["epochs"] = args.epochs
-    return settings | chosen, places, depth(settings["model"])
+    given = {name: value for name in ("rank", "scale", "lr", "epochs") if (value := getattr(args, name)) is not None}
+    return settings | given, places, depth(settings["model"])
 
 
 def data_sets(args: argparse.Namespace) -> list[str]:
-    return ["dsprites_loc"] if args.quick else args.datasets or ["cifar10"]
+    return list(dict.fromkeys(args.datasets or ["dsprites_loc" if args.quick else "cifar10"]))
 
 
 def depth(model: str) -> int:
@@ -148,10 +147,9 @@ def work(args: argparse.Namespace) -> dict[str, str]:
     prepare_folder(args.out)
     settings, places, blocks = base(args)
     places = dataclasses.replace(places, keep=str(args.out / "adapters"))
-    data, seeds = data_sets(args), range(args.seeds or 3)
+    data, seeds = data_sets(args), range(args.seeds or (1 if args.quick else 3))
     families = variants(blocks)
     if args.quick:
-        seeds, args.workers = range(1), 1
         families = {family: dict(list(found.items())[-1:]) for family, found in families.items()}
     todo = {name: more for family in args.families for name, more in families[family].items()}
     if unknown := set(args.variants or ()) - todo.keys():
@@ -166,6 +164,8 @@ def work(args: argparse.Namespace) -> dict[str, str]:
         for seed in seeds
     )
     done, failures = complete(runs, Store(args.out), places, args.workers, "ablation")
+    if not done:
+        return failures
     rows = [r["run"] | {f"settings.{k}": v for k, v in r["run"]["settings"].items()} | r for r in done]
     made = Table(*table(rows), "Top-1 of test images in % and its change in points, by seed.", ["runs.csv"])
     text = made.markdown(args.out / "table.md", args.out)

@@ -12,19 +12,29 @@ def table(runs: list[dict]) -> tuple[list[str], list[list[str]]]:
 
     Args:
         runs: rows of runs.csv.
+
+    Raises:
+        ValueError: runs of a method and data set differ in more than a variant does, so a change would be of both.
     """
     found: dict[str, dict[str, dict[int, dict]]] = {}
+    others: dict[str, set[str]] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
-        options = {key: run.get(f"settings.{key}") for key in OPTIONS}
+        settings = {key[9:]: v for key, v in run.items() if key.startswith("settings.") and v is not None}
+        options = {key: settings.pop(key, None) for key in OPTIONS}
+        other, column = {f"{key} {value}" for key, value in settings.items()}, f"{run['method'].upper()}, {run['data']}"
+        if differ := sorted(other ^ others.setdefault(column, other)):
+            raise ValueError(f"runs of {column}: expected them to differ in {', '.join(OPTIONS)} alone, got {differ}")
         texts = (f"{key} {value}" for key, value in options.items() if value is not None)
         variant = re.sub(r"""[][()"']""", "", "; ".join(texts)) or "base"
-        found.setdefault(variant, {}).setdefault(f"{run['method'].upper()}, {run['data']}", {})[run["seed"]] = run
+        found.setdefault(variant, {}).setdefault(column, {})[run["seed"]] = run
     columns = list(dict.fromkeys(column for of in found.values() for column in of))
     lines = []
     for variant, of in found.items():
         in_order = [run for column in columns for run in of.get(column, {}).values()]
-        counts = dict.fromkeys(f"{run['parameters'] / 1e6:.3f}" for run in in_order)
-        lines.append([variant, ", ".join(counts), *(_change(of.get(c, {}), found["base"].get(c, {})) for c in columns)])
+        # a run that diverged has none
+        counts = dict.fromkeys(f"{run['parameters'] / 1e6:.3f}" for run in in_order if run.get("parameters"))
+        changes = [_change(of.get(column, {}), found.get("base", {}).get(column, {})) for column in columns]
+        lines.append([variant, ", ".join(counts) or "–", *changes])
     return ["variant", "parameters (M)", *columns], lines
 
 

@@ -201,8 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     ablation.add_shared(add)
     args = parser.parse_args(arguments)
     ablation.check(parser, args)
-    if min(args.population, args.generations, args.seeds) < 1:
-        parser.error("--population, --generations and --seeds must be at least 1")
+    if min(args.population, args.generations) < 1:
+        parser.error("--population and --generations must be at least 1")
     return command("noah_search", lambda: work(args))
 
 

@@ -54,6 +54,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ablation.add_shared(add)
     args = parser.parse_args(arguments)
     ablation.check(parser, args)
+    if len(ablation.data_sets(args)) > 1:
+        parser.error(f"--datasets must be one here, got {' '.join(args.datasets)}")
     return args
 
 
@@ -162,14 +164,13 @@ def table(results: list[dict]) -> str:
 def work(args: argparse.Namespace) -> dict[str, str]:
     """Do the missing runs, write record, heat maps and table."""
     prepare_folder(args.out)
-    settings, places, _ = ablation.base(args)
-    places = dataclasses.replace(places, keep=str(args.out / "adapters"))
-    data = ablation.data_sets(args)[0]
-    found = trained(args, data, settings, places)
-    depth = 1 + max(block for block, _ in found["joint", 0])
+    settings, places, depth = ablation.base(args)
     blocks = args.blocks or sorted({0, depth // 2, depth - 1})
     if not all(0 <= block < depth for block in blocks):
         raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
+    places = dataclasses.replace(places, keep=str(args.out / "adapters"))
+    data = ablation.data_sets(args)[0]
+    found = trained(args, data, settings, places)
     made = maps(found, blocks)
     results = [row(title, found) for title, found in made.items()]
     run = {
