@@ -162,5 +162,10 @@ def test_paired_differences(tmp_path):
     same = paired.difference(found["a", "x"], found["a", "x"])
     assert (same.mean, same.error) == (0, 0) and paired.difference(found["a", "x"], found["c", "x"]) is None
     assert "| a | b | +45.0 ± " in paired.table(tmp_path, ["b"]) and "| c |" not in paired.table(tmp_path, ["b"])
+    for against in ("c", "nosuch"):
+        with pytest.raises(ValueError, match=f"--against: expected methods that share .*, got '{against}'"):
+            paired.table(tmp_path, ["b", against])
+    paired.plot(tmp_path, tmp_path / "a.png", ["b"], ("a", "c"))  # c has no seed that b has
+    assert (tmp_path / "a.png").stat().st_size > 1000
     (tmp_path / "labels.csv").write_text("data,labels\nx,01\n")
     assert paired.main([str(tmp_path)]) == 2

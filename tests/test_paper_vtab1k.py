@@ -135,7 +135,7 @@ def test_store(tmp_path):
 
 def test_store_keeps_every_value_and_every_environment(tmp_path):
     settings = {"lr": 1e-3, "scale": 1.0, "rank": 8, "targets": ["attn", "mlp"], "zero_init": "vu", "text": "12",
-                "probe": {"epochs": 100}, "nothing": None, "flag": True}  # fmt: skip
+                "probe": {"epochs": 100}, "nothing": None, "flag": True, "empty": "", "ends": "a\r\n"}  # fmt: skip
     first, other = run(**settings), run(seed=1, lr=0.5)
     here, there = ({"machine": {"cpu": cpu}, "versions": {"torch": "2"}, "commit": None} for cpu in "ab")
     kept = {
@@ -388,6 +388,7 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
         (["--quick", "--data", ".", "--checkpoint", "x"], "--quick needs --offline"),
         (["--offline", "--methods", "magic"], "--methods must be of full, .*got 'magic'"),
         (["--offline", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--offline", "--minutes", "nan"], "--minutes must be at least 1, got nan"),
         (["--offline", "--pruner", "median"], "--pruner median needs --sweep"),
         (["--data", "nowhere", "--checkpoint", "x"], "--data must be a folder, got nowhere"),
     ],
@@ -398,6 +399,11 @@ def test_bad_arguments(arguments, said, capsys):
     import re
 
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_what_is_given_twice_is_done_once_and_a_quick_run_stays_apart():
+    args = vtab1k.parse(["--offline", "--quick", "--datasets", "a", "a", "--methods", "lora", "lora"])
+    assert (args.datasets, args.methods, args.out.name) == (["a"], ["lora"], "vtab1k_offline_quick")
 
 
 def test_bad_data_sets(lists, tmp_path, capsys):

@@ -146,9 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     from vtab1k import FACTS
 
-    names = args.datasets or [name for of in FACTS["offline"]["gpu"]["groups"].values() for name in of]
+    plan = FACTS["offline"]["gpu"]
+    names = list(dict.fromkeys(args.datasets or [name for of in plan["groups"].values() for name in of]))
     args.file.parent.mkdir(parents=True, exist_ok=True)
-    make(args.file, args.image_size, names, {"": args.test_images} | FACTS["offline"]["gpu"]["most"])
+    make(args.file, args.image_size, names, {"": args.test_images} | plan["most"])
     print(f"{args.file}: {args.file.stat().st_size / 2**20:.1f} MiB")
     return 0
 

@@ -9,6 +9,7 @@ FOLDER has runs.csv, with what each run predicted of every test image, and label
 import argparse
 import csv
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,11 +66,19 @@ def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray], draws: 
     return Difference(float(gaps.mean()), float(np.std(found)), n)
 
 
+def _compared(found: dict, methods: Iterable[str], against: list[str]) -> None:
+    """ValueError for a method to compare with that shares no data set and seed with any of the others."""
+    for other in against:
+        if not any(found[m, data].keys() & found.get((other, data), {}).keys() for m, data in found if m in methods):
+            raise ValueError(f"--against: expected methods that share data and seeds with {methods}, got {other!r}")
+
+
 def table(folder: Path, against: list[str]) -> str:
     """A line per method and method that it is compared with, a column per data set: difference ± standard error."""
     found = right(folder)
     names = list(dict.fromkeys(data for _, data in found))
     methods = [m for m in dict.fromkeys(method for method, _ in found) if m not in against]
+    _compared(found, methods, against)
     lines = ["| method | against | " + " | ".join(names) + " |", "| --- | --- |" + " ---: |" * len(names)]
     for method in methods:
         for other in against:
@@ -85,14 +94,16 @@ def plot(folder: Path, path: Path, against: list[str], methods: tuple[str, ...] 
     from matplotlib.figure import Figure
 
     found = right(folder)
+    _compared(found, methods, against)
     names = [data for data in dict.fromkeys(data for _, data in found) if all((m, data) in found for m in methods)]
     figure = Figure(figsize=(4.2 * len(against), 3.2), layout="constrained")
     for axes, other in zip(figure.subplots(1, len(against), sharey=True, squeeze=False)[0], against):
         for i, method in enumerate(methods):
-            gaps = [difference(found[method, name], found[other, name]) for name in names]
-            rows = [row + 0.3 * (i - (len(methods) - 1) / 2) for row in range(len(names))]
-            errors = [2 * gap.error for gap in gaps]
-            axes.errorbar([gap.mean for gap in gaps], rows, xerr=errors, fmt="o", markersize=4, label=method.upper())
+            gaps = [difference(found[method, name], found.get((other, name), {})) for name in names]
+            at = 0.3 * (i - (len(methods) - 1) / 2)
+            drawn = [(gap.mean, row + at, 2 * gap.error) for row, gap in enumerate(gaps) if gap]
+            means, rows, errors = zip(*drawn) if drawn else ((), (), ())
+            axes.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, label=method.upper())
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(title=f"minus {other}", xlabel="points of top-1", yticks=range(len(names)), yticklabels=names)
     axes.invert_yaxis()

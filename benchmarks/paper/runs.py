@@ -149,8 +149,11 @@ def _record(line: dict[str, str], environments: list[dict]) -> dict:
 
 
 def _cell(value) -> str:
-    """A value as JSON; a string without quotation marks, unless it would be read as something else."""
-    return value if isinstance(value, str) and _value(value) == value else json.dumps(value)
+    """A value as JSON; a string without quotation marks, unless it would be read as something else, as an empty cell
+    or an end of a line would.
+    """
+    plain = isinstance(value, str) and value.isprintable() and value and _value(value) == value
+    return value if plain else json.dumps(value)
 
 
 def _value(text: str):

@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        help="folder for results, tables and charts; default benchmarks/results/vtab1k or vtab1k_offline",
+        help="folder for results, tables and charts; default benchmarks/results/vtab1k with _offline, _gpu, _quick",
     )
     add("--datasets", nargs="+", metavar="NAME", help="default: all")
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(FACTS['methods'])}; default: all")
@@ -101,7 +101,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name not in known:
             parser.error(f"--methods must be of {', '.join(known)}, got {name!r}")
     for option in ("seeds", "epochs", "trials", "workers", "together", "minutes", "image_size"):
-        if (value := getattr(args, option)) is not None and value < 1:
+        if (value := getattr(args, option)) is not None and not value >= 1:  # nan is not either
             parser.error(f"--{option} must be at least 1, got {value}")
     for option in ("quick", "gpu", "bundle", "image_size", "one_setting"):
         if getattr(args, option) and not args.offline:
@@ -120,7 +120,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data must be a folder, got {args.data}")
     args.one_setting = args.one_setting or args.gpu
     args.together = args.together or (28 if args.gpu else 0)
-    kind = "_gpu" * args.gpu or "_offline" * args.offline
+    for option in ("datasets", "methods"):  # twice the same would be counted twice
+        setattr(args, option, list(dict.fromkeys(getattr(args, option) or ())) or None)
+    kind = ("_gpu" * args.gpu or "_offline" * args.offline) + "_quick" * args.quick
     args.out = args.out or HERE.parent / "results" / f"vtab1k{kind}"
     if args.workers is None:
         import torch
