@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ class AdapterFile:
     head: dict[str, Tensor]  # named as in the model's state_dict; empty for an adapter without one
     preparation: Preparation | None  # of images; None if the file does not state it
     classes: tuple[str, ...] | None  # names; None if the file does not state them
-    frozen: str | None  # samples of the frozen weights; None in files of formats 1 and 2
+    frozen: str | None = field(repr=False)  # samples of the frozen weights; None in files of formats 1 and 2
     trained: tuple[str, ...] = ()  # paths of modules that were trained in full; ``head`` has their tensors, too
     multilabel: bool = False  # an image may have several of the classes, or none
 

@@ -25,6 +25,7 @@ from .inject import (
     eject,
     install,
     mount,
+    trained_modules,
 )
 from .layouts import classes_of, classifiers_of, head_state, heads_of, input_size
 from .ops import check_backend
@@ -32,7 +33,7 @@ from .passes import Adapters
 from .plans import Plan, make_plan, plan
 from .preparation import Preparation
 from .tensor_file import FLOATS
-from .wrappers import before_parallel, on_unwrapped, unwrapped
+from .wrappers import before_parallel, on_unwrapped, outermost, unwrapped
 
 
 @on_unwrapped
@@ -80,7 +81,8 @@ def save_adapter(
         OSError: the file cannot be written, or is a device, a FIFO or a folder; an existing one is unchanged then. Or
             the hub cannot be reached or refuses; the file is written then.
 
-    Warns a UserWarning if a Linear of the adapter was removed from the model or replaced.
+    Warns a UserWarning if a Linear of the adapter was removed from the model or replaced, or if the head changed since
+    an adapter that is not active was.
     """
     if hubs.is_on_hub(path):
         raise ValueError(
@@ -92,7 +94,10 @@ def save_adapter(
     if not all(isinstance(value, int | float) for value in (metrics or {}).values()):
         raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
     owner, trained = adapters(model), trained_head(model)
-    groups = owner[known(owner, owner.active if name is None else name)]
+    name = known(owner, owner.active if name is None else name)
+    groups = owner[name]
+    if head is not False:
+        _warn_of_shared(model, name)
     try:
         adapted_linears(model, groups)
     except ValueError as error:
@@ -315,7 +320,7 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path, paths: Itera
         raise ValueError(
             f"{path} holds {'a head' if paths is None else ', '.join(paths)} that differs from the one of this model, "
             f"which serves {', '.join(map(repr, adapters(model)))}"
-            + "; head='keep' loads the adapter without it"
+            + "; head='keep' loads the adapter without it, and an AdapterBank holds adapters with heads of their own"
             * (paths is None)
         )
 
@@ -370,6 +375,8 @@ def add_adapter(
 ) -> nn.Module:
     """Put another adapter on an injected model, with new factors, and make it the active one.
 
+    The head stays: all adapters of a model share it. An AdapterBank holds adapters with heads of their own.
+
     Args:
         model, config: as :func:`plan`.
         name: of the new adapter.
@@ -389,6 +396,9 @@ def add_adapter(
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make this adapter the active one: its update is added and its factors are trained. The others are frozen.
 
+    All adapters of a model share its head and the modules that ``train`` named; a UserWarning says if these changed
+    since this adapter was active.
+
     Outputs that were computed before with another adapter still give gradients to its factors, so that one loss may
     compare two adapters.
 
@@ -397,8 +407,29 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """
     owner = adapters(model)
     known(owner, name)
+    if owner.active not in (None, name):
+        owner.left_at[owner.active] = _versions_of_shared(model)
+    _warn_of_shared(model, name)
     owner.activate(name)
     return model
+
+
+def _versions_of_shared(model: nn.Module) -> list[int]:
+    """A number for each tensor of the head and of ``train`` modules that grows when it is written to."""
+    tensors = [t for module in trained_modules(model).values() for t in (*module.parameters(), *module.buffers())]
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _warn_of_shared(model: nn.Module, name: str) -> None:
+    """Say that what all adapters share has changed since this one, which is not active, was."""
+    owner = adapters(model)
+    if name != owner.active and owner.left_at.get(name, now := _versions_of_shared(model)) != now:
+        shared = ", ".join(outermost(trained_modules(model)))
+        warnings.warn(
+            f"{shared}, which all adapters of a model share, changed since {name!r} was active, and with it its outputs; "
+            "an AdapterBank holds adapters with heads of their own",
+            stacklevel=4,
+        )
 
 
 @contextlib.contextmanager

@@ -115,6 +115,9 @@ class Group(nn.Module):
             if (t := getattr(self, name)) is not None:
                 t.fill_(1.0)
 
+    def extra_repr(self) -> str:
+        return f"[{self.spec.K}, {self.spec.N}], rank={self.spec.rank}, of {len(self.slots)} Linears"
+
     def _terms(self) -> tuple[int, ...]:
         """the shape of rank_weights"""
         raise NotImplementedError

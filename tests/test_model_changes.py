@@ -465,3 +465,19 @@ def test_adapters_of_equal_shapes_share_one_graph():
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
+
+
+def test_a_shared_head_that_was_trained_is_told(tmp_path):
+    model = ek.inject(vit(), PLAIN)
+    ek.add_adapter(model, PLAIN, "second")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ek.set_adapter(copy.deepcopy(ek.set_adapter(model, "default")), "second")
+        ek.save_adapter(ek.set_adapter(model, "second"), tmp_path / "second", name="default")
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    said = "head, which all adapters of a model share, changed since 'default' was active"
+    with pytest.warns(UserWarning, match=said):
+        ek.save_adapter(model, tmp_path / "default", name="default")
+    with pytest.warns(UserWarning, match=said):
+        ek.set_adapter(model, "default")
