@@ -426,8 +426,8 @@ def _warn_of_shared(model: nn.Module, name: str) -> None:
     if name != owner.active and owner.left_at.get(name, now := _versions_of_shared(model)) != now:
         shared = ", ".join(outermost(trained_modules(model)))
         warnings.warn(
-            f"{shared}, which all adapters of a model share, changed since {name!r} was active, and with it its outputs; "
-            "an AdapterBank holds adapters with heads of their own",
+            f"{shared}, which all adapters of a model share, changed since {name!r} was active, and its outputs with "
+            "it; an AdapterBank holds adapters with heads of their own",
             stacklevel=4,
         )
 
