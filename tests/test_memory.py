@@ -106,12 +106,16 @@ def test_the_compiled_operators_check_sizes_themselves():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 def test_onednn_reads_any_bias_and_is_not_given_rows_that_overlap(monkeypatch):
     monkeypatch.setattr(reference, "_onednn_leads", lambda: True)
-    x, down, up = torch.randn(16, 32), torch.randn(32, 4), torch.randn(4, 24)
-    weight, window = torch.randn(24, 32), torch.randn(600).as_strided((24, 32), (1, 1))
+    monkeypatch.setattr(reference, "_large_product_last", lambda *of: False)  # as on every processor where oneDNN leads
+    x, down, up = (torch.randn(size, requires_grad=True) for size in ((16, 32), (32, 4), (4, 24)))
+    weight, window, dy = torch.randn(24, 32), torch.randn(600).as_strided((24, 32), (1, 1)), torch.randn(16, 24)
     biases = torch.randn(24, 2)[:, 0], torch.ones(1).expand(24), torch.randn(30)[5:29], torch._neg_view(torch.randn(24))
-    for w, bias in [(weight, bias) for bias in biases] + [(window, None)]:
-        y = ek.lowrank_linear(x, w, bias, down, up, backend="reference")
-        torch.testing.assert_close(y, F.linear(x, w, bias) + x @ down @ up)
+    calls = [(window, None), (torch.randn(24, 64)[:, ::2], None), *((weight, bias) for bias in biases)]
+    results = lambda y: (y, *torch.autograd.grad(y, (x, down, up), dy))
+    wanted = [results(F.linear(x, *call) + x @ down @ up) for call in calls]
+    for call, want in zip(calls, wanted):
+        torch.testing.assert_close(results(ek.lowrank_linear(x, *call, down, up, backend="reference")), want)
+        monkeypatch.setattr(F, "linear", None)  # not to be called where rows do not overlap
 
 
 def test_merge_refuses_weights_that_share_memory():
