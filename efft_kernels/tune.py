@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = "bfloat16", "float16", "float32"
     p.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"], help="default: bfloat16")
     p.add_argument("--backend", nargs="+", choices=run.BACKENDS, help="default: all that the device has")
-    p.add_argument("--device", help="default: the current GPU if there is one, else the CPU")
+    p.add_argument("--device", help="cpu, cuda or cuda:INDEX; default: the current GPU if there is one, else the CPU")
     p.add_argument("--minutes", type=float, default=3.0, help="nothing new is started after this time (default: 3)")
     args = p.parse_args(argv)
     try:
@@ -72,10 +72,14 @@ def main(argv: list[str] | None = None) -> int:
     for line in found.left:
         print(f"not done: {line}")
     won = sum(bool(each.choice and each.choice.backend) for each in found.timed)
-    print(f"a kernel is chosen for {won} of {len(found.timed)} ops and sizes; on record in {table.user_file()}")
-    if found.not_written:
-        print(f"{found.not_written}; this run's choice is lost when it ends", file=sys.stderr)
-    return int(bool(found.not_written))
+    left = f", {len(found.left)} are not done" if found.left else ""
+    print(f"a kernel is chosen for {won} of {len(found.timed)} ops and sizes that were timed{left}")
+    problem = f"{found.not_written}; this run's choice is lost when it ends" if found.not_written else None
+    if problem := problem or (None if found.timed else "nothing was timed, so nothing new is chosen"):
+        print(problem, file=sys.stderr)
+        return 1
+    print(f"on record in {table.user_file()}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def name() -> str:
 
 def proof(*proven: dict, **other) -> dict:
     found = table.conditions("cuda", CPU) | {"date": "2026-01-01", "dropped": {}}
-    return {"cuda": found | {"plans": {table.plan_name(plan): 40 for plan in proven}} | other}
+    return {"cuda": found | {"plans": {table.plan_name(plan): {"bfloat16": 40} for plan in proven}} | other}
 
 
 def row(plan=PLAN, us=1.0, torch_us=2.0, host=None, torch_host=None) -> dict:
@@ -141,12 +141,13 @@ def test_a_new_proof_takes_the_times_of_other_sources_away():
     )
     table.save(name(), proof({"op": "merge_"}))
     found = json.loads(table.user_file().read_text())["devices"][name()]
-    assert found["proof"]["cuda"]["plans"] == {"merge_": 40}
+    assert found["proof"]["cuda"]["plans"] == {"merge_": {"bfloat16": 40}}
     assert found["measured"][FORWARD]["200"] == {"torch": 2.0, "triton": {"us": 3.0, "plan": {}}}
     # with the same sources plans are added, and a dropped one is proven no more
     table.save(name(), proof(PLAN))
     table.save(name(), proof(dropped={"merge_": "it hung"}))
-    assert table.proof("cuda", CPU) == {"plans": {table.plan_name(PLAN): 40}, "dropped": {"merge_": "it hung"}}
+    found = table.proof("cuda", CPU)
+    assert found["plans"] == {table.plan_name(PLAN): {"bfloat16": 40}} and found["dropped"] == {"merge_": "it hung"}
 
 
 def test_a_full_disk_leaves_the_old_file_and_the_choice_in_this_process(monkeypatch):
@@ -182,19 +183,53 @@ for i in range(20):
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "[]",
-        '{"format": 1, "devices": {}}', '{"format": 2, "devices": [1]}', '{"format": 2, "devices": {"a": {}}}',
-        '{"format": 2, "devices": {"a": {"proof": {"cuda": {}}, "measured": {}}}}',
-        '{"format": 2, "devices": {"a": {"proof": {}, "measured": {"b": {"1": {"torch": "fast"}}}}}}',
-        '{"format": 2, "devices": {"a": {"proof": {}, "measured": {"b": {"1": {"torch": 1, "cuda": {"us": 1}}}}}}}',
+        "{", "[]", "[" * 100000 + "]" * 100000, '{"format": 4, "devices": {}}', '{"format": 2, "devices": {}}',
+        '{"format": 3, "devices": [1]}', '{"format": 3, "devices": {"a": {}}}',
+        '{"format": 3, "devices": {"a": {"proof": {"cuda": {}}, "measured": {}}}}', *(
+            '{"format": 3, "devices": {"a": {"proof": {}, "measured": {"b float32": {"1": ROW}}}}}'.replace("ROW", row)
+            for row in ('{"torch": "fast"}', '{"torch": Infinity}', '{"torch": 1, "cuda": {"us": 1}}',
+                        '{"torch": 1, "cpu": {"us": 1, "plan": {}}}',
+                        '{"torch": 1, "cpu": {"us": 1, "plan": {"isa": "avx2"}, "a": [[[[[[[[[[1]]]]]]]]]]}}')
+        ),
     ],
 )  # fmt: skip
-def test_a_file_that_does_not_fit_is_ignored_with_a_warning(text):
+def test_a_file_that_does_not_fit_is_ignored_with_a_warning_and_kept(text):
     table.user_file().parent.mkdir(exist_ok=True)
     table.user_file().write_text(text)
     table.invalidate()
     with pytest.warns(UserWarning, match=f"{table.user_file()} .*it is ignored"):
         assert table.choice(CPU, FORWARD, 1) is None
+    with pytest.warns(UserWarning, match="it is kept as tuned"):
+        assert table.save(name(), proof(PLAN)) is None
+    (kept,) = table.user_file().parent.glob("tuned.[0-9]*.json")
+    assert kept.read_text() == text and table.proof("cuda", CPU)["plans"]
+
+
+def test_a_file_that_cannot_be_read_now_is_not_replaced(monkeypatch):
+    table.save(name(), proof(PLAN))
+    before, read = table.user_file().read_bytes(), Path.read_text
+
+    def stale(path, *given):
+        if path == table.user_file():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *given)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert "Stale file handle" in table.save(name(), measured={FORWARD: {"200": row()}})
+    assert table.user_file().read_bytes() == before
+
+
+def test_what_is_on_record_goes_by_the_number_of_threads_and_by_the_dtype():
+    other = FORWARD.replace("bfloat16", "float16")
+    write(table.user_file(), proof(PLAN), {FORWARD: {"200": row()}, other: {"200": row()}})
+    assert table.choice(CPU, FORWARD, 200).backend == "cuda" and table.choice(CPU, other, 200) is None
+    threads = torch.get_num_threads()
+    try:
+        job = {"task": "prove", "device": "cpu", "backend": "cpu", "plans": [], "dtypes": []}
+        assert not list(worker.events(job | {"threads": threads + 1}))  # a child takes the number of its parent
+        assert table.choice(CPU, FORWARD, 200) is None and not table.proof("cuda", CPU)["plans"]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_shipped_file_is_written_as_it_stands_and_fits(monkeypatch):
@@ -292,7 +327,7 @@ def mixed(monkeypatch):
     if module is None or not module.INTERPRETED:
         pytest.skip(reason or "for the interpreter")
     monkeypatch.setattr(dispatch, "candidates", lambda device: [cuda, module])
-    proven = dict.fromkeys((*module.WAYS, "group_update", "merge_", table.MIXED), 8)
+    proven = {plan: {"float16": 8} for plan in (*module.WAYS, "group_update", "merge_", table.MIXED)}
     table.save(name(), {"triton": table.conditions("triton", CPU) | {"dropped": {}, "plans": proven}})
 
     def selected(A, B, T, needs=None):
@@ -352,7 +387,7 @@ def test_the_command_asks_for_mixed_batches_of_models(monkeypatch):
     def asked(*more):
         found = []
         monkeypatch.setattr(run, "tune", lambda shapes, *_, **options: found.extend(shapes) or run.Report(*[{}] * 5))
-        assert command.main(["--model", "vit_b", "--batch", "1", "64", *more]) == 0
+        command.main(["--model", "vit_b", "--batch", "1", "64", *more])
         return {(M, *rest[3:]) for M, *rest in found if len(rest) > 3}
 
     assert asked("--device", "cuda") == {(64 * 197, 8, 64), (64 * 197, 64, 64)}
@@ -493,11 +528,19 @@ def test_an_unproven_gpu_is_told_of_the_command_once(monkeypatch, caplog):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="backends must be of .*got 'reference'"):
-        tune([(1, 2, 3, 4)], backends=["reference"])
-    for bad in ((1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 1.5), (64, 16, 32, 4, 2), (64, 16, 32, 4, 2, 3)):
+    size = (1, 2, 3, 4)
+    for bad, got in ((["reference"], "'reference'"), ("cpu", "'cpu'"), ([], r"\[\]"), (iter(["cpu", 1]), "1")):
+        with pytest.raises(ValueError, match=f"backends must be a list of .*'cpu'.*, got {got}"):
+            tune([size], backends=bad)
+    for bad in ("float32", torch.float32, ["float32"], [torch.int8], [torch.complex64], []):
+        with pytest.raises(ValueError, match="dtypes must be a list of .*torch.float32.*, got"):
+            tune([size], bad)
+    for bad in (1, (1, 2, 3), (True, 2, 3, 4), (1, 2, 3, 0), (1, 2, 3, 1.5), (*size, 2), (64, 16, 32, 4, 2, 3)):
         with pytest.raises(ValueError, match="positive integers, M a multiple of B, got"):
             tune([(8, 8, 8, 8), bad])
+    for bad in ("meta", "xpu", f"cuda:{torch.cuda.device_count()}"):
+        with pytest.raises(ValueError, match=f"device must be cpu or one of .* CUDA devices, got {bad}"):
+            tune([size], device=bad)
     with pytest.raises(ValueError, match="minutes must be a positive number, got 0"):
         tune([(8, 8, 8, 8)], minutes=0)
 
@@ -513,6 +556,10 @@ def test_the_command(quick, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             command.main(bad.split())
     assert command.main(["--model", "no_such_model"]) == 1 and "no_such_model" in capsys.readouterr().err
+    given = "--shapes", "80,64,96,5", "--backend", "cuda", "--device", "cpu"
+    assert command.main([*given, "--minutes", "1e-6"]) == 1
+    out, err = capsys.readouterr()
+    assert "nothing was timed" in err and "on record" not in out
 
 
 def test_sizes_of_models():
@@ -521,20 +568,71 @@ def test_sizes_of_models():
     assert shapes.model_shapes("vit_b", 2, 8) == [(M, *size, 8) for size in sizes]
     assert len(set(shapes.model_shapes("swin_t", 64, 16))) == 16
     pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+    with pytest.raises(ValueError, match="must have Linears before its head, got 'resnet18'"):
+        shapes.model_shapes("resnet18", 2, 8)
     assert shapes.model_shapes("vit_base_patch16_224", 2, 8) == shapes.model_shapes("vit_b", 2, 8)
     assert set(shapes.model_shapes("swin_tiny_patch4_window7_224", 1, 4)) >= set(shapes.model_shapes("swin_t", 1, 4))
 
 
 def test_a_backend_without_kernels_for_the_dtypes_is_neither_proven_nor_dropped():
     plan = {"op": "merge_"}
-    job = {"task": "prove", "device": "cpu", "backend": "cpu", "plans": [plan], "dtypes": ["complex64"]}
+    job = {"task": "prove", "device": "cpu", "backend": "cpu", "plans": [plan], "dtypes": ["complex64"], "threads": 1}
     assert list(worker.events(job | {"simulated": True})) == [{"plan": plan, "cases": 0}]
     said, recorded = [], []
     tuner = run._Tuner(torch.device("cpu"), [torch.float32], 0.0, ["true"], True, said.append, lambda event: None)
-    tuner.partial, tuner.record = {}, lambda *proven: recorded.append(proven)
-    for cases in (0, 0):
-        tuner._right("triton", "merge_", cases, 2)
-    assert not said and not recorded and "no kernels for these dtypes" in tuner.left[0]
-    for cases in (0, 4):  # one of two dtypes
-        tuner._right("triton", "group_update", cases, 2)
-    assert recorded == [("triton", {"group_update": 4}, {})] and len(tuner.left) == 1
+    tuner.record = lambda *proven: recorded.append(proven)
+    for name in ("merge_", "group_update"):
+        tuner._right("triton", name, 0, "float32")
+    assert not said and not recorded and len(tuner.left) == 1 and "no kernels for float32" in tuner.left[0]
+    tuner._right("triton", "group_update", 4, "float16")
+    assert recorded == [("triton", {"group_update": {"float16 short": 4}}, {})] and len(tuner.left) == 1
+
+
+class Fast:
+    """In the place of a child: all is right, and one instruction set fast"""
+
+    jobs: list[dict] = []
+    __init__ = stop = lambda *_: None
+
+    def run(self, job, on_event, *_):
+        self.jobs.append(job)
+        if job["task"] == "prove":
+            return [on_event({"plan": plan, "cases": 1}) for plan in job["plans"]] and None
+        us = {f"cpu: {plan['isa']}": 50.0 if plan["isa"] == self.fast else 200.0 for _, plan in job["candidates"]}
+        entry = table.key(job["op"], getattr(torch, job["dtypes"][0]), *job["shape"][1:], job["needs"])
+        timed = {"torch": 100.0, "cpu": {"us": 50.0, "plan": {"isa": self.fast}}}
+        return on_event({"row": timed, "entry": entry, "M": job["shape"][0], "us": us | {"product first": 100.0}})
+
+
+@pytest.fixture
+def isas(monkeypatch):
+    """a CPU with two of them"""
+    cpu = plans.module("cpu")
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    monkeypatch.setattr(cpu, "isas", lambda: ["one", "two"])
+    monkeypatch.setattr(children, "Child", Fast)
+    monkeypatch.setattr(Fast, "jobs", [])
+    return functools.partial(tune, device="cpu", simulated=True)
+
+
+def test_of_two_runs_on_a_cpu_the_instruction_set_of_the_later_one_counts_alone(isas, monkeypatch):
+    said, entry = [], table.key(table.LINEAR, torch.float32, 64, 64, 16)
+    for fast, K in (("one", 64), ("two", 128)):
+        monkeypatch.setattr(Fast, "fast", fast, raising=False)
+        report = isas([(197, K, K, 16)], [torch.float32], say=said.append)
+        assert table.recorded_isa() == fast and report.timed[0].choice.backend == "cpu"
+        assert (table.choice(CPU, entry, 197) is None) is (fast == "two")
+    assert "measured with one counts no more" in said[-1]
+    assert {job["threads"] for job in Fast.jobs} == {torch.get_num_threads()}
+
+
+def test_each_dtype_is_proven_and_a_short_battery_is_not_a_whole_one(isas, monkeypatch):
+    monkeypatch.setattr(Fast, "fast", "one", raising=False)
+    monkeypatch.setattr(plans.module("cpu"), "set_isa", lambda isa: None)
+    proven = lambda: [(*job["dtypes"], job["simulated"]) for job in Fast.jobs if job["task"] == "prove"]
+    isas([(8, 16, 16, 4)], [torch.float32])
+    isas([(8, 16, 16, 4)], [torch.float32, torch.bfloat16])
+    assert proven() == [("float32", True), ("bfloat16", True)]
+    isas([(8, 16, 16, 4)], [torch.float32], simulated=False)
+    isas([(8, 16, 16, 4)], [torch.float32])
+    assert proven()[2:] == [("float32", False)]

@@ -14,6 +14,7 @@ import torch
 from . import children, plans, table
 
 BACKENDS = ("cuda", "triton", "cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FIRST_LAYER = [False, False, False, True, True]  # its input needs no gradient
 STEP_LIMIT = {"cuda": 30.0, "triton": 120.0, "cpu": 60.0}  # seconds for one step; Triton compiles
 AT_ONCE = 6  # processes of the battery: most of their time is importing torch and compiling
@@ -29,10 +30,10 @@ class Timed(NamedTuple):
 
     def __str__(self) -> str:
         best = min(self.us, key=self.us.get)
-        chosen = (self.choice and self.choice.backend) or "plain torch"
+        chosen = f", chosen: {self.choice.backend or 'plain torch'}" if self.choice else ""
         plain = min(us for name, us in self.us.items() if name.startswith("product"))
         times = f"plain torch {plain:.4g} us, fastest {best} {self.us[best]:.4g} us"
-        return f"{self.entry} M{self.M}: {times}, chosen: {chosen}"
+        return f"{self.entry} M{self.M}: {times}{chosen}"
 
 
 class Report(NamedTuple):
@@ -61,36 +62,33 @@ def tune(
 
     Every plan first runs a battery in child processes: against float64 on the device itself, at ragged shapes and ranks
     at the ends, forward and backward. One that is wrong, dies or hangs is dropped and named; the rest goes on. What was
-    proven before, with the same sources, driver, torch and triton, is not proven again. Then each shape is timed, plans
-    and both orders of plain torch in turn, and the fastest is chosen if it gains 3 % at least. Records go to
-    ``tuned.json`` in $EFFT_CACHE or the user's cache folder; deleting that file undoes the choice.
+    proven before, in these dtypes with the same sources, driver, torch and triton, is not proven again. Then each shape
+    is timed, plans and both orders of plain torch in turn, and the fastest is chosen if it gains 3 % at least. Records
+    go to ``tuned.json`` in $EFFT_CACHE or the user's cache folder; deleting that file undoes the choice.
 
     Args:
         shapes: (M, K, N, R), positive integers; of a mixed batch also the numbers of its adapters and of its samples,
             which have M / B rows each.
-        dtypes: of the activations; a backend skips those that it has no kernels for.
+        dtypes: of the activations, of bfloat16, float16, float32 and float64; a backend skips those that it has no
+            kernels for.
         backends: of "cuda", "triton" and "cpu"; default: all that this device has.
-        device: default: the current GPU if there is one, else the CPU.
+        device: a CPU or CUDA device; default: the current GPU if there is one, else the CPU.
         minutes: after this time nothing new is started.
         worker: the command of a child process, for tests.
-        simulated: a short battery, for a simulator or an interpreter.
+        simulated: a short battery, for a simulator or an interpreter; it counts until the whole one is asked for.
         say: called with each line of progress.
         note: called with each result as soon as it is known, {"proven" or "dropped" or "entry": ...}.
 
     Raises:
         ValueError: a bad argument. RuntimeError: none of the backends can run on this device.
     """
-    shapes, dtypes = [tuple(shape) for shape in shapes], list(dtypes)
-    for shape in shapes:
-        B = shape[5] if len(shape) == 6 else 1
-        if len(shape) not in (4, 6) or not all(isinstance(n, int) and n > 0 for n in shape) or shape[0] % B:
-            of = "(M, K, N, R) or (M, K, N, R, A, B), positive integers, M a multiple of B"
-            raise ValueError(f"shapes must be of {of}, got {shape}")
+    of = "(M, K, N, R) or (M, K, N, R, A, B), positive integers, M a multiple of B"
+    shapes = [tuple(shape) for shape in _listed("shapes", shapes, _is_shape, of)]
+    dtypes = _listed("dtypes", dtypes, DTYPES.__contains__, DTYPES)
+    if backends is not None:
+        backends = _listed("backends", backends, BACKENDS.__contains__, BACKENDS)
     if not isinstance(minutes, int | float) or not minutes > 0:
         raise ValueError(f"minutes must be a positive number, got {minutes!r}")
-    for name in backends or ():
-        if name not in BACKENDS:
-            raise ValueError(f"backends must be of {BACKENDS}, got {name!r}")
     tuner = _Tuner(
         _device(device), dtypes, time.monotonic() + 60 * minutes, worker or children.WORKER, simulated, say, note
     )
@@ -102,10 +100,28 @@ def tune(
     return tuner.report()
 
 
+def _listed(name: str, given, fits: Callable, of: object) -> list:
+    """What was given as a list, even if it can be read once only; ValueError if it is none, empty or does not fit"""
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    for each in found or [given]:
+        if not (found and fits(each)):
+            raise ValueError(f"{name} must be a list of {of}, got {each!r}")
+    return found
+
+
+def _is_shape(shape) -> bool:
+    if not isinstance(shape, tuple | list) or len(shape) not in (4, 6):
+        return False
+    return all(type(n) is int and n > 0 for n in shape) and shape[0] % (*shape, 1, 1)[5] == 0
+
+
 def _device(device) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise ValueError(f"device must be cpu or one of torch's {count} CUDA devices, got {device}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
@@ -116,6 +132,8 @@ class _Tuner:
         self.device, self.dtypes, self.deadline = device, dtypes, deadline
         self.worker, self.simulated, self.say, self.note = worker, simulated, say, note
         self.name = table.device_name(device)
+        # children measure with as many threads as the name says
+        self.job = {"device": str(device), "threads": torch.get_num_threads()}
         self.backends: list[str] = []
         self.dropped: dict[str, dict[str, str]] = {}
         self.timed: list[tuple] = []
@@ -154,25 +172,25 @@ class _Tuner:
             self.note({"dropped": name, "backend": backend, "reason": reason})
             self.record(backend, {}, {name: reason})
 
-    def record(self, backend: str, proven: dict[str, int], dropped: dict[str, str]) -> None:
+    def record(self, backend: str, proven: dict[str, dict], dropped: dict[str, str], **more) -> None:
         now = table.conditions(backend, self.device)
         date = datetime.date.today().isoformat()
-        self.save(proof={backend: now | {"date": date, "plans": proven, "dropped": dropped}})
+        self.save(proof={backend: now | {"date": date, "plans": proven, "dropped": dropped, **more}})
 
     def prove(self) -> None:
-        """Every plan that is not on record yet, several processes at a time"""
+        """Every plan that is not on record yet in a dtype, several processes at a time"""
         jobs = queue.SimpleQueue()
         for backend in sorted(self.backends, key=lambda name: name != "triton"):  # what compiles takes longest
             known = table.proof(backend, self.device)
-            done = known["plans"].keys() | known["dropped"].keys()
             self.dropped[backend] = dict(known["dropped"])
             for name, reason in known["dropped"].items():
                 self.say(f"{backend}: {name} stays dropped: {reason}")
-            missing = [plan for plan in plans.all_plans(backend, self.device) if table.plan_name(plan) not in done]
-            for part in _parts(backend, missing, self.dtypes):
-                jobs.put((backend, *part))
+            for dtype in (str(dtype)[6:] for dtype in self.dtypes):
+                able = plans.all_plans(backend, self.device)
+                missing = [plan for plan in able if not table.proves(known, plan, dtype, self.simulated)]
+                for part in _parts(backend, missing):
+                    jobs.put((backend, part, dtype))
         width = 1 if self.device.type != "cuda" else max(1, min(AT_ONCE, os.cpu_count() or 1, jobs.qsize()))
-        self.partial: dict[tuple, list] = {}
         with ThreadPoolExecutor(width) as pool:
             for done in [pool.submit(self._prove_all, jobs) for _ in range(width)]:
                 done.result()
@@ -181,15 +199,15 @@ class _Tuner:
         child = children.Child(self.worker)
         try:
             while True:
-                backend, missing, dtypes, parts = jobs.get_nowait()
-                self._prove_some(child, backend, missing, dtypes, parts)
+                self._prove_some(child, *jobs.get_nowait())
         except queue.Empty:
             pass
         finally:
             child.stop()
 
-    def _prove_some(self, child, backend: str, missing: list[dict], dtypes, parts: int) -> None:
-        while missing:
+    def _prove_some(self, child, backend: str, missing: list[dict], dtype: str) -> None:
+        # one that was dropped in another dtype is not tried again
+        while missing := [plan for plan in missing if table.plan_name(plan) not in self.dropped[backend]]:
             seen: list[str] = []
 
             def on_event(event: dict) -> None:
@@ -198,37 +216,33 @@ class _Tuner:
                 if "dropped" in event:
                     self.drop(backend, event["plan"], event["dropped"])
                 else:
-                    self._right(backend, name, event["cases"], parts)
+                    self._right(backend, name, event["cases"], dtype)
 
-            job = {
-                "task": "prove", "backend": backend, "device": str(self.device), "plans": missing,
-                "dtypes": [str(dtype)[6:] for dtype in dtypes], "simulated": self.simulated,
-            }  # fmt: skip
+            job = {"task": "prove", "backend": backend, "plans": missing, "dtypes": [dtype]}
+            job |= {"simulated": self.simulated, **self.job}
             death = child.run(job, on_event, STEP_LIMIT[backend], self.deadline)
             missing = [plan for plan in missing if table.plan_name(plan) not in seen]
             if death is None:
                 return
             if death.out_of_time:
-                self.left += [f"the battery of {backend}: {table.plan_name(plan)}" for plan in missing]
+                self.left += [f"the battery of {backend}: {table.plan_name(plan)} in {dtype}" for plan in missing]
                 return
             guilty = death.at.get("at")
             if not guilty:
                 self.left += [f"the battery of {backend}: {table.plan_name(plan)}: {death.reason}" for plan in missing]
                 return
             self.drop(backend, guilty, f"{death.at['case']}: {death.reason}")
-            missing = [plan for plan in missing if plan != guilty]
 
-    def _right(self, backend: str, name: str, cases: int, parts: int) -> None:
-        """A plan is proven when each part of its battery came out right, in the dtypes that the backend has."""
+    def _right(self, backend: str, name: str, cases: int, dtype: str) -> None:
+        """A plan is proven in a dtype when its battery came out right there; none ran where there are no kernels."""
+        none = f"the battery of {backend}: it has no kernels for {dtype} here"
         with self.lock:
-            found = self.partial.setdefault((backend, name), [])
-            found.append(cases)
-            if len(found) == parts and any(found) and name not in self.dropped.get(backend, {}):
-                self.say(f"{backend}: {name} is right in {sum(found)} cases")
-                self.note({"proven": name, "backend": backend, "cases": sum(found)})
-                self.record(backend, {name: sum(found)}, {})
-            elif len(found) == parts and not any(found):
-                self.left.append(f"the battery of {backend}: {name}: {backend} has no kernels for these dtypes here")
+            if cases and name not in self.dropped.get(backend, {}):
+                self.say(f"{backend}: {name} is right in {cases} cases of {dtype}")
+                self.note({"proven": name, "backend": backend, "dtype": dtype, "cases": cases})
+                self.record(backend, {name: {dtype + " short" * self.simulated: cases}}, {})
+            elif not cases and none not in self.left:
+                self.left.append(none)
 
     def time(self, shapes: list[tuple]) -> None:
         child = children.Child(self.worker)
@@ -256,11 +270,11 @@ class _Tuner:
     def _time_one(self, child, what, op, shape, dtype, needs, budget: float) -> None:
         candidates = []
         for backend in self.backends:
-            proven = table.proof(backend, self.device)["plans"]
+            proven = table.proof(backend, self.device)
             able = [{"op": op.removesuffix("_backward")}]
             if op in (table.LINEAR, table.BACKWARD):
                 able = plans.linear_plans(backend, self.device, shape[3])
-            candidates += [(backend, plan) for plan in able if table.plan_name(plan) in proven]
+            candidates += [(backend, plan) for plan in able if table.proves(proven, plan, str(dtype)[6:])]
         if not candidates and op.startswith(table.MIXED):
             self.left.append(f"{what}: no kernel for mixed batches is proven here")
             return
@@ -270,15 +284,16 @@ class _Tuner:
                 self.drop(event["backend"], event["plan"], event["dropped"])
             else:
                 self.save(measured={event["entry"]: {str(event["M"]): event["row"]}})
-                found = table.choice(self.device, event["entry"], event["M"])
+                # on a CPU the instruction set is chosen at the end
+                found = None if "cpu" in self.backends else table.choice(self.device, event["entry"], event["M"])
                 self.timed.append(Timed(event["entry"], event["M"], event["us"], found))
                 self.say(str(self.timed[-1]))
                 self.note({"op": op, "shape": shape, "needs": needs, **event, "chosen": found and found.backend})
 
         while True:
             job = {
-                "task": "time", "device": str(self.device), "op": op, "shape": shape, "dtypes": [str(dtype)[6:]],
-                "needs": needs, "candidates": candidates, "budget": budget,
+                "task": "time", "op": op, "shape": shape, "dtypes": [str(dtype)[6:]],
+                "needs": needs, "candidates": candidates, "budget": budget, **self.job,
             }  # fmt: skip
             death = child.run(job, on_event, max(map(STEP_LIMIT.get, self.backends)) + 5 * budget, self.deadline + 5)
             if death is None:
@@ -300,7 +315,8 @@ class _Tuner:
             return
         torch_us = lambda each: min(us for name, us in each.us.items() if name.startswith("product"))
         best = min(sorted(names), key=lambda name: sum(min(each.us[name], torch_us(each)) for each in timed))
-        plan = {"isa": best.removeprefix("cpu: ")}
+        plan, before = {"isa": best.removeprefix("cpu: ")}, table.recorded_isa()
+        self.record("cpu", {}, {}, **plan)
         for each in timed:
             self.save(
                 measured={
@@ -309,11 +325,14 @@ class _Tuner:
             )
         self.timed = [each._replace(choice=table.choice(self.device, each.entry, each.M)) for each in self.timed]
         self.say(f"cpu: instruction set {plan['isa']}")
+        if before not in (None, plan["isa"]):
+            self.say(f"cpu: what was measured with {before} counts no more; tune all sizes in one run")
         if not self.simulated:
             plans.module("cpu").set_isa(plan["isa"])
 
     def report(self) -> Report:
-        proven = {backend: table.proof(backend, self.device)["plans"] for backend in self.backends}
+        found = {backend: table.proof(backend, self.device)["plans"] for backend in self.backends}
+        proven = {b: {name: sum(cases.values()) for name, cases in of.items()} for b, of in found.items()}
         return Report(proven, self.dropped, self.timed, self.left, self.not_written)
 
 
@@ -324,11 +343,7 @@ def _other_ops(shapes: list[tuple], slices: tuple[int, ...], layers: int) -> lis
     return list(dict.fromkeys(found + [("merge_", (layers, N, K, R)) for _, K, N, R in shapes]))
 
 
-def _parts(backend: str, missing: list[dict], dtypes) -> list[tuple[list[dict], list, int]]:
-    """[(plans, dtypes, into how many parts a plan's battery is split)] for the processes of the battery"""
-    if not missing:
-        return []
-    if backend == "triton":  # compiling takes most of the time: one process for each plan and dtype
-        return [([plan], [dtype], len(dtypes)) for plan in missing for dtype in dtypes]
-    parts = min(AT_ONCE - 2, len(missing)) if backend == "cuda" else 1
-    return [(missing[i::parts], list(dtypes), 1) for i in range(parts)]
+def _parts(backend: str, missing: list[dict]) -> list[list[dict]]:
+    """The plans for each process of the battery; compiling takes most of Triton's time: one process for each plan"""
+    parts = min({"cuda": AT_ONCE - 2, "cpu": 1}.get(backend, len(missing)), len(missing))
+    return [missing[i::parts] for i in range(parts)]

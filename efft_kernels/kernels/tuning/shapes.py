@@ -47,4 +47,6 @@ def _timm_linears(name: str) -> list[tuple[int, int, int]]:
             module.register_forward_pre_hook(note)
     with torch.no_grad():
         model(torch.zeros(1, *model.default_cfg["input_size"], device="meta"))
+    if not found:
+        raise ValueError(f"model must have Linears before its head, got {name!r}, which has none")
     return list(dict.fromkeys(found))

@@ -3,14 +3,17 @@
 There are two files of one form: the user's, ``tuned.json`` in the cache folder, and the one in this folder, which ships
 with the package.
 
-    {"format": 2, "devices": {"NVIDIA H200": {
+    {"format": 3, "devices": {"NVIDIA H200": {
         "proof": {"cuda": {"sources": ..., "driver": ..., "torch": ..., "triton": ..., "date": ...,
-                           "plans": {"hopper 192 single_pass": 40}, "dropped": {"mma 64 extended_k": "..."}}},
+                           "plans": {"hopper 192 single_pass": {"bfloat16": 40, "float16 short": 6}},
+                           "dropped": {"mma 64 extended_k": "..."}}},
         "measured": {"lowrank_linear bfloat16 K768 N2304 R16": {"12608": {
             "torch": 114.9, "torch_host": 65.1, "cuda": {"us": 81.0, "host": 29.3, "plan": {...}},
             "triton": {"us": 96.4, "host": 125.0, "plan": {...}}}}}}}}
 
 A proof counts where its sources, driver, torch and triton are those at hand; in the shipped file the driver may differ.
+It has the number of cases in each dtype, those of a short battery apart. That of a CPU also has "isa", the instruction
+set that a process uses: what was measured with another does not count.
 Times are microseconds of one call, on the device, and on the host where that is not the device. ``prove.py`` and
 ``timing.py`` make these records.
 """
@@ -22,6 +25,7 @@ import json
 import math
 import re
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -33,7 +37,7 @@ import torch
 from ... import storage
 from .. import decisions
 
-FORMAT = 2
+FORMAT = 3
 SHIPPED = Path(__file__).with_name("tuned.json")
 GAIN = 0.97  # a kernel is chosen if it takes at most this part of plain torch's time
 LINEAR, BACKWARD, MIXED = "lowrank_linear", "lowrank_linear_backward", "mixed_linear"
@@ -62,6 +66,12 @@ def cached(function: Callable) -> Callable:
     found = functools.lru_cache(maxsize=4096)(function)
     _caches.append(found)
     return found
+
+
+def _cached_by_threads(function: Callable) -> Callable:
+    """The same for what depends on the number of threads, which is part of a CPU's name on record"""
+    found = cached(lambda threads, *given: function(*given))
+    return functools.wraps(function)(lambda *given: found(torch.get_num_threads(), *given))
 
 
 def invalidate() -> None:
@@ -163,8 +173,11 @@ def _files() -> tuple[dict, dict]:
     return user, shipped
 
 
-def _read_user() -> dict:
-    path = user_file()
+def _read_user(saving: bool = False) -> dict:
+    """The devices of the user's file. One that is about to be replaced (saving) is kept if it is of another form, and
+    OSError is raised if it cannot be read now.
+    """
+    path, what = user_file(), "ignored, tune again or delete it"
     try:
         found = json.loads(path.read_text())
         if found["format"] == FORMAT:
@@ -172,37 +185,51 @@ def _read_user() -> dict:
         reason = f"is of format {found['format']}, not {FORMAT}"
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if saving and isinstance(error, OSError):
+            raise
         reason = f"cannot be read: {error!r}"
-    warnings.warn(f"{path} {reason}; it is ignored, tune again or delete it", stacklevel=2)
+    if saving:
+        kept = path.with_name(f"tuned.{time.time_ns()}.json")
+        path.rename(kept)
+        what = f"kept as {kept.name}"
+    warnings.warn(f"{path} {reason}; it is {what}", stacklevel=2)
     return {}
 
 
 def _checked(devices: dict[str, dict]) -> dict[str, dict]:
     """ValueError, KeyError or TypeError for what this file's form does not have"""
+    if _height(devices) > 12:
+        raise ValueError("it is nested too deep")
     for device in devices.values():
         for record in device["proof"].values():
             if missing := {"sources", "driver", "torch", "triton", "plans", "dropped"} - record.keys():
                 raise ValueError(f"a proof must have {sorted(missing)}")
-            _ = {**record["plans"], **record["dropped"]}  # raises TypeError if one of them is no table
+            # raises TypeError if one of these is no table, or the name is none
+            _ = {record.get("isa"): None, **record["dropped"]}, [{**cases} for _, cases in {**record["plans"]}.items()]
         for entry, rows in device["measured"].items():
+            _, _, *_ = entry.split()  # at least op and dtype
             for M, row in rows.items():
                 found = [value for value in row.values() if isinstance(value, dict)]
                 times = [row["torch"], row.get("torch_host", 1), *(value["us"] for value in found)]
                 times += [value.get("host", 1) for value in found]
                 plans = [value["plan"] for value in found]
-                if int(M) < 1 or not all(isinstance(t, int | float) and t > 0 for t in times):
+                if int(M) < 1 or not all(isinstance(t, int | float) and 0 < t < math.inf for t in times):
                     raise ValueError(f"{entry} M {M}: times must be positive numbers, got {times}")
                 if min(_size(entry, int(M))[1]) < 1:
                     raise ValueError(f"{entry} M {M}: a mixed batch has at least one row for each sample")
                 if not all(isinstance(plan, dict) for plan in plans):
                     raise ValueError(f"{entry} M {M}: plans must be objects, got {plans}")
+                if "cpu" in row and row["cpu"]["plan"].keys() != {"isa"}:
+                    raise ValueError(f"{entry} M {M}: a plan of a CPU must have isa alone, got {row['cpu']['plan']}")
     return devices
 
 
-@cached
+@_cached_by_threads
 def proof(backend: str, device: torch.device) -> dict[str, dict]:
-    """{"plans": {name: cases}, "dropped": {name: reason}} on record for this device as it is now; the user's first."""
+    """{"plans": {name: {dtype: cases}}, "dropped": {name: reason}, ...} on record for this device as it is now; the
+    user's first.
+    """
     if backend not in SOURCES and backend in ("cuda", "triton", "cpu"):
         with contextlib.suppress(ImportError):  # what is not installed is not proven
             importlib.import_module(f"{__package__.rpartition('.')[0]}.{backend}")
@@ -211,9 +238,15 @@ def proof(backend: str, device: torch.device) -> dict[str, dict]:
         anywhere = {key: value for key, value in now.items() if key != "driver"}
         for devices, compared in zip(_files(), (now, anywhere)):
             found = devices.get(name, {}).get("proof", {}).get(backend)
-            if isinstance(found, dict) and all(found.get(key) == value for key, value in compared.items()):
-                return {"plans": found.get("plans", {}), "dropped": found.get("dropped", {})}
+            if found and all(found[key] == value for key, value in compared.items()):
+                return found
     return {"plans": {}, "dropped": {}}
+
+
+def proves(proof: dict[str, dict], plan: dict, dtype: str, short: bool = True) -> bool:
+    """Whether a plan is proven in a dtype; with or without those that only a short battery ran for"""
+    cases = proof["plans"].get(plan_name(plan), {})
+    return dtype in cases or (short and f"{dtype} short" in cases)
 
 
 def unproven(backend: str, device: torch.device) -> str | None:
@@ -262,7 +295,7 @@ def _wanted(needs: list[bool]) -> str:
     return ",".join(name for name, need in zip(("x", "down", "up"), (needs[0], needs[-2], needs[-1])) if need)
 
 
-@cached
+@_cached_by_threads
 def choice(device: torch.device, entry: str, M: int) -> Choice | None:
     """What is on record for M rows: measured there, or chosen alike at all nearest smaller and larger sizes.
 
@@ -271,13 +304,13 @@ def choice(device: torch.device, entry: str, M: int) -> Choice | None:
     equal, here = _size(entry, M)
     for rows in (sizes.get(equal, {}) for sizes in _rows(device_name(device), device)):
         if here in rows:
-            return _choice(rows[here], device)
+            return _choice(rows[here], device, entry)
         above, below = [at for at in rows if _within(here, at)], [at for at in rows if _within(at, here)]
         if above and below:
             nearest = [at for at in above if not any(_within(other, at) for other in above if other != at)]
             nearest += [at for at in below if not any(_within(at, other) for other in below if other != at)]
-            if len({_choice(rows[at], device).backend for at in nearest}) == 1:
-                return _choice(rows[min(nearest, key=lambda at: abs(math.log(at[-1] / here[-1])))], device)
+            if len({_choice(rows[at], device, entry).backend for at in nearest}) == 1:
+                return _choice(rows[min(nearest, key=lambda at: abs(math.log(at[-1] / here[-1])))], device, entry)
     return None
 
 
@@ -288,7 +321,7 @@ def _rows(name: str, device: torch.device) -> list[dict[str, dict[tuple, dict]]]
     for sizes, devices in zip(found, _files()):
         for entry, rows in devices.get(name, {}).get("measured", {}).items():
             for M, row in rows.items():
-                if _proven(row, device):
+                if _proven(row, device, entry):
                     equal, size = _size(entry, int(M))
                     sizes.setdefault(equal, {})[size] = row
     return found
@@ -306,14 +339,16 @@ def _within(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     return all(a <= b for a, b in zip(small, large))
 
 
-def _proven(row: dict, device: torch.device) -> dict[str, dict]:
-    """{backend: {us, plan}} of the plans in a row that are proven on this device as it is now"""
+def _proven(row: dict, device: torch.device, entry: str) -> dict[str, dict]:
+    """{backend: {us, plan}} of the plans in a row that are proven in its dtype on this device as it is now"""
     found = {backend: value for backend, value in row.items() if isinstance(value, dict)}
-    return {b: v for b, v in found.items() if plan_name(v["plan"]) in proof(b, device)["plans"]}
+    if "cpu" in found and found["cpu"]["plan"]["isa"] != recorded_isa():
+        del found["cpu"]
+    return {b: v for b, v in found.items() if proves(proof(b, device), v["plan"], entry.split()[1])}
 
 
-def _choice(row: dict, device: torch.device) -> Choice:
-    found = _proven(row, device)
+def _choice(row: dict, device: torch.device, entry: str) -> Choice:
+    found = _proven(row, device, entry)
     us = {backend: value["us"] for backend, value in found.items()}
     able = [b for b, value in found.items() if us[b] <= GAIN * row["torch"] and _keeps_up(value, row)]
     backend = min(able, key=us.get, default=None)
@@ -354,16 +389,10 @@ def on_record(op: str, tensors: tuple, needs: list[bool] | None = None) -> bool:
     return bool(entries) and all(choice(tensors[0].device, entry, M) for entry, M in entries)
 
 
-@cached
 def recorded_isa() -> str | None:
     """The CPU's instruction set that the tuner chose for this processor and this number of threads, or None."""
-    device = torch.device("cpu")
-    for devices in _files():
-        for rows in devices.get(device_name(device), {}).get("measured", {}).values():
-            for row in rows.values():
-                if "cpu" in _proven(row, device):
-                    return row["cpu"]["plan"]["isa"]
-    return None
+    found = proof("cpu", torch.device("cpu"))
+    return found["isa"] if found.get("isa") in found["plans"] else None
 
 
 def _entries(op: str, tensors: tuple, needs: list[bool] | None) -> list[tuple[str, int]]:
@@ -397,7 +426,7 @@ def save(
     reason = None
     try:
         with _lock, _exclusive():
-            devices = _read_user()
+            devices = _read_user(saving=True)
             devices[device] = _merged(devices.get(device, {}), new)
             storage.write_bytes(user_file(), (lines({"format": FORMAT, "devices": devices}) + "\n").encode())
     except OSError as error:
@@ -414,9 +443,10 @@ def _merged(old: dict, new: dict) -> dict:
     for backend, record in new.get("proof", {}).items():
         before = found["proof"].get(backend, {})
         if all(before.get(name) == record[name] for name in ("sources", "driver", "torch", "triton")):
-            plans = {k: v for k, v in before["plans"].items() if k not in record["dropped"]} | record["plans"]
+            plans = {k: v for k, v in before["plans"].items() if k not in record["dropped"]}
+            plans |= {k: plans.get(k, {}) | cases for k, cases in record["plans"].items()}
             dropped = {k: v for k, v in before["dropped"].items() if k not in record["plans"]} | record["dropped"]
-            record = record | {"plans": plans, "dropped": dropped}
+            record = before | record | {"plans": plans, "dropped": dropped}
         else:
             found["measured"] = {
                 entry: {M: {name: value for name, value in row.items() if name != backend} for M, row in rows.items()}

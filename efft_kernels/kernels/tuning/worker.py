@@ -15,6 +15,7 @@ from . import plans, prove, table, timing
 
 
 def events(job: dict) -> Iterator[dict]:
+    torch.set_num_threads(job["threads"])
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
