@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .groups import make_group
 from .inject import Plan, adapters
@@ -139,6 +138,8 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
     """
     if type(rows) is not int or rows < 1:
         raise ValueError(f"rows must be an int of at least 1, got {rows!r}")
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
     frozen = added = update = 0
     for spec in plan.groups:
         empty = {slot.site.path: torch.empty(0) for slot in spec.slots}
