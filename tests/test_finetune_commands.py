@@ -148,6 +148,11 @@ def test_export_to_lora_and_weights(run, tmp_path, capsys):
     assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size > 0
 
 
+def test_a_run_is_a_folder(run, capsys):
+    assert cli.main(["predict", str(run / "adapter.safetensors"), str(run.parent / "photos")]) == cli.WRONG
+    assert "RUN must be the folder that a run left, but" in capsys.readouterr().err
+
+
 def test_compare(run, tmp_path, capsys):
     record = json.loads((run / "metrics.json").read_text())
     for name, lr in (("one", 1e-3), ("two", 2e-3)):

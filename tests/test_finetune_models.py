@@ -194,6 +194,15 @@ def test_a_model_of_timm_in_a_folder(tmp_path):
         make_model(f"local-dir:{tmp_path / 'empty'}", 5, 32)
 
 
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("offline\nsecond line")
+
+    monkeypatch.setattr(timm().models._builder, "load_pretrained", offline)
+    with pytest.raises(OSError, match="weights of vit_base_patch16_224 cannot be downloaded; checkpoint .*: offline$"):
+        make_model("vit_base_patch16_224", 5, 32, "download")
+
+
 def test_a_model_of_timm_on_the_hub(tmp_path, monkeypatch):
     source = vit(num_classes=3)
     timm().models.save_for_hf(source, tmp_path, model_config={"num_classes": 3}, model_args=dict(depth=2, img_size=32))

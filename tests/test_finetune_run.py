@@ -478,6 +478,19 @@ def test_two_processes_of_a_launcher_equal_one(photos, exact, tmp_path):
     assert_close_runs(tmp_path, exact)
 
 
+def test_a_short_run_is_saved_after_each_epoch(photos, tmp_path, caplog):
+    """By default. One that was killed before its first state says that it starts over."""
+    caplog.set_level("INFO")
+    for number, there in ((2, [3, 6]), (1, [])):  # killed after the second state, and before the first
+        settings = tiny(photos, tmp_path / str(number), epochs=3, save_every=None)
+        start(settings, _die_in(os, "replace"), number).join()
+        assert [int(path.stem[6:]) for path in checkpoints.states(tmp_path / str(number))] == there
+        train(settings, progress=False)
+        restarted = "has logs of an earlier run, but no state to continue from: starting at step 0" in caplog.text
+        assert restarted == (not there)
+    assert end(tmp_path / "1") == end(tmp_path / "2")
+
+
 @pytest.mark.slow
 def test_a_caller_may_end_a_run_after_an_epoch(photos, whole, tmp_path):
     entries = []
@@ -560,6 +573,7 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--cuda_graph", "true"], "cuda_graph must be False unless one process trains on a CUDA GPU"),
         (["--warmup_epochs", "7"], "warmup_epochs must be at most the 6 epochs, got 7"),
         (["--model", "vit_base_patch16_225"], "near it are vit_base_patch16_224"),
+        (["--model", "swin_tinyy"], "near it are swin_tiny_patch4_window7_224"),
         (["--model", "hf:nowhere/at-all"], "hf:nowhere/at-all"),
         (["--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
         (["--checkpoint", "null"], "checkpoint must name the pre-trained weights"),

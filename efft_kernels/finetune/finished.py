@@ -75,6 +75,8 @@ def read_record(out: str | Path) -> dict:
         FileNotFoundError: there is no finished run. ValueError: a file of another version.
     """
     path = Path(local_folder(out, ("metrics.json", "*.safetensors"))) / "metrics.json"
+    if path.parent.is_file():
+        raise FileNotFoundError(f"RUN must be the folder that a run left, but {out} is a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
     try:

@@ -89,6 +89,8 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
             on_main(run, lambda: _remove_run(out))
         if saved is None and settings.head_init == "probe":
             probe_head(run)
+        if main and settings.resume and saved is None and [*out.glob("logs/events.out.tfevents.*")]:
+            log.info(f"{out} has logs of an earlier run, but no state to continue from: starting at step 0")
         made, schedule = begin(run, saved)
         del saved  # as large as the optimizer
         logs = Trackers(accelerator, settings, made.step // run.steps + 1)
@@ -244,8 +246,9 @@ def fit(
                     after_epoch(progress.history[-1])
                 ended = progress.step == batches.total or out_of_patience(run, progress)
             stopping = _any_process(run, stop.asked)
+            after_each = (s.save_every,) if s.save_every else (100, run.steps)
             # also after the last step, because the run can be interrupted while it measures and writes its results
-            if stopping or ended or progress.step % s.save_every == 0:
+            if stopping or ended or any(progress.step % steps == 0 for steps in after_each):
                 save(run, progress)
             if stopping and not ended:
                 raise Interrupted(

@@ -31,7 +31,7 @@ def make_model(
 
     Raises:
         ValueError: an unknown model, no choice of weights, or weights that do not fit.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file. OSError: the weights cannot be downloaded.
     """
     if name.startswith("hf:"):
         return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint, drop_path)
@@ -43,7 +43,9 @@ def make_model(
             raise FileNotFoundError(f"there is no folder {name.removeprefix('local-dir:')} for model {name!r}")
         checkpoint = checkpoint or "download"
     if not elsewhere and not library.is_model(known):
-        near = difflib.get_close_matches(known, library.list_models(), 3)
+        names = library.list_models()
+        starts = [each for each in names if each.startswith(known[:-1])]  # a name that was cut, or its end mistyped
+        near = list(dict.fromkeys([*starts[:2], *difflib.get_close_matches(known, names, 3)]))[:3]
         raise ValueError(
             f"model must be a model of timm or 'hf:' and one of transformers, got {name!r}"
             + f"; near it are {', '.join(near)}" * bool(near)
@@ -57,12 +59,22 @@ def make_model(
     if file and not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}")
     options = {"num_classes": classes, "pretrained": checkpoint == "download", "drop_path_rate": drop_path}
+
+    def create(**more) -> nn.Module:
+        try:
+            return library.create_model(name, **more, **options)
+        except OSError as error:
+            if elsewhere or checkpoint != "download":
+                raise
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"the weights of {name} cannot be downloaded; checkpoint may name a file: {why}") from error
+
     try:
-        model = library.create_model(name, img_size=image_size, **options)
+        model = create(img_size=image_size)
     except (TypeError, RuntimeError) as error:
         if "img_size" not in str(error):
             raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
-        model = library.create_model(name, **options)  # a model for images of any size
+        model = create()  # a model for images of any size
     except AssertionError as error:
         raise ValueError(f"timm cannot make {name} for images of {image_size} pixels: {error}") from error
     except (OSError, ValueError, KeyError) as error:

@@ -97,7 +97,7 @@ class Settings:
         fsdp: shard the weights over the processes (FSDP2) instead of replicating them (DDP).
         workers: processes that read images; not used for images kept in memory.
         memory: GiB of memory for resized images, which are then read only once.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints; None for one after each epoch and every 100 steps.
         trackers: where metrics are logged: tensorboard, and others of accelerate such as wandb, mlflow or trackio.
         resume: continue from the last complete checkpoint in ``out``; false starts over.
     """
@@ -161,7 +161,7 @@ class Settings:
     fsdp: bool = False
     workers: int = 2
     memory: float = 1.0
-    save_every: int = 100
+    save_every: int | None = None
     trackers: tuple[str, ...] = ("tensorboard",)
     resume: bool = True
 
@@ -179,8 +179,8 @@ class Settings:
         """Raise ValueError for the first wrong setting, with its name, what it must be and what it is."""
         for name in ("data", "out", "model", "method"):
             self._need(name, isinstance(getattr(self, name), str) and bool(getattr(self, name)), "a non-empty string")
-        positive = "epochs", "batch_size", "image_size", "accumulate", "save_every"
-        for name in (*positive, *(name for name in ("classes", "patience") if getattr(self, name) is not None)):
+        positive, optional = ("epochs", "batch_size", "image_size", "accumulate"), ("classes", "patience", "save_every")
+        for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             self._need(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int of at least 1")
         for name in ("workers", "seed"):
             self._need(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int of at least 0")
