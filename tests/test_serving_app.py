@@ -532,7 +532,7 @@ def test_adapters_are_held_while_the_model_runs(served, monkeypatch):
     assert held == [2, 1] and not classifier.folder.in_use
 
 
-def test_adapters_that_cannot_be_served_are_refused(served, own):
+def test_adapters_that_cannot_be_served_are_refused(served, own, caplog):
     import efft_kernels as ek
 
     _, files, want = served
@@ -547,6 +547,7 @@ def test_adapters_that_cannot_be_served_are_refused(served, own):
             classifier.prepare(Upload(files[0], name, 5))
         assert refused.value.status == status
         assert own.adapters not in str(refused.value)  # clients must not see paths
+    assert "sampled tensors differ" in caplog.text and "strict" not in caplog.text
     with pytest.raises(Refused) as refused:
         classifier.prepare(Upload(files[0][:50], "adapter-0", 5))
     assert refused.value.status in (415, 422) and not classifier.folder.in_use
@@ -612,6 +613,8 @@ def test_a_stop_waits_until_no_request_is_under_way(busy, ends, monkeypatch):
         ({"adapters": "none"}, "--adapters must be a folder, and there is none"),
         ({"weights": "none"}, "--weights must be a file, and there is none"),
         ({"model": "no_vit"}, "no_vit cannot be served: Unknown model"),
+        ({"model": "hf:folder"}, "hf:folder cannot be served: the service takes models of timm, and AdapterBank"),
+        ({"model": "local-dir:folder"}, "finds no 'architecture' in its config.json; the service takes models of timm"),
         ({"num_classes": 11}, "cannot be served: .* size mismatch for head.weight"),
         ({"backend": "magic"}, "cannot be served: .*magic"),
         ({"labels": "latin-1"}, "labels in .*x.labels.txt must be UTF-8"),
@@ -628,6 +631,9 @@ def test_what_prevents_a_start_is_a_sentence(served, tmp_path, given, says):
         path = tmp_path / "x.labels.txt"
         path.write_bytes("\u00e9meu\nchat\n".encode("utf-8" if value == "short" else value))
         given = {option: str(tmp_path if option == "adapters" else path)}
+    elif value == "local-dir:folder":
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')  # as transformers has it
+        given = {"model": f"local-dir:{tmp_path}"}
     settings = served[0].model_copy(update=given)
     with pytest.raises(start.StartError, match=says):
         start.check_files(settings, ServerSettings())
@@ -1051,3 +1057,4 @@ def test_a_signal_at_any_moment(ray_serve, monkeypatch, capsys, when, answers, s
     out, err = capsys.readouterr()
     assert found == done and out.splitlines()[-1].startswith(says)
     assert ("listens on 0.0.0.0 without an API key" in err) == (when != "checking")
+    assert "warning: without --weights the model is random" in err

@@ -139,7 +139,8 @@ class Classifier:
             except DoesNotFit as error:
                 raise Refused(503, str(error)) from error
             except (ValueError, OSError) as error:  # its message has the path, which clients must not see
-                log.warning("adapter %r cannot be served: %s", adapter, error)
+                why = str(error).removesuffix("; strict=False loads it with a warning")  # no option of the service
+                log.warning("adapter %r cannot be served: %s", adapter, why)
                 raise Refused(422, f"adapter {adapter!r} cannot be served: its file does not fit the model") from error
             if expected not in (None, key):
                 raise Refused(503, f"the file of adapter {adapter!r} was replaced while the request was under way")
@@ -186,14 +187,19 @@ def base_model(settings: Settings) -> nn.Module:
     without labels or for other classes, is NaN: adapters bring their own.
 
     Raises:
-        ValueError: the weights do not fit the model.
+        ValueError: the weights do not fit the model, or it is none of timm.
     """
-    library = timm("serve")
+    library, of_timm = timm("serve"), "the service takes models of timm, and AdapterBank in Python also transformers'"
+    if settings.model.startswith("hf:"):
+        raise ValueError(of_timm)
     options = {"num_classes": settings.num_classes} if settings.num_classes else {}
     if settings.image_size:
         options["img_size"] = settings.image_size
     torch.manual_seed(0)  # without a checkpoint all replicas get the same random weights
-    model = library.create_model(settings.model, **options)
+    try:
+        model = library.create_model(settings.model, **options)
+    except KeyError as error:  # timm does not check the config.json of a folder
+        raise ValueError(f"timm finds no {error} in its config.json; {of_timm}") from error
     if alone := not list(classifiers_of(model)):
         model.reset_classifier(1)
     if settings.weights or alone:

@@ -36,6 +36,8 @@ def run(settings: Settings, server: ServerSettings) -> None:
     try:
         cluster.demand_token(server)
         check_files(settings, server)
+        if not settings.weights:
+            print("warning: without --weights the model is random, and so are its answers", file=sys.stderr, flush=True)
         host, port = server.host, server.port
         if not server.address:
             port = free_port(host, port)
