@@ -63,12 +63,13 @@ def upload(repo: str, files: Mapping[str, bytes | Path], message: str) -> None:
 
     Raises:
         ImportError: huggingface_hub is missing.
-        OSError: the hub cannot be reached, or refuses.
+        OSError: the hub cannot be reached, or refuses; the message names the files that are safe.
     """
     library = need("huggingface_hub", "hub")
     api = library.HfApi()
     add = library.CommitOperationAdd
-    with _explained(repo):
+    safe = ", ".join(str(data) for data in files.values() if isinstance(data, Path))
+    with _explained(repo, f"; {safe} is written"):
         api.create_repo(repo, exist_ok=True)
         api.create_commit(
             repo,
@@ -87,16 +88,23 @@ def _parts(path: str) -> tuple[str, str | None, str | None]:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, then: str = "") -> Iterator[None]:
+    """Raise the errors of huggingface_hub as an OSError of one line, with ``then`` at the end of an upload's."""
     errors = need("huggingface_hub.errors", "hub")
     try:
         yield
     except errors.LocalEntryNotFoundError as error:  # a FileNotFoundError, though the file may well exist
         raise OSError(f"{name} cannot be downloaded and is not in the cache: {_first_line(error)}") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        raise FileNotFoundError(f"the hub has no {name}, or not for this user: {_first_line(error)}") from error
+        raise FileNotFoundError(f"the hub has no {name}, or not for this user: {_first_line(error)}{then}") from error
     except errors.HfHubHTTPError as error:
-        raise OSError(f"the hub refuses {name}: {_first_line(error)}") from error
+        raise OSError(f"the hub refuses {name}: {_first_line(error)}{then}") from error
+    except Exception as error:
+        # an upload lets the errors of httpx through, which are no OSError, or before huggingface_hub 1.0 of requests
+        kind = type(error)
+        if not issubclass(kind, ConnectionError) and kind.__module__.partition(".")[0] not in ("httpx", "requests"):
+            raise
+        raise OSError(f"the hub cannot be reached for {name}: {_first_line(error)}{then}") from error
 
 
 def _first_line(error: Exception) -> str:

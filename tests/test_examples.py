@@ -75,7 +75,7 @@ def test_photos_to_page(tmp_path, monkeypatch, caplog):
     photos = folder(tmp_path / "photos", n=8)
     torch.save(timm().create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.pt")
     *commands, serve = (ROOT / "examples" / "photos_to_page.sh").read_text().splitlines()
-    assert serve == 'python -m efft_kernels.serving --model "$model" --weights "$weights" --adapters adapters/'
+    assert serve == 'python -m efft_kernels.serving --model "$model" --weights "$weights" --adapters "$out/adapters"'
     small = "--image_size 160 --batch_size 4 --epochs 1 --warmup_epochs 0 --device cpu --workers 0".split()
     # a command that hands its arguments to this process, which has imported what takes most of the time
     for fifo in ("call", "code"):
@@ -85,7 +85,7 @@ def test_photos_to_page(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.chdir(tmp_path)
     script = "\n".join(["trap ': > call' EXIT", *commands])
-    bash = ["bash", "-c", script, "photos_to_page.sh", str(photos), "test_vit", "w.pt", *small]
+    bash = ["bash", "-c", script, "photos_to_page.sh", str(photos), "test_vit", "w.pt", "out", *small]
     with subprocess.Popen(bash) as running:
         try:
             while call := Path("call").read_text():
@@ -94,11 +94,12 @@ def test_photos_to_page(tmp_path, monkeypatch, caplog):
             running.kill()
             raise
     assert running.returncode == 0
-    assert len((tmp_path / "labels.csv").read_text().splitlines()) > 16 and (tmp_path / "compared.html").is_file()
-    assert (tmp_path / "runs" / "photos" / "report.html").is_file() and (tmp_path / "lora").is_dir()
+    out = tmp_path / "out"
+    assert len((out / "labels.csv").read_text().splitlines()) > 16 and (out / "compared.html").is_file()
+    assert (out / "photos" / "report.html").is_file() and (out / "lora").is_dir()
 
     from efft_kernels.serving.settings import Settings
     from efft_kernels.serving.start import check_model
 
-    check_model(Settings(model="test_vit", weights=str(tmp_path / "w.pt"), adapters=str(tmp_path / "adapters")))
+    check_model(Settings(model="test_vit", weights=str(tmp_path / "w.pt"), adapters=str(out / "adapters")))
     assert "cannot be served" not in caplog.text

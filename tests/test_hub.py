@@ -180,12 +180,19 @@ def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(hub, tmp_
     assert not hub.exists() and not list(tmp_path.iterdir())
 
 
-def test_an_upload_that_fails_leaves_the_file(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (errors.HfHubHTTPError("403 Forbidden", response=_Response()), "the hub refuses me/pets: 403 Forbidden"),
+        (type("ConnectError", (Exception,), {"__module__": "httpx"})("no route"), "reached for me/pets: no route"),
+    ],
+)
+def test_an_upload_that_fails_leaves_the_file(error, says, hub, tmp_path, monkeypatch):
     def refuse(self, repo, exist_ok):
-        raise errors.HfHubHTTPError("403 Forbidden", response=_Response())
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(OSError, match="the hub refuses me/pets: 403 Forbidden"):
+    with pytest.raises(OSError, match=f"{says}; .*a.safetensors is written"):
         ek.save_adapter(trained(), tmp_path / "a.safetensors", hub="me/pets")
     assert ek.read_adapter(tmp_path / "a.safetensors").head
 
