@@ -61,21 +61,6 @@ def gpu_passes() -> Table:
     return Table(head, rows, "Microseconds per call, batch 64, best CUDA plan; two runs on two days.", records)
 
 
-def gpu_other_kernels() -> Table:
-    """first run on the H200: the kernels for every architecture, C++ and Triton"""
-    rows = []
-    for part in ("forward", "backward"):
-        for layer, us in _us(f"{FIRST}/timings.csv", part).items():
-            cells = [digits(us["merged"]), digits(min(us["unfused"], us["beta"]))]
-            for kind in ("mma", "triton"):
-                best = min(us[name] for name in us if name.startswith(kind))
-                cells += [digits(best), digits(best / us["merged"])]
-            rows.append([part, layer, *cells])
-    head = ["pass", "Linear", "merged weight", "plain torch", "C++, mma.sync", "/ merged", "Triton", "/ merged"]
-    note = "Microseconds per call, bfloat16, R = 16, batch 64, best plan of each; of the merged weight dx alone."
-    return Table(head, rows, note, [f"{FIRST}/timings.csv"], 2)
-
-
 CHANGES = [  # what it is, what was expected, the run (None: the first one), the variant with it and the one without it
     ("p inside the product of y", "−4 to −7 %", None, "v192p", "h192p"),
     ("the second consumer starts two steps later, tile 192", "−5 to −8 % at K = 768", 1, "a192p", "b192p"),

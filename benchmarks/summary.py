@@ -23,7 +23,6 @@ from gpu_tables import (
     gpu_backward,
     gpu_changes,
     gpu_forward,
-    gpu_other_kernels,
     gpu_passes,
     gpu_predictions,
     gpu_profile,
@@ -425,7 +424,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     for table in (
         train_step, memory_models, train_step_methods, lora, forward, forward_backward, forward_rows, few_rows, swin,
         accuracy, inference, inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_train_step,
-        gpu_other_kernels, gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k, vtab1k_options, vtab1k_paired,
+        gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k, vtab1k_options, vtab1k_paired,
         ablation, subspace,
     )
 }  # fmt: skip
