@@ -1,5 +1,7 @@
 """Small vision transformers with random weights, for tests of whole models."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,14 @@ DROPPED = ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.3)
 
 def adapted(config=PLAIN, make=vit, **options):
     return shake(ek.inject(make(**options), config))
+
+
+def others(config):
+    """The same method with another rank and scale."""
+    if isinstance(config, ek.LoRAXSConfig):
+        return dataclasses.replace(config, rank=2, scale=3.0)
+    rank = (config.rank[0] + 2, config.rank[1] + 1) if isinstance(config.rank, tuple) else config.rank + 2
+    return dataclasses.replace(config, rank=rank, scale=3.0)
 
 
 def loss_of(model, x):

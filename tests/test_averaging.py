@@ -1,23 +1,13 @@
 """The mean of several adapters as one adapter."""
 
-import dataclasses
-
 import pytest
 import torch
-from models import LOW_RANK, METHODS, adapted, images, shake, swin, vit
+from models import LOW_RANK, METHODS, adapted, images, others, shake, swin, vit
 
 import efft_kernels as ek
 from efft_kernels.serving import AdapterBank
 
 EXACT = [m for m in LOW_RANK if m not in ("vera", "efft2-options")]
-
-
-def others(config):
-    """the same method with another rank and scale"""
-    if isinstance(config, ek.LoRAXSConfig):
-        return dataclasses.replace(config, rank=2, scale=3.0)
-    rank = tuple(r + 1 for r in config.rank) if isinstance(config.rank, tuple) else config.rank + 1
-    return dataclasses.replace(config, rank=rank, scale=3.0)
 
 
 def written(folder, configs, make=vit, seed=7, train=()):

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from accuracy import assert_accurate, check_group_update, check_lowrank_linear, check_mixed_linear
-from operands import LAYOUTS, make, make_mixed, within
+from operands import LAYOUTS, make, make_mixed, poison, within
 
 from efft_kernels.kernels import cpu, cuda, reference
 from efft_kernels.kernels.tuning import table
@@ -140,14 +140,8 @@ name_of = lambda value: str(value).removeprefix("torch.")
 
 @pytest.fixture
 def way(request, monkeypatch) -> Way:
-    """A way that is set up, with nan, or integers that are no index, in memory that no kernel writes."""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        found = empty(*size, **options)
-        return found.fill_(float("nan") if found.is_floating_point() else torch.iinfo(found.dtype).min)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    """A way that is set up."""
+    poison(monkeypatch)
     request.param.set_up(request, monkeypatch)
     return request.param
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import math
 import os
 import sys
 import threading
@@ -11,6 +10,7 @@ import time
 import pytest
 import torch
 from accuracy import assert_accurate
+from operands import make
 
 from efft_kernels.kernels import build, cpu, cpu_rules, processor, reference
 from efft_kernels.ops import few_rows
@@ -36,19 +36,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def make(M, K, N, R, dtype=torch.float32):
-    """x, weight, bias, down, up, dy, scaled so that entries of y are about 1"""
-    x, weight, bias, down, up, dy = (
-        torch.randn(M, K), torch.randn(N, K) / math.sqrt(K), torch.randn(N),
-        torch.randn(K, R) / math.sqrt(K), torch.randn(R, N) / math.sqrt(R), torch.randn(M, N),
-    )  # fmt: skip
-    return tuple(t.to(dtype) for t in (x, weight, bias, down, up, dy))
-
-
 def make_mixed(B, T, K, N, R, A, dtype=torch.float32):
     """x, weight, bias, down, up, ids, dy; neighbours share adapters, some samples have none, one adapter is unused"""
     x, weight, bias, _, _, dy = make(B * T, K, N, R, dtype)
-    down, up = (torch.randn(*s).div(math.sqrt(s[1])).to(dtype) for s in ((A, K, R), (A, R, N)))
+    down, up = (torch.randn(s).mul_(s[1] ** -0.5).to(dtype) for s in ((A, K, R), (A, R, N)))
     return x, weight, bias, down, up, (torch.arange(B) // 2 * 5) % (A + 1) - 1, dy
 
 
@@ -391,22 +382,12 @@ def test_the_compiler_and_its_flags(cxx, first, compiler, monkeypatch):
     assert linked.startswith(first.replace("-std=c++17", "-shared"))
 
 
-@pytest.mark.parametrize(
-    "variable, value, folder",
-    [
-        (None, None, ".cache/efft_kernels"),
-        ("XDG_CACHE_HOME", "", ".cache/efft_kernels"),
-        ("XDG_CACHE_HOME", "elsewhere", "elsewhere/efft_kernels"),
-        ("EFFT_CACHE", "own", "own"),
-    ],
-)
-def test_where_a_compiled_library_is_kept(variable, value, folder, compiler, tmp_path, monkeypatch):
-    if variable:
-        monkeypatch.setenv(variable, value and str(tmp_path / value))
+def test_a_compiled_library_is_kept_in_the_cache_folder_and_compiled_once(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFT_CACHE", str(tmp_path / "own"))
     library = build.compile_library("cpu", "the CPU kernels")
-    assert library.parent == tmp_path / folder and library.exists()
+    assert library.parent == tmp_path / "own" and library.exists()
     calls = len(compiler())
-    assert build.compile_library("cpu", "the CPU kernels") == library and len(compiler()) == calls  # once
+    assert build.compile_library("cpu", "the CPU kernels") == library and len(compiler()) == calls
 
 
 def test_a_compiler_that_fails_or_is_missing(compiler, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from models import METHODS, adapted, shake, vit
+from models import METHODS, adapted, others, shake, vit
 
 import efft_kernels as ek
 from efft_kernels import low_rank
@@ -91,17 +91,10 @@ def test_the_pair_of_one_linear_is_that_of_all(method):
             torch.testing.assert_close(one, pair)
 
 
-def _others(config):
-    """the same method with another rank and scale"""
-    rank = config.rank if isinstance(config.rank, tuple) else (config.rank, config.rank)
-    rank = (rank[0] + 2, rank[1] + 1) if isinstance(config.rank, tuple) else config.rank + 2
-    return dataclasses.replace(config, rank=rank, scale=3.0)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stack_gives_the_pairs_of_its_groups(method):
     config = METHODS[method]
-    models = [adapted(c).double() for c in (config, _others(config), config)]
+    models = [adapted(c).double() for c in (config, others(config), config)]
     for key in models[0].efft["default"]:
         groups = [model.efft["default"][key] for model in models]
         parameters = [p for group in groups for p in group.parameters() if p is not group.magnitude]

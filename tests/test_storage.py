@@ -56,6 +56,12 @@ def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFT_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "user"))
     assert storage.cache_folder() == tmp_path / "user" / "efft_kernels"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert storage.cache_folder() == tmp_path / ".cache" / "efft_kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("EFFT_CACHE")
+    assert storage.cache_folder() == tmp_path / ".cache" / "efft_kernels"
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from accuracy import check_lowrank_linear
-from operands import make, make_mixed
+from operands import make, make_mixed, poison
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if not torch.cuda.is_available():
@@ -32,15 +32,8 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """memory that no kernel writes is nan, or an integer that is no index and no address, and never zero by luck"""
-    empty = torch.empty
-
-    def poisoned(*size, **options):
-        found = empty(*size, **options)
-        return found.fill_(float("nan") if found.is_floating_point() else torch.iinfo(found.dtype).min)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def poisoned(monkeypatch):
+    poison(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
