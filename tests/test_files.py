@@ -295,6 +295,8 @@ def test_whoever_loads_may_leave_the_head_of_the_file(path):
     assert ek.load_adapter(vit(), path, head=4)(images()).shape == (2, 4)
     module = nn.Linear(192, 6)
     assert ek.load_adapter(vit(), path, head=module).head is module and module.weight.requires_grad
+    ek.save_adapter(trained(), path, head=False)
+    assert ek.load_adapter(vit(), path, head=3)(images()).shape == (2, 3)
 
 
 def test_a_head_of_its_own_kind(path):
@@ -335,16 +337,11 @@ def test_a_head_that_does_not_fit_is_refused(path):
     assert ek.load_adapter(vit(num_classes=0), path, head="keep")(images()).shape == (2, 192)
 
 
-def test_a_file_of_format_1_is_read(path):
-    model = shake(ek.inject(bare(), PLAIN))
-    ek.save_adapter(model, path, head=False)
-    save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 1"})
-    x = images()
-    assert torch.equal(ek.load_adapter(bare(), path)(x), model(x))
-    assert ek.load_adapter(bare(), path, head=3)(x).shape == (2, 3)
+def test_a_file_of_a_later_format_is_refused(path):
+    ek.save_adapter(ek.inject(vit(), PLAIN), path)
     save_file(load_file(path), path, {**_metadata(path), "format": "efft_kernels adapter 4"})
     with pytest.raises(ValueError, match="must be a file written by save_adapter"):
-        ek.load_adapter(bare(), path)
+        ek.load_adapter(vit(), path)
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -318,16 +318,6 @@ def test_to_another_dtype():
     torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
 
 
-def test_factors_in_float32_beside_bfloat16_weights():
-    model = adapted()
-    x = images()
-    want = model(x)
-    model.bfloat16().efft.float()
-    torch.testing.assert_close(model(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
-    grads = gradients(model, model(x.bfloat16()).square().sum())
-    assert all(g.dtype == torch.float32 for n, g in grads.items() if n.startswith("efft."))
-
-
 def _pickled(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
