@@ -29,10 +29,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
     monkeypatch.setattr(bench_forward, "copies", lambda moved, device: 2)
     monkeypatch.delenv("EFFT_BACKEND", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these matrices are too small for more
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_vit_b():
@@ -184,6 +180,11 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
         (["--seconds", "nan"], "argument --seconds: expected a positive number of seconds, got 'nan'"),
         (["--variants", "efft9"], "argument --variants: invalid choice: 'efft9'"),
         (["--out", f"{__file__}/x"], "argument --out: expected a folder that can be written, got"),
+        pytest.param(
+            ["--device", "cuda"],
+            "argument --device: expected a device that torch can use, got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_arguments(arguments, sentence, capsys):
@@ -198,18 +199,12 @@ def test_a_case_that_is_given_twice_is_one(sizes):
     assert len(bench_forward.parse(["--layer", "qkv", *sizes])[1]) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        bench_forward.main(["--device", "cuda"])
-    assert "argument --device: expected a device that torch can use, got 'cuda'" in capsys.readouterr().err
-
-
 @pytest.mark.slow
-def test_runs_from_anywhere(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "bench_forward.py"), "--help"]
+@pytest.mark.parametrize(("script", "option"), [("forward", "--backward"), ("inference", "--lora-rank")])
+def test_runs_from_anywhere(script, option, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"bench_{script}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "--backward" in done.stdout, done.stderr
+    assert done.returncode == 0 and option in done.stdout, done.stderr
 
 
 def test_limits_are_raised_to_what_a_variant_reached():
@@ -229,28 +224,21 @@ def test_limits_are_raised_to_what_a_variant_reached():
 
 def test_a_record_is_dirty_by_the_code_and_not_by_other_records(tmp_path, monkeypatch):
     files = {name: tmp_path / "benchmarks" / name for name in ("record.py", "results/a.json")}
+    monkeypatch.setattr(record, "__file__", str(files["record.py"]))
+    monkeypatch.delenv("EFFT_COMMIT", raising=False)
+    assert record.commit() is None  # there is no repository yet
     for file in files.values():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1")
     who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
-    monkeypatch.setattr(record, "__file__", str(files["record.py"]))
-    monkeypatch.delenv("EFFT_COMMIT", raising=False)
     assert record.commit()["dirty"] is False
     files["results/a.json"].write_text("2")
     assert record.commit()["dirty"] is False
     files["record.py"].write_text("2")
     assert record.commit()["dirty"] is True
     monkeypatch.setenv("EFFT_COMMIT", "12ab")  # this is a copy of the sources, whatever repository is around it
-    assert record.commit() == {"id": "12ab", "dirty": False}
-
-
-def test_without_a_repository_the_environment_names_the_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
-    monkeypatch.delenv("EFFT_COMMIT", raising=False)
-    assert record.commit() is None
-    monkeypatch.setenv("EFFT_COMMIT", "12ab")
     assert record.commit() == {"id": "12ab", "dirty": False}
     monkeypatch.setenv("EFFT_COMMIT", "12ab-dirty")
     assert record.commit() == {"id": "12ab", "dirty": True}

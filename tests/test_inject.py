@@ -283,14 +283,9 @@ def test_merging_into_low_precision_reports_the_loss(dtype):
 
 
 def test_a_part_that_is_injected_is_not_injected_again():
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
     inner = ek.inject(vit(), ek.EFFTConfig(rank=4))
     with pytest.raises(ValueError, match="belongs to a part of the model that is already injected"):
-        ek.inject(Wrapper(inner), ek.LoRAConfig(rank=2))
+        ek.inject(nn.Sequential(inner), ek.LoRAConfig(rank=2))
     assert all(p.requires_grad for p in inner.efft.parameters())
 
 

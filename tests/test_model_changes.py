@@ -1,6 +1,7 @@
 """What programs do to a model besides training it, before and after it is injected: the adapter works or says why."""
 
 import copy
+import dataclasses
 import warnings
 from contextlib import nullcontext
 from types import MethodType, SimpleNamespace
@@ -112,10 +113,14 @@ def test_what_is_made_under_inference_mode_can_be_trained(method, tmp_path):
 
 
 @pytest.mark.parametrize("around", [lambda model: nullcontext(), ek.disable_adapter])
-def test_a_recomputed_block_has_the_masks_of_its_forward(around):
+@pytest.mark.parametrize(
+    "config", [DROPPED, *(dataclasses.replace(METHODS[name], rank_dropout=0.5) for name in ("efft2", "lora-all"))]
+)
+def test_a_recomputed_block_has_the_masks_of_its_forward(config, around):
     model, x, found = vit().train(), images(), []
     model.register_forward_hook(lambda module, args, y: SimpleNamespace(found=[{"logits": y}]))
-    shake(ek.inject(model, DROPPED))
+    shake(ek.inject(model, config))
+    assert all(group.drops for group in model.efft["default"].values())
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
         torch.manual_seed(0)
@@ -201,7 +206,11 @@ def _compiled_forward(linear):
     linear.forward = torch.compile(linear.forward, backend="eager")
 
 
-@pytest.mark.parametrize("hide", [_own_formula, _compiled_forward])
+def _method_of_another_function(linear):
+    linear.forward = MethodType(lambda self, x: x, linear)
+
+
+@pytest.mark.parametrize("hide", [_own_formula, _compiled_forward, _method_of_another_function])
 def test_a_forward_on_the_instance_that_would_hide_the_adapter_is_refused(hide, tmp_path):
     model = vit()
     hide(model.blocks[1].mlp.fc2)
@@ -304,24 +313,13 @@ def test_a_head_is_not_loaded_into_a_model_without_values(tmp_path):
     ek.load_adapter(model, tmp_path / "a.safetensors", head="keep")
 
 
-def test_a_method_of_another_function_is_no_forward():
-    model = vit()
-    model.blocks[0].mlp.fc1.forward = MethodType(lambda self, x: x, model.blocks[0].mlp.fc1)
-    with pytest.raises(TypeError, match="has a forward of its own"):
-        ek.inject(model, PLAIN)
-
-
-def _hidden(linear):
-    return lambda x: F.linear(x, linear.weight, linear.bias)
-
-
 def test_a_forward_set_after_inject_must_reach_the_adapter():
     model, x = adapted(), images()
     want = model(x)
     linear = model.blocks[0].mlp.fc1
     reached, linear.forward = linear.forward, lambda x: reached(x) + 0
     torch.testing.assert_close(model(x), want)
-    linear.forward = _hidden(linear)
+    _own_formula(linear)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="forward set on the instance blocks.0.mlp.fc1 does not call the one"):
             model(x)

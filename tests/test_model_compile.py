@@ -67,18 +67,11 @@ def test_compiled_with_checkpointing():
     assert_same(gradients(model, F.cross_entropy(compiled(x), torch.arange(2))), want)
 
 
-def test_adapted_model_exports():
-    model = adapted()
-    x = images()
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
-
-
-def test_merged_model_exports():
-    model = adapted()
-    x = images()
+@pytest.mark.parametrize("become, close", [(lambda model: model, {}), (ek.merge, dict(rtol=1e-4, atol=1e-5))])
+def test_adapted_and_merged_models_export(become, close):
+    model, x = adapted(), images()
     want = model(x)
-    exported = torch.export.export(ek.merge(model), (x,))
-    torch.testing.assert_close(exported.module()(x), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(become(model), (x,)).module()(x), want, **close)
 
 
 @pytest.mark.slow

@@ -123,17 +123,6 @@ def test_a_run_is_named_after_all_of_itself():
     assert "/" not in run(data="../x", method="a, b").name
 
 
-def test_store(tmp_path):
-    store, one = Store(tmp_path / "runs"), run()
-    assert store.get(one) is None
-    store.put(one, record(one, 50.0))
-    assert store.get(one)["top1"] == 50.0 and len(store.all()) == 1
-    path = tmp_path / "runs" / "runs.csv"
-    path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=f"{path}: expected the results of runs: .*delete the damaged lines"):
-        store.get(one)
-
-
 def test_store_keeps_every_value_and_every_environment(tmp_path):
     settings = {"lr": 1e-3, "scale": 1.0, "rank": 8, "targets": ["attn", "mlp"], "zero_init": "vu", "text": "12",
                 "probe": {"epochs": 100}, "nothing": None, "flag": True, "empty": "", "ends": "a\r\n"}  # fmt: skip
@@ -145,13 +134,20 @@ def test_store_keeps_every_value_and_every_environment(tmp_path):
     }
     for one in (first, other):
         # two stores, as two processes that share the folder
-        Store(tmp_path).put(one, kept[one.name])
-    again = Store(tmp_path)
+        Store(tmp_path / "runs").put(one, kept[one.name])
+    again = Store(tmp_path / "runs")
     assert {one.name: again.get(one) for one in (first, other)} == kept
     read = again.get(first)["run"]["settings"]
     assert type(read["scale"]) is float and read["text"] == "12"
-    assert [e["machine"]["cpu"] for e in json.loads((tmp_path / "runs.json").read_text())["environments"]] == ["a", "b"]
-    assert again.get(run(seed=2)) is None
+    assert [e["machine"]["cpu"] for e in json.loads((tmp_path / "runs/runs.json").read_text())["environments"]] == [
+        "a",
+        "b",
+    ]
+    assert again.get(run(seed=2)) is None and len(again.all()) == 2
+    path = tmp_path / "runs" / "runs.csv"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=f"{path}: expected the results of runs: .*delete the damaged lines"):
+        again.get(first)
 
 
 def test_complete_does_what_is_missing_and_goes_on_after_a_failure(tmp_path, monkeypatch):
