@@ -150,7 +150,12 @@ def _writable(given: dict) -> bool:
 
 
 def _compute(backend: str, op: str, given: dict) -> list[Tensor]:
-    with patch.object(reference, "_onednn_leads", lambda: backend == ONEDNN):
+    onednn, last = backend == ONEDNN, reference._large_product_last
+    with (
+        patch.object(reference, "_onednn_leads", lambda: onednn),
+        # the order of a processor where oneDNN leads
+        patch.object(reference, "_large_product_last", lambda *of: not onednn and last(*of)),
+    ):
         backend = backend.partition(" ")[0]
         if op == "merge_":
             efft_kernels.merge_(*given.values(), backend=backend)
