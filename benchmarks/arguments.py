@@ -31,8 +31,10 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
 
 
-def check_device(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a message if torch cannot use --device."""
+def use_device(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set the number of threads, or exit with a message if torch cannot use --device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
 

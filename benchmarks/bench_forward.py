@@ -7,7 +7,6 @@ baselines.py defines the variants, timing.py measures them, shapes.py has the mo
 """
 
 import argparse
-import datetime
 import itertools
 import math
 import os
@@ -19,14 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
-from arguments import check_device, check_out, positive, seconds  # isort: skip
+from arguments import check_out, positive, seconds, use_device  # isort: skip
 
 import torch
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from forward_rows import COLOURS, floor_share, groups, raise_limits, row_work, slower, summary
 from record import (
-    FORMAT, add_rows, backends, chart, commit, conclude, cpu_ratio, digits, machine, print_notes, print_table,
-    spread_of, versions,
+    add_rows, backends, begun, chart, chart_note, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table,
+    spread_of,
 )  # fmt: skip
 from shapes import KINDS, MODELS, Layer, layers, work
 from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
@@ -243,16 +242,7 @@ def lines(rows: list[dict], limits: dict) -> list[list[str]]:
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     print_table(record, HEAD, lines(rows, record["limits"]))
-    shown = {row["variant"] for row in rows}
-    for name, meaning in record["variants"].items():
-        if name in shown:
-            print(f"{name:<16} {meaning}")
-    for name, reasons in record["left_out"].items():
-        for reason in dict.fromkeys(reasons.values()):
-            where = [case for case, text in reasons.items() if case and text == reason]
-            more = f" and {len(where) - 3} more" if len(where) > 3 else ""
-            print(f"{name:<16} left out{' of ' if where else ''}{', '.join(where[:3])}{more}: {reason}")
-
+    print_meanings(record, record["variants"], {row["variant"] for row in rows})
     limit = record["limits"]
     flops = ", ".join(f"{digits(value * 1e-9)} GFLOP/s {dtype}" for dtype, value in limit["flops"].items())
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
@@ -299,12 +289,7 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
 
 
 def draw(record: dict, folder: Path) -> None:
-    args, m = record["arguments"], record["machine"]
-    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
-    note = f"{args['model']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}; whiskers: quartiles"
-    if not record["complete"]:
-        note += "; interrupted, partial"
-    chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", note)
+    chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", chart_note(record, "rank"))
     drawn = ", forward.png" if (folder / "forward.png").exists() else ""
     print(f"written: {folder}/forward.csv, forward.json{drawn}")
 
@@ -344,7 +329,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     p.add_argument("--out", type=Path, metavar="DIR", help="write forward.csv, forward.json and forward.png there")
     args = p.parse_args(argv)
 
-    check_device(p, args)
+    use_device(p, args)
     if os.environ.get("EFFT_BACKEND"):
         p.error(f"EFFT_BACKEND: expected unset, as backends are compared here, got {os.environ['EFFT_BACKEND']!r}")
     model = layers(args.model)
@@ -374,20 +359,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, cases = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     found, left_out = variants(args.device)
     limit = limits(args.device, list(dict.fromkeys(case.dtype for case in cases)))
-    arguments = {name: value for name, value in vars(args).items() if name != "out"}
-    record = {
-        "benchmark": "forward",
-        "format": FORMAT,
-        "complete": False,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "arguments": arguments,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+    record = begun("forward", args) | {
         "backends": backends(),
         "limits": limit._asdict() | {"flops": dict(limit.flops)},
         "memory": MEMORY[args.device],

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_meanings, print_ratios, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -24,7 +24,9 @@ import harness
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import conclude, cpu_ratio, digits, print_notes, print_table, ratios, spread_of, text_table
+from record import (
+    conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of, text_table,
+)  # fmt: skip
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
 from harness import Method, Options, share
@@ -195,7 +197,7 @@ def show(record: dict) -> None:
             changes.append([dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))])
     print_table(record, HEAD, table)
     print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
-    print_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, record["methods"], {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round; (cpu): "
@@ -258,8 +260,6 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     found, left_out = variants(args.device)
     check(p, args, "base", left_out)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     record = make_record("inference", args, {m.name: m.meaning for m in found}, left_out)
     record |= {"operations": MEANINGS, "adapter_bytes": {}}
 

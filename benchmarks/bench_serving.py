@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_meanings, print_ratios, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -26,7 +26,7 @@ import torch
 from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import conclude, digits, print_notes, print_table, ratios, spread_of
+from record import conclude, digits, print_meanings, print_notes, print_table, ratios, spread_of
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, memory, run
@@ -267,7 +267,7 @@ def _line(row: dict) -> list[str]:
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     print_table(record, HEAD, lines(rows))
-    print_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, record["methods"], {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"of a batch, median of the rounds, {where}, without gradients; /: median of the ratios within each "
@@ -316,8 +316,6 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     check(p, args, "merged", {})
     args.adapters = sorted(set(args.adapters))
-    if args.threads:
-        torch.set_num_threads(args.threads)
     record = make_record("serving", args, {m.name: m.meaning for m in METHODS}, {})
     run = torch.no_grad()(lambda: measure(args, record))
     drawn = lambda: draw(record, args.out, panels(record["results"]), "/ fused", COLOURS)

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_meanings, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, parser, timings,
 )  # fmt: skip  # isort: skip
 
 import harness
 import torch
 from harness import Method, Options
-from record import add_rows, conclude, cpu_ratio, digits, print_notes, print_table, ratios, spread_of
+from record import add_rows, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 from timing import Stages, memory, run
 from tqdm import tqdm
@@ -212,7 +212,7 @@ def count(value: int | None) -> str:
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
     print_table(record, HEAD, lines(rows))
-    print_meanings(record, {row["method"] for row in rows})
+    print_meanings(record, record["methods"], {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
         "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
@@ -276,8 +276,6 @@ def main(argv: list[str] | None = None) -> int:
         p.error("argument --memory: expected neither --graph nor --compile beside it")
     if args.graph and args.device != "cuda":
         p.error(f"argument --graph: expected --device cuda, got --device {args.device}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
     drawn = lambda: None if args.memory else draw(record, args.out, panels(record["results"]), "/ merged")
     if args.memory:

@@ -22,7 +22,6 @@ request at once, which they also do at the start and when the next one is up. Ma
 
 import argparse
 import asyncio
-import datetime
 import io
 import os
 import random
@@ -39,7 +38,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from record import FORMAT, commit, machine, prepare_folder, text_table, versions, write_run
+from record import begun, prepare_folder, text_table, write_run
 
 import efft_kernels as ek
 from efft_kernels.serving.classifier import base_model, default_preparation
@@ -471,11 +470,8 @@ def main(argv: list[str] | None = None) -> int:
         found = summary(load, args, stopped)
     show(found)
     if args.out:
-        today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-        arguments = {name: value for name, value in vars(args).items() if name != "out"}
-        record = {"benchmark": "load_test", "format": FORMAT, "date": today, "complete": True, "arguments": arguments}
-        record |= {"machine": machine(), "commit": commit()}
-        record["versions"] = {**versions(), **{name: metadata.version(name) for name in ("ray", "timm", "pillow")}}
+        record = begun("load_test", args) | {"complete": True}
+        record["versions"] |= {name: metadata.version(name) for name in ("ray", "timm", "pillow")}
         write_run(args.out, {**record, **found})
     good = not (found["lost"] or found["wrong"] or found["accepted"] or stopped) and found["memory_flat"]
     return 0 if good else 1

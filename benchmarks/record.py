@@ -3,7 +3,9 @@
 All benchmarks here write this form, and everything that uses their results reads it; results/README.md has the columns.
 """
 
+import argparse
 import csv
+import datetime
 import importlib.metadata
 import io
 import json
@@ -243,6 +245,20 @@ def add_rows(run: dict, rows: list[dict], folder: Path | None) -> None:
         write_run(folder, run)
 
 
+def begun(benchmark: str, args: argparse.Namespace) -> dict:
+    """The record of a run before its first result."""
+    return {
+        "benchmark": benchmark,
+        "format": FORMAT,
+        "complete": False,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
 def conclude(
     run: dict,
     out: Path | None,
@@ -280,6 +296,18 @@ def print_table(run: dict, head: list[str], rows: list[list]) -> None:
     print(f"\n{text_table(head, rows)}\n")
 
 
+def print_meanings(run: dict, meanings: dict[str, str], shown: set[str]) -> None:
+    """Print what the methods are that are shown, and why others are missing."""
+    for name, meaning in meanings.items():
+        if name in shown:
+            print(f"{name:<16} {meaning}")
+    for name, reasons in run["left_out"].items():
+        for reason in dict.fromkeys(reasons.values()):
+            where = [case for case, text in reasons.items() if case and text == reason]
+            more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+            print(f"{name:<16} left out{' of ' if where else ''}{', '.join(where[:3])}{more}: {reason}")
+
+
 def print_notes(run: dict, notes: dict[str, str], width: int = 16) -> None:
     """Print what columns mean, then the processor, the threads and the versions of a run."""
     print()
@@ -307,6 +335,14 @@ def digits(value: float | None) -> str:
     if value == 0 or not 1e-3 <= abs(value):
         return f"{value:.0e}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def chart_note(run: dict, *sizes: str) -> str:
+    """The model, its sizes, the processor and the version of a run, in one line below its chart."""
+    args, m = run["arguments"], run["machine"]
+    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
+    note = [args["model"], *(f"{size} {args[size]}" for size in sizes), name, f"torch {run['versions']['torch']}"]
+    return f"{', '.join(note)}; whiskers: quartiles" + ("" if run["complete"] else "; interrupted, partial")
 
 
 def chart(

@@ -4,7 +4,6 @@ harness.py has the models and the methods, timing.py how a call is timed.
 """
 
 import argparse
-import datetime
 import gc
 import os
 import time
@@ -12,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 # the first of these imports reports which packages are missing
-from arguments import check_device, check_out, positive, seconds  # isort: skip
+from arguments import check_out, positive, seconds, use_device  # isort: skip
 
 import efft_kernels
 import harness
 from harness import MODELS
-from record import FORMAT, add_rows, backends, chart, commit, digits, installed, machine, versions, write_run
+from record import add_rows, backends, begun, chart, chart_note, digits, installed, write_run
 from shapes import layers
 from timing import MEMORY, Stages, columns, interleave, timer
 from tqdm import tqdm
@@ -74,7 +73,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, lef
         always: the method that is always measured.
         left_out: {method: why it cannot run here}.
     """
-    check_device(p, args)
+    use_device(p, args)
     if os.environ.get("EFFT_BACKEND"):
         p.error(f"EFFT_BACKEND: expected unset, as --backend chooses here, got {os.environ['EFFT_BACKEND']!r}")
     if args.backend:
@@ -108,15 +107,9 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
         left_out: {method: why it cannot run here}.
     """
     environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
-    return {
-        "benchmark": benchmark,
-        "format": FORMAT,
-        "complete": False,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "machine": machine(),
-        "versions": versions() | installed("timm", "peft"),
-        "commit": commit(),
+    record = begun(benchmark, args)
+    return record | {
+        "versions": record["versions"] | installed("timm", "peft"),
         "backends": backends(),
         "allocator": environment,
         "memory": MEMORY[args.device],
@@ -187,16 +180,6 @@ def forget_packed() -> None:
         cpu.clear_packed()
 
 
-def print_meanings(record: dict, shown: set[str]) -> None:
-    """Print what the methods are, and why others are missing."""
-    for name, meaning in record["methods"].items():
-        if name in shown:
-            print(f"{name:<16} {meaning}")
-    for name, reasons in record["left_out"].items():
-        for dtype, reason in reasons.items():
-            print(f"{name:<16} left out{f' of {dtype}' if dtype else ''}: {reason}")
-
-
 def print_ratios(record: dict) -> None:
     """Print the times of the summary as multiples of each reference's."""
     args = record["arguments"]
@@ -215,13 +198,6 @@ def draw(
     # the reference itself is not drawn, so a run without other methods has no chart
     drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
     if drawn:
-        chart(folder / f"{name}.png", drawn, colours, label, _chart_note(record), limit=8.0)
+        chart(folder / f"{name}.png", drawn, colours, label, chart_note(record, "batch", "rank"), limit=8.0)
         written.append("png")
     print(f"written: {', '.join(str(folder / f'{name}.{ending}') for ending in written)}")
-
-
-def _chart_note(record: dict) -> str:
-    args, m = record["arguments"], record["machine"]
-    name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
-    note = f"{args['model']}, batch {args['batch']}, rank {args['rank']}, {name}, torch {record['versions']['torch']}"
-    return f"{note}; whiskers: quartiles" + ("" if record["complete"] else "; interrupted, partial")

@@ -8,6 +8,7 @@ from efft_kernels.finetune.data import Pictures, open_data
 from efft_kernels.finetune.models import make_model, normalisation
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of predicted classes, to the base 36
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the "auto" of settings
 
 
 def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: float, batch_size: int = 64) -> dict:
@@ -23,8 +24,7 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
     Returns:
         Accuracies in %, loss, and numbers of parameters.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE if device == "auto" else device
     size = settings.get("image_size", 224)
     opened = open_data(data, size)
     torch.manual_seed(seed)
@@ -48,17 +48,20 @@ def measure(data: str, settings: dict, seed: int, device: str, epochs: int, lr: 
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        logits = head(test_x)
-        right = logits.argmax(1) == test_y
-        classes = [right[test_y == c].double().mean().item() for c in test_y.unique()]
-        return {
-            "top1": 100 * right.double().mean().item(),
-            "mean_class": 100 * sum(classes) / len(classes),
-            "loss": F.cross_entropy(logits, test_y).item(),
-            "parameters": 0,
-            "predictions": "".join(DIGITS[c] for c in logits.argmax(1).tolist()) if logits.shape[1] <= 36 else None,
-            "head_parameters": sum(p.numel() for p in head.parameters()),
-        }
+        counts = {"parameters": 0, "head_parameters": sum(p.numel() for p in head.parameters())}
+        return answers(head(test_x), test_y) | counts
+
+
+def answers(logits: Tensor, labels: Tensor) -> dict:
+    """Accuracies in %, the loss, and the predicted class of every image as a digit to the base 36."""
+    said = logits.argmax(1)
+    each = [(said == labels)[labels == c].double().mean().item() for c in labels.unique()]
+    return {
+        "top1": 100 * (said == labels).double().mean().item(),
+        "mean_class": 100 * sum(each) / len(each),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "predictions": "".join(DIGITS[c] for c in said.tolist()) if logits.shape[1] <= len(DIGITS) else None,
+    }
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from efft_kernels.finetune.baselines import Bottleneck, Prompt, QVUpdate
 from efft_kernels.finetune.data import open_data
 from efft_kernels.finetune.models import logits, make_model, normalisation
 from efft_kernels.finetune.settings import Settings
+from linear_probe import DEVICE
 from record import prepare_folder
 from runs import Places, Run, Store, command, complete, opened, recorded
 
@@ -132,7 +133,7 @@ def search(run: Run, places: Places) -> dict:
     population, generations, budget = (settings.pop(key) for key in ("population", "generations", "budget"))
     name = opened(run, places, settings.pop("test_images", None))
     s = Settings(**settings, data=name, out="none", seed=run.seed, device=places.device)
-    device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE if s.device == "auto" else s.device
     data, chance, _ = open_data(name, s.image_size), random.Random(run.seed), torch.manual_seed(run.seed)
     checkpoint = "random" if s.checkpoint == "random" else places.checkpoint
     model = make_model(s.model, len(data.classes), s.image_size, checkpoint, s.drop_path).to(device)

@@ -32,7 +32,7 @@ from efft_kernels.finetune.settings import Settings
 from efft_kernels.inject import starting_at_zero
 from efft_kernels.layouts import classifiers_of, heads_of
 from efft_kernels.serving import AdapterBank
-from linear_probe import DIGITS
+from linear_probe import DEVICE, answers
 
 BANKED = ("lora", "fact-tt", "fact-tk", "efft1", "efft2")
 OWN = {"lr", "scale", "rank", "weight_decay", "lr_ratio", "head_init"}  # settings that the runs of a pass may differ in
@@ -230,24 +230,16 @@ class Pass:
 
     @torch.no_grad()
     def test(self, i: int, run: _Run) -> dict:
-        """Accuracies in %, the loss, and the predicted class of every test image as a digit to the base 36."""
+        """As linear_probe.answers, of the test images."""
         self.model.eval()
         found = []
         for x in run.pictures.test.split(500):
             with self._using([str(i)] * len(x)):
                 found.append(self._logits(self.normalise(x))[:, : run.pictures.classes])
-        y, labels = torch.cat(found), run.pictures.test_labels
-        loss = F.cross_entropy(y, labels).item()
-        if not math.isfinite(loss):
-            return {"top1": None, "diverged": f"the loss is {loss}"}
-        said = y.argmax(1)
-        each = [(said == labels)[labels == c].double().mean().item() for c in labels.unique()]
-        return {
-            "top1": 100 * (said == labels).double().mean().item(),
-            "mean_class": 100 * sum(each) / len(each),
-            "loss": loss,
-            "predictions": "".join(DIGITS[c] for c in said.tolist()) if run.pictures.classes <= len(DIGITS) else None,
-        }
+        measured = answers(torch.cat(found), run.pictures.test_labels)
+        if not math.isfinite(measured["loss"]):
+            return {"top1": None, "diverged": f"the loss is {measured['loss']}"}
+        return measured
 
 
 def _head_ids(model: nn.Module) -> set[int]:
@@ -261,9 +253,7 @@ def _wait(device: str) -> None:
 
 def measure(settings: list[Settings], deadline: float | None = None) -> list[dict]:
     """Train runs in one pass and measure each: what runs.measure() finds of a run, in the order of the runs."""
-    device = settings[0].device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE if settings[0].device == "auto" else settings[0].device
     made = Pass(settings, [read(s.data, s.image_size, s.interpolation, device) for s in settings], device)
     seconds = made.train(deadline)
     return [
@@ -289,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--steps", type=int, default=40)
     add("--image-size", type=int, default=112)
     add("--batch-size", type=int, default=64)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICE)
     args = parser.parse_args(arguments)
     import bundle
 
