@@ -134,7 +134,7 @@ def test_an_encoder_through_all_that_becomes_of_it(config, tmp_path):
 
     ek.save_adapter(model, tmp_path / "a.safetensors")
     again = ek.load_adapter(encoder(), tmp_path / "a.safetensors", head="keep").eval()
-    copies = [again, copy.deepcopy(model), torch.load(_pickled(model), weights_only=False)]
+    copies = [again, copy.deepcopy(model), torch.load(pickled(model), weights_only=False)]
     for other in copies:
         torch.testing.assert_close(other(x, src_key_padding_mask=mask), want, rtol=1e-4, atol=1e-5)
     with torch.no_grad():  # the copy has its own weights
@@ -155,7 +155,7 @@ def test_an_encoder_through_all_that_becomes_of_it(config, tmp_path):
     assert torch.equal(model(x, src_key_padding_mask=mask), before)
 
 
-def _pickled(model: nn.Module) -> io.BytesIO:
+def pickled(model: nn.Module) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -302,7 +302,7 @@ def test_q_bias_and_v_bias_past_the_linear(how):
     (grad,) = torch.autograd.grad(want.square().sum(), x, retain_graph=True)
     want.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in ek.adapter_parameters(model))
-    for other in (copy.deepcopy(model), torch.load(_pickled(model), weights_only=False)):
+    for other in (copy.deepcopy(model), torch.load(pickled(model), weights_only=False)):
         torch.testing.assert_close(other(x), want)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want)
     with ek.disable_adapter(model):

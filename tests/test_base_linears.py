@@ -1,13 +1,13 @@
 """Linears with their own forward: quantized by torchao or bitsandbytes, parametrized, normed, pruned, tied."""
 
 import copy
-import io
 import logging
 
 import pytest
 import torch
 from accuracy import assert_accurate
 from models import PLAIN, gradients, images, loss_of, shake, vit
+from test_attention import pickled
 from torch import nn
 from torch.nn.utils import prune
 
@@ -271,10 +271,7 @@ def test_pickle(base):
     model = shake(ek.inject(make(base), PLAIN))
     x = images()
     want = model(x)
-    data = io.BytesIO()
-    torch.save(model, data)
-    data.seek(0)
-    torch.testing.assert_close(torch.load(data, weights_only=False)(x), want, **near(base))
+    torch.testing.assert_close(torch.load(pickled(model), weights_only=False)(x), want, **near(base))
 
 
 def test_adapter_files_fit_quantized_and_plain_alike(base, tmp_path):

@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, need
 
-for module in ("matplotlib", "tabulate", "tqdm"):
-    pytest.importorskip(module)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+need("matplotlib", "tabulate", "tqdm")
 
 import baselines
 import bench_forward

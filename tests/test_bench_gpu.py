@@ -9,11 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, need
 
-for module in ("matplotlib", "tabulate", "tqdm"):
-    pytest.importorskip(module)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+need("matplotlib", "tabulate", "tqdm")
 sys.path.append(str(Path(__file__).parent / "cuda"))
 
 import gpu

@@ -1,20 +1,15 @@
 """benchmarks/ of whole models: what is compared computes the same, and both scripts run from arguments to files."""
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-for module in ("matplotlib", "tabulate", "tqdm"):
-    pytest.importorskip(module)
+from benchmark_scripts import BENCHMARKS, need
 from models import timm
 
+need("matplotlib", "tabulate", "tqdm")
 timm()
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
 
 import bench_inference
 import bench_train_step

@@ -3,17 +3,14 @@
 import csv
 import re
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from benchmark_scripts import BENCHMARKS, need
 
-for module in ("matplotlib", "tabulate", "tqdm"):
-    pytest.importorskip(module)
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+need("matplotlib", "tabulate", "tqdm")
+ROOT = BENCHMARKS.parent
 
 import gpu_tables
 import record

@@ -1,16 +1,13 @@
 """benchmarks/roofline.py: a chart of a record that bench_forward.py made, and what it says of one that is none."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, need
 
-for module in ("matplotlib", "tabulate", "tqdm"):
-    pytest.importorskip(module)
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+need("matplotlib", "tabulate", "tqdm")
 
 import bench_forward
 import roofline

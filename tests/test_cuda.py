@@ -157,28 +157,6 @@ def test_hopper_keeps_what_is_not_finite_in_its_row(tile, single, hopper_device,
     assert torch.isfinite(y).sum() == 199 * 264 and torch.isfinite(p).sum() == 199 * 3
 
 
-def test_hopper_refuses_what_it_cannot_address(simulated):
-    ops, plan = simulated.ops, (True, True, 192)
-    x, weight, bias, down, up, _ = make(8, 16, 24, 4, torch.bfloat16)
-    ops.lowrank_linear(x, weight, bias, down, up, *plan)
-    with pytest.raises(RuntimeError, match="hopper needs x, w and y with rows on 16 bytes"):
-        ops.lowrank_linear(wider(x, 1, 7), weight, bias, down, up, *plan)
-    with pytest.raises(RuntimeError, match="hopper needs x, w and y with rows on 16 bytes"):
-        ops.lowrank_linear(x, weight[:23], None, down, up[:, :23], *plan)
-    with pytest.raises(RuntimeError, match="only where weight has its rows side by side"):
-        ops.lowrank_linear(x, weight.t().contiguous().t(), bias, down, up, *plan)
-    with pytest.raises(RuntimeError, match="p beside y must have at most 32 ranks, got 33"):
-        ops.lowrank_linear(*make(8, 64, 64, 33, torch.bfloat16)[:5], *plan)
-    with pytest.raises(RuntimeError, match="there are no tiles of 64 columns for hopper"):
-        ops.lowrank_linear(x, weight, bias, down, up, True, True, 64)
-    with pytest.raises(RuntimeError, match="there are no tiles of 256 columns for hopper"):
-        ops.lowrank_linear(x, weight, bias, down, up, True, True, 256)
-    with pytest.raises(RuntimeError, match="there are no tiles of 96 columns for hopper"):
-        ops.lowrank_linear(x, weight, bias, down, up, False, True, 96)
-    with pytest.raises(RuntimeError, match="there are no tiles of 192 columns"):
-        ops.lowrank_linear(x, weight, bias, down, up, True, False, 192)
-
-
 def check_passes(ops, dy, x, up, p) -> None:
     """Checks dp, ddown and dup of the kernel for compute capability 9.0 against the contract."""
     R = p.shape[1]
@@ -217,6 +195,9 @@ def make_passes(M, K, N, R, dtype, device="cpu"):
     (70, 64, 4096, 16),
     (450, 400, 136, 17),
     (300, 64, 1000, 32),
+    # other passes where those of hopper do not fit: too many columns of dy for a cluster, too many ranks, rows of x
+    # that are not aligned to 16 bytes
+    *((24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)),
 )
 def test_hopper_passes(shape, dtype, hopper_device):
     ops = cuda._ops()
@@ -326,12 +307,6 @@ def test_freed_memory_is_refused_by_name(number, bound, simulated):
         x, weight, _, down, up = given
         with pytest.raises(RuntimeError, match=f"{name} must have memory for all of its entries"):
             backward(dy, x, weight, down, up, p, needs)
-
-
-@pytest.mark.parametrize("sizes", [(24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)])
-def test_other_passes_where_those_of_hopper_do_not_fit(sizes, hopper_device):
-    """Too many columns of dy for a cluster, too many ranks, rows of x that are not aligned to 16 bytes."""
-    check_passes(cuda._ops(), *make_passes(*sizes, torch.bfloat16, hopper_device))
 
 
 def test_number_of_launches(simulated, monkeypatch):
@@ -552,16 +527,25 @@ def test_the_build_refuses_what_it_does_not_know():
 
 
 def test_bad_arguments_of_the_operators(simulated):
-    x, weight, bias, down, up, dy = make(8, 16, 24, 4, torch.bfloat16)
-    ops = simulated.ops
-    with pytest.raises(RuntimeError, match=r"weight must be \[24, 16\], got \[24, 15\]"):
-        ops.lowrank_linear(x, weight[:, 1:], bias, down, up, True, False, 64)
-    with pytest.raises(RuntimeError, match="bias must have the dtype of the other tensors"):
-        ops.lowrank_linear(x, weight, bias.half(), down, up, True, False, 64)
+    ops, tile, hopper = simulated.ops, (True, False, 64), (True, True, 192)
+    x, weight, bias, down, up = good = make(8, 16, 24, 4, torch.bfloat16)[:5]
+    ops.lowrank_linear(*good, *hopper)
+    for given, plan, says in (
+        ((x, weight[:, 1:], bias, down, up), tile, r"weight must be \[24, 16\], got \[24, 15\]"),
+        ((x, weight, bias.half(), down, up), tile, "bias must have the dtype of the other tensors"),
+        (make(8, 16, 24, 65, torch.bfloat16)[:5], tile, "must have at most 64 ranks, got 65"),
+        ((wider(x, 1, 7), weight, bias, down, up), hopper, "hopper needs x, w and y with rows on 16 bytes"),
+        ((x, weight[:23], None, down, up[:, :23]), hopper, "hopper needs x, w and y with rows on 16 bytes"),
+        ((x, weight.t().contiguous().t(), bias, down, up), hopper, "only where weight has its rows side by side"),
+        (make(8, 64, 64, 33, torch.bfloat16)[:5], hopper, "p beside y must have at most 32 ranks, got 33"),
+        (good, (True, True, 64), "there are no tiles of 64 columns for hopper"),
+        (good, (True, True, 256), "there are no tiles of 256 columns for hopper"),
+        (good, (False, True, 96), "there are no tiles of 96 columns for hopper"),
+        (good, (True, False, 192), "there are no tiles of 192 columns"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            ops.lowrank_linear(*given, *plan)
     with pytest.raises(RuntimeError, match="the dtype must be bfloat16 or float16"):
         ops.lowrank_p(x.float(), down.float())
-    with pytest.raises(RuntimeError, match="must have at most 64 ranks, got 65"):
-        wide = make(8, 16, 24, 65, torch.bfloat16)
-        ops.lowrank_linear(*wide[:5], True, False, 64)
     with pytest.raises(RuntimeError, match="the lists must be of equal length"):
         ops.merge_([weight], [], [])

@@ -1,19 +1,16 @@
 """What an adapted training step adds to a merged, frozen one: operations launched and activations held."""
 
 import functools
-import sys
-from pathlib import Path
 
+import benchmark_scripts  # noqa: F401, puts steps on the path
 import pytest
+import steps
 import torch
 import torch.nn.functional as F
 from models import images, swin, vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import efft_kernels as ek
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import steps
 
 
 def launches_of(model, x) -> int:

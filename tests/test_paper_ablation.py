@@ -1,15 +1,11 @@
 """Ablation and subspaces: variants that fit a model, changes seed by seed, maps of trained updates."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from benchmark_scripts import need
 from models import timm, vit
 
 timm()
-for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
-    pytest.importorskip(module)
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
+need("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics")
 
 import ablation
 import subspace

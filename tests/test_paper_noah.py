@@ -1,17 +1,14 @@
 """NOAH's search: sub-architectures of the supernet, the evolutionary search, and a whole search on few images."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import need
 from models import timm
 
 timm()
-for module in ("tqdm", "accelerate", "torchmetrics"):
-    pytest.importorskip(module)
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "paper"))
+need("tqdm", "accelerate", "torchmetrics")
 
 import noah_search
 import runs

@@ -7,14 +7,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_scripts import need
 
-pytest.importorskip("PIL")
-PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
-sys.path.append(str(PAPER))
+need("PIL")
 
 import dsprites
 import packages

@@ -1,18 +1,15 @@
 """Runs of the paper's benchmarks that are trained in one pass, and the file of images and weights for them."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import need
 from models import timm
 
 library = timm()
-for module in ("tqdm", "accelerate", "torchmetrics"):
-    pytest.importorskip(module)
-PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
-sys.path.append(str(PAPER))
+need("tqdm", "accelerate", "torchmetrics")
 
 import bundle
 import paired
@@ -23,6 +20,7 @@ from runs import Places, Run, Store
 
 from efft_kernels.finetune.data import SOURCES, Source
 from efft_kernels.finetune.images import Arrays
+from efft_kernels.finetune.settings import Settings
 
 
 def images(classes, seed, n=24):
@@ -118,15 +116,10 @@ def test_nothing_is_started_or_finished_after_the_deadline(weights, tmp_path):
         _, failures = runs.complete([run], store, Places(None, weights, "cpu", None, deadline), together=4)
         assert failures == ({run.name: f"TimeoutError: {why}"} if why else {})
     run = Run("three", "m", 1, "test", planned(epochs=9))
-    made = together.Pass([settings_of(run, weights)], [together.read("three", 32, "bicubic", "cpu")], "cpu")
+    settings = Settings(**run.settings | {"checkpoint": weights}, data="three", out="none", seed=1, device="cpu")
+    made = together.Pass([settings], [together.read("three", 32, "bicubic", "cpu")], "cpu")
     with pytest.raises(TimeoutError, match="s more than there are left for 1 runs"):
         made.train(deadline=1.0)
-
-
-def settings_of(run, weights):
-    from efft_kernels.finetune.settings import Settings
-
-    return Settings(**run.settings | {"checkpoint": weights}, data=run.data, out="none", seed=run.seed, device="cpu")
 
 
 def test_a_bundle_gives_the_same_images_and_weights(weights, tmp_path, monkeypatch):

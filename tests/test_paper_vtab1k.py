@@ -11,13 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from benchmark_scripts import PAPER, need
 from models import timm
 
 timm()
-for module in ("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics"):
-    pytest.importorskip(module)
-PAPER = Path(__file__).parents[1] / "benchmarks" / "paper"
-sys.path.append(str(PAPER))
+need("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics")
 
 import runs
 import tables

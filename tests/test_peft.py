@@ -15,6 +15,7 @@ from accuracy import assert_accurate
 from models import assert_bits, assert_same, gradients, images, loss_of, shake, swin, timm, vit
 from safetensors.torch import load_file
 from test_attention import Beit, encoder
+from test_inject import transformer
 from torch import nn
 
 import efft_kernels as ek
@@ -31,9 +32,7 @@ FACTORS = [f"{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", 
 
 
 def hf_vit():
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=5)
-    return transformers.ViTForImageClassification(config).eval()
+    return transformer("vit")
 
 
 def llama(**options):

@@ -2,10 +2,11 @@
 
 import copy
 import sys
-from pathlib import Path
 
+import benchmark_scripts  # noqa: F401, puts steps on the path
 import fuzz
 import pytest
+import steps
 import torch
 import torch.nn.functional as F
 from models import METHODS, adapted, assert_bits, gradients, images, loss_of, shake, swin, vit
@@ -16,9 +17,6 @@ import efft_kernels as ek
 from efft_kernels import lowrank_linear, mixed_linear
 from efft_kernels.kernels import cpu, reference
 from efft_kernels.ops import producers
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import steps
 
 C = 32
 
@@ -329,8 +327,6 @@ def test_casts_of_frozen_weights_do_not_outlive_the_call(rows):
 @pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
 @pytest.mark.parametrize("patch", [4, 16])  # many rows and few
 def test_panels_under_autocast_belong_to_the_parameters(patch):
-    from efft_kernels.kernels import cpu
-
     cpu.clear_packed()
     model = ek.inject(vit(patch_size=patch).requires_grad_(False), METHODS["efft2"], backend="cpu").train()
     step = step_of(model, torch.float32, True)
