@@ -24,8 +24,8 @@ import torch
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from forward_rows import COLOURS, floor_share, groups, raise_limits, row_work, slower, summary
 from record import (
-    add_rows, backends, begun, chart, chart_note, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table,
-    spread_of,
+    add_rows, backends, beside, begun, chart, chart_note, conclude, cpu_ratio, digits, print_meanings, print_notes,
+    print_table, spread_of,
 )  # fmt: skip
 from shapes import KINDS, MODELS, Layer, layers, work
 from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
@@ -208,21 +208,17 @@ HEAD = [
 
 
 def lines(rows: list[dict], limits: dict) -> list[list[str]]:
-    table = []
+    cases = []
     for _, group in groups(rows, "layer", "dtype", "size", "pass"):
         r = group[0]
         label = [f"{r['layer']} {r['K']}->{r['N']}", f"{r['dtype']}, M={r['M']}", r["pass"], f"{r['rounds']} rounds"]
-        table += [[]] if table else []
+        cases.append((label, []))
         merged = next((row for row in group if row["variant"] == "merged"), None)
-        for words, row in itertools.zip_longest(label, group, fillvalue=None):
-            if row is None:
-                table.append([words, *[""] * (len(HEAD) - 1)])
-                continue
+        for row in group:
             flops, moved = row_work(row)
             kept = f"+{row['kept_bytes'] / 2**20:.1f} " if row["kept_bytes"] >= 2**16 else ""
-            table.append(
+            cases[-1][1].append(
                 [
-                    words or "",
                     row["variant"],
                     digits(row["ms"]),
                     f"{digits(row['q1'])}-{digits(row['q3'])}",
@@ -236,7 +232,7 @@ def lines(rows: list[dict], limits: dict) -> list[list[str]]:
                     *("not finite" if e is None else f"{e:.0e}" for e in (row["error_y"], row["error_update"])),
                 ]
             )
-    return table
+    return beside(cases, len(HEAD))
 
 
 def show(record: dict) -> None:

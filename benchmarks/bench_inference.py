@@ -16,7 +16,7 @@ from pathlib import Path
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_ratios, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, named, parser, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from record import (
-    conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of, text_table,
+    beside, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of, text_table,
 )  # fmt: skip
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, memory, run
@@ -183,19 +183,16 @@ HEAD = [
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    table, changes = [], []
+    cases, changes = [], []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = [row for row in rows if row["dtype"] == dtype]
-        r, forwards = own[0], [row for row in own if row["operation"] is None]
-        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
-        table += [[]] if table else []
-        for words, row in itertools.zip_longest(label, forwards, fillvalue=None):
-            table.append([words or "", *(_forward_line(row, forwards[0]) if row else [""] * (len(HEAD) - 1))])
+        forwards = [row for row in own if row["operation"] is None]
+        cases.append((named(own[0]), [_forward_line(row, forwards[0]) for row in forwards]))
         changes += [[]] if changes else []
         for row in own[len(forwards) :]:
             quartiles = f"{digits(row['q1'])}-{digits(row['q3'])}"
             changes.append([dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))])
-    print_table(record, HEAD, table)
+    print_table(record, HEAD, beside(cases, len(HEAD)))
     print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
     print_meanings(record, record["methods"], {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, parser, print_ratios, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, named, parser, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -26,7 +26,7 @@ import torch
 from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import conclude, digits, print_meanings, print_notes, print_table, ratios, spread_of
+from record import beside, conclude, digits, print_meanings, print_notes, print_table, ratios, spread_of
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, memory, run
@@ -238,18 +238,6 @@ HEAD = [
 ]  # fmt: skip
 
 
-def lines(rows: list[dict]) -> list[list[str]]:
-    table = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype]
-        r = own[0]
-        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype, f"{r['rounds']} rounds"]
-        table += [[]] if table else []
-        for words, row in itertools.zip_longest(label, own, fillvalue=None):
-            table.append([words or "", *(_line(row) if row else [""] * (len(HEAD) - 1))])
-    return table
-
-
 def _line(row: dict) -> list[str]:
     kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
     return [
@@ -266,7 +254,8 @@ def _line(row: dict) -> list[str]:
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    print_table(record, HEAD, lines(rows))
+    by_dtype = [[row for row in rows if row["dtype"] == dtype] for dtype in dict.fromkeys(row["dtype"] for row in rows)]
+    print_table(record, HEAD, beside([(named(own[0]), [_line(row) for row in own]) for own in by_dtype], len(HEAD)))
     print_meanings(record, record["methods"], {row["method"] for row in rows})
     where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {

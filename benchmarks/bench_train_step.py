@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, parser, timings,
+    check, draw, forget_packed, make_record, measure_by_dtype, named, parser, timings,
 )  # fmt: skip  # isort: skip
 
 import harness
 import torch
 from harness import Method, Options
-from record import add_rows, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of
+from record import (
+    add_rows, beside, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of,
+)  # fmt: skip
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 from timing import Stages, memory, run
 from tqdm import tqdm
@@ -170,24 +172,17 @@ HEAD = [
 
 
 def lines(rows: list[dict]) -> list[list[str]]:
-    table = []
+    cases = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         case = [row for row in rows if row["dtype"] == dtype]
         steps = {row["method"]: row for row in case if row["pass"] == "step"}
         bare = {row["method"]: row for row in case if row["pass"] == "forward+backward"}
-        r = case[0]
-        label = [r["model"], f"batch {r['batch']}", f"{r['image']} x {r['image']}", dtype]
-        label += [f"{r['rounds']} rounds"] if "rounds" in r else []
-        table += [[]] if table else []
-        for words, row in itertools.zip_longest(label, steps.values(), fillvalue=None):
-            if row is None:
-                table.append([words, *[""] * (len(HEAD) - 1)])
-                continue
+        cases.append((named(case[0]), []))
+        for row in steps.values():
             other, floor = bare.get(row["method"], {}), steps.get("merged", {}).get("saved_bytes")
             kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
-            table.append(
+            cases[-1][1].append(
                 [
-                    words or "",
                     row["method"],
                     digits(row.get("ms")),
                     f"{digits(row['q1'])}-{digits(row['q3'])}" if "ms" in row else "-",
@@ -202,7 +197,7 @@ def lines(rows: list[dict]) -> list[list[str]]:
                     f"{row['trained']:,}",
                 ]
             )
-    return table
+    return beside(cases, len(HEAD))
 
 
 def count(value: int | None) -> str:

@@ -8,6 +8,7 @@ import csv
 import datetime
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -287,6 +288,16 @@ def conclude(
         write_run(out, run)
         draw()
     return 0 if run["complete"] else 130
+
+
+def beside(cases: list[tuple[list[str], list[list[str]]]], columns: int) -> list[list[str]]:
+    """The rows of a table: what names a case, word by word, beside its lines, and an empty row between two cases."""
+    table = []
+    for words, beside_them in cases:
+        table += [[]] if table else []
+        for word, line in itertools.zip_longest(words, beside_them):
+            table.append([word or "", *(line or [""] * (columns - 1))])
+    return table
 
 
 def print_table(run: dict, head: list[str], rows: list[list]) -> None:

@@ -180,6 +180,12 @@ def forget_packed() -> None:
         cpu.clear_packed()
 
 
+def named(row: dict) -> list[str]:
+    """What names the case of a row in a table."""
+    size = [row["model"], f"batch {row['batch']}", f"{row['image']} x {row['image']}", row["dtype"]]
+    return size + ([f"{row['rounds']} rounds"] if "rounds" in row else [])
+
+
 def print_ratios(record: dict) -> None:
     """Print the times of the summary as multiples of each reference's."""
     args = record["arguments"]
