@@ -169,24 +169,6 @@ def test_batches_with_one_adapter_or_none():
         assert bank.model(x[:0]).shape == (0, 10)
 
 
-def test_training_several_adapters_at_once():
-    bank, _ = filled(classes=(3, 3, 3))
-    x, target = images(6), torch.tensor([0, 1, 2, 1, 0, 2])
-    untouched = [p.clone() for p in bank.parameters("b")]
-    optimizer = torch.optim.Adam([*bank.parameters("a"), *bank.parameters("c")], lr=0.01)
-    losses = []
-    # the start differs from one version of torch to the next: eight steps were too few with 2.11
-    for _ in range(12):
-        with bank.use(["a", "c"] * 3):
-            loss = F.cross_entropy(bank.model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(torch.equal(p, q) for p, q in zip(bank.parameters("b"), untouched))
-
-
 def test_bits_are_reproducible_and_a_diverged_adapter_affects_only_its_samples():
     bank, _ = filled()
     x = images(6)
