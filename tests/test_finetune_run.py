@@ -147,24 +147,27 @@ def test_killed_at_random_moments_and_resumed(photos, whole, tmp_path):
     assert end(tmp_path / "out") == whole
 
 
+def at_call(owner, name, number, act, after=False, put=setattr):
+    """Act at the n-th call of a function, before or after the call, with its arguments."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        now = len(calls) == number
+        if now and not after:
+            act(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if now and after:
+            act(*args, **kwargs)
+        return result
+
+    put(owner, name, counted)
+
+
 def _die_in(module, name):
     """Kill the process at the n-th call of a function: before the call if n is odd, after it if n is even."""
-
-    def prepare(number):
-        original, calls = getattr(module, name), [0]
-
-        def dying(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == number and number % 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*args, **kwargs)
-            if calls[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(module, name, dying)
-
-    return prepare
+    die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    return lambda number: at_call(module, name, number, die, after=number % 2 == 0)
 
 
 @pytest.mark.slow
@@ -177,15 +180,6 @@ def test_killed_while_a_file_is_written(name, photos, whole, tmp_path):
         assert process.exitcode in (0, -signal.SIGKILL)
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
-
-
-@pytest.mark.slow
-def test_a_damaged_state_is_skipped(photos, whole, tmp_path, caplog):
-    start(tiny(photos, tmp_path), _die_in(os, "replace"), 4).join()
-    newest = checkpoints.states(tmp_path)[-1]
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    train(tiny(photos, tmp_path), progress=False)
-    assert newest.name in caplog.text and end(tmp_path) == whole
 
 
 @pytest.fixture(scope="module")
@@ -334,15 +328,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_sigterm_in_the_same_process(photos, whole, tmp_path, monkeypatch):
-    original, steps = loop.one_step, []
-
-    def step(*args):
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(*args)
-
-    monkeypatch.setattr(loop, "one_step", step)
+    at_call(loop, "one_step", 4, lambda *_: os.kill(os.getpid(), signal.SIGTERM), put=monkeypatch.setattr)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after step 4 of 18"):
         train(tiny(photos, tmp_path), progress=False)
@@ -365,20 +351,12 @@ def disk(tmp_path):
 
 @pytest.mark.slow
 def test_full_disk(disk, photos, whole, capfd):
-    def fill(number):
-        original, saves = checkpoints.save, []
+    def fill(*_):
+        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
 
-        def save(folder, *args):
-            saves.append(1)
-            if len(saves) == number:
-                with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-                    while True:
-                        file.write(b"x" * 4096)
-            return original(folder, *args)
-
-        checkpoints.save = save
-
-    process = start(tiny(photos, disk / "out"), fill, 3)
+    process = start(tiny(photos, disk / "out"), lambda number: at_call(checkpoints, "save", number, fill), 3)
     process.join()
     assert process.exitcode == cli.STORAGE
     said = capfd.readouterr().err.strip().splitlines()[-1]
@@ -408,15 +386,12 @@ WRITTEN = ["state", "adapter", "curves", "predictions", "report", "metrics"]  # 
 def test_a_failing_write(name, number, nearly, photos, whole, tmp_path, monkeypatch):
     """One of the last files cannot be written, and none that was written before is lost."""
     shutil.copytree(nearly, tmp_path, dirs_exist_ok=True)
-    original, calls = getattr(os, name), []
 
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == (number if name == "replace" else 2 * number - 1):  # every file is followed by its folder
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*args, **kwargs)
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, name, failing)
+    call = number if name == "replace" else 2 * number - 1  # every file is followed by its folder
+    at_call(os, name, call, fail, put=monkeypatch.setattr)
     says = "no space left in .* could not be written; .* same command"
     with pytest.raises(checkpoints.StorageError, match=says) as error:
         train(tiny(photos, tmp_path), progress=False)
@@ -522,26 +497,14 @@ def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
     assert all("test" not in entry for entry in result.history)
 
 
-def test_val_is_held_out_to_choose_by(tmp_path):
+def test_val_of_lists_is_trained_on_or_held_out_to_choose_by(tmp_path):
     root = lists(tmp_path, n=6)
-    result = train(tiny(root, tmp_path / "out", epochs=2, batch_size=6, select="val"), progress=False)
-    assert set(result.metrics) == {"val", "test"}
+    for select, parts in (("last", {"test"}), ("val", {"val", "test"})):
+        settings = tiny(root, tmp_path / select, epochs=2, batch_size=6, select=select)
+        result = train(settings, progress=False)
+        assert set(result.metrics) == parts and result.head_parameters == 65 * 100
     with pytest.raises(ValueError, match="at most the 6 training images"):
         train(tiny(root, tmp_path / "other", batch_size=7, select="val"), progress=False)
-
-
-@pytest.mark.slow
-def test_val_selection_survives_a_kill(photos, tmp_path):
-    for folder_, number in ((tmp_path / "a", 0), (tmp_path / "b", 6)):
-        start(tiny(photos, folder_, select="val"), _die_in(os, "replace"), number).join()
-        train(tiny(photos, folder_, select="val"), progress=False)
-    assert end(tmp_path / "a") == end(tmp_path / "b")
-
-
-def test_vtab_lists_train_on_train_and_val(tmp_path):
-    root = lists(tmp_path, n=6)
-    result = train(tiny(root, tmp_path / "out", epochs=2), progress=False)
-    assert set(result.metrics) == {"test"} and result.head_parameters == 65 * 100
 
 
 def test_yaml_is_the_same_as_flags(tmp_path):
@@ -581,19 +544,24 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--rank", "65"], "rank must be at most 64"),
         (["--image_size", "33"], "33"),
         (["--dtype", "float64", "--mixed_precision", "bf16"], "mixed_precision must be 'no' with dtype='float64'"),
-        (["--device", "cuda"], "device must be 'cpu' or 'auto'") if not torch.cuda.is_available() else (["--x"], "--x"),
+        (["--device", "xpu"], "device must be 'cpu' or 'auto' on a machine without"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--ema", "1.0"], "ema must be a number in"),
+        (["--patience", "3"], "patience must be None unless select is 'val'"),
+        (["--trackers", "[nothing]"], "trackers must be among"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_settings_end_with_2_and_a_sentence(flags, words, photos, tmp_path, capsys):
+    out = tmp_path / "out"
     try:
-        code = cli.main(["--data", str(photos), "--out", str(tmp_path), *FLAGS, *flags])
+        code = cli.main(["--data", str(photos), "--out", str(out), *FLAGS, *flags])
     except SystemExit as ended:
         code = ended.code
     said = capsys.readouterr().err
     assert code == cli.WRONG and words in said and "Traceback" not in said, said
-    assert not checkpoints.states(tmp_path) and not (tmp_path / "logs").exists()
+    late = flags[0] in ("--batch_size", "--model", "--checkpoint", "--data", "--rank", "--image_size")
+    assert not (out / "logs").exists() and not checkpoints.states(out) if late else not out.exists()
 
 
 def test_another_run_is_not_overwritten(photos, tmp_path):
@@ -609,8 +577,13 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match="none"):
             train(replace(settings, resume=False, **wrong), progress=False)
         assert (first.out / "metrics.json").is_file()  # nothing is removed before a run can start
+    logs = tmp_path / "out/logs"
+    before = {path.name for path in logs.iterdir()}
+    (logs / "of another program").touch()
     again = train(replace(settings, lr=0.1, resume=False), progress=False)
     assert again.metrics["test"]["loss"] != first.metrics["test"]["loss"]
+    after = {path.name for path in logs.iterdir()} - {"of another program"}
+    assert len(before) == len(after) == 1 and before != after and (logs / "of another program").exists()
     with checkpoints.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
         train(settings, progress=False)
 
@@ -619,13 +592,8 @@ def test_an_image_that_is_damaged_later(photos, tmp_path, monkeypatch):
     """A worker process finds it in the middle of an epoch; the error is one line."""
     root = folder(tmp_path / "photos", ("train", "test"))
     settings = tiny(root, tmp_path / "out", workers=1, batch_size=4)
-    original = prepared.read_images
-
-    def read(*args, **kwargs):
-        original(*args, **kwargs)
-        (root / "train/cat/3.png").write_bytes(b"")
-
-    monkeypatch.setattr(prepared, "read_images", read)
+    damage = lambda *_, **__: (root / "train/cat/3.png").write_bytes(b"")
+    at_call(prepared, "read_images", 1, damage, after=True, put=monkeypatch.setattr)
     with pytest.raises(ValueError) as error:
         train(settings, progress=False)
     assert "cat/3.png cannot be read" in str(error.value) and "\n" not in str(error.value)
@@ -702,25 +670,9 @@ def test_accuracy_over_classes_is_of_those_that_have_images(tmp_path):
     assert found["mean_class"] == pytest.approx(100 * np.mean([np.mean(right[:9]), np.mean(right[9:])]), abs=1e-3)
 
 
-def test_starting_over_leaves_nothing_of_before(photos, tmp_path):
-    settings = tiny(photos, tmp_path, epochs=1)
-    train(settings, progress=False)
-    before = {path.name for path in (tmp_path / "logs").iterdir()}
-    (tmp_path / "logs/of another program").touch()
-    train(replace(settings, resume=False), progress=False)
-    after = {path.name for path in (tmp_path / "logs").iterdir()} - {"of another program"}
-    assert len(before) == len(after) == 1 and before != after and (tmp_path / "logs/of another program").exists()
-
-
 def test_a_state_that_diverged_replaces_none(photos, tmp_path, monkeypatch):
-    original = loop.one_step
-
-    def step(run, progress, *rest):
-        original(run, progress, *rest)
-        if progress.step == 4:
-            progress.sums[0] = float("nan")
-
-    monkeypatch.setattr(loop, "one_step", step)
+    diverge = lambda run, progress, *_: progress.sums[0].fill_(torch.nan)
+    at_call(loop, "one_step", 5, diverge, after=True, put=monkeypatch.setattr)
     with pytest.raises(ValueError, match="the loss of step 5 is nan; a smaller lr"):
         train(tiny(photos, tmp_path, save_every=1), progress=False)
     assert [path.name for path in checkpoints.states(tmp_path)] == ["state-000000003.pt", "state-000000004.pt"]
@@ -786,14 +738,6 @@ def test_one_class_is_none(tmp_path):
     root = folder(tmp_path / "photos", classes=("cat",), n=12)
     with pytest.raises(ValueError, match="must have at least 2 classes, but has 1"):
         train(tiny(root, tmp_path / "out"), progress=False)
-
-
-def test_merging_to_where_nothing_can_be_written(photos, tmp_path, capsys):
-    train(tiny(photos, tmp_path / "out", epochs=1), progress=False)
-    capsys.readouterr()
-    assert cli.main(["merge", str(tmp_path / "out"), str(tmp_path / "nowhere/m.safetensors")]) == cli.STORAGE
-    said = capsys.readouterr().err
-    assert "nowhere/m.safetensors could not be written" in said and "Traceback" not in said
 
 
 def test_help_names_what_there_is(capsys):

@@ -16,7 +16,7 @@ from test_finetune_data import folder, picture
 from efft_kernels import preparation
 from efft_kernels.finetune.data import open_data
 from efft_kernels.finetune.folders import check_out
-from efft_kernels.finetune.images import BadImages, DataError, Files
+from efft_kernels.finetune.images import BadImages, DataError
 from efft_kernels.finetune.prepared import open_images
 from efft_kernels.finetune.settings import Settings
 
@@ -209,11 +209,6 @@ def test_wrong_csv(text, words, tmp_path):
     with pytest.raises(DataError) as error:
         open_data(csv_file(tmp_path, text), 16)
     assert all(word in str(error.value) for word in words), error.value
-
-
-def test_files_may_have_absolute_paths(tmp_path):
-    path = picture(tmp_path / "0.png")
-    assert Files(tmp_path / "nowhere", (str(path),), (0,)).load(0).size == (20, 12)
 
 
 @pytest.fixture
