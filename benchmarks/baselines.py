@@ -110,32 +110,6 @@ def onednn(x, w, b):
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
-class ExtendedK(torch.autograd.Function):
-    """y = [x | p] @ [w | up.T].T + b with p = x @ down: two matmuls of cuBLAS, four in the backward.
-
-    x is stored in wide_x with space for p, as its producer would have to write it; the argument x gets the gradient. w
-    is stored in wide_w with space for up.T, which is copied there in every call because it is trained.
-    """
-
-    @staticmethod
-    def forward(ctx, x, down, up, wide_x, wide_w, b):
-        K, R = down.shape
-        torch.mm(wide_x[:, :K], down, out=wide_x[:, K : K + R])
-        wide_w[:, K : K + R].copy_(up.t())
-        ctx.save_for_backward(down)
-        ctx.wide = wide_x, wide_w
-        return F.linear(wide_x, wide_w, b)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (down,) = ctx.saved_tensors
-        (K, R), (wide_x, wide_w) = down.shape, ctx.wide
-        wide_dx = dy @ wide_w  # [dy @ w | dp]
-        dp = wide_dx[:, K : K + R]
-        dx = wide_dx[:, :K].addmm_(dp, down.t())
-        return dx, wide_x[:, :K].t() @ dp, wide_x[:, K : K + R].t() @ dy, None, None, None
-
-
 class Call(NamedTuple):
     forward: Callable[[], Tensor]
     trained: tuple[Tensor, ...]  # the tensors that get gradients in addition to x
@@ -197,15 +171,6 @@ def _addmm(i: Inputs) -> Call:
     return Call(lambda: addmm(i.x, i.weight, i.bias, i.down, i.up), (i.down, i.up))
 
 
-def _extended_k(i: Inputs) -> Call:
-    (M, K), (R, N) = i.x.shape, i.up.shape
-    room = -(-R // 8) * 8  # rows stay on 16 bytes
-    wide_x, wide_w = i.x.new_zeros(M, K + room), i.x.new_zeros(N, K + room)
-    wide_x[:, :K].copy_(i.x.detach())
-    wide_w[:, :K].copy_(i.weight)
-    return Call(lambda: ExtendedK.apply(i.x, i.down, i.up, wide_x, wide_w, i.bias), (i.down, i.up))
-
-
 def _efft(backend: str | None):
     def build(i: Inputs) -> Call:
         lowrank_linear = efft_kernels.lowrank_linear
@@ -253,10 +218,7 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
     else:
         # without CUDA graphs, which would remove launch time from this variant alone
         autotuned = _compiled(_of_lora, peft, "max-autotune-no-cudagraphs")
-        found += [
-            Variant("peft_autotuned", "peft under torch.compile, mode max-autotune", autotuned, compiled=True),
-            Variant("extended_k", "[x | p] [w | up.T].T in two calls of cuBLAS, x stored with room for p", _extended_k),
-        ]
+        found.append(Variant("peft_autotuned", "peft under torch.compile, mode max-autotune", autotuned, compiled=True))
     skipped = {}
     for backend in efft_kernels.backends():
         name = f"efft_{backend.name}"

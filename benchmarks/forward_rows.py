@@ -12,7 +12,6 @@ COLOURS = {
     "peft_compiled": "#ecc94b",
     "peft_autotuned": "#f5dc8a",
     "unfused": "#5b8fc7",
-    "extended_k": "#8e6bb0",
     "left_to_right": "#b2abd2",
     "efft": "#1b7837",
     "efft_group": "#7fbf7b",
