@@ -421,7 +421,8 @@ def ship(tuned: Path) -> None:
     """Add the devices of a table to the one that ships with the package, which has other devices too"""
     shutil.copyfile(table.SHIPPED, table.user_file())  # save() adds to the user's file, here one in DIR/cache
     for device, found in json.loads(tuned.read_text())["devices"].items():
-        table.save(device, **found)
+        if reason := table.save(device, **found):
+            raise OSError(f"the shipped table stays as it was: {reason}")
     shutil.copyfile(table.user_file(), table.SHIPPED)
 
 

@@ -1,6 +1,8 @@
 """Save and load adapters, and keep several named ones on a model. adapter_file.py has the format of the files."""
 
 import contextlib
+import functools
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -408,22 +410,29 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     owner = adapters(model)
     known(owner, name)
     if owner.active not in (None, name):
-        owner.left_at[owner.active] = _versions_of_shared(model)
-    _warn_of_shared(model, name)
+        owner.left_at[owner.active] = _sums_of_shared(model)
+    if not owner.swapped:  # else the modules of before inject are there
+        _warn_of_shared(model, name)
     owner.activate(name)
     return model
 
 
-def _versions_of_shared(model: nn.Module) -> list[int]:
-    """A number for each tensor of the head and of ``train`` modules that grows when it is written to."""
-    tensors = [t for module in trained_modules(model).values() for t in (*module.parameters(), *module.buffers())]
-    return [0 if t.is_inference() else t._version for t in tensors]
+def _sums_of_shared(model: nn.Module) -> list[float]:
+    """Sums of the values, and of their squares, of the head and of ``train`` modules. Versions of tensors would not do:
+    fused optimizers do not count their writes.
+    """
+    tensors = [t.detach() for module in trained_modules(model).values() for t in module.state_dict().values()]
+    wide = [t.double() for t in tensors if t.is_floating_point() and not t.is_meta]
+    return [total.item() for t in wide for total in (t.sum(), t.square().sum())]
 
 
 def _warn_of_shared(model: nn.Module, name: str) -> None:
     """Say that what all adapters share has changed since this one, which is not active, was."""
     owner = adapters(model)
-    if name != owner.active and owner.left_at.get(name, now := _versions_of_shared(model)) != now:
+    if name == owner.active or (before := owner.left_at.get(name)) is None:
+        return
+    now = _sums_of_shared(model)  # on another device they round otherwise
+    if len(now) != len(before) or not all(map(functools.partial(math.isclose, abs_tol=1e-12), now, before)):
         shared = ", ".join(outermost(trained_modules(model)))
         warnings.warn(
             f"{shared}, which all adapters of a model share, changed since {name!r} was active, and its outputs with "
@@ -449,6 +458,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if owner.active is None and active in owner:  # neither switched nor deleted in between
             owner.active = active
+        elif active in owner and owner.active != active:
+            owner.left_at[active] = _sums_of_shared(unwrapped(model))
 
 
 @on_unwrapped
@@ -467,6 +478,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
         eject(model)
         return model
     del owner[name]
+    owner.left_at.pop(name, None)
     if owner.active == name:
         owner.active = None
     return model

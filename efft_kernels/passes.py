@@ -228,9 +228,6 @@ class Passes:
         _replays.pop((torch._C._current_graph_task_id(), id(self)), None)
 
 
-_NOT_COPIED = {"_traced", "_thread", "_late_hooks", "left_at"}
-
-
 class Adapters(Passes, nn.ModuleDict):
     """The adapters of one model, by name: each a ModuleDict of groups. Registered on the model, once, as ``efft``."""
 
@@ -246,7 +243,7 @@ class Adapters(Passes, nn.ModuleDict):
         self.modules_before: dict[str, nn.Module] = {}  # path -> what is trained with the factors, as it was before
         self.swapped = 0  # how many contexts have put these in place now
         self._late_hooks: dict[str, list] = {}  # of frozen adapters that outputs may still depend on
-        self.left_at: dict[str, list[int]] = {}  # adapter -> versions of what all share, when another became active
+        self.left_at: dict[str, list[float]] = {}  # adapter -> sums of what all share, when another became active
         self._reset()
 
     def activate(self, name: str) -> None:
@@ -271,12 +268,12 @@ class Adapters(Passes, nn.ModuleDict):
         return self
 
     def __getstate__(self) -> dict:
-        # tensors with a graph, thread-locals and hooks can be neither copied nor pickled; copies have other versions
-        return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
+        # tensors with a graph, thread-locals and hooks can be neither copied nor pickled
+        return {key: value for key, value in self.__dict__.items() if key not in ("_traced", "_thread", "_late_hooks")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._late_hooks, self.left_at = {}, {}
+        self._late_hooks = {}
         self._reset()
 
     def groups(self) -> list[nn.Module]:

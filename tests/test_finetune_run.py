@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
-from efft_kernels import storage
+from efft_kernels import read_adapter, storage
 from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared
 from efft_kernels.finetune.finished import merged, predict, restore
 from efft_kernels.finetune.loop import Interrupted, train
@@ -759,6 +759,7 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     result = train(settings, progress=False)
     train(replace(settings, out=str(tmp_path / "again")), progress=False)
     assert end(result.out) == end(tmp_path / "again")
+    assert read_adapter(result.out / "adapter.safetensors").base_model == "hf:base"
     model, _ = restore(result.out)
     merged(result.out, tmp_path / "base/model.safetensors")
     plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()

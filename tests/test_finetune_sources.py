@@ -257,9 +257,14 @@ def test_datasets_with_texts_and_several_labels(library, tmp_path):
         rows(library, 3, labels=column).save_to_disk(tmp_path / classes[0])
         found = open_data(tmp_path / classes[0], 16, test_fraction=0.0)
         assert found.classes == tuple(classes) and found.train.labels == [(1,), (0, 2), ()]
-    rows(library, 2, labels=(library.List(library.Value("int64")), [[2, 2], [3]])).save_to_disk(tmp_path / "twice")
-    with pytest.raises(DataError, match="lists of different classes, or of 0 or 1 for each class, in 'labels'"):
-        open_data(tmp_path / "twice", 16)
+    numbers = library.List(library.Value("int64"))
+    for name, cells, labels in (
+        ("twice", [[2, 2], [3], [2, 3]], [(0,), (1,), (0, 1)]),
+        ("one hot", [[0, 1], [1, 0]], [(1,), (0,)]),
+        ("single", [[0], [1]], [(0,), (1,)]),
+    ):
+        rows(library, len(cells), labels=(numbers, cells)).save_to_disk(tmp_path / name)
+        assert open_data(tmp_path / name, 16, test_fraction=0.0).train.labels == labels
     texts = library.List(text)
     for name, column in {"label": (text, ["a", None]), "labels": (texts, [["a"], None])}.items():
         rows(library, 2, **{name: column}).save_to_disk(tmp_path / name)

@@ -129,6 +129,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert f"| test, top-1 (%) | {result.metrics['test']['top1']:.4g} |" in card and str(tmp_path) not in record
     (mine, _), (theirs, _) = restore(tmp_path / "out"), restore("hf-hub:me/run")
     assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
+    assert str(tmp_path).encode() not in (hub / "me/run/adapter.safetensors").read_bytes()
     record = json.loads((tmp_path / "out/metrics.json").read_text())
     record["settings"]["model"] = f"hf:{photos}"
     (tmp_path / "out/metrics.json").write_text(json.dumps(record))

@@ -79,13 +79,13 @@ def read_dataset(root: Path, test_fraction: float) -> Source:
     names = getattr(inner, "names", None)
     values = {part: rows[label] for part, rows in parts.items() if rows is not None}
     cells = [cell for column in values.values() for cell in column if cell is not None]
-    if multilabel and any(len({*cell}) < len(cell) for cell in cells):  # no list of classes repeats one
-        names = names or [*range(len(cells[0]))]
-        if any({*cell} - {0, 1} or len(cell) != len(names) for cell in cells):
-            raise DataError(f"{root} must have lists of different classes, or of 0 or 1 for each class, in {label!r}")
-        values = {
-            p: [c and [i for i, is_set in enumerate(c) if is_set] for c in column] for p, column in values.items()
-        }
+    widths = {len(cell) for cell in cells} if multilabel else set()
+    # lists of one length, more than one, that hold 0 and 1 alone: flags, for no list of classes is like that
+    if len(widths) == 1 and max(widths) > 1 and not any({*cell} - {0, 1} for cell in cells):
+        if names is None or {len(names)} == widths:
+            names = names or [*range(max(widths))]
+            flags = lambda cell: cell and [i for i, is_set in enumerate(cell) if is_set]
+            values = {part: [*map(flags, column)] for part, column in values.items()}
     if names is None:
         taught = {value for cell in values["train"] for value in (cell if multilabel and cell is not None else [cell])}
         if wrong := [value for value in taught if not isinstance(value, int | str)]:

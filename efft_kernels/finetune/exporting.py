@@ -17,7 +17,7 @@ from ..merge import merge
 from ..storage import write
 from . import checkpoints
 from .finished import beside, merged, read_record, restore
-from .models import logits, normalisation
+from .models import logits, normalisation, public_name
 from .results import NAMES
 from .settings import Settings
 
@@ -77,9 +77,7 @@ def _to_hub(out: str | Path, name: str | Path | None) -> str:
     }
     for key in ("data", "out", "checkpoint"):  # a folder of this machine is nobody's business
         record["settings"][key] = record["settings"][key] and (Path(record["settings"][key]).resolve().name or key)
-    kind, _, place = record["settings"]["model"].partition(":")
-    if kind in ("hf", "local-dir") and Path(place).exists():
-        record["settings"]["model"] = f"{kind}:{Path(place).resolve().name}"
+    record["settings"]["model"] = public_name(record["settings"]["model"])
     record["result"]["adapter"] = ADAPTER
     record.pop("run", None)
     publish(adapter, repo, metrics, {"metrics.json": json.dumps(record, indent=1).encode()})
@@ -149,6 +147,8 @@ def _onnx(out: str | Path, path: Path, checkpoint: str | None) -> Path:
             for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first
                 with open(part, "rb") as source:
                     write(path.parent / part.name, lambda file, source=source: shutil.copyfileobj(source, file))
+            if not apart:  # of a larger model that was there before
+                path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     return path
 
 

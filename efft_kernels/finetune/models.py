@@ -44,7 +44,8 @@ def make_model(
         checkpoint = checkpoint or "download"
     if not elsewhere and not library.is_model(known):
         names = library.list_models()
-        starts = [each for each in names if each.startswith(known[:-1])]  # a name that was cut, or its end mistyped
+        # a name that was cut, or its end mistyped
+        starts = [each for each in names if len(known) > 3 and each.startswith(known[:-1])]
         near = list(dict.fromkeys([*starts[:2], *difflib.get_close_matches(known, names, 3)]))[:3]
         raise ValueError(
             f"model must be a model of timm or 'hf:' and one of transformers, got {name!r}"
@@ -84,6 +85,12 @@ def make_model(
     if file:
         _load(model, file)
     return model
+
+
+def public_name(model: str) -> str:
+    """The name of a model without the place of its folder on this machine."""
+    kind, _, place = model.partition(":")
+    return f"{kind}:{Path(place).resolve().name}" if kind in ("hf", "local-dir") and Path(place).exists() else model
 
 
 def _load(model: nn.Module, file: Path) -> None:

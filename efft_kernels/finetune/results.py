@@ -19,7 +19,7 @@ from .bars import bar
 from .checkpoints import Progress
 from .data import Data
 from .evaluation import evaluate
-from .models import preparation_of
+from .models import preparation_of, public_name
 from .prepared import Prepared, check_same, describe_device, make_adapted, make_identity
 from .settings import Settings
 from .trackers import Trackers
@@ -131,7 +131,7 @@ def _write(run: Prepared, progress: Progress, record: dict, rows: list, weights:
             p.requires_grad_(True)
         path = run.out / record["result"]["adapter"]
         said = preparation_of(model, s), record["classes"], record["multilabel"]
-        methods.save(s.method, s.options, model, path, s.model, *said)
+        methods.save(s.method, s.options, model, path, public_name(s.model), *said)
         storage.write(run.out / "curves.png", lambda file: plots.curves(file, record))
         storage.write_bytes(run.out / predictions.NAME, predictions.to_csv(rows))
         storage.write_bytes(run.out / page.NAME, page.build(record, rows, page.loader(run.data)).encode())

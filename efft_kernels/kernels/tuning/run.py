@@ -83,10 +83,10 @@ def tune(
         ValueError: a bad argument. RuntimeError: none of the backends can run on this device.
     """
     of = "(M, K, N, R) or (M, K, N, R, A, B), positive integers, M a multiple of B"
-    shapes = [tuple(shape) for shape in _listed("shapes", shapes, _is_shape, of)]
-    dtypes = _listed("dtypes", dtypes, DTYPES.__contains__, DTYPES)
+    shapes = list(dict.fromkeys(tuple(shape) for shape in _listed("shapes", shapes, _is_shape, of)))
+    dtypes = list(dict.fromkeys(_listed("dtypes", dtypes, DTYPES.__contains__, DTYPES)))
     if backends is not None:
-        backends = _listed("backends", backends, BACKENDS.__contains__, BACKENDS)
+        backends = list(dict.fromkeys(_listed("backends", backends, BACKENDS.__contains__, BACKENDS)))
     if not isinstance(minutes, int | float) or not minutes > 0:
         raise ValueError(f"minutes must be a positive number, got {minutes!r}")
     tuner = _Tuner(
@@ -118,8 +118,11 @@ def _is_shape(shape) -> bool:
 def _device(device) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
     count = torch.cuda.device_count()
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be cpu or one of torch's {count} CUDA devices, got {device!r}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         raise ValueError(f"device must be cpu or one of torch's {count} CUDA devices, got {device}")
     if device.type == "cuda" and device.index is None:
