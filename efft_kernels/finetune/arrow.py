@@ -1,6 +1,7 @@
 """Data sets that the datasets library of Hugging Face wrote to a folder (save_to_disk)."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -77,7 +78,7 @@ def read_dataset(root: Path, test_fraction: float) -> Source:
     multilabel = inner is not None or isinstance(kind, list)
     inner = (kind[0] if isinstance(kind, list) else inner) if multilabel else kind
     names = getattr(inner, "names", None)
-    values = {part: rows[label] for part, rows in parts.items() if rows is not None}
+    values: dict[str, Sequence] = {part: rows[label] for part, rows in parts.items() if rows is not None}
     cells = [cell for column in values.values() for cell in column if cell is not None]
     widths = {len(cell) for cell in cells} if multilabel else set()
     # lists of one length, more than one, that hold 0 and 1 alone: flags, for no list of classes is like that
