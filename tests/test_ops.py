@@ -248,6 +248,7 @@ def test_merge_refuses_before_it_writes(backend):
         merge_(weights, downs[:1], ups[:1], backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(weights, before))
     merge_([], [], [], backend=backend)
+    merge_(torch.zeros(2, 8, 4), torch.zeros(2, 4, 2), torch.zeros(2, 2, 8), backend=backend)  # stacked
     with pytest.raises(ValueError, match=r"weights\[0\] must have an address for each value"):
         merge_([torch.zeros(1, 5).expand(4, 5)], downs[:1], ups[:1], backend=backend)
     with pytest.raises(TypeError, match=r"downs\[0\] must be a torch.Tensor, got int"):
@@ -401,6 +402,7 @@ def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
          "weight must have the dtype of x, torch.float32, got torch.float64"),
         (dict(bias=torch.randn(47)), ValueError, r"bias must be \[48\], got \[47\]"),
         (dict(bias=3.0), TypeError, "bias must be a torch.Tensor, got float"),
+        (dict(weight=torch.randn(48, 40).to_sparse()), TypeError, "weight must be a strided tensor, got torch.sparse_coo"),
         (dict(down=torch.randn(41, 5)), ValueError, r"down must be \[40, R\].*, got \[41, 5\]"),
         (dict(down=torch.randn(40, 0)), ValueError,
          r"down must be \[40, R\] with every letter at least 1, got \[40, 0\]"),
@@ -499,6 +501,9 @@ def test_efft_linear_refuses(backend):
     ]:
         with pytest.raises(ValueError, match=message):
             efft_linear(**(good | change), backend=backend)
+    for name in sizes:
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
+            efft_linear(**(good | {name: None}))  # of few rows, in one call
 
 
 def test_refusals_are_the_same_under_compile(backend):
