@@ -7,7 +7,7 @@ class FewRowsPass {
   template <int I>
   using Int = std::integral_constant<int, I>;
   static constexpr int VL = Shape<T>::VL;
-  static constexpr int64_t CACHED = 512;           // columns of which eight rows of b stay in L1 for all rows of a
+  static constexpr int ROWS = VB == 64 ? 8 : 4;    // of a tile of add_contiguous()
   static constexpr int64_t SHARED_WORK = 1 << 17;  // multiplications from which on threads pay
 
  public:
@@ -70,12 +70,13 @@ class FewRowsPass {
       for (; n < N; ++n) add_dots<1>(a, K, first + n * b.col, b.col, N, sums + n);
     } else {
       int64_t k = 0;
+      for (; k + 16 <= K; k += 16) add_rows<16>(a + k, K, b, k, n0, N, sums);
       for (; k + 8 <= K; k += 8) add_rows<8>(a + k, K, b, k, n0, N, sums);
       for (; k < K; ++k) add_rows<1>(a + k, K, b, k, n0, N, sums);
     }
   }
 
-  // COUNT rows of b, whose products are summed before they are added: a chain of roundings is an eighth of K
+  // COUNT rows of b, whose products are summed before they are added: a chain of roundings is a sixteenth of K
   template <int COUNT>
   void add_rows(const S* a, int64_t K, const View& b, int64_t k, int64_t n0, int64_t N, S* sums) const {
     if (b.col == 1) {
@@ -96,24 +97,43 @@ class FewRowsPass {
 
   template <int COUNT, class E>
   EFFT_NOINLINE void add_contiguous(const S* a, int64_t K, const E* const* rows, int64_t N, S* sums) const {
-    const int64_t step = g_.M == 1 ? N : CACHED;  // a single row reads b once, from its beginning to its end
-    for (int64_t from = 0; from < N; from += step) {
-      const int64_t end = std::min(N, from + step);
+    int64_t n = 0;
+    for (; n + 2 * VL <= N; n += 2 * VL) {
+      int64_t m = 0;
+      for (; m + ROWS <= g_.M; m += ROWS) add_tile<COUNT, ROWS, 2>(a + m * K, K, rows, n, N, sums + m * N + n);
+      for (; m + 4 <= g_.M; m += 4) add_tile<COUNT, 4, 2>(a + m * K, K, rows, n, N, sums + m * N + n);
+      for (; m + 2 <= g_.M; m += 2) add_tile<COUNT, 2, 2>(a + m * K, K, rows, n, N, sums + m * N + n);
+      if (m < g_.M) add_tile<COUNT, 1, 2>(a + m * K, K, rows, n, N, sums + m * N + n);
+    }
+    for (; n + VL <= N; n += VL) {
+      int64_t m = 0;
+      for (; m + ROWS <= g_.M; m += ROWS) add_tile<COUNT, ROWS, 1>(a + m * K, K, rows, n, N, sums + m * N + n);
+      for (; m < g_.M; ++m) add_tile<COUNT, 1, 1>(a + m * K, K, rows, n, N, sums + m * N + n);
+    }
+    for (; n < N; ++n) {
       for (int64_t m = 0; m < g_.M; ++m) {
-        S factors[COUNT];
-        for (int i = 0; i < COUNT; ++i) factors[i] = a[m * K + i];
-        int64_t n = from;
-        for (; n + VL <= end; n += VL) {
-          Vec<S> part[2] = {};
-          for (int i = 0; i < COUNT; ++i) part[i % 2] += factors[i] * load_sum(rows[i] + n);
-          S* const sum = sums + m * N + n;
-          store(sum, load<Vec<S>>(sum) + (part[0] + part[1]));
-        }
-        for (; n < end; ++n) {
-          S part[2] = {};
-          for (int i = 0; i < COUNT; ++i) part[i % 2] += factors[i] * load_one(rows[i] + n);
-          sums[m * N + n] += part[0] + part[1];
-        }
+        S sum = 0;
+        for (int i = 0; i < COUNT; ++i) sum += a[m * K + i] * load_one(rows[i] + n);
+        sums[m * N + n] += sum;
+      }
+    }
+  }
+
+  // sums[m, n] += a[m] @ rows[:, n], for VECS vectors of columns
+  template <int COUNT, int M, int VECS, class E>
+  static EFFT_INLINE void add_tile(const S* a, int64_t K, const E* const* rows, int64_t n, int64_t N, S* sums) {
+    Vec<S> tile[M][VECS] = {};
+    for (int i = 0; i < COUNT; ++i) {
+      Vec<S> b[VECS];
+      for (int j = 0; j < VECS; ++j) b[j] = load_sum(rows[i] + n + j * VL);
+      for (int m = 0; m < M; ++m) {
+        for (int j = 0; j < VECS; ++j) tile[m][j] += a[m * K + i] * b[j];
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int j = 0; j < VECS; ++j) {
+        S* const sum = sums + m * N + j * VL;
+        store(sum, load<Vec<S>>(sum) + tile[m][j]);
       }
     }
   }
@@ -121,24 +141,28 @@ class FewRowsPass {
   // COUNT columns of b, each contiguous
   template <int COUNT>
   void add_dots(const S* a, int64_t K, const T* b, int64_t next, int64_t N, S* sums) const {
-    for (int64_t m = 0; m < g_.M;) {
-      const int64_t left = g_.M - m;
-      const auto tiles = [&](auto rows, auto columns) {
-        constexpr int ROWS = decltype(rows)::value, COLUMNS = std::min(COUNT, decltype(columns)::value);
-        for (int n = 0; n < COUNT; n += COLUMNS) {
-          dot_tile<ROWS, COLUMNS>(a + m * K, K, b + n * next, next, N, sums + m * N + n);
-        }
-        m += ROWS;
-      };
-      if (left == 1) {
-        tiles(Int<1>{}, Int<8>{});
-      } else if (left == 2) {
-        tiles(Int<2>{}, Int<4>{});
-      } else if (left == 4) {
-        tiles(Int<4>{}, Int<2>{});
-      } else {
-        tiles(Int<3>{}, Int<4>{});
+    const auto tiles = [&](int64_t m, auto rows, auto columns) {
+      constexpr int M = decltype(rows)::value, COLUMNS = std::min(COUNT, decltype(columns)::value);
+      for (int n = 0; n < COUNT; n += COLUMNS) {
+        dot_tile<M, COLUMNS>(a + m * K, K, b + n * next, next, N, sums + m * N + n);
       }
+    };
+    // of about as many rows each: up to 6 if there are 32 registers, else 2, 3 or a single 4
+    const int64_t parts = VB == 64 ? (g_.M + 5) / 6 : std::max<int64_t>(1, (g_.M + 1) / 3);
+    for (int64_t i = 0, m = 0; i < parts; ++i) {
+      const int64_t rows = (g_.M - m) / (parts - i);
+      if (rows == 1) {
+        tiles(m, Int<1>{}, Int<8>{});
+      } else if (rows == 2) {
+        tiles(m, Int<2>{}, Int<4>{});
+      } else if (rows == 3) {
+        tiles(m, Int<3>{}, Int<4>{});
+      } else if (rows == 4) {
+        tiles(m, Int<4>{}, Int<VB == 64 ? 4 : 2>{});
+      } else if constexpr (VB == 64) {
+        rows == 5 ? tiles(m, Int<5>{}, Int<4>{}) : tiles(m, Int<6>{}, Int<4>{});
+      }
+      m += rows;
     }
   }
 

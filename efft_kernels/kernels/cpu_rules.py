@@ -132,13 +132,8 @@ def _intel_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
 # the largest number of rows, times entries of the weight, that the kernel of few rows takes on AVX2 (a Zen 3)
 _FEW_ROWS_AVX2 = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}
 
-# (forward, backward), each: the kernel of few rows takes so many rows of any weight, else as on AVX2 (Emerald Rapids)
-_FEW_ROWS_INTEL = {
-    torch.float32: ((12, 1 << 22), (2, 5 << 19)),
-    torch.float64: ((8, 1 << 22), (1, 3 << 19)),
-    torch.bfloat16: ((16, 1 << 22), (4, 1 << 22)),
-    torch.float16: ((4, 1 << 22), (1, 1 << 21)),
-}
+# of float16 on an Emerald Rapids, forward and backward: the kernel takes so many rows of any weight, and so much as above
+_FEW_ROWS_INTEL_F16 = (2, 1 << 21), (1, 5 << 19)
 
 
 def way_of_few_rows(isa: str, x: Tensor, weight: Tensor, backward: bool) -> str | None:
@@ -150,7 +145,7 @@ def way_of_few_rows(isa: str, x: Tensor, weight: Tensor, backward: bool) -> str 
     if rules is _avx2:
         return "kernel" if rows * entries < _FEW_ROWS_AVX2[x.dtype] else None
     if rules is _intel_avx512:
-        always, most = _FEW_ROWS_INTEL[x.dtype][backward]
+        always, most = _FEW_ROWS_INTEL_F16[backward] if x.dtype == torch.float16 else (rows, 0)
         return "kernel" if rows <= always or rows * entries <= most else "torch"
     # not measured: the kernel is taken only where reading the weight, or the host, is most of the time. elsewhere plain
     # torch goes from left to right, which is less work than forming sigma v, but on AMD, where that has a fast kernel
