@@ -370,12 +370,10 @@ def chart(
     """
     if not any(colours.keys() & bars.keys() for _, groups in panels for bars in groups.values()):
         return
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 1.3 + 3.0 * len(panels)), dpi=110, squeeze=False)
+    figure = Figure((10, 1.3 + 3.0 * len(panels)), dpi=110)
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     width = 0.9 / max(len(colours.keys() & bars.keys()) for _, groups in panels for bars in groups.values())
     for axis, (title, groups) in zip(axes[:, 0], panels):
         # clip outliers, which keep their number, so that the other bars stay readable
@@ -405,4 +403,3 @@ def chart(
                   bbox_to_anchor=(0.5, 0.18 / figure.get_figheight()))  # fmt: skip
     figure.text(0.5, 0.06 / figure.get_figheight(), note, ha="center", va="bottom", fontsize=7, color="#555555")
     write_figure(path, figure)
-    plt.close(figure)

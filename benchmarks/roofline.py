@@ -102,23 +102,22 @@ def draw(record: dict, path: Path) -> None:
     """Draw the chart to a file, in the format of its suffix; it replaces the old file when it is complete."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "roofline"  # so that two runs write the same file
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
+    matplotlib.rcParams["svg.hashsalt"] = "roofline"  # so that two runs write the same file
     found = panels(record)
     dtypes, parts = (list(dict.fromkeys(names)) for names in zip(*found))
-    figure, axes = plt.subplots(
-        len(dtypes), len(parts), figsize=(1 + 5.2 * len(parts), 1.2 + 4.2 * len(dtypes)), dpi=110, squeeze=False
-    )
+    figure = Figure((1 + 5.2 * len(parts), 1.2 + 4.2 * len(dtypes)), dpi=110)
+    axes = figure.subplots(len(dtypes), len(parts), squeeze=False)
     for axis, (dtype, part) in zip(axes.flat, itertools.product(dtypes, parts)):
         panel(axis, found.get((dtype, part), []), roofs(record, dtype), f"{part}, {dtype}")
     shown = {point.row["variant"] for points in found.values() for point in points}
     kinds = {point.row["layer"].rpartition(".")[2] for points in found.values() for point in points}
     kind_of = lambda marker: {"marker": marker, "color": "#777777", "markerfacecolor": "none", "linestyle": ""}
     handles = [
-        *(plt.Line2D([], [], label=way.label, **mark(way, "D")) for name, way in WAYS.items() if name in shown),
-        *(plt.Line2D([], [], label=kind, **kind_of(marker)) for kind, marker in MARKERS.items() if kind in kinds),
+        *(Line2D([], [], label=way.label, **mark(way, "D")) for name, way in WAYS.items() if name in shown),
+        *(Line2D([], [], label=kind, **kind_of(marker)) for kind, marker in MARKERS.items() if kind in kinds),
     ]
     height, words = figure.get_figheight(), textwrap.wrap(note(record), int(18 * figure.get_figwidth()))
     foot = 0.1 + 0.14 * len(words)  # inches
@@ -129,7 +128,6 @@ def draw(record: dict, path: Path) -> None:
     # without the date, so that two runs write the same file
     metadata = {"Date": None} if path.suffix == ".svg" else None
     write_figure(path, figure, metadata=metadata)
-    plt.close(figure)
 
 
 def mark(way: Way, marker: str) -> dict:

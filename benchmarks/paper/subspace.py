@@ -115,22 +115,16 @@ def maps(found: dict, blocks: list[int]) -> dict[str, dict[int, Tensor]]:
 
 
 def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     blocks = list(next(iter(made.values())))
-    figure, axes = plt.subplots(
-        len(blocks), len(made), figsize=(2.1 * len(made), 2.2 * len(blocks)), dpi=110, squeeze=False
-    )
+    figure = Figure((2.1 * len(made), 2.2 * len(blocks)), dpi=110)
+    axes = figure.subplots(len(blocks), len(made), squeeze=False)
     for column, (title, found) in enumerate(made.items()):
         for line, (block, phi) in enumerate(found.items()):
             axis = axes[line, column]
             extent = (0.5, phi.shape[1] + 0.5, 0.5, phi.shape[0] + 0.5)
-            picture = axis.imshow(
-                phi.numpy(), origin="lower", vmin=0, vmax=1, cmap="viridis", extent=extent, aspect="auto"
-            )
+            picture = axis.imshow(phi.numpy(), "viridis", aspect="auto", vmin=0, vmax=1, origin="lower", extent=extent)
             axis.tick_params(labelsize=6)
             if line == 0:
                 axis.set_title(title.replace(": ", ":\n").replace(", ", ",\n"), fontsize=7)
@@ -140,10 +134,7 @@ def heat_maps(path: Path, made: dict[str, dict[int, Tensor]]) -> None:
                 axis.set_xlabel("j", fontsize=7)
     figure.tight_layout(rect=(0, 0, 0.95, 1))
     figure.colorbar(picture, cax=figure.add_axes((0.96, 0.15, 0.01, 0.7))).ax.tick_params(labelsize=6)
-    try:
-        write_figure(path, figure)
-    finally:
-        plt.close(figure)
+    write_figure(path, figure)
 
 
 def row(title: str, found: dict[int, Tensor]) -> dict:

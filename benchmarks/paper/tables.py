@@ -127,28 +127,17 @@ def markdown(rows: list[Row], groups: dict[str, list[str]]) -> str:
 
 
 def _figure(panels: int, width: float = 4.6, height: float = 3.6):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), dpi=110, squeeze=False)
+    figure = Figure((width * columns, height * rows), dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[panels:]:
         axis.set_visible(False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, list(axes.flat[:panels])
-
-
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    try:
-        write_figure(path, figure)
-    finally:
-        plt.close(figure)
 
 
 def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None:
@@ -166,7 +155,7 @@ def accuracy_against_parameters(path: Path, rows: list[Row], title: str) -> None
     axis.set_ylabel("top-1, %")
     axis.set_title(title, fontsize=10, loc="left")
     figure.tight_layout()
-    _save(figure, path)
+    write_figure(path, figure)
 
 
 def sweep(path: Path, panels: dict[str, dict[str, dict[float, list[float | None]]]], label: str, title: str) -> None:
@@ -191,4 +180,4 @@ def sweep(path: Path, panels: dict[str, dict[str, dict[float, list[float | None]
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    _save(figure, path)
+    write_figure(path, figure)
