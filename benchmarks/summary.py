@@ -13,7 +13,7 @@ import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from efft_kernels.storage import write_bytes
@@ -183,16 +183,15 @@ def forward_backward() -> Table:
                  ["vit_b_float32_backward", "vit_b_bfloat16_backward"])  # fmt: skip
 
 
+_PARTS = ["forward", "forward+backward"]
 _SUMS_NOTE = "EFFT's time over that of each alternative, of sums over all Linears of the blocks."
 
 
 def _sums(part: str, zen5: list[str], zen3: list[str]) -> Table:
     rows, others = [], [name for name in VARIANTS if name != "efft"]
     records = [f"zen5/{name}" for name in zen5] + [f"zen3/{name}" for name in zen3] + ["emerald_rapids/vit_b"]
-    for name in records:
-        run = read_run(RESULTS / name / "forward.json")
-        for (size, dtype), ms in _model_ms(run["results"], part).items():
-            rows.append([f"{_where(name, run)}, {dtype}, {size}", digits(ms["efft"]), *_over(ms, others)])
+    for where, _, size, dtype, ms in _linears(records, [part]):
+        rows.append([f"{where}, {dtype}, {size}", digits(ms["efft"]), *_over(ms, others)])
     head = [f"Linears of ViT-B, {part}", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
     return Table(head, rows, f"{_SUMS_NOTE} The runs on Zen 3 are of an earlier commit.", records)
 
@@ -201,13 +200,10 @@ def forward_rows() -> Table:
     """ViT-B's Linears at 1 to 197 rows, against the merged weight and plain torch"""
     records, rows = ["zen5/vit_b_rows_float32", "zen5/vit_b_rows_bfloat16"], {}
     head = ["rows"]
-    for name in records:
-        run = read_run(RESULTS / name / "forward.json")
-        dtype = run["arguments"]["dtype"][0]
-        for part in ("forward", "forward+backward"):
-            head += [f"{dtype} {part}, / merged weight", "/ plain torch"]
-            for (size, _), ms in _model_ms(run["results"], part).items():
-                rows.setdefault(size.removeprefix("M="), []).extend(_over(ms, ["merged", "unfused"]))
+    for _, part, size, dtype, ms in _linears(records):
+        if (column := f"{dtype} {part}, / merged weight") not in head:
+            head += [column, "/ plain torch"]
+        rows.setdefault(size.removeprefix("M="), []).extend(_over(ms, ["merged", "unfused"]))
     note = "EFFT's time over that of the alternative, of sums over all Linears of ViT-B's blocks, AMD Zen 5, 2 threads."
     return Table(head, [[M, *cells] for M, cells in rows.items()], note, records)
 
@@ -215,17 +211,10 @@ def forward_rows() -> Table:
 def few_rows() -> Table:
     """efft_linear of 1 to 16 rows, with its group update, against the merged weight and plain torch's best order"""
     records, rows = ["zen3/few_rows", "emerald_rapids/few_rows"], {}
-    for name in records:
-        run = read_run(RESULTS / name / "forward.json")
-        for part in ("forward", "forward+backward"):
-            for (size, dtype), ms in _model_ms(run["results"], part).items():
-                ratios = [f"{ms['efft_group'] / ms[other]:.2f}" for other in ("merged", "left_to_right")]
-                rows.setdefault((f"{_where(name, run)}, {dtype}", size.removeprefix("M=")), []).extend(ratios)
-    head = [
-        "",
-        "rows",
-        *(part + over for part in ("forward", "forward+backward") for over in (", / merged", ", / torch")),
-    ]
+    for where, _, size, dtype, ms in _linears(records):
+        ratios = [f"{ms['efft_group'] / ms[other]:.2f}" for other in ("merged", "left_to_right")]
+        rows.setdefault((f"{where}, {dtype}", size.removeprefix("M=")), []).extend(ratios)
+    head = ["", "rows", *(part + over for part in _PARTS for over in (", / merged", ", / torch"))]
     note = (
         "Time of `efft_linear` over that of the alternative, of sums over proj and fc1 of ViT-B. Plain torch, too, "
         "multiplies from left to right."
@@ -237,11 +226,8 @@ def swin() -> Table:
     """Swin-T's Linears, against each alternative"""
     records, rows = ["zen5/swin_t_float32", "zen5/swin_t_bfloat16"], []
     others = ["merged", "onednn", "unfused", "peft"]
-    for name in records:
-        run = read_run(RESULTS / name / "forward.json")
-        for part in ("forward", "forward+backward"):
-            for (size, dtype), ms in _model_ms(run["results"], part).items():
-                rows.append([f"{dtype}, {size}, {part}", digits(ms["efft"]), *_over(ms, others)])
+    for _, part, size, dtype, ms in _linears(records):
+        rows.append([f"{dtype}, {size}, {part}", digits(ms["efft"]), *_over(ms, others)])
     head = ["Linears of Swin-T, AMD Zen 5", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
     return Table(head, rows, _SUMS_NOTE, records)
 
@@ -446,9 +432,14 @@ def _memory(row: dict) -> int:
     return row["peak_bytes"] + row["optimizer_bytes"] + row["kept_bytes"]
 
 
-def _model_ms(rows: list[dict], part: str) -> dict[tuple[str, str], dict[str, float]]:
-    """{(size, dtype): {variant: ms of all Linears of the model}}"""
-    return {(case["size"], case["dtype"]): case["ms"] for case in summary(rows) if case["pass"] == part}
+def _linears(records: list[str], parts: list[str] = _PARTS) -> Iterator[tuple[str, str, str, str, dict[str, float]]]:
+    """(processor, pass, size, dtype, {variant: ms of all Linears of the model}) of every case of some records"""
+    for name in records:
+        run = read_run(RESULTS / name / "forward.json")
+        cases = summary(run["results"])
+        for part, case in itertools.product(parts, cases):
+            if case["pass"] == part:
+                yield _where(name, run), part, case["size"], case["dtype"], case["ms"]
 
 
 def _over(ms: dict[str, float], others: list[str]) -> list[str]:
