@@ -44,10 +44,19 @@ def share(base: nn.Module) -> nn.Module:
     return model
 
 
-def _swap(model: nn.Module, path: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    owner, _, key = path.rpartition(".")
-    owner = model.get_submodule(owner)
-    setattr(owner, key, wrap(getattr(owner, key)))
+def _in_plain_torch(base: nn.Module, config, group_of: Callable, linear_of: Callable) -> nn.Module:
+    """Replace each Linear of a plan by linear_of(it, its group, slot, scale).
+
+    group_of(spec, a weight) makes what the Linears of a group share.
+    """
+    model, groups = share(base), nn.ModuleList()
+    for spec in efft_kernels.plan(model, config).groups:
+        groups.append(group_of(spec, model.get_submodule(spec.slots[0].site.path).weight))
+        for slot in spec.slots:
+            linear = model.get_submodule(slot.site.path)
+            model.set_submodule(slot.site.path, linear_of(linear, groups[-1], slot, config.scale))
+    model.updates = groups
+    return model
 
 
 class DenseUpdates(nn.Module):
@@ -99,16 +108,7 @@ class DenseLinear(nn.Module):
 
 
 def released_efft(base: nn.Module, o: "Options") -> nn.Module:
-    model = share(base)
-    config = EFFTConfig("efft2", rank=o.rank, cores="shared")
-    groups = []
-    for spec in efft_kernels.plan(model, config).groups:
-        group = DenseUpdates(spec, model.get_submodule(spec.slots[0].site.path).weight)
-        groups.append(group)
-        for slot in spec.slots:
-            _swap(model, slot.site.path, lambda linear: DenseLinear(linear, group, slot, config.scale))
-    model.updates = nn.ModuleList(groups)
-    return model
+    return _in_plain_torch(base, EFFTConfig("efft2", rank=o.rank, cores="shared"), DenseUpdates, DenseLinear)
 
 
 class FacTLinear(nn.Module):
@@ -139,18 +139,11 @@ class FacTLinear(nn.Module):
 
 
 def fact_tt(base: nn.Module, o: "Options") -> nn.Module:
-    model = share(base)
-    config = FacTConfig("tt", rank=o.rank)
-    groups = []
-    for spec in efft_kernels.plan(model, config).groups:
-        weight, r = model.get_submodule(spec.slots[0].site.path).weight, spec.rank[0]
-        u, v = nn.init.xavier_uniform_(weight.new_empty(spec.K, r)), weight.new_zeros(r, spec.N)
-        shared = nn.ParameterDict({"u": u, "v": v})
-        groups.append(shared)
-        for slot in spec.slots:
-            _swap(model, slot.site.path, lambda linear: FacTLinear(linear, shared, slot, config.scale))
-    model.updates = nn.ModuleList(groups)
-    return model
+    def factors(spec, like: Tensor) -> nn.ParameterDict:
+        u, v = like.new_empty(spec.K, spec.rank[0]), like.new_zeros(spec.rank[0], spec.N)
+        return nn.ParameterDict({"u": nn.init.xavier_uniform_(u), "v": v})
+
+    return _in_plain_torch(base, FacTConfig("tt", rank=o.rank), factors, FacTLinear)
 
 
 def merged(base: nn.Module, o: "Options") -> nn.Module:
@@ -178,7 +171,7 @@ def merged_onednn(base: nn.Module, o: "Options") -> nn.Module:
     model = merged(base, o)
     for spec in efft_kernels.plan(model, EFFTConfig()).groups:
         for slot in spec.slots:
-            _swap(model, slot.site.path, OneDNNLinear)
+            model.set_submodule(slot.site.path, OneDNNLinear(model.get_submodule(slot.site.path)))
     return model
 
 

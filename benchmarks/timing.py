@@ -33,9 +33,6 @@ class Spread(NamedTuple):
     q1: float
     q3: float
 
-    def __mul__(self, factor: float) -> "Spread":
-        return Spread(*(factor * value for value in self))
-
 
 def spread(values: list[float]) -> Spread:
     t = torch.tensor(values, dtype=torch.float64)
@@ -56,14 +53,14 @@ def columns(own: list[list[Lap]], references: dict[str, list[list[Lap]]], quarti
     """
 
     def of(clock: str, rounds: list[list[Lap]]) -> list[float]:
-        return [sum(getattr(lap, clock) for lap in laps) for laps in rounds]
+        return [1e3 * sum(getattr(lap, clock) for lap in laps) for laps in rounds]
 
     times = of("time", own)
-    ms = spread(times) * 1e3
+    ms = spread(times)
     found = {"rounds": len(own), "ms": ms.median, "q1": ms.q1, "q3": ms.q3}
     if (walls := of("wall", own)) != times:
-        found["wall_ms"] = spread(walls).median * 1e3
-    found["cpu_ms"] = spread(of("cpu", own)).median * 1e3
+        found["wall_ms"] = spread(walls).median
+    found["cpu_ms"] = spread(of("cpu", own)).median
     for name, rounds in references.items():
         ratio = spread([a / b for a, b in zip(times, of("time", rounds))])
         found[f"ratio_{name}"] = ratio.median
