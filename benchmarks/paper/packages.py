@@ -44,8 +44,7 @@ def unpacked(package: Package) -> Path:
         archive = root / package.archive
         if not archive.exists():
             archive = _download(package, made)
-        with open(archive, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != package.sha256:
             raise ValueError(f"{archive.name} must have the SHA-256 {package.sha256}, got {found}")
         _unpack(archive, package.members, made / "files")
@@ -55,13 +54,6 @@ def unpacked(package: Package) -> Path:
             if not folder.is_dir():
                 raise
     return folder
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _download(package: Package, folder: Path) -> Path:

@@ -173,13 +173,10 @@ def measure(run: Run, places: Places, after_epoch: Callable[[int, float], None] 
     from efft_kernels.finetune.loop import Diverged, Interrupted, train
     from efft_kernels.finetune.settings import Settings
 
-    settings = dict(run.settings)
-    data = opened(run, places, settings.pop("test_images", None), watched=after_epoch is not None)
-    if places.checkpoint and settings.get("checkpoint") != "random":
-        settings["checkpoint"] = places.checkpoint
+    settings, data, probe = _prepared(run, places, watched=after_epoch is not None)
     report = after_epoch and (lambda entry: after_epoch(entry["epoch"], entry["val"]["top1"]))
     began, spent = time.perf_counter(), time.process_time()
-    if probe := settings.pop("probe", None):
+    if probe:
         found = _probed(run, data, settings, places, probe)
     else:
         with tempfile.TemporaryDirectory(prefix="efft_run_") as out:
@@ -205,13 +202,10 @@ def measure_together(runs: list[Run], places: Places) -> list[dict]:
 
     began, spent, settings = time.perf_counter(), time.process_time(), []
     for run in runs:
-        own = dict(run.settings)
-        data = opened(run, places, own.pop("test_images", None))
-        if probe := own.pop("probe", None):
+        own, data, probe = _prepared(run, places)
+        if probe:
             found = [_probed(run, data, own, places, probe)]
             continue
-        if places.checkpoint and own.get("checkpoint") != "random":
-            own["checkpoint"] = places.checkpoint
         settings.append(Settings(**own, data=data, out="none", seed=run.seed, device=places.device))
     if settings:
         found = together.measure(settings, places.deadline)
@@ -219,11 +213,18 @@ def measure_together(runs: list[Run], places: Places) -> list[dict]:
     return [recorded(run, one, *share) for run, one in zip(runs, found, strict=True)]
 
 
+def _prepared(run: Run, places: Places, watched: bool = False) -> tuple[dict, str, dict | None]:
+    """(settings with this machine's checkpoint, the name of the images, options of a probe)"""
+    settings = dict(run.settings)
+    data = opened(run, places, settings.pop("test_images", None), watched)
+    if places.checkpoint and settings.get("checkpoint") != "random":
+        settings["checkpoint"] = places.checkpoint
+    return settings, data, settings.pop("probe", None)
+
+
 def _probed(run: Run, data: str, settings: dict, places: Places, probe: dict) -> dict:
     import linear_probe
 
-    if places.checkpoint and settings.get("checkpoint") != "random":
-        settings = settings | {"checkpoint": places.checkpoint}
     return linear_probe.measure(data, settings, run.seed, places.device, **probe)
 
 

@@ -26,6 +26,7 @@ With --one-setting each method has one setting for all data sets, that of the sm
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -286,10 +287,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
             # the sampler takes a trial that was interrupted for a visited point
             for key in failed.keys() - points - {point(t) for t in study.trials if not t.state.is_finished()}:
                 optuna.storages.RetryHeartbeatStaleTrialCallback()(study, failed[key])
-            left = 1
-            for values in space.values():
-                left *= len(values)
-            if len(points) < left:
+            if len(points) < math.prod(map(len, space.values())):
                 study.optimize(objective, args.trials)
             best_of(study, name, method, failures)
     charts_of_sweep(args)
