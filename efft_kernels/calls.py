@@ -23,8 +23,6 @@ def call_linear(model: nn.Module, *paths: str) -> None:
         if getattr(module, name) != value:
             module._efft_switched = {name: getattr(module, name)}, *getattr(module, "_efft_switched", ())
             setattr(module, name, value)
-            if name == "qkv_bias_separate":  # it then adds the bias in place
-                module._efft_hook = module.qkv.register_forward_hook(_own_memory)
 
 
 def uncall_linear(model: nn.Module, *paths: str) -> None:
@@ -33,12 +31,6 @@ def uncall_linear(model: nn.Module, *paths: str) -> None:
         for before in module.__dict__.pop("_efft_switched", ()):
             for name, value in before.items():
                 setattr(module, name, value)
-        if hook := module.__dict__.pop("_efft_hook", None):
-            hook.remove()
-
-
-def _own_memory(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output.clone() if output.requires_grad else output  # autograd forbids writing into a view of our op
 
 
 def _switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, object]]:

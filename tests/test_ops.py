@@ -171,6 +171,19 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
         assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_result_may_be_changed_in_place(backend, mixed):
+    x, weight, bias, down, up = make(grad=True)
+    rows = x.detach().expand(2, 3, *x.shape).flatten(1, 2)
+    if mixed:
+        ids = torch.zeros(2, dtype=torch.long)
+        run = lambda: mixed_linear(rows, weight, bias, down[None], up[None], ids, backend=backend)
+    else:
+        run = lambda: lowrank_linear(rows, weight, bias, down, up, backend=backend)
+    grads = [torch.autograd.grad(f(run()).square().sum(), (down, up)) for f in (torch.relu, torch.relu_)]
+    assert all(torch.equal(*pair) for pair in zip(*grads))
+
+
 @pytest.mark.parametrize("few_rows", [False, True])
 @pytest.mark.parametrize("power", [1, 2])
 def test_second_derivatives_are_refused(backend, few_rows, power):

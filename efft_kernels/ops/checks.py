@@ -107,3 +107,8 @@ def as_rows(t: Tensor | None, name: str = "x") -> Tensor | None:
     if not t.is_contiguous():
         check_memory(name, t)
     return t.reshape(-1, t.shape[-1])
+
+
+def shaped(y: Tensor, shape: list[int]) -> Tensor:
+    """y in another shape; a view that an operation of ours returned could not be changed in place"""
+    return torch.ops.aten._unsafe_view.default(y, shape)

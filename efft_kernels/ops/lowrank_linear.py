@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernels, decisions, overwriting
-from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors
+from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors, shaped
 from .dispatch import below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
 from .producers import cast_again, kept_for, kept_weight
 
@@ -46,7 +46,7 @@ def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, *rest: Tensor | 
 
     def forward(x, weight, bias, down, up):
         y, p = kernels.lowrank_linear(as_rows(x), weight, bias, down, up)
-        return y.view(*x.shape[:-1], weight.shape[0]), p
+        return shaped(y, [*x.shape[:-1], weight.shape[0]]), p
 
     return forward
 
