@@ -17,10 +17,10 @@ from .wrappers import module_at
 
 
 class _Pass:
-    """One forward of the model: its pairs, and the Linears that ran in it without recording a graph."""
+    """One forward of the model: its pairs, whose they are, and the Linears that ran in it without recording a graph."""
 
-    def __init__(self, pairs: dict[str, Pair], recorded: bool):
-        self.pairs, self.recorded = pairs, recorded
+    def __init__(self, pairs: dict[str, Pair], recorded: bool, groups: list[nn.Module]):
+        self.pairs, self.recorded, self.groups = pairs, recorded, groups
         self.unrecorded: set[str] = set()
 
 
@@ -123,13 +123,18 @@ class Passes:
         if not inside and not tracing:
             now = self._replay[1]
         # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
-        if now is None or (not now.recorded and self._recording()):
+        if now is None or (inside and not now.recorded and self._recording()):
             return self._own_pair(path, linear)
         if now.recorded and not tracing:
             if inside and not torch.is_grad_enabled():
                 now.unrecorded.add(path)
             elif not inside and path in now.unrecorded:
                 # recorded only now, in backward: reentrant checkpointing, whose graph must not share the forward's
+                if list(map(id, now.groups)) != list(map(id, self.groups())):
+                    raise RuntimeError(
+                        "another adapter is active than in the forward, whose gradient reentrant checkpointing cannot "
+                        "compute: use use_reentrant=False"
+                    )
                 if any(group.drops for group in self.groups()):
                     raise RuntimeError(
                         "factor dropout cannot be reproduced under reentrant checkpointing: use use_reentrant=False, "
@@ -169,7 +174,7 @@ class Passes:
                 pairs.update(group.low_rank_pairs(self.backend, dtype=self._dtype_of(group, model)))
             if not torch.compiler.is_compiling() and _mode(model) not in self.watched:
                 pairs = _Watched(pairs)
-            self._enter(_Pass(pairs, self._recording()))
+            self._enter(_Pass(pairs, self._recording(), groups))
 
     def _dtype_of(self, group: nn.Module, model: nn.Module) -> torch.dtype | None:
         for path in group.slots:
@@ -194,10 +199,9 @@ class Passes:
             return
         if isinstance(done.pairs, _Watched) and output is not None:
             self._check_called(model, done.pairs)
-        if done.recorded:
-            for t in _tensors(output):
-                if t.grad_fn is not None:  # not a parameter or an input, which keeps its hooks
-                    t.register_hook(partial(self._restore, done))
+        for t in _tensors(output):
+            if t.grad_fn is not None:  # not a parameter or an input, which keeps its hooks
+                t.register_hook(partial(self._restore, done))
 
     def _check_called(self, model: nn.Module, pairs: _Watched) -> None:
         left = [path for path in pairs if path not in pairs.asked]
@@ -241,6 +245,7 @@ class Adapters(Passes, nn.ModuleDict):
         self.hooks: tuple = ()  # on the model, around its forward
         self.watched = set()
         self.modules_before: dict[str, nn.Module] = {}  # path -> what is trained with the factors, as it was before
+        self.told_before: list[tuple[object, dict]] = []  # the number and names of the classes, where they are kept
         self.swapped = 0  # how many contexts have put these in place now
         self._late_hooks: dict[str, list] = {}  # of frozen adapters that outputs may still depend on
         self.left_at: dict[str, list[float]] = {}  # adapter -> sums of what all share, when another became active

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -268,6 +269,15 @@ def test_reentrant_checkpointing_is_right_or_refused():
     model.on = True
     loss_of(model, tokens).backward()
     assert_same(gradients(model), want)
+
+    ek.add_adapter(model, PLAIN, "other")
+    ek.set_adapter(model, "default")
+    for around in (nullcontext, lambda: ek.disable_adapter(model)):
+        loss = loss_of(model, tokens)
+        ek.set_adapter(model, "other")
+        with around(), pytest.raises(RuntimeError, match="another adapter is active than in the forward"):
+            loss.backward()
+        ek.set_adapter(model, "default")
 
     model = shake(ek.inject(Reentrant(vit(depth=3)), DROPPED)).train()
     model.on = True
