@@ -134,8 +134,10 @@ def cost(plan: Plan, rows: int, dtype: torch.dtype = torch.float32) -> Cost:
     The number of tokens is taken as the same in all stages, although a Swin has fewer from stage to stage.
 
     Raises:
-        ValueError: rows that is no int of at least 1.
+        TypeError, ValueError: a plan that is none; rows that is no int of at least 1.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, as plan() makes, got {type(plan).__name__}")
     if type(rows) is not int or rows < 1:
         raise ValueError(f"rows must be an int of at least 1, got {rows!r}")
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .base_linears import DenseWeights, has_own_forward, kept_in, untrainable
 from .calls import call_linear, uncall_linear
 from .configs import MethodConfig
 from .groups import make_group
-from .layouts import HEADS, classifiers_of, heads_of, norms_outside, tell_classes, untrained_heads
+from .layouts import HEADS, classifiers_of, heads_of, norms_outside, tell_classes, told_classes, untrained_heads
 from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, patterns, plan
@@ -81,7 +82,7 @@ def check_train(model: nn.Module, train: Sequence[str], made: Plan) -> tuple[str
     Raises:
         TypeError, ValueError: as :func:`inject`.
     """
-    if isinstance(train, str) or not all(isinstance(path, str) for path in train):
+    if isinstance(train, str) or not isinstance(train, Iterable) or not all(isinstance(path, str) for path in train):
         raise TypeError(f"train must be a sequence of paths of modules, got {train!r}")
     modules, adapted = dict(named_modules(model)), [slot.site.path for group in made.groups for slot in group.slots]
     for path in train:
@@ -151,12 +152,13 @@ def install(
     model: nn.Module, name: str, groups: nn.ModuleDict, head, backend: str | None, train: tuple[str, ...] = ()
 ) -> nn.Module:
     """Put built groups on a plain model and freeze the rest. Every check comes before the first change."""
+    head = int(head) if isinstance(head, Integral) and not isinstance(head, bool) else head  # one of NumPy
     heads = list(heads_of(model))
     replacements = _replacements(model, heads, head)
     trained = (*train, *(heads if head != "keep" else ()))
     _check_trainable(model, trained, [getattr(owner, key) for owner, key, _ in replacements])
     before = {key: p.requires_grad for key, p in named_parameters(model)}
-    modules_before = _copies(model, list(trained))
+    modules_before, told = _copies(model, list(trained)), told_classes(model)
 
     for owner, key, module in replacements:
         setattr(owner, key, module)
@@ -170,6 +172,7 @@ def install(
     attach(model, Adapters(backend, frozen_norms=tuple(norms_outside(model, (*heads, *train)))))
     model.efft.trained = train
     model.efft.requires_grad_before, model.efft.modules_before = before, modules_before
+    model.efft.told_before = told
     mount(model, name, groups)
     model.efft.active = name
     return model
@@ -194,10 +197,11 @@ def _copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
     """Within this context the modules that are trained with the factors are replaced by those of before inject."""
-    trained, owner = {}, model.efft
+    trained, owner, told = {}, model.efft, told_classes(model)
     for path, module in owner.modules_before.items():
         trained[path] = module_at(model, path)
         _put_in_place(model, path, module)
+    _tell(owner.told_before)
     owner.swapped += 1
     try:
         yield
@@ -205,6 +209,8 @@ def as_before(model: nn.Module) -> Iterator[None]:
         owner.swapped -= 1
         for path in owner.modules_before:  # none any more if the last adapter was deleted
             put_at(model, path, trained[path])
+        if owner.modules_before:
+            _tell(told)
 
 
 def _put_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -268,6 +274,12 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
                 call_linear(model, path)
 
 
+def _tell(told: list[tuple[object, dict]]) -> None:
+    for owner, values in told:
+        for key, value in values.items():
+            setattr(owner, key, value)
+
+
 def _as_split(t, now) -> Tensor:
     """A tensor as the one that it replaces, which FSDP2 may have split among processes."""
     if not isinstance(now, Tensor) or not hasattr(now, "device_mesh"):
@@ -291,8 +303,8 @@ def eject(model: nn.Module) -> None:
         else:  # otherwise in the same object, because others may refer to it
             _put_in_place(model, path, module)
     if owner.modules_before.keys() - owner.trained or owner.modules_before.keys() & heads_of(model):
-        tell_classes(model, *[linear.out_features for _, linear in classifiers_of(model)][:1] or [0])
-    owner.modules_before = {}
+        _tell(owner.told_before)
+    owner.modules_before, owner.told_before = {}, []
     for norm in owner.frozen_norms:
         norm.train(model.training)
     parameters = dict(named_parameters(model))
@@ -351,12 +363,13 @@ def adapter_parameter_groups(model: nn.Module, lr: float, ratio: float = 16.0) -
         ValueError: a model without adapters, or a rate or ratio that is not a finite number above 0.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     late = starting_at_zero(model)
     ids = {id(p) for p in late}
     others = [p for p in adapter_parameters(model) if id(p) not in ids]
-    return [{"params": others, "lr": lr}, {"params": [p for p in late if p.requires_grad], "lr": lr * ratio}]
+    late = [p for p in late if p.requires_grad]
+    return [{"params": others, "lr": float(lr)}, {"params": late, "lr": float(lr * ratio)}]
 
 
 def starting_at_zero(model: nn.Module) -> list[nn.Parameter]:

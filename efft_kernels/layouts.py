@@ -403,14 +403,22 @@ def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         yield from [(path, m) for path, m in own if isinstance(m, nn.Linear)][-1:]
 
 
-def tell_classes(model: nn.Module, classes: int) -> None:
-    """Write the new number of classes where timm and transformers keep it."""
-    heads = {path.rpartition(".")[0]: None for path in heads_of(model)}
+def told_classes(model: nn.Module) -> list[tuple[object, dict[str, object]]]:
+    """Where timm and transformers keep the number and the names of the classes: (object, its attributes) each"""
+    heads, found = {path.rpartition(".")[0]: None for path in heads_of(model)}, []
     for module in [model, *(module_at(model, path) for path in heads if path)]:
         for owner in (module, getattr(module, "config", None)):
-            for key in ("num_classes", "num_labels"):
-                if key in vars(owner or object) or (owner is not module and hasattr(owner, key)):
-                    setattr(owner, key, classes)
+            known = vars(owner or object) if owner is module else set(dir(owner))  # of a config also properties
+            keys = [key for key in ("num_classes", "num_labels", "id2label", "label2id") if key in known]
+            found.append((owner, {key: getattr(owner, key) for key in keys}))
+    return found
+
+
+def tell_classes(model: nn.Module, classes: int) -> None:
+    """Write the new number of classes where timm and transformers keep it."""
+    for owner, values in told_classes(model):
+        for key in values.keys() & {"num_classes", "num_labels"}:
+            setattr(owner, key, classes)
 
 
 def input_size(model: nn.Module) -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ class EFFTLinear(nn.Linear):
         u [in_features, r1], sigma [slices, r1, r2], v [r2, out_features / slices]: trained.
 
     Raises:
-        TypeError: factor_dtype is no floating-point dtype of the four above.
+        TypeError: dtype or factor_dtype is no floating-point dtype of the four above.
         ValueError: in_features, out_features, rank, slices, scale, factor_dropout, zero_init or backend is outside the
             range stated above.
     """
@@ -63,6 +63,7 @@ class EFFTLinear(nn.Linear):
         scale = check_scale(scale)
         check_backend(backend)
         check_factor_dtype(factor_dtype)
+        check_factor_dtype(dtype or torch.get_default_dtype(), "dtype")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -85,7 +86,7 @@ class EFFTLinear(nn.Linear):
             ValueError: as the constructor.
         """
         if type(linear) is not nn.Linear:
-            hint = "; inject adapts it within a model" if kind(linear) else ""
+            hint = "; inject adapts it within a model" if isinstance(linear, nn.Linear) and kind(linear) else ""
             raise TypeError(f"linear must be an nn.Linear, not a subclass, got {type(linear).__name__}{hint}")
         if not isinstance(linear._parameters.get("weight"), nn.Parameter):
             raise TypeError(
@@ -218,10 +219,11 @@ def _check(in_features, out_features, rank, slices, factor_dropout, zero_init) -
         raise ValueError(f"slices must be a positive divisor of out_features={out_features}, got {slices!r}")
     ranks = rank if isinstance(rank, tuple) else (rank, rank)
     largest = min(in_features, out_features // slices)
-    if len(ranks) != 2 or not all(type(r) is int and 1 <= r <= largest for r in ranks):
+    numbers = all(isinstance(r, Integral) and not isinstance(r, bool) and 1 <= r <= largest for r in ranks)
+    if len(ranks) != 2 or not numbers:
         raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
     if not (isinstance(factor_dropout, Real) and 0 <= factor_dropout < 1):
         raise ValueError(f"factor_dropout must be a number in [0, 1), got {factor_dropout!r}")
     if zero_init not in ("v", "u"):
         raise ValueError(f"zero_init must be 'v' or 'u', got {zero_init!r}")
-    return ranks
+    return int(ranks[0]), int(ranks[1])

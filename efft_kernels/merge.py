@@ -24,7 +24,7 @@ class _Merged:
 
     adapters: Adapters
     names: list[str]  # paths of the Linears that were adapted
-    weights: dict[str, Tensor] | None  # before the merge
+    weights: dict[str, Tensor]  # before the merge
     modules: dict[str, nn.Linear]  # those that a plain Linear has replaced
 
 
@@ -34,8 +34,8 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
 
     Args:
         model: an injected model.
-        keep_weights: keep a copy of the weights that change, for :func:`unmerge`. False saves that memory, but the
-            merge cannot be undone.
+        keep_weights: keep a copy of the weights that change, for :func:`unmerge`. False saves that memory: the merge
+            cannot be undone, and the model is a plain one, which may be injected again.
         dequantize: replace an adapted Linear that is quantized, parametrized or weight-normed by a plain one with the
             dense weight. Without it such Linears are refused.
 
@@ -97,9 +97,9 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
     names = detach(model)
     for path, linear in plain.items():
         put_at(model, path, linear)
-    before = {path: weight for path, weight in kept.items() if path not in own} if keep_weights else None
-    record = _Merged(owner, names, before, own if keep_weights else {})
-    model._efft_merged = (record,)  # a tuple, which registers nothing
+    if keep_weights:
+        before = {path: weight for path, weight in kept.items() if path not in own}
+        model._efft_merged = (_Merged(owner, names, before, own),)  # a tuple, which registers nothing
     if low:  # last, because a warning may be turned into an error
         warnings.warn(
             f"merging into {weights[low[0]].dtype} weights lost {loss:.1%} of the update to rounding; "
@@ -148,10 +148,11 @@ def unmerge(model: nn.Module) -> nn.Module:
         ValueError: a model that is not merged, was merged with keep_weights=False, or whose Linears were replaced.
     """
     if not hasattr(model, "_efft_merged"):
-        raise ValueError(f"the model must be merged to be unmerged, but this {type(model).__name__} is not")
+        raise ValueError(
+            f"the model must be merged to be unmerged, but this {type(model).__name__} is not, or was merged with "
+            "keep_weights=False, so that its original weights are gone"
+        )
     (merged,) = model._efft_merged
-    if merged.weights is None:
-        raise ValueError("the model was merged with keep_weights=False, so its original weights are gone")
     shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
     for path, shape in shapes.items():

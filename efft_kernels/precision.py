@@ -10,10 +10,10 @@ LOW = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *LOW, torch.float64)
 
 
-def check_factor_dtype(dtype: torch.dtype) -> None:
+def check_factor_dtype(dtype: torch.dtype, name: str = "factor_dtype") -> None:
     """Raise TypeError for anything but a floating-point dtype that factors can have."""
     if dtype not in _FLOATS:
-        raise TypeError(f"factor_dtype must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
+        raise TypeError(f"{name} must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def beside(weight: torch.dtype, factor_dtype: torch.dtype) -> torch.dtype:

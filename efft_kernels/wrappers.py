@@ -84,11 +84,17 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def on_unwrapped(function: Callable[P, R]) -> Callable[P, R]:
-    """Call a function on the model inside the wrappers of its first argument, which it returns in place of that."""
+    """Call a function on the model inside the wrappers of its first argument, which it returns in place of that.
+
+    Raises:
+        TypeError: the first argument is no module.
+    """
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
-        inside = unwrapped(model) if isinstance(model, nn.Module) else model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        inside = unwrapped(model)
         result = function(inside, *args, **kwargs)
         return model if result is inside else result
 

@@ -1,8 +1,10 @@
 """plan, inject and merge: which Linears are adapted, what is frozen, what is refused."""
 
+import copy
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from models import images, shake, swin, timm, vit
@@ -199,6 +201,9 @@ def test_doing_it_twice_or_undoing_what_is_not_done_is_a_sentence():
     ek.merge(model, keep_weights=False)
     with pytest.raises(ValueError, match="keep_weights=False"):
         ek.unmerge(model)
+    x = images()
+    want = model(x)
+    torch.testing.assert_close(ek.inject(copy.deepcopy(model), SMALL)(x), want)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "active", 3])
@@ -364,3 +369,35 @@ def test_an_unknown_backend_is_refused_before_anything():
     with pytest.raises(ValueError, match=r"backend must be one of .*, got \['cpu'\]"):
         ek.inject(model, ek.EFFTConfig(rank=4), backend=["cpu"])
     assert not hasattr(model, "efft")
+
+
+def test_the_names_of_the_classes_come_back():
+    """also within disable_adapter, where the model computes its loss with their number"""
+    model = transformer("vit")
+    names, x = model.config.id2label, images()
+    ek.inject(model, SMALL, head=7)
+    for _ in range(2):
+        assert model.num_labels == model.config.num_labels == 7 and model(x, labels=torch.tensor([6, 0])).loss > 0
+        with ek.disable_adapter(model):
+            assert model.config.id2label == names and model(x, labels=torch.tensor([4, 0])).loss > 0
+        model = copy.deepcopy(model)
+    ek.delete_adapter(model, "default")
+    assert model.config.id2label == names and model.config.label2id and model.num_labels == len(names)
+
+
+def test_arguments_of_the_wrong_kind_are_named():
+    for call in (ek.plan, ek.inject, lambda model, config: ek.merge(model)):
+        with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+            call("vit", SMALL)
+    for train in (None, 3, "head"):
+        with pytest.raises(TypeError, match="train must be a sequence of paths"):
+            ek.inject(vit(), SMALL, train=train)
+    with pytest.raises(TypeError, match="plan must be a Plan"):
+        ek.cost(vit(), 3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = ek.inject(vit(), SMALL, head=np.int64(3))
+    assert model(images()).shape[1] == 3
+    assert [type(group["lr"]) for group in ek.adapter_parameter_groups(model, np.float32(1e-3))] == [float, float]
+    assert ek.EFFTLinear(8, 6, rank=(np.int64(2), 3)).sigma.shape == (1, 2, 3)

@@ -112,14 +112,16 @@ def test_what_is_made_under_inference_mode_can_be_trained(method, tmp_path):
         assert all(p.grad is not None for p in trained) and made.head.weight.grad is not None
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("around", [lambda model: nullcontext(), ek.disable_adapter])
 @pytest.mark.parametrize(
     "config", [DROPPED, *(dataclasses.replace(METHODS[name], rank_dropout=0.5) for name in ("efft2", "lora-all"))]
 )
-def test_a_recomputed_block_has_the_masks_of_its_forward(config, around):
+def test_a_recomputed_block_has_the_masks_of_its_forward(config, around, frozen):
     model, x, found = vit().train(), images(), []
     model.register_forward_hook(lambda module, args, y: SimpleNamespace(found=[{"logits": y}]))
-    shake(ek.inject(model, config))
+    shake(ek.inject(model, config, train=("patch_embed",)))
+    model.efft.requires_grad_(not frozen)
     assert all(group.drops for group in model.efft["default"].values())
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
@@ -413,7 +415,7 @@ def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, train
     trained = model(x).detach()
     for twice in range(2):
         with ek.disable_adapter(model):
-            assert torch.equal(model(x), before)
+            assert torch.equal(model(x), before) and model.num_classes == 10
             assert {key: t.shape for key, t in model.state_dict().items() if "efft" not in key} == {
                 key: t.shape for key, t in state.items()
             }
