@@ -109,8 +109,8 @@ class CallingAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         B, L, E = q.shape
-        causal = is_causal and key_padding_mask is None and not need_weights and self.bias_k is None
-        causal = causal and not self.add_zero_attn
+        # as torch, which then hides the keys that add_bias_kv and add_zero_attn put behind the others
+        causal = is_causal and key_padding_mask is None and not need_weights
         more = 0  # keys behind those of the sequence
         if self.bias_k is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(B, 1, E)], 1)

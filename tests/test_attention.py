@@ -57,6 +57,7 @@ def inputs(self_attention: bool, batch_first: bool, batched: bool, kdim: int = E
     return make(L, E), make(S, kdim), make(S, vdim)
 
 
+CAUSAL = dict(attn_mask=nn.Transformer.generate_square_subsequent_mask(S).double(), is_causal=True, need_weights=False)
 CASES = {
     "self attention": (dict(batch_first=True), True, {}),
     "weights of each head": (dict(batch_first=True), True, dict(average_attn_weights=False)),
@@ -66,11 +67,8 @@ CASES = {
     "other widths": (dict(kdim=8, vdim=12, batch_first=True), False, dict(key_padding_mask=MASK, need_weights=False)),
     "more keys": (dict(add_bias_kv=True, add_zero_attn=True), False, dict(key_padding_mask=MASK)),
     "a mask per head": (dict(batch_first=True), False, dict(attn_mask=torch.randn(B * H, L, S).double())),
-    "causal": (
-        dict(batch_first=True),
-        True,
-        dict(attn_mask=nn.Transformer.generate_square_subsequent_mask(S).double(), is_causal=True, need_weights=False),
-    ),
+    "causal": (dict(batch_first=True), True, CAUSAL),
+    "causal, more keys": (dict(batch_first=True, add_bias_kv=True, add_zero_attn=True), True, CAUSAL),
     "both masks": (dict(), False, dict(attn_mask=torch.randn(L, S).double(), key_padding_mask=MASK.double() * -3)),
 }
 
