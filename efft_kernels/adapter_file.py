@@ -10,7 +10,7 @@ adapter needs) are read.
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -62,9 +62,10 @@ def write(
     classes: Sequence[str] | None = None,
     trained: Sequence[str] = (),
     multilabel: bool = False,
+    unfrozen: Collection[str] = (),
 ) -> None:
     """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules,
-    which is the model's where ``head`` does not have it."""
+    which is the model's where ``head`` does not have it. ``unfrozen`` names what is neither in the file nor frozen."""
     more, factors = head_state(model, trained), groups.state_dict()
     for key, group in groups.items():
         if is_parametrized_class(type(group)) or group._forward_pre_hooks:  # a parametrization, or pruning
@@ -77,7 +78,7 @@ def write(
         "fingerprint": groups.plan.fingerprint,
         "model": type(model).__name__,
         "base_model": base_model or name_of(model),
-        "frozen": frozen_weights.sample(model, head_state(model) | more),
+        "frozen": frozen_weights.sample(model, {*head, *more, *unfrozen}),
         **({"train": json.dumps(list(trained))} if trained else {}),
         **stated(preparation, classes, multilabel),
     }

@@ -1,20 +1,24 @@
 """The mean of several adapters as one adapter: exact, with the ranks of all of them side by side."""
 
+import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import read_adapter, write
+from .adapter_file import AdapterFile, read_adapter, write
 from .configs import MethodConfig
 from .files import check_needs, filled, modules_in
 from .groups import EFFTGroup, FacTTuckerGroup
-from .inject import Plan, build, plan
+from .inject import build
+from .layouts import head_state
 from .low_rank import Group
 from .per_matrix import LoRAGroup, LoRAXSGroup, VeRAGroup
+from .plans import Plan, plan_of_file
 from .wrappers import on_unwrapped
 
 
@@ -45,12 +49,13 @@ def average_adapters(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no paths, or weights that do not fit them; adapters of different methods or Linears; heads of which
-            some are missing or differ in shape; ranks whose sum the matrices do not allow; a mean that is no adapter of
-            its method: that of VeRA, of adapters with dora, or of adapters with channel_scale that share
-            factors between layers.
+            some are missing or differ in shape or classes; other ``multilabel``; ranks whose sum the matrices do not
+            allow; a mean that is no adapter of its method: that of VeRA, of adapters with dora, or of adapters with
+            channel_scale that share factors between layers.
         OSError: the file cannot be written; an existing one is unchanged then.
 
-    Warns a UserWarning of adapters that were trained on other weights than the model has.
+    Warns a UserWarning of adapters that were trained on other weights than the model has, and of a preparation or
+    classes that not all files state alike: the mean then states none.
     """
     if isinstance(paths, str | os.PathLike) or not (paths := list(paths)):
         raise ValueError(f"paths must be a non-empty sequence of adapter files, got {paths!r}")
@@ -59,7 +64,7 @@ def average_adapters(
     adapters, heads = [filled(model, file, torch.float64) for file in files], [file.head for file in files]
     for file in files:
         check_needs(model, file, strict=False)
-    trained, _, _ = modules_in(model, adapters[0].plan, files[0])
+    trained, _, in_head = modules_in(model, adapters[0].plan, files[0])
     for adapter, head, path in zip(adapters, heads, paths):
         _check_alike(adapter, adapters[0], path, paths[0])
         shapes, first = ({key: tuple(t.shape) for key, t in h.items()} for h in (head, heads[0]))
@@ -68,15 +73,16 @@ def average_adapters(
             raise ValueError(
                 f"{path} must hold head {key} of shape {first.get(key)}, as {paths[0]}, got {shapes.get(key)}"
             )
+    multilabel, classes = _agreed(files, "multilabel", must=True), _agreed(files, "classes", must=bool(in_head))
+    preparation = _agreed(files, "preparation")
     made = build(_plan_of_mean(model, adapters), model, empty=True)
     for key, group in made.items():
         own = group.state_dict()
         mean = _mean(group, [adapter[key] for adapter in adapters], weights)
         group.load_state_dict({name: mean[name].to(t) for name, t in own.items()}, assign=True)
     head = {key: sum(w * h[key].double() for w, h in zip(weights, heads)).to(t) for key, t in heads[0].items()}
-    stated = {(file.preparation, file.classes, file.multilabel) for file in files}
-    preparation, classes, multilabel = stated.pop() if len(stated) == 1 else (None, None, False)
-    write(out, model, made, head, files[0].base_model, preparation, classes, trained, multilabel)
+    unfrozen = head_state(model).keys() - set.intersection(*({*json.loads(file.frozen or "{}")} for file in files))
+    write(out, model, made, head, files[0].base_model, preparation, classes, trained, multilabel, unfrozen)
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -87,6 +93,21 @@ def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(found) != count or not math.isfinite(total := sum(found)) or not total:
         raise ValueError(f"weights must be {count} finite numbers whose sum is not 0, got {weights!r}")
     return [w / total for w in found]
+
+
+def _agreed(files: Sequence[AdapterFile], name: str, must: bool = False):
+    """What all files state; None, with a warning, if they do not agree, although what is stated ``must``."""
+    found = {}
+    for file in files:
+        found.setdefault(getattr(file, name), file.path)
+    first, *others = [value for value in found if value is not None] or [None]
+    if must and others:
+        raise ValueError(f"{found[others[0]]} must have the {name} of {found[first]}, {first}, got {others[0]}")
+    if len(found) > 1:
+        said = f"the mean states no {name}, because {' and '.join(found.values())} do not state the same"
+        warnings.warn(said, stacklevel=5)
+        return None
+    return first
 
 
 def _check_alike(adapter: Mapping[str, Group], first: Mapping[str, Group], path, first_path) -> None:
@@ -136,8 +157,10 @@ def _plan_of_mean(model: nn.Module, adapters: list[nn.ModuleDict]) -> Plan:
     changes["rank"] = together([config.rank for config in configs])
     if any(getattr(config, "ffn_rank", None) is not None for config in configs):
         changes["ffn_rank"] = together([c.rank if c.ffn_rank is None else c.ffn_rank for c in configs])
+    linears = {group.name: group.slots for group in adapters[0].plan.groups}
     while True:  # a stage that is narrower than the widest rounds its share of the rank
-        made = plan(model, replace(first, **changes))
+        config = replace(first, **changes)
+        made = plan_of_file(model, config, lambda made: {g.name: g.slots for g in made.groups} == linears)
         if all(have >= need for group in made.groups for have, need in zip(group.rank, needed[group.name])):
             return made
         changes |= {name: larger(changes[name]) for name in ("rank", "ffn_rank") if name in changes}

@@ -32,7 +32,7 @@ from .inject import (
 from .layouts import classes_of, classifiers_of, head_state, heads_of, input_size
 from .ops import check_backend
 from .passes import Adapters
-from .plans import Plan, make_plan, plan
+from .plans import Plan, plan, plan_of_file
 from .preparation import Preparation
 from .tensor_file import FLOATS
 from .wrappers import before_parallel, on_unwrapped, outermost, unwrapped
@@ -75,7 +75,7 @@ def save_adapter(
         metrics: name -> value, for the model card: what was measured with this adapter.
 
     Raises:
-        TypeError: preparation, classes or metrics have another type.
+        TypeError: an argument has another type.
         ImportError: hub, without huggingface_hub.
         ValueError: a model without this adapter, or with all adapters disabled and no name given; head=True for a model
             without a head; another number of classes than the head has; within disable_adapter; factors that are
@@ -93,6 +93,10 @@ def save_adapter(
     repo = None if hub is None else hubs.repository(hub)
     if metrics is not None and repo is None:
         raise ValueError("metrics are for the model card on a hub, so they need hub")
+    given = {"base_model": base_model, "preparation": preparation, "multilabel": multilabel, "metrics": metrics}
+    for (key, value), kind in zip(given.items(), (str, Preparation, bool, Mapping)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{key} must be of type {kind.__name__}, got {value!r}")
     if not all(isinstance(value, int | float) for value in (metrics or {}).values()):
         raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
     owner, trained = adapters(model), trained_head(model)
@@ -107,11 +111,11 @@ def save_adapter(
     if head and not head_state(model):
         raise ValueError(f"head must not be True for this {type(model).__name__}, which has none")
     state = trained if head is None else head_state(model) if head else {}
-    if preparation is not None and not isinstance(preparation, Preparation):
-        raise TypeError(f"preparation must be an efft_kernels.Preparation, got {type(preparation).__name__}")
-    classes = _checked_names(model, classes) if classes is not None else groups.classes if state else None
+    stated = groups.classes if state or not trained else None  # not those of a head that is left out
+    classes = stated if classes is None else _checked_names(model, classes)
     several = groups.multilabel if multilabel is None else multilabel
-    write(path, model, groups, state, base_model, preparation or groups.preparation, classes, owner.trained, several)
+    preparation = preparation or groups.preparation
+    write(path, model, groups, state, base_model, preparation, classes, owner.trained, several, trained)
     if repo is not None:
         publish(path, repo, metrics)
 
@@ -129,12 +133,16 @@ def publish(
 
 
 def _checked_names(model: nn.Module, classes: Sequence[str]) -> list[str]:
-    if isinstance(classes, str) or not all(isinstance(label, str) for label in classes):
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or not all(isinstance(c, str) for c in classes):
         raise TypeError(f"classes must be a sequence of names, got {classes!r}")
-    outputs = next((linear.out_features for _, linear in classifiers_of(model)), len(classes))
-    if len(classes) != outputs:
+    if len(classes) != (outputs := _outputs(model, classes)):
         raise ValueError(f"classes must name the {outputs} classes of the head, got {len(classes)} names")
     return list(classes)
+
+
+def _outputs(model: nn.Module, classes: Sequence[str]) -> int:
+    """the number of classes of the model's own head; of a model without one, that of the names"""
+    return next((linear.out_features for _, linear in classifiers_of(model)), len(classes))
 
 
 @on_unwrapped
@@ -191,8 +199,8 @@ def load_adapter(
         FileNotFoundError: no such file.
         OSError: the hub cannot be reached; ImportError: huggingface_hub, which reads it, is missing.
         ValueError: not an adapter file, a truncated or damaged one, one for another model or, if strict, for other
-            weights or images, or a name already taken; a head that does not fit the model, or that would replace one
-            which other adapters use. The model is unchanged then.
+            weights or images, or a name already taken; a model on the meta device; a head that does not fit the model,
+            or that would replace one which other adapters use. The model is unchanged then.
 
     Warns a UserWarning if the file was trained on other weights or images, unless strict.
     """
@@ -204,9 +212,10 @@ def load_adapter(
     if injected and (head not in ("train", "keep") or backend is not None):
         raise ValueError("head and backend can only be chosen for a plain model, but this one is already injected")
     train, more, state = modules_in(model, groups.plan, file)
-    state = state if head == "train" else {}
-    if not state:
+    fits = state or groups.classes is None or len(groups.classes) == _outputs(model, groups.classes)
+    if not fits or (head != "train" and (state or head != "keep")):
         groups.classes, groups.multilabel = None, False  # those of another head
+    state = state if head == "train" else {}
     if injected:
         _check_shared(model, state, path)
         _check_shared(model, more, path, train)
@@ -220,23 +229,25 @@ def load_adapter(
                 "model first, or the adapter with head='keep'"
             )
         head = _fitting(model, state, path) if state else head
-        check_needs(model, file, strict)
+        check_needs(model, file, strict, new_head=head not in ("train", "keep"))
         install(model, name, groups, head, backend, train)
         _fill(model, state | more, (*heads_of(model), *train))
     set_adapter(model, name)
     return model
 
 
-def check_needs(model: nn.Module, file: AdapterFile, strict: bool) -> None:
-    """Refuse a file that fits the model by its shapes, but was trained on other weights or images.
+def check_needs(model: nn.Module, file: AdapterFile, strict: bool, new_head: bool = False) -> None:
+    """Refuse a file that fits the model by its shapes, but was trained on other weights or images. The model's own
+    head may be another one if it is about to be replaced (``new_head``).
 
     Raises:
         ValueError: if strict; otherwise a UserWarning says the same.
     """
     problems = []
     if file.frozen is not None:
-        other, compared = frozen_weights.differences(model, file.frozen)
-        if other:
+        heads = tuple(f"{path}." for path in heads_of(model))
+        other, compared = frozen_weights.differences(model, file.frozen, heads)
+        if other := [key for key in other if not new_head or not key.startswith(heads)]:
             problems.append(
                 f"it was trained on other weights of {file.trained_on} than this {type(model).__name__} has: "
                 f"{len(other)} of {compared} sampled tensors differ, such as {other[0]}"
@@ -327,31 +338,14 @@ def _check_shared(model: nn.Module, state: dict[str, Tensor], path, paths: Itera
         )
 
 
-def _plan_of(model: nn.Module, config: MethodConfig, fingerprint: str) -> Plan:
-    """The plan that a file was made with: the present one, or, in a file of version 0.1, one that knows names alone."""
-    try:
-        made = plan(model, config)
-        if made.fingerprint == fingerprint:
-            return made
-    except (TypeError, ValueError):
-        made = None
-    try:
-        before = make_plan(model, config, by_structure=False)
-    except (TypeError, ValueError):
-        before = None
-    if made is None or (before is not None and before.fingerprint == fingerprint):
-        return before or plan(model, config)
-    return made
-
-
 @torch.inference_mode(False)
 def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
     """Groups for this model with the factors of a file, on its device; ``factor_dtype`` as for inject.
 
     Raises:
-        ValueError: the file is for another model, or a factor is missing or has another shape.
+        ValueError: the file is for another model, or a factor is missing or has another shape; a Linear on meta.
     """
-    made = _plan_of(model, file.config, file.fingerprint)
+    made = plan_of_file(model, file.config, lambda made: made.fingerprint == file.fingerprint)
     if made.fingerprint != file.fingerprint:
         raise ValueError(
             f"{file.path} is an adapter of {file.trained_on}, whose Linears or shapes differ from those of this "
@@ -359,6 +353,8 @@ def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torc
         )
     groups = build(made, model, factor_dtype, empty=True)
     own = groups.state_dict()
+    if lost := [path for group in groups.values() for path in group.slots if next(group.parameters()).is_meta]:
+        raise ValueError(f"{lost[0]} is on the meta device, where {file.path} would be lost: load its weights first")
     wanted = {key: tuple(t.shape) for key, t in own.items()}
     found = {key: tuple(t.shape) for key, t in file.factors.items()}
     if wanted != found:
@@ -485,6 +481,8 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def known(owner: nn.ModuleDict, name: str | None) -> str:
+    if not isinstance(name, str | None):
+        raise TypeError(f"name must be a str, got {name!r}")
     if name not in owner:
         raise ValueError(f"name must be one of the model's adapters, {', '.join(map(repr, owner))}, got {name!r}")
     return name

@@ -35,12 +35,13 @@ def sample(model: nn.Module, left_out: Collection[str] = ()) -> str:
     return json.dumps(made, separators=(",", ":"))
 
 
-def differences(model: nn.Module, samples: str) -> tuple[list[str], int]:
+def differences(model: nn.Module, samples: str, heads: tuple[str, ...] = ()) -> tuple[list[str], int]:
     """(names of the tensors that differ from their samples, number of tensors compared)
 
     A tensor differs if a value differs by more than the rounding of the coarser of both dtypes, or if only one side has
-    it, as a register token. One of another shape (a table of places for other images), one that cannot be read here and
-    a weight that a parametrization computes are not compared.
+    it, as a register token, or if its name starts as one of ``heads`` and it has another shape. Others of another shape
+    (a table of places for other images), those that cannot be read here and weights that a parametrization computes
+    are not compared.
 
     Raises:
         ValueError: samples is not what :func:`sample` gives.
@@ -55,6 +56,7 @@ def differences(model: nn.Module, samples: str) -> tuple[list[str], int]:
     has = lambda key: key.endswith(_COMPUTED) or getattr(owner(key), key.rpartition(".")[2], None) is not None
     other = [key for key in there if key not in found and not has(key)]
     beside = [module for key in there if (module := owner(key)) is not None and module._modules]
+    other += [key for key in found.keys() & there.keys() - own.keys() if key.startswith(heads)]
     other += [key for key in found if key not in there and owner(key) in beside and not key.endswith(_COMPUTED)]
     if not own:
         return other, len(other)

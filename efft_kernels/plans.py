@@ -1,9 +1,10 @@
 """plan: which Linears of a model a config adapts, in which groups, and what it leaves out."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -105,6 +106,18 @@ def make_plan(model: nn.Module, config: MethodConfig, *, by_structure: bool = Tr
                 raise ValueError(f"{site.path} and {other} share one weight; adapt neither, or untie them")
     groups = tuple(config.arrange(sites, by_shape=by_structure))
     return Plan(type(model).__name__, config, groups, left_out(model, config, every, reasons))
+
+
+def plan_of_file(model: nn.Module, config: MethodConfig, fits: Callable[[Plan], bool]) -> Plan:
+    """The plan that fits a file: the present one, or, in a file of version 0.1, one that knows names alone. If neither
+    does, the present one; errors as :func:`plan`."""
+    made = []
+    for by_structure in (True, False):
+        with contextlib.suppress(TypeError, ValueError):
+            made.append(make_plan(model, config, by_structure=by_structure))
+            if fits(made[-1]):
+                return made[-1]
+    return made[0] if made else plan(model, config)
 
 
 def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:

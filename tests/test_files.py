@@ -1,5 +1,6 @@
 """Adapter files, and several adapters on one model."""
 
+import copy
 import json
 import os
 import random
@@ -189,6 +190,9 @@ def test_names_that_are_not_there():
     for act in (lambda: ek.set_adapter(model, "yours"), lambda: ek.delete_adapter(model, "yours")):
         with pytest.raises(ValueError, match="name must be one of the model's adapters, 'mine', got 'yours'"):
             act()
+    for act in (ek.set_adapter, ek.delete_adapter):
+        with pytest.raises(TypeError, match=r"name must be a str, got \['mine'\]"):
+            act(model, ["mine"])
     with pytest.raises(ValueError, match="already has an adapter 'mine'"):
         ek.add_adapter(model, OTHER, "mine")
     for act in (lambda m: ek.add_adapter(m, OTHER, "x"), lambda m: ek.set_adapter(m, "x"), ek.adapter_parameters):
@@ -371,6 +375,31 @@ def test_the_same_weights_in_other_hands_are_the_same(path):
     ek.load_adapter(bare(), path, strict=True)
 
 
+def test_a_frozen_head_is_a_frozen_weight(path):
+    model = shake(ek.inject(bare(), PLAIN, head="keep"))
+    ek.save_adapter(model, path, classes="a b c d e f g h i j".split(), multilabel=True)
+    other, narrow, x = bare(), bare(), images()
+    narrow.reset_classifier(3)
+    other.head.weight.data.normal_()
+    kept = ek.inject(copy.deepcopy(other), PLAIN, head="keep")
+    banks = [AdapterBank(copy.deepcopy(other)), AdapterBank(bare())]
+    loads = [lambda m=m: ek.load_adapter(m, path, name="b", strict=True) for m in (other, narrow, kept)]
+    loads += [lambda s=s, b=b: b.add("b", s, strict=True) for b, s in zip(banks, (path, kept))]
+    for load in loads:
+        with pytest.raises(ValueError, match="tensors differ, such as head"):
+            load()
+    with pytest.warns(UserWarning, match="tensors differ, such as head"):
+        ek.load_adapter(narrow, path, head="keep")
+    replaced = ek.load_adapter(other, path, head=10, strict=True)
+    banks[1].add("a", path, strict=True)
+    banks[1].save("a", path)
+    ek.save_adapter(ek.load_adapter(bare(), path, head="keep", strict=True), path)  # states what its file stated
+    loaded = ek.load_adapter(bare(), path, strict=True)
+    assert torch.equal(loaded(x), model(x))
+    for m, stated in ((loaded, (tuple("abcdefghij"), True)), (replaced, (None, False)), (narrow, (None, False))):
+        assert (m.efft["default"].classes, m.efft["default"].multilabel) == stated
+
+
 PREPARATION = ek.Preparation((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9, "center")
 
 
@@ -391,8 +420,14 @@ def test_a_file_states_its_preparation_and_classes(path):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="classes must name the 3 classes of the head, got 2 names"):
         ek.save_adapter(model, path, classes=["cat", "dog"])
-    with pytest.raises(TypeError, match=r"preparation must be an efft_kernels.Preparation, got dict"):
-        ek.save_adapter(model, path, preparation={})
+    for given, says in (
+        ({"preparation": {}}, "preparation must be of type Preparation, got {}"),
+        ({"base_model": Path("a")}, "base_model must be of type str, got "),
+        ({"multilabel": "no"}, "multilabel must be of type bool, got 'no'"),
+        *(({"classes": names}, "classes must be a sequence of names, got ") for names in ({*"abc"}, 3, iter("abc"))),
+    ):
+        with pytest.raises(TypeError, match=says):
+            ek.save_adapter(model, path, **given)
     assert path.read_bytes() == before
 
 

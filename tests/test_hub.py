@@ -172,6 +172,7 @@ def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
         ({"hub": "me/pets@main"}, ValueError, "hub must be"),
         ({"metrics": {"top-1": 1.0}}, ValueError, "metrics are for the model card"),
         ({"hub": "me/pets", "metrics": {"top-1": "good"}}, TypeError, "metrics must be numbers by name"),
+        ({"hub": "me/pets", "metrics": [1]}, TypeError, "metrics must be of type Mapping, got"),
         ({"path": "hf-hub:me/pets"}, ValueError, "path must be a local file"),
     ],
 )

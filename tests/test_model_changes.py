@@ -306,13 +306,18 @@ def test_hooks_of_accelerate_come_and_go(remove):
     assert not torch.allclose(shake(ek.inject(model, PLAIN))(x), before)
 
 
-def test_a_head_is_not_loaded_into_a_model_without_values(tmp_path):
+def test_nothing_is_loaded_into_a_model_without_values(tmp_path):
     ek.save_adapter(adapted(), tmp_path / "a.safetensors")
-    with torch.device("meta"):
-        model = vit()
+    model = vit()
+    model.head.to("meta")
+    for bank in (AdapterBank(copy.deepcopy(model)), AdapterBank(vit().to("meta"))):
+        with pytest.raises(ValueError, match=r"(head|blocks.0.attn.qkv) is on the meta device, where .* would be lost"):
+            bank.add("a", tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"head.weight is on the meta device, where the head of .* would be lost"):
         ek.load_adapter(model, tmp_path / "a.safetensors")
-    ek.load_adapter(model, tmp_path / "a.safetensors", head="keep")
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv is on the meta device, where .* would be lost"):
+        ek.load_adapter(model.to("meta"), tmp_path / "a.safetensors", head="keep")
+    assert not hasattr(model, "efft")
 
 
 def test_a_forward_set_after_inject_must_reach_the_adapter():

@@ -68,6 +68,8 @@ def _load_heads(model: nn.Module, state: dict[str, Tensor], source) -> dict[str,
     own, heads, rest = head_state(model), {}, set(state)
     for path, linear in classifiers_of(model):
         weight, (dtype, device) = state[f"{path}.weight"], kept_in(linear)
+        if device.type == "meta":
+            raise ValueError(f"{path} is on the meta device, where {source} would be lost: load its weights first")
         made = nn.Linear(linear.in_features, len(weight), linear.bias is not None, device="meta")
         made.weight = nn.Parameter(weight.to(device, dtype, copy=True))
         if linear.bias is not None:
@@ -88,7 +90,7 @@ def _file_of(model: nn.Module) -> AdapterFile:
     owner, name = adapters(model), type(model).__name__
     if owner.active is None:
         raise ValueError(f"this {name} must have an active adapter, but all are disabled")
-    groups = owner[owner.active]
+    groups, head = owner[owner.active], trained_head(model)
     return AdapterFile(
         path=f"this {name}",
         format=0,
@@ -98,10 +100,10 @@ def _file_of(model: nn.Module) -> AdapterFile:
         model=name,
         base_model="",
         factors=groups.state_dict(),
-        head=trained_head(model),
+        head=head,
         preparation=groups.preparation,
         classes=groups.classes,
-        frozen=frozen_weights.sample(model, head_state(model)),
+        frozen=frozen_weights.sample(model, head),
         trained=owner.trained,
         multilabel=groups.multilabel,
     )
