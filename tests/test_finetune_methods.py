@@ -121,6 +121,18 @@ def test_learns_changes_only_its_own_and_comes_back_from_a_file(name, tmp_path):
         assert torch.equal(again.eval()(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("name", ["full", "linear", "bitfit"])
+def test_a_file_is_whole_with_batch_norms(name, tmp_path):
+    model = timm().create_model("test_resnet", num_classes=4)
+    fresh, x = copy.deepcopy(model), images(8) + 1
+    optimizer = torch.optim.SGD(methods.trainable_parameters(methods.apply(name, model)), lr=0.1)
+    F.cross_entropy(methods.train_mode(model)(x), torch.arange(8) % 4).backward()
+    optimizer.step()
+    methods.save(name, {}, model, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(methods.load(fresh, tmp_path / "a.safetensors").eval()(x), model.eval()(x))
+
+
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"ssf", "vpt-shallow", "vpt-deep", "noah"}))
 def test_starts_where_the_backbone_is(name):
     model = vit(num_classes=4)

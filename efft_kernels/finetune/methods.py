@@ -177,12 +177,14 @@ def count(model: nn.Module) -> int:
 
 
 def train_mode(model: nn.Module) -> nn.Module:
-    """Call model.train(), but keep frozen batch norms in evaluation mode, so that their statistics stay."""
+    """Call model.train(), but keep batch norms in evaluation mode unless all of their parameters are trained: the
+    statistics of the others are not trained, and no file has them.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if not any(p.requires_grad for p in module.parameters()):
-                module.eval()
+            trained = [p.requires_grad for p in module.parameters()]
+            module.train(bool(trained) and all(trained))
     return model
 
 
