@@ -59,6 +59,8 @@ def test_folder_of_classes(tmp_path):
     assert [again.test.images.key(i) for i in range(2)] == [found.test.images.key(i) for i in range(2)]
     keys = [{part.images.key(i) for i in range(len(part))} for part in again.parts().values()]
     assert [len(part) for part in keys] == [6, 2, 2] and len(set.union(*keys)) == 10
+    with pytest.raises(DataError, match="val_fraction must leave images to choose by, got 0.0 of 8"):
+        open_data(tmp_path, 16, hold_out=True, val_fraction=0.0)
     assert again.fingerprint() != found.fingerprint() == open_data(tmp_path, 8).fingerprint()
 
 

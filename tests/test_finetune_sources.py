@@ -201,6 +201,7 @@ def test_csv_with_several_labels(tmp_path):
         ('image,label\nimages/0.png,"a\n', ["is not CSV"]),
         ("image,label,label\nimages/0.png,a,b\n", ["one column of each name, got 'label' more than once"]),
         ("image,label\nlink.png,a\nimages/../images/0.png,b\n", ["line 3) cannot be of class b"]),
+        ("image,a|b,c\nimages/0.png,1,0\nimages/1.png,1,0\n", ["without '|'", "got 'a|b'"]),
         ("image,label,split\nimages/0.png,a,train\nimages/0.png,a,test\n",
          ["line 3) cannot be a test image", "line 2, has it as a train image"]),
     ],
@@ -209,6 +210,18 @@ def test_wrong_csv(text, words, tmp_path):
     with pytest.raises(DataError) as error:
         open_data(csv_file(tmp_path, text), 16)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_all_entries_of_a_file_are_held_out_together(tmp_path):
+    root = folder(tmp_path / "photos", n=10)
+    for i in range(10):
+        (root / f"cat/z{i}.png").symlink_to(root / f"cat/{i}.png")
+    lines = [f"images/{i}.png,{i % 2}\n" for i in range(6)]
+    for spec in (root, csv_file(tmp_path, "image,label\n" + "".join(2 * lines))):
+        parts = open_data(spec, 16, hold_out=True).parts().values()
+        files = [{os.path.realpath(part.images.file_name(i)) for i in range(len(part))} for part in parts]
+        assert len(set.union(*files)) == sum(map(len, files)) and all(files)
+        assert [np.bincount(part.labels).tolist() for part in parts][1:] == [[4, 2] if spec == root else [2, 2]] * 2
 
 
 @pytest.fixture

@@ -114,13 +114,15 @@ def open_data(
         except OSError as error:
             raise DataError(f"{error.filename or root} cannot be read: {error.strerror or error}") from error
     check_classes(found.classes)
+    if found.multilabel and (torn := [each for each in found.classes if "|" in each]):
+        raise DataError(f"classes of {name} must have names without '|', which stands between labels, got {torn[0]!r}")
     if classes is not None and classes < len(found.classes):
         raise DataError(f"classes must be at least the {len(found.classes)} of {name}, got {classes}")
     if found.protocol and not hold_out and found.val is not None:
         found = replace(found, train=joined(found.train, found.val), val=None)
     if hold_out and found.val is None:
         rest, val = held_out(found.train, val_fraction)
-        if not len(val):
+        if not (val_fraction and len(val)):
             raise DataError(
                 f"val_fraction must leave images to choose by, got {val_fraction} of {len(found.train)} in {name}"
             )

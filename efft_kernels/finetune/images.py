@@ -5,7 +5,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partialmethod
 from hashlib import sha256
@@ -62,6 +62,10 @@ class Images:
         """A string that is equal for equal images only, as far as that can be told without reading them."""
         return self.where(i)
 
+    def places(self) -> list[Hashable]:
+        """Of each image what is equal for the same file, by whatever path or link."""
+        return [(id(self), i) for i in range(len(self))]
+
     def digest(self, i: int) -> bytes:
         """A digest of the contents of the i-th image."""
         return sha256(self.load(i).tobytes()).digest()
@@ -103,6 +107,16 @@ class Files(Images):
         except OSError:
             size = "missing"  # found and named when the images are read
         return f"{self.paths[i]} {size}"
+
+    def places(self) -> list[Hashable]:
+        real, found = {}, []
+        for path in self.paths:
+            folder, name = os.path.split(os.path.normpath(os.path.join(self.root, path)))
+            if folder not in real:
+                real[folder] = os.path.realpath(folder)
+            file = os.path.join(real[folder], name)
+            found.append(os.path.realpath(file) if os.path.islink(file) else file)
+        return found
 
     def digest(self, i: int) -> bytes:
         try:
@@ -154,6 +168,10 @@ class Subset(Images):
     def __len__(self) -> int:
         return len(self.index)
 
+    def places(self) -> list[Hashable]:
+        found = [images.places() for images in self.of]
+        return [found[part][i] for part, i in self.index]
+
     def _ask(self, method: str, i: int):
         part, j = self.index[i]
         return getattr(self.of[part], method)(j)
@@ -177,18 +195,21 @@ def plain(label) -> Label:
 
 def held_out(images: Images, fraction: float) -> tuple[Images, Images]:
     """Split into (the rest, a fraction of each class), at least one image of each class that has two. The split is
-    always the same. An image with several labels counts for the rarest of them.
+    always the same. An image with several labels counts for the rarest of them, a file that is there twice as one.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    members, labels = {}, [plain(label) for label in images.labels]
+    members, same, labels = {}, {}, [plain(label) for label in images.labels]
     frequency = Counter(c for label in labels if isinstance(label, tuple) for c in label)
+    places = images.places()
     for i in order:
-        label = labels[i]
+        same.setdefault(places[i], []).append(i)
+    for entries in same.values():
+        label = labels[entries[0]]
         key = min(label, key=lambda c: (frequency[c], c), default=-1) if isinstance(label, tuple) else label
-        members.setdefault(key, []).append(i)
+        members.setdefault(key, []).append(entries)
     held = set()
     for found in members.values():
-        held.update(found[: min(max(1, round(fraction * len(found))), len(found) - 1)])
+        held.update(*found[: min(max(1, round(fraction * len(found))), len(found) - 1)])
     parts = [i for i in range(len(images)) if i not in held], sorted(held)
     return tuple(Subset((images,), tuple((0, i) for i in part)) for part in parts)
 
@@ -199,14 +220,10 @@ def check_apart(read: Mapping[str, Files], named: Callable[[Label], str] = str) 
     Raises:
         DataError: there is one in lists; ``named`` gives its classes. In folders, where links may mean it, it is said.
     """
-    seen, real, repeated, mixed = {}, {}, [], []
+    seen, repeated, mixed = {}, [], []
     for part, images in read.items():
-        for i, label in enumerate(images.labels):
-            folder, name = os.path.split(os.path.normpath(os.path.join(images.root, images.paths[i])))
-            if folder not in real:
-                real[folder] = os.path.realpath(folder)
-            file = os.path.join(real[folder], name)
-            other, j = seen.setdefault(os.path.realpath(file) if os.path.islink(file) else file, (part, i))
+        for i, (label, place) in enumerate(zip(images.labels, images.places())):
+            other, j = seen.setdefault(place, (part, i))
             if other != part or read[other].labels[j] != label:
                 what = f"a {part} image" if other != part else f"of class {named(label)}"
                 of = f"has it as a {other} image of class {named(read[other].labels[j])}"
