@@ -155,6 +155,9 @@ def test_export_to_lora_and_weights(run, tmp_path, capsys):
 def test_a_run_is_a_folder(run, capsys):
     assert cli.main(["predict", str(run / "adapter.safetensors"), str(run.parent / "photos")]) == cli.WRONG
     assert "RUN must be the folder that a run left, but" in capsys.readouterr().err
+    for device in ("foo", "meta", "cuda:99"):  # before the run is looked for
+        assert cli.main(["predict", "nowhere", str(run.parent / "photos"), "--device", device]) == cli.WRONG
+        assert "device must be one of auto, cpu" in capsys.readouterr().err
 
 
 def test_compare(run, tmp_path, capsys):

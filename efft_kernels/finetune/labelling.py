@@ -16,6 +16,7 @@ from .finished import preparation, restore
 from .folders import find_images
 from .images import DataError, Files
 from .models import logits
+from .prepared import find_device
 
 log = logging.getLogger("efft_kernels.finetune")
 
@@ -93,17 +94,17 @@ def label(
         out: the folder of the run.
         files: of the images.
         checkpoint: the pre-trained weights, if they have moved since the run.
-        device: of torch; "auto" for a GPU if there is one.
+        device: "auto" for a GPU if there is one, "cpu", "cuda", "mps" or "xpu", also with a number as "cuda:1".
         batch_size: images per forward.
         workers: processes that read images.
         top: classes at most of each image; with several labels per image all with a probability of at least 0.5.
         show: a progress bar.
 
     Raises:
+        ValueError: a device that torch cannot use.
         FileNotFoundError, ValueError: as :func:`finished.restore`.
     """
-    if device == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = find_device(device)
     model, record = restore(out, checkpoint)
     prepare = preparation(model, record)
     model.to(device)

@@ -69,14 +69,7 @@ def make_accelerator(settings: Settings):
         ValueError: a device or a precision that this machine or the dtype does not have.
     """
     accelerate = need("accelerate")
-    if settings.device not in ("auto", "cpu") and not _present(settings.device):
-        raise ValueError(
-            "device must be 'cpu' or 'auto' on a machine without a GPU that torch can use, or the name of one that it "
-            f"can use, got {settings.device!r}"
-        )
-    kind = settings.device
-    if kind == "auto":
-        kind = next((name for name in ("cuda", "xpu", "mps") if _present(name)), "cpu")
+    kind = find_device(settings.device)
     cpu = kind == "cpu"
     if kind == "mps" and settings.dtype == "float64":
         raise ValueError("dtype must be 'float32' on mps, which has no float64")
@@ -114,11 +107,17 @@ def make_accelerator(settings: Settings):
     return made
 
 
-def _present(kind: str) -> bool:
-    """Whether torch can use a device of this type."""
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return getattr(torch, kind).is_available()
+def find_device(name: str) -> str:
+    """A device that torch can use, by its name, perhaps with a number; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    kinds = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()]
+    known = [*kinds, *(f"{kind}:{i}" for kind in kinds for i in range(getattr(torch, kind).device_count()))]
+    if name not in ("auto", "cpu", *known):
+        raise ValueError(f"device must be one of {', '.join(('auto', 'cpu', *known))} on this machine, got {name!r}")
+    return name if name != "auto" else (*known, "cpu")[0]
 
 
 def describe_device(accelerator) -> str:
