@@ -247,6 +247,7 @@ def test_the_state_before_a_wrong_one_is_taken(change, says, halfway, photos, tm
 def test_a_new_state_outlives_later_ones_that_were_skipped(tmp_path):
     for step in (90, 100, 10, 20, 30):
         path = checkpoints.save(tmp_path, step, {"step": step})
+        (tmp_path / "state-best.pt").touch()  # of the user
     assert [int(there.stem[6:]) for there in checkpoints.states(tmp_path)] == [20, 30] and path.is_file()
 
 
@@ -482,7 +483,8 @@ def test_a_caller_may_end_a_run_after_an_epoch(photos, whole, tmp_path):
     assert end(tmp_path) == whole, "it is continued as if it had not been ended"
 
 
-def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [{}, {"fsdp": False}, {"fsdp": True}], ids=["one process", "two", "two with shards"])
+def test_the_best_epoch_on_val_is_what_counts(how, photos, tmp_path, monkeypatch):
     original, tops = loop.evaluate, iter([10.0, 90.0, 20.0, 90.0])
 
     def evaluate(*args):
@@ -490,7 +492,10 @@ def test_the_best_epoch_on_val_is_what_counts(photos, tmp_path, monkeypatch):
         return {**found, "top1": next(tops, found["top1"])}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    result = train(tiny(photos, tmp_path, select="val", epochs=4, lr=1e-2), progress=False)
+    settings = tiny(photos, tmp_path, select="val", epochs=4, lr=1e-2, **how)
+    if how:
+        train_in_two_processes(settings)  # whose result is read by what follows
+    result = train(settings, progress=False)
     assert result.epoch == 2
     losses = [entry["val"]["loss"] for entry in result.history]
     assert len(set(losses)) == 4 and result.metrics["val"]["loss"] == losses[1]
@@ -544,7 +549,7 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--rank", "65"], "rank must be at most 64"),
         (["--image_size", "33"], "33"),
         (["--dtype", "float64", "--mixed_precision", "bf16"], "mixed_precision must be 'no' with dtype='float64'"),
-        (["--device", "xpu"], "device must be 'cpu' or 'auto' on a machine without"),
+        (["--device", "xpu"], "device must be one of auto, cpu"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--ema", "1.0"], "ema must be a number in"),
         (["--patience", "3"], "patience must be None unless select is 'val'"),
@@ -760,9 +765,14 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     train(replace(settings, out=str(tmp_path / "again")), progress=False)
     assert end(result.out) == end(tmp_path / "again")
     assert read_adapter(result.out / "adapter.safetensors").base_model == "hf:base"
-    model, _ = restore(result.out)
-    merged(result.out, tmp_path / "base/model.safetensors")
-    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    moved = str((tmp_path / "base").rename(tmp_path / "moved"))
+    with pytest.raises(FileNotFoundError, match="there is no folder .*; if it has moved, set checkpoint to its new"):
+        restore(result.out)
+    model, _ = restore(result.out, moved)
+    merged(result.out, f"{moved}/model.safetensors", moved)
+    with pytest.raises(ValueError, match="checkpoint must be the weights that .* got others in '.*/moved'"):
+        restore(result.out, moved)
+    plain = transformers.ViTForImageClassification.from_pretrained(moved, num_labels=3).eval()
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)

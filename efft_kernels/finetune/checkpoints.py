@@ -122,7 +122,10 @@ class Progress:
 
 
 def get_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trained weights and the buffers on the CPU, named as in the unwrapped model; on every process."""
+    """Copies of the trained weights and the buffers on the CPU, named as in the unwrapped model.
+
+    Every process of a run must call it; the first one gets them, the others nothing, for one copy takes memory enough.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -130,10 +133,11 @@ def get_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put weights of :func:`get_weights` on the model; every process of a run must call it."""
+    """Put weights of :func:`get_weights` on the model; every process of a run must call it, and gets the first's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, strict=False)
+    shared = torch.distributed.is_initialized()
+    options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=shared)
     set_model_state_dict(model, weights, options=options)
 
 
@@ -142,8 +146,8 @@ def _unwrapped(optimizer) -> torch.optim.Optimizer:
 
 
 def states(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(folder.glob("state-*.pt"))
+    """The complete checkpoints, oldest first; a file of another name, such as state-best.pt, is the user's."""
+    return sorted(folder.glob(f"state-{'[0-9]' * 9}.pt"))
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 2) -> Path:

@@ -139,7 +139,7 @@ def _explained(error: Exception) -> int:
             print(f"efft-finetune: {text}", file=sys.stderr)
             return code
     if isinstance(error, torch.OutOfMemoryError):
-        text = "the memory of the device is too small; a larger accumulate takes less and computes the same"
+        text = "the memory of the device is too small; a larger accumulate takes less"
         print(f"efft-finetune: {text}: {str(error).splitlines()[0]}", file=sys.stderr)
         return WRONG
     logging.getLogger("efft_kernels.finetune").exception("efft-finetune failed")

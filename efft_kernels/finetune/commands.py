@@ -24,7 +24,7 @@ def _run_folder(made: argparse.ArgumentParser) -> None:
 
 
 def _weights(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--checkpoint", help="the pre-trained weights, if they have moved since the run")
+    made.add_argument("--checkpoint", help="the pre-trained weights, or the folder of the model, if they have moved")
 
 
 def _report_arguments(made: argparse.ArgumentParser) -> None:
@@ -82,7 +82,7 @@ def _predict_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--out", metavar="FILE.csv", help="write the labels to a CSV file instead of printing them")
     made.add_argument("--batch-size", type=int, default=32, help="images per forward (default 32)")
     made.add_argument("--workers", type=int, default=0, help="processes that read images (default 0)")
-    made.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ...")
+    made.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps or xpu")
     _weights(made)
 
 

@@ -23,7 +23,7 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
 
     Args:
         out: the folder of the run, or "hf-hub:OWNER/NAME" for one that was exported to the hub.
-        checkpoint: the pre-trained weights, if they have moved since.
+        checkpoint: the pre-trained weights, if they have moved since; of a model in a folder that folder.
 
     Raises:
         FileNotFoundError: there is no finished run, or its pre-trained weights are gone.
@@ -35,11 +35,14 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
         settings, result, classes = Settings(**record["settings"]), record["result"], record["classes"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
-    weights = checkpoint or settings.checkpoint
+    name, weights = settings.model, checkpoint or settings.checkpoint
+    kind = name.partition(":")[0]
+    if checkpoint and kind in ("hf", "local-dir") and Path(checkpoint).is_dir():
+        name, weights = f"{kind}:{checkpoint}", settings.checkpoint
     if weights == "random":
         seed_all(f"model {settings.seed}")
     try:
-        model = make_model(settings.model, len(classes), settings.image_size, weights)
+        model = make_model(name, len(classes), settings.image_size, weights)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if it has moved, set checkpoint to its new place") from error
     adapter = Path(out) / result["adapter"]
@@ -52,7 +55,8 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
         methods.load(model.to(getattr(torch, settings.dtype)), adapter)
     if methods.fingerprint(model) != record["identity"]["weights"]:
         raise ValueError(
-            f"checkpoint must be the weights that the run in {out} started from, got others in {weights!r}"
+            f"checkpoint must be the weights that the run in {out} started from, got others in "
+            f"{checkpoint or weights!r}"
         )
     return model.eval(), record
 

@@ -33,14 +33,16 @@ def make_model(
         ValueError: an unknown model, no choice of weights, or weights that do not fit.
         FileNotFoundError: there is no such file. OSError: the weights cannot be downloaded.
     """
-    if name.startswith("hf:"):
-        return _of_transformers(name.removeprefix("hf:"), classes, image_size, checkpoint, drop_path)
+    kind, _, place = name.partition(":")
+    # a path that is not absolute may be a name on the hub of transformers
+    if not Path(place).is_dir() and (kind == "local-dir" or (kind == "hf" and Path(place).is_absolute())):
+        raise FileNotFoundError(f"there is no folder {place} for model {name!r}")
+    if kind == "hf":
+        return _of_transformers(place, classes, image_size, checkpoint, drop_path)
     library = timm()
     known = name.partition(".")[0]
     elsewhere = name.startswith(("hf-hub:", "local-dir:"))  # timm reads the architecture from the hub or a folder
-    if name.startswith("local-dir:"):
-        if not Path(name.removeprefix("local-dir:")).is_dir():
-            raise FileNotFoundError(f"there is no folder {name.removeprefix('local-dir:')} for model {name!r}")
+    if kind == "local-dir":
         checkpoint = checkpoint or "download"
     if not elsewhere and not library.is_model(known):
         names = library.list_models()

@@ -7,7 +7,8 @@ from typing import Literal
 
 Rank = int | tuple[int, int]
 
-# settings that may differ between a run and its continuation, because the result does not depend on them
+# settings that may differ between a run and its continuation, because the result does not depend on them, up to
+# rounding and the masks that dropout and stochastic depth draw
 _FREE = (
     *("data", "checkpoint", "out", "device", "accumulate", "fsdp", "workers", "memory", "save_every", "resume"),
     *("gradient_checkpointing", "compile", "cuda_graph", "trackers"),
