@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import check_finite, name_of
+from .calls import _switches
 from .dora import row_norms
 from .files import known, trained_head
 from .inject import adapted_linears, adapters
 from .layouts import head_state, heads_of
 from .low_rank import Pair
 from .storage import write_bytes
-from .wrappers import module_at, outermost
+from .wrappers import module_at, on_unwrapped, outermost
 
 _PREFIX = "base_model.model."  # where PEFT's wrapper keeps the model
 
 
+@on_unwrapped
 def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None = None, base_model: str = "") -> None:
     """Write an adapter as a LoRA of PEFT: the folder that ``PeftModel.from_pretrained(base, folder)`` loads.
 
@@ -38,10 +40,11 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
 
     Raises:
         ValueError: a model without this adapter, or with all adapters disabled and no name given; numbers that are not
-            finite; a Linear that was removed or replaced; a projection of an nn.MultiheadAttention other than in_proj,
-            which PEFT computes otherwise, or any with ``dora``; a row of zeros in a weight with ``dora``; a head or
-            module of ``train`` that PEFT cannot save, or whose name is the end of another module's, which PEFT would
-            train as well; within disable_adapter.
+            finite; a Linear that was removed or replaced, or whose weight its model reads without calling it (qkv of
+            BEiT, EVA and Swin V2; any of a batch_first nn.TransformerEncoderLayer); a projection of an
+            nn.MultiheadAttention other than in_proj, which PEFT computes otherwise, or any with ``dora``; a row of
+            zeros in a weight with ``dora``; a head or module of ``train`` that PEFT cannot save, or whose name is the
+            end of another module's, which PEFT would train as well; within disable_adapter.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save
@@ -79,6 +82,11 @@ def _layers(model: nn.Module, pairs: dict[str, Pair]) -> dict[str, dict[str, Pai
     """path of a module that PEFT adapts -> where it keeps a pair -> that pair"""
     found = {}
     for path, pair in pairs.items():
+        for module in (module for module, _, _ in _switches(model, path) if hasattr(module, "_efft_switched")):
+            calls = isinstance(module, nn.TransformerEncoderLayer) and not module.self_attn.batch_first
+            if not calls and not isinstance(module, nn.MultiheadAttention):
+                why = "reads without calling it, so that PEFT's update would have no effect; merge instead"
+                raise ValueError(f"{path} has a weight that its model {why}")
         owner, _, name = path.rpartition(".")
         attention = module_at(model, owner)
         if not isinstance(attention, nn.MultiheadAttention):
