@@ -30,6 +30,14 @@ def swin(**options):
     return timm().create_model("swin_tiny_patch4_window7_224", **{**sizes, **fixed, **options}).eval()
 
 
+def vit_of_transformers(**options):
+    """ViT of transformers of two blocks, 10 classes, 32 x 32 images, in eval mode."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=16)
+    config = transformers.ViTConfig(**{**sizes, "image_size": 32, "num_labels": 10, **options})
+    return transformers.ViTForImageClassification(config).eval()
+
+
 def images(n: int = 2, dtype: torch.dtype = torch.float32, size: int = 32) -> torch.Tensor:
     return torch.randn(n, 3, size, size, dtype=dtype)
 

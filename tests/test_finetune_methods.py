@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_bits, images, swin, timm, vit
+from models import assert_bits, images, swin, timm, vit, vit_of_transformers
 
 from efft_kernels.finetune import methods
 from efft_kernels.layouts import heads_of
@@ -185,12 +185,7 @@ def test_swin(name):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_transformers(name):
     timm()
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16
-    )
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=4)).eval()
-    methods.apply(name, model, SMALL.get(name))
+    model = methods.apply(name, vit_of_transformers(num_labels=4), SMALL.get(name))
     F.cross_entropy(model(images()).logits, torch.arange(2)).backward()
     assert all(p.grad is not None for p in methods.trainable_parameters(model))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import images, swin, timm, vit
+from models import images, swin, timm, vit, vit_of_transformers
 
 from efft_kernels.finetune.models import logits, make_model, normalisation
 
@@ -137,11 +137,7 @@ def test_weights_are_named():
 
 
 def test_folder_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=16
-    )
-    source = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=21))
+    source = vit_of_transformers(num_labels=21)
     source.save_pretrained(tmp_path)
     model = make_model(f"hf:{tmp_path}", 5)
     want = source.state_dict()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import timm
+from models import timm, vit_of_transformers
 
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
@@ -755,10 +755,8 @@ def test_help_names_what_there_is(capsys):
 
 def test_model_of_transformers_from_a_folder(photos, tmp_path):
     """Train with bf16 and accumulation, restore, and merge into a file that transformers loads."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=16)
-    config = transformers.ViTConfig(image_size=32, num_labels=7, **sizes)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    base = vit_of_transformers(num_labels=7)
+    base.save_pretrained(tmp_path / "base")
     changes = dict(model=f"hf:{tmp_path / 'base'}", checkpoint=None, mixed_precision="bf16", accumulate=2, epochs=2)
     settings = tiny(photos, tmp_path / "out", **changes)
     result = train(settings, progress=False)
@@ -772,7 +770,7 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     merged(result.out, f"{moved}/model.safetensors", moved)
     with pytest.raises(ValueError, match="checkpoint must be the weights that .* got others in '.*/moved'"):
         restore(result.out, moved)
-    plain = transformers.ViTForImageClassification.from_pretrained(moved, num_labels=3).eval()
+    plain = type(base).from_pretrained(moved, num_labels=3).eval()
     x = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
