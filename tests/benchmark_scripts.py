@@ -14,3 +14,16 @@ def need(*modules: str) -> None:
     """Skip the test module where one of these is not installed."""
     for module in modules:
         pytest.importorskip(module)
+
+
+def check_files(folder: Path, name: str, tmp_path: Path) -> dict:
+    """The run that a benchmark left in a folder: record, rows and chart, and no folder of this machine in them."""
+    from record import read_run
+
+    text = (folder / f"{name}.json").read_text() + (folder / f"{name}.csv").read_text()
+    assert str(tmp_path) not in text and str(BENCHMARKS.parent) not in text
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.csv", f"{name}.json", f"{name}.png"]
+    run = read_run(folder / f"{name}.json")
+    assert (run["benchmark"], run["format"], run["complete"]) == (name, 2, True)
+    return run

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_scripts import BENCHMARKS, need
+from benchmark_scripts import check_files, need
 from models import timm
 
 need("matplotlib", "tabulate", "tqdm")
@@ -160,16 +160,6 @@ RECORD |= {"allocator", "memory", "left_out", "results"}
 def facts(row):
     """the columns of a row that are no ratios"""
     return {key for key in row if not key.startswith("ratio_")}
-
-
-def check_files(folder, name, tmp_path):
-    text = (folder / f"{name}.json").read_text() + (folder / f"{name}.csv").read_text()
-    assert str(tmp_path) not in text and str(BENCHMARKS.parent) not in text
-    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.csv", f"{name}.json", f"{name}.png"]
-    run = read_run(folder / f"{name}.json")
-    assert (run["benchmark"], run["format"], run["complete"]) == (name, 2, True)
-    return run
 
 
 def test_memory_of_a_step_alone(tmp_path, capsys):

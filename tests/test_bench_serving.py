@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from test_bench_model import RECORD, SIZES, check_files, small  # noqa: F401, which makes the models small
+from benchmark_scripts import check_files
+from test_bench_model import RECORD, SIZES, small  # noqa: F401, which makes the models small
 
-import bench_serving  # found because test_bench_model put benchmarks/ on the path
+import bench_serving  # found because benchmark_scripts put benchmarks/ on the path
 import whole_model
 import harness
 
