@@ -35,6 +35,19 @@ using namespace efft;
 
 int failures = 0;
 
+// one number in each dtype
+struct Number {
+  double f64;
+  float f32;
+  _Float16 f16;
+
+  char* in(Dtype dtype) {
+    if (dtype == Dtype::f64) return reinterpret_cast<char*>(&f64);
+    if (dtype == Dtype::f16) return reinterpret_cast<char*>(&f16);
+    return reinterpret_cast<char*>(&f32) + (dtype == Dtype::bf16 ? 2 : 0);  // the upper half of a float
+  }
+};
+
 // a matrix in the dtype under test together with its values in double; `by_columns` makes it column-major
 struct Matrix {
   Dtype dtype;
@@ -61,34 +74,14 @@ struct Matrix {
   View view() const { return {data.get(), by_columns ? 1 : columns, by_columns ? rows : 1}; }
 
   void put(int64_t i, int64_t j, double v) {
-    const float f = float(v);
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    uint16_t h = uint16_t(bits >> 16);
-    if (dtype == Dtype::f16) {
-      const int exponent = int(bits >> 23 & 255) - 112;
-      h = uint16_t((bits >> 16 & 0x8000) | (exponent > 0 ? uint32_t(exponent) << 10 | (bits >> 13 & 1023) : 0));
-    }
-    std::memcpy(at(i, j), size() == 8 ? static_cast<void*>(&v) : size() == 4 ? (void*)&f : (void*)&h, size());
+    Number n{v, float(v), _Float16(v)};
+    std::memcpy(at(i, j), n.in(dtype), size());
   }
 
   double get(int64_t i, int64_t j) const {
-    if (dtype == Dtype::f64) {
-      double v;
-      std::memcpy(&v, at(i, j), 8);
-      return v;
-    }
-    uint32_t bits = 0;
-    std::memcpy(&bits, at(i, j), size());
-    if (dtype == Dtype::f16) {
-      const double magnitude =
-          (bits & 0x7c00) ? std::ldexp(1024 + (bits & 1023), int(bits >> 10 & 31) - 25) : std::ldexp(bits & 1023, -24);
-      return bits & 0x8000 ? -magnitude : magnitude;
-    }
-    if (dtype == Dtype::bf16) bits <<= 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
+    Number n{};
+    std::memcpy(n.in(dtype), at(i, j), size());
+    return dtype == Dtype::f64 ? n.f64 : dtype == Dtype::f16 ? double(n.f16) : n.f32;
   }
 
   double operator()(int64_t i, int64_t j) const { return values[i * columns + j]; }
