@@ -10,7 +10,6 @@ import argparse
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from efft_kernels.peft import EFFTPeftConfig
@@ -21,20 +20,12 @@ parser.add_argument("--out", default="peft_example", help="the folder to write")
 args = parser.parse_args()
 
 
-class Stripes(Dataset):
-    """Noise with a bright horizontal stripe (class 0) or a bright vertical one (class 1)."""
-
-    def __init__(self, count: int, size: int):
-        self.labels = torch.arange(count) % 2
-        self.images = 0.3 * torch.randn(count, 3, size, size)
-        for image, label in zip(self.images, self.labels):
-            (image.mT if label else image)[:, size // 2 : size // 2 + 4] += 2
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> dict:
-        return {"pixel_values": self.images[i], "labels": self.labels[i]}
+def stripes(count: int, size: int):
+    """(images, labels): noise with a bright horizontal stripe (class 0) or a bright vertical one (class 1)."""
+    images, labels = 0.3 * torch.randn(count, 3, size, size), torch.arange(count) % 2
+    for image, label in zip(images, labels):
+        (image.mT if label else image)[:, size // 2 : size // 2 + 4] += 2
+    return images, labels
 
 
 def base() -> ViTForImageClassification:
@@ -47,12 +38,13 @@ def base() -> ViTForImageClassification:
 
 model = get_peft_model(base(), EFFTPeftConfig(rank=8, modules_to_save=["classifier"]))
 model.print_trainable_parameters()
-data = Stripes(64, model.config.image_size)
+images, labels = stripes(64, model.config.image_size)
+data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels)]
 options = {"num_train_epochs": 3, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "logging_steps": 4}
 Trainer(model, TrainingArguments(args.out, **options, report_to="none"), train_dataset=data).train()
 
 model.save_pretrained(args.out)  # adapter_model.safetensors and adapter_config.json, as any method of PEFT
 loaded = PeftModel.from_pretrained(base(), args.out).merge_and_unload().eval()
 with torch.no_grad():
-    correct = (loaded(data.images).logits.argmax(-1) == data.labels).float().mean().item()
+    correct = (loaded(images).logits.argmax(-1) == labels).float().mean().item()
 print(f"accuracy on the training images after loading and merging: {correct:.2f}")
