@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear
-from .attention import Projection
+from .attention import Projection, with_projections
 from .base_linears import PLAIN, dense, has_own_forward, kept_in, kind
 from .calls import call_linear
 from .dora import dense_update
@@ -145,7 +145,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Anything loaded or written into those weights after the merge is lost.
 
     Raises:
-        ValueError: a model that is not merged, was merged with keep_weights=False, or whose Linears were replaced.
+        ValueError: a model that is not merged, was merged with keep_weights=False, or lacks a Linear that merge left.
     """
     if not hasattr(model, "_efft_merged"):
         raise ValueError(
@@ -155,9 +155,10 @@ def unmerge(model: nn.Module) -> nn.Module:
     (merged,) = model._efft_merged
     shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
-    for path, shape in shapes.items():
-        found = module_at(model, path)
-        if type(found) not in PLAIN or found.weight.shape != shape:
+    modules = dict(with_projections(named_modules(model)))
+    for path in merged.names:
+        found = modules.get(path)
+        if found is None or (path in shapes and (type(found) not in PLAIN or found.weight.shape != shapes[path])):
             raise ValueError(f"{path} must be the nn.Linear that merge left there, got {found}")
     with torch.no_grad():
         for path, weight in merged.weights.items():

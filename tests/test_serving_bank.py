@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import METHODS, PLAIN, biased, images, shake, swin, timm, vit
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import efft_kernels as ek
 from efft_kernels.layouts import classifiers_of
@@ -339,6 +340,16 @@ def test_release_restores_the_model():
     ek.inject(model, PLAIN)
 
 
+def test_a_model_without_one_of_its_blocks():
+    bank, merged = filled()[0], ek.merge(ek.add_adapter(trained(ek.LoRAConfig(rank=2, blocks=(0,))), PLAIN, "b"))
+    bank.model.blocks, merged.blocks = bank.model.blocks[:1], merged.blocks[:1]
+    bank.release()
+    assert {type(m) for m in bank.model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert not hasattr(bank.model, "efft") and all(p.requires_grad for p in bank.model.parameters())
+    with pytest.raises(ValueError, match="blocks.1.attn.qkv must be the nn.Linear that merge left there, got None"):
+        ek.unmerge(merged)
+
+
 def test_names_classes_and_bytes(tmp_path):
     bank, models = filled()
     assert bank.names == ["a", "b", "c"] and "b" in bank and "d" not in bank and None not in bank and len(bank) == 3
@@ -356,12 +367,13 @@ def test_names_classes_and_bytes(tmp_path):
 @pytest.mark.parametrize("make", [vit, swin])
 def test_add_and_save_files(make, tmp_path):
     model = trained(make=make, head=3)
-    ek.save_adapter(model, tmp_path / "file", multilabel=True)
+    ek.save_adapter(model, tmp_path / "file", multilabel=True, base_model="own")
     bank = AdapterBank(bare(make))
     bank.add("a", tmp_path / "file")
     bank.add("same", model)
     bank.save("a", tmp_path / "again")
     loaded = ek.load_adapter(bare(make), str(tmp_path / "again"))
+    assert ek.read_adapter(tmp_path / "again").base_model == "own"
     assert loaded.efft["default"].multilabel and not bank.multilabel("same")
     x = images(2)
     with torch.no_grad():
@@ -602,6 +614,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ("x", 3, TypeError, "source must be the path of an adapter file or an injected model, got int"),
         ("x", bare(), ValueError, "must have adapters"),
         ("x", merged, ValueError, "is merged"),
+        ("x", AdapterBank(vit(depth=3)).read(trained(depth=3)), ValueError, "got one of another VisionTransformer"),
         ("x", disabled, ValueError, "must have an active adapter"),
         ("x", trained(depth=3), ValueError, "whose Linears or shapes differ from those of this VisionTransformer"),
         ("x", batchnorm, ValueError, "the head in this VisionTransformer does not fit: head"),
@@ -609,6 +622,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(error, match=says):
             bank.add(name, source)
     assert bank.names == ["a", "b", "c"]
+    weight_norm((model := bare()).head)
+    with pytest.raises(ValueError, match="file adapts head, whose weight must be plain in a bank, got one that is"):
+        AdapterBank(model).add("x", tmp_path / "file")
     for act in (bank.remove, bank.parameters, bank.classes, bank.bytes, lambda name: bank.save(name, tmp_path / "x")):
         with pytest.raises(ValueError, match="name must be one of the bank's adapters, 'a', 'b', 'c', got 'x'"):
             act("x")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..adapted_linear import AdaptedLinear, adapted_class
 from ..adapter_file import write
-from ..attention import Projection
-from ..base_linears import change_class, has_own_forward, kind
+from ..attention import Projection, with_projections
+from ..base_linears import change_class
 from ..calls import call_linear, uncall_linear
 from ..dora import gain, scaled
 from ..inject import check_bare
@@ -26,9 +26,9 @@ from ..ops import check_backend, lowrank_linear, mixed_linear
 from ..passes import Passes
 from ..precision import check_factor_dtype
 from ..preparation import Preparation
-from ..wrappers import module_at, named_parameters, unwrapped
+from ..wrappers import module_at, named_modules, named_parameters, unwrapped
 from .batch_dims import Trial, batch_dim
-from .loading import Adapter, load
+from .loading import Adapter, check_plain, load
 
 # the uses that this thread or asyncio task has entered and not left, innermost last
 _trial = threading.Lock()
@@ -146,10 +146,15 @@ class AdapterBank:
         self._check_not_released()
         self._check_name_free(name)
         adapter = source if isinstance(source, Adapter) else self.read(source, strict=strict)
-        self._check_plain_weights(name, adapter)
+        if adapter.model is not self.model:
+            what = type(adapter.model).__name__
+            raise ValueError(f"source must be an adapter that a bank of this model has read, got one of another {what}")
+        paths = [path for group in adapter.groups.values() for path in group.slots]
+        for path in paths:
+            check_plain(module_at(self.model, path), path, repr(name))
         with self._lock:
             self._check_name_free(name)
-            for path in (path for group in adapter.groups.values() for path in group.slots):
+            for path in paths:
                 linear = module_at(self.model, path)
                 if not isinstance(linear, AdaptedLinear):
                     self._adopt(linear, path, _Linear)
@@ -223,7 +228,7 @@ class AdapterBank:
         for key, linear in adapter.heads.items():
             head |= {f"{key}.{part}": t for part, t in linear.state_dict().items()}
         said = {key: getattr(adapter.groups, key) for key in ("preparation", "classes", "multilabel")}
-        write(path, self.model, adapter.groups, head, **said)
+        write(path, self.model, adapter.groups, head, adapter.base_model, **said)
 
     @contextlib.contextmanager
     def use(self, ids: Sequence[str | None]) -> Iterator["AdapterBank"]:
@@ -252,8 +257,9 @@ class AdapterBank:
         """
         if not self._hooks:
             return
-        for linear in self._changed:  # also one that was replaced in the model
-            if not isinstance(linear, _Head):
+        there = dict(with_projections(named_modules(self.model)))
+        for linear in self._changed:  # also one that was replaced in the model, or removed from it
+            if not isinstance(linear, _Head) and linear.efft[1] in there:
                 uncall_linear(self.model, linear.efft[1])
             linear.release()
         for hook in self._hooks:
@@ -298,16 +304,6 @@ class AdapterBank:
             raise ValueError(f"ids must name adapters of one method, for the same Linears, got {names}, which differ")
         position = {name: i for i, name in enumerate(held)}
         return _Use(self, list(held.values()), [position.get(name, -1) for name in ids])
-
-    def _check_plain_weights(self, name: str, adapter: Adapter) -> None:
-        for path in [*(path for group in adapter.groups.values() for path in group.slots), *adapter.heads]:
-            linear = module_at(self.model, path)
-            own = linear.base if isinstance(linear, AdaptedLinear) else type(linear)
-            if has_own_forward(linear, own):
-                raise ValueError(
-                    f"{name!r} adapts {path}, whose weight must be plain in a bank, got "
-                    f"{kind(linear) or 'one that is recomputed'}; inject takes such a model, for one adapter at a time"
-                )
 
     def _find(self, name: str) -> Adapter:
         try:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import frozen_weights
+from ..adapted_linear import AdaptedLinear
 from ..adapter_file import AdapterFile, read_adapter
-from ..base_linears import kept_in
+from ..base_linears import has_own_forward, kept_in, kind
 from ..files import check_needs, filled, head_classes, trained_head
 from ..inject import adapters
 from ..layouts import classifiers_of, head_state
@@ -23,6 +24,8 @@ class Adapter:
 
     groups: nn.ModuleDict
     heads: dict[str, nn.Linear]  # path -> classifier; empty for an adapter that uses the model's
+    model: nn.Module  # for which it was read
+    base_model: str  # as its file names it
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for module in (self.groups, *self.heads.values()) for p in module.parameters()]
@@ -56,11 +59,22 @@ def load(model: nn.Module, source: str | PathLike | nn.Module, factor_dtype: tor
     groups = filled(model, file, factor_dtype)
     heads = _load_heads(model, file.head, file.path) if file.head else {}
     check_needs(model, file, strict)
-    return Adapter(groups, heads)
+    return Adapter(groups, heads, model, file.base_model)
+
+
+def check_plain(linear: nn.Linear, path: str, source) -> None:
+    """Refuse a Linear that is quantized, or whose weight is recomputed."""
+    if has_own_forward(linear, linear.base if isinstance(linear, AdaptedLinear) else type(linear)):
+        raise ValueError(
+            f"{source} adapts {path}, whose weight must be plain in a bank, got "
+            f"{kind(linear) or 'one that is recomputed'}; inject takes such a model, for one adapter at a time"
+        )
 
 
 def _load_heads(model: nn.Module, state: dict[str, Tensor], source) -> dict[str, nn.Linear]:
     """The classifiers in a head's state, with the dtype and device of the model's."""
+    for path, linear in classifiers_of(model):
+        check_plain(linear, path, source)
     try:
         head_classes(model, state)
     except ValueError as error:

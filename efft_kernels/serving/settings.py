@@ -77,8 +77,8 @@ class Settings(_Checked):
     """memory budget for adapters in each replica; the least recently used are evicted"""
     max_bytes: Count = 20 * 2**20
     """size limit of an image file, with the video that a phone appends to it"""
-    max_pixels: Count = 25_000_000
-    """limit of width times height of an image"""
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 25_000_000
+    """limit of width times height of an image, at most that of Pillow"""
     max_ongoing: Count = 32
     """requests that one replica works on at a time; further ones wait"""
     max_queued: Count = 128
