@@ -196,14 +196,13 @@ def test_several_labels_per_image(tmp_path, capsys, monkeypatch):
     assert 100 * sum(not row.wrong for row in rows) / 8 == pytest.approx(result.metrics["test"]["exact"])
     assert cli.main(["predict", str(tmp_path / "out"), str(tmp_path / "images")]) == cli.DONE
     assert len(capsys.readouterr().out.splitlines()) == 24
-    monkeypatch.setattr(
-        evaluation, "logits", lambda model, x: logits(model, x).sigmoid()
-    )  # all in [0, 1], at least 0.5
+    positive = lambda model, x: logits(model, x).sigmoid()  # so that each class has a probability of at least 0.5
+    monkeypatch.setattr(evaluation, "logits", positive)
     result = train(replace(settings, out=str(tmp_path / "positive"), epochs=1), progress=False)
     rows = predictions.from_csv(tmp_path / "positive/predictions.csv", True)
     assert all(row.predicted == ("rare", "sea", "sky") for row in rows)
     assert result.metrics["test"]["f1"] == pytest.approx(100 * 2 / 3, abs=1e-3)  # half of the images have each of two
-    monkeypatch.setattr(labelling, "logits", lambda model, x: logits(model, x).sigmoid())
+    monkeypatch.setattr(labelling, "logits", positive)
     assert len(next(labelling.label(result.out, [str(tmp_path / "images/0.png")], top=1)).classes) == 3
 
 

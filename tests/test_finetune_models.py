@@ -56,9 +56,8 @@ def test_files(kind, name, make, tmp_path):
 def test_same_number_of_classes_keeps_no_head(tmp_path):
     source = vit(num_classes=5, **SIZES)
     torch.save(source.state_dict(), tmp_path / "a.pth")
-    assert not torch.equal(
-        make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "a.pth")).head.weight, source.head.weight
-    )
+    model = make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "a.pth"))
+    assert not torch.equal(model.head.weight, source.head.weight)
 
 
 def npz_of(model, path):
@@ -81,10 +80,8 @@ def npz_of(model, path):
         attention = b + "MultiHeadDotProductAttention_1/"
         parts = zip(("query", "key", "value"), s[t + "attn.qkv.weight"].chunk(3), s[t + "attn.qkv.bias"].chunk(3))
         for part, weight, bias in parts:
-            out |= {
-                attention + f"{part}/kernel": weight.T.reshape(d, h, d // h),
-                attention + f"{part}/bias": bias.view(h, -1),
-            }
+            out[attention + f"{part}/kernel"] = weight.T.reshape(d, h, d // h)
+            out[attention + f"{part}/bias"] = bias.view(h, -1)
         out |= {attention + "out/kernel": s[t + "attn.proj.weight"].T.reshape(h, d // h, d)}
         out |= {attention + "out/bias": s[t + "attn.proj.bias"]}
         for n, ours in enumerate(("fc1", "fc2")):
@@ -96,13 +93,9 @@ def npz_of(model, path):
 def test_npz_of_the_original_vit(tmp_path):
     source = vit("vit_base_patch16_224", num_classes=21, **SIZES)
     npz_of(source, tmp_path / "ViT-B_16.npz")
-    model = make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "ViT-B_16.npz"))
-    assert_loaded(model, source)
-    # positions are interpolated for larger images
-    assert logits(make_model("vit_base_patch16_224", 5, 64, str(tmp_path / "ViT-B_16.npz")), images(size=64)).shape == (
-        2,
-        5,
-    )
+    assert_loaded(make_model("vit_base_patch16_224", 5, 32, str(tmp_path / "ViT-B_16.npz")), source)
+    larger = make_model("vit_base_patch16_224", 5, 64, str(tmp_path / "ViT-B_16.npz"))  # positions are interpolated
+    assert logits(larger, images(size=64)).shape == (2, 5)
 
 
 @pytest.mark.parametrize(
