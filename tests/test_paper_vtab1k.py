@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +20,17 @@ timm()
 need("matplotlib", "tabulate", "tqdm", "accelerate", "torchmetrics")
 
 import runs
+import sources
 import tables
 import vtab1k
 from runs import Places, Run, Store
+
+from efft_kernels import EFFTConfig
+from efft_kernels.finetune import loop, methods, plots
+from efft_kernels.finetune.data import SOURCES
+from efft_kernels.finetune.images import Subset
+from efft_kernels.finetune.lists import VTAB_CLASSES
+from efft_kernels.finetune.settings import Settings
 
 FACTS = vtab1k.FACTS
 ALL = [name for members in FACTS["groups"].values() for name in members]
@@ -31,8 +41,6 @@ def run(data="svhn", method="efft2", seed=0, part="test", **settings):
 
 
 def record(of, top1, parameters=1000):
-    from dataclasses import asdict
-
     return {"run": asdict(of), "top1": top1, "parameters": parameters}
 
 
@@ -53,11 +61,7 @@ def test_published_rows_agree_with_their_own_means():
 
 
 def test_released_settings_are_whole_and_possible():
-    from efft_kernels import EFFTConfig
-    from efft_kernels.finetune.lists import VTAB_CLASSES
-    from efft_kernels.finetune.methods import METHODS
-
-    assert FACTS["classes"] == VTAB_CLASSES and set(FACTS["methods"]) == set(METHODS)
+    assert FACTS["classes"] == VTAB_CLASSES and set(FACTS["methods"]) == set(methods.METHODS)
     for variant, released in FACTS["released"].items():
         assert set(released) == set(ALL)
         for rank, scale, *zero in released.values() if variant != "noah" else ():
@@ -87,9 +91,6 @@ def test_ranks_of_fact_give_its_published_count():
 
 
 def test_every_planned_run_has_valid_settings():
-    from efft_kernels.finetune import methods
-    from efft_kernels.finetune.settings import Settings
-
     args = SimpleNamespace(normalize=None, model=None, checkpoint="some/ViT-B_16.npz", epochs=None, cores=None)
     made = [vtab1k.settings_of(m, d, args) for m in FACTS["methods"] for d in ALL]
     assert all(settings["checkpoint"] == "ViT-B_16.npz" for settings in made)  # no path of this machine
@@ -137,10 +138,8 @@ def test_store_keeps_every_value_and_every_environment(tmp_path):
     assert {one.name: again.get(one) for one in (first, other)} == kept
     read = again.get(first)["run"]["settings"]
     assert type(read["scale"]) is float and read["text"] == "12"
-    assert [e["machine"]["cpu"] for e in json.loads((tmp_path / "runs/runs.json").read_text())["environments"]] == [
-        "a",
-        "b",
-    ]
+    environments = json.loads((tmp_path / "runs/runs.json").read_text())["environments"]
+    assert [environment["machine"]["cpu"] for environment in environments] == ["a", "b"]
     assert again.get(run(seed=2)) is None and len(again.all()) == 2
     path = tmp_path / "runs" / "runs.csv"
     path.write_text(path.read_text()[:-20])
@@ -181,10 +180,6 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
 
 
 def test_what_a_run_trains_on_and_is_measured_by():
-    import sources  # noqa: F401, registers the source
-
-    from efft_kernels.finetune.data import SOURCES
-
     whole = SOURCES["dsprites_loc"]()
     numbers = lambda part: {part.where(i) for i in range(len(part))}
     val = SOURCES[runs.opened(run("dsprites_loc", part="val"), Places(), None)]()
@@ -237,9 +232,8 @@ def test_table_text():
 
 
 def test_published_rows_beside_part_of_the_data_sets():
-    entry = next(e for e in FACTS["published"] if e["name"] == "Full")
     groups = {"Natural": ["svhn", "dtd"], "Structured": ["kitti"]}
-    found = tables.published(entry, FACTS["groups"], groups, "published: Full")
+    found = tables.published(published("Full"), FACTS["groups"], groups, "published: Full")
     assert {name: c.mean for name, c in found.cells.items()} == {"svhn": 87.4, "dtd": 64.3, "kitti": 65.5}
     assert found.mean.mean == pytest.approx((87.4 + 64.3 + 65.5) / 3)
 
@@ -264,10 +258,8 @@ def lists(tmp_path):
 
 
 def fake(one, places):
-    scale = one.settings.get("scale", 1)
-    return record(
-        one, 50.0 + one.seed + 3 * (one.method == "efft2") - abs(scale - 1) + 0.1 * one.settings.get("rank", 0)
-    )
+    scale, rank = one.settings.get("scale", 1), one.settings.get("rank", 0)
+    return record(one, 50.0 + one.seed + 3 * (one.method == "efft2") - abs(scale - 1) + 0.1 * rank)
 
 
 def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
@@ -279,9 +271,7 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     assert f"left out: dtd: {lists / 'dtd'} has no train800.txt, val200.txt, test.txt" in said
     assert "left out: cifar" in said and "generated, so pixels differ from VTAB's: dsprites_loc, dsprites_ori" in said
     table = (tmp_path / "out/table.md").read_text()
-    assert table.splitlines()[0].startswith(
-        "| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural"
-    )
+    assert table.startswith("| method | params (M) | svhn | kitti | dsprites_loc | dsprites_ori | Natural")
     assert "| published: EFFT2 r in {8,16,32} | 0.245 | **89.6** |" in table and "published: Linear" in table
     assert "MLAE" not in table, "a mean over all data sets stands beside no mean over some"
     kept = Store(tmp_path / "out").all()
@@ -296,8 +286,6 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
 
 
 def test_a_signal_stops_the_series_with_a_sentence(lists, tmp_path, monkeypatch, capsys):
-    from efft_kernels.finetune import loop
-
     done = []
 
     def train(settings, **options):
@@ -324,9 +312,8 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
     assert vtab1k.main(command) == 0
     points = {(one.settings["scale"], one.settings["rank"]) for one in done}
     assert len(done) == len(points) == 15 and all(one.part == "val" for one in done)
-    assert "svhn, efft2: 56.20 % of validation with {'scale': 1.0, 'rank': 32}" in capsys.readouterr().out.replace(
-        "'scale': 1,", "'scale': 1.0,"
-    )
+    said = capsys.readouterr().out.replace("'scale': 1,", "'scale': 1.0,")
+    assert "svhn, efft2: 56.20 % of validation with {'scale': 1.0, 'rank': 32}" in said
     assert vtab1k.main(command) == 0 and len(done) == 15
     assert (tmp_path / "out/scale.png").exists() and (tmp_path / "out/rank.png").exists()
 
@@ -347,8 +334,6 @@ def test_sweep_is_resumed_and_shared(lists, tmp_path, monkeypatch, capsys):
 
 def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, capsys):
     """The experiment with an invented accuracy: best at lr 3e-3, scale 1 on validation images, worst there on test."""
-    import sources
-
     monkeypatch.setattr(sources, "weights", lambda name: sources.Weights("vit_tiny_patch16_224", tmp_path / "w.pt", ""))
     done = []
 
@@ -391,8 +376,6 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
 def test_bad_arguments(arguments, said, capsys):
     with pytest.raises(SystemExit):
         vtab1k.main(arguments)
-    import re
-
     assert re.search(said, capsys.readouterr().err)
 
 
@@ -412,13 +395,8 @@ def test_bad_data_sets(lists, tmp_path, capsys):
 @pytest.mark.slow
 def test_shares_of_torchrun():
     code = "import vtab1k; print(vtab1k.share(list(range(7))), vtab1k.os.environ.get('CUDA_VISIBLE_DEVICES'))"
-    environment = {
-        **os.environ,
-        "RANK": "1",
-        "WORLD_SIZE": "3",
-        "LOCAL_RANK": "1",
-        "PYTHONPATH": f"{PAPER}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+    environment["PYTHONPATH"] = f"{PAPER}:{os.environ.get('PYTHONPATH', '')}"
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split("\n")[0] == "[1, 4] 1"
@@ -492,11 +470,6 @@ def test_probe_learns_where_a_linear_head_can():
 
 def few_images(monkeypatch, of=1000):
     """Let runs train on the first 96 of their images."""
-    from dataclasses import replace
-
-    from efft_kernels.finetune.data import SOURCES
-    from efft_kernels.finetune.images import Subset
-
     opened = runs.opened
 
     def few(*args, **options):
@@ -511,15 +484,11 @@ def few_images(monkeypatch, of=1000):
 @pytest.mark.slow
 def test_offline_quick(tmp_path, capsys, monkeypatch):
     """The whole experiment on 96 training images: weights of a package, six methods, test, table and chart."""
-    from sources import weights
-
-    from efft_kernels.finetune import plots
-
     few_images(monkeypatch)
     monkeypatch.setattr(plots, "as_svg", lambda figure: "")  # of the runs' reports; the chart is drawn
     monkeypatch.setattr(plots, "curves", lambda file, record: None)
     try:
-        weights("dinov2s_mri")
+        sources.weights("dinov2s_mri")
     except FileNotFoundError as error:
         pytest.skip(str(error))
     assert vtab1k.main(["--offline", "--quick", "--out", str(tmp_path), "--workers", "1"]) == 0
@@ -605,9 +574,8 @@ def test_pruned_trials_of_a_sweep(pruner, lists, tmp_path, monkeypatch, capsys):
         if t.state.name == "PRUNED":  # at the accuracy of the epoch, and not before a fifth of all epochs
             assert 2 <= max(t.intermediate_values) < 10 and t.value == t.intermediate_values[max(t.intermediate_values)]
     assert len(Store(tmp_path / "out").all()) == 15 - pruned, "a pruned trial is no result"
-    assert (
-        "svhn, efft2: 56.20 % of validation" in (said := capsys.readouterr().out) and f"{pruned} of 16 trials" in said
-    )
+    said = capsys.readouterr().out
+    assert "svhn, efft2: 56.20 % of validation" in said and f"{pruned} of 16 trials" in said
     assert vtab1k.main([*command, "--pruner", pruner]) == 0 and len(done) == 16
     # without a pruner, in a study of its own: the others count, and those are trained to the end
     assert vtab1k.main(command) == 0 and len(done) == 16 + pruned

