@@ -16,18 +16,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gpu_tables as gpu
 from efft_kernels.storage import write_bytes
 from forward_rows import summary
-from gpu_tables import (
-    MODELS,
-    gpu_backward,
-    gpu_changes,
-    gpu_forward,
-    gpu_passes,
-    gpu_predictions,
-    gpu_profile,
-    recorded,
-)
 from markdown_table import RESULTS, Table
 from record import digits, read_csv, read_run
 
@@ -73,7 +64,7 @@ METHODS = {
 def train_step() -> Table:
     """training step of ViT-B, time and memory, per processor"""
     records = ["emerald_rapids/train_vit_b", "zen5/train_vit_b_float32"]
-    gpus = [folder for folder, _ in recorded()]
+    gpus = [folder for folder, _ in gpu.recorded()]
     kinds = [(records[0], "train_step", dtype) for dtype in ("float32", "bfloat16")]
     kinds += [(name, "train_step", None) for name in [records[1], *gpus]]
     for kind in ("train_step_graph", "train_step_compile_graph"):
@@ -134,12 +125,12 @@ def train_step_methods() -> Table:
 def gpu_train_step() -> Table:
     """training steps on every GPU that gpu.py recorded: eager, from CUDA graphs, compiled"""
     rows, records = [], []
-    for folder, run in recorded():
-        gpu = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
+    for folder, run in gpu.recorded():
+        name = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
         for path in sorted((RESULTS / folder).glob("*train_step*.json")):
             run, steps = _steps(folder, path.stem)
             arguments = run["arguments"]
-            where = f"{gpu}, {MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"
+            where = f"{name}, {gpu.MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"
             records.append(f"{folder}/{path.stem}.csv")
             for method in (method for method in METHODS if method in steps):
                 rows.append([where, METHODS[method], *_step(steps[method])])
@@ -409,9 +400,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     table.__name__: table
     for table in (
         train_step, memory_models, train_step_methods, lora, forward, forward_backward, forward_rows, few_rows, swin,
-        accuracy, inference, inference_operations, serving, load_test, gpu_forward, gpu_backward, gpu_train_step,
-        gpu_changes, gpu_passes, gpu_predictions, gpu_profile, vtab1k, vtab1k_options, vtab1k_paired,
-        ablation, subspace,
+        accuracy, inference, inference_operations, serving, load_test, gpu.gpu_forward, gpu.gpu_backward,
+        gpu_train_step, gpu.gpu_changes, gpu.gpu_passes, gpu.gpu_predictions, gpu.gpu_profile, vtab1k, vtab1k_options,
+        vtab1k_paired, ablation, subspace,
     )
 }  # fmt: skip
 

@@ -117,11 +117,11 @@ def test_table_of_gpus(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         record.write_run(tmp_path / name, run | more | {"results": [row, row | {"variant": "merged"}]})
     monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
-    made = summary.gpu_forward()
+    made = gpu_tables.gpu_forward()
     linear = "ViT-B qkv 768 → 2304, M = 12608"
     times = ["80.0", "160", "100", "80.0"]
     assert made.rows == [["G", linear, *times, "cuda", "1.00", "0.500", "0.800"]]
-    assert made.records == ["some_gpu/gpu.csv"] and not summary.gpu_backward().rows
+    assert made.records == ["some_gpu/gpu.csv"] and not gpu_tables.gpu_backward().rows
 
 
 def test_no_chart_of_variants_without_a_colour(tmp_path):
