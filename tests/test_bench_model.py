@@ -177,10 +177,8 @@ def test_memory_of_a_step_alone(tmp_path, capsys):
 @pytest.mark.parametrize("model", ["vit_b", "swin_t"])
 def test_train_step(model, tmp_path, capsys):
     pytest.importorskip("peft")
-    chosen, dtypes = (
-        ["full", "peft_lora", "accelerated", "released_efft", "fact_tt", "efft2", "efft2_p0"],
-        ["float32", "bfloat16"],
-    )
+    chosen = ["full", "peft_lora", "accelerated", "released_efft", "fact_tt", "efft2", "efft2_p0"]
+    dtypes = ["float32", "bfloat16"]
     if model == "swin_t":
         chosen, dtypes = [name for name in chosen if name != "fact_tt"], dtypes[:1]
     options = ["--model", model, "--methods", *chosen, "--dtype", *dtypes, "--out", str(tmp_path / "a" / "b")]

@@ -75,13 +75,10 @@ def planned(M=200, needs=None):
 
 
 def test_ranks_that_cost_the_same_share_an_entry():
-    assert (
-        table.key("a", torch.float16, 96, 768, 5)
-        == table.key("a", torch.float16, 96, 768, 16)
-        == "a float16 K96 N768 R16"
-    )
-    assert table.key("a", torch.float16, 96, 768, 17).endswith("R32")
-    assert table.key("a", torch.float16, 9, 7, 1, [False, False, True, True, True]).endswith("needs down,up")
+    key = functools.partial(table.key, "a", torch.float16)
+    assert key(96, 768, 5) == key(96, 768, 16) == "a float16 K96 N768 R16"
+    assert key(96, 768, 17).endswith("R32")
+    assert key(9, 7, 1, [False, False, True, True, True]).endswith("needs down,up")
 
 
 def test_a_choice_needs_a_gain_of_three_percent():
@@ -114,9 +111,8 @@ def test_a_record_is_void_once_what_it_was_made_with_has_changed(changed, own_fi
     assert table.unproven("cuda", CPU) is None and planned() == cuda.KernelPlan(**PLAN)
     write(table.user_file(), proof(PLAN, **{changed: "another"}), {FORWARD: {"200": row()}})
     reason = table.unproven("cuda", CPU)
-    assert (
-        "other sources" if changed == "sources" else f"with {changed} another"
-    ) in reason and table.COMMAND in reason
+    assert ("other sources" if changed == "sources" else f"with {changed} another") in reason
+    assert table.COMMAND in reason
     assert table.choice(CPU, FORWARD, 200) is None and planned() == cuda.KernelPlan(True, False, 64)
     # a shipped record was made elsewhere, with whatever driver was there
     table.user_file().unlink()
@@ -136,9 +132,8 @@ def test_the_users_file_goes_first_and_deleting_it_undoes_the_choice():
 
 
 def test_a_new_proof_takes_the_times_of_other_sources_away():
-    write(
-        table.user_file(), proof(PLAN, sources="old"), {FORWARD: {"200": row() | {"triton": {"us": 3.0, "plan": {}}}}}
-    )
+    timed = row() | {"triton": {"us": 3.0, "plan": {}}}
+    write(table.user_file(), proof(PLAN, sources="old"), {FORWARD: {"200": timed}})
     table.save(name(), proof({"op": "merge_"}))
     found = json.loads(table.user_file().read_text())["devices"][name()]
     assert found["proof"]["cuda"]["plans"] == {"merge_": {"bfloat16": 40}}
@@ -293,9 +288,8 @@ def test_a_hopper_plan_goes_by_the_operands(single):
 def test_a_plan_that_this_gpu_cannot_run_is_an_error_that_names_the_file():
     for plan in (PLAN | {"tile": 96}, PLAN | {"hopper": True, "tile": 64}, {"single_pass": True}):
         write(table.user_file(), proof(plan), {FORWARD: {"200": row(plan)}})
-        with pytest.raises(
-            ValueError, match=f"{table.user_file()}: the plan of lowrank_linear for M 200.* must be one of"
-        ):
+        says = f"{table.user_file()}: the plan of lowrank_linear for M 200.* must be one of"
+        with pytest.raises(ValueError, match=says):
             planned()
 
 
@@ -400,10 +394,8 @@ def test_the_command_asks_for_mixed_batches_of_models(monkeypatch):
 
 def test_entries_of_the_other_ops():
     sigma, v = torch.zeros(12, 4, 5), torch.zeros(5, 7)
-    assert table._entries("group_update", (sigma, v), None) == [("group_update float32 P4 Q5 N7", 12)]
-    assert table._entries("group_update_backward", (sigma, sigma, v), None) == [
-        ("group_update_backward float32 P4 Q5 N7", 12)
-    ]
+    for op, given in (("group_update", (sigma, v)), ("group_update_backward", (sigma, sigma, v))):
+        assert table._entries(op, given, None) == [(f"{op} float32 P4 Q5 N7", 12)]
     one, two = torch.zeros(8, 4), torch.zeros(6, 4)
     downs, ups = [torch.zeros(4, 3)] * 3, [torch.zeros(3, 8), torch.zeros(3, 6), torch.zeros(3, 8)]
     found = table._entries("merge_", (one, two, one, *downs, *ups), None)
@@ -411,11 +403,8 @@ def test_entries_of_the_other_ops():
 
 
 def planted(**faults) -> list[str]:
-    return [
-        sys.executable,
-        str(WORKER),
-        json.dumps({name.replace("_", " ").replace("single ", "single_"): f for name, f in faults.items()}),
-    ]
+    named = {name.replace("_", " ").replace("single ", "single_"): fault for name, fault in faults.items()}
+    return [sys.executable, str(WORKER), json.dumps(named)]
 
 
 @pytest.fixture
@@ -453,11 +442,8 @@ def test_wrong_and_hanging_plans_are_dropped_and_named_and_the_rest_is_chosen(qu
 
 @pytest.mark.slow
 def test_a_plan_that_hangs_while_it_is_timed_is_dropped_too(quick, monkeypatch):
-    write(
-        table.user_file(),
-        proof(*(plan._asdict() for plan in cuda.plans("", 5)), {"op": "merge_"}, {"op": "group_update"}),
-        {},
-    )
+    linear = [plan._asdict() for plan in cuda.plans("", 5)]
+    write(table.user_file(), proof(*linear, {"op": "merge_"}, {"op": "group_update"}), {})
     monkeypatch.setitem(run.STEP_LIMIT, "cuda", 3.0)
     worker = planted(tile64="hang", hopper_tile192="fast", single_pass_tile64="slow", tile128="slow")
     report = tune([(160, 64, 96, 5)], backends=["cuda"], device="cpu", simulated=True, worker=worker)
@@ -486,11 +472,8 @@ def test_a_cpu_is_tuned_by_instruction_set(monkeypatch):
         pytest.skip(cpu.unavailable())
     monkeypatch.setattr(prove, "SHAPES", prove.SHAPES[:1])
     before, said = cpu.isa(), []
-    worker = [
-        sys.executable,
-        "-c",
-        "import torch; torch.set_num_threads(1); from efft_kernels.kernels.tuning import worker; worker.main()",
-    ]
+    code = "import torch; torch.set_num_threads(1); from efft_kernels.kernels.tuning import worker; worker.main()"
+    worker = [sys.executable, "-c", code]
     report = tune([(24, 40, 48, 5)], [torch.float32], device="cpu", simulated=True, worker=worker, say=said.append)
     assert report.proven["cpu"].keys() == {f"{isa}" for isa in cpu.isas()} and not report.dropped["cpu"]
     assert len(report.timed) == 3 and any("instruction set" in line for line in said)
