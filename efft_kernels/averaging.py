@@ -97,17 +97,13 @@ def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def _agreed(files: Sequence[AdapterFile], name: str, must: bool = False):
     """What all files state; None, with a warning, if they do not agree, although what is stated ``must``."""
-    found = {}
-    for file in files:
-        found.setdefault(getattr(file, name), file.path)
+    found = {getattr(file, name): file.path for file in files}
     first, *others = [value for value in found if value is not None] or [None]
     if must and others:
         raise ValueError(f"{found[others[0]]} must have the {name} of {found[first]}, {first}, got {others[0]}")
     if len(found) > 1:
-        said = f"the mean states no {name}, because {' and '.join(found.values())} do not state the same"
-        warnings.warn(said, stacklevel=5)
-        return None
-    return first
+        warnings.warn(f"the mean states no {name}, in which {' and '.join(found.values())} differ", stacklevel=5)
+    return first if len(found) == 1 else None
 
 
 def _check_alike(adapter: Mapping[str, Group], first: Mapping[str, Group], path, first_path) -> None:

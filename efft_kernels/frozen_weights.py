@@ -39,9 +39,8 @@ def differences(model: nn.Module, samples: str, heads: tuple[str, ...] = ()) -> 
     """(names of the tensors that differ from their samples, number of tensors compared)
 
     A tensor differs if a value differs by more than the rounding of the coarser of both dtypes, or if only one side has
-    it, as a register token, or if its name starts as one of ``heads`` and it has another shape. Others of another shape
-    (a table of places for other images), those that cannot be read here and weights that a parametrization computes
-    are not compared.
+    it, as a register token. One of another shape (a table of places for other images) that is not in one of ``heads``,
+    one that cannot be read here and a weight that a parametrization computes are not compared.
 
     Raises:
         ValueError: samples is not what :func:`sample` gives.

@@ -307,17 +307,15 @@ def test_hooks_of_accelerate_come_and_go(remove):
 
 
 def test_nothing_is_loaded_into_a_model_without_values(tmp_path):
-    ek.save_adapter(adapted(), tmp_path / "a.safetensors")
+    ek.save_adapter(adapted(), path := tmp_path / "a.safetensors")
     model = vit()
     model.head.to("meta")
-    for bank in (AdapterBank(copy.deepcopy(model)), AdapterBank(vit().to("meta"))):
-        with pytest.raises(ValueError, match=r"(head|blocks.0.attn.qkv) is on the meta device, where .* would be lost"):
-            bank.add("a", tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"head.weight is on the meta device, where the head of .* would be lost"):
-        ek.load_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv is on the meta device, where .* would be lost"):
-        ek.load_adapter(model.to("meta"), tmp_path / "a.safetensors", head="keep")
-    assert not hasattr(model, "efft")
+        ek.load_adapter(model, path)
+    with pytest.raises(ValueError, match="head is on the meta device, where .* would be lost"):
+        AdapterBank(copy.deepcopy(model)).add("a", path)
+    with pytest.raises(ValueError, match="blocks.0.attn.qkv is on the meta device, where .* would be lost"):
+        ek.load_adapter(model.to("meta"), path, head="keep")
 
 
 def test_a_forward_set_after_inject_must_reach_the_adapter():

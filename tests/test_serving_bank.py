@@ -345,7 +345,6 @@ def test_a_model_without_one_of_its_blocks():
     bank.model.blocks, merged.blocks = bank.model.blocks[:1], merged.blocks[:1]
     bank.release()
     assert {type(m) for m in bank.model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
-    assert not hasattr(bank.model, "efft") and all(p.requires_grad for p in bank.model.parameters())
     with pytest.raises(ValueError, match="blocks.1.attn.qkv must be the nn.Linear that merge left there, got None"):
         ek.unmerge(merged)
 
