@@ -146,23 +146,9 @@ def results(case: Case, args, samples: list[dict], facts: dict[str, dict]) -> li
     for (part, laps), name in itertools.product(parts.items(), facts):
         of = lambda name, laps=laps: [[round[name][lap] for lap in laps] for round in samples]
         references = {other: of(other) for other in REFERENCES if other in facts}
-        rows.append(
-            {
-                "layer": layer.name,
-                "M": case.M,
-                "K": layer.K,
-                "N": layer.N,
-                "R": args.rank,
-                "slices": layer.slices,
-                "dtype": case.dtype,
-                "size": case.size,
-                "count": layer.count,
-                "pass": part,
-                "variant": name,
-                **columns(of(name), references, ("merged", "unfused")),
-                **facts[name],
-            }
-        )
+        row = {"layer": layer.name, "M": case.M, "K": layer.K, "N": layer.N, "R": args.rank, "slices": layer.slices}
+        row |= {"dtype": case.dtype, "size": case.size, "count": layer.count, "pass": part, "variant": name}
+        rows.append(row | columns(of(name), references, ("merged", "unfused")) | facts[name])
     return rows
 
 
@@ -176,12 +162,8 @@ def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
         for n, case in enumerate(cases):
             bar.set_description(str(case))
             found, _ = variants(args.device)  # again, so that nothing compiled for the previous case is reused
-            found = [
-                v
-                for v in found
-                if (args.variants is None or v.name in args.variants)
-                and (not v.compiled or args.compile == "all" or (args.compile == "first" and n == 0))
-            ]
+            compile = args.compile == "all" or (args.compile == "first" and n == 0)
+            found = [v for v in found if v.name in (args.variants or [v.name]) and (compile or not v.compiled)]
             if any(v.compiled for v in found):
                 torch._dynamo.reset()
             setup -= time.perf_counter()

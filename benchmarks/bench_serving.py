@@ -7,7 +7,6 @@ A call serves ``batch`` images, each with the next of K adapters; if there are m
 several batches to use each. timing.py measures, results/README.md describes the files.
 """
 
-import argparse
 import copy
 import itertools
 import sys
@@ -291,7 +290,7 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p: argparse.ArgumentParser = parser(
+    p = parser(
         "Time a vision transformer that serves many adapters, mixed in every batch. Without arguments: ViT-B, "
         "batch 32, 1, 8 and 64 adapters, float32.",
         [m.name for m in METHODS],

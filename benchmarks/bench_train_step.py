@@ -112,15 +112,8 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, Built], grap
         references = {other: other for other in REFERENCES if other in built}
         timed = timings(samples, name, which, references, "merged", "efft2_kept")
         loss = step.loss.item()
-        rows.append(
-            {
-                **about(args, dtype, part, name),
-                **timed,
-                **facts,
-                "ops": facts["ops"][part],
-                "loss": loss if math.isfinite(loss) else None,
-            }
-        )
+        own = {"ops": facts["ops"][part], "loss": loss if math.isfinite(loss) else None}
+        rows.append(about(args, dtype, part, name) | timed | facts | own)
     return rows
 
 
@@ -130,11 +123,8 @@ def measure_memory(args, record: dict, found: list[Method]) -> None:
     for dtype in args.dtype:
         with tqdm(desc=f"{args.model} {dtype}", disable=None) as bar:
             built = build(args, dtype, found, record["left_out"], bar)
-        rows = [
-            {**about(args, dtype, "step", name), **of.facts, "ops": of.facts["ops"]["step"]}
-            for name, of in built.items()
-        ]
-        add_rows(record, rows, args.out)
+        facts = {name: of.facts | {"ops": of.facts["ops"]["step"]} for name, of in built.items()}
+        add_rows(record, [about(args, dtype, "step", name) | own for name, own in facts.items()], args.out)
 
 
 def measure(args, record: dict, found: list[Method], graph: bool = False, compile: bool = False) -> None:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -324,18 +325,15 @@ def train(found: Run, out: Path, dry: bool, backend: str | None) -> list[dict]:
     for name, more in TRAIN.items():
         if dry and more:
             continue
-        folder = out / name
         command = [sys.executable, "benchmarks/bench_train_step.py", *device, *more, "--methods", *METHODS]
-        command += ["--seconds", "5" if dry else "45", "--out", str(folder)]
-        command += ["--backend", backend] if backend else []
+        command += ["--seconds", "5" if dry else "45", *(["--backend", backend] if backend else [])]
         for suffix in (".csv", ".json"):  # those of an earlier run are not what this step measures
             (out / f"{name}{suffix}").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        found.step(name, command, 300 if dry else 110)
-        for path in (folder / "train_step.csv", folder / "train_step.json"):
-            if path.exists():
-                path.replace(out / f"{name}{path.suffix}")
-        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            found.step(name, [*command, "--out", folder], 300 if dry else 110)
+            for path in (Path(folder, "train_step.csv"), Path(folder, "train_step.json")):
+                if path.exists():
+                    path.replace(out / f"{name}{path.suffix}")
         if (out / f"{name}.csv").exists():
             rows += [{"file": name, **row} for row in record.read_csv(out / f"{name}.csv")]
     return rows
@@ -408,10 +406,8 @@ def everything(found: Run, out: Path, args) -> int:
     lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
     print("\n" + record.text_table(["goal", "what", "at most", "worst", "cases"], lines))
     for backend, found_plans in report.proven.items():
-        print(
-            f"{backend}: proven {', '.join(found_plans) or 'nothing'}; "
-            f"dropped {report.dropped.get(backend) or 'nothing'}"
-        )
+        dropped = report.dropped.get(backend) or "nothing"
+        print(f"{backend}: proven {', '.join(found_plans) or 'nothing'}; dropped {dropped}")
     print("".join(f"not done: {what}\n" for what in not_done) + f"\nwritten: {out}")
     wrong = any(report.dropped.values()) or any(each.get("differ") for each in stressed)
     return int(wrong or bool(found.not_passed))

@@ -142,14 +142,10 @@ def reason(error: BaseException) -> str:
 def make_batches(args, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """Random images [B, 3, S, S] and labels [B]."""
     g = torch.Generator(args.device).manual_seed(0)
-    shape = args.batch, 3, args.image, args.image
-    return [
-        (
-            torch.randn(shape, generator=g, device=args.device).to(dtype),
-            torch.randint(harness.CLASSES, (args.batch,), generator=g, device=args.device),
-        )
-        for _ in range(BATCHES)
-    ]
+    shape, made = (args.batch, 3, args.image, args.image), dict(generator=g, device=args.device)
+    images = lambda: torch.randn(shape, **made).to(dtype)
+    labels = lambda: torch.randint(harness.CLASSES, shape[:1], **made)
+    return [(images(), labels()) for _ in range(BATCHES)]
 
 
 class Ops(TorchDispatchMode):
