@@ -54,14 +54,7 @@ def row(name: str, records: list[dict], groups: dict[str, list[str]]) -> Row:
     common = sorted(set.intersection(*(set(s) for s in seeds.values()))) if names else []
     top1 = {key: record["top1"] for key, record in found.items()}
 
-    def mean(members: list[str], seed: int) -> float | None:
-        values = [top1[data, seed] for data in members]
-        return None if None in values else statistics.fmean(values)
-
-    def of_groups(seed: int) -> float | None:
-        values = [mean(members, seed) for members in groups.values()]
-        return None if None in values else statistics.fmean(values)
-
+    mean = lambda members, seed: cell(top1[data, seed] for data in members).mean
     counts = [record["parameters"] for record in records if record.get("parameters") is not None]
     return Row(
         name,
@@ -69,7 +62,7 @@ def row(name: str, records: list[dict], groups: dict[str, list[str]]) -> Row:
         {data: cell(top1[data, seed] for seed in seeds[data]) for data in names},
         {group: cell(mean(members, seed) for seed in common) for group, members in groups.items()},
         cell(mean(names, seed) for seed in common),
-        cell(of_groups(seed) for seed in common),
+        cell(cell(mean(members, seed) for members in groups.values()).mean for seed in common),
     )
 
 

@@ -142,9 +142,9 @@ class Pass:
                 self.runs[i].start(self.bank.parameters(str(i)), late, device)
         else:
             self.model = models[0].to(device)
-            heads = [p for p in methods.trainable_parameters(self.model) if id(p) in _head_ids(self.model)]
-            rest = [p for p in methods.trainable_parameters(self.model) if id(p) not in _head_ids(self.model)]
-            self.runs[0].start(rest + heads, late, device)
+            heads = _head_ids(self.model)
+            own = sorted(methods.trainable_parameters(self.model), key=lambda p: id(p) in heads)  # the head last
+            self.runs[0].start(own, late, device)
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in normalisation(self.model, s.normalize))
         self.normalise = lambda images: (images.to(device).float() - mean) / std
         for i, run in enumerate(self.runs):
