@@ -19,7 +19,7 @@ def call_linear(model: nn.Module, *paths: str) -> None:
     qkv is a call of that. nn.TransformerEncoderLayer and nn.TransformerEncoder have attributes that turn their fast
     paths off. :func:`uncall_linear` undoes it.
     """
-    for module, name, value in (switch for path in paths for switch in _switches(model, path)):
+    for module, name, value in (switch for path in paths for switch in switches(model, path)):
         if getattr(module, name) != value:
             module._efft_switched = {name: getattr(module, name)}, *getattr(module, "_efft_switched", ())
             setattr(module, name, value)
@@ -27,13 +27,14 @@ def call_linear(model: nn.Module, *paths: str) -> None:
 
 def uncall_linear(model: nn.Module, *paths: str) -> None:
     """Undo :func:`call_linear`."""
-    for module, _, _ in (switch for path in paths for switch in _switches(model, path)):
+    for module, _, _ in (switch for path in paths for switch in switches(model, path)):
         for before in module.__dict__.pop("_efft_switched", ()):
             for name, value in before.items():
                 setattr(module, name, value)
 
 
-def _switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, object]]:
+def switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, object]]:
+    """(module, attribute, value) of what :func:`call_linear` changes for the Linear at this path"""
     names = path.split(".")
     for n in range(len(names) - 1, -1, -1):
         module = module_at(model, ".".join(names[:n]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import check_finite, name_of
-from .calls import _switches
+from .calls import switches
 from .dora import row_norms
 from .files import known, trained_head
 from .inject import adapted_linears, adapters
@@ -82,7 +82,7 @@ def _layers(model: nn.Module, pairs: dict[str, Pair]) -> dict[str, dict[str, Pai
     """path of a module that PEFT adapts -> where it keeps a pair -> that pair"""
     found = {}
     for path, pair in pairs.items():
-        for module in (module for module, _, _ in _switches(model, path) if hasattr(module, "_efft_switched")):
+        for module in (module for module, _, _ in switches(model, path) if hasattr(module, "_efft_switched")):
             calls = isinstance(module, nn.TransformerEncoderLayer) and not module.self_attn.batch_first
             if not calls and not isinstance(module, nn.MultiheadAttention):
                 why = "reads without calling it, so that PEFT's update would have no effect; merge instead"
