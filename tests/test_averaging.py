@@ -97,11 +97,11 @@ def test_files_of_version_0_1_have_a_mean(tmp_path):
     torch.testing.assert_close(mean, old)
 
 
-@pytest.mark.parametrize("head", ["train", "keep"])
+@pytest.mark.parametrize("head", ["train", "keep", False])
 def test_the_mean_states_what_all_files_state(head, tmp_path):
-    model, files = ek.inject(vit(num_classes=3), METHODS["lora"], head=head), [tmp_path / f"{i}.x" for i in range(5)]
+    model, files = ek.inject(vit(num_classes=3), METHODS["lora"], head=head or "train"), [tmp_path / f"{i}.x" for i in range(5)]
     for i, path in enumerate(files):
-        about = {"classes": list("bac" if i == 3 else "abc"), "multilabel": i != 4}
+        about = {"classes": list("bac" if i == 3 else "abc"), "multilabel": i != 4, "head": None if head else False}
         ek.save_adapter(model, path, preparation=ek.Preparation((32, 32), crop_pct=0.8 if i == 2 else 0.9), **about)
 
     def average(i):

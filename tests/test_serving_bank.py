@@ -341,7 +341,8 @@ def test_release_restores_the_model():
 
 
 def test_a_model_without_one_of_its_blocks():
-    bank, merged = filled()[0], ek.merge(ek.add_adapter(trained(ek.LoRAConfig(rank=2, blocks=(0,))), PLAIN, "b"))
+    bank, model = filled()[0], ek.add_adapter(trained(ek.LoRAConfig(rank=2, blocks=(0,))), PLAIN, "for both")
+    merged = ek.merge(ek.set_adapter(model, "default"))
     bank.model.blocks, merged.blocks = bank.model.blocks[:1], merged.blocks[:1]
     bank.release()
     assert {type(m) for m in bank.model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
