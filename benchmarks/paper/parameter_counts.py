@@ -6,6 +6,7 @@ Models are built on the meta device by timm: no weights, no memory. Exits with 1
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,57 +28,42 @@ MODELS = {
 }
 
 
-def _swin_rank(stages, d: int, r: int) -> int:
+def _rank(stages, d: int, r: int) -> int:
     return r * d // max(width for width, _ in stages)
 
 
-def efft1(stages, r: int) -> int:
-    ranks = [(d, L, _swin_rank(stages, d, r)) for d, L in stages]
-    return sum(5 * d * q + 3 * L * q * q for d, L, q in ranks)
+def per_stage(formula: Callable[[int, int, int], int], r: int) -> Callable[[list], int]:
+    """The sum of formula(width, blocks, rank) over the stages of a model; in Swin the rank grows with the width."""
+    return lambda stages: sum(formula(d, L, _rank(stages, d, r)) for d, L in stages)
 
 
 def efft2(stages, r: int, shared: bool = False) -> int:
     total = 0
     for d, L in stages:
-        cores, r2 = 1 if shared else L, _swin_rank(stages, d, r)
+        cores, r2 = 1 if shared else L, _rank(stages, d, r)
         r1 = r2 // 2 if len(stages) > 1 else r2  # of the FFN group
         total += 2 * d * r2 + 4 * cores * r2 * r2 + d * r1 + 4 * d * r2 + 2 * cores * r1 * r2
     return total
 
 
-def fact_tt(stages, r: int) -> int:
-    ranks = [(d, L, _swin_rank(stages, d, r)) for d, L in stages]
-    return sum(2 * d * q + 12 * L * q * q for d, L, q in ranks)
-
-
-def fact_tk(stages, r: int) -> int:
-    ranks = [(d, L, _swin_rank(stages, d, r)) for d, L in stages]
-    return sum(2 * d * q + 12 * L * q + q**3 for d, L, q in ranks)
-
-
-def lora(stages, r: int) -> int:
-    return sum(2 * L * 2 * d * _swin_rank(stages, d, r) for d, L in stages)
-
-
-def vera(stages, r: int) -> int:
-    return sum(2 * L * (_swin_rank(stages, d, r) + d) for d, L in stages)
-
-
-def lora_xs(stages, r: int) -> int:
-    return sum(6 * L * _swin_rank(stages, d, r) ** 2 for d, L in stages)
-
+efft1 = lambda d, L, r: 5 * d * r + 3 * L * r * r
+fact_tt = lambda d, L, r: 2 * d * r + 12 * L * r * r
+fact_tk = lambda d, L, r: 2 * d * r + 12 * L * r + r**3
+lora = lambda d, L, r: 2 * L * 2 * d * r
+vera = lambda d, L, r: 2 * L * (r + d)
+lora_xs = lambda d, L, r: 6 * L * r**2
 
 METHODS = {
-    "EFFT1 r=16": (EFFTConfig("efft1", rank=16), lambda m: efft1(m, 16)),
-    "EFFT1 r=32": (EFFTConfig("efft1", rank=32), lambda m: efft1(m, 32)),
+    "EFFT1 r=16": (EFFTConfig("efft1", rank=16), per_stage(efft1, 16)),
+    "EFFT1 r=32": (EFFTConfig("efft1", rank=32), per_stage(efft1, 32)),
     "EFFT2 r=16": (EFFTConfig("efft2", rank=16), lambda m: efft2(m, 16)),
     "EFFT2 r=32": (EFFTConfig("efft2", rank=32), lambda m: efft2(m, 32)),
     "EFFT2 r=16 shared": (EFFTConfig("efft2", rank=16, cores="shared"), lambda m: efft2(m, 16, shared=True)),
-    "FacT-TT r=16": (FacTConfig("tt", rank=16), lambda m: fact_tt(m, 16)),
-    "FacT-TK r=16": (FacTConfig("tk", rank=16), lambda m: fact_tk(m, 16)),
-    "LoRA q, v r=8": (LoRAConfig(rank=8), lambda m: lora(m, 8)),
-    "VeRA q, v r=64": (VeRAConfig(rank=64), lambda m: vera(m, 64)),
-    "LoRA-XS r=16": (LoRAXSConfig(rank=16), lambda m: lora_xs(m, 16)),
+    "FacT-TT r=16": (FacTConfig("tt", rank=16), per_stage(fact_tt, 16)),
+    "FacT-TK r=16": (FacTConfig("tk", rank=16), per_stage(fact_tk, 16)),
+    "LoRA q, v r=8": (LoRAConfig(rank=8), per_stage(lora, 8)),
+    "VeRA q, v r=64": (VeRAConfig(rank=64), per_stage(vera, 64)),
+    "LoRA-XS r=16": (LoRAXSConfig(rank=16), per_stage(lora_xs, 16)),
 }
 
 
