@@ -153,10 +153,7 @@ def _onednn(prepare):
 
 
 def _of_core(formula):
-    def build(i: Inputs) -> Call:
-        return Call(lambda: formula(i.x, i.weight, i.bias, i.u, i.sigma, i.v), (i.u, i.sigma, i.v))
-
-    return build
+    return lambda i: Call(lambda: formula(i.x, i.weight, i.bias, i.u, i.sigma, i.v), (i.u, i.sigma, i.v))
 
 
 def _of_lora(formula):
@@ -172,11 +169,8 @@ def _addmm(i: Inputs) -> Call:
 
 
 def _efft(backend: str | None):
-    def build(i: Inputs) -> Call:
-        lowrank_linear = efft_kernels.lowrank_linear
-        return Call(lambda: lowrank_linear(i.x, i.weight, i.bias, i.down, i.up, backend=backend), (i.down, i.up))
-
-    return build
+    fused = efft_kernels.lowrank_linear
+    return lambda i: Call(lambda: fused(i.x, i.weight, i.bias, i.down, i.up, backend=backend), (i.down, i.up))
 
 
 def _efft_group(i: Inputs) -> Call:

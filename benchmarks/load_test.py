@@ -38,7 +38,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from PIL import Image
 from record import begun, prepare_folder, text_table, write_run
+from safetensors.torch import save_file
 
 import efft_kernels as ek
 from efft_kernels.serving.classifier import base_model, default_preparation
@@ -54,8 +56,6 @@ MODEL = "test_vit"  # timm's smallest: 64 wide, 160 x 160 pixels
 
 def make_adapters(folder: Path, classes: list[int]) -> Settings:
     """Write a checkpoint and an adapter for each number of classes to a folder; returns the settings to serve them."""
-    from safetensors.torch import save_file
-
     adapters = folder / "adapters"
     adapters.mkdir()
     settings = Settings(model=MODEL, adapters=str(adapters), num_classes=10)
@@ -79,7 +79,6 @@ def make_adapters(folder: Path, classes: list[int]) -> Settings:
 def pictures(count: int, seed: int = 0) -> list[bytes]:
     """Random pictures as files of several formats, modes and sizes."""
     import numpy
-    from PIL import Image
 
     rng, files = numpy.random.default_rng(seed), []
     for i in range(count):
@@ -133,7 +132,6 @@ def png(width: int, height: int, data: bytes = b"", bits: int = 8) -> bytes:
 
 def malformed() -> dict[str, dict]:
     """{name: a request that must be refused, as arguments of Load.ask}"""
-    from PIL import Image
 
     def saved(kind, size=(64, 64), **options):
         out = io.BytesIO()

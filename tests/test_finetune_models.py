@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import images, swin, timm, vit, vit_of_transformers
+from safetensors.torch import save_file
 
 from efft_kernels.finetune.models import logits, make_model, normalisation
 
@@ -42,8 +43,6 @@ def test_files(kind, name, make, tmp_path):
     source = make(num_classes=21, **options)
     path = tmp_path / kind
     if kind.endswith("safetensors"):
-        from safetensors.torch import save_file
-
         save_file({key: t.contiguous() for key, t in source.state_dict().items()}, path)
     else:
         state = source.state_dict()
