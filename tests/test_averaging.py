@@ -99,7 +99,8 @@ def test_files_of_version_0_1_have_a_mean(tmp_path):
 
 @pytest.mark.parametrize("head", ["train", "keep", False])
 def test_the_mean_states_what_all_files_state(head, tmp_path):
-    model, files = ek.inject(vit(num_classes=3), METHODS["lora"], head=head or "train"), [tmp_path / f"{i}.x" for i in range(5)]
+    model = ek.inject(vit(num_classes=3), METHODS["lora"], head=head or "train")
+    files = [tmp_path / f"{i}.x" for i in range(5)]
     for i, path in enumerate(files):
         about = {"classes": list("bac" if i == 3 else "abc"), "multilabel": i != 4, "head": None if head else False}
         ek.save_adapter(model, path, preparation=ek.Preparation((32, 32), crop_pct=0.8 if i == 2 else 0.9), **about)
