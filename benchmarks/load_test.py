@@ -399,11 +399,7 @@ def summary(load: Load, args, stopped: int) -> dict:
     grown = [m["growth"] for m in memory if m["growth"] is not None]  # a replica that was killed has too few samples
     return {
         "rate": args.rate,
-        "sent": load.counts["sent"],
-        "lost": load.counts["lost"],
-        "wrong": load.counts["wrong"],
-        "malformed": load.counts["malformed"],
-        "accepted": load.counts["accepted"],
+        **{name: load.counts[name] for name in ("sent", "lost", "wrong", "malformed", "accepted")},
         "replicas_killed": load.counts["killed"],
         "sent_again": dict(load.again),
         "seconds": {"median": at(0.5), "p90": at(0.9), "p99": at(0.99), "largest": ordered[-1]},

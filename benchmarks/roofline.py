@@ -17,11 +17,9 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    from forward_rows import COLOURS, row_work
-    from record import digits, read_run, write_figure
-except ModuleNotFoundError as error:
-    sys.exit(f'the benchmarks need efft_kernels, tqdm, tabulate and matplotlib: pip install -e ".[bench]" ({error})')
+import arguments  # noqa: F401, reports which packages are missing
+from forward_rows import COLOURS, row_work
+from record import digits, read_run, write_figure
 
 FORMATS = ("png", "svg")
 

@@ -312,10 +312,8 @@ METHODS_LEARNT = {
     "linear": "linear probe", "full": "full fine-tuning", "lora": "LoRA", "fact-tt": "FacT-TT", "efft1": "EFFT1",
     "efft2": "EFFT2", "efft2, random weights": "EFFT2 on random weights",
 }  # fmt: skip
-
-
-OPTIONS_LEARNT = {
-    "lora-dora": " with DoRA", "efft1-terms": ", rank-1 dropout", "efft2-terms": ", rank-1 dropout",
+OPTIONS_LEARNT = METHODS_LEARNT | {
+    "lora-dora": "LoRA with DoRA", "efft1-terms": "EFFT1, rank-1 dropout", "efft2-terms": "EFFT2, rank-1 dropout",
 }  # fmt: skip
 
 
@@ -352,9 +350,8 @@ def vtab1k_options() -> Table:
         loss, setting = min((statistics.fmean(one["loss"] for one in of.values()), s) for s, of in settings.items())
         found = [settings[setting][which] for which in data]
         top1 = [one["top1"] for one in found]
-        title = METHODS_LEARNT[method.partition("-")[0]] if method in OPTIONS_LEARNT else METHODS_LEARNT[method]
         cells = [f"{loss:.3f}", ", ".join(map(digits, setting)), *(f"{t:.1f}" for t in top1)]
-        rows.append([f"{title}{OPTIONS_LEARNT.get(method, '')}", *cells, f"{statistics.fmean(top1):.1f}"])
+        rows.append([OPTIONS_LEARNT[method], *cells, f"{statistics.fmean(top1):.1f}"])
     note = (
         "Mean loss and top-1 in % of 200 validation images, 10 epochs, seed 0; the setting with the smallest mean loss."
     )

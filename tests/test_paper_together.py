@@ -63,9 +63,9 @@ def test_watching_a_run_changes_no_result(weights):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [
     ("efft2", {}),
-    pytest.param("efft1", {"rank_weights": True, "channel_scale": True}, marks=pytest.mark.slow),
+    ("efft1", {"rank_weights": True, "channel_scale": True}),
     ("lora", {"clip_grad": 0.1, "dora": True}),
-    pytest.param("fact-tt", {"activation_dropout": 0.0}, marks=pytest.mark.slow),
+    ("fact-tt", {"activation_dropout": 0.0}),
 ])  # fmt: skip
 def test_runs_of_one_pass_learn_what_they_learn_alone(weights, method, options):
     settings = planned(method, **options) | ({"model": "vit_tiny_patch16_224"} if method == "efft1" else {})
