@@ -85,18 +85,16 @@ def calls(draw, names: list[str], ops: tuple[str, ...] = OPS) -> tuple[str, str,
     backward = op.endswith("backward")
     if op == "merge_":
         count = draw(st.integers(0, 3))
-        parts = [(make(N, K), make(K, R), make(R, N)) for _ in range(count)]
+        parts = [[make(N, K), make(K, R), make(R, N)] for _ in range(count)]
         if count and draw(st.booleans()):  # some of them in one buffer, perhaps at the same places
             shared = torch.randn(8 * (N + K + R) + N * K).mul_(0.5).to(dtype)
             at = st.integers(0, len(shared) - N * K)
-            parts[0] = shared[draw(at) :][: N * K].view(N, K), *parts[0][1:]
-            other, (rows, columns) = draw(st.integers(0, 2)), (N, K)
+            parts[0][0] = shared[draw(at) :][: N * K].view(N, K)
+            other = draw(st.integers(0, 2))
             rows, columns = ((N, K), (K, R), (R, N))[other]
             if rows * columns <= len(shared):
                 start = draw(st.integers(0, len(shared) - rows * columns))
-                last = list(parts[-1])
-                last[other] = shared[start:][: rows * columns].view(rows, columns)
-                parts[-1] = tuple(last)
+                parts[-1][other] = shared[start:][: rows * columns].view(rows, columns)
         weights, downs, ups = ([part[i] for part in parts] for i in range(3))
         return backend, op, dict(weights=weights, downs=downs, ups=ups)
     if op.startswith("group"):
@@ -224,9 +222,8 @@ def check(backend: str, op: str, given: dict) -> None:
 
 def _flat(given: dict) -> dict:
     """The arguments with x and dy of two dimensions"""
-    return {
-        name: t.reshape(-1, t.shape[-1]) if name in ("x", "dy") and t is not None else t for name, t in given.items()
-    }
+    rows = {name: given[name] for name in ("x", "dy") if given.get(name) is not None}
+    return given | {name: t.reshape(-1, t.shape[-1]) for name, t in rows.items()}
 
 
 def _in_order(op: str, given: dict) -> list:
