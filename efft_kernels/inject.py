@@ -15,7 +15,16 @@ from .base_linears import DenseWeights, has_own_forward, kept_in, untrainable
 from .calls import call_linear, uncall_linear
 from .configs import MethodConfig
 from .groups import make_group
-from .layouts import HEADS, classifiers_of, heads_of, norms_outside, tell_classes, told_classes, untrained_heads
+from .layouts import (
+    HEADS,
+    classifiers_of,
+    heads_of,
+    norms_outside,
+    tell_classes,
+    tell_number,
+    told_classes,
+    untrained_heads,
+)
 from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, patterns, plan
@@ -165,7 +174,7 @@ def install(
     if isinstance(head, nn.Module):
         head = next((linear.out_features for _, linear in classifiers_of(model)), "train")
     if isinstance(head, int):
-        tell_classes(model, head)
+        tell_number(model, head)
     model.requires_grad_(False)
     for path in trained:
         module_at(model, path).requires_grad_(True)
@@ -201,7 +210,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
     for path, module in owner.modules_before.items():
         trained[path] = module_at(model, path)
         _put_in_place(model, path, module)
-    _tell(owner.told_before)
+    tell_classes(model, owner.told_before)
     owner.swapped += 1
     try:
         yield
@@ -210,7 +219,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
         for path in owner.modules_before:  # none any more if the last adapter was deleted
             put_at(model, path, trained[path])
         if owner.modules_before:
-            _tell(told)
+            tell_classes(model, told)
 
 
 def _put_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -274,12 +283,6 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
                 call_linear(model, path)
 
 
-def _tell(told: list[tuple[object, dict]]) -> None:
-    for owner, values in told:
-        for key, value in values.items():
-            setattr(owner, key, value)
-
-
 def _as_split(t, now) -> Tensor:
     """A tensor as the one that it replaces, which FSDP2 may have split among processes."""
     if not isinstance(now, Tensor) or not hasattr(now, "device_mesh"):
@@ -303,8 +306,8 @@ def eject(model: nn.Module) -> None:
         else:  # otherwise in the same object, because others may refer to it
             _put_in_place(model, path, module)
     if owner.modules_before.keys() - owner.trained or owner.modules_before.keys() & heads_of(model):
-        _tell(owner.told_before)
-    owner.modules_before, owner.told_before = {}, []
+        tell_classes(model, owner.told_before)
+    owner.modules_before, owner.told_before = {}, {}
     for norm in owner.frozen_norms:
         norm.train(model.training)
     parameters = dict(named_parameters(model))

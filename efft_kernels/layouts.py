@@ -4,6 +4,7 @@ Models are recognised by the names of their modules (timm, transformers, DINOv2'
 imported.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -403,22 +404,31 @@ def classifiers_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         yield from [(path, m) for path, m in own if isinstance(m, nn.Linear)][-1:]
 
 
-def told_classes(model: nn.Module) -> list[tuple[object, dict[str, object]]]:
-    """Where timm and transformers keep the number and the names of the classes: (object, its attributes) each"""
-    heads, found = {path.rpartition(".")[0]: None for path in heads_of(model)}, []
-    for module in [model, *(module_at(model, path) for path in heads if path)]:
-        for owner in (module, getattr(module, "config", None)):
-            known = vars(owner or object) if owner is module else set(dir(owner))  # of a config also properties
-            keys = [key for key in ("num_classes", "num_labels", "id2label", "label2id") if key in known]
-            found.append((owner, {key: getattr(owner, key) for key in keys}))
+def told_classes(model: nn.Module) -> dict[tuple[str, str], dict[str, object]]:
+    """What timm and transformers keep of the classes: (path of a module, "" or "config") -> its attributes"""
+    found = {}
+    for path in dict.fromkeys(["", *(path.rpartition(".")[0] for path in heads_of(model))]):
+        module = module_at(model, path)
+        known = {"": vars(module), "config": dir(getattr(module, "config", None))}  # of a config also properties
+        for part, names in known.items():
+            keys = [key for key in ("num_classes", "num_labels", "id2label", "label2id") if key in names]
+            found[path, part] = {key: getattr(getattr(module, part, module), key) for key in keys}
     return found
 
 
-def tell_classes(model: nn.Module, classes: int) -> None:
+def tell_classes(model: nn.Module, told: Mapping[tuple[str, str], Mapping[str, object]]) -> None:
+    """Write what :func:`told_classes` has found, in the modules that are still there."""
+    for (path, part), values in told.items():
+        with contextlib.suppress(AttributeError):
+            module = module_at(model, path)
+            for key, value in values.items():
+                setattr(getattr(module, part, module), key, value)
+
+
+def tell_number(model: nn.Module, classes: int) -> None:
     """Write the new number of classes where timm and transformers keep it."""
-    for owner, values in told_classes(model):
-        for key in values.keys() & {"num_classes", "num_labels"}:
-            setattr(owner, key, classes)
+    told = told_classes(model)
+    tell_classes(model, {at: {key: classes for key in told[at] if key.startswith("num_")} for at in told})
 
 
 def input_size(model: nn.Module) -> tuple[int, int] | None:

@@ -245,7 +245,7 @@ class Adapters(Passes, nn.ModuleDict):
         self.hooks: tuple = ()  # on the model, around its forward
         self.watched = set()
         self.modules_before: dict[str, nn.Module] = {}  # path -> what is trained with the factors, as it was before
-        self.told_before: list[tuple[object, dict]] = []  # the number and names of the classes, where they are kept
+        self.told_before: dict[tuple[str, str], dict] = {}  # the number and names of the classes, where they are kept
         self.swapped = 0  # how many contexts have put these in place now
         self._late_hooks: dict[str, list] = {}  # of frozen adapters that outputs may still depend on
         self.left_at: dict[str, list[float]] = {}  # adapter -> sums of what all share, when another became active
