@@ -103,10 +103,8 @@ def _made(make: Callable[[], nn.Module]) -> nn.Module | Exception:
 
 
 def _has_blocks(model: nn.Module | Exception) -> bool:
-    return (
-        isinstance(model, Exception)
-        or 8 <= sum(isinstance(module, nn.Linear | nn.MultiheadAttention) for module in model.modules()) >= 8
-    )
+    kinds = nn.Linear | nn.MultiheadAttention
+    return isinstance(model, Exception) or sum(isinstance(module, kinds) for module in model.modules()) >= 8
 
 
 def rows() -> list[tuple[str, Row]]:

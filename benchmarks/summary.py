@@ -102,9 +102,8 @@ def memory_models() -> Table:
         "Bytes that the forward saves for the backward / peak of the step, both over those of the frozen model with a "
         "trained head; without weights, packed weights and the optimizer's state."
     )
-    return Table(
-        ["", *(METHODS[method] for method in shown)], rows, note, [f"{r.relative_to(RESULTS)}" for r in records]
-    )
+    head = ["", *(METHODS[method] for method in shown)]
+    return Table(head, rows, note, [f"{r.relative_to(RESULTS)}" for r in records])
 
 
 def train_step_methods() -> Table:
