@@ -19,8 +19,8 @@ from .wrappers import module_at
 class _Pass:
     """One forward of the model: its pairs, whose they are, and the Linears that ran in it without recording a graph."""
 
-    def __init__(self, pairs: dict[str, Pair], recorded: bool, groups: list[nn.Module]):
-        self.pairs, self.recorded, self.groups = pairs, recorded, groups
+    def __init__(self, pairs: dict[str, Pair], recorded: bool, active: str | None):
+        self.pairs, self.recorded, self.active = pairs, recorded, active
         self.unrecorded: set[str] = set()
 
 
@@ -130,7 +130,7 @@ class Passes:
                 now.unrecorded.add(path)
             elif not inside and path in now.unrecorded:
                 # recorded only now, in backward: reentrant checkpointing, whose graph must not share the forward's
-                if list(map(id, now.groups)) != list(map(id, self.groups())):
+                if now.active != self.active:
                     raise RuntimeError(
                         "another adapter is active than in the forward, whose gradient reentrant checkpointing cannot "
                         "compute: use use_reentrant=False"
@@ -174,7 +174,9 @@ class Passes:
                 pairs.update(group.low_rank_pairs(self.backend, dtype=self._dtype_of(group, model)))
             if not torch.compiler.is_compiling() and _mode(model) not in self.watched:
                 pairs = _Watched(pairs)
-            self._enter(_Pass(pairs, self._recording(), groups))
+            # a compiler would make a graph for each name that it reads
+            name = None if torch.compiler.is_compiling() else self.active
+            self._enter(_Pass(pairs, self._recording(), name))
 
     def _dtype_of(self, group: nn.Module, model: nn.Module) -> torch.dtype | None:
         for path in group.slots:
