@@ -1,6 +1,7 @@
 """Runs of the paper's benchmarks that are trained in one pass, and the file of images and weights for them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import paired
 import runs
 import sources
 import together
+from record import read_run
 from runs import Places, Run, Store
 
 from efft_kernels.finetune.data import SOURCES, Source
@@ -162,3 +164,14 @@ def test_paired_differences(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
     (tmp_path / "labels.csv").write_text("data,labels\nx,01\n")
     assert paired.main([str(tmp_path)]) == 2
+
+
+def test_images_per_second_are_recorded(weights, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bundle, "use", lambda path: SimpleNamespace(model="test_vit", path=weights))
+    monkeypatch.setitem(SOURCES, "dsprites_loc", SOURCES["three"])
+    options = ["--bundle", "b.zip", "--together", "1", "3", "--steps", "2", "--image-size", "32", "--batch-size", "4"]
+    together.main([*options, "--device", "cpu", "--out", str(tmp_path)])
+    rows = read_run(tmp_path / "together.json")["results"]
+    assert [row["adapters"] for row in rows] == [1, 3] and "b.zip" not in (tmp_path / "together.json").read_text()
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(4e3 * row["adapters"] / row["ms"], rel=1e-3)

@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import math
+import statistics
 import sys
 import time
 from dataclasses import fields
@@ -33,6 +34,9 @@ from efft_kernels.inject import starting_at_zero
 from efft_kernels.layouts import classifiers_of, heads_of
 from efft_kernels.serving import AdapterBank
 from linear_probe import DEVICE, answers
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import record
 
 BANKED = ("lora", "fact-tt", "fact-tk", "efft1", "efft2")
 OWN = {"lr", "scale", "rank", "weight_decay", "lr_ratio", "head_init"}  # settings that the runs of a pass may differ in
@@ -270,7 +274,7 @@ def measure(settings: list[Settings], deadline: float | None = None) -> list[dic
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line of JSON for each number of runs: images per second of all of them."""
+    """Print, and with --out record, the images per second of each number of runs, in steps that take turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bundle", type=Path, required=True, help="of bundle.py")
@@ -280,10 +284,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--image-size", type=int, default=112)
     add("--batch-size", type=int, default=64)
     add("--device", default=DEVICE)
+    add("--out", type=Path, help="folder for together.csv and together.json")
     args = parser.parse_args(arguments)
     import bundle
 
-    found = bundle.use(args.bundle)
+    if args.out:
+        record.prepare_folder(args.out)
+    found, passes = bundle.use(args.bundle), {}
     for K in args.together:
         settings = [
             Settings("dsprites_loc", "none", found.model, str(found.path), args.method, rank=16, scale=0.1, seed=seed,
@@ -291,19 +298,24 @@ def main(arguments: list[str] | None = None) -> int:
             for seed in range(K)
         ]  # fmt: skip
         pictures = read("dsprites_loc", args.image_size, "bicubic", args.device)
-        made = Pass(settings, [pictures] * K, args.device)
-        methods.train_mode(made.model)
-        with made._using():
-            for step in range(5):
+        passes[K] = Pass(settings, [pictures] * K, args.device)
+        methods.train_mode(passes[K].model)
+    seconds = {K: [] for K in passes}
+    for step in range(5 + args.steps):
+        for K, made in passes.items():
+            with made._using():
+                began = time.perf_counter()
                 made.step(step)
-            _wait(args.device)
-            began = time.perf_counter()
-            for step in range(5, 5 + args.steps):
-                made.step(step)
-            _wait(args.device)
-        seconds = (time.perf_counter() - began) / args.steps
-        print(json.dumps({"together": K, "step_ms": round(1e3 * seconds, 2),
-                          "images_per_second": round(K * args.batch_size / seconds, 1)}), flush=True)  # fmt: skip
+                _wait(args.device)
+            seconds[K].append(time.perf_counter() - began)
+    del args.bundle  # a path
+    run = record.begun("together", args) | {"complete": True, "results": []}
+    for K, taken in seconds.items():
+        q1, middle, q3 = (1e3 * q for q in statistics.quantiles(taken[5:], n=4))  # the first ones fill caches
+        row = {"method": args.method, "adapters": K, "rounds": args.steps, "ms": middle, "q1": q1, "q3": q3}
+        row["images_per_s"] = 1e3 * K * args.batch_size / middle
+        print(json.dumps(row), flush=True)
+        record.add_rows(run, [row], args.out)
     return 0
 
 
