@@ -24,7 +24,6 @@ from markdown_table import Table
 from runs import Places, Run, Store, command, complete
 from vtab1k import FACTS
 
-HERE = Path(__file__).parent
 BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
 # blocks as the paper groups them
 TABLE4 = {"0-2": (0, 1, 2), "2-4": (2, 3, 4), "5-8": (5, 6, 7, 8), "9-11": (9, 10, 11)}
@@ -55,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--variants", nargs="+", metavar="NAME", help="only these of the families, as the table names them")
     add("--methods", nargs="+", choices=["efft1", "efft2"], default=["efft1", "efft2"])
     add("--seeds", type=int, help="number of seeds; default 3, with --quick 1")
-    add("--out", type=Path, default=HERE.parent / "results" / "ablation")
+    add("--out", type=Path, default=Path("runs", "ablation"), help="default %(default)s")
     add_shared(add)
     args = parser.parse_args(arguments)
     check(parser, args)

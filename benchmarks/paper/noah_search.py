@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--budget", type=float, help="millions of parameters without the head; default half of the largest sizes")
     add("--supernet-epochs", type=int, help="default five times those of a run, as the authors'")
     add("--seeds", type=int, default=3, help="of the runs on test images; the search has seed 0")
-    add("--out", type=Path, default=Path(__file__).parents[1] / "results" / "noah_search")
+    add("--out", type=Path, default=Path("runs", "noah_search"), help="default %(default)s")
     ablation.add_shared(add)
     args = parser.parse_args(arguments)
     ablation.check(parser, args)

@@ -26,7 +26,6 @@ from efft_kernels.storage import write_bytes
 import ablation
 from runs import Places, Store, command, complete
 
-HERE = Path(__file__).parent
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": None}
 # Two runs with one seed may start from the same random factors, which a short training hardly rotates. That alone makes
 # them similar, so runs are compared across seeds, and once within a seed to show the effect.
@@ -50,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--variant", choices=["efft1", "efft2"], default="efft2")
     add("--blocks", type=int, nargs="+", help="blocks whose matrices are compared; default: first, middle and last")
-    add("--out", type=Path, default=HERE.parent / "results" / "ablation")
+    add("--out", type=Path, default=Path("runs", "ablation"), help="default %(default)s")
     ablation.add_shared(add)
     args = parser.parse_args(arguments)
     ablation.check(parser, args)

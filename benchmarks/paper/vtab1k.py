@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--out",
         type=Path,
-        help="folder for results, tables and charts; default benchmarks/results/vtab1k with _offline, _gpu, _quick",
+        help="folder for results, tables and charts; default runs/vtab1k, with _offline, _gpu, _quick",
     )
     add("--datasets", nargs="+", metavar="NAME", help="default: all")
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(FACTS['methods'])}; default: all")
@@ -124,7 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for option in ("datasets", "methods"):  # twice the same would be counted twice
         setattr(args, option, list(dict.fromkeys(getattr(args, option) or ())) or None)
     kind = ("_gpu" * args.gpu or "_offline" * args.offline) + "_quick" * args.quick
-    args.out = args.out or HERE.parent / "results" / f"vtab1k{kind}"
+    args.out = args.out or Path("runs", f"vtab1k{kind}")
     if args.workers is None:
         import torch
 
