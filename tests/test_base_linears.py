@@ -33,28 +33,17 @@ def _classes(model) -> dict:
     return {name: [c.__qualname__ for c in type(m).__mro__] for name, m in model.named_modules()}
 
 
-def int4(q):
-    return q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.granularity.PerGroup(32))
-
-
-def _bitsandbytes(make):
+def _bitsandbytes(kind, **options):
     def apply(model):
         bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         for path, linear in [(p, m) for p, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]:
-            new = make(bnb.nn, linear)
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            new = getattr(bnb.nn, kind)(*sizes, **options)
             new.load_state_dict(linear.state_dict())
             model.blocks.set_submodule(path, new.to(linear.weight.device))
         return model
 
     return apply
-
-
-def nf4(nn_, linear):
-    return nn_.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
-
-
-def int8(nn_, linear):
-    return nn_.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
 
 
 def _each(act):
@@ -73,9 +62,9 @@ def _settled(linear):
 
 QUANTIZED = {
     "torchao-int8": _torchao(lambda q: q.Int8WeightOnlyConfig()),
-    "torchao-int4": _torchao(int4),
-    "bitsandbytes-nf4": _bitsandbytes(nf4),
-    "bitsandbytes-int8": _bitsandbytes(int8),
+    "torchao-int4": _torchao(lambda q: q.IntxWeightOnlyConfig(torch.int4, q.granularity.PerGroup(32))),
+    "bitsandbytes-nf4": _bitsandbytes("Linear4bit", quant_type="nf4"),
+    "bitsandbytes-int8": _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
 }
 ODD = {
     "weight_norm": _each(nn.utils.parametrizations.weight_norm),
@@ -103,6 +92,14 @@ def base(request):
 def make(base, dtype=torch.float32):
     torch.manual_seed(0)
     return BASES[base](vit().to(dtype))
+
+
+@pytest.fixture
+def shaken(base):
+    """A model whose updates are not zero, images, and what it gives for them."""
+    model, x = shake(ek.inject(make(base), PLAIN)), images()
+    with torch.no_grad():
+        return model, x, model(x)
 
 
 def bare(base):
@@ -133,7 +130,7 @@ def densified(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_linear_is_its_own_product_and_the_update(base, dtype):
+def test_a_linear_is_its_own_product_and_the_update(base, dtype, monkeypatch):
     model, own = make(base, dtype=dtype), make(base, dtype=dtype).requires_grad_(False).blocks[0].mlp.fc1
     linear = model.blocks[0].mlp.fc1
     shake(ek.inject(model, PLAIN))
@@ -149,16 +146,12 @@ def test_a_linear_is_its_own_product_and_the_update(base, dtype):
 
     down, up, *_ = model.efft.pair("blocks.0.mlp.fc1", model.get_submodule("blocks.0.mlp.fc1"))
     down, up = down.detach().to(dtype), up.detach().to(dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.efft, "pair", lambda path, linear: ek.groups.Pair(*held_pair))
 
-        def ours(x, down, up):
-            nonlocal held_pair
-            held_pair = down, up
-            return linear(x)
+    def ours(x, down, up):
+        monkeypatch.setattr(model.efft, "pair", lambda path, linear: ek.groups.Pair(down, up))
+        return linear(x)
 
-        held_pair = ()
-        got = run(ours, (down, up))
+    got = run(ours, (down, up))
     plain = run(lambda x, down, up: own(x) + (x @ down) @ up, (down, up))
     weight, bias = dense(own).double(), own.bias.double()
     exact = run(lambda x, down, up: x @ weight.T + bias + (x @ down) @ up, (down.double(), up.double()))
@@ -166,10 +159,8 @@ def test_a_linear_is_its_own_product_and_the_update(base, dtype):
         assert_accurate(*three, f"{base} {name}")
 
 
-def test_a_model_trains_as_its_dense_twin(base):
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
-    model(x)  # a hook computes the weight in the forward
+def test_a_model_trains_as_its_dense_twin(base, shaken):
+    model, x, _ = shaken
     twin = ek.inject(densified(model), PLAIN)
     twin.efft.load_state_dict({k: v.double() for k, v in model.efft.state_dict().items()})
     loss, exact = loss_of(model, x), loss_of(twin, x.double())
@@ -208,11 +199,8 @@ def test_training_moves_only_factors_and_head(base):
         assert torch.equal(*plain), key
 
 
-def test_evaluation_between_training_steps(base):
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
-    with torch.no_grad():
-        first = model(x)
+def test_evaluation_between_training_steps(base, shaken):
+    model, x, first = shaken
     for mode in (False,) if "spectral" in base else (True, False):  # which changes in every forward in training mode
         loss_of(model.train(mode), x).backward()
     with torch.inference_mode():
@@ -247,11 +235,8 @@ def test_activation_dropout_and_autocast(base):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.efft.parameters())
 
 
-def test_copies_and_state_dicts(base):
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
-    with torch.no_grad():
-        want = model(x)
+def test_copies_and_state_dicts(base, shaken):
+    model, x, want = shaken
     plain_keys = set(make(base).state_dict())
     assert {k for k in model.state_dict() if not k.startswith("efft.")} == plain_keys
     if "hook" not in base and base != "pruned":  # torch cannot copy what such a hook leaves on the module
@@ -267,18 +252,14 @@ def test_copies_and_state_dicts(base):
 
 
 @pytest.mark.parametrize("base", ["bitsandbytes-nf4", "bitsandbytes-int8"])  # torchao's modules cannot be pickled
-def test_pickle(base):
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
-    want = model(x)
+def test_pickle(base, shaken):
+    model, x, want = shaken
     torch.testing.assert_close(torch.load(pickled(model), weights_only=False)(x), want, **near(base))
 
 
-def test_adapter_files_fit_quantized_and_plain_alike(base, tmp_path):
+def test_adapter_files_fit_quantized_and_plain_alike(base, shaken, tmp_path):
     path = tmp_path / "a.safetensors"
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
-    want = model(x)
+    model, x, want = shaken
     ek.save_adapter(model, path)
     torch.testing.assert_close(ek.load_adapter(make(base), path)(x), want, **near(base))
     torch.manual_seed(0)
@@ -303,11 +284,8 @@ def test_off_and_gone(base):
         torch.testing.assert_close(model(x), before, **(dict(rtol=0.1, atol=1e-2) if "nf4" in base else near(base)))
 
 
-def test_merge_is_refused_or_dequantizes(base):
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
-    with torch.no_grad():
-        want = model(x)
+def test_merge_is_refused_or_dequantizes(base, shaken):
+    model, x, want = shaken
     keys, types = list(model.state_dict()), _classes(model)
     says = "blocks.0.attn.qkv is quantized" if base in QUANTIZED else "blocks.0.attn.qkv recomputes its weight"
     with pytest.raises(ValueError, match=f"{says}.*dequantize=True"):
@@ -361,9 +339,7 @@ def test_a_quantized_head_is_not_trained(base):
 
 
 def test_a_base_without_a_gradient_of_its_input_is_refused():
-    q = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    model = vit()
-    q.quantize_(model.blocks, q.Int8DynamicActivationInt8WeightConfig())
+    model = _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig())(vit())
     shake(ek.inject(model, PLAIN))
     with torch.no_grad():
         assert model(images()).isfinite().all()
@@ -372,10 +348,8 @@ def test_a_base_without_a_gradient_of_its_input_is_refused():
 
 
 def test_quantizing_what_is_injected():
-    q = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     torch.manual_seed(0)
-    model = shake(ek.inject(vit(), PLAIN))
-    q.quantize_(model.blocks, q.Int8WeightOnlyConfig())
+    model = QUANTIZED["torchao-int8"](shake(ek.inject(vit(), PLAIN)))
     other = make("torchao-int8")
     ek.inject(other, PLAIN).efft.load_state_dict(model.efft.state_dict())
     x = images()
@@ -408,9 +382,8 @@ def test_from_linear_points_to_inject():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["torchao-int8", "weight_norm"])
-def test_compiles_whole(base):
-    model = shake(ek.inject(make(base), PLAIN))
-    x = images()
+def test_compiles_whole(base, shaken):
+    model, x, _ = shaken
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
