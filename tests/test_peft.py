@@ -57,6 +57,11 @@ def out(model, x):
     return y if isinstance(y, torch.Tensor) else y.logits
 
 
+def results(model, x):
+    y = out(model, x)
+    return {"y": y.detach(), **gradients(model, y.square().sum())}
+
+
 def owned(model, name="default"):
     return model.base_model.efft_factors[name]
 
@@ -73,15 +78,11 @@ def test_outputs_and_gradients_are_those_of_inject(make, options):
     model = shake(ek.inject(copy.deepcopy(bare), ek.EFFTConfig(**{**SMALL, **options}), head="keep")).train()
     tuned = peft.get_peft_model(bare, EFFTPeftConfig(**{**SMALL, **options})).train()
     owned(tuned).load_state_dict(model.efft.default.state_dict())
-    x, results = images(), []
+    x, found = images(), []
     for m in (model, tuned):
         torch.manual_seed(3)
-        y = out(m, x)
-        results.append((y, gradients(m, y.square().sum())))
-    (y, grads), (tuned_y, tuned_grads) = results
-    assert torch.equal(tuned_y, y)
-    name = lambda key: key.replace("base_model.efft_factors.", "efft.")
-    assert_bits({name(key): grad for key, grad in tuned_grads.items()}, grads)
+        found.append({key.replace("base_model.efft_factors.", "efft."): t for key, t in results(m, x).items()})
+    assert_bits(*found)
 
 
 def test_nothing_changes_at_the_start_and_only_factors_train():
@@ -194,18 +195,13 @@ def test_a_second_adapter_is_tied_and_trained_like_the_first(tmp_path):
     assert_bits(owned(model).state_dict(), first)
     model.eval()
     one = model(x)
-    for change in (copy.deepcopy(model), reload(model, tmp_path, "second")):
-        assert torch.equal(change(x), one)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    base = copy.deepcopy(model).unload()
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "second", adapter_name="second")
+    assert torch.equal(copy.deepcopy(model)(x), one) and torch.equal(loaded(x), one)
     model.delete_adapter("second")
     assert list(model.base_model.efft_factors) == ["default"]
     assert torch.equal(model(x), y)
-
-
-def reload(model, folder, name):
-    model.save_pretrained(folder, selected_adapters=[name])
-    torch.manual_seed(0)
-    base = copy.deepcopy(model).unload()
-    return peft.PeftModel.from_pretrained(base, folder / name, adapter_name=name)
 
 
 def test_two_active_adapters_add_up():
@@ -355,22 +351,22 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("how", ["subclass", "hook", "autocast"])
 def test_what_a_base_layer_does_beyond_a_product_is_kept(how):
-    inner = nn.Sequential(Doubled(16, 24) if how == "subclass" else nn.Linear(16, 24)).double()
+    dtype = torch.float32 if how == "autocast" else torch.float64
+    inner = nn.Sequential(Doubled(16, 24) if how == "subclass" else nn.Linear(16, 24)).to(dtype)
     seen = []
     if how == "hook":
         inner[0].register_forward_hook(lambda module, args, y: seen.append(1) or 3 * y)
-    x = torch.randn(5, 16, dtype=torch.float64)
-    model = adapt(nn.Sequential(inner).float() if how == "autocast" else nn.Sequential(inner), target_modules=["0.0"])
-    base = model.get_base_model()[0][0].base_layer
-    delta = model.get_base_model()[0][0].get_delta_weight("default")
+    x = torch.randn(5, 16, dtype=dtype)
+    model = adapt(nn.Sequential(inner), target_modules=["0.0"])
+    layer = model.get_base_model()[0][0]
+    base, delta = layer.base_layer, layer.get_delta_weight("default")
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y = model(x)
     if how == "autocast":
-        x = x.float()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), F.linear(x, base.weight + delta, base.bias), rtol=0.05, atol=0.2)
     else:
-        torch.testing.assert_close(model(x), base(x) + F.linear(x, delta))
+        torch.testing.assert_close(y, base(x) + F.linear(x, delta))
         assert how != "hook" or len(seen) == 2
 
 
@@ -526,9 +522,11 @@ def passes(monkeypatch):
     return calls
 
 
-def results(model, x):
-    y = model(x)
-    return {"y": y.detach(), **gradients(model, y.square().sum())}
+def halve(model):
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.scale_layer(0.5)
+    return model
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["qkv", "fc2"]}], ids=str)
@@ -597,10 +595,7 @@ def test_lora_follows_its_parameters_scales_and_merges(passes, tmp_path):
     for model in (fast, plain):
         model.load_state_dict({key: value * 1.1 for key, value in model.state_dict().items()})
     same()
-    for model in (fast, plain):
-        for layer in model.modules():
-            if isinstance(layer, peft.tuners.lora.LoraLayer):
-                layer.scale_layer(0.5)
+    halve(fast), halve(plain)
     same()
     for call in ("merge_adapter", "unmerge_adapter", "disable_adapter_layers", "enable_adapter_layers"):
         for model in (fast, plain):
@@ -609,10 +604,7 @@ def test_lora_follows_its_parameters_scales_and_merges(passes, tmp_path):
         same()
         assert len(passes) - before == (8 if call in ("unmerge_adapter", "enable_adapter_layers") else 0), call
     fast.save_pretrained(tmp_path)
-    loaded = accelerate_lora(peft.PeftModel.from_pretrained(copy.deepcopy(plain).unload(), tmp_path))
-    for layer in loaded.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer):
-            layer.scale_layer(0.5)
+    loaded = halve(accelerate_lora(peft.PeftModel.from_pretrained(copy.deepcopy(plain).unload(), tmp_path)))
     torch.testing.assert_close(loaded(x), plain(x), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(copy.deepcopy(fast).merge_and_unload()(x), plain(x), rtol=1e-9, atol=1e-9)
     assert_same(results(copy.deepcopy(fast), x), results(plain, x), rtol=1e-9, atol=1e-9)
