@@ -9,15 +9,11 @@ from efft_kernels.columns import plan_columns
 NAMES = ["efft1", "efft2", "efft2-shared", "efft1-part", "efft2-part", "fact-tt"]
 
 
-def _specs(name, make=vit):
-    return ek.plan(make(), METHODS[name]).groups
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_are_the_columns_of_each_slot(name, make, masked):
-    for spec in _specs(name, make):
+    for spec in ek.plan(make(), METHODS[name]).groups:
         plan = plan_columns(spec.slots, spec.N, masked=masked)
         # (draw of v, core, column) of each column of the updates side by side
         columns = [(i // plan.cores_per_draw, core, n) for i, core in enumerate(plan.cores) for n in range(spec.N)]
@@ -46,7 +42,7 @@ def test_pieces_are_the_columns_of_each_slot(name, make, masked):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_of_one_call_share_one_value_of_u(name):
-    for spec in _specs(name):
+    for spec in ek.plan(vit(), METHODS[name]).groups:
         plan = plan_columns(spec.slots, spec.N, masked=True)
         values = [(n, i) for n, (count, size) in enumerate(plan.shares) for i in range(count) for _ in range(size)]
         assert sorted(plan.downs) == list(range(len(spec.slots)))

@@ -58,12 +58,8 @@ def released_products(method, r, d=768):
 def library_products(method, r, init):
     with torch.device("meta"):
         model = timm().create_model("vit_base_patch16_224")
-    config = {
-        "efft2": ek.EFFTConfig("efft2", rank=r, init=init),
-        "fact-tt": ek.FacTConfig("tt", rank=r, init=init),
-        "fact-tk": ek.FacTConfig("tk", rank=r, init=init),
-        "lora": ek.LoRAConfig(rank=r, init=init, targets=("q",)),
-    }[method]
+    more = {"efft2": {"zero_init": "v"}, "lora": {"targets": ("q",)}}.get(method, {})
+    config = with_(method, rank=r, init=init, **more)
     made = ek.plan(model, config)
     groups = {s.name: make_group(s, config, {slot.site.path: torch.empty(0) for slot in s.slots}) for s in made.groups}
     if method == "efft2":
@@ -71,11 +67,10 @@ def library_products(method, r, init):
     (group,) = groups.values()
     if method == "lora":
         return {"q": group.a}
-    of = {"q": 0, "fc1": 4, "fc2": None}
     sigma, found = group.cores(), {}
     if method == "fact-tk":
         return {"q": torch.cat([group.u @ core for core in sigma])}
-    for name in of:
+    for name in ("q", "fc1", "fc2"):
         cores = [core for slot in group.spec.slots if name in slot.site.parts for core in slot.cores]
         found[name] = torch.cat([group.u @ sigma[core] for core in cores])
     return found
@@ -93,16 +88,12 @@ def test_released_starts_have_the_size_of_the_released_codes(method, rank, ratio
     """the speed of an update is its scale times the rms of what multiplies the zero factor"""
     torch.manual_seed(0)
     # small tensors scatter, so a mean of many draws
-    want = {name: [] for name in ratios}
-    for _ in range(20):
-        for name, product in released_products(method, rank).items():
-            want[name].append(rms(product.detach()) ** 2)
-    want = {name: (sum(squares) / len(squares)) ** 0.5 for name, squares in want.items()}
+    mean = lambda draws, name: rms(torch.tensor([rms(draw[name].detach()) for draw in draws]))
+    released = [released_products(method, rank) for _ in range(20)]
     for init, ratio in (("released", dict.fromkeys(ratios, 1.0)), ("xavier", ratios)):
         draws = [library_products(method, rank, init) for _ in range(5 if method == "fact-tk" else 1)]
         for name in ratios:
-            found = (sum(rms(draw[name].detach()) ** 2 for draw in draws) / len(draws)) ** 0.5
-            assert found / want[name] == pytest.approx(ratio[name], rel=0.08), (init, name)
+            assert mean(draws, name) / mean(released, name) == pytest.approx(ratio[name], rel=0.08), (init, name)
 
 
 def test_released_cores_of_a_swin_are_those_of_its_code():
