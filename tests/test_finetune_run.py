@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -204,22 +205,18 @@ def test_forty_flipped_bits_in_a_state_are_noticed(halfway, tmp_path):
     assert len(said) == 40 and all(f"{newest} is damaged and skipped: " in sentence for sentence in said)
 
 
-def _changed(state, **changes):
-    return {**state, **changes}
-
-
 @pytest.mark.parametrize(
     "change, says",
     [
         (lambda s: b"", "its contents differ"),
-        (lambda s: _changed(s, weights={}), "it must have weights"),
-        (lambda s: _changed(s, step=999), "not the state of the step in its name"),
-        (lambda s: _changed(s, history=[]), "it must have a history of 1 epochs"),
-        (lambda s: _changed(s, optimizer={"state": {}}), "its optimizer is for other parameters"),
+        (lambda s: s | {"weights": {}}, "it must have weights"),
+        (lambda s: s | {"step": 999}, "not the state of the step in its name"),
+        (lambda s: s | {"history": []}, "it must have a history of 1 epochs"),
+        (lambda s: s | {"optimizer": {"state": {}}}, "its optimizer is for other parameters"),
         (lambda s: {"step": s["step"], "other": 1}, "it has no identity"),
         (lambda s: [1], "not the state of the step in its name"),
         (
-            lambda s: _changed(s, identity={**s["identity"], "rank": 5}, weights={}),
+            lambda s: s | {"identity": s["identity"] | {"rank": 5}, "weights": {}},
             "is skipped: out must be a new folder",
         ),
     ],
@@ -634,21 +631,10 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine(whole):
 
 @pytest.mark.slow
 def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
-    seen = {}
-
-    def spy(owner, name, *keys):
-        original = getattr(owner, name)
-
-        def wrapper(*args, **kwargs):
-            seen.setdefault(name, (args, {key: kwargs.get(key) for key in keys}))
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, wrapper)
-
-    spy(torch.optim, "AdamW", "lr", "weight_decay")
-    spy(prepared, "make_model")
-    spy(evaluation.F, "cross_entropy", "label_smoothing")
-    rates = []
+    seen, rates = {}, []
+    for owner, name in (torch.optim, "AdamW"), (prepared, "make_model"), (evaluation.F, "cross_entropy"):
+        seen[name] = Mock(wraps=getattr(owner, name))
+        monkeypatch.setattr(owner, name, seen[name])
     original = loop.one_step
 
     def step(run, progress, *rest):
@@ -658,8 +644,9 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "one_step", step)
     recipe = dict(weight_decay=0.07, drop_path=0.3, label_smoothing=0.2, warmup_epochs=1, warmup_lr=1e-4, epochs=2)
     train(tiny(photos, tmp_path, **recipe), progress=False)
-    assert seen["AdamW"][1] == {"lr": 3e-3, "weight_decay": 0.07}
-    assert seen["make_model"][0][-1] == 0.3 and seen["cross_entropy"][1] == {"label_smoothing": 0.2}
+    adam, made, loss = (spy.call_args_list[0] for spy in seen.values())
+    assert (adam.kwargs["lr"], adam.kwargs["weight_decay"]) == (3e-3, 0.07)
+    assert made.args[-1] == 0.3 and loss.kwargs["label_smoothing"] == 0.2
     assert rates[:3] == pytest.approx([1e-4 + (3e-3 - 1e-4) * t / 3 for t in range(3)])  # three steps of warm-up
 
 

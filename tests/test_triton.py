@@ -31,9 +31,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    poison(monkeypatch)
+poisoned = pytest.fixture(poison, autouse=True)
 
 
 @pytest.fixture(autouse=True)
@@ -135,11 +133,8 @@ def test_which_way_p_is_formed(M, N, K, R, dup, expected):
 @pytest.mark.parametrize("way", [True, False], ids=["single_pass", "extended_k"])
 def test_the_measured_way_goes_before_the_rule(way, device, launches, monkeypatch):
     x, weight, bias, down, up, dy = make(40, 48, 64, 5, torch.float16, device)
-    monkeypatch.setattr(
-        table,
-        "choice",
-        lambda *of: table.Choice("triton", 2.0, {"triton": 1.0}, {"triton": {"way": kernels.WAYS[not way]}}),
-    )
+    chosen = table.Choice("triton", 2.0, {"triton": 1.0}, {"triton": {"way": kernels.WAYS[not way]}})
+    monkeypatch.setattr(table, "choice", lambda *of: chosen)
     kernels.lowrank_linear(x, weight, bias, down, up)
     assert len(launches) == (1 if way else 2)
     launches.clear()
