@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accuracy import assert_accurate
-from models import assert_bits, assert_same, gradients, images, loss_of, shake, swin, timm, vit
+from models import assert_bits, assert_same, gradients, images, loss_of, shake, swin, timm, vit, vit_of_transformers
 from safetensors.torch import load_file
 from test_attention import Beit, encoder
-from test_inject import transformer
 from torch import nn
 
 import efft_kernels as ek
@@ -29,10 +28,6 @@ from efft_kernels.peft import EFFTPeftConfig, EFFTPeftLinear, FastLoraLinear, ac
 
 SMALL = {"rank": 4, "scale": 2.0, "factor_dropout": 0.0}
 FACTORS = [f"{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")]
-
-
-def hf_vit():
-    return transformer("vit")
 
 
 def llama(**options):
@@ -66,7 +61,7 @@ def owned(model, name="default"):
     return model.base_model.efft_factors[name]
 
 
-@pytest.mark.parametrize("make", [vit, swin, hf_vit])
+@pytest.mark.parametrize("make", [vit, swin, vit_of_transformers])
 @pytest.mark.parametrize(
     "options",
     [{"variant": "efft1"}, {"variant": "efft2", "zero_init": "vu"}, {"cores": "shared", "trainable_scale": True}]
@@ -122,7 +117,7 @@ def test_checkpointing_sees_the_same_factors_and_masks(reentrant):
     grads = []
     for on in (False, True):
         torch.manual_seed(0)
-        model = adapt(hf_vit(), factor_dropout=0.0 if reentrant else 0.3).train()
+        model = adapt(vit_of_transformers(), factor_dropout=0.0 if reentrant else 0.3).train()
         if on:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
@@ -378,7 +373,7 @@ def test_trainer_and_accelerate(tmp_path):
         def __getitem__(self, i):
             return {"pixel_values": torch.full((3, 32, 32), i / 8 - 0.5), "labels": i // 4}  # the brighter ones
 
-    model = peft.get_peft_model(hf_vit(), EFFTPeftConfig(rank=4, modules_to_save=["classifier"]))
+    model = peft.get_peft_model(vit_of_transformers(), EFFTPeftConfig(rank=4, modules_to_save=["classifier"]))
     arguments = transformers.TrainingArguments(
         tmp_path, num_train_epochs=12, per_device_train_batch_size=8, learning_rate=0.01, report_to=[], use_cpu=True,
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
