@@ -55,6 +55,14 @@ def saved(image, kind="PNG", **options):
     return out.getvalue()
 
 
+def refused(status, call, *args, says="", **options):
+    """The message with which a call is refused."""
+    with pytest.raises(Refused, match=says) as found:
+        call(*args, **options)
+    assert found.value.status == status
+    return str(found.value)
+
+
 @pytest.fixture
 def picture():
     return Image.fromarray(numpy.arange(40 * 30 * 3, dtype="uint8").reshape(30, 40, 3))
@@ -91,9 +99,8 @@ def test_exif_orientation_is_applied(picture, kind):
 def test_pixels_are_checked_before_decoding(picture, monkeypatch):
     loads, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loads.append(1) or load(self))
-    with pytest.raises(Refused, match="at most 1199 pixels, got 40 x 30") as refused:
-        decode(saved(picture), max_pixels=1199)
-    assert refused.value.status == 413 and not loads
+    refused(413, decode, saved(picture), max_pixels=1199, says="at most 1199 pixels, got 40 x 30")
+    assert not loads
     decode(saved(picture), max_pixels=1200)
     assert loads
 
@@ -136,9 +143,8 @@ def test_corrupt_exif_is_ignored(picture, kind):
 
 def test_extreme_aspect_ratios_are_refused():
     for size in ((1, 60_000), (60_000, 1), (3, 301)):
-        with pytest.raises(Refused, match=f"at most 100 times as long as it is wide, got {size[0]} x") as refused:
-            decode(saved(Image.new("L", size)), max_pixels=25_000_000)
-        assert refused.value.status == 422
+        says = f"at most 100 times as long as it is wide, got {size[0]} x"
+        refused(422, decode, saved(Image.new("L", size)), max_pixels=25_000_000, says=says)
     assert decode(saved(Image.new("L", (3, 300))), max_pixels=PIXELS).size == (3, 300)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
@@ -150,12 +156,12 @@ def test_malformed_requests_are_refused_with_4xx(tmp_path):
         if "method" in request:
             continue
         headers = {"content-type": "application/octet-stream"} | request.get("headers", {})
-        with pytest.raises((Refused, FileNotFoundError)) as refused:
+        with pytest.raises((Refused, FileNotFoundError)) as error:
             upload = read(request["body"], headers, request.get("query"), max_bytes=20 * 2**20)
             if upload.adapter:
                 touch(folder, upload.adapter)
             decode(upload.image, max_pixels=25_000_000)
-        assert getattr(refused.value, "status", 404) in (400, 404, 413, 415, 422), what
+        assert getattr(error.value, "status", 404) in (400, 404, 413, 415, 422), what
 
 
 def test_truncated_files_are_refused(picture):
@@ -187,12 +193,6 @@ def read(*args, max_bytes=1000, **options):
     return asyncio.run(read_upload(request(*args, **options), max_bytes=max_bytes))
 
 
-def status_of(*args, **options):
-    with pytest.raises(Refused) as refused:
-        read(*args, **options)
-    return refused.value.status
-
-
 def form(**fields):
     parts = []
     for name, value in fields.items():
@@ -207,30 +207,28 @@ def test_raw_bodies_and_forms_give_the_same_upload():
     assert (raw.image, raw.adapter, raw.top) == (b"abc", "cats", 3)
     assert read(*form(image=b"abc", adapter="cats", top="3")) == raw
     assert read(b"abc").adapter is None and read(b"abc").top == 5
-    assert {status_of(b"a", query={"top": top}) for top in ("0", "100001", "000000001", "9" * 5000, "-1")} == {400}
+    for top in ("0", "100001", "000000001", "9" * 5000, "-1"):
+        refused(400, read, b"a", query={"top": top})
 
 
 def test_bodies_that_are_too_large():
-    assert status_of(b"a" * 1001) == 413
+    refused(413, read, b"a" * 1001)
     left = []
-    with pytest.raises(Refused, match="at most 1000 bytes"):
-        read(b"a" * 5000, {"content-length": None}, chunk=100, left=left)
+    refused(413, read, b"a" * 5000, {"content-length": None}, chunk=100, left=left, says="at most 1000 bytes")
     assert len(left) == 39, "reading stops at the limit"
-    assert status_of(b"a" * 5000, {"content-length": "10"}) == 413  # a wrong length
-    assert status_of(b"a", {"content-length": "9" * 400}) == 413
-    assert status_of(b"a", {"content-length": "-1"}) == 400
+    refused(413, read, b"a" * 5000, {"content-length": "10"})  # a wrong length
+    refused(413, read, b"a", {"content-length": "9" * 400})
+    refused(400, read, b"a", {"content-length": "-1"})
     assert len(read(b"a" * 1000).image) == 1000
     assert len(read(*form(image=b"a" * 1000)).image) == 1000
-    assert status_of(*form(image=b"a" * 1001)) == 413
+    refused(413, read, *form(image=b"a" * 1001))
 
 
 @pytest.mark.parametrize(
     "name", ["../a", "a/b", "/etc/passwd", "..", ".hidden", "a\\b", "a\0", "a" * 101, "ä", "a b", "%2e%2e", "-a", "a\n"]
 )
 def test_names_that_could_be_paths_are_refused(name):
-    with pytest.raises(Refused) as refused:
-        check_adapter_name(name)
-    assert refused.value.status == 400
+    refused(400, check_adapter_name, name)
     assert check_adapter_name("a.b-C_1") == "a.b-C_1" and check_adapter_name("") is None
 
 
@@ -387,9 +385,7 @@ def test_images_are_prepared_as_the_file_of_an_adapter_says(served, own, monkeyp
     good, bad = classifier.classify([image, wide])
     assert bad.status == 422 and torch.equal(good, classifier.classify([image])[0])
     monkeypatch.setattr(classifier_module, "input_size", lambda model: size)
-    with pytest.raises(Refused, match="'wide' needs images of another size") as refused:
-        classifier.prepare(Upload(files[0], "wide", 5))
-    assert refused.value.status == 422
+    refused(422, classifier.prepare, Upload(files[0], "wide", 5), says="'wide' needs images of another size")
 
 
 def test_labels_files(served, own):
@@ -405,9 +401,7 @@ def test_labels_files(served, own):
     shutil.copy(Path(served[0].adapters, "adapter-0.safetensors"), own.adapters)
     for data in ("chat\nchien\n\u00e9meu\n".encode("latin-1"), b"ant\nbee\n"):
         path.write_bytes(data)
-        with pytest.raises(Refused, match="its labels") as refused:
-            classifier.prepare(upload)
-        assert refused.value.status == 422
+        refused(422, classifier.prepare, upload, says="its labels")
     path.unlink()
     path.symlink_to(path)
     with pytest.raises(Refused, match="its labels cannot be read"):
@@ -527,19 +521,17 @@ def test_adapters_that_cannot_be_served_are_refused(served, own, caplog):
     foreign = ek.inject(timm().create_model(own.model), ek.EFFTConfig(rank=4))  # of other weights
     ek.save_adapter(foreign, classifier.folder.file("foreign"))
     for name, status in (("broken", 422), ("foreign", 422), ("nobody", 404)):
-        with pytest.raises(Refused, match=f"adapter '{name}'") as refused:
-            classifier.prepare(Upload(files[0], name, 5))
-        assert refused.value.status == status
-        assert own.adapters not in str(refused.value)  # clients must not see paths
+        said = refused(status, classifier.prepare, Upload(files[0], name, 5), says=f"adapter '{name}'")
+        assert own.adapters not in said  # clients must not see paths
     assert "sampled tensors differ" in caplog.text and "strict" not in caplog.text
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refused) as error:
         classifier.prepare(Upload(files[0][:50], "adapter-0", 5))
-    assert refused.value.status in (415, 422) and not classifier.folder.in_use
+    assert error.value.status in (415, 422) and not classifier.folder.in_use
     # in a batch they do not affect the others
     lost = [replace(image, upload=Upload(files[0], name, 5), key=f"{name}@1") for name in ("nobody", "broken")]
     good = [classifier.prepare(Upload(files[0], name, 100)) for name in ("adapter-0", None)]
-    *refused, right, plain = classifier.classify(lost + good)
-    assert [error.status for error in refused] == [404, 422]
+    *errors, right, plain = classifier.classify(lost + good)
+    assert [error.status for error in errors] == [404, 422]
     for one, scores in zip(good, (right, plain)):
         name = one.upload.adapter
         assert load_test.is_right(classifier.answer(one, scores), name, want[0, name])
@@ -566,9 +558,9 @@ def test_scores_that_are_not_finite_are_refused(served):
     with classifier.folder.hold("adapter-0") as key, torch.no_grad():
         classifier.bank.parameters(key)[0].fill_(float("nan"))
     bad, good = classifier.classify(images)
-    with pytest.raises(Refused, match="'adapter-0' gives scores for this image that are not finite") as refused:
-        classifier.answer(images[0], bad)
-    assert refused.value.status == 422 and classifier.answer(images[1], good)["adapter"] == "adapter-1"
+    says = "'adapter-0' gives scores for this image that are not finite"
+    refused(422, classifier.answer, images[0], bad, says=says)
+    assert classifier.answer(images[1], good)["adapter"] == "adapter-1"
 
 
 @pytest.mark.parametrize("busy, ends", [([], 0.7), ([(0.25, 0.45)], 0.9), ([(0, 99)], 2.0)], ids=str)
@@ -646,9 +638,9 @@ def test_a_backbone_without_classes(served, tmp_path):
         image = classifier.prepare(Upload(files[0], "adapter-1", 100))
         answer = classifier.answer(image, classifier.classify([image])[0])
         assert load_test.is_right(answer, "adapter-1", want[0, "adapter-1"])
-        with pytest.raises(Refused, match="adapter must be given: test_vit has no classes") as refused:
-            classifier.prepare(Upload(files[0], None, 5))
-        assert refused.value.status == 400 and classifier.classes == 0
+        says = "adapter must be given: test_vit has no classes"
+        refused(400, classifier.prepare, Upload(files[0], None, 5), says=says)
+        assert classifier.classes == 0
     lacking = {key: t for key, t in weights.items() if key != "norm.bias"}
     for state, says in ((lacking, "lack norm.bias"), (weights | {"more": torch.zeros(1)}, "have more")):
         save_file(state, path)
