@@ -25,22 +25,27 @@ LINEAR = {
     "no_barrier_after_y": ("linear.h", "  }\n  __syncthreads();\n", "  }\n"),
 }
 
+# statements that several faults leave out
+COPIED = "        barrier_wait(shared.full + ring.stage, ring.parity);\n"
+HELD = "        for (auto& d : acc) hold(d);\n"
+SUMMED = "        wgmma_wait<0>();\n" + HELD
+RELEASED = "        release(last);\n"
+STORED = "    if (lane == 0) tma_store_wait_read<0>();\n"
+INITIALIZED = "    barrier_init_fence();\n"
+
+
+def without(left_out, next_one):
+    """(text, faulty text): statements are left out before the next one."""
+    return left_out + next_one, next_one
+
+
 # name: (text that occurs in hopper.h once, the faulty text that replaces it)
 HOPPER = {
-    "no_wait_for_copies": (
-        "        barrier_wait(shared.full + ring.stage, ring.parity);\n        for (auto& d : acc) hold(d);\n        wgmma_fence();\n",
-        "        wgmma_fence();\n",
-    ),
-    "no_wait_for_up": (
-        "        barrier_wait(shared.full + ring.stage, ring.parity);\n        hand_over();\n",
-        "        hand_over();\n",
-    ),
+    "no_wait_for_copies": without(COPIED + HELD, "        wgmma_fence();\n"),
+    "no_wait_for_up": without(COPIED, "        hand_over();\n"),
     "begun_before_the_other_has_seen_its_copies": ("Tile::ALTERNATE && set != first", "false"),
     "never_handed_over": ("          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);\n", "          {}\n"),
-    "no_wait_for_p": (
-        "          barrier_wait(shared.full + ring.stage, ring.parity);\n          const uint32_t a",
-        "          const uint32_t a",
-    ),
+    "no_wait_for_p": without(f"  {COPIED}", "          const uint32_t a"),
     "no_wait_for_readers": (
         "          barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);\n"
         "          barrier_expect(shared.full + ring.stage, Tile::STAGE);",
@@ -59,21 +64,15 @@ HOPPER = {
         "      wgmma_wait<0>();\n      for (auto& d : acc) hold(d);\n      release(last);\n      if",
         "      release(last);\n      if",
     ),
-    "p_before_its_sum": (
-        "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n        release(last);\n",
-        "        release(last);\n",
-    ),
-    "the_last_step_never_released": (
-        "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n        release(last);\n",
-        "        wgmma_wait<0>();\n        for (auto& d : acc) hold(d);\n",
-    ),
+    "p_before_its_sum": without(SUMMED, RELEASED),
+    "the_last_step_never_released": (SUMMED + RELEASED, SUMMED),
     "down_over_w": ("w_tile(ring.stage) + BN * LINE", "w_tile(ring.stage)"),
     "p_of_other_columns": ("acc[block] + BN / 2 + i * 2", "acc[block] + i * 2"),
     "half_of_x": ("(1 << CLUSTER) - 1", "1 << rank"),
     "y_over_what_is_stored": ("tma_store_wait_read<Tile::PARTS - 1>();", "tma_store_wait_read<Tile::PARTS>();"),
     "no_fence_before_the_store": ("          fence_async();\n", ""),
     "no_barrier_before_the_store": ("          fence_async();\n          warp_sync();\n", "          fence_async();\n"),
-    "gone_while_stored": ("    if (lane == 0) tma_store_wait_read<0>();\n", ""),
+    "gone_while_stored": (STORED, ""),
     "wrong_swizzle_of_y": ("line * Tile::PART_LINE / LINE & (CHUNKS - 1)", "line & (CHUNKS - 1) / 2"),
     "rows_of_another_warp": ("m0 + warp_row + block * 64", "m0 + block * 64"),
     "blocks_of_y_turned": ("lane % 16", "lane / 16 * 8 + lane % 8", "2 * j + lane / 16", "2 * j + lane / 8 % 2"),
@@ -91,15 +90,9 @@ HOPPER = {
         "operand<true>(a, k16, 0),\n                                                                operand<W_K_MAJOR>",
     ),
     "released_for_two": ("Tile::READERS * CLUSTER", "CONSUMERS * CLUSTER"),
-    "no_fence_of_barriers": ("    barrier_init_fence();\n", ""),
-    "barriers_before_all_know": (
-        "    barrier_init_fence();\n  }\n  cluster_sync();\n",
-        "    barrier_init_fence();\n  }\n",
-    ),
-    "gone_while_others_arrive": (
-        "    if (lane == 0) tma_store_wait_read<0>();\n    cluster_sync();\n",
-        "    if (lane == 0) tma_store_wait_read<0>();\n",
-    ),
+    "no_fence_of_barriers": (INITIALIZED, ""),
+    "barriers_before_all_know": (INITIALIZED + "  }\n  cluster_sync();\n", INITIALIZED + "  }\n"),
+    "gone_while_others_arrive": (STORED + "    cluster_sync();\n", STORED),
 }
 
 # name: (text that occurs in hopper_pass.h once, the faulty text that replaces it)
