@@ -1,7 +1,4 @@
-"""Runs of efft-finetune: interrupted and resumed, divided into parts and processes, on a full disk.
-
-``python tests/test_finetune_run.py 10`` kills a run at ten random moments, resumes it, and compares the results.
-"""
+"""Runs of efft-finetune: interrupted and resumed, divided into parts and processes, on a full disk."""
 
 import contextlib
 import errno
@@ -144,7 +141,8 @@ def killed_and_resumed(settings, kills: int, seed: int, seconds: float) -> int:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(photos, whole, tmp_path):
-    assert killed_and_resumed(tiny(photos, tmp_path / "out"), 3, seed=0, seconds=0.15) >= 1
+    kills = int(os.environ.get("EFFT_KILLS", 3))  # other numbers come at other moments, too
+    assert killed_and_resumed(tiny(photos, tmp_path / "out"), kills, seed=kills, seconds=0.15) >= 1
     assert end(tmp_path / "out") == whole
 
 
@@ -789,20 +787,3 @@ def test_learns(tmp_path):
     assert result.metrics["test"]["top1"] == 100.0
     assert result.history[-1]["train"]["loss"] < 0.7 * result.history[0]["train"]["loss"]
     assert list((tmp_path / "out" / "logs").iterdir())
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    torch.set_num_threads(1)
-    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-    with tempfile.TemporaryDirectory() as made:
-        images = folder(Path(made) / "photos", ("train", "val", "test"), ("a", "b", "c"), n=8)
-        chosen = tiny(images, Path(made) / "out", epochs=60)
-        began = time.perf_counter()
-        train(replace(chosen, out=f"{chosen.out}-whole"), progress=False)
-        span = time.perf_counter() - began
-        met_ = killed_and_resumed(chosen, kills, random.randrange(2**32), span / (2 * kills))
-        same = end(chosen.out) == end(f"{chosen.out}-whole")
-        print(f"{met_} of {kills} kills met the run alive; its end is {'identical' if same else 'DIFFERENT'}")
-        sys.exit(not same)
