@@ -112,10 +112,9 @@ def gradients(model, loss=None):
 
 def assert_same(a, b, **tolerance):
     assert a.keys() == b.keys()
+    tolerance = tolerance or dict(rtol=1e-4, atol=1e-6)
     for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], msg=lambda m: f"{name}: {m}", **(tolerance or dict(rtol=1e-4, atol=1e-6))
-        )
+        torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
 
 
 def assert_bits(a, b):

@@ -160,9 +160,8 @@ def test_a_file_holds_every_factor_once_and_comes_back_exactly(tmp_path, low, dt
     assert_bits(owned(loaded, "other").state_dict(), owned(model).state_dict())
     loaded.set_adapter("other")
     assert torch.equal(loaded.eval()(x), model(x))
-    low_precision = peft.PeftModel.from_pretrained(
-        copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low, autocast_adapter_dtype=False
-    )
+    how = {"low_cpu_mem_usage": low, "autocast_adapter_dtype": False}
+    low_precision = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **how)
     assert {p.dtype for p in owned(low_precision).parameters()} == {dtype}
 
 
@@ -366,22 +365,17 @@ def test_what_a_base_layer_does_beyond_a_product_is_kept(how):
 
 
 def test_trainer_and_accelerate(tmp_path):
-    class Data(torch.utils.data.Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, i):
-            return {"pixel_values": torch.full((3, 32, 32), i / 8 - 0.5), "labels": i // 4}  # the brighter ones
-
+    # the brighter ones are of the second class
+    data = [{"pixel_values": torch.full((3, 32, 32), i / 8 - 0.5), "labels": i // 4} for i in range(8)]
     model = peft.get_peft_model(vit_of_transformers(), EFFTPeftConfig(rank=4, modules_to_save=["classifier"]))
     arguments = transformers.TrainingArguments(
         tmp_path, num_train_epochs=12, per_device_train_batch_size=8, learning_rate=0.01, report_to=[], use_cpu=True,
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=Data())
-    start = trainer.evaluate(Data())["eval_loss"]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    start = trainer.evaluate(data)["eval_loss"]
     trainer.train()
-    assert trainer.evaluate(Data())["eval_loss"] < 0.8 * start
+    assert trainer.evaluate(data)["eval_loss"] < 0.8 * start
     trainer.save_model(tmp_path / "saved")
     x = images()
     again = peft.PeftModel.from_pretrained(trainer.model.get_base_model().__class__(model.config), tmp_path / "saved")

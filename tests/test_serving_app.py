@@ -343,12 +343,9 @@ def test_folder_in_many_threads(folder):
 
     def work(names):
         for name in names:
-            try:
-                with folder.hold(name) as key:
-                    if key not in folder.bank.held:
-                        failures.append(name)
-            except DoesNotFit:
-                pass
+            with contextlib.suppress(DoesNotFit), folder.hold(name) as key:
+                if key not in folder.bank.held:
+                    failures.append(name)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, [names * 50 for names in ("abcd", "dcba", "acbd", "bbca")]))
