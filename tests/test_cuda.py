@@ -198,16 +198,10 @@ def make_passes(M, K, N, R, dtype, device="cpu"):
     # other passes where those of hopper do not fit: too many columns of dy for a cluster, too many ranks, rows of x
     # that are not aligned to 16 bytes
     *((24, 200, 4104, 16), (24, 200, 3080, 17), (24, 200, 136, 33), (24, 201, 136, 5)),
+    *((300, 192, N, R) for R in (1, 2, 5, 8, 11, 16, 20, 29, 32) for N in (128, 520)),
 )
 def test_hopper_passes(shape, dtype, hopper_device):
-    ops = cuda._ops()
-    check_passes(ops, *make_passes(*shape, dtype, hopper_device))
-
-
-@pytest.mark.parametrize("R", [1, 2, 5, 8, 11, 16, 20, 29, 32])
-def test_hopper_passes_at_any_rank(R, hopper_device):
-    for N in (128, 520):
-        check_passes(cuda._ops(), *make_passes(300, 192, N, R, torch.float16, hopper_device))
+    check_passes(cuda._ops(), *make_passes(*shape, dtype, hopper_device))
 
 
 @pytest.mark.parametrize("shape", [(900, 384, 128, 16), (700, 136, 72, 24), (900, 768, 200, 14), (260, 2304, 768, 16)])
