@@ -10,6 +10,7 @@ adapter needs) are read.
 import json
 import os
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import frozen_weights
 from .base_linears import is_parametrized_class
 from .configs import MethodConfig
-from .layouts import head_state
+from .layouts import classifiers_of, head_state, heads_of, input_size
 from .preparation import Preparation
 from .tensor_file import FLOATS, read_tensors, write_tensors
 
@@ -66,7 +67,7 @@ def write(
 ) -> None:
     """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules,
     which is the model's where ``head`` does not have it. ``unfrozen`` names what is neither in the file nor frozen."""
-    more, factors = head_state(model, trained), groups.state_dict()
+    own, more, factors = head_state(model), head_state(model, trained), groups.state_dict()
     for key, group in groups.items():
         if is_parametrized_class(type(group)) or group._forward_pre_hooks:  # a parametrization, or pruning
             raise ValueError(f"the factors of group {key!r} must be plain parameters, but something computes one")
@@ -78,7 +79,7 @@ def write(
         "fingerprint": groups.plan.fingerprint,
         "model": type(model).__name__,
         "base_model": base_model or name_of(model),
-        "frozen": frozen_weights.sample(model, {*head, *more, *unfrozen}),
+        "frozen": frozen_weights.sample(model, {*head, *more, *(unfrozen if groups.beside_head else own)}),
         **({"train": json.dumps(list(trained))} if trained else {}),
         **stated(preparation, classes, multilabel),
     }
@@ -179,3 +180,43 @@ def name_of(model: nn.Module) -> str:
         getattr(getattr(model, "config", None), "_name_or_path", None),
     )
     return next((name for name in names if name), "")
+
+
+def check_needs(
+    model: nn.Module, file: AdapterFile, strict: bool, groups: nn.ModuleDict | None = None, new_head: bool = False
+) -> None:
+    """Refuse a file that fits the model by its shapes, but was trained on other weights or images. The model's own
+    head may be another one if it is about to be replaced (``new_head``), or missing. Beside another head the groups of
+    the file have no classes.
+
+    Raises:
+        ValueError: if strict; otherwise a UserWarning says the same.
+    """
+    problems = []
+    if file.frozen is not None:
+        heads = tuple(f"{path}." for path in heads_of(model))
+        other, compared = frozen_weights.differences(model, file.frozen, heads)
+        another = any(key.startswith(heads) for key in other)
+        if another and groups is not None:
+            groups.classes, groups.multilabel, groups.beside_head = None, False, False
+        new_head |= not any(True for _ in classifiers_of(model))
+        if other := [key for key in other if not new_head or not key.startswith(heads)]:
+            problems.append(
+                f"it was trained on other weights of {file.trained_on} than this {type(model).__name__} has: "
+                f"{len(other)} of {compared} sampled tensors differ, such as {other[0]}"
+            )
+    size = input_size(model)
+    if file.preparation is not None and size not in (None, file.preparation.size):
+        problems.append(
+            f"it was trained on images of {_by(file.preparation.size)} pixels, but this {type(model).__name__} takes "
+            f"{_by(size)}"
+        )
+    if problems:
+        sentence = f"{file.path} does not fit: {'; '.join(problems)}"
+        if strict:
+            raise ValueError(f"{sentence}; strict=False loads it with a warning")
+        warnings.warn(sentence, stacklevel=3)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

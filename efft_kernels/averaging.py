@@ -1,6 +1,5 @@
 """The mean of several adapters as one adapter: exact, with the ranks of all of them side by side."""
 
-import json
 import math
 import os
 import warnings
@@ -10,12 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import AdapterFile, read_adapter, write
+from .adapter_file import AdapterFile, check_needs, read_adapter, write
 from .configs import MethodConfig
-from .files import check_needs, filled, modules_in
+from .files import filled, modules_in
 from .groups import EFFTGroup, FacTTuckerGroup
 from .inject import build
-from .layouts import head_state
 from .low_rank import Group
 from .per_matrix import LoRAGroup, LoRAXSGroup, VeRAGroup
 from .plans import Plan, plan_of_file
@@ -81,8 +79,8 @@ def average_adapters(
         mean = _mean(group, [adapter[key] for adapter in adapters], weights)
         group.load_state_dict({name: mean[name].to(t) for name, t in own.items()}, assign=True)
     head = {key: sum(w * h[key].double() for w, h in zip(weights, heads)).to(t) for key, t in heads[0].items()}
-    unfrozen = head_state(model).keys() - set.intersection(*({*json.loads(file.frozen or "{}")} for file in files))
-    write(out, model, made, head, files[0].base_model, preparation, classes, trained, multilabel, unfrozen)
+    made.beside_head = all(adapter.beside_head for adapter in adapters)
+    write(out, model, made, head, files[0].base_model, preparation, classes, trained, multilabel)
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -5,15 +5,14 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import frozen_weights
 from . import hub as hubs
-from .adapter_file import AdapterFile, check_finite, read_adapter, write
+from .adapter_file import AdapterFile, check_finite, check_needs, read_adapter, write
 from .card import card
 from .configs import MethodConfig
 from .inject import (
@@ -29,7 +28,7 @@ from .inject import (
     mount,
     trained_modules,
 )
-from .layouts import classes_of, classifiers_of, head_state, heads_of, input_size
+from .layouts import classes_of, classifiers_of, head_state, heads_of
 from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, plan, plan_of_file
@@ -133,7 +132,8 @@ def publish(
 
 
 def _checked_names(model: nn.Module, classes: Sequence[str]) -> list[str]:
-    if isinstance(classes, str) or not isinstance(classes, Sequence) or not all(isinstance(c, str) for c in classes):
+    unordered = not isinstance(classes, Collection) or isinstance(classes, str | Set | Mapping)
+    if unordered or not all(isinstance(c, str) for c in classes):
         raise TypeError(f"classes must be a sequence of names, got {classes!r}")
     if len(classes) != (outputs := _outputs(model, classes)):
         raise ValueError(f"classes must name the {outputs} classes of the head, got {len(classes)} names")
@@ -219,7 +219,7 @@ def load_adapter(
     if injected:
         _check_shared(model, state, path)
         _check_shared(model, more, path, train)
-        check_needs(model, file, strict)
+        check_needs(model, file, strict, groups)
         _mount_new(model, name, groups)
     else:
         check_bare(model)
@@ -229,44 +229,11 @@ def load_adapter(
                 "model first, or the adapter with head='keep'"
             )
         head = _fitting(model, state, path) if state else head
-        check_needs(model, file, strict, new_head=head not in ("train", "keep"))
+        check_needs(model, file, strict, groups, new_head=head not in ("train", "keep"))
         install(model, name, groups, head, backend, train)
         _fill(model, state | more, (*heads_of(model), *train))
     set_adapter(model, name)
     return model
-
-
-def check_needs(model: nn.Module, file: AdapterFile, strict: bool, new_head: bool = False) -> None:
-    """Refuse a file that fits the model by its shapes, but was trained on other weights or images. The model's own
-    head may be another one if it is about to be replaced (``new_head``).
-
-    Raises:
-        ValueError: if strict; otherwise a UserWarning says the same.
-    """
-    problems = []
-    if file.frozen is not None:
-        heads = tuple(f"{path}." for path in heads_of(model))
-        other, compared = frozen_weights.differences(model, file.frozen, heads)
-        if other := [key for key in other if not new_head or not key.startswith(heads)]:
-            problems.append(
-                f"it was trained on other weights of {file.trained_on} than this {type(model).__name__} has: "
-                f"{len(other)} of {compared} sampled tensors differ, such as {other[0]}"
-            )
-    size = input_size(model)
-    if file.preparation is not None and size not in (None, file.preparation.size):
-        problems.append(
-            f"it was trained on images of {_by(file.preparation.size)} pixels, but this {type(model).__name__} takes "
-            f"{_by(size)}"
-        )
-    if problems:
-        sentence = f"{file.path} does not fit: {'; '.join(problems)}"
-        if strict:
-            raise ValueError(f"{sentence}; strict=False loads it with a warning")
-        warnings.warn(sentence, stacklevel=3)
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
 
 
 def _fitting(model: nn.Module, state: dict[str, Tensor], path) -> str | int:
@@ -364,6 +331,7 @@ def filled(model: nn.Module, file: AdapterFile, factor_dtype: torch.dtype = torc
     groups.load_state_dict({key: t.to(own[key], copy=True) for key, t in file.factors.items()}, assign=True)
     check_finite(file.path, {key: t.to(own[key].dtype) for key, t in file.factors.items()} | file.head)
     groups.preparation, groups.classes, groups.multilabel = file.preparation, file.classes, file.multilabel
+    groups.beside_head = any(f'"{key}"' in (file.frozen or "") for key in head_state(model))
     return groups
 
 

@@ -505,3 +505,31 @@ def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path):
         assert not (tmp_path / name).is_file()
     with pytest.raises(FileNotFoundError, match="there is no folder to write a file into: .*nowhere"):
         ek.save_adapter(model, tmp_path / "nowhere" / "a.safetensors")
+
+
+def test_a_file_without_a_head_and_the_head_of_its_model(tmp_path):
+    """It states classes, and samples a head, only of the one that the adapter was trained beside."""
+    path, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    base = vit()
+    other = copy.deepcopy(base)
+    nn.init.normal_(other.head.weight)
+    ek.save_adapter(shake(ek.inject(copy.deepcopy(base), ek.EFFTConfig(rank=4))), path, head=False)
+    bank = AdapterBank(copy.deepcopy(other))
+    bank.add("a", path, strict=True)
+    bank.save("a", again)
+    ek.load_adapter(copy.deepcopy(base), again, strict=True)
+    ek.save_adapter(ek.load_adapter(copy.deepcopy(other), path, head="keep", strict=True), again, head=False)
+    ek.load_adapter(copy.deepcopy(base), again, strict=True)
+
+    names = dict(enumerate("abcdefghij"))
+    ek.save_adapter(
+        shake(ek.inject(copy.deepcopy(base), ek.EFFTConfig(rank=4), head="keep")), path, classes=names.values()
+    )
+    assert ek.load_adapter(copy.deepcopy(base), path, strict=True).efft["default"].classes == tuple(names.values())
+    with pytest.raises(ValueError, match="sampled tensors differ, such as head.weight"):
+        ek.load_adapter(copy.deepcopy(other), path, strict=True)
+    with pytest.warns(UserWarning, match="such as head.weight"):
+        assert ek.load_adapter(other, path).efft["default"].classes is None
+    headless = copy.deepcopy(base)
+    headless.reset_classifier(0)
+    ek.load_adapter(headless, path, head="keep", strict=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import frozen_weights
 from ..adapted_linear import AdaptedLinear
-from ..adapter_file import AdapterFile, read_adapter
+from ..adapter_file import AdapterFile, check_needs, read_adapter
 from ..base_linears import has_own_forward, kept_in, kind
-from ..files import check_needs, filled, head_classes, trained_head
+from ..files import filled, head_classes, trained_head
 from ..inject import adapters
 from ..layouts import classifiers_of, head_state
 from ..wrappers import unwrapped
@@ -58,7 +58,7 @@ def load(model: nn.Module, source: str | PathLike | nn.Module, factor_dtype: tor
         )
     groups = filled(model, file, factor_dtype)
     heads = _load_heads(model, file.head, file.path) if file.head else {}
-    check_needs(model, file, strict)
+    check_needs(model, file, strict, None if heads else groups)
     return Adapter(groups, heads, model, file.base_model)
 
 
@@ -117,7 +117,7 @@ def _file_of(model: nn.Module) -> AdapterFile:
         head=head,
         preparation=groups.preparation,
         classes=groups.classes,
-        frozen=frozen_weights.sample(model, head),
+        frozen=frozen_weights.sample(model, head if groups.beside_head else head_state(model)),
         trained=owner.trained,
         multilabel=groups.multilabel,
     )
