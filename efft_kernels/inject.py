@@ -154,6 +154,7 @@ def build(
         groups[spec.name] = make_group(spec, made.config, weights)
     groups.plan = made
     groups.preparation, groups.classes, groups.multilabel = None, None, False  # what an adapter file states
+    groups.beside_head = True  # whether the model's head, where no file has one, is that beside which they are trained
     return groups
 
 
@@ -167,7 +168,7 @@ def install(
     trained = (*train, *(heads if head != "keep" else ()))
     _check_trainable(model, trained, [getattr(owner, key) for owner, key, _ in replacements])
     before = {key: p.requires_grad for key, p in named_parameters(model)}
-    modules_before, told = _copies(model, list(trained)), told_classes(model)
+    modules_before, told = _copies(model, list(trained)), told_classes(model) if head != "keep" else {}
 
     for owner, key, module in replacements:
         setattr(owner, key, module)
@@ -206,7 +207,8 @@ def _copies(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
     """Within this context the modules that are trained with the factors are replaced by those of before inject."""
-    trained, owner, told = {}, model.efft, told_classes(model)
+    trained, owner = {}, model.efft
+    told = {at: values for at, values in told_classes(model).items() if at in owner.told_before}
     for path, module in owner.modules_before.items():
         trained[path] = module_at(model, path)
         _put_in_place(model, path, module)

@@ -279,7 +279,7 @@ class Adapters(Passes, nn.ModuleDict):
         return {key: value for key, value in self.__dict__.items() if key not in ("_traced", "_thread", "_late_hooks")}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"told_before": {}} | state)  # which a pickle of an earlier version does not have
         self._late_hooks = {}
         self._reset()
 

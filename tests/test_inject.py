@@ -381,6 +381,11 @@ def test_the_names_of_the_classes_come_back():
         with ek.disable_adapter(model):
             assert model.config.id2label == names and model(x, labels=torch.tensor([4, 0])).loss > 0
         model = copy.deepcopy(model)
+    kept = ek.inject(transformer("vit"), SMALL, head="keep")
+    kept.config.id2label = dict(enumerate("abcde"))
+    with ek.disable_adapter(kept):
+        pass
+    assert kept.config.id2label[0] == "a", "of a head that is not the adapter's"
     ek.delete_adapter(model, "default")
     assert model.config.id2label == names and model.config.label2id and model.num_labels == len(names)
 

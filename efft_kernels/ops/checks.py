@@ -109,6 +109,9 @@ def as_rows(t: Tensor | None, name: str = "x") -> Tensor | None:
     return t.reshape(-1, t.shape[-1])
 
 
-def shaped(y: Tensor, shape: list[int]) -> Tensor:
-    """y in another shape; a view that an operation of ours returned could not be changed in place"""
-    return torch.ops.aten._unsafe_view.default(y, shape)
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def no_view(y: Tensor) -> Tensor:
+    """y itself or a tensor on its memory: autograd lets nobody change a view that one of its functions returned"""
+    return _unsafe_view(y, y.shape) if y._is_view() else y

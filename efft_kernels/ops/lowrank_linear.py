@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernels, decisions, overwriting
-from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors, shaped
+from .checks import as_rows, check_dy, check_floats, check_linear, check_shape, check_tensors, no_view
 from .dispatch import below_autograd, check_backend, direct_outside_autocast, once, register, remember, select
 from .producers import cast_again, kept_for, kept_weight
 
@@ -46,7 +46,7 @@ def _bound_forward(kernels: Kernels, x: Tensor, weight: Tensor, *rest: Tensor | 
 
     def forward(x, weight, bias, down, up):
         y, p = kernels.lowrank_linear(as_rows(x), weight, bias, down, up)
-        return shaped(y, [*x.shape[:-1], weight.shape[0]]), p
+        return y.view(*x.shape[:-1], weight.shape[0]), p
 
     return forward
 
@@ -108,6 +108,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.recipe, kept = kept_for(x) if need_weight or need_down else (None, (None,))
         ctx.save_for_backward(kept_weight(weight), down, up, p if need_up else None, *kept)
         ctx.backend = backend
+        y = no_view(y)
         if run is _forward:  # nobody outside reads p
             return y
         ctx.mark_non_differentiable(p)

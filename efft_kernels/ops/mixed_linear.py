@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels import decisions, overwriting
 from ..kernels.memory import check_memory
-from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors, shaped
+from .checks import as_rows, check_dy, check_floats, check_linear, check_product, check_shape, check_tensors, no_view
 from .dispatch import below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 from .producers import cast_again, kept_for, kept_weight
 
@@ -63,7 +63,7 @@ def _forward(x, weight, bias, down, up, ids, backend=None):
         kernels = decide(key, as_rows(x), weight, bias, down, up, ids)
     _check_values(ids, down.shape[0])
     y, p = kernels.mixed_linear(as_rows(x), weight, bias, down, up, ids.contiguous())
-    return y if x.dim() == 2 else shaped(y, [*x.shape[:-1], y.shape[1]]), p
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), p
 
 
 def _backward(dy, x, weight, down, up, p, ids, needs, backend=None, overwrite_x=False):
@@ -101,6 +101,7 @@ class _MixedLinear(torch.autograd.Function):
         ctx.recipe, kept = kept_for(x) if need_weight or need_down else (None, (None,))
         ctx.save_for_backward(kept_weight(weight), down, up, p if need_up else None, ids, *kept)
         ctx.backend = backend
+        y = no_view(y)
         if run is _forward:  # nobody outside reads p
             return y
         ctx.mark_non_differentiable(p)
