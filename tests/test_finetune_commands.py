@@ -158,6 +158,7 @@ def test_a_run_is_a_folder(run, capsys):
     for device in ("foo", "meta", "cuda:99"):  # before the run is looked for
         assert cli.main(["predict", "nowhere", str(run.parent / "photos"), "--device", device]) == cli.WRONG
         assert "device must be one of auto, cpu" in capsys.readouterr().err
+    assert prepared.find_device("cpu:0") == prepared.find_device(torch.device("cpu")) == "cpu"
 
 
 def test_compare(run, tmp_path, capsys):

@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bundle", type=Path, required=True, help="of bundle.py")
-    add("--together", type=int, nargs="+", default=[1, 8, 28])
+    add("--together", type=int, nargs="+", default=[1, 8, 28], help="numbers of runs, in memory at the same time")
     add("--method", choices=BANKED, default="efft2")
     add("--steps", type=int, default=40)
     add("--image-size", type=int, default=112)
@@ -286,6 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--device", default=DEVICE)
     add("--out", type=Path, help="folder for together.csv and together.json")
     args = parser.parse_args(arguments)
+    if args.steps < 2:
+        parser.error(f"--steps must be at least 2, for quartiles, got {args.steps}")
     import bundle
 
     if args.out:
@@ -309,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
                 _wait(args.device)
             seconds[K].append(time.perf_counter() - began)
     del args.bundle  # a path
-    run = record.begun("together", args) | {"complete": True, "results": []}
+    run = record.begun("together", args) | {"complete": True, "results": []}  # all of it is measured
     for K, taken in seconds.items():
         q1, middle, q3 = (1e3 * q for q in statistics.quantiles(taken[5:], n=4))  # the first ones fill caches
         row = {"method": args.method, "adapters": K, "rounds": args.steps, "ms": middle, "q1": q1, "q3": q3}

@@ -147,7 +147,7 @@ class FewRowsPass {
         dot_tile<M, COLUMNS>(a + m * K, K, b + n * next, next, N, sums + m * N + n);
       }
     };
-    // of about as many rows each: up to 6 if there are 32 registers, else 2, 3 or a single 4
+    // of about as many rows each: up to 6 with the registers of AVX-512, else 2, 3 or a single 4
     const int64_t parts = VB == 64 ? (g_.M + 5) / 6 : std::max<int64_t>(1, (g_.M + 1) / 3);
     for (int64_t i = 0, m = 0; i < parts; ++i) {
       const int64_t rows = (g_.M - m) / (parts - i);

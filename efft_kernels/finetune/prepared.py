@@ -113,6 +113,8 @@ def find_device(name: str) -> str:
     Raises:
         ValueError: this machine has no such device.
     """
+    if (name := str(name)).startswith("cpu:"):
+        name = "cpu"
     kinds = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()]
     known = [*kinds, *(f"{kind}:{i}" for kind in kinds for i in range(getattr(torch, kind).device_count()))]
     if name not in ("auto", "cpu", *known):
