@@ -51,14 +51,20 @@ def gpu_passes() -> Table:
         for row in read_csv(RESULTS / "nvidia_h200/gpu.csv")
         if row["variant"] == "auto" and row["pass"] == "backward"
     }
+    sums = {}
+    for model, layer, _, us, tuned in _tuned("backward", "lowrank_linear_backward", "x down up"):
+        stage, _, linear = layer.rpartition(".")
+        added = sums.setdefault(f"{model} {stage}".strip(), ([], []))
+        added[0].append(linear)
+        added[1].append((us["merged"], tuned["cuda_us"], now[tuned["M"], tuned["K"], tuned["N"]]))
     rows = []
-    for model, layer, size, us, tuned in _tuned("backward", "lowrank_linear_backward", "x down up"):
-        new = now[tuned["M"], tuned["K"], tuned["N"]]
-        cells = [digits(us["merged"]), digits(tuned["cuda_us"]), digits(new), f"{new / tuned['cuda_us'] - 1:+.0%}"]
-        rows.append([f"{model} {layer} {size}", *cells[:3], cells[3].replace("-", "−")])
+    for name, (linears, times) in sums.items():
+        dx, before, after = map(sum, zip(*times))
+        change = f"{after / before - 1:+.0%}".replace("-", "−")
+        rows.append([f"{name}: {', '.join(linears)}", *map(digits, (dx, before, after)), change])
     head = ["backward, bfloat16, R = 16", "dx, merged weight", "former passes", "now", "change"]
     records = [f"{TUNE}/tune.csv", f"{TUNE}/plain_torch.csv", "nvidia_h200/gpu.csv"]
-    return Table(head, rows, "Microseconds per call, batch 64, best CUDA plan; two runs on two days.", records)
+    return Table(head, rows, "Microseconds of one call each, batch 64, best CUDA plan; two runs on two days.", records)
 
 
 CHANGES = [  # what it is, what was expected, the run (None: the first one), the variant with it and the one without it
@@ -85,20 +91,6 @@ def gpu_changes() -> Table:
     )
     records = [f"{FIRST}/timings.csv", f"{KERNEL}/hopper_kernel.csv"]
     return Table(["change", "expected", "with, without", *layers], rows, note, records, 3)
-
-
-def gpu_predictions() -> Table:
-    """H200: predicted and measured ratio of the forward to the merged weight"""
-    predicted = {"qkv": ("h192p", 1.10), "proj": ("h192p", 1.10), "fc1": ("h256p", 1.08), "fc2": ("h192p", 1.09)}
-    rows = []
-    first, now = _us(f"{FIRST}/timings.csv", "forward"), _us(f"{KERNEL}/hopper_kernel.csv", "forward", 2)
-    for layer, (plan, ratio) in predicted.items():
-        best = min(us for name, us in now[layer].items() if name.startswith("e"))
-        measured = [first[layer][plan] / first[layer]["merged"], best / now[layer]["merged"]]
-        rows.append([f"ViT-B {layer}", f"`{plan}`", f"{ratio:.2f}", *(f"{value:.2f}" for value in measured)])
-    head = ["layer", "plan", "predicted / merged weight", "first run", "now, best tile"]
-    records = [f"{FIRST}/timings.csv", f"{KERNEL}/hopper_kernel.csv"]
-    return Table(head, rows, "Batch 64, bfloat16, rank 16.", records, 2)
 
 
 def gpu_profile() -> Table:

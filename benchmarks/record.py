@@ -130,10 +130,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def write_figure(path: Path, figure, **options) -> None:
-    """Write a figure of matplotlib in the format of the file's suffix."""
+def write_figure(path: Path, figure) -> None:
+    """Write a figure of matplotlib as PNG."""
     image = io.BytesIO()
-    figure.savefig(image, format=path.suffix.removeprefix("."), **options)
+    figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())
 
 

@@ -1,7 +1,6 @@
 """A roofline chart of a recorded forward.json: FLOP/s over arithmetic intensity, under what the machine can do.
 
     python benchmarks/roofline.py benchmarks/results/NAME/forward.json                  # roofline.png beside it
-    python benchmarks/roofline.py --format svg FOLDER/forward.json OTHER/forward.json
 
 A point is one Linear of the model computed by one variant. Intensity and FLOP/s count only the work that the adapted
 Linear needs (shapes.py, work), whatever else the variant does: points above each other are the same Linear, and their
@@ -20,8 +19,6 @@ from typing import NamedTuple
 import arguments  # noqa: F401, reports which packages are missing
 from forward_rows import COLOURS, row_work
 from record import digits, read_run, write_figure
-
-FORMATS = ("png", "svg")
 
 
 class Way(NamedTuple):
@@ -97,13 +94,10 @@ def roofs(record: dict, dtype: str) -> list[Roof]:
 
 
 def draw(record: dict, path: Path) -> None:
-    """Draw the chart to a file, in the format of its suffix; it replaces the old file when it is complete."""
-    import matplotlib
-
+    """Draw the chart to a file; it replaces the old one when it is complete."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    matplotlib.rcParams["svg.hashsalt"] = "roofline"  # so that two runs write the same file
     found = panels(record)
     dtypes, parts = (list(dict.fromkeys(names)) for names in zip(*found))
     figure = Figure((1 + 5.2 * len(parts), 1.2 + 4.2 * len(dtypes)), dpi=110)
@@ -123,9 +117,7 @@ def draw(record: dict, path: Path) -> None:
     figure.legend(handles=handles, loc="lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8,
                   bbox_to_anchor=(0.5, foot / height))  # fmt: skip
     figure.text(0.5, 0.06 / height, "\n".join(words), ha="center", va="bottom", fontsize=7, color="#555555")
-    # without the date, so that two runs write the same file
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    write_figure(path, figure, metadata=metadata)
+    write_figure(path, figure)
 
 
 def mark(way: Way, marker: str) -> dict:
@@ -205,11 +197,10 @@ def note(record: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("records", nargs="+", type=Path, metavar="FILE", help="forward.json of bench_forward.py")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="of the charts (default: png)")
     args = parser.parse_args(argv)
     failed = False
     for path in args.records:
-        chart = path.with_name(f"roofline.{args.format}")
+        chart = path.with_name("roofline.png")
         try:
             draw(read(path), chart)
             print(f"written: {chart}")

@@ -397,7 +397,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     for table in (
         train_step, memory_models, train_step_methods, lora, forward, forward_backward, forward_rows, few_rows, swin,
         accuracy, inference, inference_operations, serving, load_test, gpu.gpu_forward, gpu.gpu_backward,
-        gpu_train_step, gpu.gpu_changes, gpu.gpu_passes, gpu.gpu_predictions, gpu.gpu_profile, vtab1k, vtab1k_options,
+        gpu_train_step, gpu.gpu_changes, gpu.gpu_passes, gpu.gpu_profile, vtab1k, vtab1k_options,
         vtab1k_paired, ablation, subspace,
     )
 }  # fmt: skip

@@ -68,16 +68,6 @@ def test_the_chart_shows_every_point_under_the_roof(record, monkeypatch):
         assert "stage1" in words and "stage2" in words and "limits: 100 GFLOP/s, 20.0 GB/s" in words
 
 
-@pytest.mark.slow
-def test_svg_twice_the_same(record):
-    images = []
-    for _ in range(2):
-        assert roofline.main(["--format", "svg", str(record)]) == 0
-        images.append(record.with_name("roofline.svg").read_text())
-    assert images[0] == images[1] and images[0].rstrip().endswith("</svg>")
-    assert not list(record.parent.glob(".*"))
-
-
 def test_committed_records_draw():
     for path in BENCHMARKS.glob("results/*/*/forward.json"):
         record = roofline.read(path)
