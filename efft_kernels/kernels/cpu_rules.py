@@ -132,7 +132,8 @@ def _intel_avx512(op: str, needs: Needs, *tensors: Tensor | None) -> str | None:
 # the largest number of rows, times entries of the weight, that the kernel of few rows takes on AVX2 (a Zen 3)
 _FEW_ROWS_AVX2 = {torch.float32: 1 << 25, torch.float64: 1 << 25, torch.bfloat16: 1 << 23, torch.float16: 1 << 20}
 
-# (forward, backward) of float16 on an Emerald Rapids: the kernel takes so many rows of any weight, and so much as above
+# (forward, backward) of float16 on an Emerald Rapids, each: rows of any weight that the kernel takes, and the largest
+# number of rows times entries that it takes besides
 _FEW_ROWS_INTEL_F16 = (2, 1 << 21), (1, 5 << 19)
 
 
