@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -607,6 +608,17 @@ def test_of_two_runs_on_a_cpu_the_instruction_set_of_the_later_one_counts_alone(
         assert (table.choice(CPU, entry, 197) is None) is (fast == "two")
     assert "measured with one counts no more" in said[-1]
     assert {job["threads"] for job in Fast.jobs} == {torch.get_num_threads()}
+
+
+def test_a_run_on_a_cpu_that_is_killed_leaves_what_was_chosen_before(isas, monkeypatch):
+    entry = table.key(table.LINEAR, torch.float32, 64, 64, 16)
+    monkeypatch.setattr(Fast, "fast", "one", raising=False)
+    isas([(197, 64, 64, 16)], [torch.float32])
+    monkeypatch.setattr(Fast, "fast", "two")
+    with pytest.raises(KeyboardInterrupt):
+        isas([(197, 64, 64, 16)], [torch.float32], note=lambda event: "entry" in event and signal.raise_signal(2))
+    table.invalidate()
+    assert table.choice(CPU, entry, 197).backend == "cpu"
 
 
 def test_each_dtype_is_proven_and_a_short_battery_is_not_a_whole_one(isas, monkeypatch):

@@ -286,9 +286,10 @@ class _Tuner:
             if "dropped" in event:
                 self.drop(event["backend"], event["plan"], event["dropped"])
             else:
-                self.save(measured={event["entry"]: {str(event["M"]): event["row"]}})
-                # on a CPU the instruction set is chosen at the end
-                found = None if "cpu" in self.backends else table.choice(self.device, event["entry"], event["M"])
+                found = None
+                if "cpu" not in self.backends:  # there, the instruction set is chosen at the end
+                    self.save(measured={event["entry"]: {str(event["M"]): event["row"]}})
+                    found = table.choice(self.device, event["entry"], event["M"])
                 self.timed.append(Timed(event["entry"], event["M"], event["us"], found))
                 self.say(str(self.timed[-1]))
                 self.note({"op": op, "shape": shape, "needs": needs, **event, "chosen": found and found.backend})
