@@ -71,3 +71,18 @@ def test_a_search_is_recorded_and_its_sizes_are_tested(tmp_path, capsys, monkeyp
         assert (searched["part"], len(tested)) == ("val", 2) and 0 <= searched["top1"] <= 100
         assert all(row["settings.tokens"] == tested[0]["settings.tokens"] for row in tested)
         monkeypatch.setattr(noah_search, "search", None)
+
+
+@pytest.mark.parametrize("options", [["--budget", "nan"], ["--supernet-epochs", "0"], ["--rank", "4"]])
+def test_arguments_that_do_not_fit_or_have_no_effect_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        noah_search.main(options)
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_the_supernet_is_trained(tmp_path, capsys, monkeypatch):
+    few_images(monkeypatch, 800)
+    monkeypatch.setattr(noah_search, "opened", runs.opened)
+    monkeypatch.setattr(noah_search, "evolve", None)
+    assert noah_search.main(["--quick", "--budget", "0.001", "--out", str(tmp_path)]) == 2
+    assert "--budget must allow the smallest sizes, " in capsys.readouterr().err

@@ -141,6 +141,11 @@ def test_a_bundle_gives_the_same_images_and_weights(weights, tmp_path, monkeypat
         after = together.read(found, 16, "bicubic", "cpu")
         assert all(torch.equal(x, y) for x, y in zip(before[:4], after[:4])) and before.classes == after.classes
         assert len(after.test) == 9
+    for size, most, said in ((17, {}, "images of 16 pixels, 17"), (16, {"grey": 10}, "9 test images of grey at most")):
+        with pytest.raises(ValueError, match=f"--bundle has {said}"):
+            bundle.use(path, size, most)
+    with pytest.raises(ValueError, match="--bundle must be a file that this version of bundle.py wrote, got "):
+        bundle.use(Path(weights))
     state, there = torch.load(weights), torch.load(bundle.use(path).path)
     assert set(state) == set(there) and all(torch.equal(t.bfloat16().float(), there[key]) for key, t in state.items())
 
@@ -162,6 +167,10 @@ def test_paired_differences(tmp_path):
             paired.table(tmp_path, ["b", against])
     paired.plot(tmp_path, tmp_path / "a.png", ["b"], ("a", "c"))  # c has no seed that b has
     assert (tmp_path / "a.png").stat().st_size > 1000
+    with (tmp_path / "runs.csv").open("a") as file:
+        file.write(lines[0] + "\n")
+    with pytest.raises(ValueError, match="a has two results for x, seed 0"):
+        paired.right(tmp_path)
     (tmp_path / "labels.csv").write_text("data,labels\nx,01\n")
     assert paired.main([str(tmp_path)]) == 2
 

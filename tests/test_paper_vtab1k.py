@@ -90,10 +90,13 @@ def test_ranks_of_fact_give_its_published_count():
     assert statistics.fmean(counts) / 1e6 == pytest.approx(published("FacT-TK (r<=32)")["millions"], abs=0.0005)
 
 
-def test_every_planned_run_has_valid_settings():
-    args = SimpleNamespace(normalize=None, model=None, checkpoint="some/ViT-B_16.npz", epochs=None, cores=None)
-    made = [vtab1k.settings_of(m, d, args) for m in FACTS["methods"] for d in ALL]
-    assert all(settings["checkpoint"] == "ViT-B_16.npz" for settings in made)  # no path of this machine
+def test_every_planned_run_has_valid_settings(tmp_path):
+    (tmp_path / "ViT-B_16.npz").write_text("weights")
+    checkpoint = str(tmp_path / "ViT-B_16.npz")
+    args = SimpleNamespace(normalize=None, model=None, checkpoint=checkpoint, epochs=None, cores=None)
+    made = [vtab1k.settings_of(m, d, args, Places()) for m in FACTS["methods"] for d in ALL]
+    digest = "9a129038d9a0"
+    assert {settings["checkpoint"] for settings in made} == {f"ViT-B_16.npz {digest}"}  # no path of this machine
     plan = FACTS["offline"]
     assert not set(plan["methods"]) & set(plan["optional"])
     for how in (plan["methods"] | plan["optional"]).values():
@@ -165,6 +168,32 @@ def test_complete_does_what_is_missing_and_goes_on_after_a_failure(tmp_path, mon
     done += [None] * 9
     found, failures = runs.complete(every, store, Places())
     assert done[-1] == 2 and not failures and [r["top1"] for r in found] == [0, 1, 2, 3]
+
+
+def test_what_another_process_has_done_meanwhile_is_not_repeated(tmp_path, monkeypatch):
+    every, done, other = [run(seed=seed) for seed in range(3)], [], Store(tmp_path)
+
+    def measure(one, places):
+        done.append(one.seed)
+        if one.seed == 0:
+            other.put(every[1], record(every[1], 7.0) | {"machine": {"cpu": "other"}})
+        return record(one, float(one.seed))
+
+    monkeypatch.setattr(runs, "measure", measure)
+    found, _ = runs.complete(every, Store(tmp_path), Places())
+    assert done == [0, 2] and [r["top1"] for r in found] == [0, 7, 2]
+    read = Path.read_text
+
+    def read_text(path, *args):  # another process adds an environment between the two reads
+        text = read(path, *args)
+        if not done and path.parent == tmp_path:
+            done.append(path)
+            other.put(run(seed=9), record(run(seed=9), 1.0) | {"machine": {"cpu": "new"}})
+        return text
+
+    done.clear()
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert len(Store(tmp_path).all()) in (3, 4) and done
 
 
 def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
@@ -248,8 +277,10 @@ def test_charts(tmp_path):
 
 
 @pytest.fixture
-def lists(tmp_path):
-    """Two data sets of one image each, in the layout of NOAH."""
+def lists(tmp_path, monkeypatch):
+    """Two data sets of one image each, in the layout of NOAH; beside them is w.npz, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("w.npz").touch()
     for name in ("svhn", "kitti"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for part in ("train800", "val200", "train800val200", "test"):
@@ -283,6 +314,43 @@ def test_missing_data_sets_are_named(lists, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "measure", lambda *_: pytest.fail("again"))
     assert vtab1k.main([*common, "--methods", "linear", "efft2", "--seeds", "2"]) == 0
     assert vtab1k.main(["--out", str(tmp_path / "out"), "--report"]) == 0
+
+
+def test_other_weights_images_or_epochs_are_other_runs(lists, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    done = []
+    measure = lambda one, places: done.append(one) or fake(one, places)
+    monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr(vtab1k, "measure", measure)
+    common = ["--data", str(lists), "--checkpoint", "w.npz", "--out", str(tmp_path / "out"), "--workers", "1"]
+    test = [*common, "--methods", "lora", "--seeds", "1", "--datasets", "svhn", "dsprites_loc"]
+    count = lambda: (runs._digest.cache_clear(), vtab1k.main(test), len(done), done.clear())[1:3]
+    assert count() == (0, 2) and count() == (0, 0)
+    assert "Generated, so pixels differ from VTAB's: dsprites_loc." in (tmp_path / "out/table.md").read_text()
+    (lists / "svhn/test.txt").write_text("b.jpg 0\n")
+    assert count() == (0, 1)
+    (lists / "kitti").rename(lists / "dsprites_loc")  # before, it was generated
+    assert count() == (0, 1)
+    Path("w.npz").write_text("others")
+    assert count() == (0, 2)
+    swept = [*common[:6], "--methods", "lora", "--datasets", "svhn", "--sweep", "scale", "--epochs"]
+    assert vtab1k.main([*swept, "1"]) == 0 and (first := len(done)) and vtab1k.main([*swept, "2"]) == 0
+    assert len(done) == 2 * first
+    assert vtab1k.main([*common[:2], "--checkpoint", "nowhere.npz", *test[4:]]) == 2
+    assert "--checkpoint must be a file, 'download' or 'random', got nowhere.npz" in capsys.readouterr().err
+
+
+def test_a_report_has_all_that_was_tested_and_what_was_asked_for(tmp_path, capsys):
+    settings = {"checkpoint": "dinov2s_mri", "model": "m", "image_size": 56, "epochs": 5, "batch_size": 32, "lr": 0.1}
+    for data, method, seed in (("digits", "lora", 0), ("digits", "efft2", 1), ("mine", "lora", 0)):
+        Store(tmp_path).put(one := run(data, method, seed, **settings), record(one, 60.0))
+    assert vtab1k.main(["--report", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| digits | mine | Drawn | Others |" in table and "published" not in table and ", of " not in table
+    assert vtab1k.main(["--report", "--out", str(tmp_path), "--methods", "lora", "--datasets", "digits"]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "EFFT2" not in table and "mine" not in table and "seeds 0," in table
+    assert vtab1k.main(["--report", "--out", str(tmp_path), "--methods", "full"]) == 2
 
 
 def test_a_signal_stops_the_series_with_a_sentence(lists, tmp_path, monkeypatch, capsys):
@@ -356,7 +424,7 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
     assert {one.method for one in control} == {"efft2, random weights"} and len(control) == 2
     table = (tmp_path / "out/table.md").read_text()
     assert "| EFFT2 | 0.001 | **31.0 ± 1.0** |" in table and "| EFFT2, random weights | 0.001 | 30.0 |" in table
-    assert "- LoRA: lr 0.003, scale 1 (cifar10, dsprites_loc)" in table
+    assert "- LoRA: lr 0.003, scale 1 (cifar10, dsprites_loc), of 3 tried" in table
     assert "published" not in table  # of other data and another model
 
 
@@ -371,6 +439,8 @@ def test_offline_chooses_on_validation_and_tests_once(tmp_path, monkeypatch, cap
         (["--offline", "--minutes", "nan"], "--minutes must be at least 1, got nan"),
         (["--offline", "--pruner", "median"], "--pruner median needs --sweep"),
         (["--data", "nowhere", "--checkpoint", "x"], "--data must be a folder, got nowhere"),
+        (["--offline", "--cores", "shared"], "--offline has cores of its own"),
+        (["--data", ".", "--checkpoint", "x", "--sweep", "lr", "--seeds", "2"], "--seeds is not for --sweep"),
     ],
 )
 def test_bad_arguments(arguments, said, capsys):
@@ -398,8 +468,9 @@ def test_shares_of_torchrun():
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}
     environment["PYTHONPATH"] = f"{PAPER}:{os.environ.get('PYTHONPATH', '')}"
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split("\n")[0] == "[1, 4] 1"
+    for seen, taken in (({}, "1"), ({"CUDA_VISIBLE_DEVICES": "4,6"}, "6")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | seen)
+        assert done.stdout.split("\n")[0] == f"[1, 4] {taken}", done.stderr
 
 
 TINY = {"model": "test_vit", "checkpoint": "random", "image_size": 32, "epochs": 1, "batch_size": 64}
@@ -612,5 +683,5 @@ def test_a_database_that_others_are_making_is_tried_again(monkeypatch):
     monkeypatch.setattr(vtab1k.time, "sleep", lambda seconds: None)
     assert vtab1k.database("x") == "storage" and len(tries) == 3
     failures = 99
-    with pytest.raises(sqlalchemy.exc.OperationalError):
+    with pytest.raises(ValueError, match="--storage must be a database that can be opened, got x"):
         vtab1k.database("x")

@@ -21,7 +21,7 @@ from record import prepare_folder
 from efft_kernels.storage import write_bytes
 from changes import table
 from markdown_table import Table
-from runs import Places, Run, Store, command, complete
+from runs import Places, Run, Store, command, complete, images_named, weights_named
 from vtab1k import FACTS
 
 BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
@@ -55,22 +55,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=["efft1", "efft2"], default=["efft1", "efft2"])
     add("--seeds", type=int, help="number of seeds; default 3, with --quick 1")
     add("--out", type=Path, default=Path("runs", "ablation"), help="default %(default)s")
-    add_shared(add)
+    add_shared(parser)
     args = parser.parse_args(arguments)
     check(parser, args)
     return args
 
 
-def add_shared(add: Callable) -> None:
-    """Add the options that ablation.py and subspace.py share."""
+def add_shared(parser: argparse.ArgumentParser, factors: bool = True) -> None:
+    """Add the options that ablation.py and subspace.py share, and noah_search.py, whose method has no factors."""
+    add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="folder of VTAB-1K's data sets; default: built-in sources")
     add("--checkpoint", help="with --data: file of the pre-trained weights")
     add("--model", help="with --data: model of timm")
     add("--datasets", nargs="+", metavar="NAME", help="default cifar10, with --quick dsprites_loc")
     add("--epochs", type=int, help="default 5, with --data 100")
-    add("--rank", type=int, help=f"default {BASE['rank']}")
-    add("--scale", type=float, help=f"scale of the base; default {BASE['scale']}, with --data 10")
-    add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3")
+    parser.set_defaults(rank=None, scale=None)
+    if factors:
+        add("--rank", type=int, help=f"default {BASE['rank']}")
+        add("--scale", type=float, help=f"scale of the base; default {BASE['scale']}, with --data 10")
+    add("--lr", type=float, help=f"default {BASE['lr']}, with --data 1e-3" if factors else "default 1e-3")
     add("--workers", type=int, help="runs at the same time; default one per core, with --quick 1")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--quick", action="store_true", help="a tiny model with random weights; results go to a folder of their own")
@@ -98,7 +101,7 @@ def base(args: argparse.Namespace) -> tuple[dict, Places, int]:
         settings |= {"epochs": 1, "rank": 4, "scale": 1.0, "lr": 1e-3, "factor_dropout": 0.0}
         places = Places(device=args.device)
     elif args.data:
-        settings = {"model": args.model or FACTS["recipe"]["model"], "checkpoint": Path(args.checkpoint).name}
+        settings = {"model": args.model or FACTS["recipe"]["model"], "checkpoint": weights_named(args.checkpoint)}
         settings |= BASE | {"scale": 10.0, "lr": 1e-3}
         places = Places(str(args.data), args.checkpoint, args.device)
     else:
@@ -155,7 +158,7 @@ def work(args: argparse.Namespace) -> dict[str, str]:
         raise ValueError(f"--variants must be of {'; '.join(todo)}, got {sorted(unknown)[0]!r}")
     todo = {"base": {}} | {name: more for name, more in todo.items() if name in (args.variants or todo)}
     runs = (
-        run_of(d, method, seed, settings, more)
+        run_of(d, method, seed, settings | images_named(d, places), more)
         for method in args.methods
         for more in todo.values()
         if fits(method, more)

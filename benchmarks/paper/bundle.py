@@ -3,8 +3,8 @@
     python benchmarks/paper/bundle.py FILE [--image-size 112] [--datasets NAME ...]
 
 Weights are rounded to bfloat16. Of each data set it has the 1000 training images and the test images that a run would
-draw; images that are larger than a run needs are stored resized, so that results are the same as without the file. The
-licences of the data are those in sources.py: one of them excludes commercial use, so the file is not for passing on.
+draw; images that are larger than a run needs are stored resized, so the file serves runs at this size or a smaller one
+(at the same size with the same pixels as without the file) and at most as many test images. The licences of the data are those in sources.py: one of them excludes commercial use, so the file is not for passing on.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def make(path: Path, image_size: int, names: list[str], most: dict[str, int], we
     state = {key: t for key, t in state.get("state_dict", state).items() if t.is_floating_point()}
     raw = b"".join(t.bfloat16().contiguous().view(torch.uint8).numpy().tobytes() for t in state.values())
     planes = np.frombuffer(raw, np.uint8).reshape(-1, 2).T  # exponents and digits apart, which compresses well
-    about = {"weights": weights, "model": found.model, "about": found.about,
+    about = {"weights": weights, "model": found.model, "about": found.about, "image_size": image_size, "most": most,
              "shapes": {key: list(t.shape) for key, t in state.items()}, "data": {}}  # fmt: skip
 
     whole = io.BytesIO()
@@ -101,14 +101,39 @@ def tiles(picture: np.ndarray, shape: list[int]) -> np.ndarray:
     return parts.reshape(-1, h, w, *rest)[:n]
 
 
-def use(path: Path) -> sources.Weights:
-    """Let the sources of images and weights read the file instead of packages; returns its weights."""
+def use(path: Path, image_size: int = 0, most: dict[str, int] | None = None) -> sources.Weights:
+    """Let the sources of images and weights read the file instead of packages; returns its weights.
+
+    Args:
+        image_size: side of the images that runs need, in pixels.
+        most: {data set: test images that runs draw}
+
+    Raises:
+        ValueError: it is no such file, or has smaller images or fewer test images.
+    """
     path = Path(path)
-    if _used.get("path") == path:
-        return _used["weights"]
-    with zipfile.ZipFile(path) as box:
-        about = json.loads(box.read("about.json"))
-        planes = np.frombuffer(zlib.decompress(box.read("weights")), np.uint8).reshape(2, -1)
+    if _used.get("path") != path:
+        _read(path)
+    has, limits = _used["about"]["image_size"], _used["about"]["most"]
+    if has < image_size:
+        raise ValueError(f"--bundle has images of {has} pixels, {image_size} are asked for: {path}")
+    for name, number in (most or {}).items():
+        if name in _used["about"]["data"] and (kept := limits.get(name, limits[""])) < number:
+            raise ValueError(f"--bundle has {kept} test images of {name} at most, {number} are asked for: {path}")
+    return _used["weights"]
+
+
+_used: dict = {}
+
+
+def _read(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as box:
+            about = json.loads(box.read("about.json"))
+            planes = np.frombuffer(zlib.decompress(box.read("weights")), np.uint8).reshape(2, -1)
+        _ = about["image_size"], about["most"][""]
+    except (KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"--bundle must be a file that this version of bundle.py wrote, got {path}: {error}") from error
     file = path.with_suffix(".weights.pt")
     if not file.exists():
         flat = torch.from_numpy(np.ascontiguousarray(planes.T)).flatten().view(torch.bfloat16).float()
@@ -119,11 +144,7 @@ def use(path: Path) -> sources.Weights:
         SOURCES[name] = lambda name=name, entry=entry: _source(path, name, entry)
     found = sources.Weights(about["model"], file, about["about"] + ", rounded to bfloat16")
     sources.WEIGHTS[about["weights"]] = lambda: found
-    _used.update(path=path, weights=found)
-    return found
-
-
-_used: dict = {}
+    _used.update(path=path, weights=found, about=about)
 
 
 def _source(path: Path, name: str, entry: dict) -> Source:
@@ -144,6 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="default: those of vtab1k.py --offline --gpu")
     parser.add_argument("--test-images", type=int, default=2000, help="of a data set, at most")
     args = parser.parse_args(arguments)
+    for option in ("image_size", "test_images"):
+        if (value := getattr(args, option)) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if unknown := [name for name in args.datasets or () if name not in SOURCES]:
+        parser.error(f"--datasets must be of {', '.join(SOURCES)}, got {unknown[0]!r}")
     from vtab1k import FACTS
 
     plan = FACTS["offline"]["gpu"]

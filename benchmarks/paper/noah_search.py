@@ -30,7 +30,7 @@ from efft_kernels.finetune.models import logits, make_model, normalisation
 from efft_kernels.finetune.settings import Settings
 from linear_probe import DEVICE
 from record import prepare_folder
-from runs import Places, Run, Store, command, complete, opened, recorded
+from runs import Places, Run, Store, command, complete, images_named, opened, recorded
 
 SIZES = (1, 5, 10)  # those of the released configurations
 LARGEST = max(SIZES)
@@ -132,12 +132,17 @@ def search(run: Run, places: Places) -> dict:
     began, spent, settings = time.perf_counter(), time.process_time(), dict(run.settings)
     population, generations, budget = (settings.pop(key) for key in ("population", "generations", "budget"))
     name = opened(run, places, settings.pop("test_images", None))
+    settings.pop("images", None)
     s = Settings(**settings, data=name, out="none", seed=run.seed, device=places.device)
     device = DEVICE if s.device == "auto" else s.device
     data, chance, _ = open_data(name, s.image_size), random.Random(run.seed), torch.manual_seed(run.seed)
     checkpoint = "random" if s.checkpoint == "random" else places.checkpoint
     model = make_model(s.model, len(data.classes), s.image_size, checkpoint, s.drop_path).to(device)
     net = Supernet(model)
+    n = len(net.each)
+    most = 1e6 * budget if budget else net.count((LARGEST,) * n) / 2
+    if most < (least := net.count((min(SIZES),) * n)):
+        raise ValueError(f"--budget must allow the smallest sizes, {least / 1e6:.3f} million parameters, got {budget}")
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in normalisation(model, s.normalize))
     answer = lambda x: logits(model, (x.float() / 255 - mean) / std)
     (x, labels), (val_x, val_labels) = (
@@ -145,7 +150,7 @@ def search(run: Run, places: Places) -> dict:
         for part in (data.train, data.test)  # which are the validation images here
     )
     optimizer = torch.optim.AdamW(methods.trainable_parameters(model), s.lr, weight_decay=s.weight_decay)
-    n, steps = len(net.each), max(1, len(x) // s.batch_size)
+    steps = max(1, len(x) // s.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.epochs * steps)
     model.train()
     for _ in range(s.epochs):
@@ -163,7 +168,6 @@ def search(run: Run, places: Places) -> dict:
         right = torch.cat([answer(part).argmax(1) for part in val_x.split(s.batch_size)]) == val_labels
         return 100 * right.double().mean().item()
 
-    most = 1e6 * budget if budget else net.count((LARGEST,) * n) / 2
     best, value = evolve(top1, n, lambda sizes: net.count(sizes) <= most, chance, population, generations)
     found = {"top1": value, "parameters": net.count(best), "sizes": list(best)}
     return recorded(run, found, time.perf_counter() - began, time.process_time() - spent)
@@ -180,10 +184,11 @@ def work(args: argparse.Namespace) -> dict[str, str]:
     how["epochs"] = args.supernet_epochs or 5 * settings.get("epochs", 100)
     store = Store(args.out)
     for data in ablation.data_sets(args):
-        run = Run(data, "noah, search", 0, "val", settings | how)
+        own = settings | images_named(data, places)
+        run = Run(data, "noah, search", 0, "val", own | how)
         record = store.get(run) or store.put(run, search(run, places))
         sizes = {kind: record["sizes"][i :: len(KINDS)] for i, kind in enumerate(KINDS)}
-        runs = [Run(data, "noah, searched", seed, "test", settings | sizes) for seed in range(args.seeds)]
+        runs = [Run(data, "noah, searched", seed, "test", own | sizes) for seed in range(args.seeds)]
         done, failed = complete(runs, store, places, args.workers, data)
         failures |= failed
         print(f"{data}: {', '.join(str(r['top1']) for r in done)} % with {record['parameters']} parameters: {sizes}")
@@ -199,11 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--supernet-epochs", type=int, help="default five times those of a run, as the authors'")
     add("--seeds", type=int, default=3, help="of the runs on test images; the search has seed 0")
     add("--out", type=Path, default=Path("runs", "noah_search"), help="default %(default)s")
-    ablation.add_shared(add)
+    ablation.add_shared(parser, factors=False)
     args = parser.parse_args(arguments)
     ablation.check(parser, args)
-    if min(args.population, args.generations) < 1:
-        parser.error("--population and --generations must be at least 1")
+    for option in ("population", "generations", "budget", "supernet_epochs"):
+        if (value := getattr(args, option)) is not None and not 0 < value < float("inf"):
+            parser.error(f"--{option.replace('_', '-')} must be a positive number, got {value}")
     return command("noah_search", lambda: work(args))
 
 

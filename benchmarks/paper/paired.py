@@ -33,10 +33,15 @@ def write_labels(path: Path, labels: dict[str, str]) -> None:
     write_bytes(path, "".join(f"{name},{text}\n" for name, text in [("data", "labels"), *labels.items()]).encode())
 
 
+def labels_of(folder: Path) -> dict[str, str]:
+    """What :func:`write_labels` wrote as labels.csv of the folder."""
+    with (folder / "labels.csv").open() as file:
+        return {row["data"]: row["labels"] for row in csv.DictReader(file)}
+
+
 def right(folder: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
     """{(method, data): {seed: for each test image whether the run was right}}"""
-    with (folder / "labels.csv").open() as file:
-        labels = {row["data"]: np.array(list(row["labels"])) for row in csv.DictReader(file)}
+    labels = {data: np.array(list(text)) for data, text in labels_of(folder).items()}
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     with (folder / "runs.csv").open() as file:
         for row in csv.DictReader(file):
@@ -44,7 +49,10 @@ def right(folder: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
                 said = np.array(list(row["predictions"].strip('"')))
                 if len(said) != len(labels[row["data"]]):
                     raise ValueError(f"{folder}: {len(said)} predictions of {len(labels[row['data']])} images")
-                found.setdefault((row["method"], row["data"]), {})[int(row["seed"])] = said == labels[row["data"]]
+                seeds, seed = found.setdefault((row["method"], row["data"]), {}), int(row["seed"])
+                if seed in seeds:
+                    raise ValueError(f"{folder}: {row['method']} has two results for {row['data']}, seed {seed}")
+                seeds[seed] = said == labels[row["data"]]
     return found
 
 

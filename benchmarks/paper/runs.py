@@ -34,8 +34,9 @@ from record import FORMAT, commit, installed, machine, versions, write_csv, writ
 class Run:
     """One training and its measurement.
 
-    Settings are those of efft_kernels.finetune that differ from its defaults, and two more: ``test_images``, the number
-    of test images to use, and ``probe``, options of linear_probe.py, which then replaces the training loop.
+    Settings are those of efft_kernels.finetune that differ from its defaults, and three more: ``test_images``, the number
+    of test images to use, ``probe``, options of linear_probe.py, which then replaces the training loop, and ``images``,
+    the digest of the lists of a data set that is not built in.
     """
 
     data: str
@@ -70,8 +71,8 @@ class Places:
 class Store:
     """The results of runs: a line each in FOLDER/runs.csv; runs.json has the environments that they were made in.
 
-    Processes and machines may share the folder. A result is added under a lock, by replacing the file, so readers need
-    no lock and a killed process leaves no incomplete line.
+    Processes and machines may share the folder. A result is added under a lock, by replacing the file, and readers read
+    the lines before the environments, which only grow: they need no lock, and a killed process leaves no incomplete line.
     """
 
     def __init__(self, folder: Path):
@@ -110,10 +111,10 @@ class Store:
 
     def _load(self) -> list[dict]:
         try:
+            text = self.path.read_text()
             head = json.loads(self.path.with_suffix(".json").read_text())
             if head["format"] != FORMAT:
                 raise ValueError(f"expected format {FORMAT}, got {head['format']!r}")
-            text = self.path.read_text()
             if not text.endswith("\n"):
                 raise ValueError("the last line is cut off")
             lines = csv.DictReader(io.StringIO(text), strict=True)
@@ -215,7 +216,7 @@ def measure_together(runs: list[Run], places: Places) -> list[dict]:
 
 def _prepared(run: Run, places: Places, watched: bool = False) -> tuple[dict, str, dict | None]:
     """(settings with this machine's checkpoint, the name of the images, options of a probe)"""
-    settings = dict(run.settings)
+    settings = {key: value for key, value in run.settings.items() if key != "images"}
     data = opened(run, places, settings.pop("test_images", None), watched)
     if places.checkpoint and settings.get("checkpoint") != "random":
         settings["checkpoint"] = places.checkpoint
@@ -247,6 +248,36 @@ def recorded(run: Run, found: dict, seconds: float, cpu_seconds: float) -> dict:
     }
 
 
+def weights_named(checkpoint: str) -> str:
+    """What identifies these weights in the settings of a run: the name of a file and a digest of it.
+
+    Raises:
+        ValueError: it is no file, and neither "random" nor "download".
+    """
+    if checkpoint in ("random", "download"):
+        return checkpoint
+    if not Path(checkpoint).is_file():
+        raise ValueError(f"--checkpoint must be a file, 'download' or 'random', got {checkpoint}")
+    return f"{Path(checkpoint).name} {_digest(Path(checkpoint))}"
+
+
+def images_named(data: str, places: Places) -> dict[str, str]:
+    """What identifies the images of a run in its settings: a digest of the lists in their folder, if they have one."""
+    if places.data is None:
+        return {}
+    lists = sorted(Path(places.data, data).glob("*.txt"))
+    return {"images": hashlib.sha256(" ".join(map(_digest, lists)).encode()).hexdigest()[:12]}
+
+
+@functools.cache
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 24):
+            found.update(part)
+    return found.hexdigest()[:12]
+
+
 def opened(run: Run, places: Places, test_images: int | None, watched: bool = False) -> str:
     """Register the images of a run as a source, with those to measure on as its test part; returns its name.
 
@@ -259,6 +290,8 @@ def opened(run: Run, places: Places, test_images: int | None, watched: bool = Fa
 
     if places.bundle:
         bundle.use(Path(places.bundle))
+    if places.data is None and run.data not in SOURCES:
+        raise ValueError(f"--datasets must be of {', '.join(sorted(SOURCES))}, got {run.data!r}")
     if places.data is None:
         found = SOURCES[run.data]()
     else:
@@ -304,10 +337,10 @@ def complete(
         groups = passes(missing, together) if together else [[run] for run in missing]
         if workers <= 1:
             for group in groups:
-                take(group, lambda: measured(group, places, bool(together)))
+                take(group, lambda: measured(group, store, places, bool(together)))
         elif missing:
             pool = _pool(workers)
-            futures = {pool.submit(measured, group, places, bool(together)): group for group in groups}
+            futures = {pool.submit(measured, group, store, places, bool(together)): group for group in groups}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     take(futures[future], future.result)
@@ -323,15 +356,18 @@ def _missing(run: Run, store: Store, places: Places) -> bool:
     return record is None or bool(places.keep and record["top1"] is not None and not places.adapter(run).is_file())
 
 
-def measured(group: list[Run], places: Places, together: bool) -> list[dict]:
-    """The records of runs of one pass, or of one run.
+def measured(group: list[Run], store: Store, places: Places, together: bool) -> list[dict]:
+    """The records of runs of one pass, or of one run, but for those that another process has done by now.
 
     Raises:
         TimeoutError: there is not enough time left.
     """
-    if places.deadline and time.time() >= places.deadline:
+    left = [run for run in group if _missing(run, store, places)]
+    if left and places.deadline and time.time() >= places.deadline:
         raise TimeoutError("no time was left")
-    return measure_together(group, places) if together else [measure(run, places) for run in group]
+    made = measure_together(left, places) if left and together else [measure(run, places) for run in left]
+    by_name = {run.name: record for run, record in zip(left, made, strict=True)}
+    return [by_name.get(run.name) or store.get(run) for run in group]
 
 
 def passes(runs: list[Run], most: int) -> list[list[Run]]:

@@ -24,7 +24,7 @@ from record import FORMAT, commit, machine, prepare_folder, versions, write_figu
 from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
 from efft_kernels.storage import write_bytes
 import ablation
-from runs import Places, Store, command, complete
+from runs import Places, Store, command, complete, images_named
 
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": None}
 # Two runs with one seed may start from the same random factors, which a short training hardly rotates. That alone makes
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--variant", choices=["efft1", "efft2"], default="efft2")
     add("--blocks", type=int, nargs="+", help="blocks whose matrices are compared; default: first, middle and last")
     add("--out", type=Path, default=Path("runs", "ablation"), help="default %(default)s")
-    ablation.add_shared(add)
+    ablation.add_shared(parser)
     args = parser.parse_args(arguments)
     ablation.check(parser, args)
     if len(ablation.data_sets(args)) > 1:
@@ -160,7 +160,7 @@ def work(args: argparse.Namespace) -> dict[str, str]:
         raise ValueError(f"--blocks must be from 0 to {depth - 1}, got {blocks}")
     places = dataclasses.replace(places, keep=str(args.out / "adapters"))
     data = ablation.data_sets(args)[0]
-    found = trained(args, data, settings, places)
+    found = trained(args, data, settings | images_named(data, places), places)
     made = maps(found, blocks)
     results = [row(title, found) for title, found in made.items()]
     run = {

@@ -292,7 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if args.out:
         record.prepare_folder(args.out)
-    found, passes = bundle.use(args.bundle), {}
+    try:
+        found, passes = bundle.use(args.bundle), {}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     for K in args.together:
         settings = [
             Settings("dsprites_loc", "none", found.model, str(found.path), args.method, rank=16, scale=0.1, seed=seed,

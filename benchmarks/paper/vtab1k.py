@@ -7,9 +7,12 @@
 
 DIR has NAME/{train800,val200,train800val200,test}.txt for each data set; missing data sets are reported and left out,
 except dsprites_loc and dsprites_ori, which are generated. Every result is saved at once, so the same command continues
-after any interruption, and several machines may share FOLDER. On several GPUs, one run at a time on each:
+after any interruption. On several GPUs, one run at a time on each:
 
     torchrun --nproc-per-node 8 benchmarks/paper/vtab1k.py --data DIR ...
+
+Machines may share FOLDER; with RANK and WORLD_SIZE in the environment, as torchrun sets them, each has its part of the
+runs, and without them machines that start together do the same ones.
 
 The settings of a data set are those that the authors released: rank, scale and init of EFFT (arXiv 2311.06749), rank
 and scale of FacT (arXiv 2212.03145), and the sizes that NOAH's search found (arXiv 2206.04673), so nothing is searched
@@ -25,6 +28,7 @@ With --one-setting each method has one setting for all data sets, that of the sm
 """
 
 import argparse
+import collections
 import json
 import math
 import os
@@ -37,14 +41,16 @@ START = time.time()
 
 # torchrun starts one process per GPU: each takes its share of the runs and sees only its GPU
 RANK, WORLD = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
-if (local := os.environ.pop("LOCAL_RANK", None)) is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
-    os.environ["CUDA_VISIBLE_DEVICES"] = local
+if (local := os.environ.pop("LOCAL_RANK", None)) is not None:
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(local) % len(seen.split(","))] if seen else local
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder  # noqa: E402
 from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
-from runs import Places, Run, Store, choose, choose_together, command, complete, measure, opened, tested  # noqa: E402
+from runs import Places, Run, Store, choose, choose_together, command, complete, images_named  # noqa: E402
+from runs import measure, opened, tested, weights_named  # noqa: E402
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "vtab1k.json").read_text())
@@ -60,35 +66,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--gpu", action="store_true", help="with --offline: seven data sets, 112 pixels, 30 epochs, --one-setting")
     add("--bundle", type=Path, help="with --offline: file of bundle.py with weights and images, for no network")
     add("--together", type=int, metavar="K", help="train up to K runs of a method in one pass; --gpu: 28")
-    add("--minutes", type=float, help="start no pass that would end later than this")
+    add("--minutes", type=float, help="start nothing later, and no pass of --together that would end later")
     add("--image-size", type=int, help="with --offline: side of the images in pixels")
     add("--data", type=Path, metavar="DIR", help="folder of the data sets")
     add("--checkpoint", help="file of the pre-trained weights, or 'download', or 'random'")
     add("--model", help=f"model of timm; default {FACTS['recipe']['model']}")
-    add(
-        "--out",
-        type=Path,
-        help="folder for results, tables and charts; default runs/vtab1k, with _offline, _gpu, _quick",
-    )
-    add("--datasets", nargs="+", metavar="NAME", help="default: all")
+    add("--out", type=Path, help="folder of results and tables; default runs/vtab1k, with _offline, _gpu, _quick")
+    add("--datasets", nargs="+", metavar="NAME", help="default: all, also of --report, as the next two")
     add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(FACTS['methods'])}; default: all")
     add("--seeds", type=int, help="number of seeds; default 3")
     add("--epochs", type=int, help="default 100, --offline 5")
     add("--cores", choices=["per_block", "shared"], help="cores of EFFT; the released runs of efft2 used shared ones")
     add("--normalize", choices=["imagenet", "model", "none"], help="mean and deviation of images; default imagenet")
     add("--sweep", nargs="+", choices=list(FACTS["sweep"]), help="search these on validation images instead of testing")
-    add(
-        "--sampler",
-        choices=["grid", "tpe", "random"],
-        default="grid",
-        help="of the sweep; tpe and random need --trials",
-    )
-    add(
-        "--pruner",
-        choices=["none", "median", "halving"],
-        default="none",
-        help="stop trials of the sweep whose validation accuracy lags: below the median, or by successive halving",
-    )
+    add("--sampler", choices=["grid", "tpe", "random"], default="grid", help="tpe and random need --trials")
+    add("--pruner", choices=["none", "median", "halving"], default="none", help="stop trials of the sweep that lag on "
+        "validation images: below the median, or by successive halving")  # fmt: skip
     add("--tuned", action="store_true", help="test with the best settings of the sweeps in --out")
     add("--storage", help="database URL of the sweep; default a SQLite file in the folder")
     add("--trials", type=int, help="trials of this process, per data set and method; default: until the grid is done")
@@ -97,7 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--report", action="store_true", help="only write tables and charts of the existing results")
     args = parser.parse_args(arguments)
-    known = [*FACTS["methods"], *(FACTS["offline"]["optional"] if args.offline else ())]
+    known = [*FACTS["methods"], *(FACTS["offline"]["optional"] if args.offline or args.report else ())]
     for name in args.methods or ():
         if name not in known:
             parser.error(f"--methods must be of {', '.join(known)}, got {name!r}")
@@ -111,6 +104,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--sampler {args.sampler} needs --sweep, and --trials, because it has no end of its own")
     if args.pruner != "none" and not args.sweep:
         parser.error(f"--pruner {args.pruner} needs --sweep")
+    for option in ("seeds", "together", "workers", "minutes"):
+        if args.sweep and getattr(args, option):
+            parser.error(f"--{option} is not for --sweep, which has seed 0 and one trial at a time")
+    if args.offline and args.cores:
+        parser.error(f"--offline has cores of its own: expected no --cores, got {args.cores}")
     if args.sweep and args.tuned:
         parser.error("--tuned tests the settings of an earlier --sweep: run one command after the other")
     if args.offline and (args.data or args.checkpoint or args.model or args.sweep or args.tuned):
@@ -153,11 +151,10 @@ def available(data: Path, wanted: list[str] | None) -> tuple[dict[str, list[str]
     return {group: members for group, members in groups.items() if members}, drawn
 
 
-def settings_of(method: str, data: str, args: argparse.Namespace) -> dict:
+def settings_of(method: str, data: str, args: argparse.Namespace, places: Places) -> dict:
     """The paper's recipe with the released hyper-parameters of this data set, if there are any."""
     settings = {"model": args.model or FACTS["recipe"]["model"], "method": method}
-    # the weights identify a result, their location on this machine does not
-    settings["checkpoint"] = "random" if args.checkpoint == "random" else Path(args.checkpoint).name
+    settings |= {"checkpoint": weights_named(args.checkpoint), **images_named(data, places)}
     if args.epochs:
         settings["epochs"] = args.epochs
     if args.normalize:
@@ -198,23 +195,37 @@ def benchmark(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], d
     if not groups:
         raise ValueError(f"--data must hold at least one data set, {args.data} has none")
     names = [name for members in groups.values() for name in members]
-    store, runs = Store(args.out), {}
+    store, runs, where = Store(args.out), {}, _places(args, names, drawn)
     swept = [record for record in store.all() if record["run"]["part"] == "val"]
     for method in args.methods or (SWEPT if args.tuned else FACTS["methods"]):
         for name in names:
-            settings, label = settings_of(method, name, args), method
+            settings, label = settings_of(method, name, args, where[name]), method
             if args.tuned:
                 settings, label = tuned(settings, method, name, swept), f"{method}, tuned"
             for seed in range(args.seeds or 3):
                 runs.setdefault(label, []).append(Run(name, label, seed, "test", settings))
     every = [run for found in runs.values() for run in found]
     failures = {}
-    for part in (False, True):
-        places = Places(None if part else str(args.data), args.checkpoint, args.device)
-        chosen = [run for run in share(every) if (run.data in drawn) == part]
+    for places in dict.fromkeys(where.values()):
+        chosen = [run for run in share(every) if where[run.data] == places]
         failures |= complete(chosen, store, places, args.workers, together=args.together)[1] if chosen else {}
+    _tell_of_others(every, store)
     records = [(method, [r for run in found if (r := store.get(run))]) for method, found in runs.items()]
     return records, groups, failures
+
+
+def _places(args: argparse.Namespace, names: list[str], drawn: set[str]) -> dict[str, Places]:
+    """{data set: where its images and the weights are}"""
+    deadline = args.minutes and START + 60 * args.minutes
+    return {
+        name: Places(None if name in drawn else str(args.data), args.checkpoint, args.device, deadline=deadline)
+        for name in names
+    }
+
+
+def _tell_of_others(runs: list[Run], store: Store) -> None:
+    if WORLD > 1 and (undone := sum(store.get(run) is None for run in runs if run not in share(runs))):
+        print(f"{undone} runs of other processes are missing: --report makes the table when they are done")
 
 
 def sweep(args: argparse.Namespace) -> dict[str, str]:
@@ -230,7 +241,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     methods = args.methods or SWEPT
     space = {name: FACTS["sweep"][name] for name in args.sweep}
     url = args.storage or f"sqlite:///{args.out / 'sweep.db'}"
-    studies = database(url)
+    studies, where = database(url), _places(args, [m for members in groups.values() for m in members], drawn)
     # not before the warm-up of the learning rate is well over
     early = max(1, (args.epochs or 100) // 5)
     pruner = {
@@ -242,14 +253,16 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
     pruned = "" if args.pruner == "none" else f", {args.pruner} pruner"
     store, failures = Store(args.out), {}
     for name in (name for members in groups.values() for name in members):
-        places = Places(None if name in drawn else str(args.data), args.checkpoint, args.device)
+        places = where[name]
         for method in methods:
             if method not in SWEPT:
                 raise ValueError(f"--methods of a sweep must have a rank and a scale, {method} does not")
+            settings = settings_of(method, name, args, places)
+            fixed = Run(name, method, 0, "val", {key: v for key, v in settings.items() if key not in space})
 
-            def objective(trial, name=name, method=method) -> float:
+            def objective(trial, name=name, method=method, places=places, settings=settings) -> float:
                 chosen = {key: trial.suggest_categorical(key, values) for key, values in space.items()}
-                run = Run(name, method, 0, "val", settings_of(method, name, args) | chosen)
+                run = Run(name, method, 0, "val", settings | chosen)
 
                 def after_epoch(epoch: int, top1: float) -> None:
                     trial.report(top1, epoch)
@@ -264,7 +277,7 @@ def sweep(args: argparse.Namespace) -> dict[str, str]:
 
             study = optuna.create_study(
                 storage=studies,
-                study_name=f"{name} {method} {' '.join(space)}" + pruned, direction="maximize", load_if_exists=True,
+                study_name=f"{fixed.name} {' '.join(space)}" + pruned, direction="maximize", load_if_exists=True,
                 sampler={
                     "grid": lambda: optuna.samplers.GridSampler(space, seed=0),
                     "tpe": lambda: optuna.samplers.TPESampler(seed=RANK),
@@ -295,7 +308,7 @@ def database(url: str):
     tables; they try again, and find them.
     """
     import optuna
-    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+    from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError
 
     for wait in (0.5, 1, 2, 4, None):
         try:
@@ -304,10 +317,12 @@ def database(url: str):
                 # a worker without a heartbeat is dead, and its point is given to another one
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             )  # fmt: skip
-        except (IntegrityError, OperationalError, ProgrammingError):
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
             if wait is None:
-                raise
+                raise ValueError(f"--storage must be a database that can be opened, got {url}: {error}") from error
             time.sleep(wait)
+        except ArgumentError as error:
+            raise ValueError(f"--storage must be a database URL, got {url!r}: {error}") from error
 
 
 def best_of(study, name: str, method: str, failures: dict[str, str]) -> None:
@@ -321,13 +336,21 @@ def best_of(study, name: str, method: str, failures: dict[str, str]) -> None:
 
 
 def charts_of_sweep(args: argparse.Namespace) -> None:
-    """Draw all validation runs: accuracy by each setting, at the best of the other settings."""
+    """Draw all validation runs: accuracy by each setting, at the best of the other swept settings; a line for each
+    method and what else differs."""
+    swept = [record for record in Store(args.out).all() if record["run"]["part"] == "val"]
+    fixed = lambda run: {k: str(v) for k, v in run["settings"].items() if k not in (*FACTS["sweep"], "images")}
+    kinds = {}
+    for run in (record["run"] for record in swept):
+        for key, value in fixed(run).items():
+            kinds.setdefault((run["method"], key), set()).add(value)
     for setting in ("scale", "rank"):
         panels = {}
-        for record in Store(args.out).all():
+        for record in swept:
             run = record["run"]
-            if run["part"] == "val" and setting in run["settings"] and record["top1"] is not None:
-                line = FACTS["methods"].get(run["method"], {}).get("title", run["method"])
+            if setting in run["settings"] and record["top1"] is not None:
+                others = (f"{k} {v}" for k, v in fixed(run).items() if len(kinds[run["method"], k]) > 1)
+                line = ", ".join((title(run["method"]), *others))
                 points = panels.setdefault(run["data"], {}).setdefault(line, {})
                 x = run["settings"][setting]
                 points[x] = [max([record["top1"], *points.get(x, [])])]
@@ -344,7 +367,6 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
 
     plan = FACTS["offline"]
     plan = plan | (plan["gpu"] if args.gpu else {}) | (plan["quick"] if args.quick else {})
-    found = bundle.use(args.bundle) if args.bundle else weights(plan["weights"])
     groups = plan["groups"]
     if args.datasets:
         from efft_kernels.finetune.data import SOURCES
@@ -352,10 +374,17 @@ def offline(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dic
         if unknown := [name for name in args.datasets if name not in SOURCES]:
             raise ValueError(f"--datasets must be of {', '.join(SOURCES)}, got {unknown[0]!r}")
         groups = {"Chosen": args.datasets}
-    recipe = {"model": found.model, "checkpoint": plan["weights"], **plan["recipe"]}
+    recipe = dict(plan["recipe"])
     for option in ("epochs", "normalize", "image_size"):
         if value := getattr(args, option):
             recipe[option] = value
+    names = [name for members in groups.values() for name in members]
+    if args.bundle:
+        most = {name: plan.get("most", {}).get(name, recipe["test_images"]) for name in names}
+        found = bundle.use(args.bundle, recipe["image_size"], most)
+    else:
+        found = weights(plan["weights"])
+    recipe |= {"model": found.model, "checkpoint": plan["weights"] + ", bfloat16" * bool(args.bundle)}
     places = Places(
         None, str(found.path), args.device, args.bundle and str(args.bundle),
         args.minutes and START + 60 * args.minutes,
@@ -377,9 +406,9 @@ def _write_labels(out: Path, records: list[dict], places: Places) -> None:
     """Keep the classes of the test images of which there are predictions, for paired.py."""
     from efft_kernels.finetune.data import SOURCES
     from linear_probe import DIGITS
-    from paired import write_labels
+    from paired import labels_of, write_labels
 
-    labels = {}
+    labels = labels_of(out) if (out / "labels.csv").is_file() else {}
     for run in {record["run"]["data"]: Run(**record["run"]) for record in records}.values():
         test = SOURCES[opened(run, places, run.settings.get("test_images"))]().test
         labels[run.data] = "".join(DIGITS[label] for label in test.labels)
@@ -400,6 +429,7 @@ def _chosen_and_tested(args, plan: dict, recipe: dict, methods: dict, groups: di
             if name not in few.get(method, {}).get("data", names):
                 continue
             fixed = recipe | {"method": how["method"]} | how.get("settings", {})
+            fixed["test_images"] = plan.get("most", {}).get(name, recipe["test_images"])
             grids[method, name] = [
                 Run(name, method, 0, "val", fixed | point | {"epochs": short}) for point in grid[: plan.get("grid")]
             ]
@@ -436,6 +466,7 @@ def _chosen_and_tested(args, plan: dict, recipe: dict, methods: dict, groups: di
         ]
     every = sorted((run for runs in final.values() for run in runs), key=order)
     failures |= complete(share(every), store, places, args.workers, "training and testing", args.together)[1]
+    _tell_of_others(every, store)
     return final, failures
 
 
@@ -460,11 +491,15 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
     some = [record for _, found in records for record in found]
     seeds = sorted({record["run"]["seed"] for record in some})
     note = (
-        f"\nTop-1 of test images in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; parameters "
-        "without the head.\n"
+        f"\nTop-1 of test images in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}, or one seed "
+        "where no deviation stands; parameters without the head.\n"
     )
+    drawn = {r["run"]["data"] for r in some if "images" not in r["run"]["settings"]}.intersection(DRAWN)
+    if drawn and not args.offline:
+        note += f"Generated, so pixels differ from VTAB's: {', '.join(sorted(drawn))}.\n"
     if args.offline:
-        note += _about_offline(records)
+        validated = [r["run"] for r in Store(args.out).all() if r["run"]["part"] == "val"]
+        note += _about_offline(records, validated)
     if any("test_images" in record["run"]["settings"] for record in some):
         most = max(record["run"]["settings"].get("test_images", 0) for record in some)
         note += f"At most {most} test images of a data set, drawn once.\n"
@@ -478,8 +513,8 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
     return text
 
 
-def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
-    """How the results were made, from the records."""
+def _about_offline(records: list[tuple[str, list[dict]]], validated: list[dict]) -> str:
+    """How the results were made, from the records and the runs on validation images."""
     lines = []
     for method, found in records:
         chosen = {}
@@ -489,25 +524,33 @@ def _about_offline(records: list[tuple[str, list[dict]]]) -> str:
             words = ", ".join(f"{key} {settings[key]:g}" for key in ("lr", "scale") if key in settings)
             chosen.setdefault(words, set()).add(record["run"]["data"])
         texts = [f"{words} ({', '.join(sorted(names))})" for words, names in chosen.items()]
-        lines.append(f"- {title(method)}: {'; '.join(texts)}")
-    plan = FACTS["offline"]
+        settings = lambda r: json.dumps({k: v for k, v in r["settings"].items() if k != "epochs"}, sort_keys=True)
+        tried = {(r["data"], settings(r)) for r in validated if r["method"] == method}
+        most = max(collections.Counter(data for data, _ in tried).values(), default=1)
+        lines.append(f"- {title(method)}: {'; '.join(texts)}" + f", of {most} tried" * (most > 1))
     recipe = next(record["run"]["settings"] for _, found in records for record in found)
     about = (
         f"{recipe['model']} at {recipe['image_size']} pixels, {recipe['epochs']} epochs of 1000 images in batches of "
-        f"{recipe['batch_size']}, no dropout in adapters; linear: a head on frozen features, 100 epochs.\n"
+        f"{recipe['batch_size']}; linear: a head on frozen features, 100 epochs.\n"
     )
-    each = max(len(how["grid"]) for how in plan["methods"].values())
-    return about + f"\nChosen among {each} settings on 200 validation images with seed 0:\n\n" + "\n".join(lines) + "\n"
+    return about + "\nChosen on 200 validation images with seed 0, where several were tried:\n\n" + "\n".join(lines) + "\n"
 
 
 def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict]:
     """The test records in the folder: (records by method, groups)."""
     found = [record for record in Store(args.out).all() if record["run"]["part"] == "test"]
+    for option, key in (("datasets", "data"), ("methods", "method")):
+        wanted = getattr(args, option)
+        found = [record for record in found if not wanted or record["run"][key].partition(",")[0] in wanted]
+    found = [record for record in found if record["run"]["seed"] < (args.seeds or math.inf)]
     if not found:
-        raise ValueError(f"{args.out} holds no results")
-    all_groups = FACTS["offline"]["groups"] if args.offline else FACTS["groups"]
-    there = {record["run"]["data"] for record in found}
+        raise ValueError(f"{args.out} holds no such results")
+    plan = FACTS["offline"]
+    args.offline = any(r["run"]["settings"]["checkpoint"].startswith(plan["weights"]) for r in found)
+    all_groups = plan["gpu"]["groups"] if args.offline else FACTS["groups"]
+    there = dict.fromkeys(record["run"]["data"] for record in found)
     groups = {group: [m for m in members if m in there] for group, members in all_groups.items()}
+    groups["Others"] = [name for name in there if not any(name in members for members in groups.values())]
     groups = {group: members for group, members in groups.items() if members}
     order = list(FACTS["offline"]["methods"]) if args.offline else list(FACTS["methods"])
     methods = sorted(
