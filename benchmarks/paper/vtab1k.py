@@ -73,7 +73,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", help=f"model of timm; default {FACTS['recipe']['model']}")
     add("--out", type=Path, help="folder of results and tables; default runs/vtab1k, with _offline, _gpu, _quick")
     add("--datasets", nargs="+", metavar="NAME", help="default: all, also of --report, as the next two")
-    add("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(FACTS['methods'])}; default: all")
+    names, optional = (", ".join(found) for found in (FACTS["methods"], FACTS["offline"]["optional"]))
+    add("--methods", nargs="+", metavar="NAME", help=f"default: all of {names}; with --offline also {optional}")
     add("--seeds", type=int, help="number of seeds; default 3")
     add("--epochs", type=int, help="default 100, --offline 5")
     add("--cores", choices=["per_block", "shared"], help="cores of EFFT; the released runs of efft2 used shared ones")
@@ -533,7 +534,9 @@ def _about_offline(records: list[tuple[str, list[dict]]], validated: list[dict])
         f"{recipe['model']} at {recipe['image_size']} pixels, {recipe['epochs']} epochs of 1000 images in batches of "
         f"{recipe['batch_size']}; linear: a head on frozen features, 100 epochs.\n"
     )
-    return about + "\nChosen on 200 validation images with seed 0, where several were tried:\n\n" + "\n".join(lines) + "\n"
+    return (
+        about + "\nChosen on 200 validation images with seed 0, where several were tried:\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], dict]:
@@ -546,7 +549,7 @@ def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], di
     if not found:
         raise ValueError(f"{args.out} holds no such results")
     plan = FACTS["offline"]
-    args.offline = any(r["run"]["settings"]["checkpoint"].startswith(plan["weights"]) for r in found)
+    args.offline = any(r["run"]["settings"].get("checkpoint", "").startswith(plan["weights"]) for r in found)
     all_groups = plan["gpu"]["groups"] if args.offline else FACTS["groups"]
     there = dict.fromkeys(record["run"]["data"] for record in found)
     groups = {group: [m for m in members if m in there] for group, members in all_groups.items()}
