@@ -12,6 +12,7 @@ import torch
 from accuracy import assert_accurate
 from operands import make
 
+from efft_kernels import lowrank_linear
 from efft_kernels.kernels import build, cpu, cpu_rules, processor, reference
 from efft_kernels.ops import few_rows
 
@@ -100,6 +101,7 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
         given = *good[:i], wrong, *good[i + 1 :]
         assert not cpu.few_rows(*given) and not few_rows._fit(*given[:-1]), f"argument {i}"
     assert few_rows._fit(*good[:-1]) and not few_rows._fit(*good[:3], None, sigma, v)
+    assert not few_rows._fit(x, weight[:0], None, u, sigma, v[:, :0])
     u.untyped_storage().resize_(0)
     for module in (cpu, reference):
         with pytest.raises(RuntimeError, match="u must have memory"):
@@ -352,6 +354,15 @@ def test_inference_tensors_and_copies(kept):
     tensors[1] = copy.deepcopy(tensors[1])
     tensors[1] += 1
     assert right(*tensors)
+
+
+def test_panels_of_two_casts_of_a_weight_are_not_confused(kept):
+    x, weight, bias, down, up, _ = make(20, 64, 48, 3)
+    weight = torch.nn.Parameter(weight, requires_grad=False)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            y, want = (lowrank_linear(x, weight, bias, down, up, backend=b) for b in ("cpu", "reference"))
+        torch.testing.assert_close(y, want, rtol=0.05, atol=0.05)
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """DoRA against its formula with a dense W + dW; test_model_dense.py and test_export.py have whole models of it."""
 
+import copy
+import sys
+
 import pytest
 import torch
-from models import METHODS, adapted, assert_same, gradients, images, loss_of, shake, vit
+from models import METHODS, adapted, assert_bits, assert_same, gradients, images, loss_of, shake, vit
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -77,6 +80,11 @@ def test_rows_of_zeros_keep_the_update_alone():
         group.reset_parameters()
 
 
+def test_an_update_that_cancels_the_weight_leaves_finite_norms():
+    down, up = torch.randn(96, 4), torch.randn(4, 640)
+    assert dora.row_norms(-(down @ up).T.contiguous(), down, up).isfinite().all()
+
+
 @pytest.mark.parametrize("method", ["lora-dora", "efft2-dora"])
 def test_recomputation(method):
     model, x = adapted(METHODS[method]).double().train(), images(dtype=torch.float64)
@@ -93,6 +101,15 @@ def test_merging_rounds_once():
     with pytest.warns(UserWarning, match="of the update to rounding"):
         ek.merge(model)
     assert torch.equal(model.blocks[0].attn.qkv.weight, want)
+
+
+def test_a_merge_that_fails_midway_changes_nothing(monkeypatch):
+    model, merging = adapted(METHODS["lora-dora"]), sys.modules["efft_kernels.merge"]
+    before, updates = copy.deepcopy(model.state_dict()), [merging._update]
+    monkeypatch.setattr(merging, "_update", lambda *given: updates.pop()(*given))  # fails at the second weight
+    with pytest.raises(IndexError):
+        ek.merge(model, keep_weights=False)
+    assert_bits(model.state_dict(), before)
 
 
 def test_attention_of_torch(tmp_path):
@@ -121,3 +138,7 @@ def test_refusals(tmp_path):
         ek.export_lora(ek.inject(model, METHODS["lora-dora"]), tmp_path / "lora")
     with pytest.raises(TypeError, match="dora"):
         ek.VeRAConfig(dora=True)
+    linear, wrapped = adapted(METHODS["lora-dora"]).blocks[0].attn.qkv, type("Wrapped", (torch.Tensor,), {})
+    wrapped.__tensor_flatten__ = None  # as a quantized weight has it, which a module around the Linear reads
+    with pytest.raises(ValueError, match="dora=True needs a plain weight in blocks.0.attn.qkv"):
+        linear.add_to(torch.randn(2, 192), linear.weight.detach().as_subclass(wrapped))

@@ -82,6 +82,10 @@ def test_float64_models_have_float64_factors():
     assert dtypes(adapted().double()) == {torch.float64}
     assert dtypes(adapted().double().float()) == {torch.float32}
     assert ek.EFFTLinear(8, 8, rank=2, dtype=torch.float64).u.dtype == torch.float64
+    layer = ek.EFFTLinear(8, 8, rank=2, bias=False)
+    layer.load_state_dict({"weight": layer.weight.double()}, strict=False, assign=True)  # and not the factors
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 8, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_another_factor_dtype():
@@ -116,6 +120,10 @@ def test_a_file_has_the_dtype_of_its_factors_and_loading_casts_up(tmp_path, fact
     for key, p in loaded.efft.named_parameters():
         assert torch.equal(p, model.efft.get_parameter(key).float())
     assert dtypes(ek.load_adapter(vit(), path, factor_dtype=torch.bfloat16)) == {torch.bfloat16}
+    model.efft["default"]["attn"].u.data[0] = 1e6
+    ek.save_adapter(model, tmp_path / "large")
+    with pytest.raises(ValueError, match="attn.u has NaN or infinity in float16"):
+        ek.load_adapter(vit(), tmp_path / "large", factor_dtype=torch.float16)
     base = vit().bfloat16()
     bank, narrow = AdapterBank(copy.deepcopy(base)), AdapterBank(base, factor_dtype=torch.bfloat16)
     bank.add("a", path)

@@ -36,18 +36,26 @@ def test_a_trained_scale_moves():
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     scales = {n: p for n, p in model.efft.named_parameters() if n.endswith("scale")}
     assert len(scales) == 2 and all(p.grad.abs() > 0 for p in scales.values())
+    for group in model.efft["default"].values():
+        group.reset_parameters()
+        assert group.scale == 3.0
 
 
 def test_lora_xs_takes_the_leading_singular_vectors():
-    model = vit()
+    model = vit().double()
     weight = model.blocks[1].mlp.fc1.weight.detach().clone()
     ek.inject(model, ek.LoRAXSConfig(rank=4, targets=("fc1",)))
     group = model.efft["default"]["fc1"]
     values = torch.linalg.svdvals(weight)[:4]
     torch.testing.assert_close(group.a[1, 0].norm(dim=0), values)
-    torch.testing.assert_close(
-        group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0], atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0])
+    torch.testing.assert_close(group.v[1, 0] @ group.v[1, 0].T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_scales_of_a_stack_are_not_rounded_as_its_factors_are():
+    configs = [ek.LoRAConfig(rank=4, scale=scale) for scale in (0.1, 0.3)]
+    groups = [ek.inject(vit(), c, factor_dtype=torch.bfloat16).efft.groups()[0] for c in configs]
+    assert stack(groups).scale.flatten().tolist() == pytest.approx([0.1, 0.3], rel=1e-6)
 
 
 def _pairs(group, seed=0):

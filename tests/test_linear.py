@@ -55,6 +55,8 @@ def test_a_new_layer_changes_nothing(backend):
         layer = EFFTLinear.from_linear(linear, rank=4, zero_init=zero, backend=backend)
         torch.testing.assert_close(layer(x), linear(x))
         assert [f.abs().sum() == 0 for f in factors(layer)] == [zero == "u", False, zero == "v"]
+        trained(layer).reset_parameters()
+        assert [f.abs().sum() == 0 for f in factors(layer)] == [zero == "u", False, zero == "v"]
 
 
 def test_cores_are_drawn_slice_by_slice():
@@ -87,8 +89,13 @@ def test_merge_gives_a_plain_linear(backend):
     linear = layer.eval().merge()
     assert type(linear) is nn.Linear and not linear.training and linear.weight is not layer.weight
     torch.testing.assert_close(linear(x), dense(layer, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.merge().weight, linear.weight)
+    linear.weight.data.add_(1), linear.bias.data.add_(1)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert layer.merge().bias is not layer.bias and make(backend, bias=False).merge().bias is None
+    layer.weight.requires_grad_()
+    assert [p.requires_grad for p in layer.merge().parameters()] == [True, False]
+    assert make(backend, bias=False).merge().bias is None
 
 
 def test_factor_dropout(backend):

@@ -17,7 +17,7 @@ from torch.library import opcheck
 import efft_kernels
 from efft_kernels import efft_linear, group_update, lowrank_linear, merge_, mixed_linear
 from efft_kernels.kernels import cpu, decisions, reference
-from efft_kernels.ops import dispatch
+from efft_kernels.ops import dispatch, few_rows
 
 HERE = [b.name for b in efft_kernels.backends() if b.available and b.name in ("reference", "cpu")]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -123,7 +123,8 @@ def test_efft_linear_of_a_few_rows(shape, slices, ways, monkeypatch):
     assert called == ["few_rows"] * (shape[0] != 17)
     torch.testing.assert_close(*ys)
     ys[0].add_(1)  # y is the caller's own
-    dy, leaves = torch.randn_like(ys[0]), (x, u, sigma, v)
+    at = 0, max(0, ys[0].dim() - 2)
+    dy, leaves = torch.randn_like(ys[0]).transpose(*at).contiguous().transpose(*at), (x, u, sigma, v)
     got, want = (torch.autograd.grad(y, leaves, dy) for y in ys)
     assert called == ["few_rows", "few_rows_backward"] * (shape[0] != 17)
     for i, (a, b) in enumerate(zip(got, want)):
@@ -131,6 +132,8 @@ def test_efft_linear_of_a_few_rows(shape, slices, ways, monkeypatch):
         only = [t.detach().requires_grad_(i == j) for j, t in enumerate(leaves)]
         y = efft_linear(only[0], weight, bias, *only[1:], 0.7)
         assert torch.equal(torch.autograd.grad(y, only[i], dy)[0], a)
+    monkeypatch.setattr(few_rows, "default_backend", lambda: "reference")  # EFFT_BACKEND says what computes
+    assert few_rows.take(x, weight, bias, u, sigma, v, 0.7, None) is None
 
 
 def test_slices_side_by_side_are_a_view(backend):
@@ -264,6 +267,8 @@ def test_merge_refuses_before_it_writes(backend):
     merge_(torch.zeros(2, 8, 4), torch.zeros(2, 4, 2), torch.zeros(2, 2, 8), backend=backend)  # stacked
     with pytest.raises(ValueError, match=r"weights\[0\] must have an address for each value"):
         merge_([torch.zeros(1, 5).expand(4, 5)], downs[:1], ups[:1], backend=backend)
+    with pytest.raises(ValueError, match=r"weights\[0\] must hold its values, got a view that is negated"):
+        merge_([torch.zeros(4, 5, dtype=torch.complex64).conj().imag], downs[:1], ups[:1], backend=backend)
     with pytest.raises(TypeError, match=r"downs\[0\] must be a torch.Tensor, got int"):
         merge_(weights[:1], [1], ups[:1], backend=backend)
 
@@ -362,6 +367,14 @@ def test_backends_says_what_and_why():
     assert found["reference"].available and found["reference"].automatic
     assert all(b.note and str(b).startswith(b.name) for b in found.values())
     assert found["cpu"].available, found["cpu"].note
+
+
+def test_decisions_are_forgotten_before_they_are_too_many(monkeypatch):
+    monkeypatch.setattr(dispatch, "_REMEMBERED", 3)
+    decisions.clear()
+    for rows in range(1, 10):
+        lowrank_linear(*make(rows))
+    assert 0 < len(decisions) <= 3
 
 
 def test_a_named_backend_works_or_says_why(monkeypatch):

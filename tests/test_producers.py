@@ -153,6 +153,15 @@ def test_the_gradient_of_a_rebuilt_x_takes_its_memory(backend, readers, mixed, m
     assert [place == made[0].data_ptr() for place in places] == [False] * (readers - 1) + [True]  # the last alone
 
 
+@pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
+def test_a_rebuilt_x_is_whole_where_the_gradient_of_the_weight_reads_it():
+    leaf, h = hidden()
+    x, (weight, down, up) = F.gelu(h), low_rank()
+    y = lowrank_linear(x, weight.requires_grad_(), None, down, up, backend="cpu")
+    dweight, _ = torch.autograd.grad(y.sum(), (weight, leaf))
+    torch.testing.assert_close(dweight, torch.ones(24, 128) @ x.detach().flatten(0, -2), rtol=1e-4, atol=1e-4)
+
+
 def test_one_x_of_several_linears_is_rebuilt_once(monkeypatch):
     producers.know(KNOWN)
     calls, original = [], producers.Recipe.build
@@ -203,6 +212,27 @@ def test_a_change_in_place_is_an_error_or_right():
         gradient(after=lambda h, x: h.add_(1))
     with hooks(lambda t: t, lambda t: t):
         torch.testing.assert_close(*gradient(before=lambda h, x: h.add_(1)))
+
+
+def test_a_change_in_place_is_seen_behind_the_cast_of_autocast():
+    weight, down, up = low_rank()
+    x = F.gelu(hidden()[1])
+    with torch.no_grad():
+        x.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lowrank_linear(x, weight, None, down, up)
+    want = x.detach().flatten(0, -2).T @ (torch.ones(128, 24) @ up.T)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), down)[0], want, rtol=0.05, atol=1.0)
+
+
+def test_an_x_is_rebuilt_in_its_own_precision_by_a_backward_under_autocast():
+    weight, down, up = low_rank()
+    x = PRODUCERS["attention"](hidden()[1] / 8)
+    y = lowrank_linear(x, weight, None, down, up)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y.sum(), down)
+    want = x.detach().flatten(0, -2).T @ (torch.ones(128, 24) @ up.T)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-3)
 
 
 def test_hooks_that_pack_something_else_get_x():
