@@ -69,6 +69,8 @@ def test_the_mean_is_served_beside_others_and_trains_on(tmp_path):
     bank = AdapterBank(plain)
     bank.add("one", files[0])
     bank.add("mean", tmp_path / "mean")
+    with pytest.warns(UserWarning, match="trained on other weights"):
+        ek.average_adapters(vit(), files, tmp_path / "other")
     with torch.no_grad(), bank.use(["mean", "one"]):
         torch.testing.assert_close(plain(x)[0], alone(x)[0])
     alone.train()(x).square().sum().backward()
@@ -86,6 +88,12 @@ def test_ranks_of_stages_have_room(tmp_path):
         torch.testing.assert_close(update, sum(part[key] for part in parts) / 3, rtol=1e-6, atol=1e-8)
 
 
+def test_adapters_without_an_effect_have_a_mean_without_one(tmp_path):
+    plain, _, files = written(tmp_path, [ek.EFFTConfig(rank=4, scale=0.0)] * 2)
+    ek.average_adapters(plain, files, tmp_path / "mean")
+    assert not any(update.any() for update in updates(ek.load_adapter(plain, tmp_path / "mean")).values())
+
+
 def test_files_of_version_0_1_have_a_mean(tmp_path):
     model = vit("xcit_nano_12_p8_224", embed_dim=32, num_heads=2, cls_attn_layers=1)
     groups = build(make_plan(model, METHODS["efft2"], by_structure=False), model)
@@ -95,6 +103,7 @@ def test_files_of_version_0_1_have_a_mean(tmp_path):
     ek.average_adapters(model, [tmp_path / "old"] * 2, tmp_path / "mean")
     old, mean = (updates(ek.load_adapter(copy.deepcopy(model), tmp_path / name)) for name in ("old", "mean"))
     torch.testing.assert_close(mean, old)
+    assert {t.dtype for t in ek.read_adapter(tmp_path / "mean").factors.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("head", ["train", "keep", False])

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import random_unstructured
 
 import efft_kernels as ek
 from efft_kernels.serving import AdapterBank
@@ -116,13 +117,15 @@ def _metadata(path):
     [
         (lambda m: mock.patch.object(os, "fsync", side_effect=OSError("no space left")), "no space left"),
         (lambda m: m.efft["default"]["attn"].u.data.fill_(torch.nan), "finite numbers, but attn.u has NaN or infinity"),
+        (lambda m: m.patch_embed.proj.weight.data.fill_(torch.inf), "numbers, but patch_embed.proj.weight has NaN or"),
         (lambda m: m.efft.to("meta"), "attn.u is on the meta device, offloaded or not loaded"),
         (lambda m: weight_norm(m.efft["default"]["ffn"], "v"), "group 'ffn' must be plain parameters"),
+        (lambda m: random_unstructured(m.efft["default"]["ffn"], "v", 0.5) and None, "'ffn' must be plain parameters"),
         (ek.disable_adapter, "must be called outside of disable_adapter"),
     ],
 )
 def test_what_cannot_be_saved_leaves_the_old_file(spoil, says, path):
-    model = ek.inject(vit(), SMALL)
+    model = ek.inject(vit(), SMALL, train=("patch_embed.proj",))
     ek.save_adapter(model, path)
     before, within = path.read_bytes(), spoil(model)
     with within if hasattr(within, "__enter__") else nullcontext(), pytest.raises((OSError, ValueError), match=says):
@@ -391,8 +394,12 @@ def test_a_frozen_head_is_a_frozen_weight(path):
     bank.save("a", path)
     ek.save_adapter(ek.load_adapter(bare(), path, head="keep", strict=True), path)
     loaded, replaced = ek.load_adapter(bare(), path, strict=True), ek.load_adapter(other, path, head=10, strict=True)
-    for m, stated in (loaded, (tuple("abcdefghij"), True)), (replaced, (None, False)), (narrow, (None, False)):
-        assert (m.efft["default"].classes, m.efft["default"].multilabel) == stated
+    with pytest.warns(UserWarning, match=says):
+        ek.load_adapter(kept, path, name="b", head="keep")
+    found = [own for m in (loaded, replaced, narrow, kept) for own in m.efft.values()]
+    assert [(own.classes, own.multilabel) for own in found] == [(tuple("abcdefghij"), True), *[(None, False)] * 4]
+    ek.save_adapter(loaded, path, multilabel=False)
+    assert not ek.read_adapter(path).multilabel
 
 
 PREPARATION = ek.Preparation((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9, "center")
@@ -406,6 +413,8 @@ def test_a_file_states_its_preparation_and_classes(path):
     loaded = ek.load_adapter(bare(), path, strict=True)
     ek.save_adapter(loaded, path)  # what is not said again is kept
     assert (ek.read_adapter(path).preparation, ek.read_adapter(path).classes) == (file.preparation, file.classes)
+    ek.save_adapter(loaded, path.with_name("headless"), head=False)
+    assert ek.read_adapter(path.with_name("headless")).classes is None
     kept = ek.load_adapter(bare(), path, head="keep")
     assert kept.efft["default"].preparation == PREPARATION and kept.efft["default"].classes is None
     wide = bare(img_size=64)
@@ -448,6 +457,9 @@ def test_every_flipped_bit_is_noticed(path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="is not a complete|is damaged|must be a file"):
             ek.read_adapter(path)
+    path.write_bytes(good.replace(b'"F32"', b'"I32"'))  # the same bytes as other numbers
+    with pytest.raises(ValueError, match="is damaged"):
+        ek.read_adapter(path)
 
 
 def test_hostile_files_are_refused_and_leave_the_model_alone(path):
@@ -475,6 +487,8 @@ def test_hostile_files_are_refused_and_leave_the_model_alone(path):
         (tensors, {"preparation": "[" * 100_000}, "damaged metadata"),
         (tensors, {"preparation": json.dumps({"size": [10**9, 10**9]})}, "each from 1 to 4096"),
         (tensors, {"classes": "7"}, "classes must be a list of names"),
+        (tensors, {"classes": "[7]"}, "classes must be a list of names"),
+        (tensors, {"train": "[7]"}, "train must be a list of"),
     ]
     dtypes = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
     cases += [(cast(dtype), {}, f"got {str(dtype)[6:]}") for dtype in dtypes]
@@ -518,7 +532,9 @@ def test_a_file_without_a_head_and_the_head_of_its_model(tmp_path):
     bank.add("a", path, strict=True)
     bank.save("a", again)
     ek.load_adapter(copy.deepcopy(base), again, strict=True)
-    ek.save_adapter(ek.load_adapter(copy.deepcopy(other), path, head="keep", strict=True), again, head=False)
+    loaded = ek.load_adapter(copy.deepcopy(other), path, head="keep", strict=True)
+    AdapterBank(copy.deepcopy(base)).add("a", loaded, strict=True)
+    ek.save_adapter(loaded, again, head=False)
     ek.load_adapter(copy.deepcopy(base), again, strict=True)
 
     names = dict(enumerate("abcdefghij"))

@@ -61,7 +61,11 @@ def test_a_parametrization_put_on_after_inject_stays_when_the_adapter_leaves(par
     if leave == "delete":
         ek.delete_adapter(model, "default")
     elif leave == "merge":
-        ek.unmerge(ek.merge(model, dequantize=True))
+        ek.merge(model, dequantize=True)
+        assert not any(m.training for m in model.modules())
+        ek.unmerge(model.train()).eval()
+        ek.unmerge(ek.merge(model.train(), dequantize=True).eval())
+        assert not any(m.training for m in model.modules())
     else:
         bank.release()
     torch.testing.assert_close(model(x), want)
@@ -481,12 +485,15 @@ def test_a_shared_head_that_was_trained_is_told(tmp_path):
             ek.set_adapter(model, "default")
         model.head.load_state_dict(model.head.state_dict())
         ek.delete_adapter(ek.set_adapter(model, "second"), "default")
-        ek.set_adapter(ek.add_adapter(model, PLAIN, "default"), "second")
+        nn.init.zeros_(model.head.weight)
+        ek.set_adapter(ek.add_adapter(model, PLAIN, "default"), "second")  # not the "default" that was deleted
+    said = "head, which all adapters of a model share, changed since 'default' was active"
+    model.head.weight.data[:2] = torch.tensor([[1.0], [-1.0]])  # of the same sum
+    with pytest.warns(UserWarning, match=said):
+        ek.save_adapter(model, tmp_path / "default", name="default")
+    nn.init.zeros_(model.head.weight)
     optimizer = torch.optim.AdamW(model.head.parameters(), fused=True)  # its writes do not count as versions
     model(images()).sum().backward()
     optimizer.step()
-    said = "head, which all adapters of a model share, changed since 'default' was active"
-    with pytest.warns(UserWarning, match=said):
-        ek.save_adapter(model, tmp_path / "default", name="default")
     with pytest.warns(UserWarning, match=said):
         ek.set_adapter(model, "default")

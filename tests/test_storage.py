@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 
@@ -34,6 +35,13 @@ def test_the_reason_of_a_failed_write_is_raised(tmp_path, monkeypatch):
     with pytest.raises(OSError) as error:
         storage.write(tmp_path / "a.bin", fill)
     assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_a_file_and_then_its_folder_are_on_the_disk_when_a_write_returns(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)) or fsync(fd))
+    storage.write_bytes(tmp_path / "a.bin", b"new")
+    assert synced == [False, True]
 
 
 def test_a_link_stays_a_link(tmp_path):
