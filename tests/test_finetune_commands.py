@@ -6,6 +6,7 @@ import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from test_finetune_data import folder, picture
 from test_finetune_run import at_call, end, tiny
 
 from efft_kernels import read_adapter
-from efft_kernels.finetune import cli, evaluation, exporting, labelling, loop, page, predictions, prepared
+from efft_kernels.finetune import checkpoints, cli, evaluation, exporting, labelling, loop, page, predictions, prepared
 from efft_kernels.finetune.finished import predict, preparation, restore
 from efft_kernels.finetune.loop import train
 from efft_kernels.finetune.models import logits
@@ -253,6 +254,28 @@ def test_class_weights_are_of_all_training_images():
     assert prepared.weigh_classes(data).tolist() == pytest.approx([4 / 6, 2.0, 1.0])
     part.labels, data.multilabel = [(0,), (0, 1), (0,), ()], True
     assert prepared.weigh_classes(data).tolist() == pytest.approx([1 / 3, 3.0, 1.0])
+
+
+def test_a_loss_is_the_mean_over_images_however_they_are_batched():
+    y, labels, weights = torch.randn(4, 3), torch.tensor([0, 0, 1, 2]), torch.tensor([1.0, 2.0, 3.0])
+    run = SimpleNamespace(class_weights=weights, settings=tiny("data", "out"), data=SimpleNamespace(multilabel=False))
+    whole, *parts = (evaluation.loss_of(run, y[at], labels[at]) for at in (slice(4), slice(2), slice(2, 4)))
+    torch.testing.assert_close(whole, sum(parts) / 2)
+    several = (torch.rand(4, 3) > 0.5).float()
+    run = SimpleNamespace(class_weights=None, settings=tiny("data", "out", label_smoothing=0.2), data=run.data)
+    run.data.multilabel = True
+    want = torch.nn.functional.binary_cross_entropy_with_logits(y, several * 0.8 + 0.1)
+    torch.testing.assert_close(evaluation.loss_of(run, y, several), want)
+
+
+def test_averages_of_weights_follow_more_closely_at_first():
+    p = torch.nn.Linear(1, 1, bias=False)
+    progress = checkpoints.Progress(p, None, None, torch.zeros(3))
+    torch.nn.init.zeros_(p.weight)
+    progress.start_averages()
+    torch.nn.init.ones_(p.weight)
+    progress.update_averages(0.999)
+    assert progress.averages[0].item() == pytest.approx(0.9)
 
 
 def test_confusion_of_many_classes_and_long_names():

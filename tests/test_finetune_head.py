@@ -119,6 +119,13 @@ def test_two_learning_rates_survive_a_kill(photos, tmp_path):
         train(tiny(photos, tmp_path / "ssf", method="ssf", rank=None, lr_ratio=2.0), progress=False)
 
 
+def test_a_learning_rate_below_min_lr_does_not_rise(photos, tmp_path):
+    run = begun(photos, tmp_path, head_init="random", lr=1e-6, min_lr=1e-5)
+    progress, schedule = loop.begin(run, None)
+    schedule.step_update(run.steps * run.settings.epochs - 1)
+    assert all(group["lr"] <= 1e-6 for group in progress.optimizer.param_groups)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_the_probe_of_two_processes_is_that_of_one(fsdp, photos, tmp_path):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import assert_bits, images, swin, timm, vit, vit_of_transformers
 
 from efft_kernels.finetune import methods
+from efft_kernels.finetune.baselines import Prompt
 from efft_kernels.layouts import heads_of
 
 SMALL = {
@@ -154,6 +155,8 @@ def test_a_copy_is_of_its_own(name):
 
 def test_prompts_by_hand():
     """VPT-deep is attention over tokens that each block replaces, in any position."""
+    bound = (6 / (3 * 16**2 + 192)) ** 0.5  # Xavier's, of the patch embedding
+    assert 0.99 * bound < Prompt(100, 192, 16).tokens.abs().max() <= bound
     model = prepared("vpt-deep")
     x = images()
     with torch.no_grad():

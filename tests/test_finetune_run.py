@@ -211,6 +211,7 @@ def test_forty_flipped_bits_in_a_state_are_noticed(halfway, tmp_path):
         (lambda s: s | {"step": 999}, "not the state of the step in its name"),
         (lambda s: s | {"history": []}, "it must have a history of 1 epochs"),
         (lambda s: s | {"optimizer": {"state": {}}}, "its optimizer is for other parameters"),
+        (lambda s: s | {"optimizer": {"state": {"b": {}}}}, "its optimizer is for other parameters"),
         (lambda s: {"step": s["step"], "other": 1}, "it has no identity"),
         (lambda s: [1], "not the state of the step in its name"),
         (
@@ -218,7 +219,7 @@ def test_forty_flipped_bits_in_a_state_are_noticed(halfway, tmp_path):
             "is skipped: out must be a new folder",
         ),
     ],
-    ids=["empty", "weights", "step", "history", "optimizer", "keys", "list", "another run"],
+    ids=["empty", "weights", "step", "history", "optimizer", "another", "keys", "list", "another run"],
 )
 def test_the_state_before_a_wrong_one_is_taken(change, says, halfway, photos, tmp_path, caplog):
     shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)

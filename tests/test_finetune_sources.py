@@ -180,6 +180,8 @@ def test_csv_with_several_labels(tmp_path):
     assert a.train.labels == b.train.labels == [(0,), (0, 1), (), (0, 1), (2,), (1, 2)]
     pixels, target = a.train[5]
     assert pixels.dtype == torch.uint8 and target.tolist() == [0, 1, 1]
+    c = open_data(named, 16, test_fraction=0.0, augment="flip", seed=0)
+    assert c.train.unchanged("bicubic")[5][1].tolist() == [0, 1, 1]
     held = open_data(named, 16, test_fraction=0.3)
     assert len(held.train) + len(held.test) == 6 and len(held.test) >= 2
 

@@ -127,6 +127,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert export(tmp_path / "out", "hub", "me/run") == "hf-hub:me/run"
     card, record = ((hub / "me/run" / name).read_text() for name in ("README.md", "metrics.json"))
     assert f"| test, top-1 (%) | {result.metrics['test']['top1']:.4g} |" in card and str(tmp_path) not in record
+    assert "run" not in json.loads(record), "it has the command, with paths of this machine"
     (mine, _), (theirs, _) = restore(tmp_path / "out"), restore("hf-hub:me/run")
     assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
     assert str(tmp_path).encode() not in (hub / "me/run/adapter.safetensors").read_bytes()
