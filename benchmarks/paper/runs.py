@@ -403,11 +403,12 @@ def _start(threads: int, parent: int) -> None:
 
 
 def choose(runs: list[Run], store: Store) -> Run:
-    """The run with the best accuracy on validation images; the first of several."""
-    found = [(run, (store.get(run) or {}).get("top1")) for run in runs]
-    if all(top1 is None for _, top1 in found):
-        raise ValueError(f"all {len(runs)} settings of {runs[0].method} on {runs[0].data} diverged or failed")
-    return max(found, key=lambda pair: -1 if pair[1] is None else pair[1])[0]
+    """The run with the smallest loss on validation images, whose top-1 has steps of half a point; the first of several.
+
+    Raises:
+        ValueError: all diverged or failed.
+    """
+    return choose_together({runs[0].data: runs}, store)[runs[0].data]
 
 
 def choose_together(runs: dict[str, list[Run]], store: Store) -> dict[str, Run]:
@@ -427,7 +428,7 @@ def choose_together(runs: dict[str, list[Run]], store: Store) -> dict[str, Run]:
 
     best = min(points, key=loss)
     if not math.isfinite(loss(best)):
-        raise ValueError(f"all {len(points)} settings of {best[0].method} diverged or failed on some data set")
+        raise ValueError(f"all {len(points)} settings of {best[0].method} diverged or failed on {' or '.join(runs)}")
     return dict(zip(runs, best))
 
 
