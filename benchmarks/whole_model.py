@@ -48,7 +48,7 @@ def parser(description: str, known: list[str], out: str) -> argparse.ArgumentPar
     names = [backend.name for backend in efft_kernels.backends()]
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", choices=MODELS, default="vit_b", help="model of timm, random weights (default: vit_b)")
-    p.add_argument("--batch", type=positive, default=4, metavar="B", help="images per batch (default: 4)")
+    p.add_argument("--batch", type=positive, default=4, metavar="B", help="images per batch (default: %(default)s)")
     p.add_argument("--image", type=positive, default=224, metavar="SIDE", help="side in pixels (default: 224)")
     p.add_argument("--rank", type=positive, default=16, metavar="R", help="rank of EFFT and FacT (default: 16)")
     p.add_argument("--lora-rank", type=positive, default=8, metavar="R", help="rank of LoRA (default: 8)")

@@ -33,7 +33,7 @@ from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, plan, plan_of_file
 from .preparation import Preparation
-from .tensor_file import FLOATS
+from .tensor_file import FLOATS, check_path
 from .wrappers import before_parallel, on_unwrapped, outermost, unwrapped
 
 
@@ -85,6 +85,7 @@ def save_adapter(
     Warns a UserWarning if a Linear of the adapter was removed from the model or replaced, or if the head changed since
     an adapter that is not active was.
     """
+    check_path(path)
     if hubs.is_on_hub(path):
         raise ValueError(
             f"path must be a local file, which hub={path.removeprefix(hubs.PREFIX)!r} uploads, got {path!r}"

@@ -17,6 +17,12 @@ _DIGEST = "digest"  # metadata: SHA-256 of everything else in the file
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_path(path: object) -> None:
+    """Raise TypeError for what is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be that of a file, got {path!r}")
+
+
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with a digest of its contents, atomically.
 
@@ -38,6 +44,7 @@ def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[di
         digested: values of the metadata ``format`` of files that must have a digest; others, older ones, have none.
 
     Raises:
+        TypeError: path is no path.
         FileNotFoundError: there is no such file.
         OSError: the hub cannot be reached.
         ValueError: it is no regular file, no complete safetensors file, or its contents differ from their digest.
@@ -45,6 +52,7 @@ def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[di
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    check_path(path)
     local = local_file(path)
     try:
         data = read_regular(local)

@@ -83,6 +83,12 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from module.named_parameters(path, recurse=False)
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
 def on_unwrapped(function: Callable[P, R]) -> Callable[P, R]:
     """Call a function on the model inside the wrappers of its first argument, which it returns in place of that.
 
@@ -92,8 +98,7 @@ def on_unwrapped(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_module(model)
         inside = unwrapped(model)
         result = function(inside, *args, **kwargs)
         return model if result is inside else result

@@ -82,6 +82,9 @@ def test_an_adapter_of_another_model_is_refused(other, path):
 
 def test_what_is_no_adapter_file_is_refused(path, tmp_path):
     model = ek.inject(vit(), SMALL)
+    for call in (ek.save_adapter, ek.load_adapter, lambda _, path: ek.read_adapter(path)):
+        with pytest.raises(TypeError, match="path must be that of a file, got None"):
+            call(model, None)
     ek.save_adapter(model, path)
     good = path.read_bytes()
 

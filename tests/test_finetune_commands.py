@@ -65,6 +65,8 @@ def test_a_run_ends_with_its_report(run):
 def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch):
     before = html(run / "report.html")
     assert cli.main(["report", str(run)]) == cli.DONE and html(run / "report.html") == before
+    assert cli.main(["report", str(run), "--data", "typo"]) == cli.WRONG and html(run / "report.html") == before
+    assert "data must be a folder or a .csv file, got 'typo'" in capsys.readouterr().err
     moved = run.parent / "moved"
     (run.parent / "photos").rename(moved)
     try:
@@ -104,6 +106,8 @@ def test_predict_any_number_of_images(run, tmp_path, capsys, caplog):
     assert cli.main(["predict", str(run), str(tmp_path / "new/bad.jpg")]) == cli.WRONG
     assert cli.main(["predict", str(run), str(tmp_path / "none")]) == cli.WRONG
     assert "none does not exist" in capsys.readouterr().err
+    assert cli.main(["predict", str(run), rows[0]["image"], "--batch-size", "0"]) == cli.WRONG
+    assert "batch_size must be an int of at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -143,12 +147,8 @@ def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
 def test_export_to_lora_and_weights(run, tmp_path, capsys):
     assert cli.main(["export", str(run), "--to", "lora", "--out", str(tmp_path / "lora")]) == cli.DONE
     assert {path.name for path in (tmp_path / "lora").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    export = ["export", str(run), "--to", "weights", "--out", str(tmp_path / "a")]
-    for flags in (export, ["merge", str(run), str(tmp_path / "b")]):
-        assert cli.main(flags) == cli.DONE
-    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size > 0
-    capsys.readouterr()
-    assert cli.main(["merge", str(run), str(tmp_path / "nowhere/m.safetensors")]) == cli.STORAGE
+    out = tmp_path / "nowhere/m.safetensors"
+    assert cli.main(["export", str(run), "--to", "weights", "--out", str(out)]) == cli.STORAGE
     said = capsys.readouterr().err
     assert "nowhere/m.safetensors could not be written" in said and "Traceback" not in said
 

@@ -320,7 +320,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
         assert cli.main(flags) == cli.DONE
         out = capsys.readouterr().out
     assert end(tmp_path) == whole, err
-    assert f"efft-finetune merge {tmp_path}" in out
+    assert f"efft-finetune export {tmp_path} --to weights" in out
 
 
 @pytest.mark.slow
@@ -610,7 +610,7 @@ def test_predict_and_merge_give_the_model_of_the_run(method, photos, tmp_path, c
     right = sum(Path(file).parent.name == label for file, label, _ in rows)
     assert 100 * right / len(files) == pytest.approx(result.metrics["test"]["top1"], abs=1e-3)
     target = tmp_path / "merged.safetensors"
-    code = cli.main(["merge", str(result.out), str(target)])
+    code = cli.main(["export", str(result.out), "--to", "weights", "--out", str(target)])
     if method in ("vpt-deep", "adapter"):
         assert code == cli.WRONG and "cannot be folded" in capsys.readouterr().err
         return
@@ -732,10 +732,13 @@ def test_one_class_is_none(tmp_path):
 
 
 def test_help_names_what_there_is(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--data", "a", "--out", "b", "--rank", "3.5"])
+    assert "error: rank must be one of int, tuple[int, int], null, got 3.5\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for word in (*METHODS, "torchrun", "predict OUT", "merge OUT", "--batch_size", "factor_dropout 0.1"):
+    for word in (*METHODS, "torchrun", "predict OUT", "export OUT", "--batch_size", "factor_dropout 0.1"):
         assert word in said, word
 
 

@@ -417,6 +417,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         ({"rank": 0}, "rank must be an int of at least 1"),
         ({"targets": ["everything"]}, "targets must be a non-empty tuple out of"),
         ({"factor_dropout": 1.0}, "factor_dropout must be a number in"),
+        ({"dora": True}, "dora must be False here"),
         ({"layers_pattern": "blocks"}, "layers_pattern='blocks' needs layers_to_transform"),
     ],
 )
@@ -641,6 +642,9 @@ def test_what_the_kernel_cannot_take_is_left_to_peft(passes):
 
 
 def test_lora_layers_that_gain_nothing_are_refused_by_name(passes):
+    for function in (accelerate_lora, restore_lora):
+        with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
+            function(3)
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

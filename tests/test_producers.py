@@ -269,6 +269,8 @@ def test_inputs_are_rebuilt_on_a_cpu_unless_it_is_said_and_elsewhere_if_it_is():
     for setting, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
         ek.rebuild_inputs(setting)
         assert (producers.rebuilds(cpu), producers.rebuilds(gpu)) == expected
+    with pytest.raises(TypeError, match="enabled must be True, False or None, got 'off'"):
+        ek.rebuild_inputs("off")
 
 
 def model_gradients(model, run=None):

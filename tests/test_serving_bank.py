@@ -662,6 +662,8 @@ def test_models_that_cannot_have_a_bank():
     ]:
         with pytest.raises(ValueError, match=says):
             AdapterBank(model)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
+        AdapterBank(3)
     with pytest.raises(ValueError, match="backend must be one of"):
         AdapterBank(bare(), backend="fast")
     with pytest.raises(ValueError, match="already has an attribute 'efft', a AdapterBank"):

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -39,7 +40,6 @@ other commands:
   efft-finetune export OUT --to onnx        or lora, a folder for PEFT, or weights, merged for timm or transformers
   efft-finetune export OUT --to hub --out OWNER/NAME
       upload the adapter and the run's record; then hf-hub:OWNER/NAME may stand for OUT
-  efft-finetune merge OUT FILE.safetensors  the same as export --to weights
   efft-finetune compare OUT OUT...          a table of runs, and a page with plots
 
 exit status:
@@ -64,7 +64,16 @@ def parser():
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    made = jsonargparse.ArgumentParser(
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message, *rest):
+            union = re.search(r'key "(\w+)":.*Subtypes: \[(.*)\]\n.*Given value: (.*)', message, re.DOTALL)
+            if union:
+                name, kinds, value = union.groups()
+                kinds = kinds.replace("<class '", "").replace("'>", "").replace("NoneType", "null")
+                message = f"{name} must be one of {kinds}, got {value}"
+            super().error(message, *rest)
+
+    made = Parser(
         prog="efft-finetune",
         usage="efft-finetune --data DATA --out OUT [--config FILE.yaml] [--SETTING VALUE ...]",
         description="Fine-tune a vision transformer on labelled images, with EFFT or with a method to compare it to.",
@@ -116,10 +125,10 @@ def _train(chosen: Settings) -> int:
             print(f"{part}: {named}")
         print(f"report:  {result.out / 'report.html'}")
         print(f"adapter: {result.adapter}")
-        out, merged = (shlex.quote(str(path)) for path in (result.out, result.out / "merged.safetensors"))
+        out = shlex.quote(str(result.out))
         print(f"predict: efft-finetune predict {out} IMAGE...")
         if chosen.method.startswith(("efft", "fact", "lora")) or chosen.method in ("full", "linear", "bitfit"):
-            print(f"merge:   efft-finetune merge {out} {merged}")
+            print(f"merge:   efft-finetune export {out} --to weights")
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""What efft-finetune does with finished runs: report, predict, export, merge, compare."""
+"""What efft-finetune does with finished runs: report, predict, export, compare."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from ..storage import write_bytes
 from . import checkpoints
 
-NAMES = ("report", "predict", "export", "merge", "compare")
+NAMES = ("report", "predict", "export", "compare")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -61,6 +61,8 @@ def _pictures(record: dict, data: str | None):
     try:
         opened = open_data(data or s.data, s.image_size, hold_out=s.select == "val", classes=s.classes, **fractions)
     except DataError as error:
+        if data:
+            raise  # before a report with pictures is replaced by one without
         print(f"efft-finetune: the report has no pictures, --data can name their place: {error}", file=sys.stderr)
         return lambda row: None
     if not data:
@@ -90,8 +92,9 @@ def _predict(given: argparse.Namespace) -> int:
     """Label images with a finished run."""
     from .labelling import find_files, label, label_to_csv
 
-    if given.batch_size < 1 or given.workers < 0:
-        raise ValueError("batch-size must be at least 1 and workers at least 0")
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(given, name) < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {getattr(given, name)}")
     files = find_files(given.images)
     options = {"checkpoint": given.checkpoint, "device": given.device, "batch_size": given.batch_size}
     options |= {"workers": given.workers, "show": given.out is not None}
@@ -128,13 +131,6 @@ def _export(given: argparse.Namespace) -> int:
     return 0
 
 
-def _merge_arguments(made: argparse.ArgumentParser) -> None:
-    _run_folder(made)
-    made.add_argument("out", metavar="FILE.safetensors")
-    _weights(made)
-    made.set_defaults(to="weights")
-
-
 def _compare_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     made.add_argument("--out", metavar="FILE.html", default="compare.html", help="the page (default compare.html)")
@@ -163,8 +159,10 @@ def _compare(given: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"report": _report, "predict": _predict, "export": _export, "merge": _export, "compare": _compare}
+_COMMANDS = {"report": _report, "predict": _predict, "export": _export, "compare": _compare}
 _ARGUMENTS = {
-    **{"report": _report_arguments, "predict": _predict_arguments, "export": _export_arguments},
-    **{"merge": _merge_arguments, "compare": _compare_arguments},
+    "report": _report_arguments,
+    "predict": _predict_arguments,
+    "export": _export_arguments,
+    "compare": _compare_arguments,
 }

@@ -57,8 +57,9 @@ class Settings:
         bottleneck: width of Adapter, AdaptFormer and NOAH's adapter; for noah also a list with one number per block.
         placement: where Adapter adds bottlenecks: "pfeiffer", after each FFN, or "houlsby", also after each attention.
         lora_rank: rank of NOAH's LoRA; also a list with one number per block.
-        epochs: passes over the training images.
-        batch_size: images per step of the optimizer, over all processes and accumulated parts together.
+        epochs: passes over the training images, each in another order.
+        batch_size: images per step of the optimizer, over all processes and accumulated parts together; not more than
+            there are. The images of an epoch that fill no whole batch are left out of it.
         lr: learning rate after the warm-up.
         lr_ratio: learning rate of the factors that start at zero, as a multiple of lr (LoRA+).
         weight_decay: weight decay of AdamW, on all trained parameters.

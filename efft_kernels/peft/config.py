@@ -1,6 +1,6 @@
 """The options of EFFT as a method of PEFT, and its name among those of PEFT's methods."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -66,9 +66,12 @@ class EFFTPeftConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True
+    dora: InitVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self, dora: bool = False):
         super().__post_init__()
+        if dora:
+            raise ValueError(f"dora must be False here, EFFTConfig and inject have it, got {dora!r}")
         self.peft_type = PeftType.EFFT
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list | tuple):

@@ -5,6 +5,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from ..ops import check_backend
+from ..wrappers import check_module
 from .fused import add_update, is_plain
 
 
@@ -73,10 +74,12 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
         The model; :func:`restore_lora` undoes this.
 
     Raises:
+        TypeError: model is no nn.Module.
         ValueError: no LoRA layer, an unknown backend; with strict, a layer that is not a plain Linear with LoRA
             (embeddings, convolutions, quantized weights), DoRA and other variants, or lora_bias, by name. The model is
             unchanged then.
     """
+    check_module(model)
     check_backend(backend)
     found, refused = [layer for layer in model.modules() if isinstance(layer, FastLoraLinear)], []
     for path, layer in model.named_modules():
@@ -106,6 +109,7 @@ def accelerate_lora(model: nn.Module, *, backend: str | None = None, strict: boo
 
 def restore_lora(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate_lora`: PEFT's own forwards run again, with all that was trained or loaded since."""
+    check_module(model)
     for layer in model.modules():
         if type(layer) is FastLoraLinear:
             layer.__class__ = lora.Linear

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .uploads import Refused
+from .uploads import Refused, check_fields
 
 _VERSION = sys.modules[__package__.rpartition(".")[0]].__version__
 RETRY_S = 1  # Retry-After of a 503
@@ -102,7 +102,7 @@ def build(service: Callable) -> FastAPI:
         response_model=Answer,
         openapi_extra=_UPLOAD,
         responses=_problems(
-            _400="a field is missing or malformed",
+            _400="a field is missing, unknown or malformed",
             _401="no API key, or an unknown one",
             _404="no such adapter",
             _408="the image did not arrive in time",
@@ -120,11 +120,13 @@ def build(service: Callable) -> FastAPI:
         summary="Describe the service",
         response_model=Description,
         response_description="JSON, or for a browser the page that classifies images",
-        responses={200: {"content": {"text/html": {}}}} | _problems(_401="no API key, or an unknown one"),
+        responses={200: {"content": {"text/html": {}}}} 
+        | _problems(_400="a parameter: it has none", _401="no API key, or an unknown one"),
     )
     async def describe(request: Request):
         if "text/html" in request.headers.get("accept", ""):
             return _page("index.html")
+        check_fields(request.query_params, ())
         service().check_key(request)
         return JSONResponse(service().describe(), headers={"vary": "Accept"})
 

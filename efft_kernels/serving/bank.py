@@ -26,7 +26,7 @@ from ..ops import check_backend, lowrank_linear, mixed_linear
 from ..passes import Passes
 from ..precision import check_factor_dtype
 from ..preparation import Preparation
-from ..wrappers import module_at, named_modules, named_parameters, unwrapped
+from ..wrappers import check_module, module_at, named_modules, named_parameters, unwrapped
 from .batch_dims import Trial, batch_dim
 from .loading import Adapter, check_plain, load
 
@@ -68,13 +68,14 @@ class AdapterBank:
             takes less memory and casts nothing in a forward, which suits adapters that are not trained.
 
     Raises:
-        TypeError: factor_dtype is no floating-point dtype that factors can have.
+        TypeError: model is no nn.Module, or factor_dtype no floating-point dtype that factors can have.
         ValueError: the model is injected, merged, or belongs to another bank; an unknown backend.
     """
 
     def __init__(self, model: nn.Module, *, backend: str | None = None, factor_dtype: torch.dtype = torch.float32):
         check_backend(backend)
         check_factor_dtype(factor_dtype)
+        check_module(model)
         model = unwrapped(model)
         check_bare(model)
         self.model, self.backend, self.factor_dtype = model, backend, factor_dtype

@@ -5,7 +5,7 @@ Pillow and Starlette are imported where they are used; the extra ``serve`` insta
 
 import io
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from ..preparation import to_rgb
@@ -20,6 +20,9 @@ _ASPECT = 100
 _SCANS = 64
 # a marker of JPEG in compressed data, where a byte 255 is followed by 0, and restarts are part of a scan
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+
+
+FIELDS = "adapter", "top"  # of a request, beside the image
 
 
 class Refused(Exception):
@@ -52,6 +55,12 @@ def check_adapter_name(name: str | None) -> str | None:
     return name
 
 
+def check_fields(given: Iterable[str], known: tuple[str, ...] = FIELDS) -> None:
+    """Raise Refused, 400, for a parameter of a request that is none of those that are known."""
+    if unknown := [name for name in given if name not in known]:
+        raise Refused(400, f"parameters must be among {', '.join(known) or 'none'}, got {unknown[0][:80]!r}")
+
+
 async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> Upload:
     """Read the upload of a Starlette request. ``room(n)`` is awaited for each ``n`` bytes that have arrived.
 
@@ -60,21 +69,23 @@ async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> U
 
     Raises:
         Refused: 400 for a declared length that is not a number, a form that cannot be read or has no image, an empty
-            image, a bad adapter name or ``top``; 413 for more than max_bytes; 415 for another content type.
+            image, another parameter or field, a bad adapter name or ``top``; 413 for more than max_bytes; 415 for another content type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
     if not form and kind not in _RAW and not kind.startswith("image/"):
         known = "image/*, application/octet-stream or multipart/form-data"
         raise Refused(415, f"content-type must be {known}, got {kind[:80]!r}")
+    fields = dict(request.query_params)
+    check_fields(fields)
     # room for the form's fields and separators
     body = await _body(request, max_bytes + 4096 * form, room)
-    fields = dict(request.query_params)
     if form:
         image, more = await _form(request, body)
         fields |= more
     else:
         image = body
+    check_fields(fields)
     if not image:
         raise Refused(400, "image must not be empty")
     if len(image) > max_bytes:
