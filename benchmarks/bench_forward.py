@@ -299,7 +299,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
                    help=f"only these, and merged: {', '.join(dict.fromkeys(known))}")  # fmt: skip
     p.add_argument("--compile", choices=("first", "all", "none"), default="first",
                    help="cases in which the formulas run under torch.compile too (default: the first)")  # fmt: skip
-    p.add_argument("--no-compile", dest="compile", action="store_const", const="none", help="--compile none")
     p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
     p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
     p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",

@@ -15,7 +15,7 @@ FLOORS = [
     "storage extras", "hub attention", "kernels preparation tensor_file", "precision wrappers",
     "ops configs base_linears tune", "roles", "layouts columns frozen_weights", "dora", "low_rank", "per_matrix",
     "groups linear", "passes", "adapted_linear", "calls", "plans", "inject adapter_file", "card",
-    "files merge analysis peft", "averaging", "export", "__init__", "finetune serving", "deploy",
+    "files merge analysis peft", "averaging", "export", "__init__", "finetune serving",
 ]  # fmt: skip
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 # backends stand side by side: each may import the reference, the tables and the checks of memory, none another backend

@@ -121,7 +121,7 @@ def test_memory_counts_what_a_call_allocates():
 @pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     folder = tmp_path / "new" / "run"
-    options = ["--backward", "--dtype", "float32", "bfloat16", "--no-compile", "--out", str(folder)]
+    options = ["--backward", "--dtype", "float32", "bfloat16", "--compile", "none", "--out", str(folder)]
     assert bench_forward.main([*TINY, *options]) == 0
     shown = capsys.readouterr().out
     for text in ("stage1.qkv 96->288", "einsum_dw", "forward+backward", "left out", "slower than unfused torch"):

@@ -19,7 +19,7 @@ from record import read_run, write_csv
 def record(tmp_path_factory) -> Path:
     """a run of moments: two Linears, both passes"""
     folder = tmp_path_factory.mktemp("forward")
-    options = "--model swin_t --layer stage1.qkv stage2.proj --rows 5 --rank 3 --backward --no-compile --repeats 3"
+    options = "--model swin_t --layer stage1.qkv stage2.proj --rows 5 --rank 3 --backward --compile none --repeats 3"
     options += " --variants unfused efft einsum --seconds 600"
     with pytest.MonkeyPatch.context() as patch:
         limits = timing.Limits({"float32": 1e11}, {"float32": 9e10}, 2e10, "a test", 1e10)

@@ -7,7 +7,6 @@ import io
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -450,16 +449,10 @@ def test_options_that_cannot_be_used(args, says, capsys):
     assert re.search(says, capsys.readouterr().err)
 
 
-def test_help_names_every_setting_also_by_the_former_name(capsys, monkeypatch):
+def test_help_names_every_setting(capsys):
     pytest.importorskip("ray.serve", reason="Ray Serve, of the extra serve, is not installed")
-    from efft_kernels import deploy
-    from efft_kernels.serving import app
-
-    assert deploy.app is app.app and deploy.Settings is Settings
-    monkeypatch.setattr(sys, "argv", ["deploy", "--help"])
-    monkeypatch.delitem(sys.modules, deploy.__name__)
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module(deploy.__name__, run_name="__main__")
+        cli.main(["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and "python -m efft_kernels.serving --model" in shown
     for model in (Settings, ServerSettings):

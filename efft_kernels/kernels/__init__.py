@@ -1,6 +1,7 @@
 """The kernel contract: the functions that every backend of this folder defines, as the protocol :class:`Kernels`.
 
-Letters, used in Python, Triton, C++, tests and documentation alike:
+Letters, used in Python, Triton, CUDA, tests and documentation alike (``csrc/cpu/kernels.h`` has its own, a, b, c, d, u
+and q, with K and N of the product at hand: in a backward they change places, and u is ``down.T``):
 
     M  rows of x (all leading dimensions flattened)      K  input features      N  output features
     R  rank of the adapter                               S  slices of a group
@@ -10,7 +11,8 @@ Letters, used in Python, Triton, C++, tests and documentation alike:
 A backward returns the list of the gradients that were asked for, in the order of ``needs``, and computes no others.
 All floating-point tensors of one call have one dtype and one device. Any strides are accepted everywhere: fc2 passes
 ``down = v.T``, a fused qkv passes a slice of a wider ``up``. Sums run in float32 (float64 for float64), are split
-by shape alone and reduced in a fixed order, so two runs are bit-equal. Results have the dtype of the inputs.
+by shape alone and reduced in a fixed order, without atomics, so two runs are bit-equal, on a CPU with any number of
+threads. They are rounded once, to the dtype of the inputs.
 
 Backends know nothing of methods, models or modules, and import torch only. Their arguments were checked (ops/).
 """
@@ -140,7 +142,8 @@ class Kernels(Protocol):
     ) -> None:
         """weight += (down @ up).T, in place; the sum is formed in float32 (float64 for float64) and rounded once
 
-        Three lists of equal length, all of one dtype and device; nothing but the weights is written.
+        Three lists of equal length, of one dtype and device, but for float32 factors beside bfloat16 and float16
+        weights; nothing but the weights is written.
         """
 
 

@@ -68,7 +68,7 @@ class EFFTPeftConfig(PeftConfig):
     init_weights: bool = True
     dora: InitVar[bool] = False
 
-    def __post_init__(self, dora: bool = False):
+    def __post_init__(self, dora: bool):
         super().__post_init__()
         if dora:
             raise ValueError(f"dora must be False here, EFFTConfig and inject have it, got {dora!r}")

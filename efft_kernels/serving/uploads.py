@@ -69,7 +69,8 @@ async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> U
 
     Raises:
         Refused: 400 for a declared length that is not a number, a form that cannot be read or has no image, an empty
-            image, another parameter or field, a bad adapter name or ``top``; 413 for more than max_bytes; 415 for another content type.
+            image, another parameter or field, a bad adapter name or ``top``; 413 for more than max_bytes; 415 for
+            another content type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
