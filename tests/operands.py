@@ -1,7 +1,6 @@
 """Operands of the tests of kernels: sizes near 1 in value, and every layout in memory."""
 
 import torch
-from hypothesis import strategies as st
 
 
 def poison(monkeypatch):
@@ -45,16 +44,3 @@ LAYOUTS = {
     "steps": lambda rows, cols, *at: within(2 * rows, 3 * cols, *at)[::2, ::3],
     "repeated": lambda rows, cols, *at: within(1, cols, *at).expand(rows, cols),
 }
-
-
-@st.composite
-def strided(draw, shape, dtype):
-    """A tensor of this shape: contiguous, transposed, a slice of a wider buffer, or with a step."""
-    *rest, rows, cols = shape
-    make = lambda *s: torch.randn(*rest, *s).mul_(0.5).to(dtype)
-    return {
-        "contiguous": lambda: make(rows, cols),
-        "transposed": lambda: make(cols, rows).mT,
-        "slice": lambda: make(rows, cols + 5)[..., 3 : 3 + cols],
-        "steps": lambda: make(rows, 2 * cols)[..., ::2],
-    }[draw(st.sampled_from(["contiguous", "transposed", "slice", "steps"]))]()

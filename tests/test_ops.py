@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import check_group_update, check_lowrank_linear
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from operands import strided
 from torch.library import opcheck
 
 import efft_kernels
@@ -39,40 +35,6 @@ def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False, b
     if not bias:
         tensors[2] = None
     return tensors
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-@pytest.mark.parametrize("name", HERE)
-def test_lowrank_linear_of_any_shape_and_strides(name, data):
-    size = st.sampled_from([1, 2, 3, 7, 16, 33, 64, 100])
-    M, K, N = data.draw(st.sampled_from([0, 1, 2, 5, 13, 64, 197])), data.draw(size), data.draw(size)
-    R = data.draw(st.sampled_from([1, 2, 3, 8, 16, 17, 32, 70]))
-    dtype = data.draw(st.sampled_from(FLOATS))
-    shapes = (M, K), (N, K), (K, R), (R, N), (M, N)
-    x, weight, down, up, dy = (data.draw(strided(shape, dtype)) for shape in shapes)
-    bias = data.draw(st.sampled_from([None, torch.randn(N).to(dtype)]))
-    needs = data.draw(st.lists(st.booleans(), min_size=5, max_size=5))
-    module = dispatch.load(name)[0]
-    if module.unsupported("lowrank_linear", x, weight, bias, down, up):
-        return
-    check_lowrank_linear(module, x, weight, bias, down, up, dy, needs)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.data())
-@pytest.mark.parametrize("name", HERE)
-def test_group_update_of_any_shape_and_strides(name, data):
-    size = st.sampled_from([1, 2, 3, 7, 16, 33])
-    S, P, Q, N = (data.draw(size) for _ in range(4))
-    dtype = data.draw(st.sampled_from(FLOATS))
-    sigma = torch.randn(S, P, Q).to(dtype)
-    if data.draw(st.booleans()):
-        sigma = torch.randn(S, Q, P).to(dtype).transpose(1, 2)
-    v = data.draw(strided((Q, N), dtype))
-    dup = torch.randn(P, S, N).to(dtype).transpose(0, 1) if data.draw(st.booleans()) else torch.randn(S, P, N).to(dtype)
-    needs = data.draw(st.lists(st.booleans(), min_size=2, max_size=2))
-    check_group_update(dispatch.load(name)[0], sigma, v, data.draw(st.sampled_from([1.0, -0.1, 10.0])), dup, needs)
 
 
 def test_gradcheck(backend, device):
