@@ -22,7 +22,7 @@ from test_finetune_run import at_call, end, tiny
 
 from efft_kernels import read_adapter
 from efft_kernels.finetune import checkpoints, cli, evaluation, exporting, labelling, loop, page, predictions, prepared
-from efft_kernels.finetune.finished import predict, preparation, restore
+from efft_kernels.finetune.finished import preparation, restore
 from efft_kernels.finetune.loop import train
 from efft_kernels.finetune.models import logits
 
@@ -122,8 +122,9 @@ def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
     image = Image.open(file).resize((32, 32), Image.Resampling.BICUBIC)
     pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float()
     y = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]).softmax(1)[0]
-    ((_, label, p),) = predict(run, [file])
-    assert json.loads(meta["classes"])[int(y.argmax())] == label and abs(float(y.max()) - p) < 1e-3
+    (found,) = labelling.label(run, [file])
+    assert json.loads(meta["classes"])[int(y.argmax())] == found.classes[0]
+    assert abs(float(y.max()) - found.probabilities[0]) < 1e-3
     monkeypatch.setattr(exporting, "_IN_ONE_FILE", 1000)
     apart = tmp_path / "apart/m.onnx"
     apart.parent.mkdir()

@@ -32,7 +32,8 @@ from test_finetune_data import folder, lists
 
 from efft_kernels import read_adapter, storage
 from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared
-from efft_kernels.finetune.finished import merged, predict, restore
+from efft_kernels.finetune.finished import merged, restore
+from efft_kernels.finetune.labelling import label
 from efft_kernels.finetune.loop import Interrupted, train
 from efft_kernels.finetune.methods import METHODS
 from efft_kernels.finetune.models import make_model
@@ -655,7 +656,7 @@ def test_accuracy_over_classes_is_of_those_that_have_images(tmp_path):
     folder(root, ("test",), ("a", "b"), n=9)
     result = train(tiny(root, tmp_path / "out", epochs=1), progress=False)
     files = sorted(str(path) for path in (root / "test").rglob("*.png"))
-    right = [Path(file).parent.name == label for file, label, _ in predict(result.out, files)]
+    right = [Path(found.file).parent.name == found.classes[0] for found in label(result.out, files)]
     found = result.metrics["test"]
     assert found["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3)
     assert found["mean_class"] == pytest.approx(100 * np.mean([np.mean(right[:9]), np.mean(right[9:])]), abs=1e-3)
@@ -714,7 +715,8 @@ def test_weights_that_have_moved(photos, tmp_path):
 def test_training_images_are_measured_without_augmentation(tmp_path):
     root = folder(tmp_path / "photos", classes=("a", "b"), n=12)
     result = train(tiny(root, tmp_path / "out", epochs=2, augment="rand", test_fraction=0.0), progress=False)
-    right = [Path(f).parent.name == label for f, label, _ in predict(result.out, [*map(str, root.rglob("*.png"))])]
+    found = label(result.out, [*map(str, root.rglob("*.png"))])
+    right = [Path(each.file).parent.name == each.classes[0] for each in found]
     assert result.metrics["train"]["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3)
 
 

@@ -1,8 +1,8 @@
-"""Use a finished run: restore its model, merge it into a plain checkpoint, label images."""
+"""Use a finished run: restore its model, prepare images for it, merge it into a plain checkpoint."""
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,8 +13,7 @@ from ..merge import merge
 from ..storage import write_bytes
 from . import checkpoints, methods
 from .data import seed_all
-from .images import Files
-from .models import logits, make_model, preparation_of
+from .models import make_model, preparation_of
 from .settings import Settings
 
 
@@ -130,21 +129,3 @@ def merged(out: str | Path, path: str | Path, checkpoint: str | None = None) -> 
     with checkpoints.storing(path.parent, str(path)):
         write_bytes(path, save(tensors, {"format": "pt"}))
     return path
-
-
-@torch.no_grad()
-def predict(out: str | Path, files: list[str], checkpoint: str | None = None) -> Iterator[tuple[str, str, float]]:
-    """Classify image files with a finished run: yields (file, class, probability) for each.
-
-    Raises:
-        images.DataError: a file is not a readable image.
-        FileNotFoundError, ValueError: as :func:`restore`.
-    """
-    model, record = restore(out, checkpoint)
-    prepare = preparation(model, record)
-    images = Files(Path("."), tuple(files), (0,) * len(files))
-    for i, file in enumerate(files):
-        y = logits(model, prepare(images.load(i))[None])[0]
-        p = y.sigmoid() if record.get("multilabel") else y.softmax(0)
-        best = int(p.argmax())
-        yield file, record["classes"][best], float(p[best])
