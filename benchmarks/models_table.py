@@ -10,6 +10,7 @@ the CPU where their constructor computes with values.
 
 import argparse
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,16 +118,22 @@ def rows() -> list[tuple[str, Row]]:
 
 
 def markdown(found: list[tuple[str, Row]]) -> str:
-    lines = [
+    lines = []
+    for library in dict.fromkeys(library for library, _ in found):
+        whole = [each for name, each in found if name == library and each.state == "whole"]
+        listed = ", ".join(f"{each.family} (`{each.model}`, {each.adapted})" for each in whole)
+        lines += ["", *textwrap.wrap(f"**{library}, whole**, with the number of adapted Linears: {listed}.", 120)]
+    lines += [
+        "",
         "| library | family | model | state | adapted Linears | left out, or why |",
         "| --- | --- | --- | --- | ---: | --- |",
     ]
     for library, each in found:
-        cells = (library, each.family, f"`{each.model}`", each.state, str(each.adapted or "–"), each.about or "–")
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = (library, each.family, f"`{each.model}`", each.state, str(each.adapted or "–"), each.about)
+        lines += [f"| {' | '.join(cells)} |"] * (each.state != "whole")
     counts = {state: sum(each.state == state for _, each in found) for state in STATES}
     total = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return "\n" + "\n".join(lines) + f"\n\n{len(found)} families: {total}.\n\n"
+    return "\n".join(lines) + f"\n\n{len(found)} families: {total}.\n\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -230,31 +230,15 @@ def test_export():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_and_grad_scaler(backend, dtype):
+def test_autocast(backend, dtype):
     layer, x = make(backend), torch.randn(5, 24)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
-    optimizer = torch.optim.SGD(factors(layer), lr=0.1)
-    before = [f.detach().clone() for f in factors(layer)]
     with torch.autocast("cpu", dtype):
         y = layer(x)
-        loss = y.float().mean()
     assert y.dtype == dtype
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    steps = torch.autograd.grad(dense(layer_at(layer, before), x).mean(), factors(layer_at.last))
-    for f, b, g in zip(factors(layer), before, steps):
-        assert f.dtype == torch.float32
-        torch.testing.assert_close(f.detach(), b - 0.1 * g, rtol=0.02, atol=2e-3)
-
-
-def layer_at(layer, values):
-    """A copy of the layer with these factors."""
-    layer_at.last = copy.deepcopy(layer)
-    with torch.no_grad():
-        for f, v in zip(factors(layer_at.last), values):
-            f.copy_(v)
-    return layer_at.last
+    got, want = (torch.autograd.grad(t.float().mean(), factors(layer)) for t in (y, dense(layer, x)))
+    for g, w in zip(got, want):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g, w, rtol=0.02, atol=0.02)
 
 
 def test_to_dtype_deepcopy_pickle_and_state_dict(backend):
