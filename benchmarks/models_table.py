@@ -122,7 +122,8 @@ def markdown(found: list[tuple[str, Row]]) -> str:
     for library in dict.fromkeys(library for library, _ in found):
         whole = [each for name, each in found if name == library and each.state == "whole"]
         listed = ", ".join(f"{each.family} (`{each.model}`, {each.adapted})" for each in whole)
-        lines += ["", *textwrap.wrap(f"**{library}, whole**, with the number of adapted Linears: {listed}.", 120)]
+        text = f"**{library}, whole**, with the number of adapted Linears: {listed}."
+        lines += ["", *textwrap.wrap(text, 120, break_on_hyphens=False)]
     lines += [
         "",
         "| library | family | model | state | adapted Linears | left out, or why |",

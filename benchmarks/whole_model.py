@@ -61,7 +61,7 @@ def parser(description: str, known: list[str], out: str) -> argparse.ArgumentPar
     p.add_argument("--threads", type=positive, metavar="T", help="threads of torch (default: its choice)")
     p.add_argument("--repeats", type=positive, default=20, metavar="N", help="largest number of rounds (default: 20)")
     p.add_argument("--seconds", type=seconds, default=120.0, metavar="S",
-                   help="time limit, set-up included; at least three rounds are run (default: %(default)g)")  # fmt: skip
+                   help="time limit, set-up included; at least three rounds (default: %(default)g)")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write {out} to")
     return p
 

@@ -50,23 +50,6 @@ def test_gradcheck(backend, device):
     )
 
 
-def test_efft_linear_equals_the_dense_formula(backend, device):
-    x = torch.randn(2, 3, 6, dtype=torch.float64, device=device)
-    weight = torch.randn(15, 6, dtype=torch.float64, device=device)
-    bias = torch.randn(15, dtype=torch.float64, device=device)
-    u, v = torch.randn(6, 2, dtype=torch.float64, device=device), torch.randn(4, 5, dtype=torch.float64, device=device)
-    sigma = torch.randn(3, 2, 4, dtype=torch.float64, device=device)
-    dw = torch.cat([10 * u @ core @ v for core in sigma], dim=1)
-    torch.testing.assert_close(
-        efft_linear(x, weight, bias, u, sigma, v, 10.0, backend=backend),
-        x @ weight.T + bias + x @ dw,
-        rtol=1e-12,
-        atol=1e-12,
-    )
-    one = efft_linear(x, weight[:5], None, u, sigma[0], v, 10.0, backend=backend)
-    torch.testing.assert_close(one, x @ weight[:5].T + x @ dw[:, :5], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (17, 6)], ids=str)
 @pytest.mark.parametrize("slices", [None, 3])
 @pytest.mark.parametrize("ways", [("kernel", "kernel"), ("kernel", "torch"), ("torch", "kernel"), ("torch", "torch")])
