@@ -1,4 +1,4 @@
-"""DoRA, whose values and gradients test_model_dense.py compares with a dense W + dW: dtypes, zeros, merging, refusals."""
+"""DoRA beside test_model_dense.py, which compares it with a dense W + dW: dtypes, zeros, merging, refusals."""
 
 import copy
 import sys

@@ -120,7 +120,7 @@ def build(service: Callable) -> FastAPI:
         summary="Describe the service",
         response_model=Description,
         response_description="JSON, or for a browser the page that classifies images",
-        responses={200: {"content": {"text/html": {}}}} 
+        responses={200: {"content": {"text/html": {}}}}
         | _problems(_400="a parameter: it has none", _401="no API key, or an unknown one"),
     )
     async def describe(request: Request):
