@@ -297,35 +297,19 @@ def _cdiv(a: int, b: int) -> int:
 
 
 @checked(addresses=True)
-def group_update(
-    sigma: Tensor,  # [S, P, Q]
-    v: Tensor,  # [Q, N]
-    scale: float,
-) -> Tensor:  # [S, P, N], memory [P, S, N]
+def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
     return _ops().group_update(sigma, v, scale).transpose(0, 1)
 
 
 @checked(addresses=True)
-def group_update_backward(
-    dup: Tensor,  # [S, P, N]
-    sigma: Tensor,  # [S, P, Q]
-    v: Tensor,  # [Q, N]
-    scale: float,
-    needs: list[bool],  # (sigma, v)
-) -> list[Tensor]:
+def group_update_backward(dup, sigma, v, scale, needs):
     """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
     return _ops().group_update_backward(dup, sigma, v, scale, *needs)
 
 
 @checked(addresses=True)
-def lowrank_linear(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    bias: Tensor | None,  # [N]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-) -> tuple[Tensor, Tensor]:  # y [M, N], p [M, R]
+def lowrank_linear(x, weight, bias, down, up):
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
     return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
 
@@ -391,15 +375,7 @@ def _rows(t: Tensor) -> Tensor | None:
 
 
 @checked(addresses=True)
-def lowrank_linear_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    down: Tensor,  # [K, R]
-    up: Tensor,  # [R, N]
-    p: Tensor,  # [M, R]
-    needs: list[bool],  # (x, weight, bias, down, up)
-) -> list[Tensor]:
+def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     """dp = dy @ up.T;  dx = dy @ weight + dp @ down.T;  ddown = x.T @ dp;  dup = p.T @ dy"""
     need_x, need_weight, need_bias, need_down, need_up = needs
     plan = _plan(table.BACKWARD, dy, weight, up.shape[0], needs)
@@ -415,11 +391,7 @@ def lowrank_linear_backward(
 
 
 @checked()
-def merge_(
-    weights: list[Tensor],  # each [N, K]
-    downs: list[Tensor],  # each [K, R]
-    ups: list[Tensor],  # each [R, N]
-) -> None:
+def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 and rounded once"""
     if weights:
         _ops().merge_(weights, downs, ups)
