@@ -4,7 +4,8 @@
 
 Weights are rounded to bfloat16. Of each data set it has the 1000 training images and the test images that a run would
 draw; images that are larger than a run needs are stored resized, so the file serves runs at this size or a smaller one
-(at the same size with the same pixels as without the file) and at most as many test images. The licences of the data are those in sources.py: one of them excludes commercial use, so the file is not for passing on.
+(at the same size with the same pixels as without it) and at most as many test images. The licences of the data are
+those in sources.py: one of them excludes commercial use, so the file is not for passing on.
 """
 
 import argparse
@@ -133,7 +134,8 @@ def _read(path: Path) -> None:
             planes = np.frombuffer(zlib.decompress(box.read("weights")), np.uint8).reshape(2, -1)
         _ = about["image_size"], about["most"][""]
     except (KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"--bundle must be a file that this version of bundle.py wrote, got {path}: {error}") from error
+        said = f"--bundle must be a file that this version of bundle.py wrote, got {path}: {error}"
+        raise ValueError(said) from error
     file = path.with_suffix(".weights.pt")
     if not file.exists():
         flat = torch.from_numpy(np.ascontiguousarray(planes.T)).flatten().view(torch.bfloat16).float()

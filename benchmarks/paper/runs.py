@@ -34,9 +34,9 @@ from record import FORMAT, commit, installed, machine, versions, write_csv, writ
 class Run:
     """One training and its measurement.
 
-    Settings are those of efft_kernels.finetune that differ from its defaults, and three more: ``test_images``, the number
-    of test images to use, ``probe``, options of linear_probe.py, which then replaces the training loop, and ``images``,
-    the digest of the lists of a data set that is not built in.
+    Settings are those of efft_kernels.finetune that differ from its defaults, and three more: ``test_images``, the
+    number of test images to use, ``probe``, options of linear_probe.py, which then replaces the training loop, and
+    ``images``, the digest of the lists of a data set that is not built in.
     """
 
     data: str
@@ -71,8 +71,9 @@ class Places:
 class Store:
     """The results of runs: a line each in FOLDER/runs.csv; runs.json has the environments that they were made in.
 
-    Processes and machines may share the folder. A result is added under a lock, by replacing the file, and readers read
-    the lines before the environments, which only grow: they need no lock, and a killed process leaves no incomplete line.
+    Processes and machines may share the folder. A result is added under a lock, by replacing the file, and readers
+    read the lines before the environments, which only grow, so they need no lock; a killed process leaves no part of a
+    line.
     """
 
     def __init__(self, folder: Path):
