@@ -40,6 +40,16 @@ def block_of(path: str) -> str | None:
     return None
 
 
+def list_of(path: str) -> str | None:
+    """The path of the list, perhaps of lists, in which this module is an entry; None if its name is no number."""
+    *names, last = path.split(".")
+    if not _NUMBERED.fullmatch(last):
+        return None
+    while names and _NUMBERED.fullmatch(names[-1]):
+        names.pop()
+    return ".".join(names)
+
+
 def roles(linears: dict[str, nn.Linear], taken: Iterable[str] = ()) -> dict[str, tuple[str, ...] | str]:
     """The matrices that the Linears of one block hold, or for each of the others the reason why it has no role.
 

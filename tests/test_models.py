@@ -202,3 +202,35 @@ def test_names_by_structure_and_matrices_of_two_attentions_have_cores_of_their_o
         ("decoder.0.odd", True),
         ("decoder.1.odd", True),
     ]
+
+
+class Attention(nn.Module):
+    """Its qkv may have keys and values of fewer heads than queries."""
+
+    def __init__(self, N, names=("qkv", "proj")):
+        super().__init__()
+        self.attn = nn.ModuleDict(dict(zip(names, (nn.Linear(64, N), nn.Linear(64, 64)))))
+
+
+def test_an_attention_of_unknown_names_in_an_entry_of_its_own_is_said():
+    model, ff = nn.Module(), lambda: nn.ModuleDict({"fc1": nn.Linear(64, 128), "fc2": nn.Linear(128, 64)})
+    unknown = lambda: nn.Sequential(nn.LayerNorm(64), Attention(64, ("alpha", "beta")))
+    model.layers = nn.ModuleList(nn.ModuleList([unknown(), nn.Sequential(nn.LayerNorm(64), ff())]) for _ in range(2))
+    with pytest.warns(UserWarning, match=r"4 layers .* \(layers.\*.\*.\*.attn.alpha, layers.\*.\*.\*.attn.beta\)"):
+        ek.inject(model, PLAIN, head="keep")
+    model.layers = nn.ModuleList([Attention(192), ff(), Attention(192), ff()])
+    assert not any(each.unexpected for each in ek.plan(model, ek.EFFTConfig(rank=4, blocks=(1,))).left_out)
+
+
+def test_parts_of_unequal_width_are_refused_and_keys_with_values_alone_are_not():
+    model = nn.Module()
+    for N in (96, 128, 200):  # queries of 64; 96 divides by 3, 128 is twice the inputs
+        model.blocks = nn.ModuleList([Attention(N)])
+        with pytest.raises(ValueError, match=f"blocks.0.attn.qkv must hold q, k and v of equal width, got {N} outputs"):
+            ek.plan(model, ek.EFFTConfig(rank=4, targets=("q",)))
+    size = dict(img_size=32, window_size=(4, 2), window_ratio=None, depths=(2, 2), num_heads=(2, 2), embed_dim=32)
+    model = type(timm().create_model("gcvit_xxtiny"))(num_classes=10, **size).eval()
+    sites = [slot.site for group in ek.plan(model, PLAIN).groups for slot in group.slots]
+    assert [site.out_features for site in sites if site.parts == ("k", "v")] == [64, 128]
+    after = shake(ek.inject(model, PLAIN))(x := images())
+    torch.testing.assert_close(ek.merge(model)(x), after, rtol=1e-3, atol=1e-4)
