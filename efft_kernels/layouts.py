@@ -289,8 +289,13 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def _heads_in(owner: nn.Module, prefix: str) -> dict[str, nn.Module]:
     # not getattr: a wrapper may hand out the attributes of the model in it
-    children = {key: owner._modules.get(key) for key in HEADS}
-    return {prefix + key: unwrapped(child) for key, child in children.items() if child is not None}
+    children = {key: unwrapped(child) for key in HEADS if (child := owner._modules.get(key)) is not None}
+    return {prefix + key: child for key, child in children.items() if not _pools(child)}
+
+
+def _pools(head: nn.Module) -> bool:
+    """whether it is no classifier, but how an encoder of transformers pools its tokens: with a query of its own"""
+    return type(head).__module__.startswith("transformers.") and any(True for _ in head.parameters(recurse=False))
 
 
 def _heads_below(model: nn.Module) -> Iterator[dict[str, nn.Module]]:

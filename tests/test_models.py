@@ -179,6 +179,19 @@ def test_what_options_leave_out_is_listed_without_a_warning():
     assert not any(item.unexpected for item in found.values()) and "head" not in found
 
 
+@pytest.mark.parametrize("name", ["Siglip", "Aimv2"])
+def test_how_an_encoder_pools_is_no_classifier(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = getattr(transformers, f"{name}VisionConfig")(**sizes, image_size=32, patch_size=8)
+    model = getattr(transformers, f"{name}VisionModel")(config)
+    with pytest.raises(ValueError, match="has no classifier Linear to replace"):
+        ek.inject(model, PLAIN, head=10)
+    with pytest.warns(UserWarning, match="it has no classifier that was found and trained"):
+        ek.inject(model, PLAIN)
+    assert not trained(model) and model(images()).pooler_output.shape == (2, 32)
+
+
 class Block(nn.Module):
     """A decoder block with two attentions and names that are not known."""
 
