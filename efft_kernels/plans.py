@@ -93,9 +93,10 @@ def make_plan(model: nn.Module, config: MethodConfig, *, by_structure: bool = Tr
     every, reasons = survey(model, config, by_structure=by_structure)
     sites = [site for site in every if site.chosen]
     if not sites:
+        there = f", but {patterns(reasons)} ({', '.join(dict.fromkeys(reasons.values()))})" if reasons else ""
         raise ValueError(
-            f"{type(model).__name__} has no Linears that targets={config.targets} name in numbered blocks; known names "
-            f"inside a block are {', '.join(LINEARS)}"
+            f"{type(model).__name__} has no Linears that targets={config.targets} name in numbered blocks{there}; "
+            f"known names inside a block are {', '.join(LINEARS)}"
         )
     found = {}
     for site in sites:

@@ -231,6 +231,11 @@ def test_an_attention_of_unknown_names_in_an_entry_of_its_own_is_said():
     model.layers = nn.ModuleList(nn.ModuleList([unknown(), nn.Sequential(nn.LayerNorm(64), ff())]) for _ in range(2))
     with pytest.warns(UserWarning, match=r"4 layers .* \(layers.\*.\*.\*.attn.alpha, layers.\*.\*.\*.attn.beta\)"):
         ek.inject(model, PLAIN, head="keep")
+    model.layers = nn.ModuleList([unknown(), Attention(64, ("gamma", "delta"))])
+    with pytest.raises(
+        ValueError, match=r"blocks, but layers.\*.\*.attn.alpha, .* \(its role .* is not known\); known"
+    ):
+        ek.plan(model, PLAIN)
     model.layers = nn.ModuleList([Attention(192), ff(), Attention(192), ff()])
     assert not any(each.unexpected for each in ek.plan(model, ek.EFFTConfig(rank=4, blocks=(1,))).left_out)
 
