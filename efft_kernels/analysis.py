@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from .groups import make_group
 from .inject import Plan, adapters
 from .precision import beside
-from .wrappers import refuse_sharded
 
 Matrix = Tensor | tuple[Tensor, Tensor]  # a matrix, or (left, right) for left @ right
 
@@ -67,9 +66,8 @@ def updates(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     Raises:
         ValueError: a model without adapters, or with one of ``dora``, whose updates are no products of factors.
     """
-    found, owner = {}, adapters(model)
-    refuse_sharded(model, "updates")
-    for group in owner.groups():
+    found = {}
+    for group in adapters(model).groups():
         pairs = group.pairs_without_dropout("reference")
         for path, slot in group.slots.items():
             down, up, _, magnitude = pairs[path]

@@ -42,11 +42,8 @@ def switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, obje
     for n in range(len(names) - 1, -1, -1):
         module = module_at(model, ".".join(names[:n]))
         base = getattr(type(module), "efft_base", type(module))
-        if (
-            names[n:] == ["qkv"]
-            and hasattr(module, "qkv_bias_separate")
-            and module._parameters.get("q_bias") is not None
-        ):
+        switched = getattr(module, "q_bias", None) is not None and hasattr(module, "qkv_bias_separate")
+        if names[n:] == ["qkv"] and switched:
             yield module, "qkv_bias_separate", True
         elif projections(module):
             yield module, "__class__", CallingAttention
@@ -80,16 +77,13 @@ def _weight(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 @cache
 def _read(cls: type) -> tuple[str, ...]:
     """The names of the Linears of which a class of modules uses the weight, and nothing else but the bias."""
-    used = {}
+    used, loads = {}, ("LOAD_ATTR", "LOAD_METHOD")  # self.qkv, and until Python 3.11 that of self.qkv(x)
     for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for method in filter(inspect.isfunction, map(inspect.unwrap, vars(each).values())):
             for at, after in pairwise(dis.get_instructions(method)):
-                if at.opname in _LOADS and not after.opname.endswith("NONE"):  # self.qkv is not None
-                    used.setdefault(at.argval, set()).add(after.argval if after.opname in _LOADS else None)
+                if at.opname in loads and not after.opname.endswith("NONE"):  # self.qkv is not None
+                    used.setdefault(at.argval, set()).add(after.argval if after.opname in loads else None)
     return tuple(name for name, of in used.items() if "weight" in of <= {"weight", "bias"})
-
-
-_LOADS = "LOAD_ATTR", "LOAD_METHOD"  # self.qkv, and until Python 3.11 that of self.qkv(x)
 
 
 @cache
@@ -99,10 +93,7 @@ def _calling(base: type) -> type:
 
     def forward(self, *args, **kwargs):
         linears = [self._modules.get(name) for name in names]
-        linears = [linear for linear in linears if hasattr(linear, "add_to")]  # of AdaptedLinear, and of PEFT's layer
-        if not linears:
-            return base.forward(self, *args, **kwargs)
-        with _Caller(linears):
+        with _Caller([linear for linear in linears if hasattr(linear, "add_to")]):  # AdaptedLinear, and PEFT's layer
             return base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):

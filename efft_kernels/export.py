@@ -16,7 +16,7 @@ from .inject import adapted_linears, adapters
 from .layouts import head_state, heads_of
 from .low_rank import Pair
 from .storage import write_bytes
-from .wrappers import module_at, on_unwrapped, outermost, refuse_sharded
+from .wrappers import module_at, on_unwrapped, outermost
 
 _PREFIX = "base_model.model."  # where PEFT's wrapper keeps the model
 
@@ -50,7 +50,6 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, *, name: str | None
     from safetensors.torch import save
 
     owner = adapters(model)
-    refuse_sharded(model, "export_lora")
     groups = owner[known(owner, owner.active if name is None else name)]
     adapted_linears(model, groups)
     state = trained_head(model) | head_state(model, owner.trained)

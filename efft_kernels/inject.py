@@ -29,16 +29,7 @@ from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, patterns, plan
 from .precision import beside, check_factor_dtype
-from .wrappers import (
-    before_parallel,
-    is_sharded,
-    module_at,
-    named_modules,
-    named_parameters,
-    on_unwrapped,
-    outermost,
-    put_at,
-)
+from .wrappers import before_parallel, module_at, named_modules, named_parameters, on_unwrapped, outermost, put_at
 
 
 @before_parallel
@@ -296,7 +287,7 @@ def mount(model: nn.Module, name: str, groups: nn.ModuleDict) -> None:
 
 def _as_split(t, now) -> Tensor:
     """A tensor as the one that it replaces, which FSDP2 may have split among processes."""
-    if not is_sharded(now):
+    if not isinstance(now, Tensor) or not hasattr(now, "device_mesh"):
         return t
     from torch.distributed.tensor import distribute_tensor
 

@@ -39,6 +39,7 @@ LINEARS = {
         for name in names.split()
     },
 }
+_READS = "it reads its projections itself, in a way that is not known"
 HEADS = (
     *("head", "head_dist", "dist_head", "aux_head", "heads", "fc"),
     *("classifier", "cls_classifier", "distillation_classifier"),
@@ -195,11 +196,7 @@ def _container(prefix: str) -> str:
 
 
 def left_out(
-    model: nn.Module,
-    config: MethodConfig,
-    sites: list[Site],
-    reasons: Mapping[str, str],
-    named: Mapping[str, nn.Module] | None = None,
+    model: nn.Module, config: MethodConfig, sites: list[Site], reasons: dict[str, str], named: dict | None = None
 ) -> tuple[LeftOut, ...]:
     """The Linears, attentions and pointwise convolutions that are not adapted, without those of the head.
 
@@ -221,8 +218,7 @@ def left_out(
         base = _base(module)
         if "in_proj_weight" in module._parameters and not projections(module):
             skipped += (f"{path}.",)
-            why = "it reads its projections itself, in a way that is not known"
-            found.append(LeftOut(path, kind, why, inside or beside(path)))
+            found.append(LeftOut(path, kind, _READS, inside or beside(path)))
         elif path in own:
             site = own[path]
             name = "blocks" if config.chosen(site.parts) else "targets"
@@ -254,11 +250,7 @@ def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[s
 
 
 def check_called(site: Site, sites: Iterable[Site]) -> None:
-    """Refuse a fused projection whose parts differ in width, as the output projection beside it may tell.
-
-    Args:
-        site: the projection.
-        sites: all Linears of the model with a role, from :func:`survey`.
+    """Refuse a fused projection whose parts differ in width, as the output projection beside it in ``sites`` may tell.
 
     Raises:
         ValueError: the message names the module.

@@ -113,11 +113,11 @@ def is_sharded(t: object) -> bool:
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
     """Raise a ValueError, which begins with ``what``, if a parameter of the model is sharded among processes."""
-    for name in (name for name, p in model.named_parameters() if is_sharded(p)):
-        raise ValueError(
-            f"{what} needs whole tensors, but {name} is sharded among processes: call it before fully_shard, or on a "
-            "model into which the gathered state_dict was loaded"
-        )
+    how = "call it before fully_shard, or on a model into which the gathered state_dict was loaded"
+    found = [name for name, p in model.named_parameters() if is_sharded(p)]
+    # between forward and backward FSDP2 has plain parameters, but what is written into them is lost
+    for name in found or (type(m).__name__ for m in model.modules() if hasattr(type(m), "_get_fsdp_state")):
+        raise ValueError(f"{what} needs whole tensors, but {name} is sharded among processes: {how}")
 
 
 def before_parallel(function: Callable[P, R]) -> Callable[P, R]:

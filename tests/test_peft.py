@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accuracy import assert_accurate
 from models import assert_bits, assert_same, gradients, images, loss_of, shake, swin, timm, vit, vit_of_transformers
 from safetensors.torch import load_file
-from test_attention import Beit, Functional, encoder
+from test_attention import Beit, encoder
 from torch import nn
 
 import efft_kernels as ek
@@ -457,7 +457,7 @@ def test_every_option_of_the_library_is_one_in_peft(options, tmp_path):
 def test_attentions_that_call_no_linear():
     for model, x, options in (
         (Beit(), torch.randn(2, 3, 16), {}),
-        (Beit("v2", Functional), torch.randn(2, 3, 16), {}),
+        (Beit("function"), torch.randn(2, 3, 16), {}),
         (encoder(), torch.randn(2, 3, 16), {"target_modules": ["out_proj", "linear1"]}),
     ):
         with torch.no_grad():

@@ -73,11 +73,8 @@ class EFFTPeftModel(BaseTuner):
             if paths := {site.path for site in sites if site.chosen}:
                 missed = [item.path for item in left_out(self.model, method, sites, reasons, bases) if item.unexpected]
                 if missed := [*missed, *sorted(paths - bases.keys())]:  # projections of an attention are no modules
-                    warnings.warn(
-                        f"{type(self.model).__name__}: {len(missed)} layers of its adapted blocks are not adapted "
-                        f"({patterns(missed)}); target_modules can name further Linears",
-                        stacklevel=2,
-                    )
+                    said = f"layers of its adapted blocks are not adapted ({patterns(missed)})"
+                    warnings.warn(f"{type(self.model).__name__}: {len(missed)} {said}", stacklevel=2)
                 # endings of paths, because PEFT applies layers_to_transform to no others
                 peft_config.target_modules = _find_minimal_target_modules(paths, set(bases) - paths)
                 return peft_config
