@@ -22,6 +22,7 @@ from .configs import MethodConfig
 from .layouts import classifiers_of, head_state, heads_of, input_size
 from .preparation import Preparation
 from .tensor_file import FLOATS, read_tensors, write_tensors
+from .wrappers import whole
 
 _FORMAT = "efft_kernels adapter "  # and its number
 _LATEST = 3
@@ -67,11 +68,12 @@ def write(
 ) -> None:
     """Write the file of an adapter of this model: its groups, the state of its head and of the ``trained`` modules,
     which is the model's where ``head`` does not have it. ``unfrozen`` names what is neither in the file nor frozen."""
-    own, more, factors = head_state(model), head_state(model, trained), groups.state_dict()
+    own, more = head_state(model), head_state(model, trained)
     for key, group in groups.items():
         if is_parametrized_class(type(group)) or group._forward_pre_hooks:  # a parametrization, or pruning
             raise ValueError(f"the factors of group {key!r} must be plain parameters, but something computes one")
-    check_finite("the adapter", factors | more | head)
+    factors, kept = ({key: whole(t) for key, t in state.items()} for state in (groups.state_dict(), more | head))
+    check_finite("the adapter", factors | kept)
     metadata = {
         "format": f"{_FORMAT}{_LATEST}",
         "version": sys.modules[__package__].__version__,
@@ -83,7 +85,7 @@ def write(
         **({"train": json.dumps(list(trained))} if trained else {}),
         **stated(preparation, classes, multilabel),
     }
-    write_tensors(path, factors | {_HEAD + key: t for key, t in (more | head).items()}, metadata)
+    write_tensors(path, factors | {_HEAD + key: t for key, t in kept.items()}, metadata)
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:

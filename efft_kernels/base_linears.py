@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from .attention import OutputProjection, Projection
 from .precision import autocast_dtype
+from .wrappers import is_sharded
 
 PLAIN = nn.Linear, OutputProjection, Projection  # classes that compute x W from a weight of their own, and no more
 _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
@@ -59,7 +60,7 @@ def kind(linear: nn.Linear) -> str | None:
     if name := _bitsandbytes(type(linear)):
         return f"bitsandbytes' {name}"
     weight = linear._parameters.get("weight")
-    if weight is not None and wraps(weight) and hasattr(weight, "dequantize"):
+    if weight is not None and wraps(weight) and not is_sharded(weight) and hasattr(weight, "dequantize"):
         return f"{type(weight).__module__.partition('.')[0]}'s {type(weight).__name__}"
     return None
 

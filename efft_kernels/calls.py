@@ -1,7 +1,10 @@
 """Modules that read the weight of a Linear instead of calling it are made to call it, so that an adapter has effect."""
 
+import dis
+import inspect
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +17,10 @@ from .wrappers import module_at
 def call_linear(model: nn.Module, *paths: str) -> None:
     """Make the modules around the Linears at these paths call them.
 
-    An nn.MultiheadAttention gets the class that does (attention.py). BEiT, EVA and Swin V2 of timm have a switch; an
-    attention that keeps q and v biases apart and has none gets a class in whose forward F.linear on the weight of its
-    qkv is a call of that. nn.TransformerEncoderLayer and nn.TransformerEncoder have attributes that turn their fast
-    paths off. :func:`uncall_linear` undoes it.
+    An nn.MultiheadAttention gets the class that does (attention.py). BEiT, EVA and Swin V2 of timm have a switch. Any
+    other module that reads the weight of a Linear and never calls it, as in torchvision's Swin, gets a class in whose
+    forward F.linear on that weight is a call of the Linear. nn.TransformerEncoderLayer and nn.TransformerEncoder have
+    attributes that turn their fast paths off. :func:`uncall_linear` undoes it.
     """
     for module, name, value in (switch for path in paths for switch in switches(model, path)):
         if getattr(module, name) != value:
@@ -38,13 +41,14 @@ def switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, obje
     names = path.split(".")
     for n in range(len(names) - 1, -1, -1):
         module = module_at(model, ".".join(names[:n]))
-        if names[n:] == ["qkv"] and getattr(module, "q_bias", None) is not None:
-            if hasattr(module, "qkv_bias_separate"):
-                yield module, "qkv_bias_separate", True
-            else:
-                yield module, "__class__", _calling(getattr(type(module), "efft_base", type(module)))
+        base = getattr(type(module), "efft_base", type(module))
+        switched = getattr(module, "q_bias", None) is not None and hasattr(module, "qkv_bias_separate")
+        if names[n:] == ["qkv"] and switched:
+            yield module, "qkv_bias_separate", True
         elif projections(module):
             yield module, "__class__", CallingAttention
+        elif len(names) - n == 1 and names[n] in _read(base):
+            yield module, "__class__", _calling(base)
         elif isinstance(module, nn.TransformerEncoderLayer):
             yield module, "activation_relu_or_gelu", 0
         elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
@@ -52,16 +56,17 @@ def switches(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, obje
 
 
 class _Caller(TorchFunctionMode):
-    """Within it, F.linear on the weight of a Linear is a call of that Linear."""
+    """Within it, F.linear on the weight of one of these Linears is a call of that Linear."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linears: list[nn.Module]):
         super().__init__()
-        self.linear = linear
+        self.linears = linears
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and _weight(*args, **kwargs) is self.linear.weight:
-            return self.linear.add_to(*args, **{"x" if k == "input" else k: v for k, v in kwargs.items()})
+        for linear in self.linears if func is F.linear else ():
+            if _weight(*args, **kwargs) is linear.weight:
+                return linear.add_to(*args, **{"x" if k == "input" else k: v for k, v in kwargs.items()})
         return func(*args, **kwargs)
 
 
@@ -70,13 +75,25 @@ def _weight(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 @cache
+def _read(cls: type) -> tuple[str, ...]:
+    """The names of the Linears of which a class of modules uses the weight, and nothing else but the bias."""
+    used, loads = {}, ("LOAD_ATTR", "LOAD_METHOD")  # self.qkv, and until Python 3.11 that of self.qkv(x)
+    for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in filter(inspect.isfunction, map(inspect.unwrap, vars(each).values())):
+            for at, after in pairwise(dis.get_instructions(method)):
+                if at.opname in loads and not after.opname.endswith("NONE"):  # self.qkv is not None
+                    used.setdefault(at.argval, set()).add(after.argval if after.opname in loads else None)
+    return tuple(name for name, of in used.items() if "weight" in of <= {"weight", "bias"})
+
+
+@cache
 def _calling(base: type) -> type:
-    """The class of an attention with q_bias and v_bias that was a ``base``."""
+    """The class of a module that was a ``base``, and reads the weights of Linears in it."""
+    names = _read(base)
 
     def forward(self, *args, **kwargs):
-        if not hasattr(self.qkv, "add_to"):  # of AdaptedLinear, and of PEFT's layer
-            return base.forward(self, *args, **kwargs)
-        with _Caller(self.qkv):
+        linears = [self._modules.get(name) for name in names]
+        with _Caller([linear for linear in linears if hasattr(linear, "add_to")]):  # AdaptedLinear, and PEFT's layer
             return base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):

@@ -34,7 +34,7 @@ from .passes import Adapters
 from .plans import Plan, plan, plan_of_file
 from .preparation import Preparation
 from .tensor_file import FLOATS, check_path
-from .wrappers import before_parallel, on_unwrapped, outermost, unwrapped
+from .wrappers import before_parallel, on_unwrapped, outermost, unwrapped, whole
 
 
 @on_unwrapped
@@ -54,7 +54,7 @@ def save_adapter(
     """Write one adapter, with the head and modules that were trained with it, to a safetensors file, atomically.
 
     The file also holds samples of the frozen weights, by which :func:`load_adapter` tells other weights of the same
-    shapes.
+    shapes; not of those that FSDP2 has sharded. Every process of a sharded model must call this, and writes its file.
 
     Args:
         model: an injected model.
@@ -153,7 +153,7 @@ def trained_head(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: within disable_adapter, where the model has the head of before.
     """
-    owner, now = adapters(model), head_state(model)
+    owner, now = adapters(model), {key: whole(t) for key, t in head_state(model).items()}
     if owner.swapped:
         raise ValueError("this needs the trained head, so it must be called outside of disable_adapter")
     before = {f"{path}.{key}": t for path, m in owner.modules_before.items() for key, t in m.state_dict().items()}

@@ -108,7 +108,7 @@ def check_train(model: nn.Module, train: Sequence[str], made: Plan) -> tuple[str
 def _unsaid(model: nn.Module, made: Plan, head, train: tuple[str, ...]) -> str:
     """one sentence about Linears and classifiers that a user may expect to be adapted or trained; empty if none are"""
     said = []
-    if missed := [item for item in made.left_out if item.unexpected]:
+    if missed := [item.path for item in made.left_out if item.unexpected]:
         said.append(f"{len(missed)} layers of its adapted blocks are not adapted ({patterns(missed)})")
     if head == "train":
         heads = heads_of(model)

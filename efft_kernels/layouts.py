@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention import OutputProjection, Projection, projections, with_projections
 from .base_linears import refusal
 from .configs import MethodConfig, Site
-from .roles import POSITION, TOO_SMALL, UNKNOWN, block_of, roles
+from .roles import POSITION, TOO_SMALL, UNKNOWN, block_of, list_of, roles
 from .wrappers import module_at, named_modules, unwrapped
 
 _BLOCK = re.compile(r"(?P<container>(?:.*\.)?(?:blocks|layers|layer))\.\d+")
@@ -39,6 +39,7 @@ LINEARS = {
         for name in names.split()
     },
 }
+_READS = "it reads its projections itself, in a way that is not known"
 HEADS = (
     *("head", "head_dist", "dist_head", "aux_head", "heads", "fc"),
     *("classifier", "cls_classifier", "distillation_classifier"),
@@ -135,7 +136,7 @@ def _known(named: Mapping[str, nn.Module], config: MethodConfig) -> list[_Found]
         if isinstance(named.get(path.rpartition(".")[0]), nn.MultiheadAttention):
             continue  # attention.py
         if parts and (inner := _linear_at(path, module, config.chosen(parts))):
-            if path.endswith(".qkv") and inner[1].out_features == 2 * inner[1].in_features:
+            if path.endswith(".qkv") and getattr(named.get(path.rpartition(".")[0]), "use_global", False):
                 parts = ("k", "v")  # GCViT, whose queries are global
             found.append(_Found(match.group(), match["container"], inner[0], parts, inner[1]))
     return found
@@ -195,31 +196,35 @@ def _container(prefix: str) -> str:
 
 
 def left_out(
-    model: nn.Module, config: MethodConfig, sites: list[Site], reasons: Mapping[str, str]
+    model: nn.Module, config: MethodConfig, sites: list[Site], reasons: dict[str, str], named: dict | None = None
 ) -> tuple[LeftOut, ...]:
     """The Linears, attentions and pointwise convolutions that are not adapted, without those of the head.
 
     Args:
-        model, config: as :func:`efft_kernels.plan`.
+        model, config, named: as :func:`find_sites`.
         sites, reasons: from :func:`survey`.
     """
     own = {site.path: site for site in sites}
     adapted = {prefix for site in sites if site.chosen if (prefix := block_of(site.path))}
+    # an entry of a list of adapted blocks in which no Linear is known, as an attention that stands beside its MLP
+    lists, known = {list_of(prefix) for prefix in adapted}, {at for path in own for at in _ancestors(path)}
+    beside = lambda path: any(at not in known and list_of(at) in lists for at in _ancestors(path))
     skipped = tuple(f"{path}." for path in heads_of(model))
     found = []
-    for path, module in with_projections(named_modules(model)):
+    for path, module in with_projections(named_modules(model) if named is None else named.items()):
         if (path in own and own[path].chosen) or f"{path}.".startswith(skipped):
             continue
         kind, inside = type(module).__name__, any(prefix in adapted for prefix in _ancestors(path))
         base = _base(module)
         if "in_proj_weight" in module._parameters and not projections(module):
             skipped += (f"{path}.",)
-            found.append(LeftOut(path, kind, "it reads its projections itself, in a way that is not known", inside))
+            found.append(LeftOut(path, kind, _READS, inside or beside(path)))
         elif path in own:
             site = own[path]
             name = "blocks" if config.chosen(site.parts) else "targets"
             found.append(LeftOut(path, base.__name__, f"{name}={getattr(config, name)} does not name it", False))
         elif isinstance(module, nn.Linear):
+            inside = inside or beside(path)
             why = reasons.get(path, UNKNOWN) if inside else "it is outside of the adapted blocks"
             found.append(LeftOut(path, base.__name__, why, inside and why not in (POSITION, TOO_SMALL)))
         elif inside and kind == "Conv1D" and not isinstance(module, nn.modules.conv._ConvNd):
@@ -244,14 +249,20 @@ def _linear_at(path: str, module: nn.Module, chosen: tuple[str, ...]) -> tuple[s
     return None  # for example a convolution
 
 
-def check_called(path: str, module: nn.Linear) -> None:
-    """Refuse a fused projection whose parts differ in width.
+def check_called(site: Site, sites: Iterable[Site]) -> None:
+    """Refuse a fused projection whose parts differ in width, as the output projection beside it in ``sites`` may tell.
 
     Raises:
         ValueError: the message names the module.
     """
-    if module.out_features % 3 and path.endswith("qkv"):
-        raise ValueError(f"{path} must hold q, k and v of equal width, got {module.out_features} outputs")
+    n, N = len(site.parts), site.out_features
+    if n == 1 or site.parts[0] not in ("q", "k"):
+        return
+    owner = lambda path: re.sub(r"\.\d+$", "", path).rpartition(".")[0]  # of qkv and of proj.0
+    beside = (each for each in sites if each.parts == ("proj",) and owner(each.path) == owner(site.path))
+    if N != n * next((each.in_features for each in beside), N // n):
+        names = " and ".join(", ".join(site.parts).rsplit(", ", 1))
+        raise ValueError(f"{site.path} must hold {names} of equal width, got {N} outputs")
 
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -270,8 +281,13 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def _heads_in(owner: nn.Module, prefix: str) -> dict[str, nn.Module]:
     # not getattr: a wrapper may hand out the attributes of the model in it
-    children = {key: owner._modules.get(key) for key in HEADS}
-    return {prefix + key: unwrapped(child) for key, child in children.items() if child is not None}
+    children = {key: unwrapped(child) for key in HEADS if (child := owner._modules.get(key)) is not None}
+    return {prefix + key: child for key, child in children.items() if not _pools(child)}
+
+
+def _pools(head: nn.Module) -> bool:
+    """whether it is no classifier, but how an encoder of transformers pools its tokens: with a query of its own"""
+    return type(head).__module__.startswith("transformers.") and any(True for _ in head.parameters(recurse=False))
 
 
 def _heads_below(model: nn.Module) -> Iterator[dict[str, nn.Module]]:

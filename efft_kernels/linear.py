@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .base_linears import add_low_rank, has_own_forward, kind, refusal
 from .ops import check_backend, check_scale, efft_linear, group_update, merge_
 from .precision import at_least, autocast_dtype, beside, check_factor_dtype, floor, without_autocast
+from .wrappers import refuse_sharded
 
 
 class EFFTLinear(nn.Linear):
@@ -169,6 +170,7 @@ class EFFTLinear(nn.Linear):
         Raises:
             ValueError: the weight is quantized, so rounding the sum to its few bits would lose most of the update.
         """
+        refuse_sharded(self, "merge")
         if has_own_forward(self):
             raise ValueError(f"the weight must be plain to be merged into, got {kind(self)}; dequantize it first")
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.weight.dtype)

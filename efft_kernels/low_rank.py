@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .configs import GroupSpec, MethodConfig
 from .dora import row_norms
 from .precision import LOW, at_least, floor, narrowed, without_autocast
+from .wrappers import refuse_sharded
 
 
 class Pair(NamedTuple):
@@ -192,8 +193,9 @@ class Group(nn.Module):
     def pairs_without_dropout(self, backend: str | None = None, path: str | None = None) -> dict[str, Pair]:
         """As :meth:`low_rank_pairs` in eval mode and in the dtype of the factors, whatever mode the group is in.
 
-        Autocast has no effect, so that a merge is not rounded to its dtype.
+        Autocast has no effect, so that a merge is not rounded to its dtype. A ValueError refuses sharded factors.
         """
+        refuse_sharded(self, "an update")
         training = self.training
         try:
             with without_autocast(next(self.parameters()).device):

@@ -15,7 +15,7 @@ from .inject import adapted_linears, adapters, attach, detach
 from .low_rank import Pair
 from .ops import merge_
 from .passes import Adapters
-from .wrappers import module_at, named_modules, on_unwrapped, put_at
+from .wrappers import module_at, named_modules, on_unwrapped, put_at, refuse_sharded
 
 
 @dataclass
@@ -48,9 +48,11 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
     Raises:
         ValueError: a model that has no adapters, is already merged, or whose adapter is disabled; an adapted Linear
             that was removed or replaced; a weight that is on the meta device; a weight that is
-            quantized or recomputed at every forward, or that is shared with a module that is not adapted.
+            quantized or recomputed at every forward, or that is shared with a module that is not adapted; a model that
+            FSDP2 has sharded.
     """
     owner = adapters(model)
+    refuse_sharded(model, "merge")
     if owner.active is None:
         raise ValueError("merge needs an active adapter, but all are disabled")
     linears = adapted_linears(model, owner[owner.active])
@@ -145,13 +147,15 @@ def unmerge(model: nn.Module) -> nn.Module:
     Anything loaded or written into those weights after the merge is lost.
 
     Raises:
-        ValueError: a model that is not merged, was merged with keep_weights=False, or lacks a Linear that merge left.
+        ValueError: a model that is not merged, was merged with keep_weights=False, is sharded, or lacks a Linear that
+            merge left.
     """
     if not hasattr(model, "_efft_merged"):
         raise ValueError(
             f"the model must be merged to be unmerged, but this {type(model).__name__} is not, or was merged with "
             "keep_weights=False, so that its original weights are gone"
         )
+    refuse_sharded(model, "unmerge")
     (merged,) = model._efft_merged
     shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}

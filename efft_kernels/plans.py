@@ -93,14 +93,16 @@ def make_plan(model: nn.Module, config: MethodConfig, *, by_structure: bool = Tr
     every, reasons = survey(model, config, by_structure=by_structure)
     sites = [site for site in every if site.chosen]
     if not sites:
+        there = f", but {patterns(reasons)} ({', '.join(dict.fromkeys(reasons.values()))})" if reasons else ""
         raise ValueError(
-            f"{type(model).__name__} has no Linears that targets={config.targets} name in numbered blocks; known names "
-            f"inside a block are {', '.join(LINEARS)}"
+            f"{type(model).__name__} has no Linears that targets={config.targets} name in numbered blocks{there}; "
+            f"known names inside a block are {', '.join(LINEARS)}"
         )
     found = {}
     for site in sites:
         module = module_at(model, site.path)
         _check_linear(model, site.path, module)
+        check_called(site, every)
         for tensor in tensors(module):
             if (other := found.setdefault(id(tensor), site.path)) != site.path:
                 raise ValueError(f"{site.path} and {other} share one weight; adapt neither, or untie them")
@@ -128,12 +130,11 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
         raise ValueError(
             f"{path} belongs to a part of the model that is already injected; inject the whole model or the part"
         )
-    check_called(path, module)
 
 
-def patterns(items: Iterable[LeftOut], most: int = 3) -> str:
-    """The paths of these layers in short: blocks.*.attn.q for those of all blocks."""
-    found = dict.fromkeys(_pattern(item.path) for item in items)
+def patterns(paths: Iterable[str], most: int = 3) -> str:
+    """These paths in short: blocks.*.attn.q for those of all blocks."""
+    found = dict.fromkeys(map(_pattern, paths))
     return ", ".join(list(found)[:most]) + ", ..." * (len(found) > most)
 
 

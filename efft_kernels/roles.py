@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 _NUMBERED = re.compile(r"(?:\w*_)?\d+")  # blocks.0, and torchvision's encoder_layer_0
+_ENTRY = re.compile(rf"((?:.*?\.)??)(?:{_NUMBERED.pattern}(?:\.|$))+")
 _WORDS = {
     **dict.fromkeys(("q", "query", "queries", "wq"), "q"),
     **dict.fromkeys(("k", "key", "keys", "wk"), "k"),
@@ -38,6 +39,12 @@ def block_of(path: str) -> str | None:
         if _NUMBERED.fullmatch(names[n - 1]):
             return ".".join(names[:n])
     return None
+
+
+def list_of(path: str) -> str | None:
+    """The path, and a dot, of the lists in which this module is an entry; None if its name is no number."""
+    match = _ENTRY.fullmatch(path)
+    return match and match[1]
 
 
 def roles(linears: dict[str, nn.Linear], taken: Iterable[str] = ()) -> dict[str, tuple[str, ...] | str]:

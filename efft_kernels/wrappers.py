@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .attention import projections
@@ -106,11 +106,30 @@ def on_unwrapped(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def whole(t: Tensor) -> Tensor:
+    """A tensor, gathered if FSDP2 has sharded it among processes, each of which must call this then."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def is_sharded(t: object) -> bool:
+    """Whether it is a DTensor, as fully_shard makes of parameters."""
+    return isinstance(t, Tensor) and hasattr(t, "device_mesh")
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise a ValueError, which begins with ``what``, if a parameter of the model is sharded among processes."""
+    how = "call it before fully_shard, or on a model into which the gathered state_dict was loaded"
+    found = [name for name, p in model.named_parameters() if is_sharded(p)]
+    # between forward and backward FSDP2 has plain parameters, but what is written into them is lost
+    for name in found or (type(m).__name__ for m in model.modules() if hasattr(type(m), "_get_fsdp_state")):
+        raise ValueError(f"{what} needs whole tensors, but {name} is sharded among processes: {how}")
+
+
 def before_parallel(function: Callable[P, R]) -> Callable[P, R]:
     """As :func:`on_unwrapped`, for a function that adds parameters: what reduces gradients would not know of these.
 
     Raises:
-        ValueError: the model is, or contains, a wrapper for parallel training.
+        ValueError: the model is, or contains, a wrapper for parallel training, or is sharded.
     """
     inner = on_unwrapped(function)
 
@@ -122,6 +141,8 @@ def before_parallel(function: Callable[P, R]) -> Callable[P, R]:
                     f"adapters must be put on the model before it is wrapped in {type(module).__name__}, which would "
                     "not reduce the gradients of new parameters"
                 )
+        if isinstance(model, nn.Module):
+            refuse_sharded(model, function.__name__)
         return inner(model, *args, **kwargs)
 
     return call

@@ -1,6 +1,7 @@
 """nn.MultiheadAttention, nn.TransformerEncoderLayer, and attentions with q_bias and v_bias, adapted in all they do."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -277,11 +278,26 @@ class Separate(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
 
 
+class Functional(nn.Module):
+    """As in torchvision's Swin V2, a function gets the weights of both Linears, and a bias that is not that of qkv."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(E, 3 * E), nn.Linear(E, E)
+
+    def forward(self, x):
+        bias = self.qkv.bias * (torch.arange(3 * E) // E != 1) if self.qkv is not None else None
+        q, k, v = nn.functional.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return nn.functional.linear(x, self.proj.weight, self.proj.bias)
+
+
 class Beit(nn.Module):
     def __init__(self, how: str = "named"):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Separate(how)}) for _ in range(2))
+        make = Functional if how == "function" else functools.partial(Separate, how)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": make()}) for _ in range(2))
 
     def forward(self, x):
         for block in self.blocks:
@@ -289,9 +305,10 @@ class Beit(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("how", ["named", "positional"])
-def test_q_bias_and_v_bias_past_the_linear(how):
+@pytest.mark.parametrize("how", ["named", "positional", "function"])
+def test_weights_that_are_read_past_the_linear(how):
     x, model = torch.randn(B, S, E, requires_grad=True), Beit(how)
+    kind = type(model.blocks[0]["attn"])
     before = model(x)
     ek.inject(model, EFFT, head="keep")
     torch.testing.assert_close(model(x), before)
@@ -306,13 +323,13 @@ def test_q_bias_and_v_bias_past_the_linear(how):
     with ek.disable_adapter(model):
         torch.testing.assert_close(model(x), before)
     ek.merge(model)
-    assert type(model.blocks[0]["attn"]) is Separate
+    assert type(model.blocks[0]["attn"]) is kind
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(model(x).square().sum(), x)[0], grad, rtol=1e-4, atol=1e-4)
     ek.unmerge(model)
     torch.testing.assert_close(model(x), want)
     ek.delete_adapter(model, "default")
-    assert torch.equal(model(x), before) and type(model.blocks[0]["attn"]) is Separate
+    assert torch.equal(model(x), before) and type(model.blocks[0]["attn"]) is kind
 
 
 def test_a_bank_of_q_bias_and_v_bias():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import adapted, assert_same, gradients, images
+from models import PLAIN, adapted, assert_same, gradients, images, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -45,7 +45,7 @@ def sharded(model, parts):
     return model
 
 
-def check(rank, make, parts, batch, fsdp):
+def check(rank, make, parts, batch, fsdp, folder):
     """The gradients of two processes, one half of the batch each, equal those of one process."""
     model = make()
     x = batch(4)
@@ -67,6 +67,13 @@ def check(rank, make, parts, batch, fsdp):
             torch.testing.assert_close(wrapped.eval()(x), reference.eval()(x), rtol=1e-4, atol=1e-5)
         wrapped.train()
     if fsdp and hasattr(model, "efft"):
+        for refused in (ek.merge, lambda m: ek.add_adapter(m, PLAIN, "b"), lambda m: ek.inject(m, PLAIN)):
+            with pytest.raises(ValueError, match="needs whole tensors, but .* is sharded among processes"):
+                refused(wrapped)
+        ek.save_adapter(wrapped, folder.parent / f"{folder.name}-{rank}")
+        loaded = ek.load_adapter(vit(), folder.parent / f"{folder.name}-{rank}")
+        assert_same(dict(loaded.efft.named_parameters()), {n: full(p) for n, p in model.efft.named_parameters()})
+        assert_same({"head": loaded.head.weight}, {"head": full(model.head.weight)})
         ek.delete_adapter(wrapped, "default")
         assert not hasattr(model, "efft") and wrapped(x).isfinite().all()
 
@@ -76,7 +83,7 @@ def worker(rank, path, folder):
     torch.set_num_threads(1)
     for name, model in MODELS.items():
         for fsdp in (False, True):
-            check(rank, *model, fsdp)
+            check(rank, *model, fsdp, folder)
             (folder / f"{name}-{'fsdp' if fsdp else 'ddp'}-{rank}").touch()
     dist.barrier()
     dist.destroy_process_group()

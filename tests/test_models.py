@@ -179,6 +179,18 @@ def test_what_options_leave_out_is_listed_without_a_warning():
     assert not any(item.unexpected for item in found.values()) and "head" not in found
 
 
+@pytest.mark.parametrize("name", ["SiglipVision", "Aimv2Vision"])
+def test_how_an_encoder_pools_is_no_classifier(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, patch_size=8))
+    with pytest.raises(ValueError, match="has no classifier Linear to replace"):
+        ek.inject(model, PLAIN, head=10)
+    with pytest.warns(UserWarning, match="it has no classifier that was found and trained"):
+        ek.inject(model, PLAIN)
+    assert not trained(model) and model(images()).pooler_output.shape == (2, 32)
+
+
 class Block(nn.Module):
     """A decoder block with two attentions and names that are not known."""
 
@@ -202,3 +214,34 @@ def test_names_by_structure_and_matrices_of_two_attentions_have_cores_of_their_o
         ("decoder.0.odd", True),
         ("decoder.1.odd", True),
     ]
+
+
+def attention(N, qkv="qkv", proj="proj"):
+    return nn.ModuleDict({"attn": nn.ModuleDict({qkv: nn.Linear(64, N), proj: nn.Linear(64, 64)})})
+
+
+def test_an_attention_of_unknown_names_in_an_entry_of_its_own_is_said():
+    model, ff = nn.Module(), lambda: nn.ModuleDict({"fc1": nn.Linear(64, 128), "fc2": nn.Linear(128, 64)})
+    unknown = lambda: nn.Sequential(nn.LayerNorm(64), attention(64, "alpha", "beta"))
+    model.layers = nn.ModuleList(nn.ModuleList([unknown(), nn.Sequential(nn.LayerNorm(64), ff())]) for _ in range(2))
+    with pytest.warns(UserWarning, match=r"4 layers .* \(layers.\*.\*.\*.attn.alpha, layers.\*.\*.\*.attn.beta\)"):
+        ek.inject(model, PLAIN, head="keep")
+    model.layers = nn.ModuleList([unknown(), attention(64, "gamma", "delta")])
+    with pytest.raises(ValueError, match=r"blocks, but layers.\*.\*.attn.alpha, .* \(its role .* is not known\);"):
+        ek.plan(model, PLAIN)
+    model.layers = nn.ModuleList([attention(192), ff(), attention(192), ff()])
+    assert not any(each.unexpected for each in ek.plan(model, ek.EFFTConfig(rank=4, blocks=(1,))).left_out)
+
+
+def test_parts_of_unequal_width_are_refused_and_keys_with_values_alone_are_not():
+    model = nn.Module()
+    for N in (96, 128, 200):  # queries of 64; 96 divides by 3, 128 is twice the inputs
+        model.blocks = nn.ModuleList([attention(N)])
+        with pytest.raises(ValueError, match=f"blocks.0.attn.qkv must hold q, k and v of equal width, got {N} outputs"):
+            ek.plan(model, ek.EFFTConfig(rank=4, targets=("q",)))
+    size = dict(img_size=32, window_size=(4, 2), window_ratio=None, depths=(2, 2), num_heads=(2, 2), embed_dim=32)
+    model = type(timm().create_model("gcvit_xxtiny"))(num_classes=10, **size).eval()
+    sites = [slot.site for group in ek.plan(model, PLAIN).groups for slot in group.slots]
+    assert [site.out_features for site in sites if site.parts == ("k", "v")] == [64, 128]
+    after = shake(ek.inject(model, PLAIN))(x := images())
+    torch.testing.assert_close(ek.merge(model)(x), after, rtol=1e-3, atol=1e-4)

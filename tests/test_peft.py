@@ -394,6 +394,8 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
     conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
     tied = vit()
     tied.blocks[1].mlp.fc1.weight = tied.blocks[0].mlp.fc1.weight
+    grouped = vit()
+    grouped.blocks[0].attn.qkv = nn.Linear(192, 288)
     for model, options, error, says in [
         (vit(), {"rank": 500}, ValueError, "rank must be at most 192 in group"),
         (vit(), {"targets": ["attn"], "target_modules": ["fc1"]}, ValueError, "targets must name blocks.0.mlp.fc1"),
@@ -402,6 +404,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         (conv, {}, ValueError, "target_modules"),
         (conv, {"target_modules": ["nothing"]}, ValueError, "nothing"),
         (tied, {}, ValueError, "blocks.1.mlp.fc1 and blocks.0.mlp.fc1 share one weight"),
+        (grouped, {}, ValueError, "blocks.0.attn.qkv must hold q, k and v of equal width, got 288 outputs"),
     ]:
         types = [type(module) for module in model.modules()]
         with pytest.raises(error, match=says):
@@ -455,6 +458,7 @@ def test_every_option_of_the_library_is_one_in_peft(options, tmp_path):
 def test_attentions_that_call_no_linear():
     for model, x, options in (
         (Beit(), torch.randn(2, 3, 16), {}),
+        (Beit("function"), torch.randn(2, 3, 16), {}),
         (encoder(), torch.randn(2, 3, 16), {"target_modules": ["out_proj", "linear1"]}),
     ):
         with torch.no_grad():
@@ -481,6 +485,13 @@ def test_mixed_batches_and_injection_without_a_tuner_are_refused():
 def test_blocks_are_chosen_as_elsewhere_in_peft():
     model = adapt(vit(depth=3), layers_to_transform=[0, 2], layers_pattern="blocks")
     assert {slot.site.block for g in owned(model).values() for slot in g.spec.slots} == {0, 2}
+
+
+def test_what_targets_leave_out_of_the_blocks_is_said():
+    unknown, ff = nn.Sequential(nn.Linear(16, 16)), nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
+    for model, says in ((nn.ModuleDict({"net": nn.ModuleList([unknown, ff])}), r"net.\*.\*"), (encoder(), "in_proj")):
+        with pytest.warns(UserWarning, match=f"layers of its adapted blocks are not adapted .*{says}"):
+            adapt(model)
 
 
 @pytest.mark.slow

@@ -25,14 +25,15 @@ def arrange(
         linears: path -> Linear, those to adapt.
     """
     method = config.method()
-    known = {site.path: site for site in find_sites(model, method, bases, by_structure=False) if site.path in linears}
+    sites = find_sites(model, method, bases, by_structure=False)
+    known = {site.path: site for site in sites if site.path in linears}
     for path, site in known.items():
         if not site.chosen:
             name = "targets" if config.blocks is None or site.block in config.blocks else "blocks"
             raise ValueError(
                 f"{name} must name {path}, which target_modules has chosen, got {name}={getattr(config, name)}"
             )
-        check_called(path, linears[path])
+        check_called(site, sites)
     specs = []
     try:
         specs = method.arrange(list(known.values()), by_shape=False) if known else []

@@ -6,6 +6,7 @@ as ``efft_factors.<adapter>.<group>.<factor>``; layers refer to the factors with
 shared.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..calls import call_linear, uncall_linear
-from ..layouts import find_sites
+from ..layouts import left_out, survey
+from ..plans import patterns
 from ..precision import LOW
 from .arrange import arrange, build
 from .config import EFFTPeftConfig
@@ -66,8 +68,13 @@ class EFFTPeftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: EFFTPeftConfig, model_config: dict) -> EFFTPeftConfig:
         if peft_config.target_modules is None:
-            bases = self._bases()
-            if paths := {site.path for site in find_sites(self.model, peft_config.method(), bases) if site.chosen}:
+            bases, method = self._bases(), peft_config.method()
+            sites, reasons = survey(self.model, method, bases)
+            if paths := {site.path for site in sites if site.chosen}:
+                missed = [item.path for item in left_out(self.model, method, sites, reasons, bases) if item.unexpected]
+                if missed := [*missed, *sorted(paths - bases.keys())]:  # projections of an attention are no modules
+                    said = f"layers of its adapted blocks are not adapted ({patterns(missed)})"
+                    warnings.warn(f"{type(self.model).__name__}: {len(missed)} {said}", stacklevel=2)
                 # endings of paths, because PEFT applies layers_to_transform to no others
                 peft_config.target_modules = _find_minimal_target_modules(paths, set(bases) - paths)
                 return peft_config

@@ -83,8 +83,8 @@ class EFFTPeftLinear(nn.Module, BaseTunerLayer):
 
     def add_to(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As :meth:`efft_kernels.adapted_linear.AdaptedLinear.add_to`: for an attention that adds a bias of its own."""
-        y = self(x)
-        return y if bias is None or bias is self.get_base_layer().bias else y + bias
+        y, own = self(x), self.get_base_layer().bias
+        return y if bias is own else y - (0 if own is None else own) + (0 if bias is None else bias)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the base layer's weight, in the layout of that weight: [N, K], or [K, N] for a Conv1D."""
