@@ -1,5 +1,6 @@
 """Proof and tuning: what is recorded, when a record counts, what is chosen, and what a wrong or hanging kernel does."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -15,7 +16,7 @@ import torch
 
 from efft_kernels import tune as command
 from efft_kernels.kernels import build, cpu_rules, cuda, reference
-from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, tune, worker
+from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, timing, tune, worker
 from efft_kernels.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -597,6 +598,20 @@ def isas(monkeypatch):
     monkeypatch.setattr(children, "Child", Fast)
     monkeypatch.setattr(Fast, "jobs", [])
     return functools.partial(tune, device="cpu", simulated=True)
+
+
+def test_an_instruction_set_gains_nothing_by_a_disturbed_turn(monkeypatch):
+    made = {"cpu: a": ("cpu", {"isa": "a"}), "cpu: b": ("cpu", {"isa": "b"})}
+    monkeypatch.setattr(plans, "active", lambda *given: contextlib.nullcontext())
+    for turns, want in (
+        (((100, 80), (30000, 400), (110, 440)), (100, 80, 400)),  # b again
+        (((100, 80), *((30000, 400),) * 3), (100, 80, 320)),  # in vain
+        (((100, 80), (120, 480)), (100, 80, 400)),  # a processor's clock
+    ):
+        left = iter([dict(zip(("product first", "last"), map(float, turn))) for turn in turns])
+        monkeypatch.setattr(timing, "interleaved", lambda v, *_: dict(zip(v, next(left).values())))
+        us = timing._by_isa(dict.fromkeys(["product first", *made]), made, [], CPU, 1.0)
+        assert tuple(us.values()) == want and next(left, None) is None
 
 
 def test_of_two_runs_on_a_cpu_the_instruction_set_of_the_later_one_counts_alone(isas, monkeypatch):
