@@ -492,14 +492,19 @@ def test_group_update_refuses(backend, change, error, message):
         group_update(**inputs, backend=backend)
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
-def test_a_numpy_scalar_is_a_scale(backend, kind):
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int64, lambda _: 10**30])
+def test_a_number_of_another_kind_is_a_scale(backend, kind):
     scale = kind(2.5)
     sigma, v = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 6)
     up, want = (group_update(sigma, v, s, backend=backend) for s in (scale, float(scale)))
     assert torch.equal(up, want)
     dup = torch.randn_like(up)
     assert torch.equal(*(torch.autograd.grad(y, sigma, dup)[0] for y in (up, want)))
+    for rows in (1, 17):  # in one call, and in two
+        given = torch.randn(rows, 5), torch.randn(12, 5), None, torch.randn(5, 3), sigma, v
+        torch.testing.assert_close(*(efft_linear(*given, s) for s in (scale, float(scale))))
+        with pytest.raises(ValueError, match="scale must be finite, got -1000"):
+            efft_linear(*given, -(10**5000))
 
 
 def test_efft_linear_refuses(backend):
