@@ -171,11 +171,13 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
         assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_the_result_may_be_changed_in_place(backend, mixed):
+@pytest.mark.parametrize("op", ["group", "linear", "mixed"])
+def test_the_result_may_be_changed_in_place(backend, op):
     x, weight, bias, down, up = make(grad=True)
     rows = x.detach().expand(2, 3, *x.shape).flatten(1, 2)
-    if mixed:
+    if op == "group":
+        run = lambda: group_update(down[None], up, backend=backend)
+    elif op == "mixed":
         ids = torch.zeros(2, dtype=torch.long)
         run = lambda: mixed_linear(rows, weight, bias, down[None], up[None], ids, backend=backend)
     else:
