@@ -127,6 +127,17 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
             module.few_rows(*good)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinity_of_up_reaches_the_gradient_of_down_as_one(isa, dtype):
+    """whatever is in the rows that fill a tile up"""
+    for M, R in itertools.product((1, 2, 7, 13, 197), (2, 40)):
+        x, weight, _, down, up, dy = make(M, 24, 16, R, dtype)
+        x, dy, up[1, 3] = x.abs() + 0.1, dy.abs() + 0.1, float("inf")
+        needs = [False, False, False, True, False]
+        got, want = (m.lowrank_linear_backward(dy, x, weight, down, up, None, needs)[0] for m in (cpu, reference))
+        assert (got[:, 1] == float("inf")).all() and torch.equal(got.isfinite(), want.isfinite())
+
+
 def test_a_wide_p_is_summed_in_short_chains(isa):
     """2^24 + 1 is 2^24 in float32: one chain over all of x would lose every one that follows"""
     x = torch.ones(3, 256)
