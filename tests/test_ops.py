@@ -189,7 +189,7 @@ def test_the_result_may_be_changed_in_place(backend, op):
 @pytest.mark.parametrize("few_rows", [False, True])
 @pytest.mark.parametrize("power", [1, 2])
 def test_second_derivatives_are_refused(backend, few_rows, power):
-    """also of a loss that is linear in y, and where the leaves are named, which need no part of dy"""
+    """also of a loss that is linear in y, and where named leaves need no part of dy; and batches of gradients"""
     if few_rows:
         leaves = [torch.randn(size, requires_grad=True) for size in ((3, 6), (6, 2), (3, 2, 4), (4, 5))]
         x, *factors = leaves
@@ -197,6 +197,8 @@ def test_second_derivatives_are_refused(backend, few_rows, power):
     else:
         leaves = x, _, _, down, up = make(grad=True)
         y = lowrank_linear(*leaves, backend=backend)
+    with pytest.raises(RuntimeError, match="a backward of efft_kernels supports neither torch.func"):
+        torch.autograd.grad(y, x, torch.ones(power, *y.shape), retain_graph=True, is_grads_batched=True)
     grads = torch.autograd.grad(y.pow(power).sum(), leaves, create_graph=True)
     for grad in grads:
         if grad.requires_grad:  # that of a bias does not depend on anything
