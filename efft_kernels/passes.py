@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base_linears import computes_in
 from .low_rank import Pair
 from .ops import know
+from .ops.dispatch import at_end_of_backward, graph_task
 from .wrappers import module_at
 
 
@@ -95,7 +96,7 @@ class Passes:
     @property
     def _replay(self) -> tuple[int, _Pass | None]:
         """(the backward under way, the forward that it recomputes)"""
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         return task, _replays.get((task, id(self)))
 
     def linear_at(self, model: nn.Module, path: str) -> nn.Linear:
@@ -227,11 +228,11 @@ class Passes:
     def _restore(self, done: _Pass, grad: Tensor) -> None:
         task, replayed = self._replay
         if replayed is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+            at_end_of_backward(self._end_of_backward)
         _replays[task, id(self)] = done
 
     def _end_of_backward(self) -> None:
-        _replays.pop((torch._C._current_graph_task_id(), id(self)), None)
+        _replays.pop((graph_task(), id(self)), None)
 
 
 class Adapters(Passes, nn.ModuleDict):

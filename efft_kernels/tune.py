@@ -15,6 +15,7 @@ import sys
 import torch
 
 from .kernels.tuning import run, table
+from .kernels.tuning.children import LATE
 from .kernels.tuning.shapes import MODELS, model_shapes
 
 
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"not done: {line}")
     won = sum(bool(each.choice and each.choice.backend) for each in found.timed)
     left = f", {len(found.left)} are not done" if found.left else ""
+    if any(line.endswith(LATE) for line in found.left):
+        left += "; what is proven stays so, and a run with more --minutes does the rest"
     print(f"a kernel is chosen for {won} of {len(found.timed)} ops and sizes that were timed{left}")
     problem = f"{found.not_written}; this run's choice is lost when it ends" if found.not_written else None
     if problem := problem or (None if found.timed else "nothing was timed, so nothing new is chosen"):

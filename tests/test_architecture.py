@@ -1,6 +1,7 @@
 """The import arrows of the package, and what importing it may cost."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_no_import_circle():
     assert not left, (
         f"these import one another: { ({name: sorted(needs & left.keys()) for name, needs in left.items()}) }"
     )
+
+
+def test_private_names_of_torch_stand_in_one_place():
+    private = re.compile(r"torch\.(?!ops\.|_foreach)(?:\w+\.)*_[a-z]|(?:from|import) torch.*\b_[a-z]")
+    lines = {name for name, path in MODULES.items() if private.search(path.read_text())}
+    assert lines == {"ops.dispatch", "kernels.tuning.table", "serving.batch_dims"}
 
 
 def test_arrow_walk_sees_an_import():

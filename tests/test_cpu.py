@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import assert_accurate, check_group_update, exactly
 from operands import make
 
 from efft_kernels import lowrank_linear
@@ -89,6 +90,26 @@ def test_a_few_rows_from_left_to_right(isa, threads, dtype, layout):
         threads(3)
 
 
+@pytest.mark.parametrize("modules", [*itertools.product((cpu, reference), repeat=2)], ids=lambda m: "")
+def test_between_its_products_a_few_rows_of_float16_have_the_range_of_float32(isa, modules):
+    """p, q or dq is beyond float16, and the results are not"""
+    torch.manual_seed(0)
+    cases = (1e4, 1, 1e-4, 1e-3, 1), (10, 3e3, 1, 1e-2, 1e-4), (1e-3, 1e-3, 3e3, 1e2, 0.02)
+    for M, (of_u, core, of_v, of_dy, scale) in itertools.product((1, 16), cases):
+        random = lambda std, *size: torch.randn(size).mul_(std).half()
+        x, weight, dy = random(1, M, 200), random(0.1, 120, 200), random(of_dy, M, 120)
+        u, v = random(of_u, 200, 5), random(of_v, 4, 40)
+        forward = x, weight, None, u, (sigma := random(core, 3, 5, 4)), v, scale
+        y, p, q = modules[0].few_rows(*forward)
+        got = y, *modules[1].few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, [True] * 4)
+        exact = exactly("efft_linear", (*forward, dy))
+        for name, result, right in zip(("y", "dx", "du", "dsigma", "dv"), got, exact):
+            assert_accurate(result, torch.from_numpy(right).half(), right, f"{name} of {M} rows")
+    for of_sigma, of_v, of_dup, scale in ((1e3, 1e-4, 1e-3, 1e3), (1, 1e2, 1e3, 1e-4)):
+        sigma, v, dup = random(of_sigma, 3, 5, 4), random(of_v, 4, 40), random(of_dup, 3, 5, 40)
+        check_group_update(modules[0], sigma, v, scale, dup)
+
+
 def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
     sizes = (2, 6), (15, 6), (6, 2), (3, 2, 4), (4, 5)
     x, weight, u, sigma, v = (torch.randn(size) for size in sizes)
@@ -106,6 +127,17 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
     for module in (cpu, reference):
         with pytest.raises(RuntimeError, match="u must have memory"):
             module.few_rows(*good)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinity_of_up_reaches_the_gradient_of_down_as_one(isa, dtype):
+    """whatever is in the rows that fill a tile up"""
+    for M, R in itertools.product((1, 2, 7, 13, 197), (2, 40)):
+        x, weight, _, down, up, dy = make(M, 24, 16, R, dtype)
+        x, dy, up[1, 3] = x.abs() + 0.1, dy.abs() + 0.1, float("inf")
+        needs = [False, False, False, True, False]
+        got, want = (m.lowrank_linear_backward(dy, x, weight, down, up, None, needs)[0] for m in (cpu, reference))
+        assert (got[:, 1] == float("inf")).all() and torch.equal(got.isfinite(), want.isfinite())
 
 
 def test_a_wide_p_is_summed_in_short_chains(isa):

@@ -119,11 +119,13 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
         assert ((37, 40) in shapes) == (i in (1, 3)) and ((37, 5) in shapes) == (i == 4)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_the_result_may_be_changed_in_place(backend, mixed):
+@pytest.mark.parametrize("op", ["group", "linear", "mixed"])
+def test_the_result_may_be_changed_in_place(backend, op):
     x, weight, bias, down, up = make(grad=True)
     rows = x.detach().expand(2, 3, *x.shape).flatten(1, 2)
-    if mixed:
+    if op == "group":
+        run = lambda: group_update(down[None], up, backend=backend)
+    elif op == "mixed":
         ids = torch.zeros(2, dtype=torch.long)
         run = lambda: mixed_linear(rows, weight, bias, down[None], up[None], ids, backend=backend)
     else:
@@ -135,7 +137,7 @@ def test_the_result_may_be_changed_in_place(backend, mixed):
 @pytest.mark.parametrize("few_rows", [False, True])
 @pytest.mark.parametrize("power", [1, 2])
 def test_second_derivatives_are_refused(backend, few_rows, power):
-    """also of a loss that is linear in y, and where the leaves are named, which need no part of dy"""
+    """also of a loss that is linear in y, and where named leaves need no part of dy; and batches of gradients"""
     if few_rows:
         leaves = [torch.randn(size, requires_grad=True) for size in ((3, 6), (6, 2), (3, 2, 4), (4, 5))]
         x, *factors = leaves
@@ -143,6 +145,8 @@ def test_second_derivatives_are_refused(backend, few_rows, power):
     else:
         leaves = x, _, _, down, up = make(grad=True)
         y = lowrank_linear(*leaves, backend=backend)
+    with pytest.raises(RuntimeError, match="a backward of efft_kernels supports neither torch.func"):
+        torch.autograd.grad(y, x, torch.ones(power, *y.shape), retain_graph=True, is_grads_batched=True)
     grads = torch.autograd.grad(y.pow(power).sum(), leaves, create_graph=True)
     for grad in grads:
         if grad.requires_grad:  # that of a bias does not depend on anything
@@ -450,14 +454,19 @@ def test_group_update_refuses(backend, change, error, message):
         group_update(**inputs, backend=backend)
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int64])
-def test_a_numpy_scalar_is_a_scale(backend, kind):
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int64, lambda _: 10**30])
+def test_a_number_of_another_kind_is_a_scale(backend, kind):
     scale = kind(2.5)
     sigma, v = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 6)
     up, want = (group_update(sigma, v, s, backend=backend) for s in (scale, float(scale)))
     assert torch.equal(up, want)
     dup = torch.randn_like(up)
     assert torch.equal(*(torch.autograd.grad(y, sigma, dup)[0] for y in (up, want)))
+    for rows in (1, 17):  # in one call, and in two
+        given = torch.randn(rows, 5), torch.randn(12, 5), None, torch.randn(5, 3), sigma, v
+        torch.testing.assert_close(*(efft_linear(*given, s) for s in (scale, float(scale))))
+        with pytest.raises(ValueError, match="scale must be finite, got -1000"):
+            efft_linear(*given, -(10**5000))
 
 
 def test_efft_linear_refuses(backend):

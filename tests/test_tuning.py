@@ -1,5 +1,6 @@
 """Proof and tuning: what is recorded, when a record counts, what is chosen, and what a wrong or hanging kernel does."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -15,7 +16,7 @@ import torch
 
 from efft_kernels import tune as command
 from efft_kernels.kernels import build, cpu_rules, cuda, reference
-from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, tune, worker
+from efft_kernels.kernels.tuning import children, plans, prove, run, shapes, table, timing, tune, worker
 from efft_kernels.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -599,6 +600,32 @@ def isas(monkeypatch):
     return functools.partial(tune, device="cpu", simulated=True)
 
 
+def test_an_instruction_set_gains_nothing_by_a_disturbed_turn(monkeypatch):
+    made = {"cpu: a": ("cpu", {"isa": "a"}), "cpu: b": ("cpu", {"isa": "b"})}
+    monkeypatch.setattr(plans, "active", lambda *given: contextlib.nullcontext())
+    for turns, want in (
+        (((100, 80), (30000, 400), (110, 440)), (100, 80, 400)),  # b again
+        (((100, 80), *((30000, 400),) * 3), (100, 80, 320)),  # in vain
+        (((100, 80), (120, 480)), (100, 80, 400)),  # a processor's clock
+    ):
+        left = iter([dict(zip(("product first", "last"), map(float, turn))) for turn in turns])
+        monkeypatch.setattr(timing, "interleaved", lambda v, *_: dict(zip(v, next(left).values())))
+        us = timing._by_isa(dict.fromkeys(["product first", *made]), made, [], CPU, 1.0)
+        assert tuple(us.values()) == want and next(left, None) is None
+
+
+def test_a_cpu_battery_that_runs_out_of_time_leaves_what_is_proven(isas, monkeypatch, capsys):
+    monkeypatch.setattr(Fast, "fast", "one", raising=False)
+    done, late = Fast.run, children.Death({}, children.LATE, True)
+    cut = lambda self, job, *rest: late if {"isa": "two"} in job.get("plans", []) else done(self, job, *rest)
+    monkeypatch.setattr(Fast, "run", cut)
+    monkeypatch.setattr(run, "tune", functools.partial(run.tune, simulated=True))
+    assert command.main("--shapes 8,16,16,4 --dtype float32 --device cpu".split()) == 0
+    out = capsys.readouterr().out
+    assert "not done: the battery of cpu: two in float32: no time was left" in out and "more --minutes" in out
+    assert [*table.proof("cpu", CPU)["plans"]] == ["one"]
+
+
 def test_of_two_runs_on_a_cpu_the_instruction_set_of_the_later_one_counts_alone(isas, monkeypatch):
     said, entry = [], table.key(table.LINEAR, torch.float32, 64, 64, 16)
     for fast, K in (("one", 64), ("two", 128)):
@@ -627,7 +654,7 @@ def test_each_dtype_is_proven_and_a_short_battery_is_not_a_whole_one(isas, monke
     proven = lambda: [(*job["dtypes"], job["simulated"]) for job in Fast.jobs if job["task"] == "prove"]
     isas([(8, 16, 16, 4)], [torch.float32])
     isas([(8, 16, 16, 4)], [torch.float32, torch.bfloat16])
-    assert proven() == [("float32", True), ("bfloat16", True)]
+    assert proven() == [("float32", True)] * 2 + [("bfloat16", True)] * 2
     isas([(8, 16, 16, 4)], [torch.float32], simulated=False)
     isas([(8, 16, 16, 4)], [torch.float32])
-    assert proven()[2:] == [("float32", False)]
+    assert proven()[4:] == [("float32", False)] * 2

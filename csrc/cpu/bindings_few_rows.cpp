@@ -48,9 +48,22 @@ struct FewRows {
                    cores ? s * sigma.stride(0) : 0);
   }
 
+  // what the products of a pass hand on, p and q, dp and dq: of float16 in float32, whose range they may need
+  Tensor between(int64_t columns) const {
+    std::vector<int64_t> shape{M, columns};
+    const ScalarType type = sigma.scalar_type();
+    return torch::stable::empty({shape.data(), 2}, type == ScalarType::Half ? ScalarType::Float : type);
+  }
+  View view_between(const Tensor& t) const {
+    View v = view(t);
+    v.wide = t.scalar_type() != sigma.scalar_type();
+    return v;
+  }
+
   // the matrix that begins `entries` further on
   View columns(View v, int64_t entries) const {
-    v.data = static_cast<const char*>(v.data) + entries * int64_t(sigma.element_size());
+    v.data =
+        static_cast<const char*>(v.data) + entries * (v.wide ? int64_t(sizeof(float)) : int64_t(sigma.element_size()));
     return v;
   }
 };
@@ -91,12 +104,13 @@ std::vector<Tensor> few_rows(const Tensor& x,                    // [..., K]
     check_memory("bias", *bias);
   }
   const Dtype dtype = dtype_of(x);
-  const int64_t all = f.S * f.N, width = f.S * f.Q;
-  Tensor y = like_rows(x, all), p = empty({f.M, f.P}, x), q = empty({f.M, width}, x);
-  const View x_rows = rows_of(x), q_rows = view(q), y_rows{y.mutable_data_ptr(), all, 1};
-  product(dtype, f.M, f.K, f.P, x_rows, view(u), view(p));
+  const int64_t all = f.S * f.N;
+  Tensor y = like_rows(x, all), p = f.between(f.P), q = f.between(f.S * f.Q);
+  const View x_rows = rows_of(x), y_rows{y.mutable_data_ptr(), all, 1};
+  const View p_rows = f.view_between(p), q_rows = f.view_between(q);
+  product(dtype, f.M, f.K, f.P, x_rows, view(u), p_rows);
   for (int64_t s = 0; s < f.S; ++s) {
-    product(dtype, f.M, f.P, f.Q, view(p), f.core(s), f.columns(q_rows, s * f.Q));
+    product(dtype, f.M, f.P, f.Q, p_rows, f.core(s), f.columns(q_rows, s * f.Q));
   }
   for (int64_t s = 0; s < f.S; ++s) {
     LowRank g;
@@ -120,47 +134,51 @@ std::vector<Tensor> few_rows_backward(const Tensor& dy,      // [..., S * N]
                                       double scale, bool need_x, bool need_u, bool need_sigma, bool need_v) {
   const FewRows f(dy, true, weight, u, sigma, v);
   STD_TORCH_CHECK(f.fits, "dy must be a strided tensor like y");
-  check("p", p, dy, {f.M, f.P});
-  check("q", q, dy, {f.M, f.S * f.Q});
+  const int64_t M = f.M, S = f.S, width = S * f.Q;
+  Tensor dq = f.between(width), dp = f.between(f.P);
+  check("p", p, dp, {M, f.P});
+  check("q", q, dq, {M, width});
   STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type() && x.dim() && x.numel() == f.M * f.K,
                   "x must be that of forward");
   check_memory("x", x);
   const Dtype dtype = dtype_of(dy);
-  const int64_t M = f.M, S = f.S, width = S * f.Q;
   const View dy_rows = rows_of(dy);
   // row m * S + s: the columns of slice s in row m
   const View slices{dy_rows.data, dy_rows.col * f.N, dy_rows.col, S, dy_rows.row};
   std::vector<Tensor> grads;
-  Tensor dq = empty({M, width}, dy), dp = empty({M, f.P}, dy);
+  const View p_rows = f.view_between(p), q_rows = f.view_between(q);
+  const View dp_rows = f.view_between(dp), dq_rows = f.view_between(dq);
+  // row m * S + s of an [M, S * Q]
+  const auto of_slices = [&](View v) { return v.row = f.Q, v; };
   if (need_x || need_u || need_sigma) {
-    product(dtype, M * S, f.N, f.Q, slices, transposed(view(v)), {dq.mutable_data_ptr(), f.Q, 1}, scale);
+    product(dtype, M * S, f.N, f.Q, slices, transposed(view(v)), of_slices(dq_rows), scale);
   }
   // the sum over slices is one product, with the cores on top of each other
   const View cores{sigma.const_data_ptr(), f.core(0).col, f.core(0).row, f.Q, sigma.dim() == 3 ? sigma.stride(0) : 0};
-  if (need_x || need_u) product(dtype, M, width, f.P, view(dq), cores, view(dp));
+  if (need_x || need_u) product(dtype, M, width, f.P, dq_rows, cores, dp_rows);
   if (need_x) {
     grads.push_back(like_rows(dy, f.K));
     LowRank g;
     g.M = M, g.K = S * f.N, g.N = f.K, g.R = f.P;
-    g.a = dy_rows, g.b_rows = view(weight), g.q = view(dp), g.u = transposed(view(u));
+    g.a = dy_rows, g.b_rows = view(weight), g.q = dp_rows, g.u = transposed(view(u));
     g.c = {grads.back().mutable_data_ptr(), f.K, 1};
     kernels().few_rows(dtype, g);
   }
   if (need_u) {
     grads.push_back(empty({f.K, f.P}, dy));
-    product(dtype, f.K, M, f.P, transposed(rows_of(x)), view(dp), view(grads.back()));
+    product(dtype, f.K, M, f.P, transposed(rows_of(x)), dp_rows, view(grads.back()));
   }
   if (need_sigma) {
     const auto shape = sigma.sizes();
     grads.push_back(empty({shape.begin(), shape.end()}, dy));
     const View out{grads.back().mutable_data_ptr(), f.Q, 1};
     for (int64_t s = 0; s < S; ++s) {
-      product(dtype, f.P, M, f.Q, transposed(view(p)), f.columns(view(dq), s * f.Q), f.columns(out, s * f.P * f.Q));
+      product(dtype, f.P, M, f.Q, transposed(p_rows), f.columns(dq_rows, s * f.Q), f.columns(out, s * f.P * f.Q));
     }
   }
   if (need_v) {
     grads.push_back(empty({f.Q, f.N}, dy));
-    product(dtype, f.Q, M * S, f.N, {q.const_data_ptr(), 1, f.Q}, slices, view(grads.back()), scale);
+    product(dtype, f.Q, M * S, f.N, transposed(of_slices(q_rows)), slices, view(grads.back()), scale);
   }
   return grads;
 }

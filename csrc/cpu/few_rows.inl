@@ -18,8 +18,8 @@ class FewRowsPass {
     thread_local Scratch kept(64);
     S* const a = static_cast<S*>(kept.at_least(size_t(g_.M * (g_.K + R)) * sizeof(S)));
     S* const q = a + g_.M * g_.K;
-    copy(g_.a, g_.K, R ? S{1} : S(g_.scale), a);
-    if (R) copy(g_.q, R, S(g_.scale), q);
+    with_type_of(g_.a, [&](auto e) { copy<decltype(e)>(g_.a, g_.K, R ? S{1} : S(g_.scale), a); });
+    if (R) with_type_of(g_.q, [&](auto e) { copy<decltype(e)>(g_.q, R, S(g_.scale), q); });
     int64_t shares = 1;
     if (g_.M * g_.K * g_.N >= SHARED_WORK) shares = std::min(thread_count(), (g_.N + 63) / 64);
     const int64_t width = ((g_.N + shares - 1) / shares + 63) / 64 * 64;
@@ -31,10 +31,19 @@ class FewRowsPass {
   }
 
  private:
+  template <class F>
+  static void with_type_of(const View& v, F f) {
+    if constexpr (std::is_same_v<T, Half>) {
+      if (v.wide) return f(S{});
+    }
+    f(T{});
+  }
+
   // rows [M, K] of the accumulation type
+  template <class E>
   void copy(const View& from, int64_t K, S scale, S* to) const {
     for (int64_t i = 0; i < g_.M; ++i) {
-      const T* row = row_of<T>(from, i);
+      const E* row = row_of<E>(from, i);
       int64_t k = 0;
       if (from.col == 1) {
         for (; k + VL <= K; k += VL) store(to + i * K + k, load_sum(row + k) * scale);
@@ -51,10 +60,15 @@ class FewRowsPass {
       for (int64_t n = 0; n < N; ++n) sums[n] = load_one(bias + (n0 + n) * g_.bias.col);
       for (int64_t m = 1; m < g_.M; ++m) std::copy_n(sums, N, sums + m * N);
     }
-    add(a, g_.K, g_.b_rows, n0, N, sums);
-    if (R) add(q, R, g_.u, n0, N, sums);
+    with_type_of(g_.b_rows, [&](auto e) { add<decltype(e)>(a, g_.K, g_.b_rows, n0, N, sums); });
+    if (R) add<T>(q, R, g_.u, n0, N, sums);
+    with_type_of(g_.c, [&](auto e) { store_rows<decltype(e)>(sums, n0, N); });
+  }
+
+  template <class E>
+  void store_rows(const S* sums, int64_t n0, int64_t N) const {
     for (int64_t m = 0; m < g_.M; ++m) {
-      T* c = static_cast<T*>(const_cast<void*>(g_.c.data)) + m * g_.c.row + n0;
+      E* c = static_cast<E*>(const_cast<void*>(g_.c.data)) + m * g_.c.row + n0;
       int64_t n = 0;
       for (; n + VL <= N; n += VL) store_sum(c + n, load<Vec<S>>(sums + m * N + n));
       for (; n < N; ++n) store_one(c + n, sums[m * N + n]);
@@ -62,33 +76,34 @@ class FewRowsPass {
   }
 
   // sums[m, n] += a[m] @ b[:, n0 + n], along whichever dimension of b is contiguous
+  template <class E>
   void add(const S* a, int64_t K, const View& b, int64_t n0, int64_t N, S* sums) const {
     if (b.row == 1 && b.col != 1 && b.group >= K) {
-      const T* first = static_cast<const T*>(b.data) + n0 * b.col;
+      const E* first = static_cast<const E*>(b.data) + n0 * b.col;
       int64_t n = 0;
       for (; n + 8 <= N; n += 8) add_dots<8>(a, K, first + n * b.col, b.col, N, sums + n);
       for (; n < N; ++n) add_dots<1>(a, K, first + n * b.col, b.col, N, sums + n);
     } else {
       int64_t k = 0;
-      for (; k + 16 <= K; k += 16) add_rows<16>(a + k, K, b, k, n0, N, sums);
-      for (; k + 8 <= K; k += 8) add_rows<8>(a + k, K, b, k, n0, N, sums);
-      for (; k < K; ++k) add_rows<1>(a + k, K, b, k, n0, N, sums);
+      for (; k + 16 <= K; k += 16) add_rows<16, E>(a + k, K, b, k, n0, N, sums);
+      for (; k + 8 <= K; k += 8) add_rows<8, E>(a + k, K, b, k, n0, N, sums);
+      for (; k < K; ++k) add_rows<1, E>(a + k, K, b, k, n0, N, sums);
     }
   }
 
   // COUNT rows of b, whose products are summed before they are added: a chain of roundings is a sixteenth of K
-  template <int COUNT>
+  template <int COUNT, class E>
   void add_rows(const S* a, int64_t K, const View& b, int64_t k, int64_t n0, int64_t N, S* sums) const {
     if (b.col == 1) {
-      const T* rows[COUNT];
-      for (int i = 0; i < COUNT; ++i) rows[i] = row_of<T>(b, k + i) + n0;
+      const E* rows[COUNT];
+      for (int i = 0; i < COUNT; ++i) rows[i] = row_of<E>(b, k + i) + n0;
       return add_contiguous<COUNT>(a, K, rows, N, sums);
     }
     thread_local Scratch kept(64);
     S* const copied = static_cast<S*>(kept.at_least(size_t(COUNT * N) * sizeof(S)));
     const S* rows[COUNT];
     for (int i = 0; i < COUNT; ++i) {
-      const T* row = row_of<T>(b, k + i) + n0 * b.col;
+      const E* row = row_of<E>(b, k + i) + n0 * b.col;
       for (int64_t n = 0; n < N; ++n) copied[i * N + n] = load_one(row + n * b.col);
       rows[i] = copied + i * N;
     }
@@ -139,8 +154,8 @@ class FewRowsPass {
   }
 
   // COUNT columns of b, each contiguous
-  template <int COUNT>
-  void add_dots(const S* a, int64_t K, const T* b, int64_t next, int64_t N, S* sums) const {
+  template <int COUNT, class E>
+  void add_dots(const S* a, int64_t K, const E* b, int64_t next, int64_t N, S* sums) const {
     const auto tiles = [&](int64_t m, auto rows, auto columns) {
       constexpr int M = decltype(rows)::value, COLUMNS = std::min(COUNT, decltype(columns)::value);
       for (int n = 0; n < COUNT; n += COLUMNS) {
@@ -167,8 +182,8 @@ class FewRowsPass {
   }
 
   // to[m, n] += a[m] @ b[n] with all sums in registers
-  template <int ROWS, int COLUMNS>
-  static EFFT_NOINLINE void dot_tile(const S* a, int64_t K, const T* b, int64_t next, int64_t N, S* to) {
+  template <int ROWS, int COLUMNS, class E>
+  static EFFT_NOINLINE void dot_tile(const S* a, int64_t K, const E* b, int64_t next, int64_t N, S* to) {
     Vec<S> sums[ROWS][COLUMNS];
     for (auto& row : sums) {
       for (auto& sum : row) sum = Vec<S>{};

@@ -17,6 +17,7 @@ struct View {
   int64_t col = 0;
   int64_t group = std::numeric_limits<int64_t>::max();
   int64_t outer = 0;
+  bool wide = false;  // of few_rows in float16: held in float32, which has a larger range
 };
 
 // one pass over the rows of a:

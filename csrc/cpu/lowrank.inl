@@ -236,6 +236,9 @@ class LowRankPass {
       }
       if (last && g_.d.data) finish_p(row0, count, padded, first, p, p_chunks);
       if (last && g_.xp && sums) {  // before c, which may be in the place of x
+        // the sums take an even number of rows. one past the last is a multiple of zero, hence nan if d has an infinity
+        for (int64_t r = 0; count % 2 && r < r_panels_; ++r)
+          std::fill_n(p + (r * padded + count) * r_width_, r_width_, S{0});
         const Cell<T>* factors = pair_rows(p, padded, q);
         const Chunks n(cells<T>(g_.N), KC);
         for (int64_t i = 0; i < n.count; ++i) {

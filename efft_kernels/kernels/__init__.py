@@ -159,7 +159,8 @@ def overwriting(kernels: Kernels, overwrite_x: bool) -> list[bool]:
 class FewRows(Protocol):
     """What cpu and reference have besides, for efft_linear of a few rows: from left to right.
 
-    Sizes are those of efft_linear; M rows give p [M, P] and q [M, S * Q].
+    Sizes are those of efft_linear; M rows give p [M, P] and q [M, S * Q], of float16 in float32, as what is between the
+    products of a backward: its range may be too small for them where it is not for the results.
     """
 
     def for_few_rows(self, x: Tensor, weight: Tensor, backward: bool) -> str | None:

@@ -92,13 +92,18 @@ def _sum(
     return _product(a, weight, bias, out).addmm_(p, up)
 
 
+def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """scale * a @ b, rounded once: float16 may be too small for a factor or the product alone"""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
 @checked()
 def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
     S, P, Q = sigma.shape
     N = v.shape[1]
     # one product for all slices side by side gives the [P, S, N] memory without a copy afterwards
-    up = torch.mm(sigma.transpose(0, 1).reshape(P * S, Q) * scale, v)
+    up = _scaled(scale, sigma.transpose(0, 1).reshape(P * S, Q), v)
     return up.view(P, S, N).transpose(0, 1)
 
 
@@ -110,9 +115,9 @@ def group_update_backward(dup, sigma, v, scale, needs):
     grads = []
     dup = dup.transpose(0, 1).reshape(P * S, N)
     if needs[0]:
-        grads.append((torch.mm(dup, v.t()) * scale).view(P, S, Q).transpose(0, 1).contiguous())
+        grads.append(_scaled(scale, dup, v.t()).view(P, S, Q).transpose(0, 1).contiguous())
     if needs[1]:
-        grads.append(torch.mm((sigma.transpose(0, 1).reshape(P * S, Q) * scale).t(), dup))
+        grads.append(_scaled(scale, sigma.transpose(0, 1).reshape(P * S, Q).t(), dup))
     return grads
 
 
@@ -145,13 +150,20 @@ def _side_by_side(sigma: Tensor) -> Tensor:  # [P, Q] or [S, P, Q] -> [P, S * Q]
     return sigma if sigma.dim() == 2 else sigma.transpose(0, 1).flatten(1)
 
 
+def _add(y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # y += scale * a @ b, also where y is narrower
+    return y.addmm_(a, b, alpha=scale) if y.dtype == a.dtype else y.add_(torch.mm(a, b), alpha=scale)
+
+
 @checked()
 def few_rows(x, weight, bias, u, sigma, v, scale):
     """y [..., S * N], p [M, P], q [M, S * Q]:  p = x @ u;  q = p @ sigma;  y = x @ weight.T + bias + scale * q @ v"""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, p = F.linear(rows, weight, bias), torch.mm(rows, u)
+    y = F.linear(rows, weight, bias)
+    if x.dtype == torch.float16:  # the rest in float32, whose range p and q may need
+        rows, u, sigma, v = rows.float(), u.float(), sigma.float(), v.float()
+    p = torch.mm(rows, u)
     q = torch.mm(p, _side_by_side(sigma))
-    y.view(-1, v.shape[1]).addmm_(q.view(-1, len(v)), v, alpha=float(scale))
+    _add(y.view(-1, v.shape[1]), q.view(-1, len(v)), v, scale)
     # not a view, which a custom function may not return to a caller that changes it in place
     return [y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)]), p, q]
 
@@ -163,14 +175,16 @@ def few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, needs):
     """
     need_x, need_u, need_sigma, need_v = needs
     dy, grads = dy.reshape(len(p), len(weight)), []
-    slices, scaled = dy.reshape(-1, v.shape[1]), dict(beta=0, alpha=float(scale))
+    dx = torch.mm(dy, weight) if need_x else None
+    if dy.dtype != p.dtype:  # as few_rows
+        dy, x, u, sigma, v = dy.float(), x.float(), u.float(), sigma.float(), v.float()
+    slices = dy.reshape(-1, v.shape[1])
     if need_x or need_u or need_sigma:
-        # scaled before the one rounding: a float16 may be too large for it before
-        dq = torch.addmm(dy.new_empty(()), slices, v.t(), **scaled).view(q.shape)
+        dq = _scaled(scale, slices, v.t()).view(q.shape)
     if need_x or need_u:
         dp = torch.mm(dq, _side_by_side(sigma).t())
     if need_x:
-        grads.append(torch.mm(dy, weight).addmm_(dp, u.t()).view(x.shape))
+        grads.append(_add(dx, dp, u.t(), 1.0).view(x.shape))
     if need_u:
         grads.append(torch.mm(x.reshape(-1, x.shape[-1]).t(), dp))
     if need_sigma:
@@ -179,8 +193,8 @@ def few_rows_backward(dy, x, weight, u, sigma, v, p, q, scale, needs):
             dsigma = dsigma.view(len(dsigma), len(sigma), -1).transpose(0, 1).contiguous()
         grads.append(dsigma)
     if need_v:
-        grads.append(torch.addmm(dy.new_empty(()), q.view(-1, len(v)).t(), slices, **scaled))
-    return grads
+        grads.append(_scaled(scale, q.view(-1, len(v)).t(), slices))
+    return grads if dy.dtype == weight.dtype else [grad.to(weight.dtype) for grad in grads]
 
 
 def _of_samples(

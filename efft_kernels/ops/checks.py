@@ -51,12 +51,15 @@ def check_product(name: str, like: Tensor, *sizes: int) -> None:
 
 
 def check_scale(scale):
-    """Returns scale; a numpy scalar, which torch.compile would treat as a tensor, is returned as a float"""
-    if type(scale) not in (int, float, torch.SymInt, torch.SymFloat):
+    """Returns scale as a float: torch.compile would treat a numpy scalar as a tensor, and C++ takes no large int"""
+    if type(scale) not in (float, torch.SymInt, torch.SymFloat):
         if not isinstance(scale, numbers.Real):
             hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
             raise TypeError(f"scale must be a number, got {type(scale).__name__}{hint}")
-        scale = float(scale)
+        try:
+            scale = float(scale)
+        except OverflowError:  # Python prints at most 4300 digits
+            scale = max(min(scale, 10**4000), -(10**4000))
     if not abs(scale) <= sys.float_info.max:  # an int can be larger than any float
         raise ValueError(f"scale must be finite, got {scale}")
     return scale

@@ -153,13 +153,14 @@ def _unproven(module: Kernels) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-# all the private names of torch that the package needs
-_modes = torch._C._len_torch_dispatch_stack
+# the private names of torch that the package needs, but those that docs/architecture.md names
+_modes, without_modes = torch._C._len_torch_dispatch_stack, torch.utils._python_dispatch._disable_current_modes
 any_autocast = torch._C._is_any_autocast_enabled
 tracing = torch._C._get_tracing_state  # torch.jit.trace records the op, not what its kernel is made of
 _pack_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 graph_task = torch._C._current_graph_task_id
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+at_end_of_backward = lambda call: torch.autograd.Variable._execution_engine.queue_callback(call)
+_functorch_level, _batched = torch._C._functorch.peek_interpreter_stack, torch._C._functorch.is_legacy_batchedtensor
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _Exclude, _KeySet, _Key = torch._C._ExcludeDispatchKeyGuard, torch._C.DispatchKeySet, torch._C.DispatchKey
 
@@ -259,6 +260,9 @@ def once(backward: Callable) -> Callable:
     """
 
     def choose(ctx, *grads):
+        for grad in grads:
+            if grad is not None and _batched(grad):  # by vectorize=True or is_grads_batched=True
+                raise RuntimeError(_REFUSAL.format("a backward of efft_kernels"))
         if not torch.is_grad_enabled():  # the usual case
             return backward(ctx, *grads)
         with torch.no_grad():

@@ -37,6 +37,7 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or default_backend():
         return None
+    scale = float(scale)  # an int of more than 64 bits is no number for C++
     kernels: FewRows = (candidates(_CPU) or [reference])[0]
     how = kernels.for_few_rows(x, weight, False)
     if how is None or (how == "torch" and not _fit(x, weight, bias, u, sigma, v)):

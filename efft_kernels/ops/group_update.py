@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import decisions
-from .checks import check_floats, check_product, check_scale, check_shape, check_tensors
+from .checks import check_floats, check_product, check_scale, check_shape, check_tensors, no_view
 from .dispatch import below_autograd, check_backend, decide, direct_outside_autocast, once, register, signature
 
 
@@ -59,7 +59,7 @@ class _GroupUpdate(torch.autograd.Function):
     def forward(ctx, run, sigma, v, scale, backend):
         ctx.save_for_backward(sigma, v)
         ctx.scale, ctx.backend = scale, backend
-        return run(sigma, v, scale, backend)
+        return no_view(run(sigma, v, scale, backend))
 
     @staticmethod
     @once

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .dispatch import any_autocast, graph_task, pack_hooks, raw_stream, tracing
+from .dispatch import any_autocast, graph_task, pack_hooks, raw_stream, tracing, without_modes
 
 _enabled: bool | None = None  # None: on a CPU
 _LONGEST = 8  # operations between the producer and x
@@ -287,7 +286,7 @@ def _gives(recipe: Recipe, tensors: list[Tensor], x: Tensor) -> bool | None:
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     integers = _INTEGERS.get(x.dtype, torch.int16)  # nan differs from itself, its bits do not
-    with torch.no_grad(), _disable_current_modes():
+    with torch.no_grad(), without_modes():
         made = recipe.x_outside_autocast(tensors)
         if made.dtype != x.dtype or made.shape != x.shape or not made.is_contiguous():
             return False

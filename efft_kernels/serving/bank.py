@@ -23,6 +23,7 @@ from ..inject import check_bare
 from ..layouts import classifiers_of, head_state
 from ..low_rank import Pair, stack
 from ..ops import check_backend, lowrank_linear, mixed_linear
+from ..ops.dispatch import graph_task
 from ..passes import Passes
 from ..precision import check_factor_dtype
 from ..preparation import Preparation
@@ -290,7 +291,7 @@ class AdapterBank:
 
     def _current_use(self) -> "_Use | Trial | None":
         """The use that a layer running now belongs to: of the forward that backward recomputes, or the innermost."""
-        if self._replays and (use := self._replays.get(torch._C._current_graph_task_id())):
+        if self._replays and (use := self._replays.get(graph_task())):
             return use
         return next((use for use in reversed(_uses.get()) if use.bank is self), None)
 

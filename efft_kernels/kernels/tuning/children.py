@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 WORKER = [sys.executable, "-m", f"{__package__}.worker"]
+LATE = "no time was left"
 STARTING = 180.0  # seconds until a child's first event: it imports torch and makes a context on the GPU
 
 
@@ -64,7 +65,7 @@ class Child:
             except queue.Empty:
                 self.stop()
                 late = patience > left
-                return Death(at, "no time was left" if late else f"no answer for {patience:.0f} s, stopped", late)
+                return Death(at, LATE if late else f"no answer for {patience:.0f} s, stopped", late)
             if line is None:
                 return self._dead(at, "it ended")
             event = json.loads(line)

@@ -228,7 +228,8 @@ class _Tuner:
             if death is None:
                 return
             if death.out_of_time:
-                self.left += [f"the battery of {backend}: {table.plan_name(plan)} in {dtype}" for plan in missing]
+                late = f" in {dtype}: {children.LATE}"
+                self.left += [f"the battery of {backend}: {table.plan_name(plan)}{late}" for plan in missing]
                 return
             guilty = death.at.get("at")
             if not guilty:
@@ -264,7 +265,7 @@ class _Tuner:
             for op, shape, dtype, needs in jobs:
                 what = f"{op} {str(dtype)[6:]} {','.join(map(str, shape))}" + (f" needs {needs}" if needs else "")
                 if time.monotonic() > self.deadline:
-                    self.left.append(what)
+                    self.left.append(f"{what}: {children.LATE}")
                 else:
                     self._time_one(child, what, op, shape, dtype, needs, each)
         finally:
@@ -348,6 +349,6 @@ def _other_ops(shapes: list[tuple], slices: tuple[int, ...], layers: int) -> lis
 
 
 def _parts(backend: str, missing: list[dict]) -> list[list[dict]]:
-    """The plans for each process of the battery; compiling takes most of Triton's time: one process for each plan"""
-    parts = min({"cuda": AT_ONCE - 2, "cpu": 1}.get(backend, len(missing)), len(missing))
+    """The plans of each job: one of Triton, which compiles long, or of a CPU, where what is done is kept"""
+    parts = min(AT_ONCE - 2 if backend == "cuda" else len(missing), len(missing))
     return [missing[i::parts] for i in range(parts)]
