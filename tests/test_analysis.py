@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from models import LOW_RANK, METHODS, images, shake, timm, vit
+from refusals import refuses
 from torch.utils.flop_counter import FlopCounterMode
 
 import efft_kernels as ek
@@ -69,12 +70,9 @@ def test_rank_is_where_the_directions_end():
     assert subspace_map(a, a).shape == (3, 3)
     wide = torch.randn(20, 5), torch.cat([torch.randn(2, 9), torch.zeros(3, 9)])
     assert subspace_map(wide, a).shape == (2, 3)
-    with pytest.raises(ValueError, match="i must be from 1 to the rank of a, which is 3, got 4"):
-        subspace_similarity(a, a, 4, 1)
-    with pytest.raises(ValueError, match="j must be from 1 to the rank of b, which is 3, got 0"):
-        subspace_similarity(a, a, 1, 0)
-    with pytest.raises(ValueError, match="which is 0"):
-        subspace_map(torch.zeros(4, 4), torch.eye(4))
+    refuses(ValueError, "i must be from 1 to the rank of a, which is 3, got 4", subspace_similarity, a, a, 4, 1)
+    refuses(ValueError, "j must be from 1 to the rank of b, which is 3, got 0", subspace_similarity, a, a, 1, 0)
+    refuses(ValueError, "which is 0", subspace_map, torch.zeros(4, 4), torch.eye(4))
 
 
 def test_bad_matrices():
@@ -83,10 +81,8 @@ def test_bad_matrices():
         subspace_similarity(torch.ones(4), eye, 1, 1)
     with pytest.raises(ValueError, match=r"b must be a matrix .* got \(4, 2\), \(3, 4\)"):
         subspace_similarity(eye, (torch.ones(4, 2), torch.ones(3, 4)), 1, 1)
-    with pytest.raises(ValueError, match="a and b must have as many rows, got 4 and 5"):
-        subspace_similarity(eye, torch.eye(5), 1, 1)
-    with pytest.raises(ValueError, match="a must be finite"):
-        subspace_similarity(eye / 0, eye, 1, 1)
+    refuses(ValueError, "a and b must have as many rows, got 4 and 5", subspace_similarity, eye, torch.eye(5), 1, 1)
+    refuses(ValueError, "a must be finite", subspace_similarity, eye / 0, eye, 1, 1)
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
@@ -113,15 +109,12 @@ def test_ranks_in_16_bits(dtype):
     left, right = torch.randn(768, 16).to(dtype), torch.randn(16, 768).to(dtype)
     assert subspace_map((left, right), (left @ right).to(dtype)).shape == (16, 16)
     for wrong in ([[1.0]], torch.eye(4, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="b must be floating-point tensors, got"):
-            subspace_similarity((left, right), wrong, 1, 1)
+        refuses(TypeError, "b must be floating-point tensors, got", subspace_similarity, (left, right), wrong, 1, 1)
 
 
 def test_updates_need_adapters():
-    with pytest.raises(ValueError, match="must have adapters"):
-        updates(vit())
-    with pytest.raises(ValueError, match="those of dora=True, which scales W, are not"):
-        updates(ek.inject(vit(), METHODS["lora-dora"]))
+    refuses(ValueError, "must have adapters", updates, vit())
+    refuses(ValueError, "those of dora=True, which scales W, are not", updates, ek.inject(vit(), METHODS["lora-dora"]))
 
 
 def test_cost_of_vit_b():
@@ -131,8 +124,7 @@ def test_cost_of_vit_b():
     efft2 = cost(ek.plan(model, ek.EFFTConfig("efft2", rank=r)), rows)
     assert efft2.parameters == 7 * d * r + 6 * blocks * r * r
     assert efft2.frozen_parameters == 12 * blocks * d * d
-    assert efft2.flops == 2 * rows * 12 * blocks * d * d
-    assert efft2.train_flops == 2 * efft2.flops
+    assert efft2.flops == 2 * rows * 12 * blocks * d * d and efft2.train_flops == 2 * efft2.flops
     assert efft2.adapter_flops == 2 * rows * r * blocks * ((d + 3 * d) + (d + d) + 2 * (d + 4 * d))
     assert efft2.adapter_train_flops == 3 * efft2.adapter_flops
     assert efft2.update_flops == 2 * r * r * blocks * (4 * d + 2 * 4 * d)
@@ -146,8 +138,7 @@ def test_cost_of_vit_b():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_cost_counts_what_is_injected(name):
-    plan = ek.plan(vit(), METHODS[name])
-    model = ek.inject(vit(), METHODS[name])
+    plan, model = ek.plan(vit(), METHODS[name]), ek.inject(vit(), METHODS[name])
     pairs = {path: pair for g in model.efft.groups() for path, pair in g.low_rank_pairs("reference").items()}
     x, found = images(2), cost(plan, 2 * vit().pos_embed.shape[1])
     with torch.no_grad(), FlopCounterMode(display=False) as adapted:
@@ -164,5 +155,4 @@ def test_cost_counts_what_is_injected(name):
 
 @pytest.mark.parametrize("rows", [0, -1, 2.0, None, math.inf])
 def test_bad_rows(rows):
-    with pytest.raises(ValueError, match="rows must be an int of at least 1"):
-        cost(ek.plan(vit(), METHODS["efft2"]), rows)
+    refuses(ValueError, "rows must be an int of at least 1", cost, ek.plan(vit(), METHODS["efft2"]), rows)

@@ -51,8 +51,7 @@ def module_name(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """names of this package's modules that a file imports, anywhere in it, relative to the package"""
-    inside = list(path.relative_to(PACKAGE).parent.parts)
-    names = set()
+    inside, names = list(path.relative_to(PACKAGE).parent.parts), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = inside[: len(inside) - node.level + 1] + (node.module.split(".") if node.module else [])

@@ -207,8 +207,7 @@ def test_the_vit_of_torchvision(tmp_path):
         ek.save_adapter(model, tmp_path / f"{number}.safetensors")
         saved.append(model(x).detach())
         ek.inject(make(), EFFT, backend="reference")(x).sum().backward()
-    before = make()(x)
-    bank_of = make()
+    before, bank_of = make()(x), make()
     bank = AdapterBank(bank_of)
     for number in range(2):
         bank.add(str(number), tmp_path / f"{number}.safetensors")
@@ -247,8 +246,7 @@ def test_what_cannot_be_adapted_is_named():
     model.blocks = nn.ModuleList([nn.ModuleDict({"attn": OtherAttention(E, H), "mlp": mlp})])
     (left,) = ek.plan(model, EFFT).left_out
     assert (left.path, left.kind, left.unexpected) == ("blocks.0.attn", "OtherAttention", True)
-    adapted = ek.inject(Block(batch_first=True), EFFT, head="keep")
-    x = torch.randn(B, S, E)
+    adapted, x = ek.inject(Block(batch_first=True), EFFT, head="keep"), torch.randn(B, S, E)
     for given, kind, said in (
         (dict(attn_mask=torch.zeros(S, S + 1)), ValueError, r"attn_mask must be \[3, 3\] or \[4, 3, 3\], got \[3, 4\]"),
         (dict(key_padding_mask=torch.zeros(B, S, dtype=torch.int64)), TypeError, "key_padding_mask must be a bool or"),
@@ -308,8 +306,7 @@ class Beit(nn.Module):
 @pytest.mark.parametrize("how", ["named", "positional", "function"])
 def test_weights_that_are_read_past_the_linear(how):
     x, model = torch.randn(B, S, E, requires_grad=True), Beit(how)
-    kind = type(model.blocks[0]["attn"])
-    before = model(x)
+    kind, before = type(model.blocks[0]["attn"]), model(x)
     ek.inject(model, EFFT, head="keep")
     torch.testing.assert_close(model(x), before)
     shake(model, 0.5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from models import PLAIN, gradients, images, loss_of, shake, vit
+from refusals import refuses
 from test_attention import pickled
 from torch import nn
 from torch.nn.utils import prune
@@ -180,8 +181,7 @@ def test_training_moves_only_factors_and_head(base):
     x = images()
     start = model.eval()(x)
     torch.testing.assert_close(start, bare(base)(x), **near(base))
-    optimizer = torch.optim.SGD(ek.adapter_parameters(model.train()), lr=0.01)
-    losses = []
+    optimizer, losses = torch.optim.SGD(ek.adapter_parameters(model.train()), lr=0.01), []
     for _ in range(4):
         optimizer.zero_grad()
         loss = loss_of(model, x)
@@ -222,8 +222,7 @@ def test_every_method(base):
 
 @pytest.mark.parametrize("base", QUANTIZED)
 def test_activation_dropout_and_autocast(base):
-    model = shake(ek.inject(make(base), ek.FacTConfig(rank=4, activation_dropout=0.5)))
-    x = images()
+    model, x = shake(ek.inject(make(base), ek.FacTConfig(rank=4, activation_dropout=0.5))), images()
     torch.manual_seed(1)
     a, b = model.train()(x), model(x)
     assert not torch.equal(a, b)
@@ -270,8 +269,7 @@ def test_adapter_files_fit_quantized_and_plain_alike(base, shaken, tmp_path):
 
 def test_off_and_gone(base):
     model = bare(base)
-    types = _classes(model)
-    x = images()
+    types, x = _classes(model), images()
     with torch.no_grad():
         before = model(x)
     shake(ek.inject(model, PLAIN, head="keep"))
@@ -288,8 +286,7 @@ def test_merge_is_refused_or_dequantizes(base, shaken):
     model, x, want = shaken
     keys, types = list(model.state_dict()), _classes(model)
     says = "blocks.0.attn.qkv is quantized" if base in QUANTIZED else "blocks.0.attn.qkv recomputes its weight"
-    with pytest.raises(ValueError, match=f"{says}.*dequantize=True"):
-        ek.merge(model)
+    refuses(ValueError, f"{says}.*dequantize=True", ek.merge, model)
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model(x), want, **near(base))
 
@@ -309,8 +306,7 @@ def test_a_bank_refuses_it_by_name(base, tmp_path):
     bank = ek.serving.AdapterBank(model)
     with torch.no_grad():
         before = model(x)
-        with pytest.raises(ValueError, match="'a' adapts blocks.0.attn.qkv, whose weight must be plain in a bank"):
-            bank.add("a", path)
+        refuses(ValueError, "'a' adapts blocks.0.attn.qkv, whose weight must be plain in a bank", bank.add, "a", path)
         torch.testing.assert_close(model(x), before, **near(base))
     assert len(bank) == 0
 
@@ -320,20 +316,17 @@ def test_merge_of_a_weight_that_others_use_is_refused():
     model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
     x = images()
     want = tied(x)  # an adapter that is not merged does not change the tied module
-    with pytest.raises(ValueError, match="blocks.0.mlp.fc1 shares its weight with blocks.1.mlp.fc1.weight"):
-        ek.merge(model)
+    refuses(ValueError, "blocks.0.mlp.fc1 shares its weight with blocks.1.mlp.fc1.weight", ek.merge, model)
     assert torch.equal(model(x), want)
 
 
 @pytest.mark.parametrize("base", QUANTIZED)
 def test_a_quantized_head_is_not_trained(base):
-    model = make(base)
-    head = vit()
+    model, head = make(base), vit()
     head.blocks = nn.Sequential(head.head)
     model.head = BASES[base](head).blocks[0]
     keys = list(model.state_dict())
-    with pytest.raises(ValueError, match="head is quantized .* cannot be trained: .*head='keep'"):
-        ek.inject(model, PLAIN)
+    refuses(ValueError, "head is quantized .* cannot be trained: .*head='keep'", ek.inject, model, PLAIN)
     assert list(model.state_dict()) == keys
     assert ek.inject(model, PLAIN, head=7)(images()).shape == (2, 7)
 
@@ -343,14 +336,12 @@ def test_a_base_without_a_gradient_of_its_input_is_refused():
     shake(ek.inject(model, PLAIN))
     with torch.no_grad():
         assert model(images()).isfinite().all()
-    with pytest.raises(RuntimeError, match=r"blocks.0.mlp.fc\d|blocks.0.attn.proj passes no gradient to its input"):
-        model(images())
+    refuses(RuntimeError, r"blocks.0.mlp.fc\d|blocks.0.attn.proj passes no gradient to its input", model, images())
 
 
 def test_quantizing_what_is_injected():
     torch.manual_seed(0)
-    model = QUANTIZED["torchao-int8"](shake(ek.inject(vit(), PLAIN)))
-    other = make("torchao-int8")
+    model, other = QUANTIZED["torchao-int8"](shake(ek.inject(vit(), PLAIN))), make("torchao-int8")
     ek.inject(other, PLAIN).efft.load_state_dict(model.efft.state_dict())
     x = images()
     torch.testing.assert_close(model(x), other(x))
@@ -370,8 +361,7 @@ def test_from_linear():
     inputs = x, layer.u, layer.sigma, layer.v
     for got, wanted in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (layer(x), want))):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
-    with pytest.raises(ValueError, match="must be plain to be merged into, got torchao's Int8Tensor; dequantize"):
-        layer.merge()
+    refuses(ValueError, "must be plain to be merged into, got torchao's Int8Tensor; dequantize", layer.merge)
 
 
 def test_from_linear_points_to_inject():

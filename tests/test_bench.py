@@ -99,8 +99,7 @@ def test_variants_are_named_once_and_explained():
 
 
 def test_interleave_turns_the_order_and_the_copies():
-    calls = []
-    variants = {name: [(name, copy) for copy in range(2)] for name in "abc"}
+    calls, variants = [], {name: [(name, copy) for copy in range(2)] for name in "abc"}
     rounds = list(timing.interleave(variants, lambda call: calls.append(call) or [], 4))
     assert len(rounds) == 4 and all(set(laps) == set("abc") for laps in rounds)
     order = ["".join(name for name, _ in calls[at : at + 3]) for at in range(0, 12, 3)]
@@ -178,8 +177,7 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
 def test_bad_arguments(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as error:
         bench_forward.main(arguments)
-    assert error.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sizes", [["--rows", "40", "40"], ["--batch", "4", "4", "--dtype", "float32", "float32"]])

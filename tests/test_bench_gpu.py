@@ -25,8 +25,7 @@ def test_a_dry_run_exercises_every_step(tmp_path):
     if simulator.compiler() is None:
         pytest.skip("the simulator needs a C++ compiler")
     pytest.importorskip("triton")
-    out = tmp_path / "out"
-    run = gpu.Run(tmp_path, 15)
+    out, run = tmp_path / "out", gpu.Run(tmp_path, 15)
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--minutes", "10", "--out", str(out), "--no-train"]
     before = table.SHIPPED.read_bytes()
     run.step("dry", command, 900)

@@ -164,8 +164,7 @@ def facts(row):
 
 def test_memory_of_a_step_alone(tmp_path, capsys):
     options = ["--memory", "--autocast", "--methods", "efft2", "--out", str(tmp_path / "a")]
-    assert bench_train_step.main([*SIZES, *options]) == 0
-    assert "saved" in capsys.readouterr().out
+    assert bench_train_step.main([*SIZES, *options]) == 0 and "saved" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["train_step.csv", "train_step.json"]
     rows = {row["method"]: row for row in read_run(tmp_path / "a" / "train_step.json")["results"]}
     assert rows.keys() == {"merged", "efft2"} and all("ms" not in row for row in rows.values())
@@ -195,8 +194,7 @@ def test_train_step(model, tmp_path, capsys):
         assert facts(row) == COMMON | {"pass", "trained", "trained_without_head", "ops", "loss"} | {
             "saved_bytes", "peak_bytes", "optimizer_bytes", "kept_bytes",
         }  # fmt: skip
-        assert row["rounds"] == 3 and row["loss"] > 0
-        assert 0 < row["q1"] <= row["ms"] <= row["q3"]
+        assert row["rounds"] == 3 and row["loss"] > 0 and 0 < row["q1"] <= row["ms"] <= row["q3"]
         assert row["method"] != "merged" or spread_of(row, "merged") == (1, 1, 1)
     steps = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "step"}
     bare = {(row["dtype"], row["method"]): row for row in rows if row["pass"] == "forward+backward"}
@@ -289,8 +287,7 @@ def test_reasons():
 def test_inference(tmp_path, capsys):
     chosen = ["merged", "released_efft", "efft2", "efft1"]
     options = ["--methods", *chosen, "--dtype", "float32", "bfloat16", "--out", str(tmp_path / "run")]
-    assert bench_inference.main([*SIZES, *options]) == 0
-    assert "set_adapter" in capsys.readouterr().out
+    assert bench_inference.main([*SIZES, *options]) == 0 and "set_adapter" in capsys.readouterr().out
     record = check_files(tmp_path / "run", "inference", tmp_path)
     assert record.keys() == RECORD | {"operations", "adapter_bytes"}
     rows = record["results"]
@@ -318,8 +315,7 @@ def test_interrupted(script, tmp_path, capsys, monkeypatch):
     assert script.main([*SIZES, "--lora-rank", "2", "--methods", "efft2", "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
     record = read_run(next(tmp_path.glob("*.json")))
-    assert record["complete"] is False
-    assert {row["rounds"] for row in record["results"]} == {2}
+    assert record["complete"] is False and {row["rounds"] for row in record["results"]} == {2}
 
 
 def test_a_killed_run_keeps_its_rounds(tmp_path, monkeypatch):
@@ -376,5 +372,4 @@ BAD = [
 def test_bad_arguments(script, arguments, sentence, capsys):
     with pytest.raises(SystemExit) as error:
         script.main(arguments)
-    assert error.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert error.value.code == 2 and sentence in capsys.readouterr().err

@@ -49,12 +49,10 @@ def test_points_are_those_of_the_record(record):
 
 
 def test_the_chart_shows_every_point_under_the_roof(record, monkeypatch):
-    drawn = []
-    panel = roofline.panel
+    drawn, panel = [], roofline.panel
     monkeypatch.setattr(roofline, "panel", lambda axis, *rest: (panel(axis, *rest), drawn.append(axis)))
     before = record.read_bytes()
-    assert roofline.main([str(record)]) == 0
-    assert record.read_bytes() == before
+    assert roofline.main([str(record)]) == 0 and record.read_bytes() == before
     image = record.with_name("roofline.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
     points = roofline.panels(read_run(record))
@@ -94,8 +92,7 @@ def without(key, record):
     ],
 )  # fmt: skip
 def test_what_is_no_record(spoil, said, record, tmp_path):
-    path = tmp_path / "forward.json"
-    spoiled = spoil(read_run(record))
+    path, spoiled = tmp_path / "forward.json", spoil(read_run(record))
     if isinstance(spoiled, dict):
         write_csv(path.with_suffix(".csv"), spoiled.pop("results"))
     if spoiled is not None:

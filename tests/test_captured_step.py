@@ -50,8 +50,7 @@ def _eager(model, optimizer):
 
 def _whole_step(model, optimizer):
     images, labels = _images(0)
-    before = [p.detach().clone() for p in model.parameters()]
-    stream = torch.cuda.Stream()
+    before, stream = [p.detach().clone() for p in model.parameters()], torch.cuda.Stream()
     with torch.cuda.stream(stream):
         _step(model, optimizer, images, labels)  # makes the optimizer's state
     torch.cuda.synchronize()

@@ -224,8 +224,7 @@ def test_what_is_not_finite_stays_in_its_row(way, dtype):
     y, p = way.module.lowrank_linear(x, weight, bias, down, up)
     # Triton's tiles multiply by the zeros that pad the ranks, which makes nan of inf in y
     assert not torch.isfinite(y[5]).any() if "triton" in way.name else (y[5] == float("inf")).all()
-    assert (p[5] == float("inf")).all()
-    assert y[9].isnan().all() and p[9].isnan().all()
+    assert (p[5] == float("inf")).all() and y[9].isnan().all() and p[9].isnan().all()
     assert torch.isfinite(y).sum() == 68 * 48 and torch.isfinite(p).sum() == 68 * 3
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, check_group_update, exactly
 from operands import make
+from refusals import refuses
 
 from efft_kernels import lowrank_linear
 from efft_kernels.kernels import build, cpu, cpu_rules, processor, reference
@@ -125,8 +126,7 @@ def test_a_few_rows_that_do_not_fit_are_left_to_the_caller():
     assert not few_rows._fit(x, weight[:0], None, u, sigma, v[:, :0])
     u.untyped_storage().resize_(0)
     for module in (cpu, reference):
-        with pytest.raises(RuntimeError, match="u must have memory"):
-            module.few_rows(*good)
+        refuses(RuntimeError, "u must have memory", module.few_rows, *good)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,8 +228,7 @@ def test_bits_depend_on_neither_run_nor_threads(shape, threads):
 def test_concurrent_calls(threads):
     tensors = [make(60, 100, 64, 16) for _ in range(2)]
     tensors[1] = (tensors[1][0], tensors[0][1], *tensors[1][2:])  # one frozen weight, two adapters
-    wanted = [everything(*t) for t in tensors]
-    failures = []
+    wanted, failures = [everything(*t) for t in tensors], []
 
     def work(i):
         for _ in range(50):
@@ -434,12 +433,10 @@ def test_a_compiled_library_is_kept_in_the_cache_folder_and_compiled_once(compil
 
 def test_a_compiler_that_fails_or_is_missing(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(RuntimeError, match="false failed"):
-        build.compile_library("cpu", "the CPU kernels")
+    refuses(RuntimeError, "false failed", build.compile_library, "cpu", "the CPU kernels")
     assert not list(tmp_path.glob(".cache/efft_kernels/*"))
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
-    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
-        build.compile_library("cpu", "the CPU kernels")
+    refuses(RuntimeError, "no C\\+\\+ compiler", build.compile_library, "cpu", "the CPU kernels")
 
 
 def test_a_library_of_other_sources_is_not_used(tmp_path, monkeypatch):
@@ -462,15 +459,12 @@ def test_refusals():
     assert cpu.unsupported("lowrank_linear", x, weight, bias, down, up) is None
     assert "int64" in cpu.unsupported("lowrank_linear", x.long(), weight, bias, down, up)
     assert "meta" in cpu.unsupported("lowrank_linear", x.to("meta"), weight, bias, down, up)
-    with pytest.raises(RuntimeError, match=r"down must be \[8, 2\], got \[2, 8\]"):
-        cpu.lowrank_linear(x, weight, bias, down.t(), up)
-    with pytest.raises(RuntimeError, match="isa must be one of"):
-        cpu.set_isa("none such")
+    refuses(RuntimeError, r"down must be \[8, 2\], got \[2, 8\]", cpu.lowrank_linear, x, weight, bias, down.t(), up)
+    refuses(RuntimeError, "isa must be one of", cpu.set_isa, "none such")
 
 
 def test_the_compiled_operators_refuse_what_would_crash():
-    ops = torch.ops.efft_cpu
-    z = torch.zeros
+    ops, z = torch.ops.efft_cpu, torch.zeros
     packed = ops.pack(z(8, 8), False)
     for call in (
         lambda: ops.group_update(z(2, 3, 0), z(0, 4), 1.0),
@@ -487,8 +481,7 @@ def test_the_compiled_operators_refuse_what_would_crash():
         lambda: ops.lowrank_linear(z(3, 8), z(packed.numel()), None, z(8, 2), z(2, 8)),
         lambda: ops.lowrank_linear_backward(z(3, 0), None, None, z(8, 2), z(2, 0), None),
     ):
-        with pytest.raises(RuntimeError, match="must"):
-            call()
+        refuses(RuntimeError, "must", call)
 
 
 @pytest.fixture
@@ -524,10 +517,8 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
         asked = lambda dx: rules("lowrank_linear_backward", dy, x, weight, down, up, needs=[dx, 0, 0, 1, 1])
         assert asked(True) is None and "factors" in asked(False)
         return
-    assert slower(197, 768, 768, torch.float32) is None
-    assert slower(197, 3072, 768, torch.float32) is None
-    assert slower(788, 3072, 768, torch.bfloat16) is None
-    assert slower(2, 64, 64, torch.bfloat16) is None
+    assert slower(197, 768, 768, torch.float32) is None and slower(197, 3072, 768, torch.float32) is None
+    assert slower(788, 3072, 768, torch.bfloat16) is None and slower(2, 64, 64, torch.bfloat16) is None
     assert rules("merge_", *make(1, 8, 8, 2)[1:4]) is not None
     assert rules("merge_", *make(1, 8, 8, 2, torch.bfloat16)[1:4]) is None
     trained = make(197, 768, 768, 4)
@@ -537,8 +528,7 @@ def test_plain_torch_where_it_is_as_fast(isa, rules):
         assert "too small" in slower(197, 64, 64, torch.float32)
         assert "in blocks" in slower(788, 3072, 768, torch.float32)
     else:
-        assert slower(1, 768, 768, torch.float32) is None
-        assert slower(1, 768, 768, torch.bfloat16) is None
+        assert slower(1, 768, 768, torch.float32) is None and slower(1, 768, 768, torch.bfloat16) is None
         assert "1 rows" in slower(1, 64, 64, torch.bfloat16)
         assert "too small" in slower(3136, 64, 64, torch.bfloat16)
         backward = lambda M: rules("lowrank_linear_backward", *(make(M, 768, 768, 4)[i] for i in (5, 0, 1, 3, 4)))
@@ -557,8 +547,7 @@ def test_rules_of_the_other_products(isa, rules, dtype):
         forward = rules("mixed_linear", x, weight, bias, downs, ups, ids)
         return forward, rules("mixed_linear_backward", dy, x, weight, downs, ups, x @ down, ids)
 
-    assert mixed(197) == (None, None)
-    assert all("rows" in reason for reason in mixed(1))
+    assert mixed(197) == (None, None) and all("rows" in reason for reason in mixed(1))
 
 
 def test_rules_of_one_make_are_not_those_of_another(on_processor):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from models import METHODS, adapted, assert_bits, assert_same, gradients, images, loss_of, shake, vit
+from refusals import refuses
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -46,8 +47,7 @@ def test_rows_of_zeros_keep_the_update_alone():
         group.magnitude[:5] = 0  # shake moved them
         pair = group.low_rank_pairs()["blocks.0.attn.qkv"]
         torch.testing.assert_close(linear(x)[:, :5], (x @ pair.down @ pair.up + linear.bias)[:, :5])
-    with pytest.raises(RuntimeError, match="magnitudes of dora=True cannot be initialised without the weights"):
-        group.reset_parameters()
+    refuses(RuntimeError, "magnitudes of dora=True cannot be initialised without the weights", group.reset_parameters)
 
 
 def test_an_update_that_cancels_the_weight_leaves_finite_norms():
@@ -88,8 +88,7 @@ def test_attention_of_torch(tmp_path):
     attention, (x, z) = model["blocks"][0]["attn"], torch.randn(2, 2, 4, 16, dtype=torch.float64)
     shake(ek.inject(model, METHODS["lora-dora"], head="keep"), 0.3)
     found = [attention(*inputs)[0] for inputs in ((x, x, x), (x, z, z))]
-    with pytest.raises(ValueError, match="where PEFT has no dora"):
-        ek.export_lora(model, tmp_path)
+    refuses(ValueError, "where PEFT has no dora", ek.export_lora, model, tmp_path)
     ek.merge(model)
     for inputs, want in zip(((x, x, x), (x, z, z)), found):
         torch.testing.assert_close(attention(*inputs)[0], want)
@@ -98,16 +97,14 @@ def test_attention_of_torch(tmp_path):
 def test_refusals(tmp_path):
     model = vit()
     parametrizations.weight_norm(model.blocks[0].attn.qkv)
-    with pytest.raises(ValueError, match="dora=True needs a plain weight in blocks.0.attn.qkv"):
-        ek.inject(model, METHODS["lora-dora"])
+    refuses(ValueError, "dora=True needs a plain weight in blocks.0.attn.qkv", ek.inject, model, METHODS["lora-dora"])
     with pytest.raises(ValueError, match="dora=True needs factor_dtype=torch.float32 or wider"):
         ek.inject(vit(), METHODS["lora-dora"], factor_dtype=torch.bfloat16)
     with torch.no_grad():
         (model := vit()).blocks[1].attn.qkv.weight[3] = 0
     with pytest.raises(ValueError, match="row of zeros, for which PEFT's dora gives NaN"):
         ek.export_lora(ek.inject(model, METHODS["lora-dora"]), tmp_path / "lora")
-    with pytest.raises(TypeError, match="dora"):
-        ek.VeRAConfig(dora=True)
+    refuses(TypeError, "dora", ek.VeRAConfig, dora=True)
     linear, wrapped = adapted(METHODS["lora-dora"]).blocks[0].attn.qkv, type("Wrapped", (torch.Tensor,), {})
     wrapped.__tensor_flatten__ = None  # as a quantized weight has it, which a module around the Linear reads
     with pytest.raises(ValueError, match="dora=True needs a plain weight in blocks.0.attn.qkv"):

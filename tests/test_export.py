@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models import METHODS, images, shake, timm, vit
+from refusals import refuses
 from safetensors.torch import load_file
 
 import efft_kernels as ek
@@ -110,16 +111,13 @@ def test_refusals(tmp_path):
         (blocks(layer(batch_first=True)), ("q",), "blocks.0.self_attn.in_proj has a weight that its model reads"),
     ):
         ek.inject(model, ek.LoRAConfig(rank=2, targets=targets), head="keep")
-        with pytest.raises(ValueError, match=said):
-            ek.export_lora(model, tmp_path / "lora")
+        refuses(ValueError, said, ek.export_lora, model, tmp_path / "lora")
     model = vit()
     model.more = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="more must not be a ModuleList"):
         ek.export_lora(ek.inject(model, ek.LoRAConfig(rank=2), train=("more",)), tmp_path / "lora")
     _, model = adapted(ek.LoRAConfig(rank=2))
-    with pytest.raises(ValueError, match="name must be one of"):
-        ek.export_lora(model, tmp_path / "lora", name="other")
+    refuses(ValueError, "name must be one of", ek.export_lora, model, tmp_path / "lora", name="other")
     model.blocks[0].attn.qkv = torch.nn.Linear(192, 576)
-    with pytest.raises(ValueError, match="must be the Linear that inject adapted"):
-        ek.export_lora(model, tmp_path / "lora")
+    refuses(ValueError, "must be the Linear that inject adapted", ek.export_lora, model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import LOW_RANK, METHODS, PLAIN, adapted, images, shake, vit
+from refusals import refuses
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +24,7 @@ def dtypes(model) -> set:
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_are_float32_beside_low_weights_and_compute_what_the_weights_dtype_would(method, dtype):
-    wide = adapted(METHODS[method])
-    model = ek.inject(vit().to(dtype), METHODS[method])
+    wide, model = adapted(METHODS[method]), ek.inject(vit().to(dtype), METHODS[method])
     assert dtypes(model) == {torch.float32}
     model.efft.load_state_dict(wide.efft.state_dict())
     low = copy.deepcopy(model)
@@ -79,8 +79,7 @@ def test_casting_a_model_leaves_the_factors_as_precise_as_they_were(cast):
 
 def test_float64_models_have_float64_factors():
     assert dtypes(ek.inject(vit().double(), PLAIN)) == {torch.float64}
-    assert dtypes(adapted().double()) == {torch.float64}
-    assert dtypes(adapted().double().float()) == {torch.float32}
+    assert dtypes(adapted().double()) == {torch.float64} and dtypes(adapted().double().float()) == {torch.float32}
     assert ek.EFFTLinear(8, 8, rank=2, dtype=torch.float64).u.dtype == torch.float64
     layer = ek.EFFTLinear(8, 8, rank=2, bias=False)
     layer.load_state_dict({"weight": layer.weight.double()}, strict=False, assign=True)  # and not the factors
@@ -101,12 +100,9 @@ def test_another_factor_dtype():
             layer(torch.randn(2, 8, dtype=weights)).sum().backward()
             assert layer.v.grad.dtype == factors
     for bad in (torch.int8, "float32", None):
-        with pytest.raises(TypeError, match="factor_dtype must be"):
-            ek.inject(vit(), PLAIN, factor_dtype=bad)
-        with pytest.raises(TypeError, match="factor_dtype must be"):
-            ek.EFFTLinear(8, 8, rank=2, factor_dtype=bad)
-        with pytest.raises(TypeError, match="factor_dtype must be"):
-            AdapterBank(vit(), factor_dtype=bad)
+        refuses(TypeError, "factor_dtype must be", ek.inject, vit(), PLAIN, factor_dtype=bad)
+        refuses(TypeError, "factor_dtype must be", ek.EFFTLinear, 8, 8, rank=2, factor_dtype=bad)
+        refuses(TypeError, "factor_dtype must be", AdapterBank, vit(), factor_dtype=bad)
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
@@ -187,8 +183,7 @@ def test_merge_rounds_the_sum_alone_also_under_autocast(method, dtype):
             with pytest.warns(UserWarning, match="to rounding"):
                 ek.merge(model)
     for path, update in updates.items():
-        want = before[path] + update
-        weight = model.get_submodule(path).weight
+        want, weight = before[path] + update, model.get_submodule(path).weight
         tolerance = dict(rtol=1e-6, atol=1e-7) if dtype == torch.float32 else dict(rtol=2**-8, atol=0)
         torch.testing.assert_close(weight.float(), want, **tolerance)
         if dtype != torch.float32:  # the nearest bfloat16 number, but for ties
@@ -225,8 +220,7 @@ def test_one_graph_casts_the_factors_too(autocast):
     model = model if autocast else model.bfloat16()
     x, context = images(dtype=model.head.weight.dtype), torch.autocast("cpu", torch.bfloat16, enabled=autocast)
     with context:
-        want = model(x)
-        got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        want, got = model(x), torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     assert torch.equal(got, want)
     got.float().sum().backward()
     assert model.efft.default.attn.v.grad.dtype == torch.float32

@@ -132,8 +132,7 @@ def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
     assert {path.name for path in apart.parent.iterdir()} == {"m.onnx", "m.onnx.data"}
     again = runtime.InferenceSession(str(apart)).run(None, {"pixels": pixels.numpy()})[0]
     assert np.array_equal(again, session.run(None, {"pixels": pixels.numpy()})[0])
-    original = exporting._FromPixels.forward
-    calls = []
+    original, calls = exporting._FromPixels.forward, []
 
     def other(self, pixels):  # the first calls are traced, the last ones checked
         calls.append(1)
@@ -182,8 +181,7 @@ def test_compare(run, tmp_path, capsys):
 @pytest.mark.usefixtures("undrawn")
 def test_several_labels_per_image(tmp_path, capsys, monkeypatch):
     """Scores are means over the classes that some image has, and do not depend on the range of a batch's logits."""
-    sets = [["sea"], ["sea", "sky"], [], ["sky"]]
-    lines = []
+    sets, lines = [["sea"], ["sea", "sky"], [], ["sky"]], []
     for i in range(24):
         picture(tmp_path / "images" / f"{i}.png", i)
         labels = sets[i % 4] + ["rare"] * (i == 3)

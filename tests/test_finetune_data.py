@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import timm
+from refusals import refuses
 
 pytest.importorskip("PIL")
 timm()
@@ -51,8 +52,7 @@ def lists(root, name="cifar", n=4):
 
 def test_folder_of_classes(tmp_path):
     found = open_data(folder(tmp_path), 16)
-    assert found.classes == ("cat", "dog") and found.val is None
-    assert (len(found.train), len(found.test)) == (8, 2)
+    assert found.classes == ("cat", "dog") and found.val is None and (len(found.train), len(found.test)) == (8, 2)
     pixels, label = found.test[1]
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and label == 1
     again = open_data(tmp_path, 16, hold_out=True)
@@ -68,8 +68,7 @@ def test_vtab_lists(tmp_path):
     root = lists(tmp_path)
     whole, held = open_data(root, 16), open_data(root, 16, hold_out=True)
     assert (len(whole.train), whole.val, len(whole.test)) == (6, None, 3)
-    assert (len(held.train), len(held.val), len(held.test)) == (4, 2, 3)
-    assert len(whole.classes) == 100
+    assert (len(held.train), len(held.val), len(held.test)) == (4, 2, 3) and len(whole.classes) == 100
     assert whole.train.labels == [0, 1, 2, 3, 0, 1]
 
 
@@ -78,8 +77,7 @@ def test_source(monkeypatch):
     images = np.arange(5 * 8 * 8, dtype=np.uint8).reshape(5, 8, 8)
     part = lambda at: Arrays("toy", images[at], [0, 1, 0, 1, 1][at])
     source("toy")(lambda: Source(part(slice(3)), part(slice(3, 4)), part(slice(4, 5)), ("a", "b"), protocol=True))
-    assert len(open_data("toy", 16).train) == 4
-    assert len(open_data("toy", 16, hold_out=True).val) == 1
+    assert len(open_data("toy", 16).train) == 4 and len(open_data("toy", 16, hold_out=True).val) == 1
 
 
 def test_whole_picture_resized(tmp_path):
@@ -180,8 +178,7 @@ def test_label_beyond_all_images(tmp_path):
     root = lists(tmp_path, "mine")
     picture(root / "images/test/im 9.png")
     broken_line(root, "images/test/im 9.png 1000000", "test")
-    with pytest.raises(DataError, match="test.txt, line 4, has the label 1000000, more than 6 .* set classes"):
-        open_data(root, 16)
+    refuses(DataError, "test.txt, line 4, has the label 1000000, more than 6 .* set classes", open_data, root, 16)
     assert len(open_data(lists(tmp_path, "other"), 16).classes) == 4
 
 
@@ -207,8 +204,7 @@ def test_folder_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "photos/cat")
 
     monkeypatch.setattr(folders, "_class_folders", forbidden)
-    with pytest.raises(DataError, match="photos/cat cannot be read: Permission denied"):
-        open_data(folder(tmp_path), 16)
+    refuses(DataError, "photos/cat cannot be read: Permission denied", open_data, folder(tmp_path), 16)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "text", "cut"])
@@ -244,13 +240,10 @@ def test_wrong_folders(make, words, tmp_path):
 
 def test_wrong_names(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "SOURCES", {})
-    with pytest.raises(DataError, match="data must be a folder or a .csv file, got 'nowhere'"):
-        open_data("nowhere")
+    refuses(DataError, "data must be a folder or a .csv file, got 'nowhere'", open_data, "nowhere")
     source("digits")(lambda: None)
-    with pytest.raises(DataError, match="data must be a folder or a .csv file or one of digits, got 'nowhere'"):
-        open_data("nowhere")
-    with pytest.raises(DataError, match="classes must be at least the 2"):
-        open_data(folder(tmp_path), classes=1)
+    refuses(DataError, "data must be a folder or a .csv file or one of digits, got 'nowhere'", open_data, "nowhere")
+    refuses(DataError, "classes must be at least the 2", open_data, folder(tmp_path), classes=1)
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop", "rand"])

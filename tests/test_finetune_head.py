@@ -30,8 +30,7 @@ def begun(data, out, **changes):
     """A run that is prepared, before its first step."""
     torch.set_num_threads(1)
     settings = tiny(data, out, **{**PROBE, **changes})
-    accelerator = prepared.make_accelerator(settings)
-    opened = prepared.open_images(settings, 1)
+    accelerator, opened = prepared.make_accelerator(settings), prepared.open_images(settings, 1)
     return prepared.prepare(settings, accelerator, out, opened, show=False)[0]
 
 

@@ -85,8 +85,7 @@ def test_learns_changes_only_its_own_and_comes_back_from_a_file(name, tmp_path):
     model = prepared(name)
     before = {key: t.clone() for key, t in model.state_dict().items()}
     x, labels = images(8), torch.arange(8) % 4
-    optimizer = torch.optim.AdamW(methods.trainable_parameters(model), lr=3e-3)
-    losses = []
+    optimizer, losses = torch.optim.AdamW(methods.trainable_parameters(model), lr=3e-3), []
     for _ in range(12):
         methods.train_mode(model)
         loss = F.cross_entropy(model(x), labels)
@@ -131,11 +130,9 @@ def test_a_file_is_whole_with_batch_norms(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"ssf", "vpt-shallow", "vpt-deep", "noah"}))
 def test_starts_where_the_backbone_is(name):
-    model = vit(num_classes=4)
-    x = images()
+    model, x = vit(num_classes=4), images()
     with torch.no_grad():
-        before = model(x)
-        after = methods.apply(name, model, SMALL.get(name)).eval()(x)
+        before, after = model(x), methods.apply(name, model, SMALL.get(name)).eval()(x)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
@@ -157,8 +154,7 @@ def test_prompts_by_hand():
     """VPT-deep is attention over tokens that each block replaces, in any position."""
     bound = (6 / (3 * 16**2 + 192)) ** 0.5  # Xavier's, of the patch embedding
     assert 0.99 * bound < Prompt(100, 192, 16).tokens.abs().max() <= bound
-    model = prepared("vpt-deep")
-    x = images()
+    model, x = prepared("vpt-deep"), images()
     with torch.no_grad():
         tokens = model._pos_embed(model.patch_embed(x))
         hooks = [(block._forward_pre_hooks, block._forward_hooks) for block in model.blocks]

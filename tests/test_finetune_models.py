@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import images, swin, timm, vit, vit_of_transformers
+from refusals import refuses
 from safetensors.torch import save_file
 
 from efft_kernels.finetune.models import logits, make_model, normalisation
@@ -40,8 +41,7 @@ def assert_loaded(model, source):
 @pytest.mark.parametrize("name, make", [("vit_base_patch16_224", vit), ("swin_tiny_patch4_window7_224", swin)])
 def test_files(kind, name, make, tmp_path):
     options = SIZES if make is vit else dict(window_size=2, embed_dim=32, depths=(1, 1))
-    source = make(num_classes=21, **options)
-    path = tmp_path / kind
+    source, path = make(num_classes=21, **options), tmp_path / kind
     if kind.endswith("safetensors"):
         save_file({key: t.contiguous() for key, t in source.state_dict().items()}, path)
     else:
@@ -110,8 +110,7 @@ def test_npz_of_the_original_vit(tmp_path):
     ],
 )
 def test_weights_that_do_not_fit(content, words, tmp_path):
-    path = tmp_path / "w.pth"
-    made = content()
+    path, made = tmp_path / "w.pth", content()
     path.write_bytes(made) if isinstance(made, bytes) else torch.save(made, path)
     with pytest.raises(ValueError) as error:
         make_model("vit_base_patch16_224", 5, 32, str(path))
@@ -122,8 +121,7 @@ def test_weights_that_do_not_fit(content, words, tmp_path):
 
 
 def test_weights_are_named():
-    with pytest.raises(ValueError, match="checkpoint must name"):
-        make_model("vit_base_patch16_224", 5)
+    refuses(ValueError, "checkpoint must name", make_model, "vit_base_patch16_224", 5)
     with pytest.raises(FileNotFoundError, match="no checkpoint nothing.pth"):
         make_model("vit_base_patch16_224", 5, checkpoint="nothing.pth")
 
@@ -131,8 +129,7 @@ def test_weights_are_named():
 def test_folder_of_transformers(tmp_path):
     source = vit_of_transformers(num_labels=21)
     source.save_pretrained(tmp_path)
-    model = make_model(f"hf:{tmp_path}", 5)
-    want = source.state_dict()
+    model, want = make_model(f"hf:{tmp_path}", 5), source.state_dict()
     assert all(torch.equal(t, want[key]) for key, t in model.state_dict().items() if not key.startswith("classifier"))
     wrapped = torch.nn.DataParallel(model)  # as DistributedDataParallel, it has no config
     for each in (model, wrapped):
@@ -167,19 +164,16 @@ def test_normalisation():
 
 
 def test_a_model_of_timm_in_a_folder(tmp_path):
-    source = vit(num_classes=3)
-    folder = tmp_path / "model"
+    source, folder = vit(num_classes=3), tmp_path / "model"
     timm().models.save_for_hf(source, folder, model_config={"num_classes": 3}, model_args={"depth": 2, "img_size": 32})
     for checkpoint in (None, "download"):
         model = make_model(f"local-dir:{folder}", 5, 32, checkpoint)
         assert model.num_classes == 5 and torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     random = make_model(f"local-dir:{folder}", 5, 32, "random")
     assert not torch.equal(random.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        make_model(f"local-dir:{tmp_path / 'none'}", 5, 32)
+    refuses(FileNotFoundError, "there is no folder", make_model, f"local-dir:{tmp_path / 'none'}", 5, 32)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="timm cannot read model"):
-        make_model(f"local-dir:{tmp_path / 'empty'}", 5, 32)
+    refuses(ValueError, "timm cannot read model", make_model, f"local-dir:{tmp_path / 'empty'}", 5, 32)
 
 
 def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
@@ -203,5 +197,4 @@ def test_a_model_of_timm_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(timm().models._factory, "load_model_config_from_hf", fetched)
     model = make_model("hf-hub:someone/vit", 5, 32, "download")
     assert asked == ["someone/vit"] and torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    with pytest.raises(ValueError, match="checkpoint must name"):
-        make_model("hf-hub:someone/vit", 5, 32)
+    refuses(ValueError, "checkpoint must name", make_model, "hf-hub:someone/vit", 5, 32)

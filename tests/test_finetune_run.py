@@ -20,6 +20,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from models import timm, vit_of_transformers
+from refusals import refuses
 
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
@@ -233,8 +234,7 @@ def test_the_state_before_a_wrong_one_is_taken(change, says, halfway, photos, tm
         newest.unlink()
         checkpoints.save(tmp_path, step, content)
     settings = tiny(photos, tmp_path)
-    accelerator = prepared.make_accelerator(settings)
-    data = prepared.open_images(settings, 1)
+    accelerator, data = prepared.make_accelerator(settings), prepared.open_images(settings, 1)
     _, saved = prepared.prepare(settings, accelerator, tmp_path, data, False)
     loop._reset_accelerate()
     assert saved["step"] == int(older.stem[6:])
@@ -570,11 +570,9 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
     settings = tiny(photos, tmp_path / "out", epochs=2)
     first = train(settings, progress=False)
     assert train(replace(settings, save_every=7), progress=False).metrics == first.metrics  # read, not trained again
-    with pytest.raises(ValueError, match=r"differs in lr \(0.003 there, 0.1 now\)"):
-        train(replace(settings, lr=0.1), progress=False)
+    refuses(ValueError, r"differs in lr \(0.003 there, 0.1 now\)", train, replace(settings, lr=0.1), progress=False)
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
-    with pytest.raises(ValueError, match="differs in the images"):
-        train(replace(settings, data=str(other)), progress=False)
+    refuses(ValueError, "differs in the images", train, replace(settings, data=str(other)), progress=False)
     for wrong in ({"data": str(tmp_path / "none")}, {"checkpoint": "none.pth"}):
         with pytest.raises((ValueError, FileNotFoundError), match="none"):
             train(replace(settings, resume=False, **wrong), progress=False)
@@ -701,8 +699,7 @@ def test_weights_that_have_moved(photos, tmp_path):
     settings = tiny(photos, tmp_path / "out", checkpoint=str(tmp_path / "a.pth"), epochs=1)
     out = train(settings, progress=False).out
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint .*a.pth; if it has moved, set checkpoint to its new"):
-        restore(out)
+    refuses(FileNotFoundError, "no checkpoint .*a.pth; if it has moved, set checkpoint to its new", restore, out)
     restore(out, str(tmp_path / "b.pth"))
     torch.save(timm().create_model("test_vit").state_dict(), tmp_path / "c.pth")
     with pytest.raises(ValueError, match="checkpoint must be the weights that the run in .* started from"):
@@ -729,13 +726,11 @@ def test_out_is_a_folder(photos, tmp_path):
 
 def test_one_class_is_none(tmp_path):
     root = folder(tmp_path / "photos", classes=("cat",), n=12)
-    with pytest.raises(ValueError, match="must have at least 2 classes, but has 1"):
-        train(tiny(root, tmp_path / "out"), progress=False)
+    refuses(ValueError, "must have at least 2 classes, but has 1", train, tiny(root, tmp_path / "out"), progress=False)
 
 
 def test_help_names_what_there_is(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["--data", "a", "--out", "b", "--rank", "3.5"])
+    refuses(SystemExit, "2", cli.main, ["--data", "a", "--out", "b", "--rank", "3.5"])
     assert "error: rank must be one of int, tuple[int, int], null, got 3.5\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -755,14 +750,11 @@ def test_model_of_transformers_from_a_folder(photos, tmp_path):
     assert end(result.out) == end(tmp_path / "again")
     assert read_adapter(result.out / "adapter.safetensors").base_model == "hf:base"
     moved = str((tmp_path / "base").rename(tmp_path / "moved"))
-    with pytest.raises(FileNotFoundError, match="there is no folder .*; if it has moved, set checkpoint to its new"):
-        restore(result.out)
+    refuses(FileNotFoundError, "there is no folder .*; if it has moved, set checkpoint to its new", restore, result.out)
     model, _ = restore(result.out, moved)
     merged(result.out, f"{moved}/model.safetensors", moved)
-    with pytest.raises(ValueError, match="checkpoint must be the weights that .* got others in '.*/moved'"):
-        restore(result.out, moved)
-    plain = type(base).from_pretrained(moved, num_labels=3).eval()
-    x = torch.rand(4, 3, 32, 32)
+    refuses(ValueError, "checkpoint must be the weights that .* got others in '.*/moved'", restore, result.out, moved)
+    plain, x = type(base).from_pretrained(moved, num_labels=3).eval(), torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import timm
+from refusals import refuses
 
 pytest.importorskip("PIL")
 timm()
@@ -34,8 +35,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     (root / "dog/out").symlink_to(root)
     (root / "dog/linked.png").symlink_to(tmp_path / "elsewhere/more/0.png")
     found = open_data(root, 16, test_fraction=0.0)
-    assert found.classes == ("bird", "cat", "dog")
-    assert np.bincount(found.train.labels).tolist() == [3, 8, 6]
+    assert found.classes == ("bird", "cat", "dog") and np.bincount(found.train.labels).tolist() == [3, 8, 6]
     found.train.check(keep=True)
 
 
@@ -138,8 +138,7 @@ def test_out_and_the_images(tmp_path):
     (root / "cat/far").symlink_to(tmp_path / "far")
     before = sorted(tmp_path.rglob("*"))
     for out in (root, root / "runs/1", root / "cat", tmp_path / "far/run", tmp_path / "runs/../photos/x"):
-        with pytest.raises(DataError, match="out must be outside of the images"):
-            check_out(str(root), out)
+        refuses(DataError, "out must be outside of the images", check_out, str(root), out)
     for out in (tmp_path / "run", tmp_path, tmp_path / "photos2"):
         check_out(str(root), out)
     assert sorted(tmp_path.rglob("*")) == before
@@ -283,14 +282,12 @@ def test_datasets_with_texts_and_several_labels(library, tmp_path):
     texts = library.List(text)
     for name, column in {"label": (text, ["a", None]), "labels": (texts, [["a"], None])}.items():
         rows(library, 2, **{name: column}).save_to_disk(tmp_path / name)
-        with pytest.raises(DataError, match=f"a class in each row of '{name}', got None"):
-            open_data(tmp_path / name, 16)
+        refuses(DataError, f"a class in each row of '{name}', got None", open_data, tmp_path / name, 16)
     rows(library, 2, label=(text, ["a", "b"])).save_to_disk(tmp_path / "empty")  # too few for a fifth of each class
     with pytest.raises(DataError, match="must have images in each part, but has none for test"):
         open_images(Settings(str(tmp_path / "empty"), "out", checkpoint="random", batch_size=2), 1)
     library.Dataset.from_dict({"x": [1, 2]}).save_to_disk(tmp_path / "other")
-    with pytest.raises(DataError, match="column of images and a column label or labels, but has x"):
-        open_data(tmp_path / "other", 16)
+    refuses(DataError, "column of images and a column label or labels, but has x", open_data, tmp_path / "other", 16)
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path):
@@ -300,10 +297,8 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path):
     from efft_kernels.finetune.loop import train
 
     root = folder(tmp_path / "photos", n=8)
-    settings = tiny(root, root / "runs/1")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match="out must be outside of the images"):
-        train(settings, progress=False)
+    settings, before = tiny(root, root / "runs/1"), sorted(tmp_path.rglob("*"))
+    refuses(DataError, "out must be outside of the images", train, settings, progress=False)
     assert sorted(tmp_path.rglob("*")) == before
     for name in ("cat/1.png", "dog/2.png"):
         os.truncate(root / name, 50)

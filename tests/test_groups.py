@@ -22,10 +22,8 @@ def test_exactly_one_factor_of_a_group_starts_at_zero(zero, attn, ffn):
 def test_cores_start_slice_by_slice():
     """Xavier's bound is that of one P x Q core, whatever the number of cores"""
     model = ek.inject(vit(depth=12), ek.EFFTConfig("efft1", rank=16))
-    sigma = model.efft["default"]["all"].sigma
-    bound = (6 / 32) ** 0.5
-    assert len(sigma) == 36
-    assert all(0.9 * bound < core.abs().max() <= bound for core in sigma)
+    sigma, bound = model.efft["default"]["all"].sigma, (6 / 32) ** 0.5
+    assert len(sigma) == 36 and all(0.9 * bound < core.abs().max() <= bound for core in sigma)
 
 
 def test_a_trained_scale_moves():
@@ -45,8 +43,7 @@ def test_lora_xs_takes_the_leading_singular_vectors():
     model = vit().double()
     weight = model.blocks[1].mlp.fc1.weight.detach().clone()
     ek.inject(model, ek.LoRAXSConfig(rank=4, targets=("fc1",)))
-    group = model.efft["default"]["fc1"]
-    values = torch.linalg.svdvals(weight)[:4]
+    group, values = model.efft["default"]["fc1"], torch.linalg.svdvals(weight)[:4]
     torch.testing.assert_close(group.a[1, 0].norm(dim=0), values)
     torch.testing.assert_close(group.a[1, 0] @ group.v[1, 0], weight.T @ group.v[1, 0].T @ group.v[1, 0])
     torch.testing.assert_close(group.v[1, 0] @ group.v[1, 0].T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -79,15 +76,13 @@ def test_pairs_in_the_layout_for_gpus_are_the_same(method, dropout, monkeypatch)
         turned = _pairs(group)
         monkeypatch.undo()
         probes = {path: (torch.randn_like(down), torch.randn_like(up)) for path, (down, up, *_) in plain.items()}
-        parameters = [p for p in group.parameters() if p is not group.magnitude]
-        grads = []
+        parameters, grads = [p for p in group.parameters() if p is not group.magnitude], []
         for pairs in (plain, turned):
             total = sum((t * p).sum() for path in probes for t, p in zip(pairs[path][:2], probes[path]))
             grads.append(torch.autograd.grad(total, parameters))
         torch.testing.assert_close(*grads)
         for path, (down, up, *_) in turned.items():
-            assert torch.equal(down, plain[path].down) and torch.equal(up, plain[path].up)
-            assert down.stride(0) == 1
+            assert torch.equal(down, plain[path].down) and torch.equal(up, plain[path].up) and down.stride(0) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,8 +102,7 @@ def test_a_stack_gives_the_pairs_of_its_groups(method):
         groups = [model.efft["default"][key] for model in models]
         parameters = [p for group in groups for p in group.parameters() if p is not group.magnitude]
         together = stack(groups).low_rank_pairs()
-        alone = [group.low_rank_pairs() for group in groups]
-        probes = {}
+        alone, probes = [group.low_rank_pairs() for group in groups], {}
         for path, (down, up, *_) in together.items():
             (N, K) = models[0].get_submodule(path).weight.shape
             assert down.shape[:2] == (3, K) and up.shape[::2] == (3, N)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import timm
+from refusals import refuses
 
 pytest.importorskip("huggingface_hub")
 import huggingface_hub
@@ -152,8 +153,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
 def test_names_that_lead_nowhere(hub, name, kind, said):
     (hub / "me/pets").mkdir(parents=True)
     model = base()
-    with pytest.raises(kind, match=said):
-        ek.load_adapter(model, name)
+    refuses(kind, said, ek.load_adapter, model, name)
     assert not hasattr(model, "efft")
 
 
@@ -162,8 +162,7 @@ def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
         raise errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(OSError, match="cannot be downloaded and is not in the cache: offline"):
-        ek.load_adapter(base(), "hf-hub:me/pets")
+    refuses(OSError, "cannot be downloaded and is not in the cache: offline", ek.load_adapter, base(), "hf-hub:me/pets")
 
 
 @pytest.mark.parametrize(
@@ -178,8 +177,7 @@ def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(hub, tmp_path, given, kind, said):
-    with pytest.raises(kind, match=said):
-        ek.save_adapter(trained(), **{"path": tmp_path / "a.safetensors", **given})
+    refuses(kind, said, ek.save_adapter, trained(), **{"path": tmp_path / "a.safetensors", **given})
     assert not hub.exists() and not list(tmp_path.iterdir())
 
 
@@ -202,5 +200,4 @@ def test_an_upload_that_fails_leaves_the_file(error, says, hub, tmp_path, monkey
 
 def test_the_extra_is_named_when_huggingface_hub_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"efft_kernels\[hub\]"):
-        ek.load_adapter(base(), "hf-hub:me/pets")
+    refuses(ImportError, r"efft_kernels\[hub\]", ek.load_adapter, base(), "hf-hub:me/pets")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import images, shake, swin, timm, vit
+from refusals import refuses
 from torch import nn
 
 import efft_kernels as ek
@@ -122,8 +123,7 @@ def test_models_of_transformers(name, config):
 
 def test_transformers_checkpointing_sees_the_same_masks():
     model = shake(ek.inject(transformer("vit"), ek.EFFTConfig(rank=4, factor_dropout=0.3))).train()
-    x = images()
-    grads = []
+    x, grads = images(), []
     for on in (False, True):
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -167,8 +167,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         (Odd(fc1=around), SMALL, TypeError, "blocks.0.mlp.fc1 must be an nn.Linear, or .*, got Around, .*leave it out"),
     ]:
         types = [type(m) for m in model.modules()]
-        with pytest.raises(error, match=says):
-            ek.inject(model, config)
+        refuses(error, says, ek.inject, model, config)
         assert [type(m) for m in model.modules()] == types
         assert not model._forward_pre_hooks and all(p.requires_grad for p in model.parameters())
 
@@ -176,31 +175,23 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
 def test_weights_of_two_dtypes_in_a_group_are_refused():
     model = vit()
     model.blocks[1].attn.proj.bfloat16()
-    with pytest.raises(ValueError, match="group 'attn' must be of one dtype and device"):
-        ek.inject(model, SMALL)
+    refuses(ValueError, "group 'attn' must be of one dtype and device", ek.inject, model, SMALL)
     assert not hasattr(model, "efft")
 
 
 def test_doing_it_twice_or_undoing_what_is_not_done_is_a_sentence():
     model = vit()
-    with pytest.raises(ValueError, match="must have adapters, but this VisionTransformer has none, inject it first"):
-        ek.merge(model)
-    with pytest.raises(ValueError, match="must be merged to be unmerged"):
-        ek.unmerge(model)
+    refuses(ValueError, "must have adapters, but this VisionTransformer has none, inject it first", ek.merge, model)
+    refuses(ValueError, "must be merged to be unmerged", ek.unmerge, model)
     ek.inject(model, SMALL)
-    with pytest.raises(ValueError, match="already injected with 'default'"):
-        ek.inject(model, SMALL)
-    with pytest.raises(ValueError, match="must be merged to be unmerged"):
-        ek.unmerge(model)
+    refuses(ValueError, "already injected with 'default'", ek.inject, model, SMALL)
+    refuses(ValueError, "must be merged to be unmerged", ek.unmerge, model)
     ek.merge(model)
-    with pytest.raises(ValueError, match="is merged, unmerge it first"):
-        ek.merge(model)
-    with pytest.raises(ValueError, match="the model is merged; unmerge it first"):
-        ek.inject(model, SMALL)
+    refuses(ValueError, "is merged, unmerge it first", ek.merge, model)
+    refuses(ValueError, "the model is merged; unmerge it first", ek.inject, model, SMALL)
     ek.unmerge(model)
     ek.merge(model, keep_weights=False)
-    with pytest.raises(ValueError, match="keep_weights=False"):
-        ek.unmerge(model)
+    refuses(ValueError, "keep_weights=False", ek.unmerge, model)
     x = images()
     want = model(x)
     torch.testing.assert_close(ek.inject(copy.deepcopy(model), SMALL)(x), want)
@@ -208,8 +199,7 @@ def test_doing_it_twice_or_undoing_what_is_not_done_is_a_sentence():
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "active", 3])
 def test_adapter_names_that_cannot_be_used(name):
-    with pytest.raises(ValueError, match="name must be a non-empty word"):
-        ek.inject(vit(), SMALL, name=name)
+    refuses(ValueError, "name must be a non-empty word", ek.inject, vit(), SMALL, name=name)
 
 
 def test_only_factors_and_head_are_trained_and_registered_once():
@@ -219,13 +209,11 @@ def test_only_factors_and_head_are_trained_and_registered_once():
         f"efft.default.{group}.{factor}" for group in ("attn", "ffn") for factor in ("u", "sigma", "v")
     }
     assert {id(p) for p in ek.adapter_parameters(model)} == {id(model.get_parameter(name)) for name in trained}
-    assert len(list(model.efft.parameters())) == 6
-    assert isinstance(model.blocks[0].attn.qkv, nn.Linear)
+    assert len(list(model.efft.parameters())) == 6 and isinstance(model.blocks[0].attn.qkv, nn.Linear)
 
 
 def test_the_head_is_left_or_replaced():
-    x = images()
-    model = ek.inject(vit(), SMALL, head="keep")
+    x, model = images(), ek.inject(vit(), SMALL, head="keep")
     assert not model.head.weight.requires_grad
     model = ek.inject(vit().double(), SMALL, head=7)
     assert model(x.double()).shape == (2, 7) and model.head.weight.requires_grad and model.num_classes == 7
@@ -238,16 +226,13 @@ def test_the_head_is_left_or_replaced():
     assert ek.inject(vit(), SMALL, head=nn.Sequential(nn.Linear(192, 5), nn.GELU(), nn.Linear(5, 4))).num_classes == 4
     assert ek.inject(vit(), SMALL, head=nn.Identity()).num_classes == 10
     for head, says in [("freeze", "head must be"), (0, "head must be"), (True, "head must be"), (None, "head must be")]:
-        with pytest.raises(ValueError, match=says):
-            ek.inject(vit(), SMALL, head=head)
+        refuses(ValueError, says, ek.inject, vit(), SMALL, head=head)
     bare = vit(num_classes=0)
-    with pytest.raises(ValueError, match="no classifier Linear to replace"):
-        ek.inject(bare, SMALL, head=7)
+    refuses(ValueError, "no classifier Linear to replace", ek.inject, bare, SMALL, head=7)
     assert not hasattr(bare, "efft")
     distilled = vit("deit_tiny_distilled_patch16_224")
     distilled.head_dist = nn.Linear(192, 7)
-    with pytest.raises(ValueError, match="classifiers of equal widths"):
-        ek.inject(distilled, SMALL, head=5)
+    refuses(ValueError, "classifiers of equal widths", ek.inject, distilled, SMALL, head=5)
 
 
 def test_batch_norms_outside_the_head_keep_their_statistics():
@@ -260,8 +245,7 @@ def test_batch_norms_outside_the_head_keep_their_statistics():
     assert not model.pre.training and model.head[0].training and model.blocks[0].training
     assert not model.pre.weight.requires_grad
     model.pre(images())
-    assert model.pre.num_batches_tracked == 0
-    assert ek.delete_adapter(model, "default").pre.training
+    assert model.pre.num_batches_tracked == 0 and ek.delete_adapter(model, "default").pre.training
 
 
 def test_hooks_and_references_of_a_linear_survive():
@@ -286,8 +270,7 @@ def test_merging_into_low_precision_reports_the_loss(dtype):
     ek.unmerge(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match=lost):
-            ek.merge(model)
+        refuses(UserWarning, lost, ek.merge, model)
         torch.testing.assert_close(model(x), before, rtol=0.1, atol=0.1)  # it is whole if its warning is an error, too
         assert torch.equal(ek.unmerge(model)(x), before)
         ek.merge(shake(ek.inject(vit(), SMALL), 0.01))
@@ -306,8 +289,7 @@ def test_a_merge_that_fails_midway_changes_nothing(keep, monkeypatch):
     """Weights of two dtypes take two launches, and the second may fail."""
     model = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0)))
     model.blocks[1].mlp.double()
-    before = {key: t.clone() for key, t in model.state_dict().items()}
-    dtypes = []
+    before, dtypes = {key: t.clone() for key, t in model.state_dict().items()}, []
 
     def fails(weights, downs, ups, **options):
         dtypes.append(weights[0].dtype)
@@ -340,29 +322,24 @@ def test_unmerge_puts_each_group_where_its_linears_are_now():
 def test_unmerge_refuses_linears_that_were_replaced():
     model = ek.merge(shake(ek.inject(vit(), ek.EFFTConfig(rank=4))))
     model.blocks[0].mlp.fc1 = torch.nn.Identity()
-    with pytest.raises(ValueError, match="blocks.0.mlp.fc1 must be the nn.Linear that merge left there, got Identity"):
-        ek.unmerge(model)
+    refuses(ValueError, "blocks.0.mlp.fc1 must be the nn.Linear that merge left there, got Identity", ek.unmerge, model)
     assert not hasattr(model, "efft")
     model.blocks[0].mlp.fc1 = nn.Linear(192, 10)
-    with pytest.raises(ValueError, match=r"merge left there, got Linear\(in_features=192, out_features=10"):
-        ek.unmerge(model)
+    refuses(ValueError, r"merge left there, got Linear\(in_features=192, out_features=10", ek.unmerge, model)
 
 
 def test_parameters_made_under_inference_mode_are_refused():
     with torch.inference_mode():
         model = vit()
-    with pytest.raises(ValueError, match="inference_mode"):
-        ek.inject(model, ek.EFFTConfig(rank=4))
+    refuses(ValueError, "inference_mode", ek.inject, model, ek.EFFTConfig(rank=4))
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_weights_made_under_inference_mode_are_not_merged_outside_it():
     with torch.inference_mode():
-        model = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0)))
-        x = images()
+        model, x = shake(ek.inject(vit(), ek.EFFTConfig(rank=4, factor_dropout=0.0))), images()
         want = model(x)
-    with pytest.raises(ValueError, match="weights were created under inference_mode"):
-        ek.merge(model)
+    refuses(ValueError, "weights were created under inference_mode", ek.merge, model)
     with torch.inference_mode():
         assert torch.equal(model(x), want)
         torch.testing.assert_close(ek.merge(model)(x), want, rtol=1e-3, atol=1e-4)
@@ -371,8 +348,7 @@ def test_weights_made_under_inference_mode_are_not_merged_outside_it():
 
 def test_an_unknown_backend_is_refused_before_anything():
     model = vit()
-    with pytest.raises(ValueError, match="backend must be one of"):
-        ek.inject(model, ek.EFFTConfig(rank=4), backend="fast")
+    refuses(ValueError, "backend must be one of", ek.inject, model, ek.EFFTConfig(rank=4), backend="fast")
     with pytest.raises(ValueError, match=r"backend must be one of .*, got \['cpu'\]"):
         ek.inject(model, ek.EFFTConfig(rank=4), backend=["cpu"])
     assert not hasattr(model, "efft")
@@ -399,13 +375,10 @@ def test_the_names_of_the_classes_come_back():
 
 def test_arguments_of_the_wrong_kind_are_named():
     for call in (ek.plan, ek.inject, lambda model, config: ek.merge(model)):
-        with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
-            call("vit", SMALL)
+        refuses(TypeError, "model must be an nn.Module, got str", call, "vit", SMALL)
     for train in (None, 3, "head"):
-        with pytest.raises(TypeError, match="train must be a sequence of paths"):
-            ek.inject(vit(), SMALL, train=train)
-    with pytest.raises(TypeError, match="plan must be a Plan"):
-        ek.cost(vit(), 3)
+        refuses(TypeError, "train must be a sequence of paths", ek.inject, vit(), SMALL, train=train)
+    refuses(TypeError, "plan must be a Plan", ek.cost, vit(), 3)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refuses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,8 +61,7 @@ def test_a_new_layer_changes_nothing(backend):
 
 
 def test_cores_are_drawn_slice_by_slice():
-    layer = EFFTLinear(64, 64 * 12, rank=16, slices=12)
-    bound = (6 / (16 + 16)) ** 0.5
+    layer, bound = EFFTLinear(64, 64 * 12, rank=16, slices=12), (6 / (16 + 16)) ** 0.5
     assert 0.9 * bound < layer.sigma.abs().amax(dim=(1, 2)).min() and layer.sigma.abs().max() <= bound
 
 
@@ -85,8 +85,7 @@ def test_from_linear_adopts_the_parameters():
 
 def test_merge_gives_a_plain_linear(backend):
     layer, x = make(backend), torch.randn(5, 24)
-    before = copy.deepcopy(layer.state_dict())
-    linear = layer.eval().merge()
+    before, linear = copy.deepcopy(layer.state_dict()), layer.eval().merge()
     assert type(linear) is nn.Linear and not linear.training and linear.weight is not layer.weight
     torch.testing.assert_close(linear(x), dense(layer, x))
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,23 +131,18 @@ def make_like(layer):
 )  # fmt: skip
 def test_refuses(options, message):
     linear = nn.Linear(24, 36)
-    with pytest.raises(ValueError, match=message):
-        EFFTLinear(24, 36, **(dict(rank=4, slices=3) | options))
-    with pytest.raises(ValueError, match=message):
-        EFFTLinear.from_linear(linear, **(dict(rank=4, slices=3) | options))
+    refuses(ValueError, message, EFFTLinear, 24, 36, **dict(rank=4, slices=3) | options)
+    refuses(ValueError, message, EFFTLinear.from_linear, linear, **dict(rank=4, slices=3) | options)
     assert linear.weight.requires_grad, "nothing is half-done after an error"
 
 
 def test_from_linear_refuses_what_is_not_a_plain_linear():
     says = "linear must be an nn.Linear, not a subclass, got NonDynamicallyQuantizableLinear"
-    with pytest.raises(TypeError, match=says):
-        EFFTLinear.from_linear(nn.MultiheadAttention(8, 2).out_proj)
-    with pytest.raises(TypeError, match="got Conv1d"):
-        EFFTLinear.from_linear(nn.Conv1d(3, 4, 1))
+    refuses(TypeError, says, EFFTLinear.from_linear, nn.MultiheadAttention(8, 2).out_proj)
+    refuses(TypeError, "got Conv1d", EFFTLinear.from_linear, nn.Conv1d(3, 4, 1))
     normed = nn.Linear(8, 8)
     torch.nn.utils.parametrizations.weight_norm(normed)
-    with pytest.raises(TypeError, match="linear must be an nn.Linear, not a subclass, got Parametrized"):
-        EFFTLinear.from_linear(normed)
+    refuses(TypeError, "linear must be an nn.Linear, not a subclass, got Parametrized", EFFTLinear.from_linear, normed)
 
 
 def test_two_forwards_before_two_backwards(backend):
@@ -285,8 +279,7 @@ def test_unfrozen_weight_and_bias(backend):
     inputs = [layer.weight, layer.bias, *factors(layer)]
     optimizer = torch.optim.SGD(inputs, lr=1e-3)
     for _ in range(2):
-        loss = layer(x).square().sum()
-        want = torch.autograd.grad(dense(layer, x).square().sum(), inputs)
+        loss, want = layer(x).square().sum(), torch.autograd.grad(dense(layer, x).square().sum(), inputs)
         optimizer.zero_grad()
         loss.backward()
         for t, w in zip(inputs, want):
@@ -295,11 +288,9 @@ def test_unfrozen_weight_and_bias(backend):
 
 
 def test_training_finds_an_update_of_its_rank():
-    layer = EFFTLinear(24, 36, rank=4)
-    x = torch.randn(64, 24)
+    layer, x = EFFTLinear(24, 36, rank=4), torch.randn(64, 24)
     target = (layer(x) + x @ torch.randn(24, 4) @ torch.randn(4, 36) / 10).detach()
-    optimizer = torch.optim.AdamW(factors(layer), lr=1e-2)
-    losses = []
+    optimizer, losses = torch.optim.AdamW(factors(layer), lr=1e-2), []
     for _ in range(200):
         optimizer.zero_grad()
         loss = F.mse_loss(layer(x), target)

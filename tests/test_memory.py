@@ -4,6 +4,7 @@ import fuzz
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refuses
 
 import efft_kernels as ek
 from efft_kernels.kernels import memory, reference
@@ -63,8 +64,7 @@ def test_a_weight_that_is_freed_after_the_forward(backend):
     held = weight.untyped_storage()
     bytes_held = held.nbytes()
     held.resize_(0)
-    with pytest.raises(RuntimeError, match="weight must have memory"):
-        y.sum().backward(retain_graph=True)
+    refuses(RuntimeError, "weight must have memory", y.sum().backward, retain_graph=True)
     held.resize_(bytes_held)
     with torch.autograd._unsafe_preserve_version_counter(weight):  # as FSDP gathers it again
         weight.fill_(1)
@@ -84,8 +84,7 @@ def test_sizes_whose_product_overflows(backend):
         ek.lowrank_linear(wide[:0], wide, None, z.expand(n, n), z.expand(n, 1), backend=backend)
     with pytest.raises(ValueError, match="x and weight must be of sizes"):
         ek.lowrank_linear(wide.T, wide.T, None, z, wide, backend=backend)
-    with pytest.raises(ValueError, match="sigma and v must be of sizes"):
-        ek.group_update(z.expand(n, 1, 1), wide, backend=backend)
+    refuses(ValueError, "sigma and v must be of sizes", ek.group_update, z.expand(n, 1, 1), wide, backend=backend)
     with pytest.raises(ValueError, match=r"weights\[0\] must be of sizes"):
         ek.merge_([z.expand(n, n)], [wide.T], [wide], backend=backend)
 
@@ -93,14 +92,12 @@ def test_sizes_whose_product_overflows(backend):
 @pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
 def test_the_compiled_operators_check_sizes_themselves():
     z, n = torch.zeros(1, 1), 2**31
-    with pytest.raises(RuntimeError, match="weight must fit into memory"):
-        torch.ops.efft_cpu.pack(z.expand(n, n), False)
+    refuses(RuntimeError, "weight must fit into memory", torch.ops.efft_cpu.pack, z.expand(n, n), False)
     packed = torch.ops.efft_cpu.pack(z, False)
     with pytest.raises(RuntimeError, match="down must fit into memory"):
         torch.ops.efft_cpu.lowrank_linear(z[:0], packed, None, z.expand(1, 2**61), z.expand(2**61, 1))
     packed.untyped_storage().resize_(1)
-    with pytest.raises(RuntimeError, match="packed must have memory"):
-        torch.ops.efft_cpu.lowrank_linear(z, packed, None, z, z)
+    refuses(RuntimeError, "packed must have memory", torch.ops.efft_cpu.lowrank_linear, z, packed, None, z, z)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -121,8 +118,7 @@ def test_onednn_reads_any_bias_and_is_not_given_rows_that_overlap(monkeypatch):
 def test_merge_refuses_weights_that_share_memory():
     down, up, buffer = torch.randn(4, 2), torch.randn(2, 4), torch.randn(40)
     square = lambda start: buffer[start : start + 16].view(4, 4)
-    halves = torch.randn(4, 8)
-    before = buffer.clone()
+    halves, before = torch.randn(4, 8), buffer.clone()
     for weights, downs in (
         ([buffer.as_strided((4, 4), (1, 1))], [down]),
         ([buffer.as_strided((4, 4), (3, 1))], [down]),
@@ -130,8 +126,7 @@ def test_merge_refuses_weights_that_share_memory():
         ([square(0)], [buffer[15:23].view(4, 2)]),
         ([torch._neg_view(square(0))], [down]),
     ):
-        with pytest.raises(ValueError, match="weights"):
-            ek.merge_(weights, downs, [up] * len(weights))
+        refuses(ValueError, "weights", ek.merge_, weights, downs, [up] * len(weights))
         assert torch.equal(buffer, before)
     wanted = halves + torch.cat([(down @ up).T] * 2, 1)
     ek.merge_([halves[:, :4], halves[:, 4:]], [down, down], [up, up])  # rows of one lie between rows of the other

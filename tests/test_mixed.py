@@ -24,8 +24,7 @@ HERE = _backends()
 
 @pytest.fixture(params=HERE)
 def backend(request) -> str:
-    x = torch.randn(2, 3)
-    module = dispatch.load(request.param)[0]
+    x, module = torch.randn(2, 3), dispatch.load(request.param)[0]
     if reason := module.unsupported("mixed_linear", x, x, None, x[None], x[None], torch.zeros(1)):
         pytest.skip(reason)
     return request.param
@@ -61,8 +60,7 @@ def test_bitwise_reproducible(backend, device, dtype):
 def test_gradients_of_an_unused_adapter_are_exact_zeros(backend, device):
     x, weight, bias, down, up, ids = make(device=device, grad=True)
     ddown, dup = torch.autograd.grad(mixed_linear(x, weight, bias, down, up, ids, backend=backend).sum(), (down, up))
-    assert not ddown[2].any() and not dup[2].any()
-    assert all(ddown[a].any() and dup[a].any() for a in (0, 1))
+    assert not ddown[2].any() and not dup[2].any() and all(ddown[a].any() and dup[a].any() for a in (0, 1))
 
 
 def test_nan_stays_within_its_sample_and_adapter(backend, device):
@@ -72,8 +70,7 @@ def test_nan_stays_within_its_sample_and_adapter(backend, device):
     dirty = [t.clone() for t in (x, down, up)]
     dirty[0][1], dirty[0][5] = float("nan"), float("inf")  # the sample of adapter 1, and one without an adapter
     dirty[1][2], dirty[2][2], dirty[1][3] = float("nan"), float("inf"), float("nan")
-    dirty = [t.requires_grad_() for t in dirty]
-    results = []
+    dirty, results = [t.requires_grad_() for t in dirty], []
     for x, down, up in (clean, dirty):
         y = mixed_linear(x, weight, bias, down, up, ids, backend=backend)
         dy = torch.ones_like(y)
@@ -150,8 +147,7 @@ def test_compiles_without_graph_breaks(backend):
         pytest.skip("Triton's interpreter cannot be compiled")
     torch._dynamo.reset()
     call = lambda *a: mixed_linear(*a, backend=backend).relu()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    inputs = make(grad=True)
+    compiled, inputs = torch.compile(call, fullgraph=True, backend="aot_eager"), make(grad=True)
     y, want = compiled(*inputs), call(*inputs)
     torch.testing.assert_close(y, want)
     got, exact = (torch.autograd.grad(out.sum(), inputs[:5]) for out in (y, want))

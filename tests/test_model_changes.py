@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from models import DROPPED, LOW_RANK, METHODS, PLAIN, adapted, assert_same, gradients, images, shake, vit
+from refusals import refuses
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -87,8 +88,7 @@ def test_reset_parameters_makes_groups_new_again(method):
     reset = [module for module in model.efft.modules() if hasattr(module, "reset_parameters")]
     assert {id(p) for m in reset for p in m.parameters()} == {id(p) for p in model.efft.parameters()}
     if method == "lora-xs" or method not in LOW_RANK:
-        with pytest.raises(RuntimeError, match="cannot be initialised without the weights"):
-            reset[0].reset_parameters()
+        refuses(RuntimeError, "cannot be initialised without the weights", reset[0].reset_parameters)
         return
     for module in reset:
         module.reset_parameters()
@@ -227,13 +227,11 @@ def test_a_forward_on_the_instance_that_would_hide_the_adapter_is_refused(hide, 
         lambda: ek.load_adapter(model, tmp_path / "a.safetensors"),
         lambda: AdapterBank(model).add("a", tmp_path / "a.safetensors"),
     ):
-        with pytest.raises(TypeError, match=r"blocks.1.mlp.fc2 has a forward of its own, .* set on the instance"):
-            attempt()
+        refuses(TypeError, r"blocks.1.mlp.fc2 has a forward of its own, .* set on the instance", attempt)
         if hasattr(model, "efft"):
             model.efft.release()
     assert type(model.blocks[0].mlp.fc2) is nn.Linear
-    with pytest.raises(TypeError, match="has a forward of its own"):
-        ek.EFFTLinear.from_linear(model.blocks[1].mlp.fc2, rank=2)
+    refuses(TypeError, "has a forward of its own", ek.EFFTLinear.from_linear, model.blocks[1].mlp.fc2, rank=2)
 
 
 def _bound(model):
@@ -256,13 +254,11 @@ def _offload(model):
 @pytest.mark.parametrize("prepare", [_bound, _align_devices, _offload])
 def test_forwards_that_other_programs_put_on_the_instance_run_the_adapter(prepare):
     plain, x = vit(), images()
-    before = plain(x)
-    want = shake(ek.inject(copy.deepcopy(plain), PLAIN))
+    before, want = plain(x), shake(ek.inject(copy.deepcopy(plain), PLAIN))
     model = copy.deepcopy(plain)
     prepare(model)
     if prepare is _offload:
-        with pytest.raises(ValueError, match="head is offloaded by accelerate and cannot be trained"):
-            ek.inject(model, PLAIN)
+        refuses(ValueError, "head is offloaded by accelerate and cannot be trained", ek.inject, model, PLAIN)
     ek.inject(model, PLAIN, head="keep" if prepare is _offload else "train")
     assert not any(p.is_meta for p in model.efft.parameters())
     model.efft.load_state_dict(want.efft.state_dict())
@@ -270,8 +266,7 @@ def test_forwards_that_other_programs_put_on_the_instance_run_the_adapter(prepar
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.efft.parameters())
     if prepare is _offload:
-        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight is on the meta device"):
-            ek.merge(model)
+        refuses(ValueError, r"blocks.0.attn.qkv.weight is on the meta device", ek.merge, model)
         low_rank = ek.LoRAXSConfig(rank=2)
         ek.add_adapter(model, low_rank, "xs")
         xs = ek.inject(copy.deepcopy(plain), low_rank)
@@ -324,14 +319,12 @@ def test_nothing_is_loaded_into_a_model_without_values(tmp_path):
 
 def test_a_forward_set_after_inject_must_reach_the_adapter():
     model, x = adapted(), images()
-    want = model(x)
-    linear = model.blocks[0].mlp.fc1
+    want, linear = model(x), model.blocks[0].mlp.fc1
     reached, linear.forward = linear.forward, lambda x: reached(x) + 0
     torch.testing.assert_close(model(x), want)
     _own_formula(linear)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="forward set on the instance blocks.0.mlp.fc1 does not call the one"):
-            model(x)
+        refuses(RuntimeError, "forward set on the instance blocks.0.mlp.fc1 does not call the one", model, x)
     del linear.forward
     torch.testing.assert_close(model(x), want)
 
@@ -383,10 +376,8 @@ def _prune(model):
 def test_a_module_is_replaced_in_an_injected_model(change, path, tmp_path):
     model, x = adapted(), images()
     change(model)
-    want = model(x)
-    before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"{path} must be the Linear that inject adapted, but .* is there now"):
-        ek.merge(model)
+    want, before = model(x), {key: t.clone() for key, t in model.state_dict().items()}
+    refuses(ValueError, f"{path} must be the Linear that inject adapted, but .* is there now", ek.merge, model)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     with pytest.warns(UserWarning, match=f"the file holds all factors of the adapter, but {path} must be"):
         ek.save_adapter(model, tmp_path / "a.safetensors")
@@ -457,8 +448,7 @@ def test_adapters_of_equal_shapes_share_one_graph():
     torch._dynamo.utils.counters.clear()
     model, x = vit(depth=1), images()
     ek.inject(model, PLAIN, name="a0")
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    graphs = []
+    compiled, graphs = torch.compile(model, backend="eager", fullgraph=True), []
     for i in range(4):
         if i:
             ek.add_adapter(model, PLAIN, f"a{i}")

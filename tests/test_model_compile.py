@@ -23,8 +23,7 @@ def fresh_compiler():
     ids=["efft-vit", "efft-swin", "fact-swin", "lora-vit", "dora-vit"],
 )
 def test_compiled_whole_model(config, make):
-    model = adapted(config, make).train()
-    x = images()
+    model, x = adapted(config, make).train(), images()
     want, grads = model(x), gradients(model, loss_of(model, x))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), want)
@@ -44,23 +43,20 @@ def test_compiled_whole_model(config, make):
 @pytest.mark.slow
 def test_compiled_with_dropout():
     model = adapted(DROPPED).train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = images()
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), images()
     assert not torch.equal(compiled(x), compiled(x))
     gradients(model, loss_of(compiled, x))
 
 
 def test_compiled_inside_a_larger_function():
-    model = adapted().train()
-    x = images()
+    model, x = adapted().train(), images()
     step = torch.compile(lambda x: loss_of(model, x), fullgraph=True, backend="aot_eager")
     assert_same(gradients(model, step(x)), gradients(model, loss_of(model, x)))
 
 
 @pytest.mark.slow
 def test_compiled_with_checkpointing():
-    model = adapted().train()
-    x = images()
+    model, x = adapted().train(), images()
     want = gradients(model, loss_of(model, x))
     model.set_grad_checkpointing(True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

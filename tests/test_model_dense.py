@@ -21,8 +21,7 @@ def update_of(group, site, part):
 
 def unscaled_update_of(group, site, part):
     """dW without these factors, by a separate formula for each method."""
-    config = group.config
-    numbers = dict([*group.named_parameters(), *group.named_buffers()])
+    config, numbers = group.config, dict([*group.named_parameters(), *group.named_buffers()])
     scale = numbers.get("scale", config.scale)
     if config.rank_stabilized:
         scale = scale / group.rank**0.5
@@ -120,11 +119,9 @@ OPTIONS = {
 @pytest.mark.parametrize("make", [vit, swin])
 @pytest.mark.parametrize("method", [*METHODS, *DORA, *OPTIONS])
 def test_outputs_and_gradients_equal_the_dense_formula(make, method):
-    base = biased(make().double())
-    config = (METHODS | DORA | OPTIONS)[method]
+    base, config = biased(make().double()), (METHODS | DORA | OPTIONS)[method]
     model = shake(ek.inject(copy.deepcopy(base), config))
-    factors = list(model.efft.parameters())
-    x = images(dtype=torch.float64)
+    factors, x = list(model.efft.parameters()), images(dtype=torch.float64)
     want, got = dense(base, model, config, x), model(x)
     assert (want - base(x)).abs().max() > 1e-3 * want.abs().max(), "the updates must matter"
     assert (got - want).abs().max() <= 1e-12 * want.abs().max()
@@ -166,8 +163,7 @@ def test_factor_dropout_that_drops_nothing_changes_nothing(make, method):
 def test_at_the_start_outputs_are_bit_equal_to_the_base(make, method, monkeypatch):
     # the same product of x and W on both sides: where oneDNN leads, the reference rounds as oneDNN does
     monkeypatch.setattr(reference, "_onednn_leads", lambda: False)
-    model = make()
-    x = images()
+    model, x = make(), images()
     before = model(x)
     ek.inject(model, METHODS[method], backend="reference")
     assert torch.equal(model(x), before)

@@ -47,8 +47,7 @@ def sharded(model, parts):
 
 def check(rank, make, parts, batch, fsdp, folder):
     """The gradients of two processes, one half of the batch each, equal those of one process."""
-    model = make()
-    x = batch(4)
+    model, x = make(), batch(4)
     want = gradients(model, loss_of_half(model, x, slice(0, 2)) / 2 + loss_of_half(model, x, slice(2, 4)) / 2)
     wrapped = sharded(model, parts) if fsdp else nn.parallel.DistributedDataParallel(model)
     full = lambda t: t.full_tensor() if fsdp else t
@@ -59,8 +58,7 @@ def check(rank, make, parts, batch, fsdp, folder):
         assert_same({n: full(p.grad) for n, p in trained.items()}, want)
         torch.optim.SGD(trained.values(), lr=0.1).step()
         model.zero_grad()
-        plain = {n: full(p.detach()) for n, p in model.named_parameters()}
-        reference = make()
+        plain, reference = {n: full(p.detach()) for n, p in model.named_parameters()}, make()
         reference.load_state_dict({**reference.state_dict(), **plain})
         want = gradients(reference, sum(loss_of_half(reference, x, slice(i, i + 2)) / 2 for i in (0, 2)))
         with torch.no_grad():

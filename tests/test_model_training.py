@@ -18,8 +18,7 @@ from efft_kernels import passes
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
 def test_two_runs_of_a_training_step_are_bit_equal(config):
-    runs = []
-    model = adapted(config).train()
+    runs, model = [], adapted(config).train()
     x = images()
     for _ in range(2):
         torch.manual_seed(1)
@@ -28,8 +27,7 @@ def test_two_runs_of_a_training_step_are_bit_equal(config):
 
 
 def test_gradient_accumulation_adds_up():
-    model = adapted().train()
-    x = images(4)
+    model, x = adapted().train(), images(4)
     whole = gradients(model, (loss_of(model, x[:2]) + loss_of(model, x[2:])) / 2)
     for part in (x[:2], x[2:]):
         (loss_of(model, part) / 2).backward()
@@ -48,8 +46,7 @@ def test_two_forwards_before_two_backwards(order):
 
 
 def test_forward_features_and_single_blocks_train():
-    model = adapted().train()
-    x = images()
+    model, x = adapted().train(), images()
     want = gradients(model, loss_of(model, x))
     loss = F.cross_entropy(model.forward_head(model.forward_features(x)), torch.arange(2))
     assert_same(gradients(model, loss), want)
@@ -63,8 +60,7 @@ def test_forward_features_and_single_blocks_train():
 
 
 def test_dropout_is_drawn_anew_in_training_and_absent_in_eval():
-    model = adapted(DROPPED)
-    x = images()
+    model, x = adapted(DROPPED), images()
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
@@ -80,8 +76,7 @@ def test_dropout_is_drawn_anew_in_training_and_absent_in_eval():
 
 def test_dropout_keeps_the_mean_and_masks_factors():
     """The mean update of the first block's qkv over many masks is the update without dropout."""
-    model = adapted(ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.2))
-    path = "blocks.0.attn.qkv"
+    model, path = adapted(ek.EFFTConfig(rank=4, scale=2.0, factor_dropout=0.2)), "blocks.0.attn.qkv"
     group = model.efft["default"]["attn"]
     exact = torch.matmul(*group.eval().low_rank_pairs(path=path)[path][:2])
     group.train()
@@ -106,8 +101,7 @@ def test_one_draw_per_attention_call_and_one_per_ffn_linear():
 
 
 def test_no_grad_and_inference_mode_agree_with_grad_mode():
-    model = adapted()
-    x = images()
+    model, x = adapted(), images()
     want = model(x)
     for mode in (torch.no_grad, torch.inference_mode):
         for _ in range(2):
@@ -120,8 +114,7 @@ def test_no_grad_and_inference_mode_agree_with_grad_mode():
 
 def test_a_forward_without_gradients_elsewhere_costs_none():
     """As in another thread that runs the model at the same time."""
-    model = adapted()
-    x = images()
+    model, x = adapted(), images()
     run = lambda: gradients(model, model.forward_head(model.forward_features(x)).square().sum())
     want = run()
     with torch.no_grad():
@@ -142,8 +135,7 @@ def test_nothing_outlives_a_backward_or_a_broken_forward():
 
 
 def test_nothing_outlives_a_backward_that_failed():
-    model = adapted()
-    x = images().requires_grad_()
+    model, x = adapted(), images().requires_grad_()
     x.register_hook(lambda grad: 1 / 0)
     loss = loss_of(model, x)
     with pytest.raises(ZeroDivisionError):
@@ -179,15 +171,8 @@ def test_two_threads_train_one_model(config):
     assert not passes._replays
 
 
-def _sgd(model, x):
-    optimizer = torch.optim.SGD(ek.adapter_parameters(model), lr=0.1)
-    with torch.enable_grad():
-        loss_of(model, x).backward()
-    optimizer.step()
-
-
-def _adam(model, x, **options):
-    optimizer = torch.optim.AdamW(ek.adapter_parameters(model), lr=0.1, **options)
+def _step(model, x, kind=torch.optim.AdamW, **options):
+    optimizer = kind(ek.adapter_parameters(model), lr=0.1, **options)
     with torch.enable_grad():
         loss_of(model, x).backward()
     optimizer.step()
@@ -198,9 +183,9 @@ def _scaled_state(model):
 
 
 CHANGES = {
-    "sgd": _sgd,
-    "adamw fused": lambda model, x: _adam(model, x, fused=True),
-    "adamw foreach": lambda model, x: _adam(model, x, foreach=True),
+    "sgd": lambda model, x: _step(model, x, torch.optim.SGD),
+    "adamw fused": lambda model, x: _step(model, x, fused=True),
+    "adamw foreach": lambda model, x: _step(model, x, foreach=True),
     "load_state_dict": lambda model, x: model.load_state_dict(_scaled_state(model)),
     "load_state_dict assign": lambda model, x: model.load_state_dict(_scaled_state(model), assign=True),
     "in place": lambda model, x: [p.mul_(1.5) for p in model.efft.parameters()],
@@ -212,17 +197,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_no_stale_update_after(change):
-    model = adapted()
-    x = images()
+    model, x = adapted(), images()
     with torch.no_grad():
         before = model(x)
         model(x)
         CHANGES[change](model, x)
-        after = model(x)
-        fresh = copy.deepcopy(model)
+        after, fresh = model(x), copy.deepcopy(model)
         fresh.efft._reset()
-        assert not torch.equal(after, before)
-        assert torch.equal(after, fresh(x))
+        assert not torch.equal(after, before) and torch.equal(after, fresh(x))
 
 
 @pytest.mark.parametrize("config", [PLAIN, DROPPED], ids=["plain", "dropout"])
@@ -292,8 +274,7 @@ def test_reentrant_checkpointing_is_right_or_refused():
     "config", [PLAIN, DROPPED, ek.FacTConfig(), ek.LoRAConfig()], ids=["efft", "dropout", "fact", "lora"]
 )
 def test_autocast(dtype, config):
-    model = adapted(config)
-    x = images()
+    model, x = adapted(config), images()
     want = model(x)
     with torch.autocast("cpu", dtype):
         torch.testing.assert_close(model(x).float(), want, rtol=0.1, atol=0.1)
@@ -309,8 +290,7 @@ def test_autocast(dtype, config):
 
 
 def test_grad_scaler():
-    model = adapted().train()
-    x = images()
+    model, x = adapted().train(), images()
     want = gradients(model, loss_of(model, x))
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     optimizer = torch.optim.SGD(ek.adapter_parameters(model), lr=0.0)
@@ -323,8 +303,7 @@ def test_grad_scaler():
 
 
 def test_to_another_dtype():
-    model = adapted()
-    x = images()
+    model, x = adapted(), images()
     want = model(x)
     torch.testing.assert_close(model.double()(x.double()).float(), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), want, rtol=0.1, atol=0.1)
@@ -369,8 +348,7 @@ def test_ema_copy_follows():
     from timm.utils import ModelEmaV3
 
     model = adapted().train()
-    ema = ModelEmaV3(model, decay=0.5)
-    x = images()
+    ema, x = ModelEmaV3(model, decay=0.5), images()
     with torch.no_grad():
         before = ema.module.eval()(x)
     shake(model, 0.5)
@@ -384,8 +362,7 @@ def test_ema_copy_follows():
 
 def test_state_dict_round_trip_and_unchanged_names():
     base = vit()
-    names = list(base.state_dict())
-    model = adapted()
+    names, model = list(base.state_dict()), adapted()
     state = model.state_dict()
     assert [n for n in state if not n.startswith("efft.")] == names
     other = ek.inject(vit(), PLAIN)
@@ -405,8 +382,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind():
 
 
 def test_gradients_with_respect_to_the_images_of_a_frozen_adapter():
-    model = adapted().requires_grad_(False)
-    x = images().requires_grad_()
+    model, x = adapted().requires_grad_(False), images().requires_grad_()
     (grad,) = torch.autograd.grad(model(x).square().sum(), x)
     merged = ek.merge(copy.deepcopy(model))
     torch.testing.assert_close(torch.autograd.grad(merged(x).square().sum(), x)[0], grad, rtol=1e-3, atol=1e-5)
@@ -421,8 +397,7 @@ def test_unfrozen_weights_and_biases_get_their_gradients():
 
 
 def test_functional_call_with_other_factors():
-    model = adapted()
-    x = images()
+    model, x = adapted(), images()
     factors = {name: p.detach() * 1.5 for name, p in model.named_parameters() if name.startswith("efft.")}
     other = copy.deepcopy(model)
     with torch.no_grad():

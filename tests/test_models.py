@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from models import PLAIN, images, shake, timm, vit
+from refusals import refuses
 from torch import nn
 
 import efft_kernels as ek
@@ -102,16 +103,14 @@ def test_train_names_modules_that_are_trained_saved_and_loaded(tmp_path):
     assert torch.equal(other.decode.weight, model.decode.weight) and trained(other) == {"decode.weight", "decode.bias"}
     ek.delete_adapter(other, "default")
     del other.decode
-    with pytest.raises(ValueError, match="holds modules that this Own lacks"):
-        ek.load_adapter(other, tmp_path / "a.safetensors")
+    refuses(ValueError, "holds modules that this Own lacks", ek.load_adapter, other, tmp_path / "a.safetensors")
     for train, error, says in [
         ("decode", TypeError, "train must be a sequence of paths"),
         (("decoder",), ValueError, "train must name modules of this Own, such as 'backbone', .* got 'decoder'"),
         (("backbone.head",), ValueError, "backbone.head has none"),
         (("backbone",), ValueError, "blocks.0.attn.qkv is in 'backbone'"),
     ]:
-        with pytest.raises(error, match=says):
-            ek.inject(Own(), PLAIN, train=train)
+        refuses(error, says, ek.inject, Own(), PLAIN, train=train)
 
 
 SWITCHED = {
@@ -184,8 +183,7 @@ def test_how_an_encoder_pools_is_no_classifier(name):
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, patch_size=8))
-    with pytest.raises(ValueError, match="has no classifier Linear to replace"):
-        ek.inject(model, PLAIN, head=10)
+    refuses(ValueError, "has no classifier Linear to replace", ek.inject, model, PLAIN, head=10)
     with pytest.warns(UserWarning, match="it has no classifier that was found and trained"):
         ek.inject(model, PLAIN)
     assert not trained(model) and model(images()).pooler_output.shape == (2, 32)
@@ -227,8 +225,7 @@ def test_an_attention_of_unknown_names_in_an_entry_of_its_own_is_said():
     with pytest.warns(UserWarning, match=r"4 layers .* \(layers.\*.\*.\*.attn.alpha, layers.\*.\*.\*.attn.beta\)"):
         ek.inject(model, PLAIN, head="keep")
     model.layers = nn.ModuleList([unknown(), attention(64, "gamma", "delta")])
-    with pytest.raises(ValueError, match=r"blocks, but layers.\*.\*.attn.alpha, .* \(its role .* is not known\);"):
-        ek.plan(model, PLAIN)
+    refuses(ValueError, r"blocks, but layers.\*.\*.attn.alpha, .* \(its role .* is not known\);", ek.plan, model, PLAIN)
     model.layers = nn.ModuleList([attention(192), ff(), attention(192), ff()])
     assert not any(each.unexpected for each in ek.plan(model, ek.EFFTConfig(rank=4, blocks=(1,))).left_out)
 

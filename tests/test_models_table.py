@@ -31,6 +31,5 @@ def test_nothing_but_heads_is_left_out_in_silence():
 
 @pytest.mark.slow
 def test_the_whole_table():
-    made = models_table.markdown(models_table.rows())
-    text = models_table.PAGE.read_text()
+    made, text = models_table.markdown(models_table.rows()), models_table.PAGE.read_text()
     assert made in text, "python benchmarks/models_table.py --write"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refuses
 from torch.library import opcheck
 
 import efft_kernels
@@ -99,8 +100,7 @@ def test_x_of_any_rank_and_empty(backend, shape):
 
 
 def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
-    asked = []
-    module = dispatch.load(backend)[0]
+    asked, module = [], dispatch.load(backend)[0]
     honest = module.lowrank_linear_backward
     spy = lambda *args: asked.append((args[1] is None, args[5] is None, list(args[6]))) or honest(*args)
     monkeypatch.setattr(module, "lowrank_linear_backward", spy)
@@ -150,8 +150,7 @@ def test_second_derivatives_are_refused(backend, few_rows, power):
     grads = torch.autograd.grad(y.pow(power).sum(), leaves, create_graph=True)
     for grad in grads:
         if grad.requires_grad:  # that of a bias does not depend on anything
-            with pytest.raises(RuntimeError, match="differentiable once"):
-                grad.sum().backward(retain_graph=True)
+            refuses(RuntimeError, "differentiable once", grad.sum().backward, retain_graph=True)
             with pytest.raises(RuntimeError, match="differentiable once"):
                 torch.autograd.grad(grad.sum(), leaves, retain_graph=True, allow_unused=True)
 
@@ -161,8 +160,7 @@ def test_saved_tensors_are_guarded_against_in_place_edits(backend):
     y = lowrank_linear(x, weight, bias, down, up, backend=backend)
     with torch.no_grad():
         up.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    refuses(RuntimeError, "modified by an inplace operation", y.sum().backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -205,12 +203,9 @@ def test_merge_refuses_before_it_writes(backend):
     weights = [torch.randn(4, 5), torch.randn(4, 5)]
     before = [w.clone() for w in weights]
     downs, ups = [torch.randn(5, 2)] * 2, [torch.randn(2, 4), torch.randn(3, 4)]
-    with pytest.raises(ValueError, match=r"ups\[1\] must be \[2, 4\], got \[3, 4\]"):
-        merge_(weights, downs, ups, backend=backend)
-    with pytest.raises(ValueError, match="weights must be distinct"):
-        merge_([weights[0]] * 2, downs, [ups[0]] * 2, backend=backend)
-    with pytest.raises(ValueError, match="equal length, got 2, 1, 1"):
-        merge_(weights, downs[:1], ups[:1], backend=backend)
+    refuses(ValueError, r"ups\[1\] must be \[2, 4\], got \[3, 4\]", merge_, weights, downs, ups, backend=backend)
+    refuses(ValueError, "weights must be distinct", merge_, [weights[0]] * 2, downs, [ups[0]] * 2, backend=backend)
+    refuses(ValueError, "equal length, got 2, 1, 1", merge_, weights, downs[:1], ups[:1], backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(weights, before))
     merge_([], [], [], backend=backend)
     merge_(torch.zeros(2, 8, 4), torch.zeros(2, 4, 2), torch.zeros(2, 2, 8), backend=backend)  # stacked
@@ -328,8 +323,7 @@ def test_decisions_are_forgotten_before_they_are_too_many(monkeypatch):
 
 def test_a_named_backend_works_or_says_why(monkeypatch):
     tensors = make()
-    with pytest.raises(ValueError, match=r"backend must be one of \[.*\] or None, got 'fast'"):
-        lowrank_linear(*tensors, backend="fast")
+    refuses(ValueError, r"backend must be one of \[.*\] or None, got 'fast'", lowrank_linear, *tensors, backend="fast")
     monkeypatch.setattr(reference, "unsupported", lambda *a: "of a planted reason")
     decisions.clear()
     with pytest.raises(RuntimeError, match="backend 'reference' cannot run lowrank_linear here: of a planted reason"):
@@ -337,8 +331,7 @@ def test_a_named_backend_works_or_says_why(monkeypatch):
 
 
 def test_the_environment_names_a_backend(monkeypatch):
-    seen = []
-    honest = reference.lowrank_linear
+    seen, honest = [], reference.lowrank_linear
     monkeypatch.setattr(reference, "lowrank_linear", lambda *a: seen.append(1) or honest(*a))
     monkeypatch.setattr(dispatch, "default_backend", lambda: os.environ["EFFT_BACKEND"])  # read at every call
     monkeypatch.setenv("EFFT_BACKEND", "reference")
@@ -347,13 +340,11 @@ def test_the_environment_names_a_backend(monkeypatch):
     assert seen
     monkeypatch.setenv("EFFT_BACKEND", "none such")
     decisions.clear()
-    with pytest.raises(ValueError, match="none such"):
-        lowrank_linear(*make())
+    refuses(ValueError, "none such", lowrank_linear, *make())
 
 
 def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
-    cpu = dispatch.load("cpu")[0]
-    tensors = make(512, 512, 512, 16)
+    cpu, tensors = dispatch.load("cpu")[0], make(512, 512, 512, 16)
     monkeypatch.setattr(cpu, "slower", lambda *a, **b: None)  # what it says depends on the processor
     assert dispatch.select("lowrank_linear", None, *tensors) is cpu
     for question in ("unproven", "unavailable", "unsupported", "slower"):
@@ -389,8 +380,7 @@ def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
 )  # fmt: skip
 def test_lowrank_linear_refuses(backend, change, error, message):
     inputs = dict(zip(("x", "weight", "bias", "down", "up"), make())) | change
-    with pytest.raises(error, match=message):
-        lowrank_linear(**inputs, backend=backend)
+    refuses(error, message, lowrank_linear, **inputs, backend=backend)
 
 
 def test_transforms_and_forward_mode_are_refused(backend):
@@ -422,8 +412,7 @@ def test_backward_operators_refuse(backend):
         (5, torch.randn(37, 4), r"p must be \[37, 5\], got \[37, 4\]"),
         (6, [True], "needs must be five bools"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            names.lowrank_linear_backward.default(*good[:i], value, *good[i + 1 :], backend)
+        refuses(ValueError, message, names.lowrank_linear_backward.default, *good[:i], value, *good[i + 1 :], backend)
     sigma, v = torch.randn(2, 3, 4), torch.randn(4, 6)
     with pytest.raises(ValueError, match=r"v must be \[4, N\] with every letter at least 1"):
         names.group_update_backward.default(torch.zeros(2, 3, 0), sigma, torch.zeros(4, 0), 1.0, [True, True], backend)
@@ -450,8 +439,7 @@ def test_backward_operators_refuse(backend):
 )
 def test_group_update_refuses(backend, change, error, message):
     inputs = dict(sigma=torch.randn(2, 3, 4), v=torch.randn(4, 6), scale=1.0) | change
-    with pytest.raises(error, match=message):
-        group_update(**inputs, backend=backend)
+    refuses(error, message, group_update, **inputs, backend=backend)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.int64, lambda _: 10**30])
@@ -479,8 +467,7 @@ def test_efft_linear_refuses(backend):
         (dict(v=torch.randn(3, 5)), r"v must be \[4, N\].*, got \[3, 5\]"),
         (dict(sigma=torch.randn(4)), r"sigma must be \[S, P, Q\].*, got \[4\]"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            efft_linear(**(good | change), backend=backend)
+        refuses(ValueError, message, efft_linear, **good | change, backend=backend)
     for name in sizes:
         with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
             efft_linear(**(good | {name: None}))  # of few rows, in one call
@@ -490,5 +477,4 @@ def test_refusals_are_the_same_under_compile(backend):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: lowrank_linear(*a, backend=backend), backend="aot_eager", fullgraph=True)
     x, weight, bias, down, up = make()
-    with pytest.raises(Exception, match=r"up must be \[5, 48\]"):
-        compiled(x, weight, bias, down, up[:4])
+    refuses(Exception, r"up must be \[5, 48\]", compiled, x, weight, bias, down, up[:4])

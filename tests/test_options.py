@@ -141,15 +141,13 @@ def test_options_cost_what_they_say():
 def test_dropping_rank_1_terms(method):
     """a mask per matrix and forward: terms are dropped whole, and those that stay are scaled up"""
     model = adapted(with_(method, rank_dropout=0.5, targets=("q", "v"), blocks=(0,)), embed_dim=48).double()
-    whole = updates(model)
-    path = "blocks.0.attn.qkv"
+    whole, path = updates(model), "blocks.0.attn.qkv"
     assert list(whole) == [path]
     torch.manual_seed(1)
     draws = [updates(model, training=True)[path] for _ in range(200)]
     width = whole[path].shape[1] // 3
     ranks = [torch.linalg.matrix_rank(t[:, :width]).item() for t in (whole[path], *draws[:20])]
-    assert min(ranks[1:]) < ranks[0] and max(ranks[1:]) <= ranks[0]
-    assert not torch.equal(draws[0], draws[1])
+    assert min(ranks[1:]) < ranks[0] and max(ranks[1:]) <= ranks[0] and not torch.equal(draws[0], draws[1])
     assert rms(sum(draws) / len(draws) - whole[path]) < 0.15 * rms(whole[path])
     for path, want in updates(model).items():
         assert torch.equal(want, whole[path]), "nothing is dropped in evaluation"
@@ -178,8 +176,7 @@ def test_two_learning_rates(method):
     assert {id(p) for p in second["params"]} == zero and (first["lr"], second["lr"]) == (1e-3, 8e-3)
     together = [*first["params"], *second["params"]]
     assert {id(p) for p in together} == {id(p) for p in ek.adapter_parameters(model)}
-    before = [p.detach().clone() for p in together]
-    optimizer = torch.optim.SGD([first, second])
+    before, optimizer = [p.detach().clone() for p in together], torch.optim.SGD([first, second])
     loss_of(model, images()).backward()
     grads = [p.grad.clone() for p in together]
     optimizer.step()

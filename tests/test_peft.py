@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accuracy import assert_accurate
 from models import assert_bits, assert_same, gradients, images, loss_of, shake, swin, timm, vit, vit_of_transformers
+from refusals import refuses
 from safetensors.torch import load_file
 from test_attention import Beit, encoder
 from torch import nn
@@ -93,8 +94,7 @@ def test_nothing_changes_at_the_start_and_only_factors_train():
 
 
 def test_one_group_update_per_group_and_forward(monkeypatch):
-    calls = []
-    update = groups.group_update
+    calls, update = [], groups.group_update
     monkeypatch.setattr(groups, "group_update", lambda *a, **k: calls.append(1) or update(*a, **k))
     model, x = adapt(vit()), images()
     y = model(x)
@@ -131,8 +131,7 @@ def test_checkpointing_sees_the_same_factors_and_masks(reentrant):
 def test_compiled():
     model, x = adapt(vit()), images()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    plain = gradients(model, model(x).square().sum())
+    compiled, plain = torch.compile(model, backend="aot_eager"), gradients(model, model(x).square().sum())
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     assert_same(gradients(model, compiled(x).square().sum()), plain, rtol=1e-3, atol=1e-4)
 
@@ -167,8 +166,7 @@ def test_a_file_holds_every_factor_once_and_comes_back_exactly(tmp_path, low, dt
 
 def test_a_second_adapter_is_tied_and_trained_like_the_first(tmp_path):
     model, x = adapt(vit()), images()
-    first = copy.deepcopy(owned(model).state_dict())
-    y = model(x)
+    first, y = copy.deepcopy(owned(model).state_dict()), model(x)
     owned(model)["attn"].u.requires_grad_(False)
     model.add_adapter("second", EFFTPeftConfig(**{**SMALL, "rank": 3, "init_weights": False, "targets": ["attn"]}))
     assert torch.equal(model(x), y)
@@ -194,8 +192,7 @@ def test_a_second_adapter_is_tied_and_trained_like_the_first(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "second", adapter_name="second")
     assert torch.equal(copy.deepcopy(model)(x), one) and torch.equal(loaded(x), one)
     model.delete_adapter("second")
-    assert list(model.base_model.efft_factors) == ["default"]
-    assert torch.equal(model(x), y)
+    assert list(model.base_model.efft_factors) == ["default"] and torch.equal(model(x), y)
 
 
 def test_two_active_adapters_add_up():
@@ -203,11 +200,9 @@ def test_two_active_adapters_add_up():
     model.add_adapter("second", EFFTPeftConfig(**{**SMALL, "rank": 3, "init_weights": False, "targets": ["attn"]}))
     model.eval()
     model.base_model.set_adapter(["default", "second"])
-    y = model(x)
-    layer = model.get_base_model().blocks[0].attn.qkv
+    y, layer = model(x), model.get_base_model().blocks[0].attn.qkv
     deltas = [layer.get_delta_weight(name) for name in ("default", "second")]
-    weight = layer.base_layer.weight.clone()
-    merged = copy.deepcopy(model).merge_and_unload()
+    weight, merged = layer.base_layer.weight.clone(), copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged.blocks[0].attn.qkv.weight, weight + deltas[0] + deltas[1])
     torch.testing.assert_close(merged(x), y)
     assert sum(p.grad is not None for p in model.parameters()) == 0
@@ -227,8 +222,7 @@ def test_names_that_keys_could_not_tell_apart():
 @pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
 def test_merge_and_exact_unmerge(dtype, safe):
     model, x = adapt(vit().to(dtype), scale=0.1), images(dtype=dtype)
-    y = model(x)
-    weights = {key: value.clone() for key, value in model.get_base_model().state_dict().items()}
+    y, weights = model(x), {key: value.clone() for key, value in model.get_base_model().state_dict().items()}
     model.merge_adapter(safe_merge=safe)
     loose = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.1, atol=0.05)
     torch.testing.assert_close(model(x), y, **loose)
@@ -259,8 +253,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_weight():
     with torch.no_grad():
         owned(model)["ffn"].sigma[-1, 0, 0] = torch.nan  # of the last layer
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
-            merge(safe_merge=True)
+        refuses(ValueError, "NaNs detected in the merged weights. The adapter default", merge, safe_merge=True)
         assert_bits(dict(model.get_base_model().state_dict()), weights)
         assert not any(layer.merged for layer in model.base_model._layers)
 
@@ -270,8 +263,7 @@ def test_a_weight_that_cannot_be_merged_into_is_refused_before_the_first_is():
     model, x = adapt(nn.Sequential(inner), target_modules=["0.0", "0.1"]), torch.randn(3, 16)
     y = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(TypeError, match="0.1 must have a plain floating-point weight to merge into, got a Param"):
-            merge()
+        refuses(TypeError, "0.1 must have a plain floating-point weight to merge into, got a Param", merge)
         assert torch.equal(model(x), y)
 
 
@@ -350,8 +342,7 @@ def test_what_a_base_layer_does_beyond_a_product_is_kept(how):
     seen = []
     if how == "hook":
         inner[0].register_forward_hook(lambda module, args, y: seen.append(1) or 3 * y)
-    x = torch.randn(5, 16, dtype=dtype)
-    model = adapt(nn.Sequential(inner), target_modules=["0.0"])
+    x, model = torch.randn(5, 16, dtype=dtype), adapt(nn.Sequential(inner), target_modules=["0.0"])
     layer = model.get_base_model()[0][0]
     base, delta = layer.base_layer, layer.get_delta_weight("default")
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
@@ -391,8 +382,7 @@ def test_trainer_and_accelerate(tmp_path):
 
 
 def test_what_cannot_be_adapted_is_refused_and_left_alone():
-    conv = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
-    tied = vit()
+    conv, tied = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4)), vit()
     tied.blocks[1].mlp.fc1.weight = tied.blocks[0].mlp.fc1.weight
     grouped = vit()
     grouped.blocks[0].attn.qkv = nn.Linear(192, 288)
@@ -407,8 +397,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
         (grouped, {}, ValueError, "blocks.0.attn.qkv must hold q, k and v of equal width, got 288 outputs"),
     ]:
         types = [type(module) for module in model.modules()]
-        with pytest.raises(error, match=says):
-            peft.get_peft_model(model, EFFTPeftConfig(**{**SMALL, **options}))
+        refuses(error, says, peft.get_peft_model, model, EFFTPeftConfig(**{**SMALL, **options}))
         assert [type(module) for module in model.modules()] == types
         assert all(p.requires_grad for p in model.parameters()) and not model._forward_hooks
 
@@ -425,8 +414,7 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone():
     ],
 )
 def test_a_config_is_checked(options, says):
-    with pytest.raises(ValueError, match=says):
-        EFFTPeftConfig(**options)
+    refuses(ValueError, says, EFFTPeftConfig, **options)
 
 
 @pytest.mark.parametrize(
@@ -462,8 +450,7 @@ def test_attentions_that_call_no_linear():
         (encoder(), torch.randn(2, 3, 16), {"target_modules": ["out_proj", "linear1"]}),
     ):
         with torch.no_grad():
-            before = model(x)
-            tuned = adapt(model, **options)
+            before, tuned = model(x), adapt(model, **options)
             after = tuned(x)
             assert not torch.allclose(before, after)
             torch.testing.assert_close(tuned.merge_and_unload()(x), after, rtol=1e-4, atol=1e-5)
@@ -478,8 +465,7 @@ def test_a_config_of_numpy_scalars_is_saved(tmp_path):
 def test_mixed_batches_and_injection_without_a_tuner_are_refused():
     with pytest.raises(ValueError, match="adapter_names must be None"):
         adapt(vit())(images(), adapter_names=["default", "__base__"])
-    with pytest.raises(ValueError, match="shared state"):
-        peft.inject_adapter_in_model(EFFTPeftConfig(**SMALL), vit())
+    refuses(ValueError, "shared state", peft.inject_adapter_in_model, EFFTPeftConfig(**SMALL), vit())
 
 
 def test_blocks_are_chosen_as_elsewhere_in_peft():
@@ -558,8 +544,7 @@ def test_lora_with_factors_of_another_dtype_than_the_base(passes):
     assert dtypes == {torch.float32}
     exact = results(copy.deepcopy(model).double(), x.double())
     # as PEFT computes it with factors in the dtype of the base
-    plain = results(copy.deepcopy(model).bfloat16(), x)
-    fast = results(accelerate_lora(model), x)
+    plain, fast = results(copy.deepcopy(model).bfloat16(), x), results(accelerate_lora(model), x)
     assert len(passes) == 8
     for key in fast:
         assert fast[key].dtype == (torch.bfloat16 if key == "y" else torch.float32)
@@ -624,8 +609,7 @@ def test_a_merge_past_the_version_counter_is_seen_by_the_packed_weights():
 
 
 def test_what_the_kernel_cannot_take_is_left_to_peft(passes):
-    x = images()
-    dropped = lora(lora_dropout=0.4).train()
+    x, dropped = images(), lora(lora_dropout=0.4).train()
     torch.manual_seed(0)
     plain = results(dropped, x)
     accelerate_lora(dropped)
@@ -635,8 +619,7 @@ def test_what_the_kernel_cannot_take_is_left_to_peft(passes):
     dropped.eval()(x)
     assert len(passes) == 8
 
-    mixed = lora(lora(), "second").eval()
-    names = ["default", "second"]
+    mixed, names = lora(lora(), "second").eval(), ["default", "second"]
     plain = mixed(x, adapter_names=names)
     accelerate_lora(mixed)
     passes.clear()
@@ -654,8 +637,7 @@ def test_what_the_kernel_cannot_take_is_left_to_peft(passes):
 
 def test_lora_layers_that_gain_nothing_are_refused_by_name(passes):
     for function in (accelerate_lora, restore_lora):
-        with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
-            function(3)
+        refuses(TypeError, "model must be an nn.Module, got int", function, 3)
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -668,8 +650,7 @@ def test_lora_layers_that_gain_nothing_are_refused_by_name(passes):
             (adapt(vit()), "PeftModel has no LoRA layer of PEFT"),
             (vit(), "VisionTransformer has no LoRA layer of PEFT"),
         ]:
-            with pytest.raises(ValueError, match=says):
-                accelerate_lora(model)
+            refuses(ValueError, says, accelerate_lora, model)
             assert not any(isinstance(module, FastLoraLinear) for module in model.modules())
         both = lora(target_modules=["patch_embed.proj", "fc1"])
         y = both(images(2))
@@ -685,8 +666,7 @@ def test_lora_layers_that_gain_nothing_are_refused_by_name(passes):
 def test_lora_under_autocast_and_compiled(passes):
     model, x = lora(), images()
     with torch.autocast("cpu", torch.bfloat16):
-        plain = model(x)
-        fast = accelerate_lora(model)(x)
+        plain, fast = model(x), accelerate_lora(model)(x)
     assert len(passes) == 8 and fast.dtype == plain.dtype
     torch.testing.assert_close(fast, plain, rtol=0.05, atol=0.05)
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ import steps
 import torch
 import torch.nn.functional as F
 from models import METHODS, adapted, assert_bits, gradients, images, loss_of, shake, swin, vit
+from refusals import refuses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -205,8 +206,7 @@ def test_a_change_in_place_is_an_error_or_right():
 
     for change in ({}, {"before": lambda h, x: h.add_(1)}, {"before": lambda h, x: x.mul_(2)}):
         torch.testing.assert_close(*gradient(**change))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradient(after=lambda h, x: h.add_(1))
+    refuses(RuntimeError, "modified by an inplace operation", gradient, after=lambda h, x: h.add_(1))
     hooks = torch.autograd.graph.saved_tensors_hooks
     with hooks(lambda t: t, lambda t: t), pytest.raises(RuntimeError, match="modified in place"):
         gradient(after=lambda h, x: h.add_(1))
@@ -269,8 +269,7 @@ def test_inputs_are_rebuilt_on_a_cpu_unless_it_is_said_and_elsewhere_if_it_is():
     for setting, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
         ek.rebuild_inputs(setting)
         assert (producers.rebuilds(cpu), producers.rebuilds(gpu)) == expected
-    with pytest.raises(TypeError, match="enabled must be True, False or None, got 'off'"):
-        ek.rebuild_inputs("off")
+    refuses(TypeError, "enabled must be True, False or None, got 'off'", ek.rebuild_inputs, "off")
 
 
 def model_gradients(model, run=None):
@@ -345,8 +344,7 @@ def test_casts_of_frozen_weights_do_not_outlive_the_call(rows):
         with torch.no_grad():
             linear.weight.mul_(2)
         if enabled:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                y.sum().backward()
+            refuses(RuntimeError, "modified by an inplace operation", y.sum().backward)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 y = lowrank_linear(h, linear.weight, linear.bias, down, up)  # the panels are made anew
             wanted = F.linear(h, linear.weight, linear.bias) + h @ down @ up
@@ -361,8 +359,7 @@ def test_casts_of_frozen_weights_do_not_outlive_the_call(rows):
 def test_panels_under_autocast_belong_to_the_parameters(patch):
     cpu.clear_packed()
     model = ek.inject(vit(patch_size=patch).requires_grad_(False), METHODS["efft2"], backend="cpu").train()
-    step = step_of(model, torch.float32, True)
-    held = []
+    step, held = step_of(model, torch.float32, True), []
     for _ in range(2):
         loss = step(model)
         held.append(cpu.packed_bytes())

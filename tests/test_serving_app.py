@@ -26,6 +26,7 @@ import numpy
 import pytest
 import torch
 from models import shake, timm
+from refusals import refuses
 
 import efft_kernels as ek
 from efft_kernels.serving.folder import AdapterFolder, DoesNotFit
@@ -92,8 +93,7 @@ def test_exif_orientation_is_applied(picture, kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     plain, got = (decode(saved(picture, kind, **more), max_pixels=PIXELS) for more in ({}, {"exif": exif}))
-    assert got.size == (30, 40)
-    assert got.tobytes() == plain.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert got.size == (30, 40) and got.tobytes() == plain.transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
 def test_pixels_are_checked_before_decoding(picture, monkeypatch):
@@ -131,8 +131,7 @@ def test_what_follows_the_picture_is_not_counted_as_scans(picture):
     assert decode(exif, max_pixels=PIXELS).size == picture.size
     start = data.index(b"\xff\xda")
     many = data[:start] + data[start:-2] * 20 + data[-2:]
-    with pytest.raises(Refused, match="must have at most 64 scans"):
-        decode(many, max_pixels=PIXELS)
+    refuses(Refused, "must have at most 64 scans", decode, many, max_pixels=PIXELS)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -221,8 +220,7 @@ def test_bodies_that_are_too_large():
     refused(413, read, b"a" * 5000, {"content-length": "10"})  # a wrong length
     refused(413, read, b"a", {"content-length": "9" * 5000})
     refused(400, read, b"a", {"content-length": "-1"})
-    assert len(read(b"a" * 1000).image) == 1000
-    assert len(read(*form(image=b"a" * 1000)).image) == 1000
+    assert len(read(b"a" * 1000).image) == 1000 and len(read(*form(image=b"a" * 1000)).image) == 1000
     refused(413, read, *form(image=b"a" * 1001))
 
 
@@ -277,14 +275,12 @@ def test_the_least_recently_used_is_evicted(folder):
     assert folder.bank.names == ["a", "b"] and folder.loads == 2
     touch(folder, "a")
     touch(folder, "c")
-    assert folder.bank.names == ["a", "c"] and folder.evictions == 1
-    assert folder.bytes == folder.bank.most == 200
+    assert folder.bank.names == ["a", "c"] and folder.evictions == 1 and folder.bytes == folder.bank.most == 200
 
 
 def test_held_adapters_are_not_evicted(folder):
     with folder.hold("a"), folder.hold("b"):
-        with pytest.raises(DoesNotFit, match="'c' does not fit the 250 bytes next to 2 in use"):
-            touch(folder, "c")
+        refuses(DoesNotFit, "'c' does not fit the 250 bytes next to 2 in use", touch, folder, "c")
         assert folder.bank.names == ["a", "b"]
         with folder.hold("a"):
             pass
@@ -314,18 +310,15 @@ def test_replaced_deleted_and_invalid_files(folder):
     touch(folder, "b")
     assert folder.loads == loads + 1
     (folder.path / "a.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no adapter 'a'"):
-        touch(folder, "a")
+    refuses(FileNotFoundError, "no adapter 'a'", touch, folder, "a")
     (folder.path / "c.safetensors").write_bytes(b"bad")
     with pytest.raises(ValueError):
         touch(folder, "c")
     (folder.path / "d.safetensors").write_bytes(b"d" * 251)
-    with pytest.raises(ValueError, match="larger than the budget of 250"):
-        touch(folder, "d")
+    refuses(ValueError, "larger than the budget of 250", touch, folder, "d")
     assert folder.names() == ["b", "c", "d"]
     touch(folder, "b")
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        AdapterFolder(FakeBank(), folder.path / "none", 1)
+    refuses(FileNotFoundError, "no folder", AdapterFolder, FakeBank(), folder.path / "none", 1)
 
 
 def test_adapters_larger_in_memory_than_on_disk(folder):
@@ -335,8 +328,7 @@ def test_adapters_larger_in_memory_than_on_disk(folder):
     assert folder.bank.names == ["b"]
     folder.bank.factor = 3
     for _ in range(2):
-        with pytest.raises(ValueError, match="'c' of 300 bytes is larger than the budget of 250"):
-            touch(folder, "c")
+        refuses(ValueError, "'c' of 300 bytes is larger than the budget of 250", touch, folder, "c")
         folder.bank.read = None  # it is not read again
     assert folder.bank.names == ["b"] and folder.evictions == 1, "nothing is evicted for it"
 
@@ -357,8 +349,7 @@ def test_folder_in_many_threads(folder):
 
 def test_images_are_prepared_as_the_file_of_an_adapter_says(served, own, monkeypatch):
     files, classifier = served[1], Classifier(own)
-    size = classifier.preparation.size
-    state = ek.read_adapter(classifier.folder.file("adapter-0"))
+    size, state = classifier.preparation.size, ek.read_adapter(classifier.folder.file("adapter-0"))
     model = ek.load_adapter(base_model(own), state.path, strict=True)
     mine = ek.Preparation(size, (0.1, 0.2, 0.3), (0.9, 0.8, 0.7), "nearest", 1.0, "squash")
     made = {"stated": mine, "wide": replace(mine, size=(size[0] + 32, size[1] + 32))}
@@ -406,8 +397,7 @@ def test_labels_files(served, own):
         refused(422, classifier.prepare, upload, says="its labels")
     path.unlink()
     path.symlink_to(path)
-    with pytest.raises(Refused, match="its labels cannot be read"):
-        classifier.prepare(upload)
+    refuses(Refused, "its labels cannot be read", classifier.prepare, upload)
 
 
 def test_settings_and_options():
@@ -419,8 +409,7 @@ def test_settings_and_options():
         ({"model": "m", "adapters": "x", "repliccas": 2}, "repliccas\n  Extra inputs are not permitted"),
         ({"model": "m", "adapters": "x", "stop_s": -1}, "stop_s\n.* greater than or equal to 0 .*input_value=-1"),
     ]:
-        with pytest.raises(ValueError, match=says):
-            Settings(**args)
+        refuses(ValueError, says, Settings, **args)
     args = ["--model", "m", "--adapters=x", "--max_batch=4", "--max-queued", "1", "--dtype=float16", "--port", "80"]
     application, server = cli.settings(args)
     assert application == Settings(model="m", adapters="x", max_batch=4, max_queued=1, dtype="float16")
@@ -445,8 +434,7 @@ def test_settings_and_options():
 def test_options_that_cannot_be_used(args, says, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(args)
-    assert stopped.value.code == 2
-    assert re.search(says, capsys.readouterr().err)
+    assert stopped.value.code == 2 and re.search(says, capsys.readouterr().err)
 
 
 def test_help_names_every_setting(capsys):
@@ -634,8 +622,7 @@ def test_a_backbone_without_classes(served, tmp_path):
     from safetensors.torch import load_file, save_file
 
     settings, files, want = served
-    weights = load_file(settings.weights)
-    path = str(tmp_path / "backbone.safetensors")
+    weights, path = load_file(settings.weights), str(tmp_path / "backbone.safetensors")
     save_file({key: t for key, t in weights.items() if not key.startswith("head.")}, path)
     for classes in (7, 0):  # 0: as the model's default in timm, here 1000
         classifier = Classifier(settings.model_copy(update={"weights": path, "num_classes": classes}))
@@ -658,8 +645,7 @@ def test_ports_addresses_and_tokens(monkeypatch):
         with pytest.raises(start.StartError, match=f"cannot listen on 127.0.0.1:{port}: another process listens there"):
             start.free_port("127.0.0.1", port)
         assert start.free_port("127.0.0.1", 0) not in (0, port)
-    with pytest.raises(start.StartError, match="--host no.such.host is not an address"):
-        start.free_port("no.such.host", port)
+    refuses(start.StartError, "--host no.such.host is not an address", start.free_port, "no.such.host", port)
     assert start.is_loopback("127.0.0.2") and start.is_loopback("::1") and not start.is_loopback("0.0.0.0")
     for address in (f"127.0.0.1:{port}", "ray://a:1"):
         with pytest.raises(start.StartError, match="can be reached at --address 127|must be auto or HOST:PORT"):
@@ -739,8 +725,7 @@ def test_keys(tmp_path):
     bad = "0123456789 abcdef", "0123456789abcde", "0123456789abcdef\u00e9", "0123456789\tabcdef"
     for text, says in [("# none\n", "must have a key"), *((key, "line 1: a key must have at least 16") for key in bad)]:
         path.write_text(text)
-        with pytest.raises(ValueError, match=says):
-            keys.read_keys(path)
+        refuses(ValueError, says, keys.read_keys, path)
 
 
 def alone(settings, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import METHODS, PLAIN, biased, images, shake, swin, timm, vit
+from refusals import refuses
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -140,8 +141,7 @@ def test_a_model_of_transformers():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_model_in_16_bits(dtype):
     bank, models = filled(dtype=dtype)
-    x = images(6, dtype)
-    trained = [p for name in "abc" for p in bank.parameters(name)]
+    x, trained = images(6, dtype), [p for name in "abc" for p in bank.parameters(name)]
     assert {p.dtype for p in trained} == {torch.float32, dtype}, "factors, and heads as the model's"
     with bank.use(BATCH):
         y = bank.model(x)
@@ -252,8 +252,7 @@ def test_checkpointing_with_several_uses_and_a_failing_backward(reentrant):
             p.grad = None
         return grads
 
-    want = run()
-    inner = bank.model.blocks[0]
+    want, inner = run(), bank.model.blocks[0]
     forward = inner.forward
     inner.forward = lambda t: torch.utils.checkpoint.checkpoint(forward, t, use_reentrant=reentrant)
     for g, w in zip(run(), want):
@@ -326,8 +325,7 @@ def test_release_restores_the_model():
     model = bare()
     model.patch_embed.requires_grad_(False)
     requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
-    state = {key: t.clone() for key, t in model.state_dict().items()}
-    bank = AdapterBank(model)
+    state, bank = {key: t.clone() for key, t in model.state_dict().items()}, AdapterBank(model)
     bank.add("a", trained())
     assert model.state_dict().keys() == state.keys() and not any(p.requires_grad for p in model.parameters())
     twin = copy.deepcopy(bank)
@@ -336,8 +334,7 @@ def test_release_restores_the_model():
         released.release()
         with pytest.raises(RuntimeError, match="has released its model"), released.use(["a"]):
             pytest.fail("entered")
-        with pytest.raises(RuntimeError, match="has released its model"):
-            released.add("b", trained())
+        refuses(RuntimeError, "has released its model", released.add, "b", trained())
     assert not hasattr(twin.model, "efft")
     assert {key: p.requires_grad for key, p in model.named_parameters()} == requires_grad
     assert not hasattr(model, "efft")
@@ -352,8 +349,7 @@ def test_a_model_without_one_of_its_blocks():
     bank.model.blocks, merged.blocks = bank.model.blocks[:1], merged.blocks[:1]
     bank.release()
     assert {type(m) for m in bank.model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
-    with pytest.raises(ValueError, match="blocks.1.attn.qkv must be the nn.Linear that merge left there, got None"):
-        ek.unmerge(merged)
+    refuses(ValueError, "blocks.1.attn.qkv must be the nn.Linear that merge left there, got None", ek.unmerge, merged)
 
 
 def test_names_classes_and_bytes(tmp_path):
@@ -378,8 +374,7 @@ def test_an_adapter_that_another_thread_adds_meanwhile_stays(monkeypatch):
     bank, model = AdapterBank(bare()), trained()
     one, other = bank.read(model), bank.read(model)
     monkeypatch.setattr(bank, "read", lambda *_, **__: bank.add("a", other) or one)
-    with pytest.raises(ValueError, match="already has an adapter 'a'"):
-        bank.add("a", model)
+    refuses(ValueError, "already has an adapter 'a'", bank.add, "a", model)
     assert bank._adapters["a"] is other
 
 
@@ -410,8 +405,7 @@ def test_add_and_save_files(make, tmp_path):
 
 def test_adapters_added_and_removed_while_others_compute():
     bank, models = filled()
-    x = images(3)
-    ids = ["a", None, "b"]
+    x, ids = images(3), ["a", None, "b"]
     with torch.no_grad():
         want = one_by_one(models, ids, x)
     wrong, stop = [], threading.Event()
@@ -607,10 +601,8 @@ def test_a_linear_whose_input_does_not_keep_the_samples_together_is_named():
         bank.model(images(2))
         with pytest.raises(ValueError, match=r"blocks.0.attn.qkv gets x \[5, 4, 192\], whose first or second dim"):
             bank.model.blocks[0].attn.qkv(torch.randn(5, 4, 192))
-        with pytest.raises(ValueError, match=r"head gets x \[3, 192\], whose first or second"):
-            bank.model.head(torch.randn(3, 192))
-        with pytest.raises(ValueError, match=r"blocks.0.mlp.fc1 gets x \[192\]"):
-            bank.model.blocks[0].mlp.fc1(torch.randn(192))
+        refuses(ValueError, r"head gets x \[3, 192\], whose first or second", bank.model.head, torch.randn(3, 192))
+        refuses(ValueError, r"blocks.0.mlp.fc1 gets x \[192\]", bank.model.blocks[0].mlp.fc1, torch.randn(192))
     flat = lambda y, x: y.unflatten(0, (x.shape[1], -1)).transpose(0, 1)
     bank, _ = filled(make=reordered(lambda x: x.transpose(0, 1).flatten(0, 1), flat))
     bank.model.train().blocks[1].norm1 = norm = nn.BatchNorm1d(5)
@@ -624,8 +616,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     ek.save_adapter(trained(), tmp_path / "file")
     (tmp_path / "broken").write_bytes((tmp_path / "file").read_bytes()[:-7])
     batchnorm = ek.inject(bare(), PLAIN, head=nn.Sequential(nn.BatchNorm1d(192), nn.Linear(192, 3)))
-    merged = ek.merge(trained())
-    disabled = trained()
+    merged, disabled = ek.merge(trained()), trained()
     disabled.efft.active = None
     for name, source, error, says in [
         ("a", tmp_path / "file", ValueError, "name must be new, but the bank already has an adapter 'a'"),
@@ -641,17 +632,14 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ("x", trained(depth=3), ValueError, "whose Linears or shapes differ from those of this VisionTransformer"),
         ("x", batchnorm, ValueError, "the head in this VisionTransformer does not fit: head"),
     ]:
-        with pytest.raises(error, match=says):
-            bank.add(name, source)
+        refuses(error, says, bank.add, name, source)
     assert bank.names == ["a", "b", "c"]
     weight_norm((model := bare()).head)
     with pytest.raises(ValueError, match="file adapts head, whose weight must be plain in a bank, got one that is"):
         AdapterBank(model).add("x", tmp_path / "file")
     for act in (bank.remove, bank.parameters, bank.classes, bank.bytes, lambda name: bank.save(name, tmp_path / "x")):
-        with pytest.raises(ValueError, match="name must be one of the bank's adapters, 'a', 'b', 'c', got 'x'"):
-            act("x")
-    with pytest.raises(ValueError, match="of which there are none"):
-        AdapterBank(bare()).remove("x")
+        refuses(ValueError, "name must be one of the bank's adapters, 'a', 'b', 'c', got 'x'", act, "x")
+    refuses(ValueError, "of which there are none", AdapterBank(bare()).remove, "x")
 
 
 def test_models_that_cannot_have_a_bank():
@@ -660,14 +648,10 @@ def test_models_that_cannot_have_a_bank():
         (ek.merge(trained()), "is merged"),
         (AdapterBank(bare()).model, "already has an attribute 'efft', a AdapterBank"),
     ]:
-        with pytest.raises(ValueError, match=says):
-            AdapterBank(model)
-    with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
-        AdapterBank(3)
-    with pytest.raises(ValueError, match="backend must be one of"):
-        AdapterBank(bare(), backend="fast")
-    with pytest.raises(ValueError, match="already has an attribute 'efft', a AdapterBank"):
-        ek.inject(AdapterBank(bare()).model, PLAIN)
+        refuses(ValueError, says, AdapterBank, model)
+    refuses(TypeError, "model must be an nn.Module, got int", AdapterBank, 3)
+    refuses(ValueError, "backend must be one of", AdapterBank, bare(), backend="fast")
+    refuses(ValueError, "already has an attribute 'efft', a AdapterBank", ek.inject, AdapterBank(bare()).model, PLAIN)
 
 
 def test_a_head_that_differs_beyond_its_classifier():
@@ -680,5 +664,4 @@ def test_a_head_that_differs_beyond_its_classifier():
     bank.add("a", other)
     with torch.no_grad():
         other.head[0].weight.add_(1)
-    with pytest.raises(ValueError, match="must differ .* in its last Linear alone.* head.0.weight differs too"):
-        bank.add("b", other)
+    refuses(ValueError, "must differ .* in its last Linear alone.* head.0.weight differs too", bank.add, "b", other)

@@ -107,8 +107,7 @@ def test_number_of_launches(device, launches, monkeypatch):
     merged = [weight.clone(), weight[:, :3].clone()], [down, down[:3]], [up, up]
     assert launched(None, kernels.merge_, *merged) == ["merge_row"] * 2 + ["merge"]
     forward = kernels.lowrank_linear, x, weight, bias, down, up
-    assert launched(True, *forward) == ["lowrank_linear"]
-    assert launched(False, *forward) == ["p", "lowrank_linear"]
+    assert launched(True, *forward) == ["lowrank_linear"] and launched(False, *forward) == ["p", "lowrank_linear"]
     backward = kernels.lowrank_linear_backward, dy, x, weight, down, up, x[:, :3], [True, False, False, True, True]
     assert launched(True, *backward) == ["lowrank_linear", "dy_pass", "dy_pass", "reduce_slots"]
     assert launched(False, *backward) == ["dy_pass", "reduce_slots", "lowrank_linear", "dy_pass", "reduce_slots"]
@@ -148,8 +147,7 @@ def test_the_measured_way_goes_before_the_rule(way, device, launches, monkeypatc
 @pytest.mark.parametrize("N", [7, 768, 3072])
 def test_rows_are_split_by_shape_into_tiles_at_most(M, N):
     runs = dy_pass.splits(M, N, 16, BM=64, BN=256)
-    assert 1 <= runs <= launch.cdiv(M, 64)
-    assert runs <= max(16, M // 1024)
+    assert 1 <= runs <= launch.cdiv(M, 64) and runs <= max(16, M // 1024)
 
 
 def test_tf32_only_where_torch_was_allowed_it(device):

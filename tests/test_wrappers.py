@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import PLAIN, adapted, images, shake, vit
+from refusals import refuses
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
@@ -59,17 +60,14 @@ def wrap(request):
 
 def test_a_wrapped_model_is_planned_saved_loaded_and_merged_as_the_plain_one(wrap, tmp_path):
     base, x = vit(), images()
-    before = base(x).detach()
-    want = shake(ek.inject(copy.deepcopy(base), PLAIN, head=3))
+    before, want = base(x).detach(), shake(ek.inject(copy.deepcopy(base), PLAIN, head=3))
     ek.save_adapter(want, tmp_path / "plain.safetensors")
     model = wrap(copy.deepcopy(base))
     assert ek.plan(model, PLAIN) == ek.plan(base, PLAIN)
     if isinstance(model, nn.DataParallel) or isinstance(getattr(model, "_orig_mod", None), nn.DataParallel):
-        with pytest.raises(ValueError, match="before it is wrapped in DataParallel, which would not reduce"):
-            ek.inject(model, PLAIN)
+        refuses(ValueError, "before it is wrapped in DataParallel, which would not reduce", ek.inject, model, PLAIN)
         replica = want._replicate_for_data_parallel()  # what a forward on several GPUs calls
-        with pytest.raises(RuntimeError, match="VisionTransformer is a replica of nn.DataParallel"):
-            replica(x)
+        refuses(RuntimeError, "VisionTransformer is a replica of nn.DataParallel", replica, x)
         return
     assert ek.load_adapter(model, tmp_path / "plain.safetensors") is model
     torch.testing.assert_close(model(x), want(x))
@@ -97,8 +95,7 @@ def test_a_wrapped_model_is_planned_saved_loaded_and_merged_as_the_plain_one(wra
 @pytest.mark.parametrize("name", ["compiled", "blocks compiled", "blocks checkpointed", "one Linear and the head"])
 def test_a_model_is_wrapped_after_it_was_injected(name, tmp_path):
     model, x = adapted(), images()
-    want = model(x)
-    model = WRAPPED[name](model)
+    want, model = model(x), WRAPPED[name](model)
     ek.export_lora(model, tmp_path / "lora")
     torch.testing.assert_close(model(x), want)
     ek.save_adapter(model, tmp_path / "a.safetensors")
@@ -124,20 +121,16 @@ def test_a_distributed_model_is_saved_switched_and_merged_and_takes_no_new_param
             lambda: ek.load_adapter(wrapped, tmp_path / "a.safetensors", name="b"),
             lambda: ek.inject(wrapped, PLAIN),
         ):
-            with pytest.raises(ValueError, match="before it is wrapped in DistributedDataParallel"):
-                add()
+            refuses(ValueError, "before it is wrapped in DistributedDataParallel", add)
         assert ek.set_adapter(wrapped, "default") is wrapped
         torch.testing.assert_close(ek.merge(wrapped)(x), want, rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match="this VisionTransformer is merged, unmerge it first"):
-            ek.adapter_parameters(wrapped)
+        refuses(ValueError, "this VisionTransformer is merged, unmerge it first", ek.adapter_parameters, wrapped)
     finally:
         dist.destroy_process_group()
 
 
 def test_a_part_of_fsdp_takes_no_new_parameters():
-    model = vit()
-    wrapper = nn.Module()
+    model, wrapper = vit(), nn.Module()
     wrapper._fsdp_wrapped_module = model.blocks[0]
     model.blocks[0] = wrapper
-    with pytest.raises(ValueError, match="before it is wrapped in Module, which would not reduce"):
-        ek.inject(model, PLAIN)
+    refuses(ValueError, "before it is wrapped in Module, which would not reduce", ek.inject, model, PLAIN)
