@@ -43,6 +43,7 @@ VARIANTS = {
 REBUILT = "inputs_rebuilt"  # folder of training steps that rebuild in the backward what others keep
 METHODS = {
     "efft2": "EFFT2 (this library)",
+    REBUILT: "EFFT2, inputs rebuilt",
     "efft2_p0": "EFFT2 without dropout",
     "efft2_kept": "EFFT2, inputs kept",
     "efft1": "EFFT1",
@@ -110,34 +111,44 @@ def train_step_methods() -> Table:
     """training step of ViT-B, every recorded method, per processor"""
     records = ["zen5/train_vit_b_float32", "zen5/train_vit_b_bfloat16", "zen3/train_vit_b_float32"]
     records += ["zen3/train_vit_b_bfloat16", "emerald_rapids/train_vit_b"]
-    rows = []
+    columns = {}
     for name in records:
         arguments = read_run(RESULTS / name / "train_step.json")["arguments"]
         for dtype in arguments["dtype"]:
             run, steps = _steps(name, dtype=dtype)
-            where = f"{_where(name, run)}, {dtype}, batch {arguments['batch']}, {arguments['image']} px"
-            for method in (method for method in METHODS if method in steps):
-                rows.append([where, METHODS[method], *_step(steps[method])])
-    return Table(_STEP_HEAD, rows, _STEP_NOTE, records, 2)
+            columns[f"{_where(name, run)}, {dtype}, batch {arguments['batch']}, {arguments['image']} px"] = steps
+    return _crossed("training step of ViT-B", columns, records)
 
 
 def gpu_train_step() -> Table:
     """training steps on every GPU that gpu.py recorded: eager, from CUDA graphs, compiled"""
-    rows, records = [], []
+    columns, records = {}, []
     for folder, run in gpu.recorded():
         name = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
         for path in sorted((RESULTS / folder).glob("*train_step*.json")):
             run, steps = _steps(folder, path.stem)
             arguments = run["arguments"]
-            where = f"{name}, {gpu.MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"
             records.append(f"{folder}/{path.stem}.csv")
-            for method in (method for method in METHODS if method in steps):
-                rows.append([where, METHODS[method], *_step(steps[method])])
-                if method == "efft2" and (RESULTS / folder / REBUILT / f"{path.stem}.json").exists():
-                    records.append(f"{folder}/{REBUILT}/{path.stem}.csv")
-                    rebuilt = _steps(f"{folder}/{REBUILT}", path.stem)[1][method]
-                    rows.append([where, f"{METHODS[method]}, inputs rebuilt", *_step(rebuilt)])
-    return Table(["bfloat16", *_STEP_HEAD[1:]], rows, _STEP_NOTE, records, 2)
+            if (RESULTS / folder / REBUILT / f"{path.stem}.json").exists():
+                records.append(f"{folder}/{REBUILT}/{path.stem}.csv")
+                steps[REBUILT] = _steps(f"{folder}/{REBUILT}", path.stem)[1]["efft2"]
+            columns[f"{name}, {gpu.MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"] = steps
+    return _crossed("bfloat16", columns, records)
+
+
+def _crossed(head: str, columns: dict[str, dict[str, dict]], records: list[str]) -> Table:
+    """Methods by settings, from {setting: {method: its row of a step}}."""
+    rows = []
+    for method in (method for method in METHODS if any(method in steps for steps in columns.values())):
+        found = [steps.get(method) for steps in columns.values()]
+        trained = dict.fromkeys(f"{row['trained']:,}" for row in found if row)
+        rows.append([METHODS[method], *map(_step, found), " / ".join(trained)])
+    note = (
+        "Milliseconds, median of the rounds (over the frozen model's: median of the ratios within each round); "
+        "then MiB: peak of a step beside weights and what follows, + kept between steps, such as packed weights, + the "
+        "optimizer's state. Trained: numbers, of the models in their order."
+    )
+    return Table([head, *columns, "trained"], rows, note, records)
 
 
 def _mode(arguments: dict) -> str:
@@ -149,15 +160,7 @@ def lora() -> Table:
     """PEFT's LoRA before and after accelerate_lora"""
     run, steps = _steps(name := "zen5/lora_vit_b_float32", "lora")
     where = f"{_where(name, run)}, float32, batch {run['arguments']['batch']}"
-    rows = [[where, METHODS[method], *_step(steps[method])] for method in METHODS if method in steps]
-    return Table(_STEP_HEAD, rows, _STEP_NOTE, [name], 2)
-
-
-_STEP_HEAD = ["training step", "method", "ms", "/ frozen", "peak MiB", "kept MiB", "optimizer MiB", "trained"]
-_STEP_NOTE = (
-    "ms: median of the rounds. / frozen: median of the ratios, within each round, to the same step with the adapter "
-    "left out. Peak: of one step, beside weights and what is kept. Kept: between steps, such as packed weights."
-)
+    return _crossed("training step of ViT-B", {where: steps}, [name])
 
 
 def forward() -> Table:
@@ -244,17 +247,14 @@ def inference() -> Table:
     """whole ViT-B without gradients"""
     run = read_run(RESULTS / (name := "zen5/inference_vit_b") / "inference.json")
     names = METHODS | {"base": "no adapter", "base_onednn": "no adapter, oneDNN", "merged": "EFFT2, merged"}
-    rows = []
-    for dtype in run["arguments"]["dtype"]:
-        own = {r["method"]: r for r in run["results"] if r["dtype"] == dtype and r["operation"] is None}
-        for method in (method for method in names if method in own):
-            r = own[method]
-            cells = [digits(r[key]) for key in ("ms", "images_per_s", "ratio_merged")]
-            sizes = [_mib(r[key]) for key in ("peak_bytes", "kept_bytes")]
-            rows.append([f"{dtype}, batch {r['batch']}", names[method], *cells, *sizes])
-    head = [f"ViT-B, {_where(name, run)}", "", "ms", "images/s", "/ merged", "peak MiB", "kept MiB"]
+    head, rows = [f"ViT-B, {_where(name, run)}"], {}
+    for r in (r for r in run["results"] if r["operation"] is None):
+        if (first := f"{r['dtype']}, batch {r['batch']}: ms") not in head:
+            head += [first, "images/s", "/ merged", "peak MiB", "kept MiB"]
+        cells = [digits(r[key]) for key in ("ms", "images_per_s", "ratio_merged")]
+        rows.setdefault(r["method"], []).extend([*cells, *(_mib(r[key]) for key in ("peak_bytes", "kept_bytes"))])
     note = "Median of the rounds, without gradients. Kept: between calls, such as packed weights."
-    return Table(head, rows, note, [name], 2)
+    return Table(head, [[names[m], *rows[m]] for m in names if m in rows], note, [name])
 
 
 def inference_operations() -> Table:
@@ -410,9 +410,11 @@ def _steps(name: str, benchmark: str = "train_step", dtype: str | None = None) -
     return run, {row["method"]: row for row in rows}
 
 
-def _step(row: dict) -> list[str]:
+def _step(row: dict | None) -> str:
+    if not row:
+        return "–"
     sizes = [_mib(row[key]) for key in ("peak_bytes", "kept_bytes", "optimizer_bytes")]
-    return [digits(row["ms"]), digits(row["ratio_merged"]), *sizes, f"{row['trained']:,}"]
+    return f"{digits(row['ms'])} ({digits(row['ratio_merged'])}); {' + '.join(sizes)}"
 
 
 def _memory(row: dict) -> int:
