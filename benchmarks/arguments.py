@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,15 @@ def seconds(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+
+
+def add_common(p: argparse.ArgumentParser, repeats: int, limit: float, what: str, out: str) -> None:
+    """Add the options of where and how long to measure; ``what`` the time limit is for, ``out`` the files of --out."""
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
+    p.add_argument("--repeats", type=positive, default=repeats, metavar="N", help="most rounds (default: %(default)s)")
+    p.add_argument("--seconds", type=seconds, default=limit, metavar="S", help=f"{what} (default: %(default)g)")
+    p.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write {out} to")
 
 
 def use_device(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:

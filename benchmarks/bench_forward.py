@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
-from arguments import check_out, positive, seconds, use_device  # isort: skip
+from arguments import add_common, check_out, positive, use_device  # isort: skip
 
 import torch
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from forward_rows import COLOURS, floor_share, groups, raise_limits, row_work, slower, summary
 from record import (
-    add_rows, backends, beside, begun, chart, chart_note, conclude, cpu_ratio, digits, print_meanings, print_notes,
-    print_table, spread_of,
+    add_rows, backends, begun, chart, chart_note, conclude, cpu_ratio, digits, mib, report, spread_of, times,
 )  # fmt: skip
 from shapes import KINDS, MODELS, Layer, layers, work
 from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
@@ -189,7 +188,7 @@ HEAD = [
 ]  # fmt: skip
 
 
-def lines(rows: list[dict], limits: dict) -> list[list[str]]:
+def lines(rows: list[dict], limits: dict) -> list[tuple[list[str], list[list[str]]]]:
     cases = []
     for _, group in groups(rows, "layer", "dtype", "size", "pass"):
         r = group[0]
@@ -198,34 +197,28 @@ def lines(rows: list[dict], limits: dict) -> list[list[str]]:
         merged = next((row for row in group if row["variant"] == "merged"), None)
         for row in group:
             flops, moved = row_work(row)
-            kept = f"+{row['kept_bytes'] / 2**20:.1f} " if row["kept_bytes"] >= 2**16 else ""
             cases[-1][1].append(
                 [
                     row["variant"],
-                    digits(row["ms"]),
-                    f"{digits(row['q1'])}-{digits(row['q3'])}",
+                    *times(row),
                     digits(row.get("ratio_merged")),
                     digits(cpu_ratio(row, merged)),
                     *(digits(row.get(f"ratio_{other}")) for other in ("onednn", "einsum_dw", "unfused")),
                     digits(flops / row["ms"] * 1e-6),
                     digits(moved / row["ms"] * 1e-6),
                     f"{floor_share(row, limits):.0%}",
-                    f"{kept}{row['peak_bytes'] / 2**20:.1f}",
+                    mib(row, 1),
                     *("not finite" if e is None else f"{e:.0e}" for e in (row["error_y"], row["error_update"])),
                 ]
             )
-    return beside(cases, len(HEAD))
+    return cases
 
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    print_table(record, HEAD, lines(rows, record["limits"]))
-    print_meanings(record, record["variants"], {row["variant"] for row in rows})
     limit = record["limits"]
     flops = ", ".join(f"{digits(value * 1e-9)} GFLOP/s {dtype}" for dtype, value in limit["flops"].items())
-    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
         "GFLOP/s": "and GB/s: work and traffic that the fused layer needs, over the time of the variant",
         "floor": f"share of the time that this work takes at {flops}, {digits(limit['bandwidth'] * 1e-9)} GB/s",
         "": limit["source"],
@@ -233,7 +226,7 @@ def show(record: dict) -> None:
         "error dW": "of what the adapter adds: of a call with zero weight and bias, or of x (w + dW - w) if w + dW is "
         "rounded",
     }
-    print_notes(record, notes)
+    report(record, HEAD, lines(rows, limit), notes)
     for s in record["summary"]:
         order = ("merged", "onednn", "onednn_packed", "unfused", "peft", "einsum", "einsum_dw")
         if against := [f"{s['efft_ratio'][name]:.2f} x {name}" for name in order if name in s["efft_ratio"]]:
@@ -292,18 +285,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"),
         help="default: float32 and one small bfloat16 case on a CPU, bfloat16 on a GPU",
     )  # fmt: skip
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--backward", action="store_true",
                    help="forward, backward and both: dx and the gradients of the factors, weight frozen")  # fmt: skip
     p.add_argument("--variants", nargs="+", choices=dict.fromkeys(known), metavar="NAME",
                    help=f"only these, and merged: {', '.join(dict.fromkeys(known))}")  # fmt: skip
     p.add_argument("--compile", choices=("first", "all", "none"), default="first",
                    help="cases in which the formulas run under torch.compile too (default: the first)")  # fmt: skip
-    p.add_argument("--threads", type=positive, metavar="T", help="of torch (default: its own choice)")
-    p.add_argument("--repeats", type=positive, default=25, metavar="N", help="rounds at most (default: 25)")
-    p.add_argument("--seconds", type=seconds, default=60.0, metavar="S",
-                   help="for all cases, set-up included; a case gets three rounds at least (default: 60)")  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="DIR", help="write forward.csv, forward.json and forward.png there")
+    limited = "for all cases, set-up included; a case gets three rounds at least"
+    add_common(p, 25, 60.0, limited, "forward.csv, forward.json and forward.png")
     args = p.parse_args(argv)
 
     use_device(p, args)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, named, parser, print_ratios, timings,
+    check, draw, make_record, measure_by_dtype, memory_facts, named, parser, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -24,11 +24,10 @@ import harness
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import (
-    beside, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of, text_table,
-)  # fmt: skip
+from forward_rows import groups
+from record import conclude, cpu_ratio, digits, mib, ratios, report, spread_of, text_table, times
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
-from timing import Stages, memory, run
+from timing import Stages, run
 from harness import Method, Options, share
 from steps import count_ops, make_batches
 
@@ -127,16 +126,12 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
             torch.manual_seed(0)
             model = method.build(base, options).eval()
             forwards = [(lambda _, model=model, image=image: model(image),) for image in images]
-            if method.ours:
-                forget_packed()
-            _, kept = memory(forwards[0], args.device)
-            peak, _ = memory(forwards[1], args.device)
-            ops = sum(count_ops(forwards[0]))
+            sizes = memory_facts(forwards, args.device)
+            facts[method.name] = {"ops": sum(count_ops(forwards[0])), **sizes}
         except (ImportError, RuntimeError) as error:
             left_out.setdefault(method.name, {})[dtype] = str(error).strip().partition("\n")[0]
             continue
         calls[method.name] = forwards
-        facts[method.name] = {"ops": ops, "peak_bytes": peak, "kept_bytes": max(0, kept)}
     return calls, facts
 
 
@@ -182,52 +177,42 @@ HEAD = [
 
 
 def show(record: dict) -> None:
-    rows, args = record["results"], record["arguments"]
     cases, changes = [], []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = [row for row in rows if row["dtype"] == dtype]
+    for (dtype,), own in groups(record["results"], "dtype"):
         forwards = [row for row in own if row["operation"] is None]
         cases.append((named(own[0]), [_forward_line(row, forwards[0]) for row in forwards]))
         changes += [[]] if changes else []
         for row in own[len(forwards) :]:
-            quartiles = f"{digits(row['q1'])}-{digits(row['q3'])}"
-            changes.append([dtype, row["operation"], digits(row["ms"]), quartiles, digits(row.get("ratio_efft2"))])
-    print_table(record, HEAD, beside(cases, len(HEAD)))
-    print(f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n")
-    print_meanings(record, record["methods"], {row["method"] for row in rows})
-    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
+            changes.append([dtype, row["operation"], *times(row), digits(row.get("ratio_efft2"))])
     notes = {
-        "ms": f"median of the rounds, {where}, without gradients; /: median of the ratios within each round; (cpu): "
-        "ratio of CPU times",
         "ops": "of the forward, views excluded: on a GPU each launches at least one kernel",
         "peak MiB": f"{record['memory']}; +: kept between forwards",
         **record["operations"],
         "file": ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in record["adapter_bytes"].items()),
     }
-    print_notes(record, notes, 26)
+    more = f"{text_table(['efft2', 'operation', 'ms', 'quartiles', '/forward'], changes)}\n\n"
+    report(record, HEAD, cases, notes, timed=", without gradients", more=more, width=26)
     print_ratios(record)
 
 
 def _forward_line(row: dict, base: dict) -> list[str]:
-    kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
     return [
         row["method"],
-        digits(row["ms"]),
-        f"{digits(row['q1'])}-{digits(row['q3'])}",
+        *times(row),
         digits(row["ratio_base"]),
         digits(cpu_ratio(row, base)),
         *(digits(row.get(f"ratio_{name}")) for name in ("merged", "peft_lora", "released_efft")),
         digits(row["images_per_s"]),
         f"{row['ops']}",
-        f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+        mib(row),
     ]
 
 
 def summary(rows: list[dict]) -> list[dict]:
     """Per dtype: ms of every forward and operation, and merged and efft2 over each of the references."""
     found = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = {row["operation"] or row["method"]: row for row in rows if row["dtype"] == dtype}
+    for (dtype,), of in groups(rows, "dtype"):
+        own = {row["operation"] or row["method"]: row for row in of}
         ratio = {name: ratios(own[name]) for name in ("merged", "efft2") if name in own}
         found.append({"dtype": dtype, "ms": {name: row["ms"] for name, row in own.items()}, "ratio": ratio})
     return found

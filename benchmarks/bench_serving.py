@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
 from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, named, parser, print_ratios, timings,
+    check, draw, make_record, measure_by_dtype, memory_facts, named, parser, print_ratios, timings,
 )  # fmt: skip  # isort: skip
 
 import efft_kernels
@@ -25,10 +25,11 @@ import torch
 from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
-from record import beside, conclude, digits, print_meanings, print_notes, print_table, ratios, spread_of
+from forward_rows import groups
+from record import conclude, digits, mib, ratios, report, spread_of, times
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
-from timing import Stages, memory, run
+from timing import Stages, run
 from harness import Options, share
 from steps import make_batches
 
@@ -193,15 +194,12 @@ def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple
             for n, images in enumerate(batches):
                 ids = [(n * args.batch + i) % K for i in range(args.batch)]
                 stages.append((lambda _, serve=serve, images=images, ids=ids: serve(images, ids),))
-            forget_packed()
-            _, kept = memory(stages[0], args.device)
-            peak, _ = memory(stages[-1], args.device)
+            sizes = memory_facts(stages, args.device)
         except (ImportError, RuntimeError) as error:
             left_out.setdefault(label, {})[dtype] = str(error).strip().partition("\n")[0]
             continue
         calls[label] = stages
-        facts[label] = {"method": method.name, "adapters": 1 if method.single else K, "peak_bytes": peak}
-        facts[label] |= {"kept_bytes": max(0, kept), "held_bytes": held}
+        facts[label] = {"method": method.name, "adapters": 1 if method.single else K, **sizes, "held_bytes": held}
     return calls, facts
 
 
@@ -238,43 +236,35 @@ HEAD = [
 
 
 def _line(row: dict) -> list[str]:
-    kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
     return [
         row["method"],
         f"{row['adapters']}",
-        digits(row["ms"]),
-        f"{digits(row['q1'])}-{digits(row['q3'])}",
+        *times(row),
         *(digits(row[name]) for name in ("p90_ms", "p99_ms", "images_per_s")),
         *(digits(row.get(f"ratio_{name}")) for name in ("merged", "fused", "bank_1", "peft_mixed")),
-        f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+        mib(row),
         f"{row['held_bytes'] / 2**20:.1f}",
     ]
 
 
 def show(record: dict) -> None:
-    rows, args = record["results"], record["arguments"]
-    by_dtype = [[row for row in rows if row["dtype"] == dtype] for dtype in dict.fromkeys(row["dtype"] for row in rows)]
-    print_table(record, HEAD, beside([(named(own[0]), [_line(row) for row in own]) for own in by_dtype], len(HEAD)))
-    print_meanings(record, record["methods"], {row["method"] for row in rows})
-    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"of a batch, median of the rounds, {where}, without gradients; /: median of the ratios within each "
-        "round",
         "K": "adapters; each image has the next of them, the first again after the last",
         "p90, p99": "latency of a batch, ms by the wall clock",
         "/peft": "over peft_mixed with as many adapters",
         "peak MiB": f"{record['memory']}; +: kept between calls",
         "held MiB": "parameters of all adapters",
     }
-    print_notes(record, notes)
+    cases = [(named(own[0]), [_line(row) for row in own]) for _, own in groups(record["results"], "dtype")]
+    report(record, HEAD, cases, notes, timed=", of a batch without gradients")
     print_ratios(record)
 
 
 def summary(rows: list[dict]) -> list[dict]:
     """Per dtype: ms of every method and number of adapters, and the banks over each of the references."""
     found = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        own = {row["label"]: row for row in rows if row["dtype"] == dtype}
+    for (dtype,), of in groups(rows, "dtype"):
+        own = {row["label"]: row for row in of}
         ratio = {name: ratios(row) for name, row in own.items() if row["method"].startswith("bank")}
         found.append({"dtype": dtype, "ms": {name: row["ms"] for name, row in own.items()}, "ratio": ratio})
     return found

@@ -21,9 +21,8 @@ from whole_model import (
 import harness
 import torch
 from harness import Method, Options
-from record import (
-    add_rows, beside, conclude, cpu_ratio, digits, print_meanings, print_notes, print_table, ratios, spread_of,
-)  # fmt: skip
+from forward_rows import groups
+from record import add_rows, conclude, cpu_ratio, digits, mib, ratios, report, spread_of, times
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 from timing import Stages, memory, run
 from tqdm import tqdm
@@ -144,12 +143,9 @@ def measure(args, record: dict, found: list[Method], graph: bool = False, compil
 
 def summary(rows: list[dict]) -> list[dict]:
     """Per dtype, for the step with and without the optimizer: ms by method, and ours over each reference."""
-    found = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        for part in ("step", "forward+backward"):
-            own = {row["method"]: row for row in rows if (row["dtype"], row["pass"]) == (dtype, part)}
-            if not own:
-                continue  # a captured step is not divided
+    found, cases = [], {case: {row["method"]: row for row in of} for case, of in groups(rows, "dtype", "pass")}
+    for dtype, part in itertools.product(dict.fromkeys(dtype for dtype, _ in cases), ("step", "forward+backward")):
+        if own := cases.get((dtype, part)):  # a captured step is not divided
             ms = {name: row.get("ms") for name, row in own.items()}
             found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratios(own.get("efft2", {}))})
     return found
@@ -161,21 +157,18 @@ HEAD = [
 ]  # fmt: skip
 
 
-def lines(rows: list[dict]) -> list[list[str]]:
+def lines(rows: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
     cases = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        case = [row for row in rows if row["dtype"] == dtype]
+    for _, case in groups(rows, "dtype"):
         steps = {row["method"]: row for row in case if row["pass"] == "step"}
         bare = {row["method"]: row for row in case if row["pass"] == "forward+backward"}
         cases.append((named(case[0]), []))
         for row in steps.values():
             other, floor = bare.get(row["method"], {}), steps.get("merged", {}).get("saved_bytes")
-            kept = f"+{row['kept_bytes'] / 2**20:.0f} " if row["kept_bytes"] >= 2**20 else ""
             cases[-1][1].append(
                 [
                     row["method"],
-                    digits(row.get("ms")),
-                    f"{digits(row['q1'])}-{digits(row['q3'])}" if "ms" in row else "-",
+                    *times(row),
                     digits(row.get("ratio_merged")),
                     digits(cpu_ratio(row, steps.get("merged")) if "ms" in row else None),
                     digits(other.get("ratio_merged")),
@@ -183,11 +176,11 @@ def lines(rows: list[dict]) -> list[list[str]]:
                     count(other.get("ops")),
                     count(row["saved_bytes"] and round(row["saved_bytes"] / 2**20)),
                     digits(row["saved_bytes"] / floor if floor else None),
-                    f"{kept}{row['peak_bytes'] / 2**20:.0f}",
+                    mib(row),
                     f"{row['trained']:,}",
                 ]
             )
-    return beside(cases, len(HEAD))
+    return cases
 
 
 def count(value: int | None) -> str:
@@ -196,18 +189,14 @@ def count(value: int | None) -> str:
 
 def show(record: dict) -> None:
     rows, args = record["results"], record["arguments"]
-    print_table(record, HEAD, lines(rows))
-    print_meanings(record, record["methods"], {row["method"] for row in rows})
-    where = "by the wall clock" if args["device"] == "cpu" else "on the device"
     notes = {
-        "ms": f"median of the rounds, {where}; /: median of the ratios within each round; (cpu): ratio of CPU times",
         "no opt.": "forward and backward without AdamW, over merged's",
         "ops": "of forward and backward, views excluded: on a GPU each launches at least one kernel",
         "saved": "MiB that the forward saves for the backward, each storage once, without parameters; over merged's",
         "peak MiB": f"{record['memory']}; +: kept between steps, without the optimizer's state",
         "trained": f"parameters, including the head of {harness.CLASSES} classes",
     }
-    print_notes(record, notes)
+    report(record, HEAD, lines(rows), notes)
     for s in record["summary"]:
         if s["efft2_ratio"]:
             against = ", ".join(f"{value:.2f} x {name}" for name, value in s["efft2_ratio"].items())

@@ -386,16 +386,11 @@ async def measure(args, server: Server, files, want) -> Load:
 def summary(load: Load, args, stopped: int) -> dict:
     ordered = sorted(load.seconds)
     at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-    memory = [
-        {
-            "pid": pid,
-            "samples": len(samples),
-            "first_bytes": samples[0][1],
-            "largest_bytes": max(bytes_ for _, bytes_ in samples),
-            "growth": growth(samples),
-        }
-        for pid, samples in load.memory.items()
-    ]
+    memory = []
+    for pid, samples in load.memory.items():
+        first, largest = samples[0][1], max(bytes_ for _, bytes_ in samples)
+        sizes = {"first_bytes": first, "largest_bytes": largest, "growth": growth(samples)}
+        memory.append({"pid": pid, "samples": len(samples), **sizes})
     grown = [m["growth"] for m in memory if m["growth"] is not None]  # a replica that was killed has too few samples
     return {
         "rate": args.rate,

@@ -290,43 +290,51 @@ def conclude(
     return 0 if run["complete"] else 130
 
 
-def beside(cases: list[tuple[list[str], list[list[str]]]], columns: int) -> list[list[str]]:
-    """The rows of a table: what names a case, word by word, beside its lines, and an empty row between two cases."""
-    table = []
-    for words, beside_them in cases:
-        table += [[]] if table else []
-        for word, line in itertools.zip_longest(words, beside_them):
-            table.append([word or "", *(line or [""] * (columns - 1))])
-    return table
+def report(
+    run: dict, head: list[str], cases: list[tuple], notes: dict[str, str], *, timed: str = "", more: str = "", width=16
+) -> None:
+    """Print a run: whether it was interrupted, its table, what names and columns mean, the machine and versions.
 
-
-def print_table(run: dict, head: list[str], rows: list[list]) -> None:
-    """Print the table of a run, and first whether the run was interrupted."""
+    Args:
+        cases: of the table: (what names it, word by word, the lines beside these words).
+        notes: {column: what it means}; timed is added to that of ms.
+        more: text between the table and the meanings.
+    """
     if not run["complete"]:
         print("\ninterrupted: what follows is partial")
-    print(f"\n{text_table(head, rows)}\n")
-
-
-def print_meanings(run: dict, meanings: dict[str, str], shown: set[str]) -> None:
-    """Print what the methods are that are shown, and why others are missing."""
-    for name, meaning in meanings.items():
-        if name in shown:
-            print(f"{name:<16} {meaning}")
+    table = []
+    for words, beside in cases:
+        table += [[]] if table else []
+        for word, line in itertools.zip_longest(words, beside):
+            table.append([word or "", *(line or [""] * (len(head) - 1))])
+    print(f"\n{text_table(head, table)}\n\n{more}", end="")
+    names, meanings = ("method", run["methods"]) if "methods" in run else ("variant", run["variants"])
+    for name in (name for name in meanings if any(row[names] == name for row in run["results"])):
+        print(f"{name:<16} {meanings[name]}")
     for name, reasons in run["left_out"].items():
         for reason in dict.fromkeys(reasons.values()):
             where = [case for case, text in reasons.items() if case and text == reason]
-            more = f" and {len(where) - 3} more" if len(where) > 3 else ""
-            print(f"{name:<16} left out{' of ' if where else ''}{', '.join(where[:3])}{more}: {reason}")
-
-
-def print_notes(run: dict, notes: dict[str, str], width: int = 16) -> None:
-    """Print what columns mean, then the processor, the threads and the versions of a run."""
+            others = f" and {len(where) - 3} more" if len(where) > 3 else ""
+            print(f"{name:<16} left out{' of ' if where else ''}{', '.join(where[:3])}{others}: {reason}")
     print()
-    for name, note in notes.items():
+    m, v, on_gpu = run["machine"], run["versions"], run["arguments"]["device"] == "cuda"
+    ms = f"median of the rounds, {'on the device' if on_gpu else 'by the wall clock'}{timed}; /: median of the ratios "
+    ms += f"within each round{'; (cpu): ratio of CPU times' * ('(cpu)' in head)}"
+    for name, note in {"ms": ms, **notes}.items():
         print(textwrap.fill(note, 120, initial_indent=f"{name:<{width}} ", subsequent_indent=" " * (width + 1)))
-    m, v = run["machine"], run["versions"]
-    gpu = f", {m['gpu']['name']}" if run["arguments"]["device"] == "cuda" else ""
+    gpu = f", {m['gpu']['name']}" if on_gpu else ""
     print(f"\n{m['cpu']}, {m['threads']} threads{gpu}, torch {v['torch']}, efft_kernels {v['efft_kernels']}\n")
+
+
+def times(row: dict) -> list[str]:
+    """The cells of a row's median and quartiles."""
+    return [digits(row.get("ms")), f"{digits(row['q1'])}-{digits(row['q3'])}" if "ms" in row else "-"]
+
+
+def mib(row: dict, places: int = 0) -> str:
+    """The cell of a row's memory, kept and peak."""
+    kept, peak = (f"{row[key] / 2**20:.{places}f}" for key in ("kept_bytes", "peak_bytes"))
+    return f"+{kept} {peak}" if float(kept) else peak
 
 
 def text_table(head: list[str], rows: list[list]) -> str:

@@ -18,25 +18,13 @@ WARM_UP = 3  # eager steps before a capture
 
 
 class Step:
-    """Training steps of one model, as stages for timing.py.
+    """Training steps of one adapted model on batches of images [B, 3, S, S] and labels [B], as stages for timing.py.
 
-    Args:
-        model: adapted; what requires a gradient is trained.
-        batches: of images [B, 3, S, S] and labels [B].
-        compile: run the model through torch.compile.
-        capturable: keep AdamW's step count on the GPU, as a CUDA graph needs.
-        autocast: run the forward under autocast to bfloat16.
+    What requires a gradient is trained. compile: run the model through torch.compile. capturable: keep AdamW's step
+    count on the GPU, as a CUDA graph needs. autocast: run the forward under autocast to bfloat16.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: list[tuple[Tensor, Tensor]],
-        *,
-        compile: bool = False,
-        capturable: bool = False,
-        autocast: bool = False,
-    ):
+    def __init__(self, model: nn.Module, batches: list, *, compile=False, capturable=False, autocast=False):
         self.model, self.batches, self.autocast = model, batches, autocast
         self.predict = compiled(model) if compile else model
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -46,11 +34,6 @@ class Step:
 
     def stages(self, batch: int = 0) -> Stages:
         """Forward with the loss, backward, and AdamW with the gradients cleared."""
-        images, labels = self.batches[batch]
-
-        def forward(_) -> Tensor:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-                return F.cross_entropy(self.predict(images), labels)
 
         def backward(loss: Tensor) -> None:
             loss.backward()
@@ -60,14 +43,17 @@ class Step:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-        return forward, backward, update
+        return lambda _: self._loss(*self.batches[batch]), backward, update
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+            return F.cross_entropy(self.predict(images), labels)
 
     def capture(self, pool, stream: torch.cuda.Stream) -> list[Stages]:
         """Capture the whole step in a CUDA graph, after a few eager steps on the stream of the capture.
 
-        Args:
-            pool: memory for the graphs of all methods. They can share it because only one of them runs at a time, and
-                the tensors that outlive a replay (loss, gradients, weights) are allocated outside of it.
+        The pool is memory for the graphs of all methods. They can share it because only one of them runs at a time, and
+        the tensors that outlive a replay (loss, gradients, weights) are allocated outside of it.
 
         Returns:
             For each batch one stage, which copies the batch to where the graph reads it and replays the graph.
@@ -79,8 +65,7 @@ class Step:
         self.loss = torch.zeros((), device=images.device)
 
         def step() -> None:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = F.cross_entropy(self.predict(images), labels)
+            loss = self._loss(images, labels)
             loss.backward()
             self.loss.copy_(loss.detach())
             self.optimizer.step()

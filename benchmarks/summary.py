@@ -124,13 +124,12 @@ def gpu_train_step() -> Table:
     """training steps on every GPU that gpu.py recorded: eager, from CUDA graphs, compiled"""
     columns, records = {}, []
     for folder, run in gpu.recorded():
+        records += [name for name in (folder, f"{folder}/{REBUILT}") if (RESULTS / name).exists()]
         name = run["machine"]["gpu"]["name"].removeprefix("NVIDIA ")
         for path in sorted((RESULTS / folder).glob("*train_step*.json")):
             run, steps = _steps(folder, path.stem)
             arguments = run["arguments"]
-            records.append(f"{folder}/{path.stem}.csv")
             if (RESULTS / folder / REBUILT / f"{path.stem}.json").exists():
-                records.append(f"{folder}/{REBUILT}/{path.stem}.csv")
                 steps[REBUILT] = _steps(f"{folder}/{REBUILT}", path.stem)[1]["efft2"]
             columns[f"{name}, {gpu.MODELS[arguments['model']]}, batch {arguments['batch']}, {_mode(arguments)}"] = steps
     return _crossed("bfloat16", columns, records)

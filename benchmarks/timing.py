@@ -40,16 +40,12 @@ def spread(values: list[float]) -> Spread:
 
 
 def columns(own: list[list[Lap]], references: dict[str, list[list[Lap]]], quartiles: tuple[str, ...]) -> dict:
-    """The columns of a record's row that hold times.
+    """The columns of a record's row that hold times, as results/README.md describes them.
 
     Args:
         own: per round, the laps of the stages to add up.
         references: {name: the same for what the time is divided by}.
         quartiles: the references whose ratio gets quartiles, in addition to its median.
-
-    Returns:
-        rounds; ms with its quartiles q1 and q3; wall_ms if it differs from ms, as on a GPU; cpu_ms; and for every
-        reference ratio_NAME, the median of the ratios within each round, with ratio_NAME_q1 and _q3 if asked for.
     """
 
     def of(clock: str, rounds: list[list[Lap]]) -> list[float]:

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 # the first of these imports reports which packages are missing
-from arguments import check_out, positive, seconds, use_device  # isort: skip
+from arguments import add_common, check_out, positive, use_device  # isort: skip
 
 import efft_kernels
 import harness
 from harness import MODELS
 from record import add_rows, backends, begun, chart, chart_note, digits, installed, write_run
 from shapes import layers
-from timing import MEMORY, Stages, columns, interleave, timer
+from timing import MEMORY, Stages, columns, interleave, memory, timer
 from tqdm import tqdm
 
 KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
@@ -39,12 +39,7 @@ COLOURS = {
 
 
 def parser(description: str, known: list[str], out: str) -> argparse.ArgumentParser:
-    """The options of all benchmarks of whole models.
-
-    Args:
-        known: the names of all methods; the first is always measured.
-        out: the names of the files that --out writes.
-    """
+    """The options of all benchmarks of whole models; the first of the known methods is always measured."""
     names = [backend.name for backend in efft_kernels.backends()]
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", choices=MODELS, default="vit_b", help="model of timm, random weights (default: vit_b)")
@@ -54,25 +49,15 @@ def parser(description: str, known: list[str], out: str) -> argparse.ArgumentPar
     p.add_argument("--lora-rank", type=positive, default=8, metavar="R", help="rank of LoRA (default: 8)")
     p.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
                    help="dtypes that the model is cast to (default: float32 on a CPU, bfloat16 on a GPU)")  # fmt: skip
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     p.add_argument("--methods", nargs="+", choices=known, metavar="NAME",
                    help=f"measure only these and {known[0]}; out of {', '.join(known)}")  # fmt: skip
     p.add_argument("--backend", choices=names, help="backend of efft_kernels (default: its choice)")
-    p.add_argument("--threads", type=positive, metavar="T", help="threads of torch (default: its choice)")
-    p.add_argument("--repeats", type=positive, default=20, metavar="N", help="largest number of rounds (default: 20)")
-    p.add_argument("--seconds", type=seconds, default=120.0, metavar="S",
-                   help="time limit, set-up included; at least three rounds (default: %(default)g)")  # fmt: skip
-    p.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write {out} to")
+    add_common(p, 20, 120.0, "time limit, set-up included; at least three rounds", out)
     return p
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, left_out: dict) -> None:
-    """Check the options together, and fill in the defaults that depend on other options.
-
-    Args:
-        always: the method that is always measured.
-        left_out: {method: why it cannot run here}.
-    """
+    """Check the options together, and fill in defaults; left_out is {method: why it cannot run here}."""
     use_device(p, args)
     if os.environ.get("EFFT_BACKEND"):
         p.error(f"EFFT_BACKEND: expected unset, as --backend chooses here, got {os.environ['EFFT_BACKEND']!r}")
@@ -100,12 +85,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, lef
 
 
 def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, str], left_out: dict[str, str]) -> dict:
-    """The record of a run before its first result.
-
-    Args:
-        meanings: {method: what it is}.
-        left_out: {method: why it cannot run here}.
-    """
+    """The record of a run before its first result, with {method: what it is} and {method: why it cannot run here}."""
     environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"}
     record = begun(benchmark, args)
     return record | {
@@ -124,10 +104,8 @@ def measure_by_dtype(
 ) -> None:
     """Add the rows of one dtype after the other, so that an interrupted run keeps what is complete.
 
-    A killed one keeps it too: files are also rewritten during a dtype, at most every KEEP_EVERY seconds.
-
-    Args:
-        prepare: (dtype, bar) -> (the calls, warm; a function from the complete rounds to the dtype's rows).
+    A killed one keeps it too: files are also rewritten during a dtype, at most every KEEP_EVERY seconds. prepare(dtype,
+    bar) gives the calls, warm, and a function from the complete rounds to the dtype's rows.
     """
     lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
     with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
@@ -160,12 +138,9 @@ def measure_by_dtype(
 def timings(
     samples: list[dict], name: str, which: slice, references: dict[str, str], *quartiles: str, whole: bool = False
 ) -> dict:
-    """The columns of the times of some stages of a method.
+    """The columns of the times of some stages of a method, over the same stages of {name in the columns: method}.
 
-    Args:
-        references: {name in the columns: method}.
-        quartiles: the references whose ratios get quartiles.
-        whole: whether to divide by the time of all stages of a reference instead of the same stages.
+    The ratios named in quartiles get these; ``whole`` divides by all stages of a reference instead.
     """
     of = lambda name, which: [round[name][which] for round in samples]
     others = {column: of(other, slice(None) if whole else which) for column, other in references.items()}
@@ -178,6 +153,13 @@ def forget_packed() -> None:
         from efft_kernels.kernels import cpu
 
         cpu.clear_packed()
+
+
+def memory_facts(calls: list[Stages], device: str) -> dict[str, int]:
+    """The columns of what the first call keeps and of the peak of the last one."""
+    forget_packed()
+    kept = memory(calls[0], device)[1]
+    return {"peak_bytes": memory(calls[-1], device)[0], "kept_bytes": max(0, kept)}
 
 
 def named(row: dict) -> list[str]:
