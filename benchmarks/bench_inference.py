@@ -10,7 +10,6 @@ import copy
 import itertools
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from forward_rows import groups
 from record import conclude, cpu_ratio, digits, mib, ratios, report, spread_of, text_table, times
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, run
-from harness import Method, Options, share
+from harness import Method, Options, quiet_merge, share
 from steps import count_ops, make_batches
 
 REFERENCES = ("base", "base_onednn", "merged", "peft_lora", "released_efft")
@@ -63,13 +62,7 @@ def _shaken(model: nn.Module) -> nn.Module:
 
 def _merged(base: nn.Module, o: Options) -> nn.Module:
     model = inject(copy.deepcopy(base), EFFTConfig(rank=o.rank), backend=o.backend)
-    return _quiet_merge(_shaken(model), keep_weights=False)
-
-
-def _quiet_merge(model: nn.Module, **options) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bfloat16 loses a part of the update, which is not measured here
-        return efft_kernels.merge(model, **options)
+    return quiet_merge(_shaken(model), keep_weights=False)
 
 
 def variants(device: str) -> tuple[list[Method], dict[str, str]]:
@@ -108,7 +101,7 @@ def operations(base: nn.Module, o: Options, image: Tensor, folder: Path) -> dict
         "switch": (lambda _: set_adapter(switched, next(names)), forward(switched)),
         "load": (lambda _: load_adapter(switched, file, name="loaded"), forward(switched), unload),
         "save": (lambda _: save_adapter(switched, folder / "saved.safetensors", name="a"),),
-        "merge": (lambda _: _quiet_merge(merging), lambda _: efft_kernels.unmerge(merging), forward(merging)),
+        "merge": (lambda _: quiet_merge(merging), lambda _: efft_kernels.unmerge(merging), forward(merging)),
         "inject": (lambda _: inject(plain, config, backend=o.backend), lambda _: delete_adapter(plain, "default")),
     }
 

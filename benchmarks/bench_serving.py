@@ -10,7 +10,6 @@ several batches to use each. timing.py measures, results/README.md describes the
 import copy
 import itertools
 import sys
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from record import conclude, digits, mib, ratios, report, spread_of, times
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
 from timing import Stages, run
-from harness import Options, share
+from harness import Options, quiet_merge, share
 from steps import make_batches
 
 COLOURS = {
@@ -136,12 +135,10 @@ def switched(base: nn.Module, o: Options, K: int) -> Serving:
 
     def serve(images: Tensor, ids: list[int]) -> list[Tensor]:
         found = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bfloat16 loses a part of the update, which is not measured here
-            for name, own in _rows(ids).items():
-                efft_kernels.merge(efft_kernels.set_adapter(model, name))
-                found.append(model(images[own]))
-                efft_kernels.unmerge(model)
+        for name, own in _rows(ids).items():
+            quiet_merge(efft_kernels.set_adapter(model, name))
+            found.append(model(images[own]))
+            efft_kernels.unmerge(model)
         return found
 
     return Serving(serve, _bytes(model, "efft"))
@@ -152,8 +149,8 @@ def peft_mixed(base: nn.Module, o: Options, K: int) -> Serving:
     import peft
 
     model = share(base)
-    paths = [slot.site.path for spec in efft_kernels.plan(model, EFFTConfig()).groups for slot in spec.slots]
-    config = peft.LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=paths, init_lora_weights=False)
+    options = {"r": o.lora_rank, "lora_alpha": o.lora_rank, "target_modules": harness.adapted(model)}
+    config = peft.LoraConfig(**options, init_lora_weights=False)
     model = peft.PeftModel(model, config, adapter_name="0")
     for a in range(1, K):
         model.add_adapter(f"{a}", config)

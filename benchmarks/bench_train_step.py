@@ -118,7 +118,6 @@ def results(args, dtype: str, samples: list[dict], built: dict[str, Built], grap
 
 def measure_memory(args, record: dict, found: list[Method]) -> None:
     """Add a row per method with the operations and bytes of a step; nothing is timed."""
-    found = [m for m in found if args.methods is None or m.name in args.methods]
     for dtype in args.dtype:
         with tqdm(desc=f"{args.model} {dtype}", disable=None) as bar:
             built = build(args, dtype, found, record["left_out"], bar)
@@ -127,8 +126,6 @@ def measure_memory(args, record: dict, found: list[Method]) -> None:
 
 
 def measure(args, record: dict, found: list[Method], graph: bool = False, compile: bool = False) -> None:
-    found = [m for m in found if args.methods is None or m.name in args.methods]
-
     def prepare(dtype: str, bar: tqdm):
         built = build(args, dtype, found, record["left_out"], bar, graph, compile)
         if not built:
@@ -251,11 +248,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.graph and args.device != "cuda":
         p.error(f"argument --graph: expected --device cuda, got --device {args.device}")
     record = make_record("train_step", args, {m.name: m.meaning for m in found}, left_out)
-    drawn = lambda: None if args.memory else draw(record, args.out, panels(record["results"]), "/ merged")
+    found = [m for m in found if args.methods is None or m.name in args.methods]
     if args.memory:
-        measured = lambda: measure_memory(args, record, found)
-    else:
-        measured = lambda: measure(args, record, found, args.graph, args.compile)
+        return conclude(record, args.out, lambda: measure_memory(args, record, found), summary, show, lambda: None)
+    measured = lambda: measure(args, record, found, args.graph, args.compile)
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
     return conclude(record, args.out, measured, summary, show, drawn)
 
 

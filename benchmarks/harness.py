@@ -5,6 +5,7 @@ Attention, norms and the rest of the forward are timm's for all methods, which d
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +43,17 @@ def share(base: nn.Module) -> nn.Module:
     model = copy.deepcopy(base, {id(p): p for p in base.parameters() if id(p) not in own})
     model.head.requires_grad_(True)
     return model
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """The paths of the Linears that EFFT2 adapts."""
+    return [slot.site.path for spec in efft_kernels.plan(model, EFFTConfig()).groups for slot in spec.slots]
+
+
+def quiet_merge(model: nn.Module, **options) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bfloat16 loses a part of the update, which is not measured here
+        return efft_kernels.merge(model, **options)
 
 
 def _in_plain_torch(base: nn.Module, config, group_of: Callable, linear_of: Callable) -> nn.Module:
@@ -169,9 +181,8 @@ class OneDNNLinear(nn.Module):
 
 def merged_onednn(base: nn.Module, o: "Options") -> nn.Module:
     model = merged(base, o)
-    for spec in efft_kernels.plan(model, EFFTConfig()).groups:
-        for slot in spec.slots:
-            model.set_submodule(slot.site.path, OneDNNLinear(model.get_submodule(slot.site.path)))
+    for path in adapted(model):
+        model.set_submodule(path, OneDNNLinear(model.get_submodule(path)))
     return model
 
 
@@ -184,9 +195,9 @@ def peft_lora(base: nn.Module, o: "Options") -> nn.Module:
     import peft
 
     model = share(base)
-    paths = [slot.site.path for spec in efft_kernels.plan(model, EFFTConfig()).groups for slot in spec.slots]
     # inject_adapter_in_model keeps factors in the model's dtype; get_peft_model makes them float32 and casts every x
-    peft.inject_adapter_in_model(peft.LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=paths), model)
+    config = peft.LoraConfig(r=o.lora_rank, lora_alpha=o.lora_rank, target_modules=adapted(model))
+    peft.inject_adapter_in_model(config, model)
     model.head.requires_grad_(True)
     return model
 
