@@ -137,17 +137,18 @@ def gpu_train_step() -> Table:
 
 def _crossed(head: str, columns: dict[str, dict[str, dict]], records: list[str]) -> Table:
     """Methods by settings, from {setting: {method: its row of a step}}."""
-    rows = []
+    times, sizes = [], []
     for method in (method for method in METHODS if any(method in steps for steps in columns.values())):
         found = [steps.get(method) for steps in columns.values()]
-        trained = dict.fromkeys(f"{row['trained']:,}" for row in found if row)
-        rows.append([METHODS[method], *map(_step, found), " / ".join(trained)])
+        trained = " / ".join(dict.fromkeys(f"{row['trained']:,}" for row in found if row))
+        times.append([METHODS[method], *(_cell(row, _time) for row in found), trained])
+        sizes.append([f"MiB: {METHODS[method]}", *(_cell(row, _sizes) for row in found), ""])
     note = (
-        "Milliseconds, median of the rounds (over the frozen model's: median of the ratios within each round); "
-        "then MiB: peak of a step beside weights and what follows, + kept between steps, such as packed weights, + the "
+        "First milliseconds: median of the rounds (over the frozen model's: median of the ratios within each round). "
+        "Then MiB: peak of a step beside weights and what follows, + kept between steps, such as packed weights, + the "
         "optimizer's state. Trained: numbers, of the models in their order."
     )
-    return Table([head, *columns, "trained"], rows, note, records)
+    return Table([head, *columns, "trained"], times + sizes, note, records)
 
 
 def _mode(arguments: dict) -> str:
@@ -406,11 +407,16 @@ def _steps(name: str, benchmark: str = "train_step", dtype: str | None = None) -
     return run, {row["method"]: row for row in rows}
 
 
-def _step(row: dict | None) -> str:
-    if not row:
-        return "–"
-    sizes = [_mib(row[key]) for key in ("peak_bytes", "kept_bytes", "optimizer_bytes")]
-    return f"{digits(row['ms'])} ({digits(row['ratio_merged'])}); {' + '.join(sizes)}"
+def _cell(row: dict | None, text: Callable[[dict], str]) -> str:
+    return text(row) if row else "–"
+
+
+def _time(row: dict) -> str:
+    return f"{digits(row['ms'])} ({digits(row['ratio_merged'])})"
+
+
+def _sizes(row: dict) -> str:
+    return " + ".join(_mib(row[key]) for key in ("peak_bytes", "kept_bytes", "optimizer_bytes"))
 
 
 def _memory(row: dict) -> int:
