@@ -1,6 +1,7 @@
 """The VTAB-1K benchmark: its runs, their resumption after interruptions, its tables, and the offline experiment."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -143,6 +144,12 @@ def test_store_keeps_every_value_and_every_environment(tmp_path):
     assert type(read["scale"]) is float and read["text"] == "12"
     environments = json.loads((tmp_path / "runs/runs.json").read_text())["environments"]
     assert [environment["machine"]["cpu"] for environment in environments] == ["a", "b"]
+    head = tmp_path / "runs/runs.json"
+    head.write_text(head.read_text().replace('"benchmark"', '"removed": "some", "benchmark"'))
+    again.put(first, kept[first.name] | there)  # environments keep their numbers, and the file what else it says
+    assert {r["machine"]["cpu"] for r in Store(tmp_path / "runs").all()} == {"b"}
+    assert json.loads(head.read_text())["environments"] == environments and "some" in head.read_text()
+    again.put(first, kept[first.name])
     assert again.get(run(seed=2)) is None and len(again.all()) == 2
     path = tmp_path / "runs" / "runs.csv"
     path.write_text(path.read_text()[:-20])
@@ -204,8 +211,11 @@ def test_choose_takes_the_best_and_of_equals_the_first(tmp_path):
     assert runs.choose(grid, store) is grid[2]
     final = runs.tested(grid[2], 5, epochs=9)
     assert (final.part, final.seed, final.settings) == ("test", 5, {"lr": 3, "epochs": 9})
-    with pytest.raises(ValueError, match="all 1 settings of efft2 diverged or failed on svhn"):
-        runs.choose(grid[:1], store)
+    store.put(grid[2], record(grid[2], 70.0) | {"loss": math.nan})
+    assert runs.choose(grid[1:], store) is grid[3]
+    store.put(grid[3], record(grid[3], 70.0))  # of an earlier version, which kept no loss
+    with pytest.raises(ValueError, match="all 2 settings of efft2 diverged or failed on svhn"):
+        runs.choose(grid[2:], store)
 
 
 def test_what_a_run_trains_on_and_is_measured_by():
@@ -327,6 +337,8 @@ def test_other_weights_images_or_epochs_are_other_runs(lists, tmp_path, monkeypa
     count = lambda: (runs._digest.cache_clear(), vtab1k.main(test), len(done), done.clear())[1:3]
     assert count() == (0, 2) and count() == (0, 0)
     assert "Generated, so pixels differ from VTAB's: dsprites_loc." in (tmp_path / "out/table.md").read_text()
+    (lists / "svhn/notes.txt").write_text("nothing that a run reads")
+    assert count() == (0, 0)
     (lists / "svhn/test.txt").write_text("b.jpg 0\n")
     assert count() == (0, 1)
     (lists / "kitti").rename(lists / "dsprites_loc")  # before, it was generated
@@ -336,6 +348,10 @@ def test_other_weights_images_or_epochs_are_other_runs(lists, tmp_path, monkeypa
     swept = [*common[:6], "--methods", "lora", "--datasets", "svhn", "--sweep", "scale", "--epochs"]
     assert vtab1k.main([*swept, "1"]) == 0 and (first := len(done)) and vtab1k.main([*swept, "2"]) == 0
     assert len(done) == 2 * first
+    drawn = []
+    monkeypatch.setattr(tables, "sweep", lambda path, panels, *_: drawn.append(panels))
+    vtab1k.charts_of_sweep(SimpleNamespace(out=tmp_path / "out"))
+    assert set(drawn[0]["svhn"]) == {"LoRA, epochs 1", "LoRA, epochs 2"}
     assert vtab1k.main([*common[:2], "--checkpoint", "nowhere.npz", *test[4:]]) == 2
     assert "--checkpoint must be a file, 'download' or 'random', got nowhere.npz" in capsys.readouterr().err
 
@@ -350,6 +366,10 @@ def test_a_report_has_all_that_was_tested_and_what_was_asked_for(tmp_path, capsy
     assert vtab1k.main(["--report", "--out", str(tmp_path), "--methods", "lora", "--datasets", "digits"]) == 0
     table = (tmp_path / "table.md").read_text()
     assert "EFFT2" not in table and "mine" not in table and "seeds 0," in table
+    for weights in ("w.npz 1", "w.npz 2", "random"):
+        Store(tmp_path / "b").put(one := run("digits", "lora", checkpoint=weights, lr=0.1), record(one, 60.0))
+    assert vtab1k.main(["--report", "--out", str(tmp_path / "b")]) == 0
+    assert "| LoRA, w.npz 2 |" in (table := (tmp_path / "b/table.md").read_text()) and "published" not in table
     assert vtab1k.main(["--report", "--out", str(tmp_path), "--methods", "full"]) == 2
 
 
@@ -469,7 +489,7 @@ def test_shares_of_torchrun():
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}
     environment["PYTHONPATH"] = f"{PAPER}:{os.environ.get('PYTHONPATH', '')}"
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    for seen, taken in (({}, "1"), ({"CUDA_VISIBLE_DEVICES": "4,6"}, "6")):
+    for seen, taken in (({}, "1"), *(({"CUDA_VISIBLE_DEVICES": all_}, own) for all_, own in (("4,6", "6"), ("", "")))):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | seen)
         assert done.stdout.split("\n")[0] == f"[1, 4] {taken}", done.stderr
 

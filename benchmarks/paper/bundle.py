@@ -3,9 +3,9 @@
     python benchmarks/paper/bundle.py FILE [--image-size 112] [--datasets NAME ...]
 
 Weights are rounded to bfloat16. Of each data set it has the 1000 training images and the test images that a run would
-draw; images that are larger than a run needs are stored resized, so the file serves runs at this size or a smaller one
-(at the same size with the same pixels as without it) and at most as many test images. The licences of the data are
-those in sources.py: one of them excludes commercial use, so the file is not for passing on.
+draw; images that are larger than a run needs are stored resized, so the file serves runs at this size with as many
+test images, whose pixels are the same as without it. The licences of the data are those in sources.py: one of them
+excludes commercial use, so the file is not for passing on.
 """
 
 import argparse
@@ -110,16 +110,16 @@ def use(path: Path, image_size: int = 0, most: dict[str, int] | None = None) -> 
         most: {data set: test images that runs draw}
 
     Raises:
-        ValueError: it is no such file, or has smaller images or fewer test images.
+        ValueError: it is no such file, or is for other images.
     """
     path = Path(path)
     if _used.get("path") != path:
         _read(path)
     has, limits = _used["about"]["image_size"], _used["about"]["most"]
-    if has < image_size:
+    if image_size and has != image_size:
         raise ValueError(f"--bundle has images of {has} pixels, {image_size} are asked for: {path}")
     for name, number in (most or {}).items():
-        if name in _used["about"]["data"] and (kept := limits.get(name, limits[""])) < number:
+        if name in _used["about"]["data"] and (kept := limits.get(name, limits[""])) != number:
             raise ValueError(f"--bundle has {kept} test images of {name} at most, {number} are asked for: {path}")
     return _used["weights"]
 

@@ -89,11 +89,12 @@ class Store:
         with self.path.with_name(".runs.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             records = self._records() | {run.name: record}
-            environments: list[dict] = []
+            about = self.path.with_suffix(".json")
+            head = {"benchmark": "runs", "format": FORMAT, **(json.loads(about.read_text()) if about.exists() else {})}
+            environments = head.setdefault("environments", [])
             rows = [_row(record, environments) for record in records.values()]
-            # first the environments that lines refer to; they keep their numbers, because records keep their order
-            head = {"benchmark": "runs", "format": FORMAT, "environments": environments}
-            write_json(self.path.with_suffix(".json"), head)
+            # first the environments that lines refer to, which keep their numbers
+            write_json(about, head)
             write_csv(self.path, rows)
         return record
 
@@ -266,8 +267,9 @@ def images_named(data: str, places: Places) -> dict[str, str]:
     """What identifies the images of a run in its settings: a digest of the lists in their folder, if they have one."""
     if places.data is None:
         return {}
-    lists = sorted(Path(places.data, data).glob("*.txt"))
-    return {"images": hashlib.sha256(" ".join(map(_digest, lists)).encode()).hexdigest()[:12]}
+    lists = sorted(file for part in ("train", "val", "test") for file in Path(places.data, data).glob(f"{part}*.txt"))
+    found = " ".join(f"{file.name} {_digest(file)}" for file in lists)
+    return {"images": hashlib.sha256(found.encode()).hexdigest()[:12]}
 
 
 @functools.cache
@@ -425,7 +427,8 @@ def choose_together(runs: dict[str, list[Run]], store: Store) -> dict[str, Run]:
 
     def loss(point: tuple[Run, ...]) -> float:
         found = [store.get(run) or {} for run in point]
-        return sum(math.inf if record.get("top1") is None else record["loss"] for record in found) / len(found)
+        losses = [math.inf if record.get("top1") is None else record.get("loss", math.inf) for record in found]
+        return math.inf if any(map(math.isnan, losses)) else sum(losses) / len(losses)
 
     best = min(points, key=loss)
     if not math.isfinite(loss(best)):

@@ -29,6 +29,7 @@ With --one-setting each method has one setting for all data sets, that of the sm
 
 import argparse
 import collections
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,9 @@ START = time.time()
 RANK, WORLD = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
 if (local := os.environ.pop("LOCAL_RANK", None)) is not None:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(local) % len(seen.split(","))] if seen else local
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        seen.split(",")[int(local) % len(seen.split(","))] if seen is not None else local
+    )
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
 from record import prepare_folder  # noqa: E402
@@ -341,16 +344,17 @@ def charts_of_sweep(args: argparse.Namespace) -> None:
     method and what else differs."""
     swept = [record for record in Store(args.out).all() if record["run"]["part"] == "val"]
     fixed = lambda run: {k: str(v) for k, v in run["settings"].items() if k not in (*FACTS["sweep"], "images")}
+    names = sorted({key for record in swept for key in fixed(record["run"])})
     kinds = {}
-    for run in (record["run"] for record in swept):
-        for key, value in fixed(run).items():
-            kinds.setdefault((run["method"], key), set()).add(value)
+    for run, key in itertools.product((record["run"] for record in swept), names):
+        kinds.setdefault((run["method"], key), set()).add(fixed(run).get(key, "default"))
     for setting in ("scale", "rank"):
         panels = {}
         for record in swept:
             run = record["run"]
             if setting in run["settings"] and record["top1"] is not None:
-                others = (f"{k} {v}" for k, v in fixed(run).items() if len(kinds[run["method"], k]) > 1)
+                own = fixed(run)
+                others = (f"{k} {own.get(k, 'default')}" for k in names if len(kinds[run["method"], k]) > 1)
                 line = ", ".join((title(run["method"]), *others))
                 points = panels.setdefault(run["data"], {}).setdefault(line, {})
                 x = run["settings"][setting]
@@ -480,7 +484,7 @@ def write_report(args: argparse.Namespace, records: list[tuple[str, list[dict]]]
     """Write table.md and the charts; return the text of the table."""
     rows = [tables.row(title(method), found, groups) for method, found in records if found]
     shown = list(rows)
-    if not args.offline:
+    if not args.offline and {name for of in groups.values() for name in of} <= set(FACTS["classes"]):
         for method, _ in records:
             name = FACTS["methods"][method.partition(",")[0]]["published"]
             entry = next((p for p in FACTS["published"] if p["name"] == name), None)
@@ -559,7 +563,13 @@ def reported(args: argparse.Namespace) -> tuple[list[tuple[str, list[dict]]], di
     methods = sorted(
         {r["run"]["method"] for r in found}, key=lambda m: (m not in order, order.index(m) if m in order else m)
     )
-    return [(method, [r for r in found if r["run"]["method"] == method]) for method in methods], groups
+    records = []
+    for method in methods:
+        own = {}
+        for record in (r for r in found if r["run"]["method"] == method):
+            own.setdefault(record["run"]["settings"].get("checkpoint"), []).append(record)
+        records += [(f"{method}, {weights}" if len(own) > 1 else method, of) for weights, of in own.items()]
+    return records, groups
 
 
 def work(args: argparse.Namespace) -> dict[str, str]:
