@@ -52,10 +52,10 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
             FSDP2 has sharded.
     """
     owner = adapters(model)
-    refuse_sharded(model, "merge")
     if owner.active is None:
         raise ValueError("merge needs an active adapter, but all are disabled")
     linears = adapted_linears(model, owner[owner.active])
+    refuse_sharded(model, "merge", [*linears.values(), owner[owner.active]])
     own = {path: linear for path, linear in linears.items() if has_own_forward(linear, linear.base)}
     if own and not dequantize:
         path, linear = next(iter(own.items()))
@@ -155,10 +155,11 @@ def unmerge(model: nn.Module) -> nn.Module:
             f"the model must be merged to be unmerged, but this {type(model).__name__} is not, or was merged with "
             "keep_weights=False, so that its original weights are gone"
         )
-    refuse_sharded(model, "unmerge")
     (merged,) = model._efft_merged
     shapes = {path: tuple(weight.shape) for path, weight in merged.weights.items()}
     shapes |= {path: (linear.out_features, linear.in_features) for path, linear in merged.modules.items()}
+    there = dict(named_modules(model))
+    refuse_sharded(model, "unmerge", [there[path] for path in shapes if path in there])
     modules = dict(with_projections(named_modules(model)))
     for path in merged.names:
         found = modules.get(path)

@@ -15,7 +15,7 @@ from .base_linears import refusal, tensors
 from .configs import GroupSpec, MethodConfig
 from .groups import make_group
 from .layouts import LINEARS, LeftOut, check_called, left_out, survey
-from .wrappers import module_at, on_unwrapped
+from .wrappers import module_at, on_unwrapped, refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def make_plan(model: nn.Module, config: MethodConfig, *, by_structure: bool = Tr
     for site in sites:
         module = module_at(model, site.path)
         _check_linear(model, site.path, module)
+        refuse_sharded(module, f"an adapter of {site.path}")
         check_called(site, every)
         for tensor in tensors(module):
             if (other := found.setdefault(id(tensor), site.path)) != site.path:

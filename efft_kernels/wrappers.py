@@ -116,10 +116,12 @@ def is_sharded(t: object) -> bool:
     return isinstance(t, Tensor) and hasattr(t, "device_mesh")
 
 
-def refuse_sharded(model: nn.Module, what: str) -> None:
-    """Raise a ValueError, which begins with ``what``, if a parameter of the model is sharded among processes."""
-    how = "call it before fully_shard, or on a model into which the gathered state_dict was loaded"
-    found = [name for name, p in model.named_parameters() if is_sharded(p)]
+def refuse_sharded(model: nn.Module, what: str, parts: Iterable[nn.Module] | None = None) -> None:
+    """Raise a ValueError, which begins with ``what``, if FSDP2 has sharded the model or a module in it, or if one of
+    its ``parts`` (default: all of it) has a DTensor, as tensor parallelism makes, too."""
+    how = "call it before that, or on a model into which the gathered state_dict was loaded"
+    every = (model,) if parts is None else parts
+    found = [name for part in every for name, p in part.named_parameters() if is_sharded(p)]
     # between forward and backward FSDP2 has plain parameters, but what is written into them is lost
     for name in found or (type(m).__name__ for m in model.modules() if hasattr(type(m), "_get_fsdp_state")):
         raise ValueError(f"{what} needs whole tensors, but {name} is sharded among processes: {how}")
@@ -142,7 +144,7 @@ def before_parallel(function: Callable[P, R]) -> Callable[P, R]:
                     "not reduce the gradients of new parameters"
                 )
         if isinstance(model, nn.Module):
-            refuse_sharded(model, function.__name__)
+            refuse_sharded(model, function.__name__, ())
         return inner(model, *args, **kwargs)
 
     return call

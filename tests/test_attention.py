@@ -267,6 +267,8 @@ class Separate(nn.Module):
         self.q_bias, self.v_bias = (nn.Parameter(torch.randn(E)) for _ in range(2))
 
     def forward(self, x):
+        if self.q_bias is None:  # as where a model has no such biases
+            return self.proj(self.qkv(x))
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         if self.how == "matmul":
             return self.proj((x @ self.qkv.weight.T + bias)[..., :E])

@@ -10,6 +10,7 @@ from models import PLAIN, adapted, assert_same, gradients, images, vit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import efft_kernels as ek
 
@@ -76,6 +77,21 @@ def check(rank, make, parts, batch, fsdp, folder):
         assert not hasattr(model, "efft") and wrapped(x).isfinite().all()
 
 
+def check_tensor_parallel():
+    """A part of the model that no adapter touches may be split; a Linear to adapt is refused by name."""
+    mesh, head, fc1 = (
+        init_device_mesh("cpu", (2,)),
+        {"head": ColwiseParallel()},
+        {"blocks.0.mlp.fc1": ColwiseParallel()},
+    )
+    model = ek.inject(parallelize_module(vit(), mesh, head), PLAIN, head="keep")
+    ek.unmerge(ek.merge(model))
+    with pytest.raises(ValueError, match=r"an adapter of blocks.0.mlp.fc1 needs whole tensors, but weight is sharded"):
+        ek.inject(parallelize_module(vit(), mesh, fc1), PLAIN)
+    with pytest.raises(ValueError, match="merge needs whole tensors, but weight is sharded"):
+        ek.merge(parallelize_module(ek.inject(vit(), PLAIN), mesh, fc1))
+
+
 def worker(rank, path, folder):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -83,6 +99,7 @@ def worker(rank, path, folder):
         for fsdp in (False, True):
             check(rank, *model, fsdp, folder)
             (folder / f"{name}-{'fsdp' if fsdp else 'ddp'}-{rank}").touch()
+    check_tensor_parallel()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -126,8 +126,8 @@ def build(service: Callable) -> FastAPI:
     async def describe(request: Request):
         if "text/html" in request.headers.get("accept", ""):
             return _page("index.html")
-        check_fields(request.query_params, ())
         service().check_key(request)
+        check_fields(request.query_params, ())
         return JSONResponse(service().describe(), headers={"vary": "Accept"})
 
     @api.get(

@@ -58,7 +58,7 @@ def check_adapter_name(name: str | None) -> str | None:
 def check_fields(given: Iterable[str], known: tuple[str, ...] = FIELDS) -> None:
     """Raise Refused, 400, for a parameter of a request that is none of those that are known."""
     if unknown := [name for name in given if name not in known]:
-        raise Refused(400, f"parameters must be among {', '.join(known) or 'none'}, got {unknown[0][:80]!r}")
+        raise Refused(400, f"parameters must be {' or '.join(known) or 'left out'}, got {unknown[0][:80]!r}")
 
 
 async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> Upload:
