@@ -19,8 +19,9 @@ def test_random_calls(op):
 
 
 @pytest.mark.skipif("triton" not in fuzz.backends(), reason="needs triton")
-def test_random_calls_of_triton():
-    assert fuzz.run(30, 0, ["triton"])["computed"] >= 5
+@pytest.mark.parametrize("op", fuzz.OPS)
+def test_random_calls_of_triton(op):
+    assert fuzz.run(60, 0, ["triton"], (op,))["computed"] >= 30
 
 
 def arguments(op: str) -> dict:
