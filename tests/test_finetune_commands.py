@@ -66,7 +66,7 @@ def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch
     before = html(run / "report.html")
     assert cli.main(["report", str(run)]) == cli.DONE and html(run / "report.html") == before
     assert cli.main(["report", str(run), "--data", "typo"]) == cli.WRONG and html(run / "report.html") == before
-    said = r"data must be a folder or a \.csv file( or one of [^']*)?, got 'typo'\n"  # of sets that other tests register
+    said = r"data must be a folder or a \.csv file( or one of [^']*)?, got 'typo'\n"  # sets of other tests
     assert re.search(said, capsys.readouterr().err)
     moved = run.parent / "moved"
     (run.parent / "photos").rename(moved)
