@@ -61,7 +61,8 @@ def check_scale(scale):
         except OverflowError:  # Python prints at most 4300 digits
             scale = max(min(scale, 10**4000), -(10**4000))
     if not abs(scale) <= sys.float_info.max:  # an int can be larger than any float
-        raise ValueError(f"scale must be finite, got {scale}")
+        text = str(scale)
+        raise ValueError(f"scale must be finite, got {text if len(text) <= 40 else f'{text[:40]}...'}")
     return scale
 
 
