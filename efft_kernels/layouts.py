@@ -391,10 +391,10 @@ def classes_of(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     if own == found:
         return None
     classes, fitted = set(), dict(own)
-    for path, linear in classifiers_of(model):
+    for path, _ in classifiers_of(model):
         shape = found.get(f"{path}.weight", ())
-        for name in ("weight", "bias")[: 1 + (linear.bias is not None)] if shape else ():
-            fitted[f"{path}.{name}"] = shape[0], *own[f"{path}.{name}"][1:]
+        for key in own.keys() & {f"{path}.weight", f"{path}.bias"} if shape else ():
+            fitted[key] = shape[0], *own[key][1:]
         classes.update(shape[:1])
     if fitted != found or len(classes) != 1:
         key = min((key for key in own.keys() | found.keys() if fitted.get(key) != found.get(key)), default="head")

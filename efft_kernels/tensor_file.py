@@ -33,7 +33,22 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
 
     # clones, because tensors may share memory, which safetensors refuses
     copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    write_bytes(Path(path), save(copies, {**metadata, _DIGEST: _digest(copies, metadata)}))
+    data = save(copies, {**metadata, _DIGEST: _digest(copies, metadata)})
+    write_bytes(Path(path), _in_order(data))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The file with its metadata sorted, so that equal contents are equal files: safetensors has a random order."""
+    header, end = _header(data)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    return struct.pack("<Q", len(text)) + text + data[end:]
+
+
+def _header(data: bytes) -> tuple[dict, int]:
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), end
 
 
 def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -62,8 +77,7 @@ def read_tensors(path: str | os.PathLike, digested: Collection[str]) -> tuple[di
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         tensors = load(data)
-        length = struct.unpack("<Q", data[:8])[0]
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        metadata = _header(data)[0].get("__metadata__") or {}
     except (SafetensorError, KeyError, ValueError, RecursionError, RuntimeError, AssertionError) as why:
         raise ValueError(f"{path} is not a complete safetensors file; it may be truncated or corrupt: {why}") from why
     digest = metadata.pop(_DIGEST, None)

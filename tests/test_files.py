@@ -57,9 +57,9 @@ def test_metadata_says_what_it_is(path):
     assert metadata["version"] == ek.__version__ and metadata["fingerprint"] == ek.plan(vit(), SMALL).fingerprint
     assert (metadata["model"], metadata["base_model"]) == ("VisionTransformer", "vit_tiny_patch16_224")
     assert json.loads(metadata["config"])["method"] == "EFFTConfig"
-    ek.save_adapter(model, path, base_model="my own")
-    with safe_open(path, "pt") as file:
-        assert file.metadata()["base_model"] == "my own"
+    written = [(ek.save_adapter(model, path, base_model="own \u00e9"), path.read_bytes())[1] for _ in range(3)]
+    assert len({*written}) == 1, "equal contents are equal files"
+    assert _metadata(path)["base_model"] == "own \u00e9"
 
 
 def test_device_and_mode_follow_the_model_and_factors_stay_float32(path):
@@ -298,6 +298,9 @@ def test_a_head_that_does_not_fit_is_refused(path):
             ek.load_adapter(target, path)
         assert not hasattr(target, "efft") and torch.equal(target.head.weight, own)
         assert all(p.requires_grad for p in target.parameters())
+    _save(tensors, path, metadata)
+    weight_norm(target.head)
+    refuses(ValueError, r"original0 must be of shape \(10, 1\) .* got None", ek.load_adapter, target, path)
     _save(tensors, path, metadata)
     with pytest.raises(ValueError, match="does not fit; load the adapter alone with head='keep'"):
         ek.load_adapter(vit(num_classes=0), path)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
 from refusals import refuses
 from torch.library import opcheck
@@ -80,6 +81,16 @@ def test_efft_linear_of_a_few_rows(shape, slices, ways, monkeypatch):
         assert torch.equal(torch.autograd.grad(y, only[i], dy)[0], a)
     monkeypatch.setattr(few_rows, "default_backend", lambda: "reference")  # EFFT_BACKEND says what computes
     assert few_rows.take(x, weight, bias, u, sigma, v, 0.7, None) is None
+
+
+def test_a_few_rows_under_compiled_autograd():
+    shapes = (2, 6), (5, 6), (6, 2), (2, 4), (4, 5)
+    given = [torch.randn(s, dtype=torch.float64, requires_grad=s != (5, 6)) for s in shapes]
+    run = lambda backend: efft_linear(*given[:2], None, *given[2:], 0.7, backend=backend).square().sum()
+    want = torch.autograd.grad(run("reference"), [t for t in given if t.requires_grad])
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        run(None).backward()
+    torch.testing.assert_close([t.grad for t in given if t.requires_grad], list(want))
 
 
 def test_slices_side_by_side_are_a_view(backend):
