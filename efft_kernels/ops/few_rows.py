@@ -86,7 +86,7 @@ class _FewRows(torch.autograd.Function):
     def backward(ctx, dy):
         _, _, need_x, _, _, *needs, _ = ctx.needs_input_grad
         needs = need_x, *needs
-        kernels = reference if torch.compiler.is_dynamo_compiling() else ctx.kernels  # compiled autograd cannot trace C++
+        kernels = reference if torch.compiler.is_dynamo_compiling() else ctx.kernels  # compiled autograd traces no C++
         grads = iter(kernels.few_rows_backward(dy, *ctx.saved_tensors, ctx.scale, needs))
         dx, du, dsigma, dv = (next(grads) if need else None for need in needs)
         return None, None, dx, None, None, du, dsigma, dv, None
