@@ -219,14 +219,16 @@ def as_before(model: nn.Module) -> Iterator[None]:
     finally:
         owner.swapped -= 1
         for path in owner.modules_before:  # none any more if the last adapter was deleted
-            put_at(model, path, trained[path])
+            _put_in_place(model, path, trained[path])
         if owner.modules_before:
             tell_classes(model, told)
 
 
 def _put_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at this path, and follow what was done to the model since: its mode, device and dtype."""
     now = module_at(model, path)
-    if (like := next(now.parameters(), None)) is not None:
+    like, own = next(now.parameters(), None), next(module.parameters(), None)
+    if like is not None and own is not None and (like.device, like.dtype) != (own.device, own.dtype):
         module.to(like.device, like.dtype)
     put_at(model, path, module.train(now.training))
 
@@ -347,9 +349,13 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     that ``train`` named.
 
     Raises:
-        ValueError: a model without adapters.
+        ValueError: a model without adapters, or none of which is active now.
     """
-    found = [p for group in adapters(model).groups() for p in group.parameters()]
+    if (owner := adapters(model)).active is None:
+        raise ValueError(
+            "adapter_parameters needs an active adapter: set_adapter(model, name), outside of disable_adapter"
+        )
+    found = [p for group in owner.groups() for p in group.parameters()]
     found += [p for module in trained_modules(model).values() for p in module.parameters()]
     return [p for p in dict.fromkeys(found) if p.requires_grad]
 

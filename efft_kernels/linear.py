@@ -117,8 +117,10 @@ class EFFTLinear(nn.Linear):
         self.reset_factors()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EFFTLinear":
-        factors = [self.u, self.sigma, self.v]
-        of_factors = {id(t) for t in (*factors, *(factor.grad for factor in factors))}
+        # under longer names if parametrized or pruned
+        name_of = lambda key: key.removeprefix("parametrizations.").split(".")[0].removesuffix("_orig")
+        factors = [p for key, p in self.named_parameters() if name_of(key) in ("u", "sigma", "v")]
+        of_factors = {id(t) for factor in factors for t in (factor, factor.grad)}
         wide = at_least(fn, self._floor)
         return super()._apply(lambda t: wide(t) if id(t) in of_factors else fn(t), recurse)
 

@@ -23,6 +23,7 @@ class _Pass:
     def __init__(self, pairs: dict[str, Pair], recorded: bool, active: str | None):
         self.pairs, self.recorded, self.active = pairs, recorded, active
         self.unrecorded: set[str] = set()
+        self.recomputed: set[str] = set()  # of those, the ones that a backward ran again
 
 
 class _Watched(dict):
@@ -45,6 +46,7 @@ class _Thread(threading.local):
 
 # (id of a backward, id of a model's Passes) -> the forward that it recomputes, kept alive by the graph of its output
 _replays: weakref.WeakValueDictionary[tuple[int, int], _Pass] = weakref.WeakValueDictionary()
+_OTHER = "another adapter is active than in the forward, "
 
 
 class Passes:
@@ -124,7 +126,7 @@ class Passes:
         if not inside and not tracing:
             now = self._replay[1]
         # a forward without gradients, in another thread or around an enable_grad(), has no pairs to train with
-        if now is None or (inside and not now.recorded and self._recording()):
+        if now is None or (inside and now.pairs and not now.recorded and self._recording()):
             return self._own_pair(path, linear)
         if now.recorded and not tracing:
             if inside and not torch.is_grad_enabled():
@@ -133,14 +135,14 @@ class Passes:
                 # recorded only now, in backward: reentrant checkpointing, whose graph must not share the forward's
                 if now.active != self.active:
                     raise RuntimeError(
-                        "another adapter is active than in the forward, whose gradient reentrant checkpointing cannot "
-                        "compute: use use_reentrant=False"
+                        f"{_OTHER}whose gradient reentrant checkpointing cannot compute: use use_reentrant=False"
                     )
                 if any(group.drops for group in self.groups()):
                     raise RuntimeError(
                         "factor dropout cannot be reproduced under reentrant checkpointing: use use_reentrant=False, "
                         "or factor_dropout=0 and rank_dropout=0"
                     )
+                now.recomputed.add(path)
                 return self._own_pair(path, linear)
         return now.pairs.get(path)
 
@@ -159,25 +161,30 @@ class Passes:
         They are in the dtype of the group's first Linear, so that no Linear casts its own.
 
         Raises:
-            RuntimeError: the model is a replica of nn.DataParallel.
+            RuntimeError: the model is a replica of nn.DataParallel, or a backward recomputes a forward of all of it in
+                which another adapter was active.
         """
-        self._enter(None)
+        tracing = torch.compiler.is_compiling()
+        again = None if tracing else self._replay[1]
+        # also a forward that adds nothing may be recomputed
+        self._enter(None if tracing else _Pass({}, False, self.active))
+        if again is not None and again.active != self.active:
+            raise RuntimeError(f"{_OTHER}which a checkpoint of the whole model cannot recompute: checkpoint its blocks")
         if groups := self.groups():
-            if not torch.compiler.is_compiling() and "_is_replica" in vars(model):
+            if not tracing and "_is_replica" in vars(model):
                 raise RuntimeError(
                     f"this {type(model).__name__} is a replica of nn.DataParallel, which does not give it the factors: "
                     "use DistributedDataParallel, or make one GPU visible"
                 )
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and not tracing:
                 know(model)  # the norms whose results may be rebuilt in the backward
             pairs = {}
             for group in groups:
                 pairs.update(group.low_rank_pairs(self.backend, dtype=self._dtype_of(group, model)))
-            if not torch.compiler.is_compiling() and _mode(model) not in self.watched:
+            if not tracing and _mode(model) not in self.watched:
                 pairs = _Watched(pairs)
             # a compiler would make a graph for each name that it reads
-            name = None if torch.compiler.is_compiling() else self.active
-            self._enter(_Pass(pairs, self._recording(), name))
+            self._enter(_Pass(pairs, self._recording(), None if tracing else self.active))
 
     def _dtype_of(self, group: nn.Module, model: nn.Module) -> torch.dtype | None:
         for path in group.slots:
@@ -232,7 +239,16 @@ class Passes:
         _replays[task, id(self)] = done
 
     def _end_of_backward(self) -> None:
-        _replays.pop((graph_task(), id(self)), None)
+        done = _replays.pop((graph_task(), id(self)), None)
+        left = sorted(done.unrecorded - done.recomputed) if done is not None else ()
+        if left and "unrecorded" not in self.watched:
+            self.watched.add("unrecorded")
+            warnings.warn(
+                f"the factors of {left[0]} and {len(left) - 1} more Linears got no gradient: they ran without a graph, "
+                "and this backward did not run them again; reentrant checkpointing needs an input that requires grad, "
+                "use_reentrant=False does not",
+                stacklevel=2,
+            )
 
 
 class Adapters(Passes, nn.ModuleDict):

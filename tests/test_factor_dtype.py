@@ -9,6 +9,8 @@ from models import LOW_RANK, METHODS, PLAIN, adapted, images, shake, vit
 from refusals import refuses
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import random_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import efft_kernels as ek
@@ -71,9 +73,10 @@ def test_casting_a_model_leaves_the_factors_as_precise_as_they_were(cast):
     assert model.efft.default.attn.u.grad.dtype == torch.float32
     layer = ek.EFFTLinear(8, 8, rank=2)
     layer.u.grad = torch.ones_like(layer.u)
+    random_unstructured(weight_norm(layer, "v"), "sigma", 0.5)
     cast(layer)
     assert layer.weight.dtype in LOW and layer.bias.dtype in LOW
-    assert {p.dtype for p in (layer.u, layer.u.grad, layer.sigma, layer.v)} == {torch.float32}
+    assert {p.dtype for p in (layer.u, layer.u.grad, layer.sigma_orig, layer.v)} == {torch.float32}
     assert layer(torch.randn(3, 8, dtype=layer.weight.dtype)).dtype == layer.weight.dtype
 
 

@@ -423,8 +423,11 @@ def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, train
     model.train()
     with ek.disable_adapter(model):
         assert model.head.training and not any(p.requires_grad for p in model.head.parameters())
+        model.eval().double()  # what is done to the model within is done to what comes back, too
+        torch.testing.assert_close(model(x.double()).float(), before)
     assert (head == "keep" and not train) or all(p.requires_grad for p in model.head.parameters())
-    model.eval().double()
+    assert not model.head.training
+    torch.testing.assert_close(model(x.double()).float(), trained)
     with ek.disable_adapter(model):
         torch.testing.assert_close(model(x.double()).float(), before)
     ek.save_adapter(model.float(), tmp_path / "a.safetensors")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import DROPPED, PLAIN, adapted, assert_bits, assert_same, gradients, images, loss_of, shake, timm, vit
+from refusals import refuses
 from torch.utils.checkpoint import checkpoint
 
 import efft_kernels as ek
@@ -236,17 +237,18 @@ def test_checkpointing_outside_the_forward_of_the_model():
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
+class Reentrant(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.blocks, self.head, self.on, self.reentrant = inner.blocks, inner.head, False, True
+
+    def forward(self, tokens):
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=self.reentrant) if self.on else block(tokens)
+        return self.head(tokens.mean(1))
+
+
 def test_reentrant_checkpointing_is_right_or_refused():
-    class Reentrant(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.blocks, self.head, self.on = inner.blocks, inner.head, False
-
-        def forward(self, tokens):
-            for block in self.blocks:
-                tokens = checkpoint(block, tokens, use_reentrant=True) if self.on else block(tokens)
-            return self.head(tokens.mean(1))
-
     tokens = torch.randn(2, 5, 192, requires_grad=True)
     model = shake(ek.inject(Reentrant(vit(depth=3)), PLAIN)).train()
     want = gradients(model, loss_of(model, tokens))
@@ -263,10 +265,45 @@ def test_reentrant_checkpointing_is_right_or_refused():
             loss.backward()
         ek.set_adapter(model, "default")
 
+    with pytest.warns(UserWarning, match=r"blocks.0.attn.proj and 11 more Linears got no gradient: .* requires grad"):
+        loss_of(model, tokens.detach()).backward()
     model = shake(ek.inject(Reentrant(vit(depth=3)), DROPPED)).train()
     model.on = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss_of(model, tokens).backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_forward_without_an_adapter_is_recomputed_without(reentrant):
+    tokens, dx = torch.randn(2, 5, 192, requires_grad=True), []
+    model = shake(ek.inject(Reentrant(vit(depth=3)), PLAIN, head="keep"))
+    model.reentrant = reentrant
+    for model.on in (False, True):
+        with ek.disable_adapter(model):
+            y = model(tokens)
+        model(tokens)  # with the adapter, in between
+        dx.append(torch.autograd.grad(y.square().sum(), tokens)[0] if not reentrant else None)
+        if reentrant:
+            y.square().sum().backward()
+            dx[-1], tokens.grad = tokens.grad, None
+    assert torch.equal(*dx) and all(p.grad is None for p in model.efft.parameters())
+
+
+def test_a_checkpoint_of_the_whole_model():
+    model, x = adapted(), images().requires_grad_()
+    ek.add_adapter(model, PLAIN, name="other")
+    whole = lambda: checkpoint(model, x, use_reentrant=False).square().sum()
+    want, loss = gradients(model, model(x).square().sum()), whole()
+    assert_bits(gradients(model, loss), want)
+    with ek.disable_adapter(model):
+        without = whole()
+    loss = whole()
+    refused = lambda of: refuses(
+        RuntimeError, "another adapter is active .* which a checkpoint of the whole", of.backward
+    )
+    refused(without)
+    ek.set_adapter(model, "default")
+    refused(loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

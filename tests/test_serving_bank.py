@@ -257,7 +257,13 @@ def test_checkpointing_with_several_uses_and_a_failing_backward(reentrant):
     inner.forward = lambda t: torch.utils.checkpoint.checkpoint(forward, t, use_reentrant=reentrant)
     for g, w in zip(run(), want):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
-    assert not bank._replays
+    x.grad, y = None, bank.model(x)  # outside of every use, and so recomputed
+    with bank.use(["a", "b"]):
+        y.square().sum().backward()
+    inner.forward, got = forward, x.grad
+    torch.testing.assert_close(got, torch.autograd.grad(bank.model(x).square().sum(), x)[0])
+    assert not bank._replays and all(p.grad is None for p in parameters)
+    inner.forward = lambda t: torch.utils.checkpoint.checkpoint(forward, t, use_reentrant=reentrant)
 
     handle = parameters[0].register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):

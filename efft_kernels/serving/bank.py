@@ -1,6 +1,7 @@
 """AdapterBank: many adapters of one base model, a different one for each sample of a batch, in one pass."""
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -99,10 +100,15 @@ class AdapterBank:
         model.efft = self  # the bank is not a Module, so nothing is registered
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_lock": None, "_replays": None}
+        return {key: None if key in ("_lock", "_replays") else v for key, v in vars(self).items() if key != "_plain"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _replays=weakref.WeakValueDictionary())
+
+    @functools.cached_property
+    def _plain(self) -> "_Use":
+        """Of forwards outside of every use, which a backward within one may recompute."""
+        return _Use(self, [], [])
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters
@@ -335,15 +341,16 @@ def _entered(use: "_Use | Trial") -> Iterator[None]:
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    if use := model.efft._current_use():
+    bank = model.efft
+    use = bank._current_use() or bank._plain
+    if use is not bank._plain:
         use.check_batch(next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None))
-        use.bank._find_batch(use, args, kwargs)
-        use.begin(model)
+        bank._find_batch(use, args, kwargs)
+    use.begin(model)
 
 
 def _after(model: nn.Module, args, output) -> None:
-    if use := model.efft._current_use():
-        use.end(model, output)
+    (model.efft._current_use() or model.efft._plain).end(model, output)
 
 
 class _Use(Passes):
