@@ -14,7 +14,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
@@ -23,11 +22,9 @@ from arguments import add_common, check_out, positive, use_device  # isort: skip
 import torch
 from baselines import SCALE, UPDATE, Call, Inputs, Variant, make_inputs, truth, variants
 from forward_rows import COLOURS, floor_share, groups, raise_limits, row_work, slower, summary
-from record import (
-    add_rows, backends, begun, chart, chart_note, conclude, cpu_ratio, digits, mib, report, spread_of, times,
-)  # fmt: skip
+from record import backends, begun, conclude, cpu_ratio, digits, draw, mib, report, spread_of, times
 from shapes import KINDS, MODELS, Layer, layers, work
-from timing import MEMORY, Limits, Stages, columns, copies, evict, interleave, limits, memory, run, timer
+from timing import MEMORY, Limits, Stages, columns, copies, evict, limits, measure_cases, memory, run
 from torch import Tensor
 from tqdm import tqdm
 
@@ -152,34 +149,19 @@ def results(case: Case, args, samples: list[dict], facts: dict[str, dict]) -> li
 
 
 def measure(cases: list[Case], args, record: dict, limit: Limits) -> None:
-    """Add the rows of one case after the other, so that an interrupted or killed run keeps the complete ones."""
-    lap = timer(args.device)
     needed = [work(c.M, c.layer.K, c.layer.N, args.rank, getattr(torch, c.dtype).itemsize)["forward"] for c in cases]
-    cost = [max(flops / limit.gemm[c.dtype], b / limit.bandwidth) for c, (flops, b) in zip(cases, needed)]
-    end, setup = time.perf_counter() + args.seconds, 0.0
-    with tqdm(total=len(cases) * args.repeats, unit="round", disable=None) as bar:
-        for n, case in enumerate(cases):
-            bar.set_description(str(case))
-            found, _ = variants(args.device)  # again, so that nothing compiled for the previous case is reused
-            compile = args.compile == "all" or (args.compile == "first" and n == 0)
-            found = [v for v in found if v.name in (args.variants or [v.name]) and (compile or not v.compiled)]
-            if any(v.compiled for v in found):
-                torch._dynamo.reset()
-            setup -= time.perf_counter()
-            calls, facts = build(case, args, found, record["left_out"])
-            now, samples = time.perf_counter(), []
-            setup += now
-            # share the time that the set-up of later cases leaves by the cost of the cases, but give each a second
-            left = end - now - setup * sum(cost[n + 1 :]) / sum(cost[: n + 1])
-            deadline = now + max(1.0, left * cost[n] / sum(cost[n:]))
-            try:
-                for laps in interleave(calls, lap, args.repeats, deadline):
-                    samples.append(laps)
-                    bar.update()
-            finally:
-                if samples:
-                    add_rows(record, results(case, args, samples, facts), args.out)
-            bar.update(args.repeats - len(samples))
+    costs = {c: max(flops / limit.gemm[c.dtype], b / limit.bandwidth) for c, (flops, b) in zip(cases, needed)}
+
+    def prepare(case: Case, bar: tqdm):
+        found, _ = variants(args.device)  # again, so that nothing compiled for the previous case is reused
+        compile = args.compile == "all" or (args.compile == "first" and case == cases[0])
+        found = [v for v in found if v.name in (args.variants or [v.name]) and (compile or not v.compiled)]
+        if any(v.compiled for v in found):
+            torch._dynamo.reset()
+        calls, facts = build(case, args, found, record["left_out"])
+        return calls, lambda samples: results(case, args, samples, facts)
+
+    measure_cases(args, record, costs, prepare)
 
 
 HEAD = [
@@ -257,12 +239,6 @@ def panels(rows: list[dict]) -> list[tuple[str, dict]]:
             }
             found.append((part, bars))
     return found
-
-
-def draw(record: dict, folder: Path) -> None:
-    chart(folder / "forward.png", panels(record["results"]), COLOURS, "time / merged", chart_note(record, "rank"))
-    drawn = ", forward.png" if (folder / "forward.png").exists() else ""
-    print(f"written: {folder}/forward.csv, forward.json{drawn}")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
@@ -348,7 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             raise_limits(record)
 
-    return conclude(record, args.out, run, summary, show, lambda: draw(record, args.out))
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "time / merged", COLOURS, limit=5.0)
+    return conclude(record, args.out, run, summary, show, drawn)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # the first of these imports reports which packages are missing
-from whole_model import (
-    check, draw, make_record, measure_by_dtype, memory_facts, named, parser, print_ratios, timings,
-)  # fmt: skip  # isort: skip
+from whole_model import COLOURS, check, make_record, memory_facts, named, parser, print_ratios, timings
 
 import efft_kernels
 import harness
@@ -24,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from forward_rows import groups
-from record import conclude, cpu_ratio, digits, mib, ratios, report, spread_of, text_table, times
+from record import conclude, cpu_ratio, digits, draw, mib, ratios, report, spread_of, text_table, times
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
-from timing import Stages, run
+from timing import Stages, measure_cases, run
 from harness import Method, Options, quiet_merge, share
 from steps import count_ops, make_batches
 
@@ -160,7 +158,7 @@ def measure(args, record: dict, folder: Path) -> None:
         record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
         return calls, lambda samples: results(args, dtype, samples, facts)
 
-    measure_by_dtype(args, record, prepare)
+    measure_cases(args, record, dict.fromkeys(args.dtype, 1.0), prepare)
 
 
 HEAD = [
@@ -242,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             measure(args, record, Path(folder))
 
-    drawn = lambda: draw(record, args.out, panels(record["results"]), "ratio")
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "ratio", COLOURS, "batch")
     return conclude(record, args.out, run, summary, show, drawn)
 
 

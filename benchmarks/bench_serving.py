@@ -14,9 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
-from whole_model import (
-    check, draw, make_record, measure_by_dtype, memory_facts, named, parser, print_ratios, timings,
-)  # fmt: skip  # isort: skip
+from whole_model import check, make_record, memory_facts, named, parser, print_ratios, timings
 
 import efft_kernels
 import harness
@@ -25,10 +23,10 @@ from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
 from forward_rows import groups
-from record import conclude, digits, mib, ratios, report, spread_of, times
+from record import conclude, digits, draw, mib, ratios, report, spread_of, times
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
-from timing import Stages, run
+from timing import Stages, measure_cases, run
 from harness import Options, quiet_merge, share
 from steps import make_batches
 
@@ -223,7 +221,7 @@ def measure(args, record: dict) -> None:
             run(stages[0])
         return calls, lambda samples: results(args, dtype, samples, facts)
 
-    measure_by_dtype(args, record, prepare)
+    measure_cases(args, record, dict.fromkeys(args.dtype, 1.0), prepare)
 
 
 HEAD = [
@@ -293,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     args.adapters = sorted(set(args.adapters))
     record = make_record("serving", args, {m.name: m.meaning for m in METHODS}, {})
     run = torch.no_grad()(lambda: measure(args, record))
-    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ fused", COLOURS)
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ fused", COLOURS, "batch")
     return conclude(record, args.out, run, summary, show, drawn)
 
 

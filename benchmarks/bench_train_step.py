@@ -14,17 +14,15 @@ import sys
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
-from whole_model import (
-    check, draw, forget_packed, make_record, measure_by_dtype, named, parser, timings,
-)  # fmt: skip  # isort: skip
+from whole_model import COLOURS, check, forget_packed, make_record, named, parser, timings
 
 import harness
 import torch
 from harness import Method, Options
 from forward_rows import groups
-from record import add_rows, conclude, cpu_ratio, digits, mib, ratios, report, spread_of, times
+from record import add_rows, conclude, cpu_ratio, digits, draw, mib, ratios, report, spread_of, times
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
-from timing import Stages, memory, run
+from timing import Stages, measure_cases, memory, run
 from tqdm import tqdm
 
 # methods that all times are divided by, round by round
@@ -135,7 +133,7 @@ def measure(args, record: dict, found: list[Method], graph: bool = False, compil
         calls = {name: method.calls for name, method in built.items()}
         return calls, lambda samples: results(args, dtype, samples, built, graph)
 
-    measure_by_dtype(args, record, prepare)
+    measure_cases(args, record, dict.fromkeys(args.dtype, 1.0), prepare)
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -252,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.memory:
         return conclude(record, args.out, lambda: measure_memory(args, record, found), summary, show, lambda: None)
     measured = lambda: measure(args, record, found, args.graph, args.compile)
-    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged")
+    drawn = lambda: draw(record, args.out, panels(record["results"]), "/ merged", COLOURS, "batch")
     return conclude(record, args.out, measured, summary, show, drawn)
 
 

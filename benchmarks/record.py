@@ -356,12 +356,17 @@ def digits(value: float | None) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
-def chart_note(run: dict, *sizes: str) -> str:
-    """The model, its sizes, the processor and the version of a run, in one line below its chart."""
-    args, m = run["arguments"], run["machine"]
+def draw(
+    run: dict, folder: Path, panels: list[tuple[str, dict]], label: str, colours: dict[str, str], *sizes: str, limit=8.0
+) -> None:
+    """Draw the chart of a run, and print the names of its files; the note below has these sizes, and the rank."""
+    args, m, path = run["arguments"], run["machine"], folder / f"{run['benchmark']}.csv"
     name = m["gpu"]["name"] if args["device"] == "cuda" else f"{m['cpu']}, {m['threads']} threads"
-    note = [args["model"], *(f"{size} {args[size]}" for size in sizes), name, f"torch {run['versions']['torch']}"]
-    return f"{', '.join(note)}; whiskers: quartiles" + ("" if run["complete"] else "; interrupted, partial")
+    words = [args["model"], *(f"{size} {args[size]}" for size in (*sizes, "rank")), name]
+    note = f"{', '.join(words)}, torch {run['versions']['torch']}; whiskers: quartiles"
+    note += "" if run["complete"] else "; interrupted, partial"
+    drawn = chart(path.with_suffix(".png"), panels, colours, label, note, limit)
+    print(f"written: {path}, {path.with_suffix('.json')}" + f", {path.with_suffix('.png')}" * drawn)
 
 
 def chart(
@@ -371,13 +376,14 @@ def chart(
     label: str,
     note: str,
     limit: float = 5.0,
-) -> None:
+) -> bool:
     """Draw bars of medians with whiskers from quartile to quartile, one panel below the other; a line marks 1.
 
-    Bars without a colour are left out, and there is no chart if none has one.
+    Bars without a colour are left out. Returns whether there is a chart, which there is not if none has one.
     """
-    if not any(colours.keys() & bars.keys() for _, groups in panels for bars in groups.values()):
-        return
+    panels = [panel for panel in panels if any(colours.keys() & bars.keys() for bars in panel[1].values())]
+    if not panels:
+        return False
     from matplotlib.figure import Figure
 
     figure = Figure((10, 1.3 + 3.0 * len(panels)), dpi=110)
@@ -411,3 +417,4 @@ def chart(
                   bbox_to_anchor=(0.5, 0.18 / figure.get_figheight()))  # fmt: skip
     figure.text(0.5, 0.06 / figure.get_figheight(), note, ha="center", va="bottom", fontsize=7, color="#555555")
     write_figure(path, figure)
+    return True

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from record import add_rows, write_run
+
+KEEP_EVERY = 10.0  # seconds between two writes of the record during a case
 Stages = tuple[Callable, ...]
 
 
@@ -139,6 +142,45 @@ def interleave(
             yield laps
     finally:
         gc.enable()
+
+
+def measure_cases(args, run: dict, costs: dict[object, float], prepare: Callable) -> None:
+    """Add the rows of one case after the other to a run, so that an interrupted one keeps what is complete.
+
+    A killed one keeps it too: files are also rewritten during a case, at most every KEEP_EVERY seconds.
+
+    Args:
+        args: device, model, repeats, seconds and out, as the command line has them.
+        costs: {case: what it costs, in the same unit for all of them}
+        prepare: (case, progress bar) -> (the calls, warm, a function from the complete rounds to the case's rows).
+    """
+    from tqdm import tqdm
+
+    lap, cost, setup, end = timer(args.device), list(costs.values()), 0.0, time.perf_counter() + args.seconds
+    with tqdm(total=len(cost) * args.repeats, unit="round", disable=None) as bar:
+        for n, case in enumerate(costs):
+            bar.set_description(f"{args.model} {case}")
+            setup -= time.perf_counter()
+            calls, rows = prepare(case, bar)
+            now, samples = time.perf_counter(), []
+            setup, kept = setup + now, now
+            bar.set_postfix_str("")
+            # share the time that the set-up of later cases leaves by the cost of the cases, but give each a second
+            left = end - now - setup * sum(cost[n + 1 :]) / sum(cost[: n + 1])
+            deadline = now + max(1.0, left * cost[n] / sum(cost[n:]))
+            try:
+                for laps in interleave(calls, lap, args.repeats, deadline):
+                    samples.append(laps)
+                    bar.update()
+                    if args.out and len(samples) >= 3 and time.perf_counter() > kept + KEEP_EVERY:
+                        write_run(args.out, {**run, "results": [*run["results"], *rows(samples)]})
+                        kept = time.perf_counter()
+            finally:
+                if samples:
+                    add_rows(run, rows(samples), args.out)
+            bar.update(args.repeats - len(samples))
+            del calls, rows
+            gc.collect()  # models and their hooks form reference cycles
 
 
 def copies(bytes_per_copy: int, device: str) -> int:

@@ -4,11 +4,7 @@ harness.py has the models and the methods, timing.py how a call is timed.
 """
 
 import argparse
-import gc
 import os
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 # the first of these imports reports which packages are missing
 from arguments import add_common, check_out, positive, use_device  # isort: skip
@@ -16,12 +12,10 @@ from arguments import add_common, check_out, positive, use_device  # isort: skip
 import efft_kernels
 import harness
 from harness import MODELS
-from record import add_rows, backends, begun, chart, chart_note, digits, installed, write_run
+from record import backends, begun, digits, installed
 from shapes import layers
-from timing import MEMORY, Stages, columns, interleave, memory, timer
-from tqdm import tqdm
+from timing import MEMORY, Stages, columns, memory
 
-KEEP_EVERY = 10.0  # seconds between two writes of the record during a dtype
 COLOURS = {
     "merged_onednn": "#9e9e9e",
     "full": "#6a51a3",
@@ -99,42 +93,6 @@ def make_record(benchmark: str, args: argparse.Namespace, meanings: dict[str, st
     }
 
 
-def measure_by_dtype(
-    args, record: dict, prepare: Callable[[str, tqdm], tuple[dict[str, list[Stages]], Callable]]
-) -> None:
-    """Add the rows of one dtype after the other, so that an interrupted run keeps what is complete.
-
-    A killed one keeps it too: files are also rewritten during a dtype, at most every KEEP_EVERY seconds. prepare(dtype,
-    bar) gives the calls, warm, and a function from the complete rounds to the dtype's rows.
-    """
-    lap, setup, end = timer(args.device), 0.0, time.perf_counter() + args.seconds
-    with tqdm(total=len(args.dtype) * args.repeats, unit="round", disable=None) as bar:
-        for n, dtype in enumerate(args.dtype):
-            bar.set_description(f"{args.model} {dtype}")
-            setup -= time.perf_counter()
-            calls, rows = prepare(dtype, bar)
-            now, samples = time.perf_counter(), []
-            setup, kept = setup + now, now
-            bar.set_postfix_str("")
-            # an equal share of the time that the set-up of later dtypes will leave
-            later = len(args.dtype) - n - 1
-            deadline = now + (end - now - setup / (n + 1) * later) / (later + 1)
-            try:
-                for laps in interleave(calls, lap, args.repeats, deadline):
-                    samples.append(laps)
-                    bar.update()
-                    if args.out and len(samples) >= 3 and time.perf_counter() > kept + KEEP_EVERY:
-                        partial = {**record, "results": [*record["results"], *rows(samples)]}
-                        write_run(args.out, partial)
-                        kept = time.perf_counter()
-            finally:
-                if samples:
-                    add_rows(record, rows(samples), args.out)
-            bar.update(args.repeats - len(samples))
-            del calls, rows
-            gc.collect()  # models and their hooks form reference cycles
-
-
 def timings(
     samples: list[dict], name: str, which: slice, references: dict[str, str], *quartiles: str, whole: bool = False
 ) -> dict:
@@ -176,16 +134,3 @@ def print_ratios(record: dict) -> None:
             against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
             case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
             print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
-
-
-def draw(
-    record: dict, folder: Path, panels: list[tuple[str, dict]], label: str, colours: dict[str, str] = COLOURS
-) -> None:
-    """Draw the chart of a run, and print the names of its files."""
-    name, written = record["benchmark"], ["csv", "json"]
-    # the reference itself is not drawn, so a run without other methods has no chart
-    drawn = [(title, bars) for title, bars in panels if any(bar in colours for group in bars.values() for bar in group)]
-    if drawn:
-        chart(folder / f"{name}.png", drawn, colours, label, chart_note(record, "batch", "rank"), limit=8.0)
-        written.append("png")
-    print(f"written: {', '.join(str(folder / f'{name}.{ending}') for ending in written)}")

@@ -16,6 +16,19 @@ def need(*modules: str) -> None:
         pytest.importorskip(module)
 
 
+def interrupt(monkeypatch, rounds: int) -> None:
+    """Let benchmarks get Ctrl-C after some rounds."""
+    import timing
+
+    interleave = timing.interleave
+
+    def interrupted(calls, lap, most, deadline):
+        yield from interleave(calls, lap, rounds, deadline)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "interleave", interrupted)
+
+
 def check_files(folder: Path, name: str, tmp_path: Path) -> dict:
     """The run that a benchmark left in a folder: record, rows and chart, and no folder of this machine in them."""
     from record import read_run

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from benchmark_scripts import BENCHMARKS, check_files, need
+from benchmark_scripts import BENCHMARKS, check_files, interrupt, need
 
 need("matplotlib", "tabulate", "tqdm")
 
@@ -141,11 +141,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):
-    def interleave(calls, lap, rounds, deadline):
-        yield from timing.interleave(calls, lap, 2, deadline)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench_forward, "interleave", interleave)
+    interrupt(monkeypatch, 2)
     assert bench_forward.main([*TINY, "--variants", "efft", "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
     run = record.read_run(tmp_path / "forward.json")

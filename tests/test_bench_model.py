@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_scripts import check_files, need
+from benchmark_scripts import check_files, interrupt, need
 from models import timm
 
 need("matplotlib", "tabulate", "tqdm")
@@ -16,7 +16,6 @@ import bench_train_step
 import harness
 import steps
 import timing
-import whole_model
 from record import read_run, spread_of
 
 import efft_kernels as ek
@@ -307,11 +306,7 @@ def test_inference(tmp_path, capsys):
 
 @pytest.mark.parametrize("script", [bench_train_step, bench_inference])
 def test_interrupted(script, tmp_path, capsys, monkeypatch):
-    def interleave(calls, lap, rounds, deadline):
-        yield from timing.interleave(calls, lap, 2, deadline)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(whole_model, "interleave", interleave)
+    interrupt(monkeypatch, 2)
     assert script.main([*SIZES, "--lora-rank", "2", "--methods", "efft2", "--out", str(tmp_path)]) == 130
     assert "interrupted: what follows is partial" in capsys.readouterr().out
     record = read_run(next(tmp_path.glob("*.json")))
@@ -319,16 +314,16 @@ def test_interrupted(script, tmp_path, capsys, monkeypatch):
 
 
 def test_a_killed_run_keeps_its_rounds(tmp_path, monkeypatch):
-    kept = []
+    kept, interleave = [], timing.interleave
 
-    def interleave(calls, lap, rounds, deadline):
-        for laps in timing.interleave(calls, lap, 5, deadline):
+    def kept_after(calls, lap, rounds, deadline):
+        for laps in interleave(calls, lap, 5, deadline):
             yield laps
             files = tmp_path / "train_step.json"
             kept.append(read_run(files) if files.exists() else None)  # what a kill at this moment leaves
 
-    monkeypatch.setattr(whole_model, "interleave", interleave)
-    monkeypatch.setattr(whole_model, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(timing, "interleave", kept_after)
+    monkeypatch.setattr(timing, "KEEP_EVERY", 0.0)
     assert bench_train_step.main([*SIZES, "--methods", "merged", "--out", str(tmp_path)]) == 0
     assert kept[:2] == [None, None]
     for rounds, run in enumerate(kept[2:], 3):

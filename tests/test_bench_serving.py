@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from benchmark_scripts import check_files
+from benchmark_scripts import check_files, interrupt
 from test_bench_model import RECORD, SIZES, small  # noqa: F401, which makes the models small
 
 import bench_serving  # found because benchmark_scripts put benchmarks/ on the path
-import whole_model
 import harness
 
 from record import ratios
@@ -58,9 +57,6 @@ def test_bad_arguments(capsys):
 
 
 def test_interrupted_before_a_round(tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(whole_model, "interleave", interrupted)
+    interrupt(monkeypatch, 0)
     assert bench_serving.main([*SIZES, "--adapters", "1", "--methods", "merged", "--out", str(tmp_path)]) == 130
     assert "nothing to show" in capsys.readouterr().out and not list(tmp_path.glob("*.json"))
