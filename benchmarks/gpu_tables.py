@@ -51,12 +51,18 @@ def gpu_passes() -> Table:
         for row in read_csv(RESULTS / "nvidia_h200/gpu.csv")
         if row["variant"] == "auto" and row["pass"] == "backward"
     }
+    tuned = {
+        (row["M"], row["K"], row["N"]): row["cuda_us"]
+        for row in read_csv(RESULTS / TUNE / "tune.csv")
+        if (row["op"], row["needs"]) == ("lowrank_linear_backward", "x down up")
+    }
     sums = {}
-    for model, layer, _, us, tuned in _tuned("backward", "lowrank_linear_backward", "x down up"):
-        stage, _, linear = layer.rpartition(".")
-        added = sums.setdefault(f"{model} {stage}".strip(), ([], []))
-        added[0].append(linear)
-        added[1].append((us["merged"], tuned["cuda_us"], now[tuned["M"], tuned["K"], tuned["N"]]))
+    for row in read_csv(RESULTS / TUNE / "plain_torch.csv"):
+        if (row["pass"], row["variant"]) == ("backward", "merged"):
+            stage, _, linear = row["layer"].rpartition(".")
+            linears, times = sums.setdefault(f"{MODELS[row['model']]} {stage}".strip(), ([], []))
+            linears.append(linear)
+            times.append((1e3 * row["ms"], *(of[row["M"], row["K"], row["N"]] for of in (tuned, now))))
     rows = []
     for name, (linears, times) in sums.items():
         dx, before, after = map(sum, zip(*times))
@@ -120,15 +126,3 @@ def _us(name: str, part: str, run: int | None = None) -> dict[str, dict[str, flo
         if row["pass"] == part and row.get("run") == run:
             found.setdefault(row["layer"], {})[row["variant"]] = 1e3 * row["ms"]
     return found
-
-
-def _tuned(part: str, op: str, needs: str | None) -> Iterator[tuple[str, str, str, dict[str, float], dict]]:
-    """(model, layer, its size, {variant: microseconds} beside the tuner, the tuner's row) of every Linear"""
-    rows = read_csv(RESULTS / TUNE / "tune.csv")
-    tuned = {(r["M"], r["K"], r["N"]): r for r in rows if (r["op"], r["needs"]) == (op, needs)}
-    layers = {}
-    for r in read_csv(RESULTS / TUNE / "plain_torch.csv"):
-        if r["pass"] == part:
-            layers.setdefault((r["model"], r["layer"], r["M"], r["K"], r["N"]), {})[r["variant"]] = 1e3 * r["ms"]
-    for (model, layer, M, K, N), us in layers.items():
-        yield MODELS[model], layer, f"{K} → {N}, M = {M}", us, tuned[M, K, N]

@@ -57,6 +57,7 @@ METHODS = {
     "merged": "frozen, no adapter",
     "merged_onednn": "frozen, no adapter, oneDNN",
 }
+_BYTES = "peak_bytes", "kept_bytes", "optimizer_bytes"
 
 
 # Every table is a function without arguments, its docstring what --list says of it.
@@ -78,7 +79,9 @@ def train_step() -> Table:
         mode = "" if (mode := _mode(arguments)) == "eager" else f", {mode}"
         head.append(f"{_where(name, run)}, {dtype or arguments['dtype'][0]}, batch {arguments['batch']}{mode}")
         rounds |= {row["rounds"] for row in steps.values()}
-        columns.append({method: f"{digits(r['ms'])} ms, {_mib(_memory(r))} MiB" for method, r in steps.items()})
+        columns.append(
+            {method: f"{digits(r['ms'])} ms, {_mib(sum(r[key] for key in _BYTES))} MiB" for method, r in steps.items()}
+        )
     methods = ["efft2", "peft_lora", "full", "released_efft"]
     rows = [[METHODS[method], *(column.get(method, "–") for column in columns)] for method in methods]
     note = (
@@ -141,8 +144,10 @@ def _crossed(head: str, columns: dict[str, dict[str, dict]], records: list[str])
     for method in (method for method in METHODS if any(method in steps for steps in columns.values())):
         found = [steps.get(method) for steps in columns.values()]
         trained = " / ".join(dict.fromkeys(f"{row['trained']:,}" for row in found if row))
-        times.append([METHODS[method], *(_cell(row, _time) for row in found), trained])
-        sizes.append([f"MiB: {METHODS[method]}", *(_cell(row, _sizes) for row in found), ""])
+        ms = (f"{digits(row['ms'])} ({digits(row['ratio_merged'])})" if row else "–" for row in found)
+        mib = (" + ".join(_mib(row[key]) for key in _BYTES) if row else "–" for row in found)
+        times.append([METHODS[method], *ms, trained])
+        sizes.append([f"MiB: {METHODS[method]}", *mib, ""])
     note = (
         "First milliseconds: median of the rounds (over the frozen model's: median of the ratios within each round). "
         "Then MiB: peak of a step beside weights and what follows, + kept between steps, such as packed weights, + the "
@@ -165,24 +170,22 @@ def lora() -> Table:
 
 def forward() -> Table:
     """ViT-B's Linears, forward: EFFT's ms and its ratio to each alternative, per processor, dtype and batch"""
-    return _sums("forward", ["vit_b_float32", "vit_b_batch16_float32", "vit_b_bfloat16", "vit_b_batch16_bfloat16"],
-                 ["vit_b_float32"])  # fmt: skip
+    return _sums("forward", ["zen3/vit_b_float32"])
 
 
 def forward_backward() -> Table:
     """the same, forward and backward together"""
-    return _sums("forward+backward",
-                 ["vit_b_float32", "vit_b_batch16_float32", "vit_b_bfloat16", "vit_b_batch16_bfloat16"],
-                 ["vit_b_float32_backward", "vit_b_bfloat16_backward"])  # fmt: skip
+    return _sums("forward+backward", ["zen3/vit_b_float32_backward", "zen3/vit_b_bfloat16_backward"])
 
 
 _PARTS = ["forward", "forward+backward"]
 _SUMS_NOTE = "EFFT's time over that of each alternative, of sums over all Linears of the blocks."
 
 
-def _sums(part: str, zen5: list[str], zen3: list[str]) -> Table:
+def _sums(part: str, zen3: list[str]) -> Table:
     rows, others = [], [name for name in VARIANTS if name != "efft"]
-    records = [f"zen5/{name}" for name in zen5] + [f"zen3/{name}" for name in zen3] + ["emerald_rapids/vit_b"]
+    zen5 = [f"zen5/vit_b_{name}" for name in ("float32", "batch16_float32", "bfloat16", "batch16_bfloat16")]
+    records = [*zen5, *zen3, "emerald_rapids/vit_b"]
     for where, _, size, dtype, ms in _linears(records, [part]):
         rows.append([f"{where}, {dtype}, {size}", digits(ms["efft"]), *_over(ms, others)])
     head = [f"Linears of ViT-B, {part}", "EFFT, ms", *(f"/ {VARIANTS[name]}" for name in others)]
@@ -315,6 +318,8 @@ OPTIONS_LEARNT = METHODS_LEARNT | {
 
 def vtab1k() -> Table:
     """offline experiment: the setting, parameters and top-1 of each method per data set"""
+    from paper.tables import cell, text
+
     runs = [row for row in read_csv(RESULTS / LEARNT) if row["part"] == "test"]
     data = [*dict.fromkeys(row["data"] for row in runs if row["method"] == "lora")]
     rows = []
@@ -324,7 +329,7 @@ def vtab1k() -> Table:
         mean = f"{statistics.fmean(map(statistics.fmean, of.values())):.1f}" if all(of.values()) else "–"
         millions = statistics.fmean(row["parameters"] for row in own) / 1e6
         setting = ", ".join(digits(own[0][key]) for key in ("settings.lr", "settings.scale") if own[0].get(key))
-        cells = [_spread(found) if found else "–" for found in of.values()]
+        cells = [text(cell(found)) for found in of.values()]
         rows.append([title, f"{millions:.3f}" if millions else "0", setting or "–", *cells, mean])
     note = (
         "Top-1 of test images (at most 2000) in %, mean ± standard deviation of three seeds, five on dsprites_loc, one "
@@ -407,22 +412,6 @@ def _steps(name: str, benchmark: str = "train_step", dtype: str | None = None) -
     return run, {row["method"]: row for row in rows}
 
 
-def _cell(row: dict | None, text: Callable[[dict], str]) -> str:
-    return text(row) if row else "–"
-
-
-def _time(row: dict) -> str:
-    return f"{digits(row['ms'])} ({digits(row['ratio_merged'])})"
-
-
-def _sizes(row: dict) -> str:
-    return " + ".join(_mib(row[key]) for key in ("peak_bytes", "kept_bytes", "optimizer_bytes"))
-
-
-def _memory(row: dict) -> int:
-    return row["peak_bytes"] + row["optimizer_bytes"] + row["kept_bytes"]
-
-
 def _linears(records: list[str], parts: list[str] = _PARTS) -> Iterator[tuple[str, str, str, str, dict[str, float]]]:
     """(processor, pass, size, dtype, {variant: ms of all Linears of the model}) of every case of some records"""
     for name in records:
@@ -450,11 +439,6 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.0f}" if size >= 10 * 2**20 or size < 2**10 else f"{size / 2**20:.1f}"
 
 
-def _spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
-
-
 def refreshed(page: Path) -> str:
     """The text of a page with every table as the records have it.
 
@@ -475,11 +459,6 @@ def refreshed(page: Path) -> str:
     return found
 
 
-def pages() -> list[Path]:
-    """Every page that may have tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(RESULTS.glob("*.md"))]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tables", nargs="*", metavar="NAME", help="tables to print; default: all")
@@ -497,7 +476,8 @@ def main(argv: list[str] | None = None) -> int:
         print(*(f"{name}\n\n{TABLES[name]().markdown(ROOT / 'README.md')}" for name in args.tables or TABLES), sep="\n")
         return 0
     try:
-        changed = {page: text for page in pages() if (text := refreshed(page)) != page.read_text()}
+        pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(RESULTS.glob("*.md"))]
+        changed = {page: text for page in pages if (text := refreshed(page)) != page.read_text()}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
