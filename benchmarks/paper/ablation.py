@@ -11,16 +11,16 @@ adapters stay in FOLDER/adapters, where subspace.py compares them.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
+from runs import Places, Run, Store, command, complete, images_named, weights_named  # puts benchmarks/ on the path
 from record import prepare_folder
 from efft_kernels.storage import write_bytes
 from changes import table
 from markdown_table import Table
-from runs import Places, Run, Store, command, complete, images_named, weights_named
 from vtab1k import FACTS
 
 BASE = {"rank": 16, "scale": 0.1, "lr": 1e-2}  # for the short schedule of the offline data
@@ -85,9 +85,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--quick has data of its own: expected no --data, got {args.data}")
     if (args.checkpoint or args.model) and not args.data:
         parser.error("--checkpoint and --model need --data")
-    for option in ("rank", "scale", "lr", "epochs", "workers", "seeds"):
-        if (value := getattr(args, option, None)) is not None and not value > 0:
-            parser.error(f"--{option} must be positive, got {value}")
+    numbers = ("rank", "scale", "lr", "epochs", "workers", "seeds")
+    for option in (*numbers, "population", "generations", "budget", "supernet_epochs"):  # the last ones of noah_search
+        if (value := getattr(args, option, None)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{option.replace('_', '-')} must be a positive number, got {value}")
     args.workers = args.workers or (1 if args.quick else os.cpu_count() or 1)
     if args.quick and args.out == parser.get_default("out"):  # not among the results that tables are made from
         args.out = args.out.with_name(f"{args.out.name}_quick")

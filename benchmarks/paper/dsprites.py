@@ -51,7 +51,7 @@ def draw(index: np.ndarray) -> np.ndarray:  # [n] -> [n, 64, 64] uint8
     return np.where(np.choose(shape, (square, ellipse, heart)), np.uint8(255), np.uint8(0))
 
 
-def split(name: str, size: int | None = None) -> np.ndarray:
+def split(name: str) -> np.ndarray:
     """The indices of the images of "train" (800), "val" (200) or "test" (73 728).
 
     VTAB takes 80, 10 and 10 % of a shuffled list, and of the first two parts the first 800 and 200. Its order depends
@@ -59,4 +59,4 @@ def split(name: str, size: int | None = None) -> np.ndarray:
     """
     order = np.random.Generator(np.random.PCG64(0)).permutation(TOTAL)
     parts = {"train": order[:800], "val": order[TOTAL * 8 // 10 :][:200], "test": order[TOTAL * 9 // 10 :]}
-    return parts[name][:size]
+    return parts[name]

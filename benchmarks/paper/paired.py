@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 2000
-
 
 class Difference(NamedTuple):
     """Top-1 of one method minus that of another, in percentage points."""
@@ -56,7 +54,7 @@ def right(folder: Path) -> dict[tuple[str, str], dict[int, np.ndarray]]:
     return found
 
 
-def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray], draws: int = DRAWS) -> Difference | None:
+def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray], draws: int = 2000) -> Difference | None:
     """The difference of two methods on one data set, over the seeds that both have; None if there are none.
 
     A draw takes seeds and images with replacement, the same ones for both methods.

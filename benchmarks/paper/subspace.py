@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
-from record import FORMAT, commit, machine, prepare_folder, versions, write_figure, write_run
+import ablation  # puts benchmarks/ on the path
+from record import begun, prepare_folder, write_figure, write_run
 from efft_kernels import EFFTConfig, load_adapter, plan, subspace_map, updates
 from efft_kernels.storage import write_bytes
-import ablation
+from markdown_table import Table
 from runs import Places, Store, command, complete, images_named
 
 TARGETS = {"MHSA": ("attn",), "FFN": ("mlp",), "joint": None}
@@ -144,13 +144,6 @@ def row(title: str, found: dict[int, Tensor]) -> dict:
     return {"compared": title} | {key: value.item() for key, value in values.items()}
 
 
-def table(results: list[dict]) -> str:
-    lines = ["| compared | phi(1, 1) | phi(r/4, r/4) | phi(r, r) | mean over (i, j) |", "|---|---:|---:|---:|---:|"]
-    for title, *values in (found.values() for found in results):
-        lines.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def work(args: argparse.Namespace) -> dict[str, str]:
     """Do the missing runs, write record, heat maps and table."""
     prepare_folder(args.out)
@@ -163,17 +156,13 @@ def work(args: argparse.Namespace) -> dict[str, str]:
     found = trained(args, data, settings | images_named(data, places), places)
     made = maps(found, blocks)
     results = [row(title, found) for title, found in made.items()]
-    run = {
-        "benchmark": "subspace",
-        "format": FORMAT, "complete": True,
-        "settings": settings | {"method": args.variant},
-        "data": data, "blocks": blocks,
-        "machine": machine(), "versions": versions(), "commit": commit(),
-        "results": results,
-    }  # fmt: skip
-    write_run(args.out, run)
+    run = begun("subspace", argparse.Namespace()) | {"complete": True, "settings": settings | {"method": args.variant}}
+    write_run(args.out, run | {"data": data, "blocks": blocks, "results": results})
     heat_maps(args.out / "subspace.png", made)
-    text = table(results) + f"\n{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged.\n"
+    head = ["compared", "phi(1, 1)", "phi(r/4, r/4)", "phi(r, r)", "mean over (i, j)"]
+    lines = [[title, *(f"{value:.3f}" for value in values)] for title, *values in (of.values() for of in results)]
+    note = f"{args.variant.upper()}, blocks {', '.join(map(str, blocks))}, averaged."
+    text = Table(head, lines, note, ["subspace.csv"]).markdown(args.out / "subspace.md", args.out)
     write_bytes(args.out / "subspace.md", text.encode())
     print(text)
     return {}

@@ -48,15 +48,14 @@ if (local := os.environ.pop("LOCAL_RANK", None)) is not None:
         seen.split(",")[int(local) % len(seen.split(","))] if seen is not None else local
     )
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # record.py is there
+# runs.py puts benchmarks/ on the path
+from runs import Places, Run, Store, choose, choose_together, command, complete, images_named  # noqa: E402
+from runs import measure, opened, tested, weights_named  # noqa: E402
 from record import prepare_folder  # noqa: E402
 from efft_kernels.storage import write_bytes  # noqa: E402
 import tables  # noqa: E402
-from runs import Places, Run, Store, choose, choose_together, command, complete, images_named  # noqa: E402
-from runs import measure, opened, tested, weights_named  # noqa: E402
 
-HERE = Path(__file__).parent
-FACTS = json.loads((HERE / "vtab1k.json").read_text())
+FACTS = json.loads(Path(__file__).with_name("vtab1k.json").read_text())
 SWEPT = ("lora", "fact-tt", "fact-tk", "efft1", "efft2")  # methods with a rank and a scale
 DRAWN = ("dsprites_loc", "dsprites_ori")
 
