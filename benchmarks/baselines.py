@@ -4,6 +4,7 @@ A variant is built once per set of inputs, which packs weights and compiles form
 it returns is timed.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -136,10 +137,6 @@ class ExternalLinear(torch.autograd.Function):
         return ctx.back(dy), None, None
 
 
-def _merged(i: Inputs) -> Call:
-    return Call(lambda: F.linear(i.x, i.merged, i.bias), ())
-
-
 def _onednn(prepare):
     def build(i: Inputs) -> Call:
         w = prepare(i.merged, i.x.shape[0])
@@ -164,18 +161,8 @@ def _of_lora(formula):
     return build
 
 
-def _addmm(i: Inputs) -> Call:
-    return Call(lambda: addmm(i.x, i.weight, i.bias, i.down, i.up), (i.down, i.up))
-
-
-def _efft(backend: str | None):
-    fused = efft_kernels.lowrank_linear
-    return lambda i: Call(lambda: fused(i.x, i.weight, i.bias, i.down, i.up, backend=backend), (i.down, i.up))
-
-
-def _efft_group(i: Inputs) -> Call:
-    efft_linear = efft_kernels.efft_linear
-    return Call(lambda: efft_linear(i.x, i.weight, i.bias, i.u, i.sigma, i.v, SCALE), (i.u, i.sigma, i.v))
+def _of_pair(formula):
+    return lambda i: Call(lambda: formula(i.x, i.weight, i.bias, i.down, i.up), (i.down, i.up))
 
 
 def _compiled(of, formula, mode: str | None = None):
@@ -192,8 +179,9 @@ def _compiled(of, formula, mode: str | None = None):
 
 def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
     """All variants for a device, and {name: why} for the backends that cannot run on it."""
+    merged = lambda i: Call(lambda: F.linear(i.x, i.merged, i.bias), ())
     found = [
-        Variant("merged", "F.linear with w + dW merged beforehand: the lower bound", _merged, merged=True),
+        Variant("merged", "F.linear with w + dW merged beforehand: the lower bound", merged, merged=True),
         Variant("einsum_dw", "F.linear + x dW, dW formed per call, as the released EFFT", _of_core(einsum_dw)),
         Variant("einsum_merge", "F.linear with w + dW, formed per call", _of_core(einsum_merge), merged=True),
         Variant("einsum", "F.linear + ((x u) sigma) v by einsum", _of_core(einsum)),
@@ -201,7 +189,7 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
         Variant("einsum_compiled", "einsum under torch.compile", _compiled(_of_core, einsum), compiled=True),
         Variant("peft", "F.linear + (x A) B * scale, as PEFT's LoRA", _of_lora(peft)),
         Variant("peft_compiled", "peft under torch.compile", _compiled(_of_lora, peft), compiled=True),
-        Variant("unfused", "F.linear, then addmm_ (beta = 1): plain torch at its best", _addmm),
+        Variant("unfused", "F.linear, then addmm_ (beta = 1): plain torch at its best", _of_pair(addmm)),
     ]
     if device == "cpu":
         plain, packed = _onednn(lambda w, M: w), _onednn(torch.ops.mkldnn._reorder_linear_weight)
@@ -223,7 +211,10 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
         elif backend.name in ("cpu", "cuda") and backend.name != device:
             skipped[name] = f"does not run on device {device}"
         else:
-            found.append(Variant(name, f"lowrank_linear, backend={backend.name!r}", _efft(backend.name)))
-    found.append(Variant("efft", "lowrank_linear, backend=None: what a user gets", _efft(None)))
-    found.append(Variant("efft_group", "efft_linear: as efft, plus a group update in every call", _efft_group))
+            named = functools.partial(efft_kernels.lowrank_linear, backend=backend.name)
+            found.append(Variant(name, f"lowrank_linear, backend={backend.name!r}", _of_pair(named)))
+    chosen = _of_pair(efft_kernels.lowrank_linear)
+    group = _of_core(lambda *given: efft_kernels.efft_linear(*given, SCALE))
+    found.append(Variant("efft", "lowrank_linear, backend=None: what a user gets", chosen))
+    found.append(Variant("efft_group", "efft_linear: as efft, plus a group update in every call", group))
     return found, skipped

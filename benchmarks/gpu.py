@@ -13,7 +13,6 @@ batches. The libraries travel prebuilt: nothing is compiled here but Triton's ke
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import queue
@@ -101,8 +100,9 @@ class Run:
             self.note(name, outcome="no time left")
             return found
         print(f"\n== {name}", flush=True)
+        paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
         pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-        with subprocess.Popen(command, cwd=ROOT, env=_environment(), **pipe) as process:
+        with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, **pipe) as process:
             lines: queue.Queue = queue.Queue()
             threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)], daemon=True).start()
             outcome = "stopped"
@@ -120,11 +120,6 @@ class Run:
         failed = {} if outcome == "passed" else {"end": last[:400]}
         self.note(name, outcome=outcome, seconds=round(time.monotonic() - begun, 1), **failed)
         return found
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(ROOT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def emit(**found) -> None:
@@ -165,7 +160,8 @@ def ratios(dry: bool) -> None:
             found = table.choice(device, table.key(op, dtype, layer.K, layer.N, R, needs), M)
             backend = found and found.backend
             kernels = plans.module(backend) if backend else reference
-            variants = timing.plain_orders(op, needs) | {"auto": _with_needs(getattr(kernels, op), needs)}
+            auto = getattr(kernels, op)
+            variants = timing.plain_orders(op, needs) | {"auto": (lambda *x: auto(*x, needs)) if needs else auto}
             if backward:
                 variants["merged"] = lambda dy, x, w, *rest: dy @ w
             else:
@@ -179,10 +175,6 @@ def ratios(dry: bool) -> None:
             size = {"model": model, "layer": layer.name, "M": M, "K": layer.K, "N": layer.N, "R": R}
             size |= {"slices": layer.slices, "dtype": str(dtype)[6:], "count": layer.count}
             emit(**size, **{"pass": "backward" if backward else "forward"}, backend=backend or "torch", us=us)
-
-
-def _with_needs(function, needs):
-    return (lambda *given: function(*given, needs)) if needs else function
 
 
 def simulate() -> None:
@@ -368,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
 def everything(found: Run, out: Path, args) -> int:
     here = [sys.executable, str(Path(__file__).resolve()), *(["--dry"] if args.dry else []), "--step"]
     patience = 10 if args.dry else 1
-    commit = record.commit()  # before the shipped record changes
+    begun = record.begun("gpu", args)  # with the commit, before the shipped record changes
     about = found.step("info", [*here, "info"], 60 * patience)
     sizes = [(layer.tokens * (4 if args.dry else BATCH), layer.K, layer.N, R) for _, layer in chosen_layers(args.dry)]
     of = [layer for model, layer in chosen_layers(args.dry) if model != "swin_t"]
@@ -387,8 +379,14 @@ def everything(found: Run, out: Path, args) -> int:
     checked = [checker, "--tool", "memcheck", "--error-exitcode", "3"] if checker and not args.dry else []
     found.step("memcheck" if checked else "small", [*checked, *here, "small"], 90 * patience)
     step = [] if args.no_train else train(found, out, args.dry, "reference" if args.dry else None)
-    if not args.dry:
-        tune_other_batches(found)
+    for batch in () if args.dry else OTHER_BATCHES:  # as `python -m efft_kernels.tune` would, for what is shipped
+        if found.left() < 60:
+            break
+        sizes = [(layer.tokens * batch, layer.K, layer.N, R) for _, layer in chosen_layers(False)]
+        run.tune(
+            dict.fromkeys(sizes), [torch.bfloat16], backends=("cuda", "triton"), minutes=found.left() / 60,
+            say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
+        )  # fmt: skip
     if table.user_file().exists():
         shutil.copyfile(table.user_file(), out / "tuned.json")
         if not args.dry:
@@ -397,13 +395,15 @@ def everything(found: Run, out: Path, args) -> int:
     rows = rows_of([case for case in measured if "us" in case])
     not_done = [*report.left, *found.not_passed]
     reached = goals(rows, step)
-    record.write_run(out, {
-        "benchmark": "gpu", "format": record.FORMAT, "date": datetime.date.today().isoformat(), "dry": args.dry,
-        "complete": not not_done, "machine": record.machine(), "versions": record.versions(),
-        "commit": commit, "info": about, "proven": report.proven, "dropped": report.dropped,
+    record.write_run(out, begun | {
+        "dry": args.dry, "complete": not not_done, "info": about, "proven": report.proven, "dropped": report.dropped,
         "not_done": not_done, "stress": stressed, "goals": reached, "results": rows,
     })  # fmt: skip
-    lines = [[g["goal"], g["what"], g["at_most"], _digits(g["measured"]), _cases(g["cases"])] for g in reached]
+    lines = [
+        [g["goal"], g["what"], g["at_most"], "not measured" if g["measured"] is None else f"{g['measured']:.3f}",
+         ", ".join(f"{name} {value:.2f}" for name, value in g["cases"].items())]
+        for g in reached
+    ]  # fmt: skip
     print("\n" + record.text_table(["goal", "what", "at most", "worst", "cases"], lines))
     for backend, found_plans in report.proven.items():
         dropped = report.dropped.get(backend) or "nothing"
@@ -420,26 +420,6 @@ def ship(tuned: Path) -> None:
         if reason := table.save(device, **found):
             raise OSError(f"the shipped table stays as it was: {reason}")
     shutil.copyfile(table.user_file(), table.SHIPPED)
-
-
-def tune_other_batches(found: Run) -> None:
-    """As `python -m efft_kernels.tune` would, for the record that is shipped"""
-    for batch in OTHER_BATCHES:
-        if found.left() < 60:
-            break
-        sizes = [(layer.tokens * batch, layer.K, layer.N, R) for _, layer in chosen_layers(False)]
-        run.tune(
-            dict.fromkeys(sizes), [torch.bfloat16], backends=("cuda", "triton"), minutes=found.left() / 60,
-            say=lambda line: print(line, flush=True), note=lambda event: found.note("tune", **event),
-        )  # fmt: skip
-
-
-def _digits(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
-
-
-def _cases(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
 
 if __name__ == "__main__":
