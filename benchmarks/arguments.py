@@ -1,6 +1,7 @@
 """Arguments that the command lines of the benchmarks share. Imported first: it reports which packages are missing."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -42,11 +43,13 @@ def add_common(p: argparse.ArgumentParser, repeats: int, limit: float, what: str
 
 
 def use_device(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Set the number of threads, or exit with a message if torch cannot use --device."""
+    """Set the number of threads, or exit with a message if torch cannot use --device, or EFFT_BACKEND is set."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: expected a device that torch can use, got 'cuda' without a GPU or a CUDA torch")
+    if chosen := os.environ.get("EFFT_BACKEND"):
+        p.error(f"EFFT_BACKEND: expected unset, as backends are compared or chosen by --backend here, got {chosen!r}")
 
 
 def check_out(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ baselines.py defines the variants, timing.py measures them, shapes.py has the mo
 import argparse
 import itertools
 import math
-import os
 import sys
 import textwrap
 import time
@@ -123,13 +122,10 @@ def build(case: Case, args, found: list[Variant], left_out: dict) -> tuple[dict[
             fact["compile_s"] = seconds if variant.compiled else None
             calls[variant.name], facts[variant.name] = [first, *others], fact
         except RuntimeError as error:
-            left_out.setdefault(variant.name, {})[str(case)] = _sentence(error)
+            # the first sentence of the first line; the rest of torch's messages is about tools and builds
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+            left_out.setdefault(variant.name, {})[str(case)] = reason
     return calls, facts
-
-
-def _sentence(error: Exception) -> str:
-    """The first sentence of the first line; the rest of torch's messages is about tools and builds."""
-    return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def results(case: Case, args, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
@@ -249,18 +245,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
         "ViT-B, batch 4, float32, and one small case in bfloat16."
     )
     p.add_argument("--model", choices=MODELS, default="vit_b", help="whose Linears (default: vit_b)")
-    p.add_argument(
-        "--layer", nargs="+", choices=[*KINDS, "all", *kinds], default=["all"], metavar="LAYER",
-        help="qkv, proj, fc1, fc2 (in Swin: of all stages), stage1.qkv ... stage4.fc2, or all",
-    )  # fmt: skip
+    p.add_argument("--layer", nargs="+", choices=[*KINDS, "all", *kinds], default=["all"], metavar="LAYER",
+                   help="qkv, proj, fc1, fc2 (in Swin: of all stages), stage1.qkv ... stage4.fc2, or all")  # fmt: skip
     size = p.add_mutually_exclusive_group()
     size.add_argument("--batch", nargs="+", type=positive, metavar="B", help="images; M = B * tokens (default: 4)")
     size.add_argument("--rows", nargs="+", type=positive, metavar="M", help="M itself")
     p.add_argument("--rank", type=positive, default=16, metavar="R", help="of the adapter (default: 16)")
-    p.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"),
-        help="default: float32 and one small bfloat16 case on a CPU, bfloat16 on a GPU",
-    )  # fmt: skip
+    p.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"),
+                   help="default: float32 and one small bfloat16 case on a CPU, bfloat16 on a GPU")  # fmt: skip
     p.add_argument("--backward", action="store_true",
                    help="forward, backward and both: dx and the gradients of the factors, weight frozen")  # fmt: skip
     p.add_argument("--variants", nargs="+", choices=dict.fromkeys(known), metavar="NAME",
@@ -272,8 +264,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     args = p.parse_args(argv)
 
     use_device(p, args)
-    if os.environ.get("EFFT_BACKEND"):
-        p.error(f"EFFT_BACKEND: expected unset, as backends are compared here, got {os.environ['EFFT_BACKEND']!r}")
     model = layers(args.model)
     chosen = [layer for layer in model if {"all", layer.kind, layer.name} & set(args.layer)]
     if missing := [name for name in args.layer if name not in ("all", *KINDS, *(layer.name for layer in model))]:

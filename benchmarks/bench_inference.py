@@ -7,6 +7,7 @@ harness.py defines the methods, timing.py measures, results/README.md describes 
 """
 
 import copy
+import functools
 import itertools
 import sys
 import tempfile
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # the first of these imports reports which packages are missing
-from whole_model import COLOURS, check, make_record, memory_facts, named, parser, print_ratios, timings
+import whole_model
+from whole_model import COLOURS, build, check, make_record, named, parser, print_ratios, timings
 
 import efft_kernels
 import harness
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from forward_rows import groups
-from record import conclude, cpu_ratio, digits, draw, mib, ratios, report, spread_of, text_table, times
+from record import conclude, cpu_ratio, digits, draw, mib, report, spread_of, text_table, times
 from efft_kernels import EFFTConfig, add_adapter, delete_adapter, inject, load_adapter, save_adapter, set_adapter
 from timing import Stages, measure_cases, run
 from harness import Method, Options, quiet_merge, share
@@ -104,26 +106,17 @@ def operations(base: nn.Module, o: Options, image: Tensor, folder: Path) -> dict
     }
 
 
-def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple[dict[str, list[Stages]], dict]:
-    """Build and warm up every method: ({method: a forward of each batch}, {method: its columns besides times})."""
+def makers(args, base: nn.Module, dtype: str) -> dict[str, Callable]:
+    """{method: what makes its forwards of each batch, and their number of operations}"""
     images = [image for image, _ in make_batches(args, getattr(torch, dtype))]
-    options = Options(args.rank, args.lora_rank, args.backend)
-    calls, facts = {}, {}
-    for method in variants(args.device)[0]:
-        if args.methods is not None and method.name not in args.methods:
-            continue
-        bar.set_postfix_str(f"set-up of {method.name}")
-        try:
-            torch.manual_seed(0)
-            model = method.build(base, options).eval()
-            forwards = [(lambda _, model=model, image=image: model(image),) for image in images]
-            sizes = memory_facts(forwards, args.device)
-            facts[method.name] = {"ops": sum(count_ops(forwards[0])), **sizes}
-        except (ImportError, RuntimeError) as error:
-            left_out.setdefault(method.name, {})[dtype] = str(error).strip().partition("\n")[0]
-            continue
-        calls[method.name] = forwards
-    return calls, facts
+
+    def make(method: Method):
+        model = method.build(base, Options(args.rank, args.lora_rank, args.backend)).eval()
+        forwards = [(lambda _, image=image: model(image),) for image in images]
+        return forwards, lambda: {"ops": sum(count_ops(forwards[0]))}
+
+    chosen = [m for m in variants(args.device)[0] if args.methods is None or m.name in args.methods]
+    return {method.name: functools.partial(make, method) for method in chosen}
 
 
 def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
@@ -146,15 +139,12 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
 def measure(args, record: dict, folder: Path) -> None:
     def prepare(dtype: str, bar: tqdm):
         base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
-        calls, facts = build(args, base, dtype, record["left_out"], bar)
+        calls, facts = build(args, dtype, makers(args, base, dtype), record["left_out"], bar)
         image = make_batches(args, getattr(torch, dtype))[0][0]
         options = Options(args.rank, args.lora_rank, args.backend)
         for name, stages in operations(base, options, image, folder).items():
             run(stages)
             calls[name] = [stages]
-        # pack again what _forget_packed dropped, outside the timed rounds
-        for forwards in calls.values():
-            run(forwards[0])
         record["adapter_bytes"][dtype] = (folder / "adapter.safetensors").stat().st_size
         return calls, lambda samples: results(args, dtype, samples, facts)
 
@@ -200,13 +190,8 @@ def _forward_line(row: dict, base: dict) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Per dtype: ms of every forward and operation, and merged and efft2 over each of the references."""
-    found = []
-    for (dtype,), of in groups(rows, "dtype"):
-        own = {row["operation"] or row["method"]: row for row in of}
-        ratio = {name: ratios(own[name]) for name in ("merged", "efft2") if name in own}
-        found.append({"dtype": dtype, "ms": {name: row["ms"] for name, row in own.items()}, "ratio": ratio})
-    return found
+    name = lambda row: row["operation"] or row["method"]
+    return whole_model.summary(rows, name, lambda label: label in ("merged", "efft2"))
 
 
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:

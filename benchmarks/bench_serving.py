@@ -8,13 +8,15 @@ several batches to use each. timing.py measures, results/README.md describes the
 """
 
 import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
-from whole_model import check, make_record, memory_facts, named, parser, print_ratios, timings
+import whole_model
+from whole_model import build, check, make_record, named, parser, print_ratios, timings
 
 import efft_kernels
 import harness
@@ -23,10 +25,10 @@ from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
 from forward_rows import groups
-from record import conclude, digits, draw, mib, ratios, report, spread_of, times
+from record import conclude, digits, draw, mib, report, spread_of, times
 from efft_kernels import EFFTConfig, LoRAConfig, inject
 from efft_kernels.serving import AdapterBank
-from timing import Stages, measure_cases, run
+from timing import measure_cases
 from harness import Options, quiet_merge, share
 from steps import make_batches
 
@@ -72,10 +74,6 @@ def _adapted(model: nn.Module, config, o: Options, seed: int) -> nn.Module:
 
 def _efft(o: Options) -> EFFTConfig:
     return EFFTConfig(rank=o.rank)
-
-
-def _lora(o: Options) -> LoRAConfig:
-    return LoRAConfig(rank=o.lora_rank, targets=("attn", "mlp"))
 
 
 def _bytes(model: nn.Module, word: str) -> int:
@@ -165,37 +163,34 @@ METHODS = [
     Method("one_by_one", "efft_kernels, EFFT2: one pass for each adapter over its images", one_by_one),
     Method("peft_mixed", "LoRA on all Linears by the PEFT library, adapter_names in one pass", peft_mixed),
     Method("bank", "efft_kernels, EFFT2: AdapterBank, one pass", bank(_efft)),
-    Method("bank_lora", "efft_kernels, LoRA on all matrices: AdapterBank, one pass", bank(_lora)),
-]
+    Method("bank_lora", "efft_kernels, LoRA on all matrices: AdapterBank, one pass",
+           bank(lambda o: LoRAConfig(rank=o.lora_rank, targets=("attn", "mlp")))),
+]  # fmt: skip
 
 
-def build(args, base: nn.Module, dtype: str, left_out: dict, bar: tqdm) -> tuple[dict[str, list[Stages]], dict]:
-    """Build and warm up: ({"method at K": a call for each batch}, {"method at K": its columns besides times})."""
+def makers(args, base: nn.Module, dtype: str, left_out: dict) -> dict[str, Callable]:
+    """{"method at K": what makes its calls of each batch, and its columns}; left_out gets those that take too long."""
     batches = [images for images, _ in make_batches(args, getattr(torch, dtype))]
-    options = Options(args.rank, args.lora_rank, args.backend)
-    calls, facts = {}, {}
+
+    def make(method: Method, K: int):
+        serve, held = method.build(base, Options(args.rank, args.lora_rank, args.backend), K)
+        calls = []
+        for n, images in enumerate(batches):
+            ids = [(n * args.batch + i) % K for i in range(args.batch)]
+            calls.append((lambda _, images=images, ids=ids: serve(images, ids),))
+        about = {"method": method.name, "adapters": 1 if method.single else K, "held_bytes": held}
+        return calls, lambda: about
+
+    found = {}
     for K, method in itertools.product(args.adapters, METHODS):
         if (args.methods is not None and method.name not in args.methods) or (method.single and K != args.adapters[0]):
             continue
-        if method.name == "switched" and K > args.most_switches:
-            left_out.setdefault(f"switched at {K}", {})[dtype] = f"more than --most-switches {args.most_switches}"
-            continue
         label = method.name if method.single else f"{method.name} at {K}"
-        bar.set_postfix_str(f"set-up of {label}")
-        try:
-            torch.manual_seed(0)
-            serve, held = method.build(base, options, K)
-            stages = []
-            for n, images in enumerate(batches):
-                ids = [(n * args.batch + i) % K for i in range(args.batch)]
-                stages.append((lambda _, serve=serve, images=images, ids=ids: serve(images, ids),))
-            sizes = memory_facts(stages, args.device)
-        except (ImportError, RuntimeError) as error:
-            left_out.setdefault(label, {})[dtype] = str(error).strip().partition("\n")[0]
-            continue
-        calls[label] = stages
-        facts[label] = {"method": method.name, "adapters": 1 if method.single else K, **sizes, "held_bytes": held}
-    return calls, facts
+        if method.name == "switched" and K > args.most_switches:
+            left_out.setdefault(label, {})[dtype] = f"more than --most-switches {args.most_switches}"
+        else:
+            found[label] = functools.partial(make, method, K)
+    return found
 
 
 def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> list[dict]:
@@ -215,10 +210,8 @@ def results(args, dtype: str, samples: list[dict], facts: dict[str, dict]) -> li
 def measure(args, record: dict) -> None:
     def prepare(dtype: str, bar: tqdm):
         base = harness.backbone(args.model, args.image, getattr(torch, dtype), args.device)
-        calls, facts = build(args, base, dtype, record["left_out"], bar)
-        # pack again what _forget_packed dropped, outside the timed rounds
-        for stages in calls.values():
-            run(stages[0])
+        made = makers(args, base, dtype, record["left_out"])
+        calls, facts = build(args, dtype, made, record["left_out"], bar)
         return calls, lambda samples: results(args, dtype, samples, facts)
 
     measure_cases(args, record, dict.fromkeys(args.dtype, 1.0), prepare)
@@ -256,13 +249,7 @@ def show(record: dict) -> None:
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Per dtype: ms of every method and number of adapters, and the banks over each of the references."""
-    found = []
-    for (dtype,), of in groups(rows, "dtype"):
-        own = {row["label"]: row for row in of}
-        ratio = {name: ratios(row) for name, row in own.items() if row["method"].startswith("bank")}
-        found.append({"dtype": dtype, "ms": {name: row["ms"] for name, row in own.items()}, "ratio": ratio})
-    return found
+    return whole_model.summary(rows, lambda row: row["label"], lambda label: label.startswith("bank"))
 
 
 def panels(rows: list[dict]) -> list[tuple[str, dict]]:

@@ -14,13 +14,14 @@ import sys
 from typing import NamedTuple
 
 # the first of these imports reports which packages are missing
-from whole_model import COLOURS, check, forget_packed, make_record, named, parser, timings
+import whole_model
+from whole_model import COLOURS, check, forget_packed, make_record, named, parser, print_ratios, timings
 
 import harness
 import torch
 from harness import Method, Options
 from forward_rows import groups
-from record import add_rows, conclude, cpu_ratio, digits, draw, mib, ratios, report, spread_of, times
+from record import add_rows, conclude, cpu_ratio, digits, draw, mib, report, spread_of, times
 from steps import BATCHES, Saved, Step, count_ops, make_batches, reason
 from timing import Stages, measure_cases, memory, run
 from tqdm import tqdm
@@ -137,13 +138,11 @@ def measure(args, record: dict, found: list[Method], graph: bool = False, compil
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Per dtype, for the step with and without the optimizer: ms by method, and ours over each reference."""
-    found, cases = [], {case: {row["method"]: row for row in of} for case, of in groups(rows, "dtype", "pass")}
-    for dtype, part in itertools.product(dict.fromkeys(dtype for dtype, _ in cases), ("step", "forward+backward")):
-        if own := cases.get((dtype, part)):  # a captured step is not divided
-            ms = {name: row.get("ms") for name, row in own.items()}
-            found.append({"dtype": dtype, "pass": part, "ms": ms, "efft2_ratio": ratios(own.get("efft2", {}))})
-    return found
+    """The step with and without the optimizer; a captured step is not divided."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    shown = [row for row in rows if row["pass"] in ("step", "forward+backward")]
+    shown.sort(key=lambda row: (dtypes.index(row["dtype"]), row["pass"] != "step"))
+    return whole_model.summary(shown, lambda row: row["method"], lambda name: name == "efft2", "pass")
 
 
 HEAD = [
@@ -183,7 +182,6 @@ def count(value: int | None) -> str:
 
 
 def show(record: dict) -> None:
-    rows, args = record["results"], record["arguments"]
     notes = {
         "no opt.": "forward and backward without AdamW, over merged's",
         "ops": "of forward and backward, views excluded: on a GPU each launches at least one kernel",
@@ -191,13 +189,9 @@ def show(record: dict) -> None:
         "peak MiB": f"{record['memory']}; +: kept between steps, without the optimizer's state",
         "trained": f"parameters, including the head of {harness.CLASSES} classes",
     }
-    report(record, HEAD, lines(rows), notes)
-    for s in record["summary"]:
-        if s["efft2_ratio"]:
-            against = ", ".join(f"{value:.2f} x {name}" for name, value in s["efft2_ratio"].items())
-            print(f"{args['model']}, batch {args['batch']}, {s['dtype']}, {s['pass']}:")
-            print(f"    efft2 {digits(s['ms']['efft2'])} ms = {against}")
-    for row in rows:
+    report(record, HEAD, lines(record["results"]), notes)
+    print_ratios(record)
+    for row in record["results"]:
         if row["pass"] == "step" and row.get("loss", 0) is None:
             what = f"{row['method']} in {row['dtype']}"
             print(f"warning: the loss of {what} is not finite any more; its time may be misleading")

@@ -5,16 +5,19 @@ harness.py has the models and the methods, timing.py how a call is timed.
 
 import argparse
 import os
+from collections.abc import Callable
 
 # the first of these imports reports which packages are missing
 from arguments import add_common, check_out, positive, use_device  # isort: skip
 
 import efft_kernels
 import harness
+import torch
 from harness import MODELS
-from record import backends, begun, digits, installed
+from forward_rows import groups
+from record import backends, begun, digits, installed, ratios
 from shapes import layers
-from timing import MEMORY, Stages, columns, memory
+from timing import MEMORY, Stages, columns, memory, run
 
 COLOURS = {
     "merged_onednn": "#9e9e9e",
@@ -53,8 +56,6 @@ def parser(description: str, known: list[str], out: str) -> argparse.ArgumentPar
 def check(p: argparse.ArgumentParser, args: argparse.Namespace, always: str, left_out: dict) -> None:
     """Check the options together, and fill in defaults; left_out is {method: why it cannot run here}."""
     use_device(p, args)
-    if os.environ.get("EFFT_BACKEND"):
-        p.error(f"EFFT_BACKEND: expected unset, as --backend chooses here, got {os.environ['EFFT_BACKEND']!r}")
     if args.backend:
         backend = next(b for b in efft_kernels.backends() if b.name == args.backend)
         if not backend.available:
@@ -113,11 +114,27 @@ def forget_packed() -> None:
         cpu.clear_packed()
 
 
-def memory_facts(calls: list[Stages], device: str) -> dict[str, int]:
-    """The columns of what the first call keeps and of the peak of the last one."""
-    forget_packed()
-    kept = memory(calls[0], device)[1]
-    return {"peak_bytes": memory(calls[-1], device)[0], "kept_bytes": max(0, kept)}
+def build(args, dtype: str, makers: dict[str, Callable], left_out: dict, bar) -> tuple[dict[str, list[Stages]], dict]:
+    """Build and warm up: ({label: a call for each batch}, {label: its columns besides times}); left_out gets reasons.
+
+    Each of the makers makes the calls of a label and the columns that it knows.
+    """
+    calls, facts = {}, {}
+    for label, make in makers.items():
+        bar.set_postfix_str(f"set-up of {label}")
+        try:
+            torch.manual_seed(0)
+            made, own = make()
+            forget_packed()
+            kept = memory(made[0], args.device)[1]
+            sizes = {"peak_bytes": memory(made[-1], args.device)[0], "kept_bytes": max(0, kept)}
+            calls[label], facts[label] = made, own() | sizes
+        except (ImportError, RuntimeError) as error:
+            left_out.setdefault(label, {})[dtype] = str(error).strip().partition("\n")[0]
+    # pack again what forget_packed dropped, outside the timed rounds
+    for made in calls.values():
+        run(made[0])
+    return calls, facts
 
 
 def named(row: dict) -> list[str]:
@@ -126,11 +143,22 @@ def named(row: dict) -> list[str]:
     return size + ([f"{row['rounds']} rounds"] if "rounds" in row else [])
 
 
+def summary(rows: list[dict], name: Callable[[dict], str], ours: Callable[[str], bool], *keys: str) -> list[dict]:
+    """Per dtype and the other keys: ms of every row by its name, and ours over each of the references."""
+    found = []
+    for case, of in groups(rows, "dtype", *keys):
+        own = {name(row): row for row in of}
+        ratio = {label: ratios(row) for label, row in own.items() if ours(label)}
+        ms = {label: row.get("ms") for label, row in own.items()}
+        found.append({**dict(zip(("dtype", *keys), case)), "ms": ms, "ratio": ratio})
+    return found
+
+
 def print_ratios(record: dict) -> None:
     """Print the times of the summary as multiples of each reference's."""
     args = record["arguments"]
     for s in record["summary"]:
+        case = f"{args['model']}, batch {args['batch']}, {s['dtype']}" + (f", {s['pass']}" if "pass" in s else "")
         for name, found in s["ratio"].items():
-            against = ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name)
-            case = f"{args['model']}, batch {args['batch']}, {s['dtype']}"
-            print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
+            if against := ", ".join(f"{value:.2f} x {other}" for other, value in found.items() if other != name):
+                print(f"{case}: {name} {digits(s['ms'][name])} ms = {against}")
