@@ -16,6 +16,26 @@ def need(*modules: str) -> None:
         pytest.importorskip(module)
 
 
+def refused(main, arguments: list[str], sentence: str, capsys) -> None:
+    """A command line ends with a sentence of argparse."""
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def unmeasured(monkeypatch) -> None:
+    """Neither the limits of the machine nor inputs past its cache matter in tests, and both take seconds."""
+    import bench_forward
+    import timing
+
+    limits = timing.Limits(
+        {"float32": 1e11, "bfloat16": 1e11}, {"float32": 9e10, "bfloat16": 1e10}, 2e10, "a test", 1e10
+    )
+    monkeypatch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
+    monkeypatch.setattr(bench_forward, "copies", lambda moved, device: 2)
+    monkeypatch.delenv("EFFT_BACKEND", raising=False)
+
+
 def interrupt(monkeypatch, rounds: int) -> None:
     """Let benchmarks get Ctrl-C after some rounds."""
     import timing

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from benchmark_scripts import BENCHMARKS, check_files, interrupt, need
+from benchmark_scripts import BENCHMARKS, check_files, interrupt, need, refused, unmeasured
 
 need("matplotlib", "tabulate", "tqdm")
 
@@ -21,11 +21,7 @@ TINY += ["--repeats", "4", "--seconds", "600"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Neither the limits of the machine nor inputs past its cache matter here, and both take seconds."""
-    limits = timing.Limits({"float32": 1e11, "bfloat16": 1e11}, {"float32": 1e11, "bfloat16": 1e10}, 2e10, "a test")
-    monkeypatch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
-    monkeypatch.setattr(bench_forward, "copies", lambda moved, device: 2)
-    monkeypatch.delenv("EFFT_BACKEND", raising=False)
+    unmeasured(monkeypatch)
 
 
 def test_vit_b():
@@ -171,9 +167,7 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_bad_arguments(arguments, sentence, capsys):
-    with pytest.raises(SystemExit) as error:
-        bench_forward.main(arguments)
-    assert error.value.code == 2 and sentence in capsys.readouterr().err
+    refused(bench_forward.main, arguments, sentence, capsys)
 
 
 @pytest.mark.parametrize("sizes", [["--rows", "40", "40"], ["--batch", "4", "4", "--dtype", "float32", "float32"]])

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_scripts import BENCHMARKS, need
+from benchmark_scripts import BENCHMARKS, need, unmeasured
 
 need("matplotlib", "tabulate", "tqdm")
 
 import bench_forward
 import roofline
-import timing
 from record import read_run, write_csv
 
 
@@ -22,10 +21,7 @@ def record(tmp_path_factory) -> Path:
     options = "--model swin_t --layer stage1.qkv stage2.proj --rows 5 --rank 3 --backward --compile none --repeats 3"
     options += " --variants unfused efft einsum --seconds 600"
     with pytest.MonkeyPatch.context() as patch:
-        limits = timing.Limits({"float32": 1e11}, {"float32": 9e10}, 2e10, "a test", 1e10)
-        patch.setattr(bench_forward, "limits", lambda device, dtypes: limits)
-        patch.setattr(bench_forward, "copies", lambda moved, device: 2)
-        patch.delenv("EFFT_BACKEND", raising=False)
+        unmeasured(patch)
         with torch.random.fork_rng():
             assert bench_forward.main([*options.split(), "--out", str(folder)]) == 0
     return folder / "forward.json"

@@ -50,12 +50,6 @@ def test_serving(tmp_path, capsys):
     assert bench_serving.summary(record["results"])[0]["ratio"].keys() == banks
 
 
-def test_bad_arguments(capsys):
-    with pytest.raises(SystemExit):
-        bench_serving.main(["--adapters", "0"])
-    assert "argument --adapters: expected a positive integer, got '0'" in capsys.readouterr().err
-
-
 def test_interrupted_before_a_round(tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, 0)
     assert bench_serving.main([*SIZES, "--adapters", "1", "--methods", "merged", "--out", str(tmp_path)]) == 130
