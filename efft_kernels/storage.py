@@ -52,14 +52,9 @@ def write(path: Path, fill: Callable) -> None:
         fill: called with a binary file that has write() and flush().
 
     Raises:
-        OSError: there is no such folder, path is no regular file (a device, a FIFO, a folder), the disk is full, or
-            another error; the old file is unchanged.
+        OSError: as :func:`target`, the disk is full, or another error; the old file is unchanged.
     """
-    path = Path(path).resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no folder to write a file into", str(path.parent))
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, f"cannot be written, it is {_kind(path.stat().st_mode)}", str(path))
+    path = target(path)
     remove_partial(path.parent)
     file, partial = _open_partial(path.parent)
     try:
@@ -79,6 +74,28 @@ def write(path: Path, fill: Callable) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def target(path: Path) -> Path:
+    """The file that :func:`write` replaces, with links followed.
+
+    Raises:
+        OSError: there is no folder for it, or it is no regular file (a device, a FIFO, a folder).
+    """
+    place = Path(path).absolute()
+    for _ in range(40):  # links one by one
+        place = Path(os.path.realpath(place.parent), place.name)
+        # /dev/stdout is a link to a file, but to one that is open: whoever opened it wants its contents kept
+        if place.parts[:2] in (("/", "dev"), ("/", "proc")) and place.parts[2:3] != ("shm",):
+            raise OSError(errno.EINVAL, "cannot be written, it is a device or an open file", str(path))
+        if not place.is_symlink():
+            break
+        place = place.parent / os.readlink(place)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no folder to write a file into", str(place.parent))
+    if place.exists() and not place.is_file():
+        raise OSError(errno.EINVAL, f"cannot be written, it is {_kind(place.stat().st_mode)}", str(place))
+    return place
 
 
 def _open_partial(folder: Path) -> tuple[BinaryIO, Path]:

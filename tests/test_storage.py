@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from refusals import refuses
 
 from efft_kernels import storage
 
@@ -49,6 +50,9 @@ def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a.bin")
     storage.write_bytes(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "a.bin").read_bytes() == b"new"
+    with open(tmp_path / "a.bin", "ab") as file:  # as a shell opens what stands after >>
+        (tmp_path / "open").symlink_to(f"/dev/fd/{file.fileno()}")
+        refuses(OSError, "is a device or an open file", storage.write_bytes, tmp_path / "open", b"other")
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path, monkeypatch):
