@@ -1,17 +1,21 @@
 """What efft-finetune does with finished runs, and the flags that a page or a file shows."""
 
+import contextlib
 import csv
 import json
+import os
 import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from models import timm
+from refusals import refuses
 
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard", "jinja2", "matplotlib"):
@@ -152,6 +156,24 @@ def test_export_to_lora_and_weights(run, tmp_path, capsys):
     assert cli.main(["export", str(run), "--to", "weights", "--out", str(out)]) == cli.STORAGE
     said = capsys.readouterr().err
     assert "nowhere/m.safetensors could not be written" in said and "Traceback" not in said
+
+
+def test_what_becomes_of_standard_output(tmp_path, capsys, monkeypatch):
+    def main(file, encoding="utf-8"):
+        with open(file, "w", encoding=encoding) as stream, contextlib.redirect_stdout(stream):
+            return cli.main(["compare", "out"])
+
+    monkeypatch.setitem(cli.commands._COMMANDS, "compare", lambda given: cli.commands.say("caf\udce9 \u20ac") or 0)
+    for encoding, said in (("utf-8", b"caf\xe9 \xe2\x82\xac\n"), ("ascii", b"caf\\udce9 \\u20ac\n")):
+        assert main(tmp_path / "a", encoding) == cli.DONE and (tmp_path / "a").read_bytes() == said
+    reader, writer = os.pipe()
+    os.close(reader)
+    refuses(SystemExit, "^0$", main, writer)
+    assert not capsys.readouterr().err
+    refuses(SystemExit, str(cli.STORAGE), main, "/dev/full")
+    assert capsys.readouterr().err == "efft-finetune: standard output could not be written: No space left on device\n"
+    monkeypatch.setitem(cli.commands._COMMANDS, "compare", Mock(side_effect=KeyboardInterrupt, __doc__=""))
+    assert main(tmp_path / "a") == cli.INTERRUPTED and "command begins again\n" in capsys.readouterr().err
 
 
 def test_a_run_is_a_folder(run, capsys):

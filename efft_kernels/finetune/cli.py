@@ -1,6 +1,8 @@
 """The command efft-finetune: settings from flags and YAML files, error messages, exit codes."""
 
 import argparse
+import codecs
+import contextlib
 import logging
 import os
 import re
@@ -46,9 +48,10 @@ exit status:
   {DONE}   success: adapter, metrics.json, predictions.csv, curves.png and report.html are in OUT
   {FAILED}   an unexpected error, with its traceback
   {WRONG}   settings, data or weights that cannot be used, before the first step; or the loss is not finite
-  {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them
+  {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them.
+      Also where standard output cannot be written
   {INTERRUPTED}  stopped by SIGTERM or SIGINT after writing a checkpoint; the same command continues from it.
-      Also of the other processes of a run, when one of them was killed
+      Also of the other processes of a run, when one of them was killed, and of other commands, which begin again
 
 methods and the defaults of their options:
 """ + "\n".join(
@@ -103,12 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Handler()])
     for name in ("httpx", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    with contextlib.suppress(AttributeError, TypeError):  # of a stream that a caller put in its place
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"  # names of files may be what is not
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    finished = bool(argv) and argv[0] in commands.NAMES
     try:
-        if argv and argv[0] in commands.NAMES:
-            return commands.run(argv)
-        return _train(settings(argv))
+        return commands.run(argv) if finished else _train(settings(argv))
     except KeyboardInterrupt:  # before the first step, or the second signal
-        print("efft-finetune: stopped; the same command continues from the last checkpoint, if any", file=sys.stderr)
+        then = "begins again" if finished else "continues from the last checkpoint, if any"
+        print(f"efft-finetune: stopped; the same command {then}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         return _explained(error)
@@ -122,13 +128,13 @@ def _train(chosen: Settings) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         for part, found in result.metrics.items():
             named = ", ".join(f"{NAMES[key]} {v:.2f} %" for key, v in found.items() if key != "loss")
-            print(f"{part}: {named}")
-        print(f"report:  {result.out / 'report.html'}")
-        print(f"adapter: {result.adapter}")
+            commands.say(f"{part}: {named}")
+        commands.say(f"report:  {result.out / 'report.html'}")
+        commands.say(f"adapter: {result.adapter}")
         out = shlex.quote(str(result.out))
-        print(f"predict: efft-finetune predict {out} IMAGE...")
+        commands.say(f"predict: efft-finetune predict {out} IMAGE...")
         if chosen.method.startswith(("efft", "fact", "lora")) or chosen.method in ("full", "linear", "bitfit"):
-            print(f"merge:   efft-finetune export {out} --to weights")
+            commands.say(f"merge:   efft-finetune export {out} --to weights")
     return DONE
 
 

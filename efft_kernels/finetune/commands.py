@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,19 @@ def run(argv: Sequence[str]) -> int:
     made = argparse.ArgumentParser(prog=f"efft-finetune {argv[0]}", description=_COMMANDS[argv[0]].__doc__)
     _ARGUMENTS[argv[0]](made)
     return _COMMANDS[argv[0]](made.parse_args(argv[1:]))
+
+
+def say(*words: object, sep: str = " ") -> None:
+    """Print, and end the program if standard output fails: with status 0 if its reader, such as head, has ended."""
+    try:
+        print(*words, sep=sep, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what is left in the buffer would fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        print(f"efft-finetune: standard output could not be written: {error.strerror}", file=sys.stderr)
+        sys.exit(74)  # cli.STORAGE
 
 
 def _run_folder(made: argparse.ArgumentParser) -> None:
@@ -45,7 +59,7 @@ def _report(given: argparse.Namespace) -> int:
     html = page.build(record, rows, _pictures(record, given.data))
     with checkpoints.storing(path.parent, str(path)):
         write_bytes(path, html.encode())
-    print(path)
+    say(path)
     return 0
 
 
@@ -100,17 +114,15 @@ def _predict(given: argparse.Namespace) -> int:
     options |= {"workers": given.workers, "show": given.out is not None}
     if given.out is None:
         bad = []
-        with contextlib.suppress(AttributeError):  # of a stream that a caller put in its place
-            sys.stdout.reconfigure(errors="surrogateescape")  # names of files may contain bytes that are not UTF-8
         for found in label(given.run, files, **options):
             if found.problem:
                 bad.append(found.problem)
                 continue
             pairs = list(zip(found.classes, found.probabilities))[: None if found.several else 1]
-            print(found.file, "|".join(c for c, _ in pairs), "|".join(f"{p:.4f}" for _, p in pairs), sep="\t")
+            say(found.file, "|".join(c for c, _ in pairs), "|".join(f"{p:.4f}" for _, p in pairs), sep="\t")
     else:
         bad = label_to_csv(given.run, files, Path(given.out), **options)
-        print(f"{given.out}: {len(files) - len(bad)} images labelled")
+        say(f"{given.out}: {len(files) - len(bad)} images labelled")
     if bad:
         print(f"efft-finetune: {len(bad)} of {len(files)} images are left out:", *bad, sep="\n  ", file=sys.stderr)
     return 2 if len(bad) == len(files) else 0
@@ -127,7 +139,7 @@ def _export(given: argparse.Namespace) -> int:
     """Export a finished run: a LoRA for PEFT, an ONNX model that takes pixels, merged weights, or to the hub."""
     from .exporting import export
 
-    print(export(given.run, given.to, given.out, given.checkpoint))
+    say(export(given.run, given.to, given.out, given.checkpoint))
     return 0
 
 
@@ -150,12 +162,12 @@ def _compare(given: argparse.Namespace) -> int:
     header, rows = page.compare(records)
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     path = Path(given.out)
     html = page.build_comparison(records)
     with checkpoints.storing(path.parent, str(path)):
         write_bytes(path, html.encode())
-    print(f"\nplots: {path}")
+    say(f"\nplots: {path}")
     return 0
 
 
