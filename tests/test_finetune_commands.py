@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +83,13 @@ def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch
         assert html(tmp_path / "b.html").count("data:image/jpeg") == before.count("data:image/jpeg")
         assert cli.main([*flags[:3], f"{moved}/", *flags[4:]]) == cli.DONE
         assert html(tmp_path / "b.html").count("data:image/jpeg") == before.count("data:image/jpeg")
+        shutil.copytree(moved, run.parent / "photos")
+        picture(next((run.parent / "photos/test/a").iterdir()), 99)
+        assert cli.main(["report", str(run), "--out", str(tmp_path / "a.html")]) == cli.DONE
+        said = f"the report has no pictures: {run.parent / 'photos'} has others than the run"
+        assert said in capsys.readouterr().err and "data:image/jpeg" not in html(tmp_path / "a.html")
     finally:
+        shutil.rmtree(run.parent / "photos", ignore_errors=True)
         moved.rename(run.parent / "photos")
     for command in (["report", "hf-hub:a/b"], ["export", "hf-hub:a/b", "--to", "onnx"]):
         assert cli.main(command) == cli.WRONG and "out must name a file" in capsys.readouterr().err

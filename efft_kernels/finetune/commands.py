@@ -79,6 +79,10 @@ def _pictures(record: dict, data: str | None):
             raise  # before a report with pictures is replaced by one without
         print(f"efft-finetune: the report has no pictures, --data can name their place: {error}", file=sys.stderr)
         return lambda row: None
+    contents = record.get("identity", {}).get("contents")  # an earlier version did not record them
+    if contents and contents != opened.contents():
+        print(f"efft-finetune: the report has no pictures: {data or s.data} has others than the run", file=sys.stderr)
+        return lambda row: None
     if not data:
         return loader(opened)
     from dataclasses import replace
