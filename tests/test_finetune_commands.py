@@ -159,10 +159,38 @@ def test_export_to_onnx_is_checked(run, tmp_path, monkeypatch, capsys):
 def test_export_to_lora_and_weights(run, tmp_path, capsys):
     assert cli.main(["export", str(run), "--to", "lora", "--out", str(tmp_path / "lora")]) == cli.DONE
     assert {path.name for path in (tmp_path / "lora").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    out = tmp_path / "nowhere/m.safetensors"
-    assert cli.main(["export", str(run), "--to", "weights", "--out", str(out)]) == cli.STORAGE
-    said = capsys.readouterr().err
-    assert "nowhere/m.safetensors could not be written" in said and "Traceback" not in said
+    (tmp_path / "file").touch()
+    assert cli.main(["export", str(run), "--to", "lora", "--out", str(tmp_path / "file/lora")]) == cli.WRONG
+    assert "out must be a folder, but" in capsys.readouterr().err
+
+
+def test_a_command_writes_over_nothing_that_it_reads(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(run, tmp_path / "out").parent)
+    record = json.loads(Path("out/metrics.json").read_text())
+    record["settings"] |= {"checkpoint": "w.safetensors", "data": "list.csv"}
+    Path("out/metrics.json").write_text(json.dumps(record))
+    Path("hf").mkdir()
+    for name in "w.safetensors", "w.pt", "list.csv", "named.csv", "0.png", "00.png", "hf/adapter_model.safetensors":
+        Path(name).touch()
+    Path("link.html").symlink_to("out/metrics.json")
+    before, read = {path: path.read_bytes() for path in Path().rglob("*.*")}, "must not lead to a file that is read and"
+    for command, says in {
+        "predict out 0.png --out 00.png": "out must end in .csv, got 00.png",
+        "predict out 0.png --out list.csv": read,
+        "predict out 0.png named.csv --out named.csv": read,
+        "predict out 0.png --out out/predictions.csv": read,
+        "export out --to weights --out w.pt": "out must end in .safetensors, got w.pt",
+        "export out --to weights --out w.safetensors": read,
+        "export out --to weights --out out/adapter.safetensors": read,
+        "export out --to lora --out hf --checkpoint hf": read,
+        "compare out --out out/adapter.safetensors": "out must end in .html, got out/adapter.safetensors",
+        "report out --out link.html": "out must end in .html, got /",
+        "report out --out out": "out must be a file that can be written, got out: cannot be written, it is a folder",
+        "report out --out 0.png/a.html": "got 0.png/a.html: there is no folder to write a file into",
+        "report out --out /dev/stdout": "got /dev/stdout: cannot be written, it is a device or an open file",
+    }.items():
+        assert cli.main(command.split()) == cli.WRONG and says in capsys.readouterr().err, command
+        assert {path: path.read_bytes() for path in Path().rglob("*.*")} == before, command
 
 
 def test_what_becomes_of_standard_output(tmp_path, capsys, monkeypatch):

@@ -579,11 +579,18 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
         assert (first.out / "metrics.json").is_file()  # nothing is removed before a run can start
     logs = tmp_path / "out/logs"
     before = {path.name for path in logs.iterdir()}
-    (logs / "of another program").touch()
-    again = train(replace(settings, lr=0.1, resume=False), progress=False)
+    (logs / "of another program").mkdir()
+    (logs / "of another program/events.out.tfevents.1").touch()
+    for name, own in (("data", "predictions.csv"), ("checkpoint", "adapter.safetensors")):
+        says, wrong = f"{name} must not lead to a file that is read and written, but .*/{own}", {name: first.out / own}
+        refuses(ValueError, says, train, replace(settings, **wrong), progress=False)
+    over = replace(settings, resume=False)
+    refuses(ZeroDivisionError, "zero", train, over, progress=False, after_epoch=lambda entry: 1 / 0)
+    assert {path.suffix for path in first.out.iterdir()} == {"", ".pt"}  # no result of the former run beside new states
+    again = train(replace(over, lr=0.1), progress=False)
     assert again.metrics["test"]["loss"] != first.metrics["test"]["loss"]
     after = {path.name for path in logs.iterdir()} - {"of another program"}
-    assert len(before) == len(after) == 1 and before != after and (logs / "of another program").exists()
+    assert len(before) == len(after) == 1 and before != after and [*logs.glob("*/events.out.tfevents.1")]
     with checkpoints.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process"):
         train(settings, progress=False)
 
@@ -717,11 +724,20 @@ def test_training_images_are_measured_without_augmentation(tmp_path):
     assert result.metrics["train"]["top1"] == pytest.approx(100 * np.mean(right), abs=1e-3)
 
 
-def test_out_is_a_folder(photos, tmp_path):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(ValueError, match="out must be a folder, but .*out is a file"):
-        train(tiny(photos, tmp_path / "out"), progress=False)
-    assert (tmp_path / "out").read_text() == "mine"
+def test_out_is_a_folder_of_a_run_or_none(photos, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, out, says in [
+        ("out", "out", "out must be a folder, but .*out cannot be one: File exists"),
+        ("out", "out/run", "out must be a folder, but .*run cannot be one: Not a directory"),
+        ("out", "link", "out must be a folder, but .*link cannot be one: File exists"),
+        ("a/predictions.csv", "a", "out must be an empty folder or that of a run, but .*a holds predictions.csv of no"),
+        ("b/metrics.json", "b", "but .*b holds metrics.json of no run: .* it lacks classes"),
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        for resume in (True, False):
+            refuses(ValueError, says, train, tiny(photos, tmp_path / out, resume=resume), progress=False)
+        assert (tmp_path / name).read_text() == "{}"
 
 
 def test_one_class_is_none(tmp_path):

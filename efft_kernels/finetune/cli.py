@@ -47,7 +47,7 @@ other commands:
 exit status:
   {DONE}   success: adapter, metrics.json, predictions.csv, curves.png and report.html are in OUT
   {FAILED}   an unexpected error, with its traceback
-  {WRONG}   settings, data or weights that cannot be used, before the first step; or the loss is not finite
+  {WRONG}   settings, data, weights or paths that cannot be used, before the first step; or the loss is not finite
   {STORAGE}  the disk is full or fails; the files in OUT are complete, and the same command continues from them.
       Also where standard output cannot be written
   {INTERRUPTED}  stopped by SIGTERM or SIGINT after writing a checkpoint; the same command continues from it.

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -51,9 +52,11 @@ def _report(given: argparse.Namespace) -> int:
     """Write the report of a finished run again, a page of HTML."""
     from . import page, predictions
     from .finished import beside, read_record
+    from .outputs import check_file, read_by
 
     path = Path(given.out) if given.out else beside(given.run, page.NAME)
     record = read_record(given.run)
+    check_file(path, ".html", read_by(given.run, given.data))
     rows = Path(given.run) / predictions.NAME
     rows = predictions.from_csv(rows, record.get("multilabel", False)) if rows.is_file() else []
     html = page.build(record, rows, _pictures(record, given.data))
@@ -109,6 +112,7 @@ def _predict_arguments(made: argparse.ArgumentParser) -> None:
 def _predict(given: argparse.Namespace) -> int:
     """Label images with a finished run."""
     from .labelling import find_files, label, label_to_csv
+    from .outputs import check_file, read_by
 
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(given, name) < least:
@@ -125,6 +129,7 @@ def _predict(given: argparse.Namespace) -> int:
             pairs = list(zip(found.classes, found.probabilities))[: None if found.several else 1]
             say(found.file, "|".join(c for c, _ in pairs), "|".join(f"{p:.4f}" for _, p in pairs), sep="\t")
     else:
+        check_file(Path(given.out), ".csv", itertools.chain(files, read_by(given.run, given.checkpoint)))
         bad = label_to_csv(given.run, files, Path(given.out), **options)
         say(f"{given.out}: {len(files) - len(bad)} images labelled")
     if bad:
@@ -156,8 +161,10 @@ def _compare(given: argparse.Namespace) -> int:
     """Compare finished runs: a table, also on a page with plots."""
     from . import page
     from .finished import read_record
+    from .outputs import check_file, read_by
 
-    runs = list(dict.fromkeys(given.runs))
+    path, runs = Path(given.out), list(dict.fromkeys(given.runs))
+    check_file(path, ".html", (file for run in runs for file in read_by(run)))
     names = {str(Path(run).resolve()): run for run in runs}
     parents = {Path(path).parent for path in names}
     # the shortest names that tell the runs apart
@@ -167,7 +174,6 @@ def _compare(given: argparse.Namespace) -> int:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    path = Path(given.out)
     html = page.build_comparison(records)
     with checkpoints.storing(path.parent, str(path)):
         write_bytes(path, html.encode())

@@ -18,6 +18,7 @@ from ..storage import write
 from . import checkpoints
 from .finished import beside, merged, read_record, restore
 from .models import logits, normalisation, public_name
+from .outputs import check_file, check_unread, make_folder, read_by
 from .results import NAMES
 from .settings import Settings
 
@@ -40,8 +41,8 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
         The path, or for "hub" the name that load_adapter, predict and the service take.
 
     Raises:
-        ValueError: another format, a method that it cannot express, or an ONNX model that gives other results than
-            torch; nothing is written then.
+        ValueError: another format, a path that is no place for it or a file that is read, a method that it cannot
+            express, or an ONNX model that gives other results than torch; nothing is written then.
         ImportError: a package that the format needs is missing.
         checkpoints.StorageError: the file cannot be written.
         FileNotFoundError, ValueError: as :func:`finished.restore`.
@@ -51,6 +52,12 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
     if to == "hub":
         return _to_hub(out, path)
     path = Path(path) if path is not None else beside(out, f"exported{FORMATS[to]}")
+    read = list(read_by(out, checkpoint))
+    if to == "lora":
+        check_unread([path / name for name in ("adapter_model.safetensors", "adapter_config.json")], read)
+    else:
+        check_file(path, FORMATS[to], read)
+        check_unread([path.with_name(f"{path.name}.data")], read)
     if to == "weights":
         return merged(out, path, checkpoint)
     if to == "onnx":
@@ -58,7 +65,8 @@ def export(out: str | Path, to: str, path: str | Path | None = None, checkpoint:
     model, record = restore(out, checkpoint)
     if not hasattr(model, "efft"):
         raise ValueError(f"method {record['settings']['method']!r} is no low-rank update, which a LoRA could express")
-    with checkpoints.storing(path.parent, str(path)):
+    make_folder(path)
+    with checkpoints.storing(path, str(path)):
         export_lora(model, path, base_model=record["settings"]["model"])
     return path
 

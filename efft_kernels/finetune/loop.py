@@ -28,6 +28,7 @@ from .evaluation import evaluate, loss_of, next_batch, right_answers
 from .folders import check_out
 from .head_init import probe_head
 from .models import logits
+from .outputs import FILES, check_folder, make_folder
 from .prepared import Prepared, make_accelerator, open_images, prepare
 from .results import NAMES, Result, finish, on_main, read_finished
 from .settings import Settings
@@ -66,17 +67,17 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
     """
     settings.check()
     methods.check(settings.method, settings.options)
-    accelerator = make_accelerator(settings)
-    out, main = Path(settings.out), accelerator.is_main_process
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, but {out} is a file")
+    out = Path(settings.out)
+    check_folder(out, data=settings.data, checkpoint=settings.checkpoint)
     if settings.data not in SOURCES:
         check_out(settings.data, out)
+    accelerator = make_accelerator(settings)
+    main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         stack.callback(_reset_accelerate)
         stack.enter_context(_naming_lost_peers(accelerator.num_processes, out))
-        with checkpoints.storing(out if out.is_dir() else Path.cwd(), f"the folder {out}"):
-            out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
+        with checkpoints.storing(out, f"the folder {out}"):
             if main:
                 stack.enter_context(checkpoints.alone(out))
                 checkpoints.tidy(out)
@@ -100,11 +101,14 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
 
 
 def _remove_run(out: Path) -> None:
-    """Remove the checkpoints and the result of the run in a folder, and its curves, which would mix with new ones."""
+    """Remove the results and the checkpoints of the run in a folder, and its curves, which would mix with new ones."""
+    if not (checkpoints.states(out) or (out / "metrics.json").exists()):
+        return  # the logs may be another program's
+    # last goes what tells that the rest is a run's: a removal that is killed can be repeated
     with checkpoints.storing(out, "the former run"):
-        checkpoints.clear(out)
-        for path in (out / "metrics.json", *(out / "logs").rglob("events.out.tfevents.*")):
+        for path in (*(out / "logs").glob("events.out.tfevents.*"), *(out / name for name in FILES)):
             path.unlink(missing_ok=True)
+        checkpoints.clear(out)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import storage
-from . import checkpoints, methods, page, plots, predictions
+from . import checkpoints, methods, outputs, page, plots, predictions
 from .bars import bar
 from .checkpoints import Progress
 from .data import Data
@@ -100,7 +100,7 @@ def finish(run: Prepared, progress: Progress, logs: Trackers) -> Result:
             "head_parameters": run.head_parameters,
             "images_per_second": progress.seen / progress.seconds if progress.seconds else 0.0,
             "epoch": epoch,
-            "adapter": "adapter.safetensors",
+            "adapter": outputs.FILES[0],
         }
         record = {
             "result": result,
@@ -129,13 +129,13 @@ def _write(run: Prepared, progress: Progress, record: dict, rows: list, weights:
             model.load_state_dict(weights, strict=False)
         for p in run.unused:
             p.requires_grad_(True)
-        path = run.out / record["result"]["adapter"]
+        adapter, curves, table, report, metrics = (run.out / name for name in outputs.FILES)
         said = preparation_of(model, s), record["classes"], record["multilabel"]
-        methods.save(s.method, s.options, model, path, public_name(s.model), *said)
-        storage.write(run.out / "curves.png", lambda file: plots.curves(file, record))
-        storage.write_bytes(run.out / predictions.NAME, predictions.to_csv(rows))
-        storage.write_bytes(run.out / page.NAME, page.build(record, rows, page.loader(run.data)).encode())
-        storage.write_bytes(run.out / "metrics.json", json.dumps(record, indent=1).encode())
+        methods.save(s.method, s.options, model, adapter, public_name(s.model), *said)
+        storage.write(curves, lambda file: plots.curves(file, record))
+        storage.write_bytes(table, predictions.to_csv(rows))
+        storage.write_bytes(report, page.build(record, rows, page.loader(run.data)).encode())
+        storage.write_bytes(metrics, json.dumps(record, indent=1).encode())
         checkpoints.clear(run.out)
 
 

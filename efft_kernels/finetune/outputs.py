@@ -1,0 +1,66 @@
+"""Where a command may write: over no file that it reads, and over none that others left in the folder of a run."""
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+from ..storage import target
+from . import checkpoints
+from .finished import read_record
+
+# of a finished run, in the order in which they are written: metrics.json means that all are there
+FILES = ("adapter.safetensors", "curves.png", "predictions.csv", "report.html", "metrics.json")
+
+
+def check_file(path: Path, suffix: str, read: Iterable[str | Path]) -> None:
+    """Raise ValueError if no file can be at ``path``, it does not end in ``suffix``, or it is one of ``read``."""
+    try:
+        place = target(path)
+    except OSError as error:
+        raise ValueError(f"out must be a file that can be written, got {path}: {error.strerror}") from error
+    if place.suffix.lower() != suffix:  # without quotes --out *.png names an image
+        raise ValueError(f"out must end in {suffix}, got {place if path.is_symlink() else path}")
+    check_unread((path,), read)
+
+
+def check_unread(written: Iterable[Path], read: Iterable[str | Path], name: str = "out") -> None:
+    """Raise ValueError, which says that the setting ``name`` is wrong, if a file would be written that is read."""
+    for path, file in product([path for path in written if path.exists()], read):
+        if os.path.exists(file) and os.path.samefile(path, file):
+            raise ValueError(f"{name} must not lead to a file that is read and written, but {path} is {file}")
+
+
+def read_by(run: str, *more: str | None) -> Iterator[Path]:
+    """What a command reads of a finished run, the weights and the list of images of that run, and ``more``."""
+    settings = read_record(run)["settings"]
+    yield from (Path(run, name) for name in FILES if name not in ("curves.png", "report.html"))
+    for place in (*more, settings.get("checkpoint"), settings.get("data"), settings.get("model", "").partition(":")[2]):
+        if place:
+            yield Path(place)
+            yield from Path(place).glob("*")  # of the folder of a model
+
+
+def check_folder(out: Path, **read: str | None) -> None:
+    """Raise ValueError if a run would write over what it reads, named by setting, or over a file that no run left.
+
+    All processes of the run find the same: none of them writes such a file before all have joined.
+    """
+    there, states = [name for name in FILES if os.path.lexists(out / name)], checkpoints.states(out)
+    for name, file in read.items():
+        check_unread([*(out / name for name in there), *states], [file] if file else [], name)
+    if "metrics.json" in there or (there and not states):
+        try:
+            read_record(out)
+        except (OSError, ValueError) as error:
+            what = f"{out} holds {', '.join(there)} of no run: {error}"
+            raise ValueError(f"out must be an empty folder or that of a run, but {what}") from error
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder. Raises ValueError if none can be there, checkpoints.StorageError if the disk is full or fails."""
+    with checkpoints.storing(next(filter(Path.is_dir, (out, *out.absolute().parents))), f"the folder {out}"):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"out must be a folder, but {out} cannot be one: {error.strerror}") from error
