@@ -144,6 +144,10 @@ def test_a_run_at_chance_is_named_once(photos, tmp_path, caplog):
         f"epoch 3, the first after the warm-up, has a loss of {loss:.3f}, above the 1.099 of guessing among 3 classes: "
         "the run may never learn; try drop_path 0 (0.2 now), a smaller lr (0.5 now) or scale (3 now)"
     ]
+    assert "has moved" not in caplog.text
+    train(tiny(photos, tmp_path / "overflow", scale=1e30, epochs=1), progress=False)
+    said = "epoch 1 has ended, and no factor that starts at zero has moved: the adapter changes nothing; try another "
+    assert caplog.messages[-1] == said + "lr (0.003 now) or scale (1e+30 now)"
 
 
 def test_a_run_that_learns_is_left_in_peace():

@@ -323,12 +323,13 @@ def end_epoch(run: Prepared, progress: Progress, logs: Trackers) -> None:
                 weights = checkpoints.get_weights(progress.model)
                 progress.best = {best_name: entry["val"][best_name], "epoch": entry["epoch"], "weights": weights}
     progress.history.append(entry)
+    still = unmoved(run, progress, entry["epoch"])
     if run.main:
         val = f", val {entry['val'][best_name]:.2f} %" if "val" in entry else ""
         log.info(f"epoch {entry['epoch']}: loss {loss / n:.4f}, {NAMES[right_name]} {100 * right / n:.2f} %{val}")
         warning = None if data.multilabel else at_chance(s, entry["epoch"], loss / n, len(data.classes))
-        if warning:
-            log.warning(warning)
+        for said in filter(None, (warning, still)):
+            log.warning(said)
     values = {f"{part}/{name}": v for part in ("train", "val") for name, v in entry.get(part, {}).items()}
     logs.log({**values, "lr": entry["lr"]}, entry["epoch"])
 
@@ -350,6 +351,22 @@ def at_chance(settings: Settings, epoch: int, loss: float, classes: int) -> str 
     return (
         f"epoch {epoch}, the first after the warm-up, has a loss of {loss:.3f}, above the {math.log(classes):.3f} of "
         f"guessing among {classes} classes: the run may never learn; try drop_path 0 ({s.drop_path:g} now), {smaller}"
+    )
+
+
+def unmoved(run: Prepared, progress: Progress, epoch: int) -> str | None:
+    """A warning if no factor that starts at zero has moved by the end of the epoch of :func:`at_chance`, or the last:
+    squared gradients, by which AdamW divides, overflow at a scale of 1e30. Every process must call it.
+    """
+    model, s = run.accelerator.unwrap_model(progress.model), run.settings
+    late = [p for p in methods.starting_at_zero(model) if p.requires_grad] if hasattr(model, "efft") else []
+    if not late or epoch != min(math.ceil(s.warmup) + 1, s.epochs):
+        return None
+    if _any_process(run, any(getattr(p, "to_local", lambda p=p: p)().any() for p in late)):  # sharded by FSDP2
+        return None
+    return (
+        f"epoch {epoch} has ended, and no factor that starts at zero has moved: the adapter changes nothing; try "
+        f"another lr ({s.lr:g} now) or scale{f' ({s.scale:g} now)' if s.scale is not None else ''}"
     )
 
 
