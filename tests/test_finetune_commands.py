@@ -1,7 +1,9 @@
 """What efft-finetune does with finished runs, and the flags that a page or a file shows."""
 
+import base64
 import contextlib
 import csv
+import io
 import json
 import os
 import pickle
@@ -40,6 +42,15 @@ def run(tmp_path_factory):
     photos = folder(root / "photos", ("train", "val", "test"), ("a", "<b> & c"), n=8)
     train(tiny(photos, root / "out", epochs=2), progress=False)
     return root / "out"
+
+
+def changed(run, out, change):
+    """A copy of a run with another record."""
+    record = json.loads((run / "metrics.json").read_text())
+    change(record)
+    shutil.copytree(run, out, ignore=shutil.ignore_patterns("logs"))
+    (out / "metrics.json").write_text(json.dumps(record))
+    return str(out)
 
 
 def html(path) -> str:
@@ -221,19 +232,56 @@ def test_a_run_is_a_folder(run, capsys):
 
 
 def test_compare(run, tmp_path, capsys):
-    record = json.loads((run / "metrics.json").read_text())
-    for name, lr in (("one", 1e-3), ("two", 2e-3)):
-        (tmp_path / name).mkdir()
-        changed = {**record, "settings": {**record["settings"], "lr": lr}}
-        changed.pop("run") if name == "two" else None  # as an earlier version leaves it
-        (tmp_path / name / "metrics.json").write_text(json.dumps(changed))
-    out = tmp_path / "c.html"
-    assert cli.main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)]) == cli.DONE
+    def other(record):
+        record["settings"]["lr"], record["identity"]["contents"] = 2e-3, "another digest"
+        record["result"]["metrics"]["test"]["auc"] = 1.0  # of a later version
+        record.pop("run")  # as an earlier version leaves it
+
+    names, out = ("_one", r"a$\q$"), tmp_path / "c.html"
+    runs = [changed(run, tmp_path / name, how) for name, how in zip(names, (lambda record: None, other))]
+    assert cli.main(["compare", *runs, "--out", str(out)]) == cli.DONE
     head, one, two = capsys.readouterr().out.splitlines()[:3]
-    starts = [line.split()[:2] for line in (head, one, two)]
-    assert starts == [["run", "lr"], ["one", "0.001"], ["two", "0.002"]]
+    contents = json.loads((run / "metrics.json").read_text())["identity"]["contents"]
+    assert re.match("run +lr +contents of images +top-1 accuracy ", head)
+    assert one.split()[:3] == ["_one", "0.003", contents[:8]] and two.split()[:3] == [names[1], "0.002", "another"]
     text = html(out)
-    assert text.count("data:image/svg+xml") == 2 and "top-1 accuracy" in text
+    figures = re.findall('data:image/svg.xml;base64,([^"]*)', text)
+    assert len(figures) == 2 and "contents of images" in text
+    assert all(name in base64.b64decode(figure).decode() for figure in figures for name in names)
+    assert cli.main(["report", runs[1]]) == cli.DONE
+    (tmp_path / names[1] / "predictions.csv").unlink()
+    assert cli.main(["report", runs[1]]) == cli.DONE and "predictions.csv is missing" in html(runs[1] + "/report.html")
+    methods = [{"settings": {"method": name}, "identity": {"weights": name}} for name in ("efft2", "full")]
+    assert not page._digests(methods, "weights"), "other weights are frozen"
+    assert page._digests([methods[0], methods[0] | {"identity": {}}], "weights") == ["efft2", ""]
+
+
+ANY = "report predict compare"
+
+
+@pytest.mark.parametrize(
+    "change, says, commands",
+    [
+        (lambda r: r["settings"].pop("method"), "it lacks settings.method", ANY),
+        (lambda r: r["settings"].pop("scale"), "it lacks settings.scale", ANY),
+        (lambda r: r["settings"].update(new=1), "this version has no setting 'new'", ANY),
+        (lambda r: r["settings"].update(lr="x"), "lr must be a finite number", ANY),
+        (lambda r: r["result"].update(metrics={}), "none of test, val and train", ANY),
+        (lambda r: r["run"].update(seconds="x"), "run.seconds must not be 'x'", ANY),
+        (lambda r: r["history"][0].pop("lr"), "it lacks history.0.lr", ANY),
+        (lambda r: r["classes"].pop(), "predictions that a run leaves: 'a' of ", "report"),
+        (lambda r: r["classes"].pop(), "states another classes", "predict"),
+        (lambda r: r.pop("identity"), "it lacks identity", "predict"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_a_sentence(change, says, commands, run, tmp_path, capsys):
+    out = changed(run, tmp_path / "run", change)
+    for command in commands.split():
+        more = [str(run.parent / "photos")] if command == "predict" else ["--out", str(tmp_path / "a.html")]
+        assert cli.main([command, out, *more]) == cli.WRONG
+        said = capsys.readouterr().err
+        assert said.startswith(f"efft-finetune: {out}/") and says in said and len(said.splitlines()) == 1, said
+    assert not (tmp_path / "a.html").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -335,7 +383,11 @@ def test_averages_of_weights_follow_more_closely_at_first():
     assert progress.averages[0].item() == pytest.approx(0.9)
 
 
-def test_confusion_of_many_classes_and_long_names():
-    names = ["a$10_$20", "caf\udce9", *(f"class {i} with a long name" for i in range(38))]
-    for n in (2, 40):
+@pytest.mark.filterwarnings("error")
+def test_names_that_matplotlib_would_read_or_lacks(run):
+    record = json.loads((run / "metrics.json").read_text())
+    record["settings"]["model"] = r"local-dir:a$\q$"
+    page.plots.curves(io.BytesIO(), record)
+    names = ["a$10_$20", "caf\udce9", "\u732b", *(f"class {i} with a long name" for i in range(37))]
+    for n in (3, 40):
         assert page.plots.confusion([[1] * n] * n, names[:n]).startswith("data:image/svg+xml")

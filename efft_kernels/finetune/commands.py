@@ -58,7 +58,7 @@ def _report(given: argparse.Namespace) -> int:
     record = read_record(given.run)
     check_file(path, ".html", read_by(given.run, given.data))
     rows = Path(given.run) / predictions.NAME
-    rows = predictions.from_csv(rows, record.get("multilabel", False)) if rows.is_file() else []
+    rows = predictions.from_csv(rows, record.get("multilabel", False), record["classes"]) if rows.is_file() else []
     html = page.build(record, rows, _pictures(record, given.data))
     with checkpoints.storing(path.parent, str(path)):
         write_bytes(path, html.encode())

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,6 +16,25 @@ from . import checkpoints, methods
 from .data import seed_all
 from .models import make_model, preparation_of
 from .settings import Settings
+
+_NUMBER, _METRICS, _IDENTITY = int | float, {"*": int | float}, {"data": str, "contents?": str, "weights": str}
+# what is read of a record; "?" ends the names of what an earlier version did not write, "*" stands for any name
+_RECORD = {
+    "classes": [str],
+    "result": {
+        "metrics": {"*": _METRICS},
+        **{"parameters": int, "head_parameters": int, "images_per_second": _NUMBER, "epoch": int, "adapter": str},
+    },
+    "settings": {"data": str, "out": str, "model": str, "method": str, "checkpoint": str | None},
+    "history": [{"epoch": int, "lr": _NUMBER, "train?": _METRICS, "val?": _METRICS}],
+    "versions": {"*": str},
+    "multilabel?": bool,
+    "identity?": _IDENTITY,
+    "run?": {
+        **{"seconds?": _NUMBER, "peak_memory?": int | None, "parameters_of_model?": int, "images?": {"*": int}},
+        **{"options?": dict, **dict.fromkeys(("command?", "device?", "method?", "date?"), str)},
+    },
+}
 
 
 def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, dict]:
@@ -29,11 +49,8 @@ def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, 
         ValueError: files of another version, or pre-trained weights that are not those of the run.
     """
     out = local_folder(out, ("metrics.json", "*.safetensors"))
-    record, path = read_record(out), Path(out) / "metrics.json"
-    try:
-        settings, result, classes = Settings(**record["settings"]), record["result"], record["classes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
+    record = read_record(out, identified=True)
+    settings, result, classes = Settings(**record["settings"]), record["result"], record["classes"]
     name, weights = settings.model, checkpoint or settings.checkpoint
     kind = name.partition(":")[0]
     if checkpoint and kind in ("hf", "local-dir") and Path(checkpoint).is_dir():
@@ -71,8 +88,12 @@ def beside(run: str | Path, name: str) -> Path:
     return Path(run) / name
 
 
-def read_record(out: str | Path) -> dict:
+def read_record(out: str | Path, *, identified: bool = False) -> dict:
     """The contents of metrics.json of a finished run, in a folder or on the hub.
+
+    Args:
+        out: as for :func:`restore`.
+        identified: whether it must have the digests of the images and weights, by which a run is known again.
 
     Raises:
         FileNotFoundError: there is no finished run. ValueError: a file of another version.
@@ -84,12 +105,35 @@ def read_record(out: str | Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist: there is no finished run in {out}")
     try:
         record = json.loads(path.read_text())
-        missing = {"result", "settings", "classes", "history", "versions"} - set(record)
-    except (ValueError, TypeError) as error:
+        if problem := _misfit(record, _RECORD | {"identity": _IDENTITY} if identified else _RECORD):
+            raise ValueError(problem)
+        if not {"test", "val", "train"} & set(record["result"]["metrics"]):
+            raise ValueError("result.metrics has none of test, val and train")
+        there, known = set(record["settings"]), {field.name for field in fields(Settings)}
+        if lost := (known & set(record.get("identity", ()))) - there:  # it would count as its default
+            raise ValueError(f"it lacks settings.{min(lost)}")
+        if unknown := there - known:
+            raise ValueError(f"this version has no setting {min(unknown)!r}")
+        Settings(**record["settings"])
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is not what a run of this version leaves: it lacks {min(missing)}")
     return record
+
+
+def _misfit(value, shape, at: str = "") -> str | None:
+    """What a part of a record lacks, or has of another type than the shape, in words; None if it fits."""
+    if not isinstance(value, type(shape) if isinstance(shape, dict | list) else shape):
+        return f"{at[:-1] or 'it'} must not be {str(value)[:40]!r}"
+    if isinstance(shape, list):
+        shape, value = {"*": shape[0]}, dict(enumerate(value))
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        key = name.rstrip("?")
+        if key not in value and name not in ("*", f"{key}?"):
+            return f"it lacks {at}{key}"
+        for each in value if name == "*" else value.keys() & {key}:
+            if problem := _misfit(value[each], inner, f"{at}{each}."):
+                return problem
+    return None
 
 
 def preparation(model: nn.Module, record: dict) -> Callable[..., Tensor]:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +22,9 @@ _LABELS = {
     **{"top1": "top-1 accuracy", "mean_class": "mean over classes", "loss": "loss, nats"},
     **{"mean_ap": "mean average precision", "f1": "F1, mean over classes", "exact": "all labels right"},
 }
+
+# of an identity, what its digests are of
+_DIGESTS = {"data": "images", "contents": "contents of images", "weights": "frozen weights"}
 
 
 def loader(data: Data) -> Callable[[Row], object]:
@@ -65,7 +68,7 @@ def build(record: dict, rows: Sequence[Row], load: Callable[[Row], object]) -> s
     return _template("report.html.j2").render(
         title=f"{settings['method']} on {settings['model']}",
         part=part,
-        metrics={name: {_LABELS[key]: v for key, v in found.items()} for name, found in result["metrics"].items()},
+        metrics={n: {_LABELS[k]: v for k, v in m.items() if k in _LABELS} for n, m in result["metrics"].items()},
         curves=plots.separate_curves(record),
         matrix=plots.confusion(matrix, classes) if matrix else None,
         confused=[(*pair, n) for pair, n in confused.most_common(_CONFUSIONS)],
@@ -100,23 +103,23 @@ def _per_class(rows: Sequence[Row], classes: Sequence[str], several: bool) -> li
 
 
 def compare(records: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """A table of runs: (header, rows of cells). It has a column for each setting that differs between them."""
-    every = {}
-    for record in records.values():
-        defaults = {field.name: field.default for field in fields(Settings)}
-        every |= {name: None for name in record["settings"] if name in defaults}
+    """A table of runs: (header, rows of cells), with a column for each setting and digest that differs between them."""
+    every = {name: None for record in records.values() for name in record["settings"]}
     hidden = {"out", "device", "workers", "memory", "save_every", "resume", "trackers"}
     values = {name: {repr(record["settings"].get(name)) for record in records.values()} for name in every}
     differing = [name for name in every if name not in hidden and len(values[name]) > 1]
+    digests = {what: found for name, what in _DIGESTS.items() if (found := _digests(records.values(), name))}
     measured = [found for record in records.values() for found in record["result"]["metrics"].values()]
-    metrics = list(dict.fromkeys(key for found in measured for key in found))
-    header = ["run", *differing, *(_LABELS[name] for name in metrics), "part", "epoch", "trained", "time", "memory"]
+    metrics = list(dict.fromkeys(key for found in measured for key in found if key in _LABELS))
+    header = ["run", *differing, *digests, *(_LABELS[name] for name in metrics)]
+    header += ["part", "epoch", "trained", "time", "memory"]
     rows = []
-    for name, record in records.items():
+    for i, (name, record) in enumerate(records.items()):
         result, run = record["result"], record.get("run", {})
         part = next(part for part in ("test", "val", "train") if part in result["metrics"])
         found = result["metrics"][part]
         cells = [name, *(_cell(record["settings"].get(setting)) for setting in differing)]
+        cells += [found[i] for found in digests.values()]
         for key in metrics:
             value = found.get(key)
             cells.append("" if value is None else f"{value:.4g}" if key == "loss" else f"{value:.2f} %")
@@ -124,6 +127,15 @@ def compare(records: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
         cells += [_duration(run["seconds"]) if "seconds" in run else "", _bytes(run.get("peak_memory"))]
         rows.append(cells)
     return header, rows
+
+
+def _digests(records: Iterable[dict], name: str) -> list[str]:
+    """The beginning of a digest of each run, "" where none is recorded; an empty list if all are the same."""
+    # which weights are frozen depends on the method: those of two methods are not compared
+    method = lambda record: record["settings"]["method"] if name == "weights" else ""
+    found = [(method(record), record.get("identity", {}).get(name, "")) for record in records]
+    differ = len(set(found)) > len({method for method, _ in found})
+    return [digest[:8] for _, digest in found] if differ else []
 
 
 def build_comparison(records: dict[str, dict]) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 
 from ..extras import need
@@ -20,13 +21,20 @@ def _figure(width: float, height: float):
     return figure
 
 
+def _save(figure, file, **options) -> None:
+    with warnings.catch_warnings():
+        # for each letter that matplotlib's own font lacks: a page is shown in the fonts of its reader
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure.savefig(file, **options)
+
+
 def as_svg(figure) -> str:
     """A figure as a data URI for an <img>; its text is text, in the reader's own font."""
     import matplotlib
 
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "efft", "font.family": "sans-serif"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        _save(figure, file, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -41,10 +49,9 @@ def curves(file, record: dict) -> None:
     figure = _figure(12, 3.5)
     for axis, draw in zip(figure.subplots(1, 3), (_loss, _accuracy, _rate)):
         draw(axis, record)
-    figure.suptitle(
-        f"{settings['method']} on {settings['model']}, {result['parameters']:,} trained parameters and the head"
-    )
-    figure.savefig(file, format="png", dpi=120)
+    name = _label(f"{settings['method']} on {settings['model']}")
+    figure.suptitle(f"{name}, {result['parameters']:,} trained parameters and the head")
+    _save(figure, file, format="png", dpi=120)
 
 
 def separate_curves(record: dict) -> dict[str, str]:
@@ -65,17 +72,17 @@ def accuracy_name(record: dict) -> tuple[str, str]:
 def _loss(axis, record: dict) -> None:
     _lines(axis, record, "loss", "loss")
     axis.set(xlabel="epoch", ylabel="loss, nats")
-    axis.legend()
+    axis.legend(handles=axis.lines)
 
 
 def _accuracy(axis, record: dict) -> None:
     best, training = accuracy_name(record)
     _lines(axis, record, best, training)
-    if "test" in record["result"]["metrics"]:
-        value = record["result"]["metrics"]["test"][best]
+    value = record["result"]["metrics"].get("test", {}).get(best)
+    if value is not None:
         axis.plot([record["result"]["epoch"]], [value], "k*", label=f"test, at the end: {value:.2f}")
     axis.set(xlabel="epoch", ylabel="%" if record.get("multilabel") else "top-1 accuracy, %")
-    axis.legend()
+    axis.legend(handles=axis.lines)
 
 
 def _rate(axis, record: dict) -> None:
@@ -87,10 +94,14 @@ def _rate(axis, record: dict) -> None:
 def _lines(axis, record: dict, val: str, train: str) -> None:
     history, names = record["history"], {"mean_ap": " (mean AP)", "exact": " (all labels right)"}
     for part, key in (("train", train), ("val", val)):
-        points = [(entry["epoch"], entry[part][key]) for entry in history if part in entry]
+        points = _points(history, part, key)
         if points:
             axis.plot(*zip(*points), label=part + names.get(key, ""), marker=_marker(points))
     axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _points(history: Sequence[dict], part: str, key: str) -> list[tuple[int, float]]:
+    return [(entry["epoch"], entry[part][key]) for entry in history if key in entry.get(part, {})]
 
 
 def _marker(points: Sequence) -> str | None:
@@ -98,8 +109,8 @@ def _marker(points: Sequence) -> str | None:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it: without formulas between $, and with ? for bytes that are not UTF-8."""
-    return name.encode(errors="replace").decode().replace("$", r"\$")
+    """A name for matplotlib: no formula between $, ? for bytes that are not UTF-8, not hidden by a first "_"."""
+    return " " * name.startswith("_") + name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -132,20 +143,21 @@ def comparison(records: dict[str, dict]) -> dict[str, str]:
     for name, record in records.items():
         best, training = accuracy_name(record)
         part, key = ("val", best) if any("val" in entry for entry in record["history"]) else ("train", training)
-        points = [(entry["epoch"], entry[part][key]) for entry in record["history"] if part in entry]
+        points = _points(record["history"], part, key)
         if points:
-            axis.plot(*zip(*points), label=f"{name} ({part})", marker=_marker(points))
+            axis.plot(*zip(*points), label=_label(f"{name} ({part})"), marker=_marker(points))
     axis.set(xlabel="epoch", ylabel="accuracy, %")
-    axis.legend(fontsize=8)
+    axis.legend(handles=axis.lines, fontsize=8)
     made["accuracy by epoch"] = as_svg(figure)
     figure = _figure(5.2, 3.6)
     axis = figure.subplots()
     for name, record in records.items():
         metrics = record["result"]["metrics"]
         part = next(part for part in ("test", "val", "train") if part in metrics)
-        axis.plot([record["result"]["parameters"]], [metrics[part][accuracy_name(record)[0]]], "o", label=name)
+        if (value := metrics[part].get(accuracy_name(record)[0])) is not None:
+            axis.plot([record["result"]["parameters"]], [value], "o", label=_label(name))
     axis.set_xscale("symlog", linthresh=1000)
     axis.set(xlabel="trained parameters, without the head", ylabel="accuracy at the end, %")
-    axis.legend(fontsize=8)
+    axis.legend(handles=axis.lines, fontsize=8)
     made["accuracy and trained parameters"] = as_svg(figure)
     return made

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,11 @@ def to_csv(rows: Iterable[Row]) -> bytes:
     return file.getvalue().encode(errors="surrogateescape")
 
 
-def from_csv(path: Path, multilabel: bool) -> list[Row]:
+def from_csv(path: Path, multilabel: bool, classes: Collection[str] | None = None) -> list[Row]:
     """The rows of a file of :func:`to_csv`.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is another file.
+        FileNotFoundError: there is no such file. ValueError: it is another file, or names what is none of ``classes``.
     """
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     try:
@@ -79,9 +79,15 @@ def from_csv(path: Path, multilabel: bool) -> list[Row]:
         if tuple(next(lines)) != _COLUMNS:
             raise ValueError("other columns")
         split = (lambda cell: tuple(cell.split("|")) if cell else ()) if multilabel else (lambda cell: (cell,))
-        return [
+        rows = [
             Row(part, image, split(label), split(predicted), tuple(float(p) for p in p.split("|") if p), float(error))
             for part, image, label, predicted, p, error in lines
         ]
+        for row in rows:
+            if classes is not None and (unknown := {*row.label, *row.predicted} - set(classes)):
+                raise ValueError(f"{min(unknown)!r} of {row.image} is no class of the run")
+            if len(row.probability) != len(row.predicted):
+                raise ValueError(f"{row.image} must have a probability for each predicted class")
+        return rows
     except (ValueError, StopIteration, csv.Error) as error:
         raise ValueError(f"{path} is not a file of predictions that a run leaves: {error}") from error

@@ -19,6 +19,7 @@ from .bars import bar
 from .checkpoints import Progress
 from .data import Data
 from .evaluation import evaluate
+from .finished import read_record
 from .models import preparation_of, public_name
 from .prepared import Prepared, check_same, describe_device, make_adapted, make_identity
 from .settings import Settings
@@ -58,12 +59,9 @@ def read_finished(settings: Settings, data: Data, out: Path, main: bool) -> Resu
     path = out / "metrics.json"
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text())
-        identity, result = found["identity"], found["result"]
-        weights, checkpoint = identity["weights"], found["settings"]["checkpoint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
+    found = read_record(out, identified=True)
+    identity, result = found["identity"], found["result"]
+    weights, checkpoint = identity["weights"], found["settings"]["checkpoint"]
     check_same(out, identity, make_identity(settings, data, weights) | {"contents": data.contents()})
     if settings.checkpoint != checkpoint:  # only then, because it takes reading them
         weights = methods.fingerprint(make_adapted(settings, len(data.classes)))
@@ -71,7 +69,9 @@ def read_finished(settings: Settings, data: Data, out: Path, main: bool) -> Resu
     if main:
         checkpoints.clear(out)  # those of a run that was killed after it wrote its results
         log.info(f"{out} holds this run, finished; resume=false would repeat it")
-    return Result(**{**result, "adapter": out / result["adapter"]}, history=found["history"], out=out)
+    result = {name: v for name, v in result.items() if name in Result.__dataclass_fields__}
+    result |= {"adapter": out / result["adapter"]}
+    return Result(**result, history=found["history"], out=out)
 
 
 def finish(run: Prepared, progress: Progress, logs: Trackers) -> Result:
