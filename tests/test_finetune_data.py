@@ -51,6 +51,7 @@ def lists(root, name="cifar", n=4):
 
 
 def test_folder_of_classes(tmp_path):
+    (tmp_path / "test.txt").write_text("notes")  # no list of VTAB-1K
     found = open_data(folder(tmp_path), 16)
     assert found.classes == ("cat", "dog") and found.val is None and (len(found.train), len(found.test)) == (8, 2)
     pixels, label = found.test[1]

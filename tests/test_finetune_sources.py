@@ -168,13 +168,15 @@ def test_csv_with_splits_and_semicolons(tmp_path):
     assert [len(part) for part in found.parts().values()] == [3, 1, 2] and found.classes == ("0", "1")
 
 
-def test_csv_with_several_labels(tmp_path):
+def test_csv_with_several_labels(tmp_path, caplog):
+    caplog.set_level("INFO")
     words = ["sea", "sea|sky", "", "sky | sea", "tree", "tree;sky"]
     flags = ["1,0,0", "1,1,0", "0,0,0", "1,1,0", "0,0,1", "0,1,1"]
     named = csv_file(tmp_path, "image,labels\n" + "".join(f"images/{i}.png,{w}\n" for i, w in enumerate(words)))
     marked = named.with_name("flags.csv")
     marked.write_text("id,image,sea,sky,tree\n" + "".join(f"1,images/{i}.png,{w}\n" for i, w in enumerate(flags)))
     a, b = (open_data(path, 16, test_fraction=0.0) for path in (named, marked))
+    assert "flags.csv: the classes are the columns of 0 and 1: sea, sky, tree" in caplog.messages[0]
     assert a.classes == b.classes == ("sea", "sky", "tree") and a.multilabel and b.multilabel
     assert a.train.labels == b.train.labels == [(0,), (0, 1), (), (0, 1), (2,), (1, 2)]
     pixels, target = a.train[5]
@@ -202,6 +204,10 @@ def test_csv_with_several_labels(tmp_path):
         ('image,label\nimages/0.png,"a\n', ["is not CSV"]),
         ("image,label,label\nimages/0.png,a,b\n", ["one column of each name, got 'label' more than once"]),
         ("image,label\nlink.png,a\nimages/../images/0.png,b\n", ["line 3) cannot be of class b"]),
+        ("image,path,label\nimages/0.png,x,a\n", ["at most one column called image, path", "got image and path"]),
+        ("image,label,labels\nimages/0.png,a,a|b\n", ["at most one column called label", "got label and labels"]),
+        ("image,label,Label\nimages/0.png,a,b\n", ["got label and Label"]),
+        ("image,label\nimages,a\n", ["images (", "line 2) is a folder"]),
         ("image,a|b,c\nimages/0.png,1,0\nimages/1.png,1,0\n", ["without '|'", "got 'a|b'"]),
         ("image,label,split\nimages/0.png,a,train\nimages/0.png,a,test\n",
          ["line 3) cannot be a test image", "line 2, has it as a train image"]),

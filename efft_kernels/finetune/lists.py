@@ -2,11 +2,14 @@
 
 import csv
 import io
+import logging
 import re
 from pathlib import Path
 
 from .folders import PARTS
 from .images import BadImages, DataError, Files, Source, check_apart, held_out
+
+log = logging.getLogger("efft_kernels.finetune")
 
 # of the data sets of VTAB-1K, by the name of the folder
 VTAB_CLASSES = {
@@ -26,8 +29,8 @@ _NUMBERS = ("", "id", "index", "unnamed: 0")  # columns that count the lines
 
 
 def is_lists(root: Path) -> bool:
-    """Whether a folder has one of VTAB-1K's lists."""
-    return any((root / f"{part}.txt").exists() for part in _LISTS)
+    """Whether a folder has one of VTAB-1K's lists, other than test.txt, a name that many files have."""
+    return any((root / f"{part}.txt").exists() for part in _LISTS if part != "test")
 
 
 def read_lists(root: Path, hold_out: bool, classes: int | None) -> Source:
@@ -57,8 +60,10 @@ def _check_exist(read: dict[str, Files]) -> None:
     bad = {}
     for images in read.values():
         for i, path in enumerate(images.paths):
-            if not (images.root / path).is_file():
-                bad.setdefault(images.where(i), f"{images.where(i)} does not exist")
+            file = images.root / path
+            if not file.is_file():
+                what = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "does not exist"
+                bad.setdefault(images.where(i), f"{images.where(i)} {what}")
     if bad:
         raise BadImages(list(bad.values()))
 
@@ -132,7 +137,8 @@ def read_csv(path: Path, test_fraction: float) -> Source:
     for n, row in lines:
         if len(row) != len(columns):
             raise DataError(f"{path}, line {n}, must have the {len(columns)} columns of the header, got {len(row)}")
-    image, label, labels, part = (_column(columns, names) for names in (_IMAGE, _LABEL, _LABELS, _PART))
+    image, label, part = (_column(path, columns, names) for names in (_IMAGE, _LABEL + _LABELS, _PART))
+    label, labels = (label, None) if label is None or columns[label].lower() in _LABEL else (None, label)
     rest = [i for i in range(len(columns)) if i not in (image, part) and columns[i].lower() not in _NUMBERS]
     flags = (
         label is None and labels is None and bool(rest) and all(row[i] in ("0", "1") for _, row in lines for i in rest)
@@ -144,6 +150,8 @@ def read_csv(path: Path, test_fraction: float) -> Source:
             f"for each class; got {', '.join(columns)}"
         )
     multilabel = label is None
+    if flags:
+        log.info(f"{path}: the classes are the columns of 0 and 1: {', '.join(columns[i] for i in rest)}")
     found = []
     for number, row in lines:
         if flags:
@@ -188,10 +196,13 @@ def _csv_source(path: Path, found: list, classes: tuple[str, ...] | None, multil
     return Source(train, read.get("val"), test, classes, multilabel=multilabel)
 
 
-def _column(columns: list[str], names: tuple[str, ...]) -> int | None:
+def _column(path: Path, columns: list[str], names: tuple[str, ...]) -> int | None:
     """The number of the column that has one of these names."""
-    lower = [name.lower() for name in columns]
-    return next((lower.index(name) for name in names if name in lower), None)
+    found = [i for i, name in enumerate(columns) if name.lower() in names]
+    if len(found) > 1:
+        got = " and ".join(columns[i] for i in found)
+        raise DataError(f"{path} must have at most one column called {', '.join(names)}, got {got}")
+    return found[0] if found else None
 
 
 def _part(path: Path, number: int, name: str) -> str:
