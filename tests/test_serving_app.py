@@ -210,6 +210,10 @@ def test_raw_bodies_and_forms_give_the_same_upload():
         refused(400, read, b"a", query={"top": top})
     for given in ((b"a", {}, {"adaptor": "cats"}), form(image=b"a", adaptor="cats")):
         refused(400, read, *given, says="parameters must be adapter or top, got 'adaptor'")
+    body, kind = form(image=b"a", adapter="cats")
+    twice = body.replace(b"--x\r\n", b'--x\r\nContent-Disposition: form-data; name="adapter"\r\n\r\ndogs\r\n--x\r\n', 1)
+    for given in ((b"a", {}, [("adapter", "cats")] * 2), (body, kind, {"adapter": "dogs"}), (twice, kind)):
+        refused(400, read, *given, says="parameters must be given once, got 'adapter' more than once")
 
 
 def test_bodies_that_are_too_large():
@@ -316,6 +320,8 @@ def test_replaced_deleted_and_invalid_files(folder):
         touch(folder, "c")
     (folder.path / "d.safetensors").write_bytes(b"d" * 251)
     refuses(ValueError, "larger than the budget of 250", touch, folder, "d")
+    folder.file("folder").mkdir()
+    folder.file("link").symlink_to("nowhere")
     assert folder.names() == ["b", "c", "d"]
     touch(folder, "b")
     refuses(FileNotFoundError, "no folder", AdapterFolder, FakeBank(), folder.path / "none", 1)
@@ -507,9 +513,16 @@ def test_adapters_that_cannot_be_served_are_refused(served, own, caplog):
     torch.manual_seed(7)
     foreign = ek.inject(timm().create_model(own.model), ek.EFFTConfig(rank=4))  # of other weights
     ek.save_adapter(foreign, classifier.folder.file("foreign"))
-    for name, status in (("broken", 422), ("foreign", 422), ("nobody", 404)):
+    classifier.folder.file("folder").mkdir()
+    os.mkfifo(classifier.folder.file("fifo"))
+    unread, says = "broken folder fifo".split(), {"foreign": "its file does not fit the model"}
+    for name, status in (*((name, 422) for name in unread), ("foreign", 422), ("nobody", 404)):
         said = refused(status, classifier.prepare, Upload(files[0], name, 5), says=f"adapter '{name}'")
         assert own.adapters not in said  # clients must not see paths
+        assert status == 404 or said.endswith(says.get(name, "its file cannot be read"))
+    classifier.folder.budget = 1
+    refused(422, classifier.check, "adapter-1", says="its file takes more memory than adapters may")
+    classifier.folder.budget = own.adapter_bytes
     assert "sampled tensors differ" in caplog.text and "strict" not in caplog.text
     with pytest.raises(Refused) as error:
         classifier.prepare(Upload(files[0][:50], "adapter-0", 5))

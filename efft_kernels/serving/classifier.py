@@ -14,7 +14,8 @@ from ..extras import timm
 from ..layouts import classifiers_of, input_size
 from ..preparation import Preparation
 from .bank import AdapterBank
-from .folder import AdapterFolder, DoesNotFit
+from .folder import AdapterFolder, DoesNotFit, TooLarge
+from .loading import Unreadable
 from .settings import Settings
 from .uploads import Refused, Upload, decode
 
@@ -141,7 +142,9 @@ class Classifier:
             except (ValueError, OSError) as error:  # its message has the path, which clients must not see
                 why = str(error).removesuffix("; strict=False loads it with a warning")  # no option of the service
                 log.warning("adapter %r cannot be served: %s", adapter, why)
-                raise Refused(422, f"adapter {adapter!r} cannot be served: its file does not fit the model") from error
+                kinds = {(Unreadable, OSError): "cannot be read", TooLarge: "takes more memory than adapters may"}
+                what = next((said for kind, said in kinds.items() if isinstance(error, kind)), "does not fit the model")
+                raise Refused(422, f"adapter {adapter!r} cannot be served: its file {what}") from error
             if expected not in (None, key):
                 raise Refused(503, f"the file of adapter {adapter!r} was replaced while the request was under way")
             yield key

@@ -15,6 +15,10 @@ class DoesNotFit(Exception):
     """The budget has no room next to the adapters that are in use now. It may have later."""
 
 
+class TooLarge(ValueError):
+    """An adapter that takes more memory than the budget."""
+
+
 class AdapterFolder:
     """Adapters by file name. They load on first use; the least recently used are evicted to stay within the budget.
 
@@ -59,10 +63,10 @@ class AdapterFolder:
 
     def names(self) -> list[str]:
         """Names of the adapters in the folder that can be asked for, sorted."""
-        return [name for name in self.files() if ADAPTER_NAME.fullmatch(name)]
+        return [name for name in self.files() if ADAPTER_NAME.fullmatch(name) and self.file(name).is_file()]
 
     def files(self) -> list[str]:
-        """Names of all adapter files in the folder without their suffix, sorted; they may hold any characters."""
+        """Names of all there is in the folder with that suffix, without it, sorted; they may hold any characters."""
         return sorted(file.stem for file in self.path.glob("*.safetensors"))
 
     def file(self, name: str) -> Path:
@@ -76,7 +80,8 @@ class AdapterFolder:
         Raises:
             FileNotFoundError: there is no such adapter.
             DoesNotFit: there is no room for it next to the adapters that are held.
-            ValueError: its file is not an adapter for the bank's model, or takes more memory than the budget.
+            TooLarge: a ValueError: it takes more memory than the budget.
+            ValueError: its file is not an adapter for the bank's model.
         """
         try:
             s = os.stat(self.file(name))
@@ -105,7 +110,7 @@ class AdapterFolder:
             size = adapter.bytes()
         if size > self.budget:
             self._too_large[name] = key, size  # it is not read again
-            raise ValueError(f"adapter {name!r} of {size} bytes is larger than the budget of {self.budget}")
+            raise TooLarge(f"adapter {name!r} of {size} bytes is larger than the budget of {self.budget}")
         for old in [old for old in self._sizes if old.rpartition("@")[0] == name and old not in self._holders]:
             self._evict(old)
         self._make_room(name, size)

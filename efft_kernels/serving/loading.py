@@ -18,6 +18,10 @@ from ..layouts import classifiers_of, head_state
 from ..wrappers import unwrapped
 
 
+class Unreadable(ValueError):
+    """A file that is no adapter, of whatever model."""
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter of a bank: its factors and, if it brought a head, its classifiers."""
@@ -47,7 +51,10 @@ def load(model: nn.Module, source: str | PathLike | nn.Module, factor_dtype: tor
     if isinstance(source, nn.Module):
         file = _file_of(unwrapped(source))
     elif isinstance(source, str | PathLike):
-        file = read_adapter(source)
+        try:
+            file = read_adapter(source)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
     else:
         what = type(source).__name__
         raise TypeError(f"source must be the path of an adapter file or an injected model, got {what}")

@@ -56,9 +56,12 @@ def check_adapter_name(name: str | None) -> str | None:
 
 
 def check_fields(given: Iterable[str], known: tuple[str, ...] = FIELDS) -> None:
-    """Raise Refused, 400, for a parameter of a request that is none of those that are known."""
+    """Raise Refused, 400, for a parameter of a request that is none of those that are known, or is given twice."""
+    given = [*given]
     if unknown := [name for name in given if name not in known]:
         raise Refused(400, f"parameters must be {' or '.join(known) or 'left out'}, got {unknown[0][:80]!r}")
+    if twice := [name for name in known if given.count(name) > 1]:
+        raise Refused(400, f"parameters must be given once, got {twice[0]!r} more than once")
 
 
 async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> Upload:
@@ -69,24 +72,25 @@ async def read_upload(request, *, max_bytes: int, room: Room | None = None) -> U
 
     Raises:
         Refused: 400 for a declared length that is not a number, a form that cannot be read or has no image, an empty
-            image, another parameter or field, a bad adapter name or ``top``; 413 for more than max_bytes; 415 for
-            another content type.
+            image, another parameter or field, one that is given twice, a bad adapter name or ``top``; 413 for more than
+            max_bytes; 415 for another content type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
     if not form and kind not in _RAW and not kind.startswith("image/"):
         known = "image/*, application/octet-stream or multipart/form-data"
         raise Refused(415, f"content-type must be {known}, got {kind[:80]!r}")
-    fields = dict(request.query_params)
-    check_fields(fields)
+    fields = request.query_params.multi_items()
+    check_fields(name for name, _ in fields)
     # room for the form's fields and separators
     body = await _body(request, max_bytes + 4096 * form, room)
     if form:
         image, more = await _form(request, body)
-        fields |= more
+        fields += more
     else:
         image = body
-    check_fields(fields)
+    check_fields(name for name, _ in fields)
+    fields = dict(fields)
     if not image:
         raise Refused(400, "image must not be empty")
     if len(image) > max_bytes:
@@ -115,7 +119,7 @@ async def _body(request, max_bytes: int, room: Room | None) -> bytes:
     return b"".join(chunks)
 
 
-async def _form(request, body: bytes) -> tuple[bytes, dict[str, str]]:
+async def _form(request, body: bytes) -> tuple[bytes, list[tuple[str, str]]]:
     from starlette.datastructures import UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -130,7 +134,7 @@ async def _form(request, body: bytes) -> tuple[bytes, dict[str, str]]:
         image = form.get("image")
         if not isinstance(image, UploadFile):
             raise Refused(400, "the form must have a file 'image'")
-        return await image.read(), {key: value for key, value in form.items() if isinstance(value, str)}
+        return await image.read(), [(key, value) for key, value in form.multi_items() if isinstance(value, str)]
     finally:
         await form.close()
 
