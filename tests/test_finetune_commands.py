@@ -108,7 +108,7 @@ def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch
         assert cli.main([command, str(tmp_path), *more]) == cli.WRONG and "no finished run" in capsys.readouterr().err
 
 
-def test_predict_any_number_of_images(run, tmp_path, capsys, caplog):
+def test_predict_any_number_of_images(run, tmp_path, capsys, caplog, monkeypatch):
     for i in range(5):
         picture(tmp_path / "new" / "sub" / f"{i}, x.png", i)
     picture(tmp_path / "new/thumbs/0.png")
@@ -117,7 +117,7 @@ def test_predict_any_number_of_images(run, tmp_path, capsys, caplog):
     flags = ["predict", str(run), str(tmp_path / "new"), "--out", str(out), "--batch-size", "2"]
     assert cli.main(flags) == cli.DONE
     said = capsys.readouterr()
-    assert "1 files or folders that hold no images are left out: " in caplog.text and "thumbs" in caplog.text
+    assert f"ignored, a folder of another program: {tmp_path}/new/thumbs" in caplog.text
     assert "1 of 6 images are left out" in said.err and "bad.jpg cannot be read" in said.err and "5 images" in said.out
     rows = list(csv.DictReader(out.open()))
     assert [Path(row["image"]).name for row in rows] == [f"{i}, x.png" for i in range(5)]
@@ -131,6 +131,13 @@ def test_predict_any_number_of_images(run, tmp_path, capsys, caplog):
     assert "none does not exist" in capsys.readouterr().err
     assert cli.main(["predict", str(run), rows[0]["image"], "--batch-size", "0"]) == cli.WRONG
     assert "batch_size must be an int of at least 1, got 0" in capsys.readouterr().err
+    changed(run, tmp_path / "up or down", lambda record: record.update(classes=["thumbs", "up"]))
+    picture(tmp_path / "new/up/thumbs/1.png")  # of another program, while thumbs/ beside up/ is a class
+    made = lambda run, files, **_: [labelling.Labelled(file, ("up",), (1.0,)) for file in files]
+    monkeypatch.setattr(labelling, "label", made)
+    assert cli.main(["predict", str(tmp_path / "up or down"), str(tmp_path / "new")]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "new/thumbs/0.png" in out and "new/up" not in out
 
 
 @pytest.mark.slow

@@ -111,13 +111,16 @@ def _predict_arguments(made: argparse.ArgumentParser) -> None:
 
 def _predict(given: argparse.Namespace) -> int:
     """Label images with a finished run."""
+    from .finished import read_record
     from .labelling import find_files, label, label_to_csv
     from .outputs import check_file, read_by
+    from .prepared import find_device
 
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(given, name) < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {getattr(given, name)}")
-    files = find_files(given.images)
+    find_device(given.device)  # before the run is read, which may be on the hub
+    files = find_files(given.images, read_record(given.run)["classes"])
     options = {"checkpoint": given.checkpoint, "device": given.device, "batch_size": given.batch_size}
     options |= {"workers": given.workers, "show": given.out is not None}
     if given.out is None:

@@ -1,7 +1,7 @@
 """Folders of images: which files of a folder are images, and data sets with a folder for each class."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .images import SUFFIXES, DataError, Files, Source, check_apart, held_out, say
@@ -18,14 +18,14 @@ _FOREIGN_INSIDE = frozenset(("thumbs", "thumb", "previews", "_previews"))  # a c
 _FOREIGN_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "zbthumbnail.info", "icon\r"))
 
 
-def find_images(root: Path, inside: bool = True) -> tuple[list[Path], list[Path], list[Path]]:
+def find_images(root: Path, classes: Collection[str] = ()) -> tuple[list[Path], list[Path], list[Path]]:
     """The images in a folder and the folders in it, links followed, sorted by path.
 
     A folder that is reached twice is read once; a link to a folder around root is not followed.
 
     Args:
         root: the folder.
-        inside: whether folders with names such as "thumbs" directly in root are thumbnails rather than a class.
+        classes: names of folders that are classes, though other programs call thumbnails so, but in a class's folder.
 
     Returns:
         (images, other files, folders of other programs, which are left out). Hidden files and folders and other
@@ -50,7 +50,7 @@ def find_images(root: Path, inside: bool = True) -> tuple[list[Path], list[Path]
         for name in list(folders):
             if name.startswith("."):
                 folders.remove(name)
-            elif is_foreign(name, inside or here != root):
+            elif is_foreign(name, inside=name not in classes or here.name in classes):
                 folders.remove(name)
                 foreign.append(here / name)
         for name in sorted(files):

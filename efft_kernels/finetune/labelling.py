@@ -2,8 +2,7 @@
 
 import csv
 import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,9 @@ from . import checkpoints
 from .bars import bar
 from .finished import preparation, restore
 from .folders import find_images
-from .images import DataError, Files
+from .images import DataError, Files, say
 from .models import logits
 from .prepared import find_device
-
-log = logging.getLogger("efft_kernels.finetune")
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,8 @@ class Labelled:
     problem: str | None = None  # why the image could not be read
 
 
-def find_files(places: Sequence[str]) -> list[str]:
-    """The image files in folders (and in folders in them), and files as they are named.
+def find_files(places: Sequence[str], classes: Collection[str] = ()) -> list[str]:
+    """The image files in folders (and in folders in them), and files as they are named; ``classes`` as for find_images.
 
     Raises:
         DataError: a place that does not exist, or a folder without images.
@@ -43,15 +40,13 @@ def find_files(places: Sequence[str]) -> list[str]:
         path = Path(place)
         if path.is_dir():
             try:
-                images, *left_out = find_images(path)
+                images, others, foreign = find_images(path, classes)
             except OSError as error:
                 raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
             if not images:
                 raise DataError(f"{place} has no images")
-            if left_out := sorted(left_out[0] + left_out[1]):
-                log.warning(
-                    f"{place}: {len(left_out)} files or folders that hold no images are left out: {left_out[0]}..."
-                )
+            say("ignored, not an image", others)
+            say("ignored, a folder of another program", foreign)
             found += map(str, images)
         elif not path.exists() and not path.is_symlink():
             raise DataError(f"{place} does not exist")
