@@ -530,8 +530,11 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--epochs", "many"], "epochs"),
         (["--epochs", "0"], "epochs must be an int of at least 1, got 0"),
         (["--lr", "-1"], "lr must be a finite number"),
-        (["--lr", "nan"], "lr"),
-        (["--select", "test"], "select"),
+        (["--lr", "nan"], "lr must be a finite number, got nan"),
+        (["--select", "test"], "select must be 'last' or 'val', got test"),
+        (["--init", "foo"], "init must be 'xavier', 'released' or null, got foo"),
+        (["--targets", "attn"], "targets must be a list such as '[a,b]' or null, got attn"),
+        (["evaluate", "RUN"], "the commands are report, predict, export, compare"),
         (["--batch_size", "100"], "batch_size must be at most the 24 training images, got 100"),
         (["--accumulate", "3"], "batch_size must be a multiple of accumulate=3, got 8"),
         (["--cuda_graph", "true", "--accumulate", "2"], "accumulate must be 1 with cuda_graph=True, got 2"),
@@ -747,7 +750,7 @@ def test_one_class_is_none(tmp_path):
 
 def test_help_names_what_there_is(capsys):
     refuses(SystemExit, "2", cli.main, ["--data", "a", "--out", "b", "--rank", "3.5"])
-    assert "error: rank must be one of int, tuple[int, int], null, got 3.5\n" in capsys.readouterr().err
+    assert "error: rank must be an int, a pair such as '[1,2]' or null, got 3.5\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Literal, get_args, get_origin
 
 import torch
 
@@ -69,11 +70,13 @@ def parser():
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message, *rest):
-            union = re.search(r'key "(\w+)":.*Subtypes: \[(.*)\]\n.*Given value: (.*)', message, re.DOTALL)
-            if union:
-                name, kinds, value = union.groups()
-                kinds = kinds.replace("<class '", "").replace("'>", "").replace("NoneType", "null")
-                message = f"{name} must be one of {kinds}, got {value}"
+            kinds = {field.name: field.type for field in fields(Settings)}
+            wrong = re.search(r'key "(\w+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL)
+            if wrong and wrong[1] in kinds:
+                *first, last = _written(kinds[wrong[1]])
+                message = f"{wrong[1]} must be {', '.join(first)}{' or ' * bool(first)}{last}, got {wrong[2]}"
+            elif re.match("unrecognized arguments: [^-]", message):
+                message += f"; the commands are {', '.join(commands.NAMES)}, and without one a run is trained"
             super().error(message, *rest)
 
     made = Parser(
@@ -87,6 +90,19 @@ def parser():
     made.add_argument("--config", action="config", help="read settings from a YAML file")
     made.add_class_arguments(Settings)
     return made
+
+
+def _written(kind) -> list[str]:
+    """What a setting of this type may be, as one writes it in a shell."""
+    if get_origin(kind) is Literal:
+        return [*map(repr, get_args(kind))]
+    if get_origin(kind) is tuple:
+        first, other = get_args(kind)
+        example = "'[a,b]'" if first is str else "'[1,2]'"
+        return [f"a list such as {example}" if other is ... else f"a pair such as {example}"]
+    if get_args(kind):
+        return [words for each in get_args(kind) for words in _written(each)]
+    return [{int: "an int", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}[kind]]
 
 
 def settings(argv: Sequence[str]) -> Settings:
