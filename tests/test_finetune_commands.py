@@ -360,6 +360,12 @@ def test_recomputed_activations_give_the_same_run(run, tmp_path, caplog):
     assert end(tmp_path / "a") == end(tmp_path / "b")
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_trackers_are_no_warning():
+    prepared.make_accelerator(tiny("data", "out", trackers=()))
+    loop._reset_accelerate()
+
+
 def test_class_weights_are_of_all_training_images():
     part = type("Part", (), {"labels": [0, 0, 0, 1]})
     data = type("Data", (), {"train": part, "classes": ("a", "b", "c"), "multilabel": False})

@@ -67,6 +67,9 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
     """
     settings.check()
     methods.check(settings.method, settings.options)
+    for name in ("min_lr", "warmup_lr"):  # the defaults fit any lr; a record of an earlier version may have others
+        if settings.lr < (rate := getattr(settings, name)) != Settings.__dataclass_fields__[name].default:
+            raise ValueError(f"{name} must be at most lr={settings.lr:g}, got {rate:g}")
     out = Path(settings.out)
     check_folder(out, data=settings.data, checkpoint=settings.checkpoint)
     if settings.data not in SOURCES:

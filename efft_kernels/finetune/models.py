@@ -60,6 +60,8 @@ def make_model(
         )
     file = None if checkpoint in ("download", "random") else Path(checkpoint)
     if file and not file.is_file():
+        if file.exists():
+            raise ValueError(f"checkpoint must be a file of weights, got {file}, a folder or a device")
         raise FileNotFoundError(f"there is no checkpoint {file}")
     options = {"num_classes": classes, "pretrained": checkpoint == "download", "drop_path_rate": drop_path}
 
@@ -110,7 +112,9 @@ def _load(model: nn.Module, file: Path) -> None:
     try:
         state = load_state_dict(str(file))
     except Exception as error:  # unpickling raises any exception
-        raise ValueError(f"{file} is not a file of weights: {error}") from error
+        # timm's advice is to run the code in the file
+        why = "it may hold more than tensors" if "weights_only" in str(error) else error
+        raise ValueError(f"{file} is not a file of weights: {why}") from error
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
     try:

@@ -88,7 +88,7 @@ def make_accelerator(settings: Settings):
         plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     made = accelerate.Accelerator(
         cpu=cpu,
-        log_with=list(settings.trackers),
+        log_with=list(settings.trackers) or None,  # of an empty list it warns
         project_config=accelerate.utils.ProjectConfiguration(logging_dir=settings.out),
         mixed_precision=precision,
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(

@@ -64,8 +64,8 @@ class Settings:
         lr_ratio: learning rate of the factors that start at zero, as a multiple of lr (LoRA+).
         weight_decay: weight decay of AdamW, on all trained parameters.
         warmup_epochs: length of the linear warm-up; None for a tenth of the epochs.
-        warmup_lr: learning rate at the start of the warm-up.
-        min_lr: learning rate at the end of the cosine schedule.
+        warmup_lr: learning rate at the start of the warm-up, at most lr.
+        min_lr: learning rate at the end of the cosine schedule, at most lr.
         drop_path: rate of stochastic depth of the backbone while training.
         head_init: start of the classifier: "random", or "probe": a linear probe of the untouched model, trained
             for a few seconds on its features of the training images.
@@ -184,6 +184,7 @@ class Settings:
         positive, optional = ("epochs", "batch_size", "image_size", "accumulate"), ("classes", "patience", "save_every")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             self._need(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int of at least 1")
+        self._need("classes", (self.classes or 0) <= 1_000_000, "at most 1,000,000")  # a head of gigabytes
         for name in ("workers", "seed"):
             self._need(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int of at least 0")
         numbers = ("lr", "weight_decay", "warmup_lr", "min_lr", "memory")
