@@ -566,6 +566,22 @@ def test_samples_along_the_second_dimension(method):
         torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_of_integers_do_not_show_where_the_samples_are_but_later_ones_do():
+    def make(**options):
+        model = reordered(lambda x: x.transpose(0, 1), lambda y, _: y.transpose(0, 1))(**options)
+        forward = model.forward
+        model.forward = lambda x: forward(x.float())
+        return model
+
+    bank, models = filled(make=make)
+    ids, x = ["a", None, "c", "a", "b"], images(5).mul(9).int()
+    with bank.use(ids), torch.no_grad():
+        with pytest.warns(UserWarning, match=r"\[5, 5, 192\] does not tell .* its 5 samples"):
+            bank.model(x)
+        y = bank.model(x.float())
+    torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-4)
+
+
 class Calls:
     """What a forward changes, as it does a cache; the second block may be left out."""
 

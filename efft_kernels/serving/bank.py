@@ -29,7 +29,7 @@ from ..passes import Passes
 from ..precision import check_factor_dtype
 from ..preparation import Preparation
 from ..wrappers import check_module, module_at, named_modules, named_parameters, unwrapped
-from .batch_dims import Trial, batch_dim
+from .batch_dims import Trial, batch_dim, markable
 from .loading import Adapter, check_plain, load
 
 # the uses that this thread or asyncio task has entered and not left, innermost last
@@ -251,8 +251,9 @@ class AdapterBank:
                 forward raises it too, before it computes anything, for a batch of another size; and a Linear, by its
                 name, for an input that has the samples neither along its first dimension (also as windows or tokens of
                 each) nor along its second (sequence first). The first forward of a mixed batch computes twice, to find
-                where each Linear has them (the first dimension where that shows nothing, as with inputs that are all
-                integers); calls that bypass it (``forward_features``, one block) may follow it.
+                where each Linear has them; calls that bypass it (``forward_features``, one block) may follow it. Where
+                that shows nothing, as with inputs that are all integers, the first dimension is taken, with a
+                UserWarning where the second might hold them too.
             RuntimeError: the bank has released its model.
         """
         with _entered(self._start(ids)):
@@ -288,6 +289,9 @@ class AdapterBank:
     def _find_batch(self, use: "_Use", args: tuple, kwargs: dict) -> None:
         linears = len(self._changed)
         if not use.mixed or self._tried == linears:
+            return
+        if not markable((args, kwargs), len(use.index)):
+            self._batch_dims = self._batch_dims or None  # a later forward may have inputs that show more
             return
         with _trial:  # it changes the mode of the model
             if self._tried != linears:

@@ -1,6 +1,7 @@
 """Where the Linears of a bank have the batch: found by a forward in which all samples but the first are NaN."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -13,14 +14,13 @@ class Trial:
     """Such a forward, of which the Linears see this object as their use.
 
     NaN marks the rows of the other samples wherever the model puts them. Shapes would not tell: 50 rows may be the
-    tokens of a sequence or the windows of 5 samples. Nothing is found where no input can be NaN, or where NaN reaches
-    the first sample, as by a BatchNorm without statistics.
+    tokens of a sequence or the windows of 5 samples. Nothing is found where NaN reaches the first sample, as by a
+    BatchNorm without statistics; it is not tried where no input can be NaN (:func:`markable`).
     """
 
     def __init__(self, bank, batch: int):
         self.bank, self.batch = bank, batch
         self.dims: dict[str, set[int]] = {}
-        self.marked = False
 
     @torch.compiler.disable
     def run(self, args: tuple, kwargs: dict) -> dict[str, int | None] | None:
@@ -35,8 +35,6 @@ class Trial:
             module.training = False
         try:
             args, kwargs = tree_map(self._with_nan, (args, kwargs))
-            if not self.marked:
-                return None
             with torch.no_grad():
                 found = model.forward(*args, **kwargs)  # without the model's hooks
         finally:
@@ -50,9 +48,8 @@ class Trial:
     def _with_nan(self, t):
         if not isinstance(t, Tensor):
             return copy.deepcopy(t)  # such as a cache, which a forward changes
-        if not t.is_floating_point() or t.shape[:1] != (self.batch,):
+        if not markable(t, self.batch):
             return t
-        self.marked = True
         return torch.cat([t[:1].nan_to_num(0.0, 0.0, 0.0), torch.full_like(t[1:], float("nan"))])
 
     def linear(self, layer: nn.Linear, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, *columns) -> Tensor:
@@ -65,11 +62,16 @@ class Trial:
         return self.linear(layer, path, x, layer.weight, layer.bias)
 
 
+def markable(given, batch: int) -> bool:
+    """Whether a tensor among these has the samples, and can be NaN"""
+    return any(isinstance(t, Tensor) and t.is_floating_point() and t.shape[:1] == (batch,) for t in tree_leaves(given))
+
+
 def batch_dim(dims: Mapping[str, int | None] | None, path: str, x: Tensor, batch: int) -> int:
     """The dimension in which x, the input of the Linear at this path, has the samples; a ValueError if in none.
 
     dims: of :meth:`Trial.run`. A Linear that the trial did not call has them where all others have; where nothing was
-    found, the first dimension is taken.
+    found, the first dimension is taken, with a warning if the second may be that of the samples.
     """
     where = f"{path} gets x {list(x.shape)}"
     if dims is not None and path not in dims and len(set(dims.values())) != 1:
@@ -79,5 +81,13 @@ def batch_dim(dims: Mapping[str, int | None] | None, path: str, x: Tensor, batch
         raise ValueError(
             f"{where}, whose first or second dimension must be the batch of {batch} samples, or a multiple of it with "
             "the rows of each together, for each sample to have its own adapter"
+        )
+    # [B, L, K] is usual, whatever L is
+    if dims is None and x.dim() > 2 and not x.shape[1] % batch and (x.shape[0] != batch or x.shape[1] == batch):
+        warnings.warn(
+            f"{list(x.shape)} does not tell in which dimension a Linear has its {batch} samples, and neither did the "
+            "model's inputs, as integers cannot: the first is taken. Convert the inputs to floats before the model if "
+            "it is the second",
+            stacklevel=2,
         )
     return dim
