@@ -141,11 +141,12 @@ def _keeps(weight: Tensor) -> bool:
 
 def _of_backward(weight: Tensor, rows: int) -> Tensor:
     """The panels of a weight for the backward, or the weight itself, whose panels the kernel then makes"""
+    # what autocast has cast, maybe before the parameter changed: no panels to be kept as those of the parameter. the
+    # backward has cast it, which costs as much as packing it
+    if hasattr(weight, "efft_cast_of"):
+        return weight if weight.stride(1) == 1 else _load()[0].pack(weight, True)
     few = rows < _MANY_ROWS.get(isa(), _MANY_ROWS_ELSEWHERE)
-    # a backward under autocast has cast the weight, which costs as much as packing it
-    if weight.stride(1) != 1 or (few and _keeps(weight) and not hasattr(weight, "efft_cast_of")):
-        return _panels(weight, True)
-    return weight
+    return _panels(weight, True) if weight.stride(1) != 1 or (few and _keeps(weight)) else weight
 
 
 def _panels(weight: Tensor, transposed: bool) -> Tensor:
