@@ -1,6 +1,7 @@
 """A training step in a CUDA graph: the same factors, bit for bit, as of eager steps, with each backend of a GPU."""
 
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 import efft_kernels
 from efft_kernels import EFFTConfig
 from efft_kernels.extras import timm
+from efft_kernels.finetune.captured import CapturedStep
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 STEPS = 4
 
 
@@ -79,6 +81,7 @@ def _graphed_callable(model, optimizer):
     return lambda images, labels: _step(predict, optimizer, images, labels, set_to_none=True)
 
 
+@needs_gpu
 @pytest.mark.parametrize("way", [_whole_step, _graphed_callable])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_captured_equals_eager(backend, way):
@@ -88,6 +91,15 @@ def test_captured_equals_eager(backend, way):
         assert torch.equal(got, value)
 
 
+def test_the_warm_up_leaves_the_statistics_of_a_batch_norm(monkeypatch):
+    """With a capture that computes, and a replay that does not"""
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    norm = torch.nn.BatchNorm1d(4)
+    CapturedStep(lambda x, labels: (norm(x), labels), [], norm.buffers())(torch.randn(8, 4), torch.zeros(8))
+    assert norm.num_batches_tracked == 1
+
+
+@needs_gpu
 def test_the_command_captures_its_steps(tmp_path):
     for package in ("accelerate", "torchmetrics", "tensorboard"):
         pytest.importorskip(package)

@@ -4,7 +4,7 @@ An eager step of an adapted model is hundreds of short kernels, and a host that 
 than the GPU computes. A replay of the graph costs the host one call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ class CapturedStep:
     Args:
         compute: (images, labels) -> (logits, loss), with the backward done. It must not read numbers back to the host.
         trained: the parameters that get a gradient.
+        buffers: what a step changes besides, as the statistics of a batch norm.
     """
 
-    def __init__(self, compute: Callable, trained: list[torch.nn.Parameter]):
-        self.compute, self.trained, self.graph = compute, trained, None
+    def __init__(self, compute: Callable, trained: list[torch.nn.Parameter], buffers: Iterable[Tensor] = ()):
+        self.compute, self.trained, self.buffers, self.graph = compute, trained, list(buffers), None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The logits and the loss of a batch, valid until the next call; the parameters have its gradients.
@@ -44,12 +45,14 @@ class CapturedStep:
 
     def _capture(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images.clone(), labels.clone()
-        stream = torch.cuda.Stream()
+        before, stream = [t.clone() for t in self.buffers], torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self.compute(self.images, self.labels)
         torch.cuda.current_stream().wait_stream(stream)
+        for t, value in zip(self.buffers, before):
+            t.copy_(value)
         for p in self.trained:
             p.grad = None  # so that the capture writes gradients rather than adding to those of the warm-up
         graph = torch.cuda.CUDAGraph()

@@ -227,7 +227,7 @@ def fit(
     )
     gradients = functools.partial(_gradients, run, progress)
     if s.cuda_graph:
-        gradients = CapturedStep(gradients, methods.trainable_parameters(progress.model))
+        gradients = CapturedStep(gradients, methods.trainable_parameters(progress.model), progress.model.buffers())
     with bar(run.show, batches.total * s.batch_size, "training", "img", progress.step * s.batch_size) as shown:
         parts = iter(loader)
         began, printed = time.perf_counter(), 0.0
