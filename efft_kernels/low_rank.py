@@ -196,12 +196,10 @@ class Group(nn.Module):
         Autocast has no effect, so that a merge is not rounded to its dtype. A ValueError refuses sharded factors.
         """
         refuse_sharded(self, "an update")
-        training = self.training
-        try:
-            with without_autocast(next(self.parameters()).device):
-                return self.eval().low_rank_pairs(backend, path)
-        finally:
-            self.train(training)
+        still = copy.copy(self)  # other threads may train with this one meanwhile
+        still.training = False
+        with without_autocast(next(self.parameters()).device):
+            return still.low_rank_pairs(backend, path)
 
 
 def stack(groups: list[Group]) -> Group:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import efft_kernels as ek
 from efft_kernels.analysis import cost, subspace_map, subspace_similarity, updates
+from efft_kernels.low_rank import Group
 
 
 def formula(a, b, i, j):
@@ -102,6 +103,14 @@ def test_updates_are_what_merging_adds(name):
             down, up = found[path, part]
             torch.testing.assert_close(down @ up, columns, rtol=0, atol=1e-12)
             assert not down.requires_grad
+
+
+def test_updates_leave_the_mode_of_the_groups_to_other_threads(monkeypatch):
+    model, seen, pairs = ek.inject(vit(), ek.EFFTConfig(factor_dropout=0.5)).train(), [], Group.low_rank_pairs
+    drops = lambda: seen.extend(group.drops for group in model.efft.groups())
+    monkeypatch.setattr(Group, "low_rank_pairs", lambda *given: drops() or pairs(*given))
+    updates(model)
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
