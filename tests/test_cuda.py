@@ -276,6 +276,7 @@ def test_calls_that_are_not_bound(simulated):
     # a view of complex numbers may have to be negated when it is read
     half = torch.randn(24, 40, dtype=torch.complex32).conj().imag
     assert cuda.bind_lowrank_linear(half, *(t.half() for t in (weight, weight[:, 0], down, up))) is None
+    assert not cuda._plain(half[0].unsqueeze(-1)) and cuda._plain(torch.randn(40, 1), None)
     with pytest.raises(RuntimeError, match="x must have one step from row to row"):
         cuda._ops().lowrank_linear(x.view(6, 4, 40).transpose(0, 1), weight, None, down, up, False, False, 64)
     with pytest.raises(RuntimeError, match="x must have 24 rows of 40, got 12 of 40"):
