@@ -371,16 +371,18 @@ def adapter_parameter_groups(model: nn.Module, lr: float, ratio: float = 16.0) -
         ratio: of the learning rate of the factors that start at zero (V or U of EFFT, V of FacT, B of LoRA) to ``lr``.
 
     Raises:
-        ValueError: a model without adapters, or a rate or ratio that is not a finite number above 0.
+        ValueError: a model without adapters, or a rate, a ratio or their product that is not a finite number above 0.
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if not 0 < (fast := float(lr) * float(ratio)) < float("inf"):
+        raise ValueError(f"lr * ratio must be a finite number above 0, got {lr!r} * {ratio!r} = {fast}")
     late = starting_at_zero(model)
     ids = {id(p) for p in late}
     others = [p for p in adapter_parameters(model) if id(p) not in ids]
     late = [p for p in late if p.requires_grad]
-    return [{"params": others, "lr": float(lr)}, {"params": late, "lr": float(lr * ratio)}]
+    return [{"params": others, "lr": float(lr)}, {"params": late, "lr": fast}]
 
 
 def starting_at_zero(model: nn.Module) -> list[nn.Parameter]:

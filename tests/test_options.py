@@ -182,7 +182,7 @@ def test_two_learning_rates(method):
     optimizer.step()
     for p, old, grad in zip(together, before, grads):
         torch.testing.assert_close(p.detach(), old - (8e-3 if id(p) in zero else 1e-3) * grad)
-    for options in ({"lr": 0}, {"lr": 1e-3, "ratio": float("inf")}):
+    for options in ({"lr": 0}, {"lr": 1e-3, "ratio": float("inf")}, {"lr": 1e200, "ratio": 1e200}):
         with pytest.raises(ValueError, match="must be a finite number above 0"):
             ek.adapter_parameter_groups(model, **options)
 
