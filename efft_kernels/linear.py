@@ -23,7 +23,7 @@ class EFFTLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         rank: of the adapter, an int or a pair (r1, r2); each from 1 to min(in_features, out_features / slices).
-        scale: factor of the update, finite.
+        scale: factor of the update, finite, within the range of float32 for all dtypes but float64.
         slices: S, the number of equal parts of the output, which share u and v and have one core each: 3 for a fused
             qkv. It divides out_features.
         factor_dropout: probability, in [0, 1), of dropping each entry of u, sigma and v while training, with a new mask
@@ -61,16 +61,16 @@ class EFFTLinear(nn.Linear):
         factor_dtype: torch.dtype = torch.float32,
     ):
         r1, r2 = _check(in_features, out_features, rank, slices, factor_dropout, zero_init)
-        scale = check_scale(scale)
         check_backend(backend)
         check_factor_dtype(factor_dtype)
         check_factor_dtype(dtype or torch.get_default_dtype(), "dtype")
+        scale = check_scale(scale, dtype or torch.get_default_dtype())
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.scale, self.factor_dropout, self.zero_init, self.backend = scale, float(factor_dropout), zero_init, backend
-        self._make_factors((r1, r2), slices, self.weight.device, beside(self.weight.dtype, factor_dtype))
+        self._make_factors((r1, r2), int(slices), self.weight.device, beside(self.weight.dtype, factor_dtype))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "EFFTLinear":
@@ -214,16 +214,20 @@ def _nothing(module: nn.Module, args: tuple) -> None:
     pass
 
 
+def _is_int(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check(in_features, out_features, rank, slices, factor_dropout, zero_init) -> tuple[int, int]:
     """(r1, r2), or a ValueError that names the argument"""
     for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(features, Integral) or features < 1:
+        if not _is_int(features) or features < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {features!r}")
-    if type(slices) is not int or slices < 1 or out_features % slices:
+    if not _is_int(slices) or slices < 1 or out_features % slices:
         raise ValueError(f"slices must be a positive divisor of out_features={out_features}, got {slices!r}")
     ranks = rank if isinstance(rank, tuple) else (rank, rank)
     largest = min(in_features, out_features // slices)
-    numbers = all(isinstance(r, Integral) and not isinstance(r, bool) and 1 <= r <= largest for r in ranks)
+    numbers = all(_is_int(r) and 1 <= r <= largest for r in ranks)
     if len(ranks) != 2 or not numbers:
         raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
     if not (isinstance(factor_dropout, Real) and 0 <= factor_dropout < 1):

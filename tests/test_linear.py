@@ -121,10 +121,11 @@ def make_like(layer):
         (dict(rank=13), "rank must be an int or a pair of ints from 1 to 12, got 13"),
         *((dict(rank=rank), "rank must be") for rank in ((2, 3, 4), 2.0, True)),
         (dict(slices=5), "slices must be a positive divisor of out_features=36, got 5"),
-        (dict(slices=0), "slices must be"), (dict(backend="fast"), "backend must be one of"),
+        *((dict(slices=slices), "slices must be") for slices in (0, True)),
+        (dict(backend="fast"), "backend must be one of"),
         (dict(factor_dropout=1.0), r"factor_dropout must be a number in \[0, 1\), got 1.0"),
         (dict(factor_dropout="a"), r"factor_dropout must be a number in \[0, 1\), got 'a'"),
-        (dict(scale=float("nan")), "scale must be finite, got nan"),
+        (dict(scale=float("nan")), "scale must be finite, got nan"), (dict(scale=1e39), "scale must be in the range"),
         (dict(zero_init="w"), "zero_init must be 'v' or 'u', got 'w'"),
     ],
     ids=str,
@@ -134,6 +135,7 @@ def test_refuses(options, message):
     refuses(ValueError, message, EFFTLinear, 24, 36, **dict(rank=4, slices=3) | options)
     refuses(ValueError, message, EFFTLinear.from_linear, linear, **dict(rank=4, slices=3) | options)
     assert linear.weight.requires_grad, "nothing is half-done after an error"
+    refuses(ValueError, "in_features must be an int of at least 1, got True", EFFTLinear, True, 36)
 
 
 def test_from_linear_refuses_what_is_not_a_plain_linear():
@@ -204,7 +206,7 @@ def test_compile(backend, mode):
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_numpy_scalars_compile(kind):
     torch._dynamo.reset()
-    layer, x = make(scale=kind(2), factor_dropout=kind(0.5)), torch.randn(5, 24)
+    layer, x = make(scale=kind(2), slices=np.int64(3), factor_dropout=kind(0.5)), torch.randn(5, 24)
     assert layer.eval().extra_repr().endswith("scale=2.0, slices=3")
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))

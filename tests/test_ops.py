@@ -93,6 +93,17 @@ def test_a_few_rows_under_compiled_autograd():
     torch.testing.assert_close([t.grad for t in given if t.requires_grad], list(want))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_backward_of_a_few_rows_within_autocast(dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "for_few_rows", lambda *_: "torch")
+    given = [torch.randn(s).to(dtype).requires_grad_(s != (5, 6)) for s in ((2, 6), (5, 6), (6, 2), (2, 4), (4, 5))]
+    y = efft_linear(*given[:2], None, *given[2:])
+    grads = lambda: torch.autograd.grad(y, [given[0], *given[2:]], torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = grads()
+    assert all(map(torch.equal, got, grads()))
+
+
 def test_slices_side_by_side_are_a_view(backend):
     up = group_update(torch.randn(3, 4, 5), torch.randn(5, 8), backend=backend)
     assert up.transpose(0, 1).flatten(1).data_ptr() == up.data_ptr()
@@ -443,6 +454,7 @@ def test_backward_operators_refuse(backend):
         (dict(scale=torch.tensor(2.0)), TypeError, "scale must be a number, got Tensor; for a trained scale multiply"),
         (dict(scale="1"), TypeError, "scale must be a number, got str"),
         (dict(scale=10**400), ValueError, "scale must be finite, got 1000"),
+        (dict(scale=-1e39), ValueError, r"scale must be in the range of float32, \+-3.403e\+38, for torch.float32"),
         (dict(scale=np.array(2.0)), TypeError, "scale must be a number, got ndarray"),
         (dict(scale=np.float16("inf")), ValueError, "scale must be finite, got inf"),
     ],
@@ -466,6 +478,9 @@ def test_a_number_of_another_kind_is_a_scale(backend, kind):
         torch.testing.assert_close(*(efft_linear(*given, s) for s in (scale, float(scale))))
         with pytest.raises(ValueError, match="scale must be finite, got -1000"):
             efft_linear(*given, -(10**5000))
+        with pytest.raises(ValueError, match="scale must be in the range of float32"):
+            efft_linear(*given, 1e39)
+        assert efft_linear(*(t if t is None else t.double() for t in given), 1e39).isfinite().all()
 
 
 def test_efft_linear_refuses(backend):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.memory import check_memory
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def check_tensors(**tensors) -> None:
@@ -50,8 +51,11 @@ def check_product(name: str, like: Tensor, *sizes: int) -> None:
         raise ValueError(f"{name} must be of sizes that fit into memory, got {list(sizes)} in {like.dtype}")
 
 
-def check_scale(scale):
-    """Returns scale as a float: torch.compile would treat a numpy scalar as a tensor, and C++ takes no large int"""
+def check_scale(scale, dtype: torch.dtype = torch.float64):
+    """Returns scale as a float: torch.compile would treat a numpy scalar as a tensor, and C++ takes no large int
+
+    dtype: of what it scales; all but float64 are multiplied in float32.
+    """
     if type(scale) not in (float, torch.SymInt, torch.SymFloat):
         if not isinstance(scale, numbers.Real):
             hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
@@ -63,6 +67,8 @@ def check_scale(scale):
     if not abs(scale) <= sys.float_info.max:  # an int can be larger than any float
         text = str(scale)
         raise ValueError(f"scale must be finite, got {text if len(text) <= 40 else f'{text[:40]}...'}")
+    if dtype is not torch.float64 and not abs(scale) <= FLOAT32_MAX:
+        raise ValueError(f"scale must be in the range of float32, +-{FLOAT32_MAX:.4g}, for {dtype}, got {scale}")
     return scale
 
 

@@ -45,7 +45,7 @@ def efft_linear(
     Args:
         x, weight, bias: as in :func:`lowrank_linear`.
         u: [K, P], sigma: [P, Q] or [S, P, Q], v: [Q, N]; with the dtype and device of x.
-        scale: a finite number.
+        scale: a finite number, within the range of float32 for all dtypes but float64.
         backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
 
     Returns:

@@ -5,17 +5,19 @@ time, so both are one node of autograd; of the kernels, forward and backward are
 arguments. Each pass is computed by what is faster for it: both keep the same p and q.
 """
 
-import sys
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from ..kernels import FewRows, reference
-from .checks import FLOATS
-from .dispatch import candidates, default_backend, direct_outside_autocast, once, records
+from ..precision import without_autocast
+from .checks import FLOAT32_MAX, FLOATS
+from .dispatch import any_autocast, candidates, default_backend, direct_outside_autocast, once, records
 
 _MOST = 16
 _CPU = torch.device("cpu")
+_NOTHING = nullcontext()
 
 
 def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
@@ -30,7 +32,7 @@ def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
         return None
     if (
         type(scale) not in (int, float)
-        or not abs(scale) <= sys.float_info.max
+        or not abs(scale) <= FLOAT32_MAX
         or not x.dim()
         or not 0 < x.numel() <= _MOST * x.shape[-1]
     ):
@@ -87,6 +89,7 @@ class _FewRows(torch.autograd.Function):
         _, _, need_x, _, _, *needs, _ = ctx.needs_input_grad
         needs = need_x, *needs
         kernels = reference if torch.compiler.is_dynamo_compiling() else ctx.kernels  # compiled autograd traces no C++
-        grads = iter(kernels.few_rows_backward(dy, *ctx.saved_tensors, ctx.scale, needs))
+        with without_autocast(dy.device) if any_autocast() else _NOTHING:
+            grads = iter(kernels.few_rows_backward(dy, *ctx.saved_tensors, ctx.scale, needs))
         dx, du, dsigma, dv = (next(grads) if need else None for need in needs)
         return None, None, dx, None, None, du, dsigma, dv, None

@@ -15,7 +15,7 @@ def _check(sigma, v, scale) -> None:
     check_product("sigma", sigma, *sigma.shape)
     check_product("v", v, *v.shape)
     check_product("sigma and v", v, *sigma.shape[:2], v.shape[1])
-    check_scale(scale)
+    check_scale(scale, sigma.dtype)
 
 
 def _check_backward(dup, sigma, v, scale, needs) -> None:
@@ -100,7 +100,7 @@ def group_update(
     Args:
         sigma: the cores, [S, P, Q]; float32, bfloat16, float16 or float64, any strides.
         v: [Q, N], with the dtype and device of sigma.
-        scale: a finite number.
+        scale: a finite number, within the range of float32 for all dtypes but float64.
         backend: a name from :func:`backends`, or None for the fastest that is proven for these inputs.
 
     Returns:
