@@ -35,7 +35,8 @@ def merge(model: nn.Module, *, keep_weights: bool = True, dequantize: bool = Fal
     Args:
         model: an injected model.
         keep_weights: keep a copy of the weights that change, for :func:`unmerge`. False saves that memory: the merge
-            cannot be undone, and the model is a plain one, which may be injected again.
+            cannot be undone, and the model is a plain one, which may be injected again. An interruption meanwhile
+            (Ctrl-C) may leave some weights merged if all are float32 or wider: of others a copy is made for a while.
         dequantize: replace an adapted Linear that is quantized, parametrized or weight-normed by a plain one with the
             dense weight. Without it such Linears are refused.
 

@@ -10,9 +10,9 @@ and q, with K and N of the product at hand: in a backward they change places, an
 
 A backward returns the list of the gradients that were asked for, in the order of ``needs``, and computes no others.
 All floating-point tensors of one call have one dtype and one device. Any strides are accepted everywhere: fc2 passes
-``down = v.T``, a fused qkv passes a slice of a wider ``up``. Sums run in float32 (float64 for float64), are split
-by shape alone and reduced in a fixed order, without atomics, so two runs are bit-equal, on a CPU with any number of
-threads. They are rounded once, to the dtype of the inputs.
+``down = v.T``, a fused qkv passes a slice of a wider ``up``. Sums run in float32 (float64 for float64), are split by
+shape alone and reduced in a fixed order, without atomics, so two runs are bit-equal, on a CPU with any number of threads.
+They are rounded once, to the dtype of the inputs. Of that ``reference``, whose products are torch's, promises nothing.
 
 Backends know nothing of methods, models or modules, and import torch only. Their arguments were checked (ops/).
 """

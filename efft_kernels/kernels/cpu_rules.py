@@ -148,8 +148,6 @@ def way_of_few_rows(isa: str, x: Tensor, weight: Tensor, backward: bool) -> str 
     if rules is _intel_avx512:
         always, most = _FEW_ROWS_INTEL_F16[backward] if x.dtype == torch.float16 else (rows, 0)
         return "kernel" if rows <= always or rows * entries <= most else "torch"
-    # not measured: the kernel is taken only where reading the weight, or the host, is most of the time. elsewhere plain
-    # torch goes from left to right, which is less work than forming sigma v, but on AMD, where that has a fast kernel
-    if rows * entries < (1 << 20 if x.itemsize == 2 else 1 << 19) or (rows <= 2 and x.itemsize > 2):
-        return "kernel"
+    # not measured: plain torch goes from left to right, which is less work than forming sigma v, but on AMD, where that
+    # has a fast kernel
     return None if rules is _amd_avx512 else "torch"

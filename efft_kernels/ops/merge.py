@@ -59,7 +59,7 @@ def merge_(
     *,
     backend: str | None = None,
 ) -> None:
-    """weight += (down @ up).T, in place, for all of them in one launch and without a dense update tensor.
+    """weight += (down @ up).T, in place, for all of them in one call and without a dense update tensor.
 
     Sums run in float32 (float64 for float64) and are rounded once to the dtype of the weight. A bfloat16 or float16
     weight cannot hold most of a small update: where that matters, merge into float32.
