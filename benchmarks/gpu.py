@@ -185,7 +185,7 @@ def simulate() -> None:
     from efft_kernels.kernels import cuda
 
     torch.ops.load_library(str(simulator.built()))
-    cuda._ops = lambda: torch.ops.efft_cuda_sim
+    cuda.load = lambda: torch.ops.efft_cuda_sim
     cuda.unavailable, cuda._unsupported_device = lambda: None, lambda device: None
     few = [cuda.KernelPlan(True, False, 64), cuda.KernelPlan(False, True, 128), cuda.KernelPlan(True, True, 192)]
     cuda.plans = lambda arch, R: few  # each takes seconds there

@@ -1,5 +1,6 @@
 """The Linear of an injected model."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -130,16 +131,20 @@ def adapted_class(linear: nn.Linear, kind: type[AdaptedLinear] = AdaptedLinear) 
 def _adapted(base: type, kind: type[AdaptedLinear]) -> type[AdaptedLinear]:
     if base is nn.Linear:
         return kind
+    named = {"base": base, "__reduce_ex__": made_again(_adapted, base, kind)}
+    return type(f"Adapted{base.__name__}", (kind, base), named)
+
+
+def made_again(make: Callable[..., type], *given: type) -> Callable:
+    """The __reduce_ex__ of the class make(*given), which pickle cannot find by name: a copy makes the class again"""
 
     def __reduce_ex__(self, protocol):
-        # pickle cannot find such a class by name, so a copy or a pickle makes it again from the base
-        _, _, *state = super(cls, self).__reduce_ex__(protocol)
-        return _bare, (base, kind), *state
+        _, _, *state = super(make(*given), self).__reduce_ex__(protocol)
+        return _bare, (make, *given), *state
 
-    cls = type(f"Adapted{base.__name__}", (kind, base), {"base": base, "__reduce_ex__": __reduce_ex__})
-    return cls
+    return __reduce_ex__
 
 
-def _bare(base: type, kind: type[AdaptedLinear]) -> AdaptedLinear:
-    cls = _adapted(base, kind)
+def _bare(make: Callable[..., type], *given: type) -> nn.Module:
+    cls = make(*given)
     return cls.__new__(cls)

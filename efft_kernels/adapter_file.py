@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from . import frozen_weights
 from .base_linears import is_parametrized_class
 from .configs import MethodConfig
+from .kernels import FLOATS
 from .layouts import classifiers_of, head_state, heads_of, input_size
 from .preparation import Preparation
-from .tensor_file import FLOATS, read_tensors, write_tensors
+from .tensor_file import read_tensors, write_tensors
 from .wrappers import whole
 
 _FORMAT = "efft_kernels adapter "  # and its number

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .adapted_linear import made_again
 from .attention import CallingAttention, projections
 from .wrappers import module_at
 
@@ -100,16 +101,5 @@ def _calling(base: type) -> type:
         with _Caller([linear for linear in linears if hasattr(linear, "add_to")]):  # AdaptedLinear, and PEFT's layer
             return base.forward(self, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
-        # pickle cannot find such a class by name, so a copy or a pickle makes it again from the base
-        _, _, *state = super(cls, self).__reduce_ex__(protocol)
-        return _bare, (base,), *state
-
-    cls = type(f"Calling{base.__name__}", (base,), {"forward": forward, "efft_base": base})
-    cls.__reduce_ex__ = __reduce_ex__
-    return cls
-
-
-def _bare(base: type) -> nn.Module:
-    cls = _calling(base)
-    return cls.__new__(cls)
+    named = {"forward": forward, "efft_base": base, "__reduce_ex__": made_again(_calling, base)}
+    return type(f"Calling{base.__name__}", (base,), named)

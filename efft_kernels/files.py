@@ -28,12 +28,13 @@ from .inject import (
     mount,
     trained_modules,
 )
+from .kernels import FLOATS
 from .layouts import classes_of, classifiers_of, head_state, heads_of
 from .ops import check_backend
 from .passes import Adapters
 from .plans import Plan, plan, plan_of_file
 from .preparation import Preparation
-from .tensor_file import FLOATS, check_path
+from .tensor_file import check_path
 from .wrappers import before_parallel, on_unwrapped, outermost, unwrapped, whole
 
 

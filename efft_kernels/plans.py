@@ -133,10 +133,10 @@ def _check_linear(model: nn.Module, path: str, module: nn.Linear) -> None:
         )
 
 
-def patterns(paths: Iterable[str], most: int = 3) -> str:
+def patterns(paths: Iterable[str]) -> str:
     """These paths in short: blocks.*.attn.q for those of all blocks."""
     found = dict.fromkeys(map(_pattern, paths))
-    return ", ".join(list(found)[:most]) + ", ..." * (len(found) > most)
+    return ", ".join(list(found)[:3]) + ", ..." * (len(found) > 3)
 
 
 def _pattern(path: str) -> str:

@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .kernels import FLOATS
+
 LOW = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, *LOW, torch.float64)
 
 
 def check_factor_dtype(dtype: torch.dtype, name: str = "factor_dtype") -> None:
     """Raise TypeError for anything but a floating-point dtype that factors can have."""
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"{name} must be torch.float32, bfloat16, float16 or float64, got {dtype!r}")
 
 

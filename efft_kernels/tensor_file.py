@@ -14,7 +14,6 @@ from .hub import local_file
 from .storage import read_regular, write_bytes
 
 _DIGEST = "digest"  # metadata: SHA-256 of everything else in the file
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_path(path: object) -> None:

@@ -42,7 +42,7 @@ def test_csrc_cuda_is_compiled_at_first_use_for_the_gpu_at_hand(toolkit, tmp_pat
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     assert cuda.unavailable() is None and not (tmp_path / "calls").exists()  # asking compiles nothing
     with caplog.at_level(logging.WARNING, "efft_kernels"):
-        assert cuda._ops() is torch.ops.efft_cuda
+        assert cuda.load() is torch.ops.efft_cuda
     (line,) = [record.getMessage() for record in caplog.records]
     assert "compiling the CUDA kernels for Some GPU (sm_90a; about" in line and str(tmp_path / "cache") in line
     calls = (tmp_path / "calls").read_text().splitlines()

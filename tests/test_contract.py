@@ -123,7 +123,7 @@ def cuda_ways():
         def set_up(request, monkeypatch, device=device, plan=plan):
             if device == "cpu":
                 kernels = simulator.loaded()
-                monkeypatch.setattr(cuda, "_ops", lambda: kernels.ops)
+                monkeypatch.setattr(cuda, "load", lambda: kernels.ops)
                 kernels.mode(False, False)
             monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: plan)
 

@@ -36,7 +36,7 @@ def built() -> Simulated:
 @pytest.fixture
 def simulated(built, monkeypatch) -> Simulated:
     """The backend module with the simulator's operators."""
-    monkeypatch.setattr(cuda, "_ops", lambda: built.ops)
+    monkeypatch.setattr(cuda, "load", lambda: built.ops)
     built.mode(False, False)
     return built
 
@@ -201,7 +201,7 @@ def make_passes(M, K, N, R, dtype, device="cpu"):
     *((300, 192, N, R) for R in (1, 2, 5, 8, 11, 16, 20, 29, 32) for N in (128, 520)),
 )
 def test_hopper_passes(shape, dtype, hopper_device):
-    check_passes(cuda._ops(), *make_passes(*shape, dtype, hopper_device))
+    check_passes(cuda.load(), *make_passes(*shape, dtype, hopper_device))
 
 
 @pytest.mark.parametrize("shape", [(900, 384, 128, 16), (700, 136, 72, 24), (900, 768, 200, 14), (260, 2304, 768, 16)])
@@ -213,13 +213,13 @@ def test_hopper_passes_in_any_order(shape, hopper_device, request):
     for mode in ORDERS:
         if hopper_device == "cpu":
             request.getfixturevalue("simulated").mode(*mode)
-        runs.append(cuda._ops().lowrank_linear_backward(dy, x, None, x[:1].t().expand(-1, R), up, p, False, True, 128))
+        runs.append(cuda.load().lowrank_linear_backward(dy, x, None, x[:1].t().expand(-1, R), up, p, False, True, 128))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
 
 
 def test_hopper_passes_with_any_strides(hopper_device):
     """Strided rows of dy and x are aligned to 16 bytes; up and p are copied where they are not."""
-    ops, at = cuda._ops(), (torch.bfloat16, hopper_device)
+    ops, at = cuda.load(), (torch.bfloat16, hopper_device)
     dy, x, up, p = make_passes(300, 136, 200, 12, *at)
     check_passes(ops, wider(dy, 8, 16), wider(x, 16, 8), wider(up, 1, 9), wider(p, 3, 2))
     check_passes(ops, dy, x, up.t().contiguous().t(), p.t().contiguous().t())
@@ -278,9 +278,9 @@ def test_calls_that_are_not_bound(simulated):
     assert cuda.bind_lowrank_linear(half, *(t.half() for t in (weight, weight[:, 0], down, up))) is None
     assert not cuda._plain(half[0].unsqueeze(-1)) and cuda._plain(torch.randn(40, 1), None)
     with pytest.raises(RuntimeError, match="x must have one step from row to row"):
-        cuda._ops().lowrank_linear(x.view(6, 4, 40).transpose(0, 1), weight, None, down, up, False, False, 64)
+        cuda.load().lowrank_linear(x.view(6, 4, 40).transpose(0, 1), weight, None, down, up, False, False, 64)
     with pytest.raises(RuntimeError, match="x must have 24 rows of 40, got 12 of 40"):
-        cuda._ops().lowrank_linear_backward(dy, x[:12], weight, down, up, None, False, False, 64)
+        cuda.load().lowrank_linear_backward(dy, x[:12], weight, down, up, None, False, False, 64)
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -432,14 +432,14 @@ CHECKS = {
 @pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()))
 @faulty_kernels(None)
 def test_no_fault_is_seen_where_there_is_none(check, faulty, monkeypatch):
-    monkeypatch.setattr(cuda, "_ops", lambda: faulty.ops)
+    monkeypatch.setattr(cuda, "load", lambda: faulty.ops)
     check(faulty, monkeypatch)
 
 
 @faulty_kernels(*faults.PLANTED, *faults.CONSTANT)
 def test_a_planted_fault_is_seen(faulty, request, monkeypatch):
     file, *_ = (faults.PLANTED | faults.CONSTANT)[request.node.callspec.params["faulty"]]
-    monkeypatch.setattr(cuda, "_ops", lambda: faulty.ops)
+    monkeypatch.setattr(cuda, "load", lambda: faulty.ops)
     says = "could not be launched: block"  # as the simulator ends a launch
     with pytest.raises((AssertionError, RuntimeError)) as error:
         CHECKS[file](faulty, monkeypatch)

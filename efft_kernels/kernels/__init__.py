@@ -11,8 +11,8 @@ and q, with K and N of the product at hand: in a backward they change places, an
 A backward returns the list of the gradients that were asked for, in the order of ``needs``, and computes no others.
 All floating-point tensors of one call have one dtype and one device. Any strides are accepted everywhere: fc2 passes
 ``down = v.T``, a fused qkv passes a slice of a wider ``up``. Sums run in float32 (float64 for float64), are split by
-shape alone and reduced in a fixed order, without atomics, so two runs are bit-equal, on a CPU with any number of threads.
-They are rounded once, to the dtype of the inputs. Of that ``reference``, whose products are torch's, promises nothing.
+shape alone and reduced in a fixed order, without atomics, so two runs are bit-equal, on a CPU with any number of
+threads. They are rounded once, to the dtype of the inputs. In ``reference`` all that is as torch's products have it.
 
 Backends know nothing of methods, models or modules, and import torch only. Their arguments were checked (ops/).
 """
@@ -22,6 +22,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what the operators and factors may be of
 
 # call -> what computes it: the backend that ops/ chose for it, or a function bound to that backend. A backend empties
 # it when something changes that `unsupported` or `slower` depend on besides their arguments, such as a table of

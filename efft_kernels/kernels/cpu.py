@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build, cpu_rules, decisions
+from . import FLOATS, build, cpu_rules, decisions
 from .memory import check_memory
 from .tuning import table
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OVERWRITES_X = True  # see kernels.overwriting
 
 
@@ -65,7 +64,7 @@ def unavailable() -> str | None:
 
 def unsupported(op: str, *tensors: Tensor | None) -> str | None:
     for t in tensors[:-1] if op.startswith("mixed") else tensors:  # all but the ids
-        if t is not None and not (t.is_cpu and t.dtype in _FLOATS and t.layout == torch.strided):
+        if t is not None and not (t.is_cpu and t.dtype in FLOATS and t.layout == torch.strided):
             return f"it takes strided float tensors on the CPU, got {t.dtype} {t.layout} on {t.device}"
     return None
 

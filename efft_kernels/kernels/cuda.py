@@ -80,10 +80,6 @@ def load():
     return found
 
 
-def _ops():
-    return load()
-
-
 @functools.cache
 def sources() -> str:
     """The digest of the sources that the library was compiled from."""
@@ -299,19 +295,19 @@ def _cdiv(a: int, b: int) -> int:
 @checked(addresses=True)
 def group_update(sigma, v, scale):
     """up[s] = scale * sigma[s] @ v"""
-    return _ops().group_update(sigma, v, scale).transpose(0, 1)
+    return load().group_update(sigma, v, scale).transpose(0, 1)
 
 
 @checked(addresses=True)
 def group_update_backward(dup, sigma, v, scale, needs):
     """dsigma[s] = scale * dup[s] @ v.T;  dv = sum_s scale * sigma[s].T @ dup[s]"""
-    return _ops().group_update_backward(dup, sigma, v, scale, *needs)
+    return load().group_update_backward(dup, sigma, v, scale, *needs)
 
 
 @checked(addresses=True)
 def lowrank_linear(x, weight, bias, down, up):
     """p = x @ down;  y = x @ weight.T + bias + p @ up"""
-    return _ops().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
+    return load().lowrank_linear(x, weight, bias, down, up, *_plan(table.LINEAR, x, weight, up.shape[0]))
 
 
 def bind_lowrank_linear(
@@ -327,7 +323,7 @@ def bind_lowrank_linear(
     if rows is None or (plan is None and table.overridden("cuda")) or not _plain(x, weight, bias, down, up):
         return None
     plan = plan or _plan(table.LINEAR, rows, weight, up.shape[0])
-    operator = _ops().lowrank_linear.default
+    operator = load().lowrank_linear.default
     return lambda x, weight, bias, down, up: operator(x, weight, bias, down, up, *plan)
 
 
@@ -351,7 +347,7 @@ def bind_lowrank_linear_backward(
     if rows is None or (need_down and _rows(x) is None) or not _plain(dy, x, weight, down, up, p):
         return None
     plan = plan or _plan(table.BACKWARD, rows, weight, up.shape[0], needs)
-    operator = _ops().lowrank_linear_backward.default
+    operator = load().lowrank_linear_backward.default
 
     def backward(dy, x, weight, down, up, p, needs):
         return operator(
@@ -383,7 +379,7 @@ def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
     need_x, need_weight, need_bias, need_down, need_up = needs
     plan = _plan(table.BACKWARD, dy, weight, up.shape[0], needs)
     low = [x if need_down else None, weight if need_x else None, down, up, p if need_up else None]
-    fused = iter(_ops().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
+    fused = iter(load().lowrank_linear_backward(dy, *low, *plan) if need_x or need_down or need_up else ())
     grads = [next(fused)] if need_x else []
     # these two have no low-rank part, and only a trained weight or bias needs them
     if need_weight:
@@ -397,4 +393,4 @@ def lowrank_linear_backward(dy, x, weight, down, up, p, needs):
 def merge_(weights, downs, ups):
     """weight += (down @ up).T, in place; the sum is formed in float32 and rounded once"""
     if weights:
-        _ops().merge_(weights, downs, ups)
+        load().merge_(weights, downs, ups)

@@ -7,9 +7,9 @@ import sys
 import torch
 from torch import Tensor
 
+from ..kernels import FLOATS
 from ..kernels.memory import check_memory
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 

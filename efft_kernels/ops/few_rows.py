@@ -10,9 +10,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..kernels import FewRows, reference
+from ..kernels import FLOATS, FewRows, reference
 from ..precision import without_autocast
-from .checks import FLOAT32_MAX, FLOATS
+from .checks import FLOAT32_MAX
 from .dispatch import any_autocast, candidates, default_backend, direct_outside_autocast, once, records
 
 _MOST = 16

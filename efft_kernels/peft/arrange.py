@@ -8,9 +8,9 @@ from torch import nn
 
 from ..configs import ATTENTION, EFFTConfig, GroupSpec, Part, Site, Slot, fitting_rank, scaled_rank
 from ..groups import EFFTGroup
+from ..kernels import FLOATS
 from ..layouts import check_called, find_sites
 from .config import EFFTPeftConfig
-from .fused import FLOATS
 
 _FUSED = ("qkv", "Wqkv", "c_attn", "query_key_value", "qkv_proj")
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..kernels import FLOATS
 from ..ops import lowrank_linear
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def add_update(

@@ -9,9 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base_linears import computes_in
 from ..groups import EFFTGroup
+from ..kernels import FLOATS
 from ..ops import merge_
 from ..passes import Adapters
-from .fused import FLOATS, add_update, is_plain
+from .fused import add_update, is_plain
 
 
 class Factors(Adapters):
