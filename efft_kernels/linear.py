@@ -214,20 +214,16 @@ def _nothing(module: nn.Module, args: tuple) -> None:
     pass
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _check(in_features, out_features, rank, slices, factor_dropout, zero_init) -> tuple[int, int]:
     """(r1, r2), or a ValueError that names the argument"""
     for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if not _is_int(features) or features < 1:
+        if isinstance(features, bool) or not isinstance(features, Integral) or features < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {features!r}")
-    if not _is_int(slices) or slices < 1 or out_features % slices:
+    if isinstance(slices, bool) or not isinstance(slices, Integral) or slices < 1 or out_features % slices:
         raise ValueError(f"slices must be a positive divisor of out_features={out_features}, got {slices!r}")
     ranks = rank if isinstance(rank, tuple) else (rank, rank)
     largest = min(in_features, out_features // slices)
-    numbers = all(_is_int(r) and 1 <= r <= largest for r in ranks)
+    numbers = all(isinstance(r, Integral) and not isinstance(r, bool) and 1 <= r <= largest for r in ranks)
     if len(ranks) != 2 or not numbers:
         raise ValueError(f"rank must be an int or a pair of ints from 1 to {largest}, got {rank!r}")
     if not (isinstance(factor_dropout, Real) and 0 <= factor_dropout < 1):

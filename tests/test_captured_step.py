@@ -95,7 +95,7 @@ def test_the_warm_up_leaves_the_statistics_of_a_batch_norm(monkeypatch):
     """With a capture that computes, and a replay that does not"""
     monkeypatch.setattr(torch, "cuda", MagicMock())
     norm = torch.nn.BatchNorm1d(4)
-    CapturedStep(lambda x, labels: (norm(x), labels), [], norm.buffers())(torch.randn(8, 4), torch.zeros(8))
+    CapturedStep(lambda x, y: (norm(x), y), [], norm.buffers())(torch.randn(8, 4), torch.zeros(8))
     assert norm.num_batches_tracked == 1
 
 

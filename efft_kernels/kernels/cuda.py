@@ -360,9 +360,7 @@ def bind_lowrank_linear_backward(
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether none is a view of complex numbers, whose values may have to be negated when they are read."""
     # such a view steps over the other part of each number; the stride of a dimension of size 1 is arbitrary
-    return all(
-        t is None or t.numel() == 0 or any(step == 1 < n for n, step in zip(t.shape, t.stride())) for t in tensors
-    )
+    return all(t is None or not t.numel() or any(s == 1 < n for n, s in zip(t.shape, t.stride())) for t in tensors)
 
 
 def _rows(t: Tensor) -> Tensor | None:

@@ -52,10 +52,7 @@ def check_product(name: str, like: Tensor, *sizes: int) -> None:
 
 
 def check_scale(scale, dtype: torch.dtype = torch.float64):
-    """Returns scale as a float: torch.compile would treat a numpy scalar as a tensor, and C++ takes no large int
-
-    dtype: of what it scales; all but float64 are multiplied in float32.
-    """
+    """Returns scale as a float: torch.compile would treat a numpy scalar as a tensor, and C++ takes no large int"""
     if type(scale) not in (float, torch.SymInt, torch.SymFloat):
         if not isinstance(scale, numbers.Real):
             hint = "; for a trained scale multiply sigma by it" if isinstance(scale, Tensor) else ""
@@ -67,6 +64,7 @@ def check_scale(scale, dtype: torch.dtype = torch.float64):
     if not abs(scale) <= sys.float_info.max:  # an int can be larger than any float
         text = str(scale)
         raise ValueError(f"scale must be finite, got {text if len(text) <= 40 else f'{text[:40]}...'}")
+    # what has another dtype is multiplied in float32
     if dtype is not torch.float64 and not abs(scale) <= FLOAT32_MAX:
         raise ValueError(f"scale must be in the range of float32, +-{FLOAT32_MAX:.4g}, for {dtype}, got {scale}")
     return scale

@@ -17,7 +17,6 @@ from .dispatch import any_autocast, candidates, default_backend, direct_outside_
 
 _MOST = 16
 _CPU = torch.device("cpu")
-_NOTHING = nullcontext()
 
 
 def take(x, weight, bias, u, sigma, v, scale, backend) -> Tensor | None:
@@ -89,7 +88,7 @@ class _FewRows(torch.autograd.Function):
         _, _, need_x, _, _, *needs, _ = ctx.needs_input_grad
         needs = need_x, *needs
         kernels = reference if torch.compiler.is_dynamo_compiling() else ctx.kernels  # compiled autograd traces no C++
-        with without_autocast(dy.device) if any_autocast() else _NOTHING:
+        with without_autocast(dy.device) if any_autocast() else nullcontext():
             grads = iter(kernels.few_rows_backward(dy, *ctx.saved_tensors, ctx.scale, needs))
         dx, du, dsigma, dv = (next(grads) if need else None for need in needs)
         return None, None, dx, None, None, du, dsigma, dv, None

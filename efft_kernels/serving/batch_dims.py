@@ -85,9 +85,8 @@ def batch_dim(dims: Mapping[str, int | None] | None, path: str, x: Tensor, batch
     # [B, L, K] is usual, whatever L is
     if dims is None and x.dim() > 2 and not x.shape[1] % batch and (x.shape[0] != batch or x.shape[1] == batch):
         warnings.warn(
-            f"{list(x.shape)} does not tell in which dimension a Linear has its {batch} samples, and neither did the "
-            "model's inputs, as integers cannot: the first is taken. Convert the inputs to floats before the model if "
-            "it is the second",
+            f"a Linear gets {list(x.shape)}, and nothing has shown which dimension has the {batch} samples, as inputs "
+            "of integers cannot: the first is taken",
             stacklevel=2,
         )
     return dim
