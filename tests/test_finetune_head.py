@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import timm
+from refusals import refuses
 
 timm()
 for package in ("accelerate", "torchmetrics", "jsonargparse", "tensorboard"):
@@ -36,11 +37,8 @@ def begun(data, out, **changes):
 
 def inputs(run) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """logits of all training images, and the inputs of the classifiers"""
-    seen, heads = {}, dict(classifiers_of(run.model))
-    hooks = [
-        head.register_forward_pre_hook(lambda module, args, path=path: seen.__setitem__(path, args[0]))
-        for path, head in heads.items()
-    ]
+    seen, hook = {}, lambda path: lambda module, args: seen.update({path: args[0]})
+    hooks = [head.register_forward_pre_hook(hook(path)) for path, head in classifiers_of(run.model)]
     pixels = torch.stack([run.data.train[i][0] for i in range(len(run.data.train))])
     with torch.no_grad():
         y = loop.logits(run.model.eval(), run.normalise(pixels))
@@ -86,8 +84,8 @@ def test_a_head_without_a_bias_or_without_a_linear(photos, tmp_path):
     run.model.head = torch.nn.Linear(head.in_features, 3, bias=False)
     assert head_init.probe_head(run, replace(head_init.RECIPE, epochs=40, lr=0.02)) > 60
     run.model.head = torch.nn.Identity()
-    with pytest.raises(ValueError, match="needs a head that ends in an nn.Linear, but that of VisionTransformer does"):
-        head_init.probe_head(run)
+    says = "needs a head that ends in an nn.Linear, but that of VisionTransformer does"
+    refuses(ValueError, says, head_init.probe_head, run)
 
 
 @pytest.mark.slow
@@ -164,5 +162,4 @@ def test_a_folder_of_an_earlier_version_had_the_defaults(photos, tmp_path):
     made = begun(photos, tmp_path, head_init="random").identity
     old = {name: value for name, value in made.items() if name != "head_init"}
     prepared.check_same(tmp_path, old, made)
-    with pytest.raises(ValueError, match="differs in head_init"):
-        prepared.check_same(tmp_path, old, made | {"head_init": "probe"})
+    refuses(ValueError, "differs in head_init", prepared.check_same, tmp_path, old, made | {"head_init": "probe"})

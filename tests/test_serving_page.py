@@ -61,19 +61,14 @@ def test_an_image_is_dropped_on_the_page(tmp_path, monkeypatch):
             options = f"--headless --no-sandbox --disable-gpu --virtual-time-budget=60000 --window-size={width},900"
             command = [CHROMIUM, "--dump-dom", *options.split(), f"--user-data-dir={tmp_path}/{width}"]
             shown = subprocess.run([*command, f"http://127.0.0.1:{port}"], capture_output=True, text=True, timeout=120)
-            check(json.loads(html.unescape(re.search("<title>(.*?)</title>", shown.stdout)[1])), answers, width)
-            answers.clear()
+            found = json.loads(html.unescape(re.search("<title>(.*?)</title>", shown.stdout)[1]))
+            assert [name for name, _ in found["cards"]] == ["Without an adapter", "adapter-0", "adapter-1"]
+            assert len(answers) == 3
+            for name, rows in found["cards"]:
+                scores = answers.pop(None if name == "Without an adapter" else name)["scores"]
+                labels = [one["label"] if name == "adapter-0" else f"class {one['index']}" for one in scores]
+                assert rows == [[label, f"{100 * one['score']:.1f} %"] for label, one in zip(labels, scores)]
+            assert found["width"] <= found["room"] and found["picture"] > 50 and found["below"] == (width < 720)
     finally:
         server.should_exit = True
         thread.join()
-
-
-def check(found, answers, width):
-    """What the page showed in a window of this width."""
-    assert [name for name, _ in found["cards"]] == ["Without an adapter", "adapter-0", "adapter-1"]
-    assert len(answers) == 3
-    for name, rows in found["cards"]:
-        scores = answers[None if name == "Without an adapter" else name]["scores"]
-        labels = [one["label"] if name == "adapter-0" else f"class {one['index']}" for one in scores]
-        assert rows == [[label, f"{100 * one['score']:.1f} %"] for label, one in zip(labels, scores)]
-    assert found["width"] <= found["room"] and found["picture"] > 50 and found["below"] == (width < 720)
