@@ -220,7 +220,6 @@ def test_forty_flipped_bits_in_a_state_are_noticed(halfway, tmp_path):
         (lambda s: [1], "not the state of the step in its name"),
         (lambda s: s | {"identity": s["identity"] | {"rank": 5}, "weights": {}}, "skipped: out must be a new folder"),
     ],
-    ids=["weights", "step", "history", "optimizer", "another", "keys", "list", "another run"],
 )
 def test_the_state_before_a_wrong_one_is_taken(change, says, halfway, photos, tmp_path, caplog):
     shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
@@ -663,7 +662,6 @@ def test_what_is_printed_at_the_end_can_be_pasted(photos, tmp_path, capsys, monk
         (PermissionError(errno.EACCES, "Permission denied", "secret/0.png"), cli.WRONG, "secret/0.png"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), cli.WRONG, "larger accumulate"),
     ],
-    ids=["ctrl-c", "permission", "memory"],
 )
 def test_what_happens_before_the_first_step_is_a_sentence(error, code, words, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepared, "read_images", Mock(side_effect=error))
