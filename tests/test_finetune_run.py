@@ -42,8 +42,6 @@ from efft_kernels.finetune.models import make_model
 from efft_kernels.finetune.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("undrawn_module")  # tests/test_finetune_commands.py has the figures
-FORK = multiprocessing.get_context("fork")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +80,7 @@ def whole(photos, tmp_path_factory):
 
 
 def forked(work):
-    process = FORK.Process(target=work)
+    process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
 
@@ -281,7 +279,7 @@ def test_a_folder_is_of_one_run_and_not_of_its_workers(tmp_path):
 
 
 COMMAND = [sys.executable, "-m", "efft_kernels.finetune.cli"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 FLAGS = (
     "--model test_vit --checkpoint random --image-size 32 --batch_size=8 --epochs 6 --lr 3e-3 --rank 4 --augment flip "
     "--drop_path 0.2 --save_every 2 --device cpu"
@@ -314,8 +312,7 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
 def test_sigterm_in_the_same_process(photos, whole, tmp_path, monkeypatch):
     at_call(loop, "one_step", 4, lambda *_: os.kill(os.getpid(), signal.SIGTERM), put=monkeypatch.setattr)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped after step 4 of 18"):
-        train(tiny(photos, tmp_path), progress=False)
+    refuses(Interrupted, "stopped after step 4 of 18", train, tiny(photos, tmp_path), progress=False)
     assert signal.getsignal(signal.SIGTERM) is before
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
@@ -361,12 +358,9 @@ def nearly(photos, tmp_path_factory):
     return out
 
 
-WRITTEN = ["state", "adapter", "curves", "predictions", "report", "metrics"]  # from there on, in this order
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("number", range(1, 7), ids=WRITTEN)
+@pytest.mark.parametrize("number", range(1, 7), ids="state adapter curves predictions report metrics".split())
 def test_a_failing_write(name, number, nearly, photos, whole, tmp_path, monkeypatch):
     """One of the last files cannot be written, and none that was written before is lost."""
     shutil.copytree(nearly, tmp_path, dirs_exist_ok=True)
