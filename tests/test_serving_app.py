@@ -69,23 +69,18 @@ def picture():
     return Image.fromarray(numpy.arange(40 * 30 * 3, dtype="uint8").reshape(30, 40, 3))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA"])
-def test_every_mode_becomes_rgb_on_white(picture, mode):
-    got = decode(saved(picture.convert(mode)), max_pixels=PIXELS)
-    assert got.mode == "RGB" and got.size == (40, 30)
-    if mode in ("RGB", "RGBA"):
-        assert got.tobytes() == picture.tobytes()
-    picture.putalpha(0)  # transparent parts are white
-    assert decode(saved(picture), max_pixels=PIXELS).getpixel((3, 3)) == (255, 255, 255)
-
-
-def test_cmyk_16_bits_of_colour_and_mpo(picture):
-    assert decode(saved(picture.convert("CMYK"), "JPEG"), max_pixels=PIXELS).mode == "RGB"
+def test_every_mode_16_bits_of_colour_and_mpo_become_rgb_on_white(picture):
+    for mode in ("RGB", "RGBA", "L", "1", "P", "LA", "CMYK"):
+        got = decode(saved(picture.convert(mode), "JPEG" if mode == "CMYK" else "PNG"), max_pixels=PIXELS)
+        assert got.mode == "RGB" and got.size == (40, 30)
+        assert "RGB" not in mode or got.tobytes() == picture.tobytes()
     deep = numpy.asarray(picture).astype(">u2") * 257
     file = load_test.png(40, 30, zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep)), bits=16)
     assert decode(file, max_pixels=PIXELS).tobytes() == picture.tobytes()
     first = decode(saved(picture, "MPO", save_all=True, append_images=[picture.rotate(90)]), max_pixels=PIXELS)
     assert first.size == (40, 30) and first.mode == "RGB"
+    picture.putalpha(0)  # transparent parts are white
+    assert decode(saved(picture), max_pixels=PIXELS).getpixel((3, 3)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -434,8 +429,7 @@ def test_help_names_every_setting(capsys):
 def served(tmp_path_factory):
     """(settings, pictures, expected answers) of a tiny model with three adapters."""
     timm()
-    folder = tmp_path_factory.mktemp("served")
-    settings = load_test.make_adapters(folder, [3, 4, 5])
+    settings = load_test.make_adapters(tmp_path_factory.mktemp("served"), [3, 4, 5])
     Path(settings.adapters, "adapter-0.labels.txt").write_text("ant\nbee\ncat\n")
     files = load_test.pictures(4)
     return settings, files, load_test.expected(settings, files)
@@ -522,12 +516,11 @@ def test_adapters_of_a_batch_that_exceed_the_budget_are_refused(served):
     settings, files, want = served
     largest = max(path.stat().st_size for path in Path(settings.adapters).glob("*.safetensors"))
     classifier = Classifier(settings.model_copy(update={"adapter_bytes": largest}))
-    names = ["adapter-0", "adapter-1", "adapter-0"]
-    images = [classifier.prepare(Upload(files[0], name, 100)) for name in names]
+    images = [classifier.prepare(Upload(files[0], f"adapter-{i}", 100)) for i in (0, 1, 0)]
     first, refused, last = classifier.classify(images)
     assert refused.status == 503 and "does not fit" in str(refused)
     for scores in (first, last):
-        assert load_test.is_right(classifier.answer(images[0], scores), names[0], want[0, names[0]])
+        assert load_test.is_right(classifier.answer(images[0], scores), "adapter-0", want[0, "adapter-0"])
 
 
 @pytest.mark.parametrize("busy, ends", [([], 0.7), ([(0.25, 0.45)], 0.9), ([(0, 99)], 2.0)], ids=str)
