@@ -498,7 +498,7 @@ def test_adapters_that_cannot_be_served_are_refused(served, own, caplog):
     assert not classifier.folder.in_use
     # in a batch they do not affect the others
     lost = [replace(image, upload=Upload(files[0], name, 5), key=f"{name}@1") for name in ("nobody", "broken")]
-    good = [classifier.prepare(Upload(files[0], name, 100)) for name in ("adapter-0", None, "adapter-1")]
+    good = [classifier.prepare(Upload(files[0], name, 100)) for name in ("adapter-0", None, "adapter-2")]
     found = classifier.classify(lost + good)
     assert [error.status for error in found[:2]] == [404, 422]
     for one, scores in zip(good, found[2:]):
@@ -509,7 +509,7 @@ def test_adapters_that_cannot_be_served_are_refused(served, own, caplog):
         classifier.bank.parameters(key)[0].fill_(float("nan"))
     bad, *others = classifier.classify(good)
     refused(422, classifier.answer, good[0], bad, says="'adapter-0' gives scores for this image that are not finite")
-    assert [classifier.answer(*each)["adapter"] for each in zip(good[1:], others)] == [None, "adapter-1"]
+    assert [classifier.answer(*each)["adapter"] for each in zip(good[1:], others)] == [None, "adapter-2"]
 
 
 def test_adapters_of_a_batch_that_exceed_the_budget_are_refused(served):
