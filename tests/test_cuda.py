@@ -11,6 +11,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, check_lowrank_linear
 from operands import LAYOUTS, make
+from refusals import refuses
 
 from efft_kernels.kernels import cuda, reference
 from efft_kernels.kernels.tuning import table
@@ -241,8 +242,7 @@ LEADING = {  # a tensor [rows, columns] as one with other leading dimensions, an
 @pytest.mark.parametrize("hopper", [True, False])
 def test_a_bound_call_takes_leading_dimensions(leading, hopper, hopper_device, monkeypatch):
     """The operators of the library on x [..., K] and dy [..., N] give what they give on their rows."""
-    x, weight, _, down, up, dy = make(24, 40, 64, 8, torch.bfloat16, hopper_device)
-    bias = torch.randn(64, device=hopper_device).bfloat16()
+    x, weight, bias, down, up, dy = make(24, 40, 64, 8, torch.bfloat16, hopper_device)
     hopper = hopper and leading != "one row for all"  # TMA reads no matrix whose rows overlap
     chosen = cuda.KernelPlan(False, hopper, 128)
     monkeypatch.setattr(cuda, "_plan", lambda *sizes, **more: chosen)
@@ -296,12 +296,11 @@ def test_freed_memory_is_refused_by_name(number, bound, simulated):
     given[number] = given[number].clone()
     given[number].untyped_storage().resize_(given[number].nbytes - 1)
     name = ("x", "weight", "bias", "down", "up")[number]
-    with pytest.raises(RuntimeError, match=f"{name} must have memory for all of its entries"):
-        forward(*given)
+    says = f"{name} must have memory for all of its entries"
+    refuses(RuntimeError, says, forward, *given)
     if name != "bias":
         x, weight, _, down, up = given
-        with pytest.raises(RuntimeError, match=f"{name} must have memory for all of its entries"):
-            backward(dy, x, weight, down, up, p, needs)
+        refuses(RuntimeError, says, backward, dy, x, weight, down, up, p, needs)
 
 
 def test_number_of_launches(simulated, monkeypatch):
@@ -525,9 +524,6 @@ def test_bad_arguments_of_the_operators(simulated):
         (good, (False, True, 96), "there are no tiles of 96 columns for hopper"),
         (good, (True, False, 192), "there are no tiles of 192 columns"),
     ):
-        with pytest.raises(RuntimeError, match=says):
-            ops.lowrank_linear(*given, *plan)
-    with pytest.raises(RuntimeError, match="the dtype must be bfloat16 or float16"):
-        ops.lowrank_p(x.float(), down.float())
-    with pytest.raises(RuntimeError, match="the lists must be of equal length"):
-        ops.merge_([weight], [], [])
+        refuses(RuntimeError, says, ops.lowrank_linear, *given, *plan)
+    refuses(RuntimeError, "the dtype must be bfloat16 or float16", ops.lowrank_p, x.float(), down.float())
+    refuses(RuntimeError, "the lists must be of equal length", ops.merge_, [weight], [], [])

@@ -14,13 +14,8 @@ import efft_kernels as ek
 from efft_kernels import dora
 
 
-def operands(dtype=torch.float64, N=6, K=10, R=3):
-    torch.manual_seed(0)
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((N, K), (K, R), (R, N), (N,))]
-
-
 def test_norms_are_float32_beside_bfloat16():
-    weight, down, up, magnitude = (t.detach() for t in operands(torch.bfloat16, 64, 96, 4))
+    weight, down, up, magnitude = (torch.randn(s).bfloat16() for s in ((64, 96), (96, 4), (4, 64), (64,)))
     exact = dora.gain(*(t.double() for t in (weight, down, up, magnitude)))
     with torch.autocast("cpu", torch.bfloat16):
         got = dora.gain(weight, down, up, magnitude.float())
@@ -97,9 +92,10 @@ def test_attention_of_torch(tmp_path):
 def test_refusals(tmp_path):
     model = vit()
     parametrizations.weight_norm(model.blocks[0].attn.qkv)
-    refuses(ValueError, "dora=True needs a plain weight in blocks.0.attn.qkv", ek.inject, model, METHODS["lora-dora"])
-    with pytest.raises(ValueError, match="dora=True needs factor_dtype=torch.float32 or wider"):
-        ek.inject(vit(), METHODS["lora-dora"], factor_dtype=torch.bfloat16)
+    plain, config = "dora=True needs a plain weight in blocks.0.attn.qkv", METHODS["lora-dora"]
+    refuses(ValueError, plain, ek.inject, model, config)
+    wide = "dora=True needs factor_dtype=torch.float32 or wider"
+    refuses(ValueError, wide, ek.inject, vit(), config, factor_dtype=torch.bfloat16)
     with torch.no_grad():
         (model := vit()).blocks[1].attn.qkv.weight[3] = 0
     with pytest.raises(ValueError, match="row of zeros, for which PEFT's dora gives NaN"):
@@ -107,5 +103,4 @@ def test_refusals(tmp_path):
     refuses(TypeError, "dora", ek.VeRAConfig, dora=True)
     linear, wrapped = adapted(METHODS["lora-dora"]).blocks[0].attn.qkv, type("Wrapped", (torch.Tensor,), {})
     wrapped.__tensor_flatten__ = None  # as a quantized weight has it, which a module around the Linear reads
-    with pytest.raises(ValueError, match="dora=True needs a plain weight in blocks.0.attn.qkv"):
-        linear.add_to(torch.randn(2, 192), linear.weight.detach().as_subclass(wrapped))
+    refuses(ValueError, plain, linear.add_to, torch.randn(2, 192), linear.weight.detach().as_subclass(wrapped))

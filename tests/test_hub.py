@@ -1,8 +1,11 @@
 """Adapters on a hub, for which a local folder stands in: huggingface_hub's own calls are replaced."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from efft_kernels.finetune.finished import restore
 from efft_kernels.serving.bank import AdapterBank
 from efft_kernels.serving.folder import AdapterFolder
 
+RESPONSE = SimpleNamespace(headers={}, request=None, status_code=404)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -29,7 +33,7 @@ def hub(tmp_path, monkeypatch):
 
     def folder(repo: str, revision: str | None = None) -> Path:
         if not (root / repo).is_dir() or revision not in (None, "main"):
-            raise errors.RepositoryNotFoundError(f"404 for {repo}@{revision}\nsecond line", response=_Response())
+            raise errors.RepositoryNotFoundError(f"404 for {repo}@{revision}\nsecond line", response=RESPONSE)
         return root / repo
 
     class Api:
@@ -61,10 +65,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return root
-
-
-class _Response:
-    headers, request, status_code = {}, None, 404
 
 
 def base():
@@ -139,60 +139,41 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert '"model": "hf:photos"' in (hub / "me/folder/metrics.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "said"),
-    [
-        ("hf-hub:me/none", FileNotFoundError,
-         "the hub has no hf-hub:me/none, or not for this user: 404 for me/none@None$"),
-        ("hf-hub:me/pets@v2", FileNotFoundError, "the hub has no hf-hub:me/pets@v2"),
-        ("hf-hub:me/pets/b.safetensors", FileNotFoundError, "404 for b.safetensors"),
-        ("hf-hub:pets", ValueError, "must be 'hf-hub:OWNER/NAME'"),
-        ("hf-hub:me/pets/../../x.safetensors", ValueError, "must be 'hf-hub:OWNER/NAME'"),
-    ],
-)  # fmt: skip
-def test_names_that_lead_nowhere(hub, name, kind, said):
+def test_names_that_lead_nowhere(hub, monkeypatch):
     (hub / "me/pets").mkdir(parents=True)
     model = base()
-    refuses(kind, said, ek.load_adapter, model, name)
+    load, missing = functools.partial(ek.load_adapter, model), "the hub has no hf-hub:me/"
+    refuses(FileNotFoundError, f"{missing}none, or not for this user: 404 for me/none@None$", load, "hf-hub:me/none")
+    refuses(FileNotFoundError, f"{missing}pets@v2", load, "hf-hub:me/pets@v2")
+    refuses(FileNotFoundError, "404 for b.safetensors", load, "hf-hub:me/pets/b.safetensors")
+    for name in ("hf-hub:pets", "hf-hub:me/pets/../../x.safetensors"):
+        refuses(ValueError, "must be 'hf-hub:OWNER/NAME'", load, name)
+    unreachable = errors.LocalEntryNotFoundError("offline")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=unreachable))
+    refuses(OSError, "cannot be downloaded and is not in the cache: offline", load, "hf-hub:me/pets")
     assert not hasattr(model, "efft")
 
 
-def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise errors.LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    refuses(OSError, "cannot be downloaded and is not in the cache: offline", ek.load_adapter, base(), "hf-hub:me/pets")
-
-
-@pytest.mark.parametrize(
-    ("given", "kind", "said"),
-    [
-        ({"hub": "pets"}, ValueError, "hub must be the name of a repository, 'OWNER/NAME', got 'pets'"),
-        ({"hub": "me/pets@main"}, ValueError, "hub must be"),
-        ({"metrics": {"top-1": 1.0}}, ValueError, "metrics are for the model card"),
-        ({"hub": "me/pets", "metrics": {"top-1": "good"}}, TypeError, "metrics must be numbers by name"),
-        ({"hub": "me/pets", "metrics": [1]}, TypeError, "metrics must be of type Mapping, got"),
-        ({"path": "hf-hub:me/pets"}, ValueError, "path must be a local file"),
-    ],
-)
-def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(hub, tmp_path, given, kind, said):
-    refuses(kind, said, ek.save_adapter, trained(), **{"path": tmp_path / "a.safetensors", **given})
+def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(hub, tmp_path):
+    save, path = functools.partial(ek.save_adapter, trained()), tmp_path / "a.safetensors"
+    refuses(ValueError, "hub must be the name of a repository, 'OWNER/NAME', got 'pets'", save, path, hub="pets")
+    refuses(ValueError, "hub must be", save, path, hub="me/pets@main")
+    refuses(ValueError, "metrics are for the model card", save, path, metrics={"top-1": 1.0})
+    refuses(TypeError, "metrics must be numbers by name", save, path, hub="me/pets", metrics={"top-1": "good"})
+    refuses(TypeError, "metrics must be of type Mapping, got", save, path, hub="me/pets", metrics=[1])
+    refuses(ValueError, "path must be a local file", save, "hf-hub:me/pets")
     assert not hub.exists() and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "error, says",
     [
-        (errors.HfHubHTTPError("403 Forbidden", response=_Response()), "the hub refuses me/pets: 403 Forbidden"),
+        (errors.HfHubHTTPError("403 Forbidden", response=RESPONSE), "the hub refuses me/pets: 403 Forbidden"),
         (type("ConnectError", (Exception,), {"__module__": "httpx"})("no route"), "reached for me/pets: no route"),
     ],
 )
 def test_an_upload_that_fails_leaves_the_file(error, says, hub, tmp_path, monkeypatch):
-    def refuse(self, repo, exist_ok):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", Mock(side_effect=error))
     with pytest.raises(OSError, match=f"{says}; .*a.safetensors is written"):
         ek.save_adapter(trained(), tmp_path / "a.safetensors", hub="me/pets")
     assert ek.read_adapter(tmp_path / "a.safetensors").head

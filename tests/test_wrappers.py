@@ -116,12 +116,10 @@ def test_a_distributed_model_is_saved_switched_and_merged_and_takes_no_new_param
         want = model(x)
         ek.save_adapter(wrapped, tmp_path / "a.safetensors")
         assert ek.adapter_parameters(wrapped) == ek.adapter_parameters(model)
-        for add in (
-            lambda: ek.add_adapter(wrapped, PLAIN, "b"),
-            lambda: ek.load_adapter(wrapped, tmp_path / "a.safetensors", name="b"),
-            lambda: ek.inject(wrapped, PLAIN),
-        ):
-            refuses(ValueError, "before it is wrapped in DistributedDataParallel", add)
+        says = "before it is wrapped in DistributedDataParallel"
+        refuses(ValueError, says, ek.add_adapter, wrapped, PLAIN, "b")
+        refuses(ValueError, says, ek.load_adapter, wrapped, tmp_path / "a.safetensors", name="b")
+        refuses(ValueError, says, ek.inject, wrapped, PLAIN)
         assert ek.set_adapter(wrapped, "default") is wrapped
         torch.testing.assert_close(ek.merge(wrapped)(x), want, rtol=1e-4, atol=1e-5)
         refuses(ValueError, "this VisionTransformer is merged, unmerge it first", ek.adapter_parameters, wrapped)
