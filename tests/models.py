@@ -98,6 +98,19 @@ def others(config):
     return dataclasses.replace(config, rank=rank, scale=3.0)
 
 
+def check_start_and_merge(model, config, x=None, backend="reference"):
+    """The update is zero at the start, then not, and the same when it is merged; returns what is trained."""
+    x, logits = images() if x is None else x, lambda y: getattr(y, "logits", y)
+    before = logits(model(x))
+    ek.inject(model, config, backend=backend)
+    torch.testing.assert_close(logits(model(x)), before, rtol=1e-5, atol=1e-6)
+    after = logits(shake(model)(x))
+    assert not torch.allclose(after, before, atol=1e-4)
+    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(logits(ek.merge(model)(x)), after, rtol=1e-3, atol=1e-4)
+    return trained
+
+
 def loss_of(model, x):
     return F.cross_entropy(model(x), torch.arange(len(x)))
 
