@@ -3,10 +3,12 @@
 import copy
 import functools
 import io
+import itertools
 
 import pytest
 import torch
-from models import shake, timm
+from models import assert_same, gradients, shake, timm
+from refusals import refuses
 from torch import nn
 
 import efft_kernels as ek
@@ -80,10 +82,7 @@ CASES = {
 def test_values_and_gradients_are_those_of_the_dense_sum(case, batched):
     options, alone, call = CASES[case]
     if not batched:
-        parts = {
-            "key_padding_mask": lambda mask: mask[0],
-            "attn_mask": lambda mask: mask[-H:] if mask.dim() == 3 else mask,
-        }
+        parts = {"key_padding_mask": lambda m: m[0], "attn_mask": lambda m: m[-H:] if m.dim() == 3 else m}
         call = {name: parts.get(name, lambda value: value)(value) for name, value in call.items()}
     torch.manual_seed(0)
     plain = Block(**options).double().eval()
@@ -163,8 +162,7 @@ def pickled(model: nn.Module) -> io.BytesIO:
 
 @pytest.mark.parametrize("targets", [("q",), ("k", "v"), ("proj",), ("mlp",)])
 def test_parts_of_an_attention(targets):
-    model = ek.inject(encoder(), ek.EFFTConfig(rank=4, targets=targets), head="keep")
-    shake(model, 0.5)
+    model = shake(ek.inject(encoder(), ek.EFFTConfig(rank=4, targets=targets), head="keep"), 0.5)
     assert {part for _, part in ek.updates(model)} == set(targets if targets != ("mlp",) else ("fc1", "fc2"))
     x = torch.randn(B, S, E)
     with torch.no_grad():
@@ -175,14 +173,9 @@ def test_parts_of_an_attention(targets):
 def test_a_decoder_has_two_attentions_in_a_block():
     torch.manual_seed(0)
     model = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 32, batch_first=True), 2).eval()
-    ek.inject(model, EFFT, head="keep")
-    shake(model, 0.5)
-    paths = {path for path, _ in ek.updates(model)}
-    assert {
-        "layers.0.self_attn.in_proj",
-        "layers.0.multihead_attn.in_proj",
-        "layers.1.multihead_attn.out_proj",
-    } <= paths
+    shake(ek.inject(model, EFFT, head="keep"), 0.5)
+    paths = {path.removeprefix("layers.") for path, _ in ek.updates(model)}
+    assert {"0.self_attn.in_proj", "0.multihead_attn.in_proj", "1.multihead_attn.out_proj"} <= paths
     x, memory = torch.randn(B, L, E), torch.randn(B, S, E)
     want = model(x, memory)
     torch.testing.assert_close(ek.merge(model)(x, memory), want, rtol=1e-4, atol=1e-5)
@@ -197,43 +190,37 @@ def test_the_vit_of_torchvision(tmp_path):
         torch.manual_seed(0)
         return models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=5).eval()
 
-    x, saved = torch.randn(3, 3, 32, 32), []
-    for number in range(2):
-        model = ek.inject(make(), EFFT)
+    x = torch.randn(3, 3, 32, 32)
+    ek.inject(make(), EFFT, backend="reference")(x).sum().backward()
+    adapted = [ek.inject(make(), EFFT) for _ in range(2)]
+    for number, model in enumerate(adapted):
         assert not model.efft["default"].plan.left_out
         nn.init.normal_(model.heads.head.weight)
-        shake(model, 0.5 + number)
-        model.eval()
-        ek.save_adapter(model, tmp_path / f"{number}.safetensors")
-        saved.append(model(x).detach())
-        ek.inject(make(), EFFT, backend="reference")(x).sum().backward()
-    before, bank_of = make()(x), make()
-    bank = AdapterBank(bank_of)
-    for number in range(2):
-        bank.add(str(number), tmp_path / f"{number}.safetensors")
-    with torch.no_grad(), bank.use(["1", None, "0"]):
-        mixed = bank_of(x)
-    for row, want in enumerate((saved[1], before, saved[0])):
-        torch.testing.assert_close(mixed[row], want[row], rtol=1e-4, atol=1e-5)
-    with torch.no_grad(), bank.use(["0"] * 3):
-        torch.testing.assert_close(bank_of(x), saved[0], rtol=1e-4, atol=1e-5)
+        ek.save_adapter(shake(model, 0.5 + number).eval(), tmp_path / f"{number}.safetensors")
+    check_bank(make, adapted, [tmp_path / f"{number}.safetensors" for number in range(2)], x)
+
+
+def check_bank(make, models, adapters, x) -> None:
+    """Each of three samples gets what the model of its adapter computes, in a mixed batch or with others of it."""
+    bank, before = AdapterBank(make()), make()(x)
+    for name, adapter in zip("01", adapters):
+        bank.add(name, adapter)
+    zero, one = (model(x) for model in models)
+    cases = (["1", None, "0"], torch.stack([one[0], before[1], zero[2]])), (["0"] * 3, zero)
+    for grad, (names, want) in itertools.product((False, True), cases):
+        with torch.set_grad_enabled(grad), bank.use(names):
+            torch.testing.assert_close(bank.model(x), want, rtol=1e-4, atol=1e-5)
     bank.release()
-    assert torch.equal(bank_of(x), before)
+    assert torch.equal(bank.model(x), before)
 
 
 @pytest.mark.slow
 def test_compiled_as_one_graph():
-    model = ek.inject(encoder(), EFFT, head="keep")
-    shake(model, 0.5)
-    x = torch.randn(B, S, E)
-    want = model.train()(x)
-    want.sum().backward()
-    grads = [p.grad.clone() for p in ek.adapter_parameters(model)]
-    model.zero_grad()
-    got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    got.sum().backward()
+    model = shake(ek.inject(encoder(), EFFT, head="keep"), 0.5).train()
+    x, compiled = torch.randn(B, S, E), torch.compile(model, fullgraph=True, backend="aot_eager")
+    want, got = model(x), compiled(x)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close([p.grad for p in ek.adapter_parameters(model)], grads, rtol=1e-4, atol=1e-5)
+    assert_same(gradients(model, got.sum()), gradients(model, want.sum()), rtol=1e-4, atol=1e-5)
 
 
 class OtherAttention(nn.MultiheadAttention):
@@ -247,13 +234,11 @@ def test_what_cannot_be_adapted_is_named():
     (left,) = ek.plan(model, EFFT).left_out
     assert (left.path, left.kind, left.unexpected) == ("blocks.0.attn", "OtherAttention", True)
     adapted, x = ek.inject(Block(batch_first=True), EFFT, head="keep"), torch.randn(B, S, E)
-    for given, kind, said in (
-        (dict(attn_mask=torch.zeros(S, S + 1)), ValueError, r"attn_mask must be \[3, 3\] or \[4, 3, 3\], got \[3, 4\]"),
-        (dict(key_padding_mask=torch.zeros(B, S, dtype=torch.int64)), TypeError, "key_padding_mask must be a bool or"),
-        (dict(is_causal=True), ValueError, "is_causal says that attn_mask is causal"),
-    ):
-        with pytest.raises(kind, match=said):
-            adapted(x, x, x, **given)
+    call, integers = functools.partial(adapted, x, x, x), torch.zeros(B, S, dtype=torch.int64)
+    says = r"attn_mask must be \[3, 3\] or \[4, 3, 3\], got \[3, 4\]"
+    refuses(ValueError, says, call, attn_mask=torch.zeros(S, S + 1))
+    refuses(TypeError, "key_padding_mask must be a bool or", call, key_padding_mask=integers)
+    refuses(ValueError, "is_causal says that attn_mask is causal", call, is_causal=True)
     assert type(adapted.blocks[0]["attn"]) is CallingAttention
 
 
@@ -309,10 +294,8 @@ class Beit(nn.Module):
 def test_weights_that_are_read_past_the_linear(how):
     x, model = torch.randn(B, S, E, requires_grad=True), Beit(how)
     kind, before = type(model.blocks[0]["attn"]), model(x)
-    ek.inject(model, EFFT, head="keep")
-    torch.testing.assert_close(model(x), before)
-    shake(model, 0.5)
-    want = model(x)
+    torch.testing.assert_close(ek.inject(model, EFFT, head="keep")(x), before)
+    want = shake(model, 0.5)(x)
     (grad,) = torch.autograd.grad(want.square().sum(), x, retain_graph=True)
     want.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in ek.adapter_parameters(model))
@@ -332,16 +315,8 @@ def test_weights_that_are_read_past_the_linear(how):
 
 
 def test_a_bank_of_q_bias_and_v_bias():
-    bank, x, wanted = AdapterBank(Beit()), torch.randn(2, S, E), []
-    for number in range(2):
-        model = ek.inject(Beit(), EFFT, head="keep")
-        shake(model, 0.1 + number / 5)
-        bank.add(str(number), model)
-        wanted.append(model(x)[number])
-    with bank.use(["0", "1"]):
-        torch.testing.assert_close(bank.model(x), torch.stack(wanted), rtol=1e-4, atol=1e-5)
-    bank.release()
-    assert torch.equal(bank.model(x), Beit()(x))
+    models = [shake(ek.inject(Beit(), EFFT, head="keep"), 0.1 + number / 5) for number in range(2)]
+    check_bank(Beit, models, models, torch.randn(3, S, E))
 
 
 def test_an_attention_that_multiplies_in_another_way_says_so():

@@ -1,5 +1,6 @@
 """export_lora: folders that PEFT loads, with the outputs of the adapter."""
 
+import copy
 import json
 
 import pytest
@@ -14,15 +15,17 @@ timm()  # PEFT imports torchvision, which timm() prepares
 peft = pytest.importorskip("peft")
 
 
-def loaded(base, folder):
-    return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+def check_export(base, model, x, folder):
+    """PEFT computes what the model does."""
+    ek.export_lora(model, folder)
+    with torch.no_grad():
+        got = peft.PeftModel.from_pretrained(base, str(folder)).eval()(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-10, atol=1e-10)
 
 
 def adapted(config, **options):
-    torch.manual_seed(0)
     base = vit(**options).double()
-    torch.manual_seed(0)
-    model = ek.inject(vit(**options).double(), config, head=5, train=("patch_embed", "patch_embed.proj"))
+    model = ek.inject(copy.deepcopy(base), config, head=5, train=("patch_embed", "patch_embed.proj"))
     return base, shake(model)
 
 
@@ -32,12 +35,8 @@ def test_peft_computes_the_same(method, tmp_path):
     with torch.no_grad():
         for p in (*model.head.parameters(), *model.patch_embed.parameters()):
             p.normal_()
-    ek.export_lora(model, tmp_path / "lora")
     base.reset_classifier(5)
-    x = images(dtype=torch.float64)
-    with torch.no_grad():
-        wanted, got = model(x), loaded(base.double(), tmp_path / "lora")(x)
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    check_export(base.double(), model, images(dtype=torch.float64), tmp_path)
 
 
 def test_the_folder_is_a_plain_lora(tmp_path):
@@ -62,16 +61,10 @@ def test_paths_that_end_alike(tmp_path):
         def forward(self, x):
             return self.blocks[0](x) + self.teacher.blocks[0](x)
 
-    torch.manual_seed(0)
     base = Two().double().eval()
-    torch.manual_seed(0)
-    model = shake(
-        ek.inject(Two().double().eval(), ek.LoRAConfig(rank=2, targets=("q", "v", "fc2"), blocks=(0,)), head="keep")
-    )
-    ek.export_lora(model, tmp_path)
-    x = torch.randn(2, 4, 192, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(base, tmp_path)(x), model(x), rtol=1e-10, atol=1e-10)
+    config = ek.LoRAConfig(rank=2, targets=("q", "v", "fc2"), blocks=(0,))
+    model = shake(ek.inject(copy.deepcopy(base), config, head="keep"))
+    check_export(base, model, torch.randn(2, 4, 192, dtype=torch.float64), tmp_path)
 
 
 @pytest.mark.parametrize("config", [ek.EFFTConfig(rank=2, targets=("qkv",)), ek.LoRAConfig(rank=2)])
@@ -89,10 +82,8 @@ def test_an_attention_of_torch_is_one_module_for_peft(config, tmp_path):
             return x
 
     model = shake(ek.inject(Model(), config, head="keep"))
-    ek.export_lora(model.eval(), tmp_path)
     x = torch.randn(2, 4, 16, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(Model(), tmp_path)(x), model(x), rtol=1e-10, atol=1e-10)
+    check_export(Model(), model.eval(), x, tmp_path)
     assert not torch.allclose(model(x), Model()(x))
 
 
