@@ -1,5 +1,7 @@
 """Operands in every layout of memory: the right result in every backend, or an error that names the argument."""
 
+import functools
+
 import fuzz
 import pytest
 import torch
@@ -9,6 +11,9 @@ from refusals import refuses
 import efft_kernels as ek
 from efft_kernels.kernels import memory, reference
 from efft_kernels.ops.overlap import repeats, share_memory
+
+built = pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
+CPU = pytest.param("cpu", marks=built)
 
 
 @pytest.mark.parametrize("op", fuzz.OPS)
@@ -26,25 +31,16 @@ def test_random_calls_of_triton(op):
 
 def arguments(op: str) -> dict:
     r = torch.randn
-    linear = dict(weight=r(8, 4), down=r(4, 2), up=r(2, 8))
-    mixed = dict(weight=r(8, 4), down=r(3, 4, 2), up=r(3, 2, 8), ids=torch.tensor([0, 2, 1]))
-    backward = dict(dy=r(6, 8), x=r(6, 4), p=r(6, 2), needs=[True] * 5)
-    made = {
-        "lowrank_linear": dict(x=r(6, 4), bias=r(8), **linear),
-        "lowrank_linear_backward": backward | linear,
-        "mixed_linear": dict(x=r(6, 4), bias=r(8), **mixed),
-        "mixed_linear_backward": backward | mixed,
-        "group_update": dict(sigma=r(3, 2, 4), v=r(4, 8), scale=1.0),
-        "group_update_backward": dict(dup=r(3, 2, 8), sigma=r(3, 2, 4), v=r(4, 8), scale=1.0, needs=[True, True]),
-        "merge_": dict(weights=[r(8, 4)], downs=[r(4, 2)], ups=[r(2, 8)]),
-        "efft_linear": dict(
-            x=r(6, 4), weight=r(8, 4), bias=r(8), u=r(4, 2), sigma=r(2, 2, 3), v=r(3, 4), scale=1.0, dy=r(6, 8)
-        ),
-    }[op]
+    made = dict(x=r(6, 4), weight=r(8, 4), bias=r(8))
+    rest = dict(scale=1.0, dy=r(6, 8))
     if op == "efft_linear":  # is made of two operators of torch
-        return made
-    names = [a.name for a in getattr(torch.ops.efft_kernels, op).default._schema.arguments if a.name in made]
-    return {name: made[name] for name in names}
+        return made | dict(u=r(4, 2), sigma=r(2, 2, 3), v=r(3, 4)) | rest
+    made |= rest | dict(p=r(6, 2), needs=[True] * (2 if "group" in op else 5), sigma=r(3, 2, 4), v=r(4, 8))
+    made |= dict(dup=r(3, 2, 8), down=r(4, 2), up=r(2, 8), weights=[r(8, 4)], downs=[r(4, 2)], ups=[r(2, 8)])
+    if "mixed" in op:
+        made |= dict(down=r(3, 4, 2), up=r(3, 2, 8), ids=torch.tensor([0, 2, 1]))
+    names = [a.name for a in getattr(torch.ops.efft_kernels, op).default._schema.arguments]
+    return {name: made[name] for name in names if name in made}
 
 
 @pytest.mark.parametrize("backend", fuzz.backends())
@@ -56,10 +52,8 @@ def test_each_argument_without_its_memory_is_named(op, backend):
                 fuzz.check_freed(backend, op, arguments(op), name, share, first)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", CPU])
 def test_a_weight_that_is_freed_after_the_forward(backend):
-    if backend not in fuzz.backends():
-        pytest.skip("not built")
     x, weight, down, up = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)
     y = ek.lowrank_linear(x, weight, None, down, up, backend=backend)
     held = weight.untyped_storage()
@@ -73,24 +67,18 @@ def test_a_weight_that_is_freed_after_the_forward(backend):
     torch.testing.assert_close(x.grad, (torch.ones(4, 8) @ (torch.ones(8, 8) + (down @ up).T)))
 
 
-@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+@pytest.mark.parametrize("backend", [None, "reference", CPU])
 def test_sizes_whose_product_overflows(backend):
-    if backend not in (None, *fuzz.backends()):
-        pytest.skip("not built")
     z, n = torch.zeros(1, 1), 2**31
-    wide = z.expand(1, n)
-    with pytest.raises(ValueError, match="weight must be of sizes that fit into memory"):
-        ek.lowrank_linear(wide, z.expand(n, n), None, wide.T, wide, backend=backend)
-    with pytest.raises(ValueError, match="down must be of sizes that fit into memory"):
-        ek.lowrank_linear(wide[:0], wide, None, z.expand(n, n), z.expand(n, 1), backend=backend)
-    with pytest.raises(ValueError, match="x and weight must be of sizes"):
-        ek.lowrank_linear(wide.T, wide.T, None, z, wide, backend=backend)
+    wide, square, linear = z.expand(1, n), z.expand(n, n), functools.partial(ek.lowrank_linear, backend=backend)
+    refuses(ValueError, "weight must be of sizes that fit into memory", linear, wide, square, None, wide.T, wide)
+    refuses(ValueError, "down must be of sizes that fit into memory", linear, wide[:0], wide, None, square, wide.T)
+    refuses(ValueError, "x and weight must be of sizes", linear, wide.T, wide.T, None, z, wide)
     refuses(ValueError, "sigma and v must be of sizes", ek.group_update, z.expand(n, 1, 1), wide, backend=backend)
-    with pytest.raises(ValueError, match=r"weights\[0\] must be of sizes"):
-        ek.merge_([z.expand(n, n)], [wide.T], [wide], backend=backend)
+    refuses(ValueError, r"weights\[0\] must be of sizes", ek.merge_, [square], [wide.T], [wide], backend=backend)
 
 
-@pytest.mark.skipif("cpu" not in fuzz.backends(), reason="not built")
+@built
 def test_the_compiled_operators_check_sizes_themselves():
     z, n = torch.zeros(1, 1), 2**31
     refuses(RuntimeError, "weight must fit into memory", torch.ops.efft_cpu.pack, z.expand(n, n), False)
@@ -138,9 +126,8 @@ def test_shared_entries_are_found_exactly():
     buffer = torch.zeros(200)
 
     def entries(t):
-        return [
-            t.storage_offset() + i * t.stride(0) + j * t.stride(1) for i in range(len(t)) for j in range(t.shape[1])
-        ]
+        rows, columns = (step * torch.arange(n) for n, step in zip(t.shape, t.stride()))
+        return (t.storage_offset() + rows[:, None] + columns).flatten().tolist()
 
     generator = torch.Generator().manual_seed(0)
     pick = lambda high: int(torch.randint(high, (), generator=generator))
