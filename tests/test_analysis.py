@@ -28,12 +28,9 @@ def test_similarity_is_the_formula(i, j):
 
 def test_known_subspaces():
     axes = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
-    a = (
-        axes[:, :4]
-        @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
-        @ torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
-    )
-    turned = axes[:, [1, 0, 6, 7]] @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
+    sizes = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64).diag()
+    a = axes[:, :4] @ sizes @ torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    turned = axes[:, [1, 0, 6, 7]] @ sizes
     assert subspace_similarity(a, a, 3, 3) == pytest.approx(1)
     assert subspace_similarity(a, a, 2, 4) == pytest.approx(1)  # the smaller lies in the larger
     # the first two directions are a's second and first, the others orthogonal

@@ -59,10 +59,6 @@ class Way:
     mark: tuple = ()
 
 
-def ways() -> list[Way]:
-    return [*reference_ways(), *cpu_ways(), *triton_ways(), *cuda_ways()]
-
-
 def reference_ways():
     for last in (False, True):
 
@@ -134,7 +130,7 @@ def cuda_ways():
         yield Way(name, cuda, set_up, FLOATS[1:3], shapes, (), device, brief, (pytest.mark.slow,))
 
 
-WAYS = ways()
+WAYS = [*reference_ways(), *cpu_ways(), *triton_ways(), *cuda_ways()]
 name_of = lambda value: str(value).removeprefix("torch.")
 
 

@@ -24,22 +24,18 @@ FLAGS = (
 )
 
 
-def agents(count: int, *flags: str) -> list[subprocess.Popen]:
-    """torchrun with one process, once for each machine"""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", "--nproc-per-node=1", endpoint]
-    run += ["--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1", "-m", "efft_kernels.finetune.cli", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return [subprocess.Popen(run, env=environment, **pipes) for _ in range(count)]
-
-
 @pytest.mark.slow
 def test_a_killed_process_ends_a_run_of_two_agents_with_a_sentence(tmp_path):
     data, out = folder(tmp_path / "photos", ("train", "test"), ("a", "b"), n=8), tmp_path / "run"
-    flags = ["--data", str(data), "--out", str(out), *FLAGS]
-    running = agents(2, *flags, "--epochs", "500")
+    # torchrun with one process, once for each machine
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", endpoint]
+    run += ["--rdzv-backend=c10d", "--rdzv-id=run", "--local-addr=127.0.0.1", "-m", "efft_kernels.finetune.cli"]
+    run += ["--data", str(data), "--out", str(out), "--epochs", "500", *FLAGS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = [subprocess.Popen(run, env=environment, **pipes) for _ in range(2)]
     try:
         end = time.monotonic() + 300
         while not checkpoints.states(out) and time.monotonic() < end and all(a.poll() is None for a in running):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -151,9 +152,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_choice_in_this_process(monkeypa
     table.save(name(), proof(PLAN), {FORWARD: {"100": row()}})
     before = table.user_file().read_text()
 
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         reason = table.save(name(), measured={FORWARD: {"200": row()}})
@@ -387,8 +386,7 @@ def test_the_command_asks_for_mixed_batches_of_models(monkeypatch):
     assert asked("--device", "cuda", "--adapters", "2") == {(197, 2, 1), (64 * 197, 2, 64)}
     assert not asked("--device", "cuda", "--adapters") | asked("--device", "cpu") | asked("--backend", "cuda")
     for bad in (["--device", "cpu"], ["--device", "cuda", "--backend", "cuda"]):
-        with pytest.raises(SystemExit):
-            asked(*bad, "--adapters", "2")
+        refuses(SystemExit, "2", asked, *bad, "--adapters", "2")
 
 
 def test_entries_of_the_other_ops():
@@ -530,8 +528,7 @@ def test_the_command(quick, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "hopper tile192 is right in" in out and "chosen: cuda" in out and str(table.user_file()) in out
     for bad in ("--shapes 1,2,3", "--batch 0", "--dtype int8", "--shapes 1,2,3,4 --adapters 2"):
-        with pytest.raises(SystemExit):
-            command.main(bad.split())
+        refuses(SystemExit, "2", command.main, bad.split())
     assert command.main(["--model", "no_such_model"]) == 1 and "no_such_model" in capsys.readouterr().err
     given = "--shapes", "80,64,96,5", "--backend", "cuda", "--device", "cpu"
     assert command.main([*given, "--minutes", "1e-6"]) == 1
@@ -568,6 +565,7 @@ class Fast:
     """In the place of a child: all is right, and one instruction set fast"""
 
     jobs: list[dict] = []
+    fast = "one"
     __init__ = stop = lambda *_: None
 
     def run(self, job, on_event, *_):
@@ -606,7 +604,6 @@ def test_an_instruction_set_gains_nothing_by_a_disturbed_turn(monkeypatch):
 
 
 def test_a_cpu_battery_that_runs_out_of_time_leaves_what_is_proven(isas, monkeypatch, capsys):
-    monkeypatch.setattr(Fast, "fast", "one", raising=False)
     done, late = Fast.run, children.Death({}, children.LATE, True)
     cut = lambda self, job, *rest: late if {"isa": "two"} in job.get("plans", []) else done(self, job, *rest)
     monkeypatch.setattr(Fast, "run", cut)
@@ -620,7 +617,7 @@ def test_a_cpu_battery_that_runs_out_of_time_leaves_what_is_proven(isas, monkeyp
 def test_of_two_runs_on_a_cpu_the_instruction_set_of_the_later_one_counts_alone(isas, monkeypatch):
     said, entry = [], table.key(table.LINEAR, torch.float32, 64, 64, 16)
     for fast, K in (("one", 64), ("two", 128)):
-        monkeypatch.setattr(Fast, "fast", fast, raising=False)
+        monkeypatch.setattr(Fast, "fast", fast)
         report = isas([(197, K, K, 16)], [torch.float32], say=said.append)
         assert table.recorded_isa() == fast and report.timed[0].choice.backend == "cpu"
         assert (table.choice(CPU, entry, 197) is None) is (fast == "two")
@@ -630,7 +627,6 @@ def test_of_two_runs_on_a_cpu_the_instruction_set_of_the_later_one_counts_alone(
 
 def test_a_run_on_a_cpu_that_is_killed_leaves_what_was_chosen_before(isas, monkeypatch):
     entry = table.key(table.LINEAR, torch.float32, 64, 64, 16)
-    monkeypatch.setattr(Fast, "fast", "one", raising=False)
     isas([(197, 64, 64, 16)], [torch.float32])
     monkeypatch.setattr(Fast, "fast", "two")
 
@@ -645,7 +641,6 @@ def test_a_run_on_a_cpu_that_is_killed_leaves_what_was_chosen_before(isas, monke
 
 
 def test_each_dtype_is_proven_and_a_short_battery_is_not_a_whole_one(isas, monkeypatch):
-    monkeypatch.setattr(Fast, "fast", "one", raising=False)
     monkeypatch.setattr(plans.module("cpu"), "set_isa", lambda isa: None)
     proven = lambda: [(*job["dtypes"], job["simulated"]) for job in Fast.jobs if job["task"] == "prove"]
     isas([(8, 16, 16, 4)], [torch.float32])
