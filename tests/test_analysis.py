@@ -74,11 +74,10 @@ def test_rank_is_where_the_directions_end():
 
 
 def test_bad_matrices():
-    eye = torch.eye(4)
+    eye, pair = torch.eye(4), (torch.ones(4, 2), torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"a must be a matrix \[d, n\] or a pair .* got \(4,\)"):
         subspace_similarity(torch.ones(4), eye, 1, 1)
-    with pytest.raises(ValueError, match=r"b must be a matrix .* got \(4, 2\), \(3, 4\)"):
-        subspace_similarity(eye, (torch.ones(4, 2), torch.ones(3, 4)), 1, 1)
+    refuses(ValueError, r"b must be a matrix .* got \(4, 2\), \(3, 4\)", subspace_similarity, eye, pair, 1, 1)
     refuses(ValueError, "a and b must have as many rows, got 4 and 5", subspace_similarity, eye, torch.eye(5), 1, 1)
     refuses(ValueError, "a must be finite", subspace_similarity, eye / 0, eye, 1, 1)
 

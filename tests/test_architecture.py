@@ -43,12 +43,6 @@ KERNELS = {
 HEAVY = "triton timm transformers peft safetensors torchvision matplotlib torch._dynamo ray PIL".split()
 
 
-def module_name(path: Path) -> str:
-    """kernels.cpu for kernels/cpu.py; the folder's name for its __init__.py, and __init__ for the package's own"""
-    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__")
-
-
 def imported(path: Path) -> set[str]:
     """names of this package's modules that a file imports, anywhere in it, relative to the package"""
     inside, names = list(path.relative_to(PACKAGE).parent.parts), set()
@@ -66,7 +60,11 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+# kernels.cpu for kernels/cpu.py; the folder's name for its __init__.py, and __init__ for the package's own
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def room(name: str) -> str:

@@ -47,19 +47,6 @@ def dense(model: nn.Module, plain: nn.Module) -> nn.Module:
     return plain
 
 
-def inputs(self_attention: bool, batch_first: bool, batched: bool, kdim: int = E, vdim: int = E):
-    torch.manual_seed(1)
-
-    def make(rows, width):
-        t = torch.randn(B, rows, width, dtype=torch.float64)
-        return (t if batch_first else t.transpose(0, 1)) if batched else t[0]
-
-    if self_attention:
-        x = make(S, E)
-        return x, x, x
-    return make(L, E), make(S, kdim), make(S, vdim)
-
-
 CAUSAL = dict(attn_mask=nn.Transformer.generate_square_subsequent_mask(S).double(), is_causal=True, need_weights=False)
 CASES = {
     "self attention": (dict(batch_first=True), True, {}),
@@ -87,16 +74,16 @@ def test_values_and_gradients_are_those_of_the_dense_sum(case, batched):
     torch.manual_seed(0)
     plain = Block(**options).double().eval()
     model = ek.inject(copy.deepcopy(plain), EFFT, head="keep").eval()
-    given = inputs(alone, options.get("batch_first", False), batched, options.get("kdim", E), options.get("vdim", E))
+    sizes = [(S, E)] if alone else [(L, E), (S, options.get("kdim", E)), (S, options.get("vdim", E))]
+    once = [torch.randn(B, *size, dtype=torch.float64) for size in sizes]
+    once = [(x if options.get("batch_first") else x.transpose(0, 1)) if batched else x[0] for x in once]
+    given = [x.requires_grad_() for x in once] * (3 if alone else 1)
     before = plain(*given, **call)
     torch.testing.assert_close(model(*given, **call), before)
     shake(model, 0.5)
-    given = [x.requires_grad_() for x in dict.fromkeys(given)]
-    given = given * 3 if alone else given
     want, got = dense(model, plain)(*given, **call), model(*given, **call)
     assert not torch.allclose(got[0], before[0])
     torch.testing.assert_close(got, want)
-    once = given[:1] if alone else given
     grads = [torch.autograd.grad((y[0] ** 3).sum(), once, retain_graph=True) for y in (got, want)]
     torch.testing.assert_close(*grads)
     (got[0] ** 3).sum().backward()

@@ -365,10 +365,6 @@ def faulty(request, built, tmp_path) -> Simulated:
     library.plant(None)
 
 
-def faulty_kernels(*names):
-    return pytest.mark.parametrize("faulty", names, ids=str, indirect=True)
-
-
 def check_linear(faulty, monkeypatch) -> None:
     """Any order of events gives the right numbers."""
     x, weight, bias, _, _, dy = make(130, 330, 100, 16, torch.bfloat16)
@@ -429,13 +425,13 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(CHECKS.values()))
-@faulty_kernels(None)
+@pytest.mark.parametrize("faulty", [None], indirect=True)
 def test_no_fault_is_seen_where_there_is_none(check, faulty, monkeypatch):
     monkeypatch.setattr(cuda, "load", lambda: faulty.ops)
     check(faulty, monkeypatch)
 
 
-@faulty_kernels(*faults.PLANTED, *faults.CONSTANT)
+@pytest.mark.parametrize("faulty", [*faults.PLANTED, *faults.CONSTANT], indirect=True)
 def test_a_planted_fault_is_seen(faulty, request, monkeypatch):
     file, *_ = (faults.PLANTED | faults.CONSTANT)[request.node.callspec.params["faulty"]]
     monkeypatch.setattr(cuda, "load", lambda: faulty.ops)
@@ -480,24 +476,23 @@ def test_tiles_fill_a_gpu():
     assert [cuda.tile(*sizes) for sizes in ((12608, 768), (197, 2304), (2048, 512))] == [128, 64, 64]
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     x, weight, bias, down, up, dy = make(8, 16, 24, 4, torch.bfloat16)
-    ask = lambda op, *tensors: cuda.unsupported(op, *tensors)
+    ask = cuda.unsupported
     assert ask("mixed_linear", x, weight, bias, down, up, None) == "it has no kernels for mixed batches, triton has"
     single = [t.float() for t in (x, weight, bias, down, up)]
     assert "bfloat16 and float16 tensors, not torch.float32" in ask("lowrank_linear", *single)
     assert ask("lowrank_linear", x, weight, bias, down, up) == "it needs CUDA tensors, these are on cpu"
     # The module treats these tensors as if they were on a GPU.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_unsupported_device", lambda device: None)
-        assert ask("lowrank_linear", x, weight, bias, down, up) is None
-        large = make(8, 300, 280, 257, torch.bfloat16)
-        assert ask("lowrank_linear", *large[:5]) == "it goes to rank 256, not 257"
-        backward = large[5], None, large[1], large[3], large[4], None
-        assert ask("lowrank_linear_backward", *backward) == "it goes to rank 256, not 257"
-        assert ask("group_update", *(torch.zeros(s).bfloat16() for s in ((1, 4, 257), (257, 8)))).endswith("not 257")
-        far = x.as_strided((1, 16), (cuda.MAX_SIZE + 1, 1))
-        assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
+    monkeypatch.setattr(cuda, "_unsupported_device", lambda device: None)
+    assert ask("lowrank_linear", x, weight, bias, down, up) is None
+    large = make(8, 300, 280, 257, torch.bfloat16)
+    assert ask("lowrank_linear", *large[:5]) == "it goes to rank 256, not 257"
+    backward = large[5], None, large[1], large[3], large[4], None
+    assert ask("lowrank_linear_backward", *backward) == "it goes to rank 256, not 257"
+    assert ask("group_update", *(torch.zeros(s).bfloat16() for s in ((1, 4, 257), (257, 8)))).endswith("not 257")
+    far = x.as_strided((1, 16), (cuda.MAX_SIZE + 1, 1))
+    assert "counts sizes and strides to" in ask("lowrank_linear", far, weight, bias, down, up)
 
 
 @pytest.mark.slow

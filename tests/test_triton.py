@@ -27,10 +27,6 @@ if kernels.INTERPRETED:
     repair_bf16()
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
 poisoned = pytest.fixture(poison, autouse=True)
 
 
