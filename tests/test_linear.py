@@ -26,7 +26,7 @@ def backend(request):
 def trained(layer: EFFTLinear) -> EFFTLinear:
     """Give every factor random values, so that no update is zero."""
     with torch.no_grad():
-        for factor in (layer.u, layer.sigma, layer.v):
+        for factor in factors(layer):
             factor.copy_(torch.randn_like(factor) * 0.3)
     return layer
 
@@ -105,13 +105,8 @@ def test_factor_dropout(backend):
     torch.manual_seed(3)
     assert torch.equal(layer(x), first), "reproducible from the seed"
     torch.testing.assert_close(layer.eval()(x), dense(layer, x))
-    assert torch.equal(layer.merge().weight, make_like(layer).merge().weight), "merging never drops"
-
-
-def make_like(layer):
-    other = copy.deepcopy(layer)
-    other.factor_dropout = 0.0
-    return other
+    merged, layer.factor_dropout = layer.merge(), 0.0
+    assert torch.equal(merged.weight, layer.merge().weight), "merging never drops"
 
 
 @pytest.mark.parametrize(
@@ -152,8 +147,8 @@ def test_two_forwards_before_two_backwards(backend):
     losses = lambda f: (f(a).square().sum(), f(b).sum())
     for loss in losses(layer):
         loss.backward()
-    for f, w in zip(factors(layer), torch.autograd.grad(sum(losses(lambda x: dense(layer, x))), factors(layer))):
-        torch.testing.assert_close(f.grad, w, rtol=1e-4, atol=1e-4)
+    want = torch.autograd.grad(sum(losses(lambda x: dense(layer, x))), factors(layer))
+    torch.testing.assert_close([f.grad for f in factors(layer)], list(want), rtol=1e-4, atol=1e-4)
 
 
 def test_no_grad_and_inference_mode(backend):
@@ -181,8 +176,7 @@ def test_checkpointing(backend):
         layer.zero_grad()
         x.grad = None
         y.square().sum().backward()
-        for t, w in zip([x, *factors(layer)], want):
-            assert torch.equal(t.grad, w)
+        assert all(torch.equal(t.grad, w) for t, w in zip([x, *factors(layer)], want))
 
 
 @pytest.mark.slow
@@ -195,9 +189,7 @@ def test_compile(backend, mode):
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     inputs = [x, *factors(layer)]
-    got = torch.autograd.grad(compiled(x).square().sum(), inputs)
-    for g, w in zip(got, torch.autograd.grad(layer(x).square().sum(), inputs)):
-        torch.testing.assert_close(g, w)
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, layer)))
     layer.float()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x.float()), layer(x.float()))
@@ -284,8 +276,7 @@ def test_unfrozen_weight_and_bias(backend):
         loss, want = layer(x).square().sum(), torch.autograd.grad(dense(layer, x).square().sum(), inputs)
         optimizer.zero_grad()
         loss.backward()
-        for t, w in zip(inputs, want):
-            torch.testing.assert_close(t.grad, w, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close([t.grad for t in inputs], list(want), rtol=1e-3, atol=1e-2)
         optimizer.step()
 
 

@@ -31,25 +31,19 @@ def device(backend) -> str:
     return "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
 
 
-def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False, bias=True):
+def make(M=37, K=40, N=48, R=5, dtype=torch.float32, device="cpu", grad=False):
     shapes = (M, K), (N, K), (N,), (K, R), (R, N)
-    tensors = [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]
-    if not bias:
-        tensors[2] = None
-    return tensors
+    return [torch.randn(s, device=device).mul_(s[-1] ** -0.5).to(dtype).requires_grad_(grad) for s in shapes]
 
 
 def test_gradcheck(backend, device):
     x, weight, bias, down, up = make(6, 5, 7, 3, torch.float64, device, grad=True)
     assert torch.autograd.gradcheck(lambda *a: lowrank_linear(*a, backend=backend), (x, weight, bias, down, up))
-    sigma = torch.randn(2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
-    v = torch.randn(4, 5, dtype=torch.float64, device=device, requires_grad=True)
+    r = lambda *size: torch.randn(size, dtype=torch.float64, device=device, requires_grad=True)
+    sigma, v, u, wide = r(2, 3, 4), r(4, 5), r(5, 3), r(10, 5).detach()
     assert torch.autograd.gradcheck(lambda *a: group_update(*a, 1.5, backend=backend), (sigma, v))
-    u = torch.randn(5, 3, dtype=torch.float64, device=device, requires_grad=True)
-    wide = torch.randn(10, 5, dtype=torch.float64, device=device)
-    assert torch.autograd.gradcheck(
-        lambda *a: efft_linear(a[0], wide, None, *a[1:], 0.7, backend=backend), (x, u, sigma, v)
-    )
+    run = lambda x, *factors: efft_linear(x, wide, None, *factors, 0.7, backend=backend)
+    assert torch.autograd.gradcheck(run, (x, u, sigma, v))
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (17, 6)], ids=str)
@@ -109,9 +103,8 @@ def test_x_of_any_rank_and_empty(backend, shape):
     y = lowrank_linear(x, weight, bias, down, up, backend=backend)
     expected = F.linear(x, weight, bias) + (x @ down) @ up
     torch.testing.assert_close(y, expected)
-    inputs = (x, weight, bias, down, up)
-    for got, want in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    got, want = (torch.autograd.grad(out.sum(), (x, weight, bias, down, up)) for out in (y, expected))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
@@ -160,14 +153,14 @@ def test_second_derivatives_are_refused(backend, few_rows, power):
     else:
         leaves = x, _, _, down, up = make(grad=True)
         y = lowrank_linear(*leaves, backend=backend)
-    with pytest.raises(RuntimeError, match="a backward of efft_kernels supports neither torch.func"):
-        torch.autograd.grad(y, x, torch.ones(power, *y.shape), retain_graph=True, is_grads_batched=True)
+    says, batch = "a backward of efft_kernels supports neither torch.func", torch.ones(power, *y.shape)
+    refuses(RuntimeError, says, torch.autograd.grad, y, x, batch, retain_graph=True, is_grads_batched=True)
     grads = torch.autograd.grad(y.pow(power).sum(), leaves, create_graph=True)
     for grad in grads:
         if grad.requires_grad:  # that of a bias does not depend on anything
             refuses(RuntimeError, "differentiable once", grad.sum().backward, retain_graph=True)
-            with pytest.raises(RuntimeError, match="differentiable once"):
-                torch.autograd.grad(grad.sum(), leaves, retain_graph=True, allow_unused=True)
+            again = lambda of: torch.autograd.grad(of.sum(), leaves, retain_graph=True, allow_unused=True)
+            refuses(RuntimeError, "differentiable once", again, grad)
 
 
 def test_saved_tensors_are_guarded_against_in_place_edits(backend):
@@ -181,7 +174,7 @@ def test_saved_tensors_are_guarded_against_in_place_edits(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_error_of_the_contribution_is_below_half_a_percent(backend, dtype):
     # with weight zero the result is the adapter's contribution and nothing else
-    x, weight, _, down, up = make(197, 768, 768, 16, dtype, bias=False)
+    x, weight, _, down, up = make(197, 768, 768, 16, dtype)
     y = lowrank_linear(x, torch.zeros_like(weight), None, down, up, backend=backend)
     exact = x.double() @ down.double() @ up.double()
     assert torch.linalg.norm(y.double() - exact) <= 0.005 * torch.linalg.norm(exact)
@@ -189,7 +182,7 @@ def test_error_of_the_contribution_is_below_half_a_percent(backend, dtype):
 
 def test_contribution_survives_beside_a_large_weight():
     # one accumulator: the adapter's part is rounded once, with the sum, and is right on average over many entries
-    x, weight, _, down, up = make(256, 256, 256, 8, torch.bfloat16, bias=False)
+    x, weight, _, down, up = make(256, 256, 256, 8, torch.bfloat16)
     up = up * 0.01
     base = x.double() @ weight.double().T
     part = x.double() @ down.double() @ up.double()
@@ -224,12 +217,11 @@ def test_merge_refuses_before_it_writes(backend):
     assert all(torch.equal(a, b) for a, b in zip(weights, before))
     merge_([], [], [], backend=backend)
     merge_(torch.zeros(2, 8, 4), torch.zeros(2, 4, 2), torch.zeros(2, 2, 8), backend=backend)  # stacked
-    with pytest.raises(ValueError, match=r"weights\[0\] must have an address for each value"):
-        merge_([torch.zeros(1, 5).expand(4, 5)], downs[:1], ups[:1], backend=backend)
-    with pytest.raises(ValueError, match=r"weights\[0\] must hold its values, got a view that is negated"):
-        merge_([torch.zeros(4, 5, dtype=torch.complex64).conj().imag], downs[:1], ups[:1], backend=backend)
-    with pytest.raises(TypeError, match=r"downs\[0\] must be a torch.Tensor, got int"):
-        merge_(weights[:1], [1], ups[:1], backend=backend)
+    one = dict(downs=downs[:1], ups=ups[:1], backend=backend)
+    repeated, negated = torch.zeros(1, 5).expand(4, 5), torch.zeros(4, 5, dtype=torch.complex64).conj().imag
+    refuses(ValueError, r"weights\[0\] must have an address for each value", merge_, [repeated], **one)
+    refuses(ValueError, r"weights\[0\] must hold its values, got a view that is negated", merge_, [negated], **one)
+    refuses(TypeError, r"downs\[0\] must be a torch.Tensor, got int", merge_, weights[:1], **one | {"downs": [1]})
 
 
 @pytest.mark.slow
@@ -243,10 +235,8 @@ def test_opcheck(backend):
     plain = [t.detach() for t in (torch.randn(37, 48), x, weight, down, up, torch.randn(37, 5))]
     for needs in ([True] * 5, [True, False, False, True, True], [False] * 4 + [True]):
         opcheck(names.lowrank_linear_backward.default, (*plain, needs, backend))
-    opcheck(
-        names.group_update_backward.default,
-        (torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True], backend),
-    )
+    given = torch.randn(3, 2, 6), sigma.detach(), v.detach(), 1.5, [True, True]
+    opcheck(names.group_update_backward.default, (*given, backend))
     opcheck(names.merge_.default, ([weight.detach().clone()], [down.detach()], [up.detach()], backend))
 
 
@@ -265,8 +255,7 @@ def test_compile_forward_and_gradients(backend, dynamic):
         inputs = (x, u, sigma, v)
         y, want = compiled(x, weight, bias, u, sigma, v), run(x, weight, bias, u, sigma, v)
         torch.testing.assert_close(y, want)
-        for a, b in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), inputs) for out in (y, want)))
 
 
 def test_autocast(backend):
@@ -341,8 +330,8 @@ def test_a_named_backend_works_or_says_why(monkeypatch):
     refuses(ValueError, r"backend must be one of \[.*\] or None, got 'fast'", lowrank_linear, *tensors, backend="fast")
     monkeypatch.setattr(reference, "unsupported", lambda *a: "of a planted reason")
     decisions.clear()
-    with pytest.raises(RuntimeError, match="backend 'reference' cannot run lowrank_linear here: of a planted reason"):
-        lowrank_linear(*tensors, backend="reference")
+    says = "backend 'reference' cannot run lowrank_linear here: of a planted reason"
+    refuses(RuntimeError, says, lowrank_linear, *tensors, backend="reference")
 
 
 def test_the_environment_names_a_backend(monkeypatch):
@@ -405,12 +394,12 @@ def test_transforms_and_forward_mode_are_refused(backend):
         lambda f: torch.func.grad(lambda t: f(t).sum())(x),
         lambda f: torch.func.vmap(f)(x[None]),
     ):
-        with pytest.raises(RuntimeError, match="neither torch.func transforms nor forward-mode"):
-            transform(lambda t: lowrank_linear(t, *rest, backend=backend))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
-        lowrank_linear(torch.autograd.forward_ad.make_dual(x, x), *rest, backend=backend)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
-        torch.ops.efft_kernels.lowrank_linear(torch.autograd.forward_ad.make_dual(x, x), *rest, backend)
+        run = lambda t: lowrank_linear(t, *rest, backend=backend)
+        refuses(RuntimeError, "neither torch.func transforms nor forward-mode", transform, run)
+    for op in (lowrank_linear, torch.ops.efft_kernels.lowrank_linear):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            refuses(RuntimeError, "forward-mode", op, dual, *rest, backend=backend)
 
 
 def test_backward_operators_refuse(backend):
@@ -428,11 +417,10 @@ def test_backward_operators_refuse(backend):
         (6, [True], "needs must be five bools"),
     ]:
         refuses(ValueError, message, names.lowrank_linear_backward.default, *good[:i], value, *good[i + 1 :], backend)
-    sigma, v = torch.randn(2, 3, 4), torch.randn(4, 6)
-    with pytest.raises(ValueError, match=r"v must be \[4, N\] with every letter at least 1"):
-        names.group_update_backward.default(torch.zeros(2, 3, 0), sigma, torch.zeros(4, 0), 1.0, [True, True], backend)
-    with pytest.raises(ValueError, match=r"dup must be \[2, 3, 6\]"):
-        names.group_update_backward.default(torch.randn(2, 3, 5), sigma, v, 1.0, [True, True], backend)
+    says = r"v must be \[4, N\] with every letter at least 1"
+    for n, N, message in ((0, 0, says), (5, 6, r"dup must be \[2, 3, 6\]")):
+        given = torch.randn(2, 3, n), torch.randn(2, 3, 4), torch.randn(4, N), 1.0, [True, True], backend
+        refuses(ValueError, message, names.group_update_backward.default, *given)
 
 
 @pytest.mark.parametrize(
@@ -469,10 +457,8 @@ def test_a_number_of_another_kind_is_a_scale(backend, kind):
     for rows in (1, 17):  # in one call, and in two
         given = torch.randn(rows, 5), torch.randn(12, 5), None, torch.randn(5, 3), sigma, v
         torch.testing.assert_close(*(efft_linear(*given, s) for s in (scale, float(scale))))
-        with pytest.raises(ValueError, match="scale must be finite, got -1000"):
-            efft_linear(*given, -(10**5000))
-        with pytest.raises(ValueError, match="scale must be in the range of float32"):
-            efft_linear(*given, 1e39)
+        refuses(ValueError, "scale must be finite, got -1000", efft_linear, *given, -(10**5000))
+        refuses(ValueError, "scale must be in the range of float32", efft_linear, *given, 1e39)
         assert efft_linear(*(t if t is None else t.double() for t in given), 1e39).isfinite().all()
 
 
@@ -488,8 +474,8 @@ def test_efft_linear_refuses(backend):
     ]:
         refuses(ValueError, message, efft_linear, **good | change, backend=backend)
     for name in sizes:
-        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
-            efft_linear(**(good | {name: None}))  # of few rows, in one call
+        # of few rows, in one call
+        refuses(TypeError, f"{name} must be a torch.Tensor, got NoneType", efft_linear, **good | {name: None})
 
 
 def test_refusals_are_the_same_under_compile(backend):
