@@ -253,13 +253,15 @@ def run(count: int, seed: int, names: list[str], ops: tuple[str, ...] = OPS) -> 
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=count, deadline=None, database=None, suppress_health_check=[*hypothesis.HealthCheck]
     )
     @hypothesis.given(st.data())
     def one(data):
         backend, op, given = data.draw(calls(names, ops))
         sizes = {name: value[-1] if isinstance(value, list) and value else value for name, value in given.items()}
-        whole = [name for name, t in sizes.items() if _can_be_freed(t) and reads(op, name, given)]
+        # torch itself reads a lazily negated view, to negate it, before a kernel can check its memory
+        freeable = [name for name, t in sizes.items() if isinstance(t, Tensor) and t.numel() > 0 and not t.is_neg()]
+        whole = [name for name in freeable if reads(op, name, given)]
         if whole and data.draw(st.integers(0, 4)) == 0 and (op != "merge_" or _writable(given)):
             module = dispatch.load(backend.partition(" ")[0])[0]
             if module.unsupported(op, *_in_order(op, given)):
@@ -275,11 +277,6 @@ def run(count: int, seed: int, names: list[str], ops: tuple[str, ...] = OPS) -> 
     return done
 
 
-def _can_be_freed(t) -> bool:
-    # torch itself reads a lazily negated view, to negate it, before a kernel can check its memory
-    return isinstance(t, Tensor) and t.numel() > 0 and not t.is_neg()
-
-
 def reads(op: str, name: str, given: dict) -> bool:
     """Whether a result depends on this argument of a backward"""
     if not op.endswith("backward"):
@@ -288,21 +285,13 @@ def reads(op: str, name: str, given: dict) -> bool:
     if op.startswith("group"):
         return {"dup": any(needs), "sigma": needs[1], "v": needs[0]}[name]
     rows = math.prod(given["dy"].shape[:-1]) > 0
-    return rows and {
-        "dy": any(needs),
-        "x": needs[1] or needs[3],
-        "weight": needs[0],
-        "down": needs[0],
-        "up": needs[0] or needs[3],
-        "p": needs[4],
-        "ids": needs[0] or needs[3] or needs[4],
-    }.get(name, False)
+    read = dict(dy=any(needs), x=needs[1] or needs[3], weight=needs[0], down=needs[0], up=needs[0] or needs[3])
+    read |= dict(p=needs[4], ids=needs[0] or needs[3] or needs[4])
+    return rows and read.get(name, False)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Random calls against float64, in parts, each in a process of its own."
-    )
+    parser = argparse.ArgumentParser(description="Random calls against float64, in parts, each in a new process.")
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--part", type=int, default=5000, help="calls of one process")
     parser.add_argument("--seed", type=int, default=0, help="of the first part; the others count on from it")
