@@ -4,31 +4,28 @@ simulator.planted_in() compiles all of them into one library, in which a test ch
 whole lines if there are several, is either statements, which end with a semicolon, or an expression.
 """
 
-# name: (file, text that occurs in it once, the faulty text that replaces it)
+# name: (text that occurs in tile.h once, the faulty text that replaces it)
+TILE = {
+    "no_wait": ("    cp_async_wait<STAGES - 2>();\n", ""),
+    "no_barrier": ("    __syncthreads();\n", ""),
+    "wrong_stage": ("load(step + STAGES - 1, next);", "load(step + STAGES - 1, stage);"),
+    "wrong_swizzle": ("swizzled<W>(m + lane % 16, k / 8 + lane / 16)", "(m + lane % 16) * W + k + lane / 16 * 8"),
+    "wrong_lanes": ("swizzled<W>(k + lane % 16, n / 8 + lane / 16)", "swizzled<W>(k + lane / 2, n / 8 + lane % 2)"),
+    "beyond_the_columns": ("inside ? 2 * there : 0", "inside ? 16 : 0"),
+}
+
+# the same in linear.h
 LINEAR = {
-    "no_wait": ("tile.h", "    cp_async_wait<STAGES - 2>();\n", ""),
-    "no_barrier": ("tile.h", "    __syncthreads();\n", ""),
-    "wrong_stage": ("tile.h", "load(step + STAGES - 1, next);", "load(step + STAGES - 1, stage);"),
-    "wrong_swizzle": (
-        "tile.h",
-        "swizzled<W>(m + lane % 16, k / 8 + lane / 16)",
-        "(m + lane % 16) * W + k + lane / 16 * 8",
-    ),
-    "wrong_lanes": (
-        "tile.h",
-        "swizzled<W>(k + lane % 16, n / 8 + lane / 16)",
-        "swizzled<W>(k + lane / 2, n / 8 + lane % 2)",
-    ),
-    "beyond_the_columns": ("tile.h", "inside ? 2 * there : 0", "inside ? 16 : 0"),
-    "no_barrier_after_p": ("linear.h", "      __syncthreads();\n", ""),
-    "no_barrier_before_y": ("linear.h", "g.bias);\n  __syncthreads();\n", "g.bias);\n"),
-    "no_barrier_after_y": ("linear.h", "  }\n  __syncthreads();\n", "  }\n"),
+    "no_barrier_after_p": ("      __syncthreads();\n", ""),
+    "no_barrier_before_y": ("g.bias);\n  __syncthreads();\n", "g.bias);\n"),
+    "no_barrier_after_y": ("  }\n  __syncthreads();\n", "  }\n"),
 }
 
 # statements that several faults leave out
 COPIED = "        barrier_wait(shared.full + ring.stage, ring.parity);\n"
 HELD = "        for (auto& d : acc) hold(d);\n"
 SUMMED = "        wgmma_wait<0>();\n" + HELD
+SUMMED_BEFORE = "        wgmma_wait<1>();\n        if (step > 0) release(last);"
 RELEASED = "        release(last);\n"
 STORED = "    if (lane == 0) tma_store_wait_read<0>();\n"
 INITIALIZED = "    barrier_init_fence();\n"
@@ -52,13 +49,10 @@ HOPPER = {
         "          barrier_expect(shared.full + ring.stage, Tile::STAGE);",
     ),
     "released_while_read": (
-        "        wgmma_wait<1>();\n        if (step > 0) release(last);\n        last = ring.stage;\n",
+        f"{SUMMED_BEFORE}\n        last = ring.stage;\n",
         "        release(ring.stage);\n        last = ring.stage;\n",
     ),
-    "released_too_early": (
-        "        wgmma_wait<1>();\n        if (step > 0) release(last);",
-        "        wgmma_wait<2>();\n        if (step > 0) release(last);",
-    ),
+    "released_too_early": (SUMMED_BEFORE, SUMMED_BEFORE.replace("<1>", "<2>")),
     "released_for_one": ("thread < CLUSTER", "thread < 1"),
     "y_before_its_sum": (
         "      wgmma_wait<0>();\n      for (auto& d : acc) hold(d);\n      release(last);\n      if",
@@ -125,7 +119,8 @@ HOPPER_PASS = {
 
 # name: (file, text, faulty text), or with two texts and the faulty text after each
 PLANTED = (
-    LINEAR
+    {name: ("tile.h", *fault) for name, fault in TILE.items()}
+    | {name: ("linear.h", *fault) for name, fault in LINEAR.items()}
     | {f"hopper_{name}": ("hopper.h", *fault) for name, fault in HOPPER.items()}
     | {f"pass_{name}": ("hopper_pass.h", *fault) for name, fault in HOPPER_PASS.items()}
 )
