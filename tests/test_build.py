@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refuses
 
 from efft_kernels.kernels import build, cuda
 
@@ -58,16 +59,14 @@ def test_csrc_cuda_is_compiled_at_first_use_for_the_gpu_at_hand(toolkit, tmp_pat
 
 def test_a_compiler_that_fails_is_an_error(toolkit, tmp_path):
     (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\necho 'no room' >&2; exit 1\n")
-    with pytest.raises(RuntimeError, match="nvcc failed: no room"):
-        cuda.load()
+    refuses(RuntimeError, "nvcc failed: no room", cuda.load)
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_without_nvcc_it_says_what_brings_one(toolkit, monkeypatch):
     monkeypatch.setattr(build, "cuda_home", lambda: None)
     assert "pip install 'efft_kernels[cuda]'" in cuda.unavailable()
-    with pytest.raises(RuntimeError, match="there is no nvcc"):
-        cuda.load()
+    refuses(RuntimeError, "there is no nvcc", cuda.load)
 
 
 def test_another_gpu_gets_nothing_compiled(toolkit, monkeypatch):

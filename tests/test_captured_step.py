@@ -87,8 +87,7 @@ def _graphed_callable(model, optimizer):
 def test_captured_equals_eager(backend, way):
     want = _factors(backend, _eager)
     assert any((p != q).any() for p, q in zip(want, _model(backend).parameters()))
-    for got, value in zip(_factors(backend, way), want):
-        assert torch.equal(got, value)
+    assert all(map(torch.equal, _factors(backend, way), want))
 
 
 def test_the_warm_up_leaves_the_statistics_of_a_batch_norm(monkeypatch):

@@ -28,11 +28,7 @@ def test_pieces_are_the_columns_of_each_slot(name, make, masked):
         draws = {}
         for slot, takes in zip(spec.slots, plan.takes):
             got = [column for i in takes for column in pieces[i]]
-            want = [
-                None if part.core is None else (part.core, part.start + i)
-                for part in slot.parts
-                for i in range(part.width)
-            ]
+            want = [None if p.core is None else (p.core, p.start + i) for p in slot.parts for i in range(p.width)]
             assert [column and column[1:] for column in got] == want
             draws.setdefault(slot.call, set()).update(column[0] for column in got if column)
         if masked:

@@ -33,13 +33,12 @@ def twelve_blocks():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "config",
-    [lambda p: ek.EFFTConfig("efft1", factor_dropout=p), lambda p: ek.EFFTConfig("efft2", factor_dropout=p)]
-    + [lambda p: ek.EFFTConfig("efft2", cores="shared", factor_dropout=p)],
+    "options",
+    [dict(variant="efft1"), dict(variant="efft2"), dict(variant="efft2", cores="shared")],
     ids=["efft1", "efft2", "efft2-shared"],
 )
-def test_launches_of_a_vit_b_step(config, dropout, record_property):
-    model = ek.inject(twelve_blocks(), config(dropout)).train()
+def test_launches_of_a_vit_b_step(options, dropout, record_property):
+    model = ek.inject(twelve_blocks(), ek.EFFTConfig(**options, factor_dropout=dropout)).train()
     ek.rebuild_inputs(False)
     try:
         launches = launches_of(model, images())

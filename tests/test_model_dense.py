@@ -96,13 +96,9 @@ def dense(base, injected, config, x):
         numbers = Numbers(group, config)
         for slot in group.spec.slots:
             name, site = f"{slot.site.path}.weight", slot.site
-            columns = base.get_parameter(name).detach().unflatten(0, (len(site.parts), site.width)).unbind(0)
-            weights[name] = torch.cat(
-                [
-                    changed(rows, numbers, site, part) if part in site.chosen else rows
-                    for rows, part in zip(columns, site.parts)
-                ]
-            )
+            parts = zip(base.get_parameter(name).detach().unflatten(0, (len(site.parts), site.width)), site.parts)
+            made = [changed(rows, numbers, site, part) if part in site.chosen else rows for rows, part in parts]
+            weights[name] = torch.cat(made)
     return torch.func.functional_call(base, weights, x)
 
 
