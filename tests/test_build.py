@@ -30,12 +30,10 @@ def toolkit(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
     monkeypatch.setattr(cuda, "_PACKAGE", tmp_path)  # nothing was built when it was installed
-    for found in (cuda._load, cuda.load):
-        found.cache_clear()
+    cuda._load.cache_clear(), cuda.load.cache_clear()
     yield home
     monkeypatch.undo()
-    for found in (cuda._load, cuda.load):
-        found.cache_clear()
+    cuda._load.cache_clear(), cuda.load.cache_clear()
 
 
 def test_csrc_cuda_is_compiled_at_first_use_for_the_gpu_at_hand(toolkit, tmp_path, monkeypatch, caplog):

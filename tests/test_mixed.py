@@ -9,18 +9,11 @@ import efft_kernels
 from efft_kernels import mixed_linear
 from efft_kernels.ops import dispatch
 
+HERE = [b.name for b in efft_kernels.backends() if b.available]
+if "triton" in HERE and dispatch.load("triton")[0].INTERPRETED:  # on a CPU (conftest.py)
+    from interpreter import repair_bf16
 
-def _backends() -> list[str]:
-    """Names of the available backends; on a CPU Triton runs in its interpreter (conftest.py)."""
-    module = dispatch.load("triton")[0]
-    if module is not None and module.INTERPRETED:
-        from interpreter import repair_bf16
-
-        repair_bf16()
-    return [b.name for b in efft_kernels.backends() if b.available]
-
-
-HERE = _backends()
+    repair_bf16()
 
 
 @pytest.fixture(params=HERE)

@@ -131,13 +131,12 @@ def test_only_the_gradients_that_are_asked_for(backend, monkeypatch):
 def test_the_result_may_be_changed_in_place(backend, op):
     x, weight, bias, down, up = make(grad=True)
     rows = x.detach().expand(2, 3, *x.shape).flatten(1, 2)
-    if op == "group":
-        run = lambda: group_update(down[None], up, backend=backend)
-    elif op == "mixed":
-        ids = torch.zeros(2, dtype=torch.long)
-        run = lambda: mixed_linear(rows, weight, bias, down[None], up[None], ids, backend=backend)
-    else:
-        run = lambda: lowrank_linear(rows, weight, bias, down, up, backend=backend)
+    ids = torch.zeros(2, dtype=torch.long)
+    run = {
+        "group": lambda: group_update(down[None], up, backend=backend),
+        "mixed": lambda: mixed_linear(rows, weight, bias, down[None], up[None], ids, backend=backend),
+        "linear": lambda: lowrank_linear(rows, weight, bias, down, up, backend=backend),
+    }[op]
     grads = [torch.autograd.grad(f(run()).square().sum(), (down, up)) for f in (torch.relu, torch.relu_)]
     assert all(torch.equal(*pair) for pair in zip(*grads))
 
