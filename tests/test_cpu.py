@@ -389,8 +389,7 @@ def compiler(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CXX", raising=False)
-    for name in ("EFFT_CACHE", "XDG_CACHE_HOME"):
+    for name in ("CXX", "EFFT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     return lambda: (tmp_path / "calls").read_text().splitlines()
 

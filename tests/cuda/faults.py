@@ -24,7 +24,8 @@ LINEAR = {
 # statements that several faults leave out
 COPIED = "        barrier_wait(shared.full + ring.stage, ring.parity);\n"
 HELD = "        for (auto& d : acc) hold(d);\n"
-SUMMED = "        wgmma_wait<0>();\n" + HELD
+WAITED = "      wgmma_wait<0>();\n"
+SUMMED = f"  {WAITED}" + HELD
 SUMMED_BEFORE = "        wgmma_wait<1>();\n        if (step > 0) release(last);"
 RELEASED = "        release(last);\n"
 STORED = "    if (lane == 0) tma_store_wait_read<0>();\n"
@@ -43,9 +44,8 @@ HOPPER = {
     "begun_before_the_other_has_seen_its_copies": ("Tile::ALTERNATE && set != first", "false"),
     "never_handed_over": ("          group_arrive(1 + (consumer ^ 1), CONSUMERS * WARPGROUP);\n", "          {}\n"),
     "no_wait_for_p": without(f"  {COPIED}", "          const uint32_t a"),
-    "no_wait_for_readers": (
-        "          barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);\n"
-        "          barrier_expect(shared.full + ring.stage, Tile::STAGE);",
+    "no_wait_for_readers": without(
+        "          barrier_wait(shared.empty + ring.stage, ring.parity ^ 1);\n",
         "          barrier_expect(shared.full + ring.stage, Tile::STAGE);",
     ),
     "released_while_read": (
@@ -54,10 +54,7 @@ HOPPER = {
     ),
     "released_too_early": (SUMMED_BEFORE, SUMMED_BEFORE.replace("<1>", "<2>")),
     "released_for_one": ("thread < CLUSTER", "thread < 1"),
-    "y_before_its_sum": (
-        "      wgmma_wait<0>();\n      for (auto& d : acc) hold(d);\n      release(last);\n      if",
-        "      release(last);\n      if",
-    ),
+    "y_before_its_sum": without(WAITED + "      for (auto& d : acc) hold(d);\n", "      release(last);\n      if"),
     "p_before_its_sum": without(SUMMED, RELEASED),
     "the_last_step_never_released": (SUMMED + RELEASED, SUMMED),
     "down_over_w": ("w_tile(ring.stage) + BN * LINE", "w_tile(ring.stage)"),
@@ -96,7 +93,7 @@ HOPPER_PASS = {
     "no_wait_for_up": ("    if constexpr (DP) barrier_wait(up_full, 0);\n", ""),
     "dy_over_what_is_read": ("        barrier_wait(empty + i, ring.parity ^ 1);\n", ""),
     "released_too_early": ("          wgmma_wait<1>();\n", ""),
-    "dp_before_its_sum": ("      wgmma_wait<0>();\n", ""),
+    "dp_before_its_sum": (WAITED, ""),
     "dp_of_the_rows_before": ("i > 0 || k16 > 0", "row > 0 || i > 0 || k16 > 0"),
     "rows_for_columns": ("further(columns_of_dy, k16 * 16 * LINE)", "further(columns_of_dy, k16 * 32)"),
     "wrong_tile_of_up": ("(STEP * i + FIRST) * RANKS * LINE", "STEP * i * RANKS * LINE"),
