@@ -73,6 +73,9 @@ def test_efft_linear_of_a_few_rows(shape, slices, ways, monkeypatch):
         only = [t.detach().requires_grad_(i == j) for j, t in enumerate(leaves)]
         y = efft_linear(only[0], weight, bias, *only[1:], 0.7)
         assert torch.equal(torch.autograd.grad(y, only[i], dy)[0], a)
+    assert few_rows._fit(x, weight, bias, u, sigma, v) and not few_rows._fit(x[..., 1:], weight, bias, u, sigma, v)
+    for trained in ((weight.clone().requires_grad_(), bias), (weight, bias.clone().requires_grad_())):
+        assert few_rows.take(x, *trained, u, sigma, v, 0.7, None) is None  # which has no gradient for these
     monkeypatch.setattr(few_rows, "default_backend", lambda: "reference")  # EFFT_BACKEND says what computes
     assert few_rows.take(x, weight, bias, u, sigma, v, 0.7, None) is None
 
@@ -160,6 +163,10 @@ def test_second_derivatives_are_refused(backend, few_rows, power):
             refuses(RuntimeError, "differentiable once", grad.sum().backward, retain_graph=True)
             again = lambda of: torch.autograd.grad(of.sum(), leaves, retain_graph=True, allow_unused=True)
             refuses(RuntimeError, "differentiable once", again, grad)
+    if not few_rows and power == 2:
+        y = lowrank_linear(x, *(t.detach() for t in leaves[1:]), backend=backend)  # dx depends on dy alone
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        refuses(RuntimeError, "differentiable once", dx.sum().backward)
 
 
 def test_saved_tensors_are_guarded_against_in_place_edits(backend):
@@ -382,8 +389,9 @@ def test_an_unproven_or_slower_backend_is_not_chosen(monkeypatch):
     ids=str,
 )  # fmt: skip
 def test_lowrank_linear_refuses(backend, change, error, message):
-    inputs = dict(zip(("x", "weight", "bias", "down", "up"), make())) | change
-    refuses(error, message, lowrank_linear, **inputs, backend=backend)
+    good = dict(zip(("x", "weight", "bias", "down", "up"), make()))
+    lowrank_linear(**good, backend=backend)  # what is remembered of a call is for such arguments alone
+    refuses(error, message, lowrank_linear, **(good | change), backend=backend)
 
 
 def test_transforms_and_forward_mode_are_refused(backend):
@@ -416,6 +424,8 @@ def test_backward_operators_refuse(backend):
         (6, [True], "needs must be five bools"),
     ]:
         refuses(ValueError, message, names.lowrank_linear_backward.default, *good[:i], value, *good[i + 1 :], backend)
+    without_x = dy, None, *good[2:6], [False, False, False, True, False], backend
+    refuses(ValueError, "x must be a tensor for needs=", names.lowrank_linear_backward.default, *without_x)
     says = r"v must be \[4, N\] with every letter at least 1"
     for n, N, message in ((0, 0, says), (5, 6, r"dup must be \[2, 3, 6\]")):
         given = torch.randn(2, 3, n), torch.randn(2, 3, 4), torch.randn(4, N), 1.0, [True, True], backend
