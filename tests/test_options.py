@@ -182,6 +182,9 @@ def test_two_learning_rates(method):
     optimizer.step()
     for p, old, grad in zip(together, before, grads):
         torch.testing.assert_close(p.detach(), old - (8e-3 if id(p) in zero else 1e-3) * grad)
+    model.efft.requires_grad_(False)
+    first, second = ek.adapter_parameter_groups(model, lr=1.0)
+    assert first["params"] == [*model.head.parameters()] and second == {"params": [], "lr": 16.0}
     for options in ({"lr": 0}, {"lr": 1e-3, "ratio": float("inf")}, {"lr": 1e200, "ratio": 1e200}):
         with pytest.raises(ValueError, match="must be a finite number above 0"):
             ek.adapter_parameter_groups(model, **options)
