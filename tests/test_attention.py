@@ -199,6 +199,7 @@ def check_bank(make, models, adapters, x) -> None:
             torch.testing.assert_close(bank.model(x), want, rtol=1e-4, atol=1e-5)
     bank.release()
     assert torch.equal(bank.model(x), before)
+    assert [type(module) for module in bank.model.modules()] == [type(module) for module in make().modules()]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def updates(model):
 
 # the rank of a narrow stage is rounded, so the sum of three is not the rank of three times as much
 STAGES = [ek.EFFTConfig(rank=3, scale=2.0, factor_dropout=0.0)] * 3, swin, None
-CASES = {"stages": STAGES} | {m: ([METHODS[m], others(METHODS[m]), METHODS[m]], vit, [1, 2, 1]) for m in EXACT}
+other = lambda config: replace(others(config), rank_weights=True)
+CASES = {"stages": STAGES} | {m: ([METHODS[m], other(METHODS[m]), METHODS[m]], vit, [1, 2, 1]) for m in EXACT}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,6 +124,12 @@ def test_the_mean_states_what_all_files_state(head, tmp_path):
     of_heads = pytest.raises(ValueError, match=r"3.x must have the classes of .*0.x, \('a', .* got \('b'")
     with of_heads if head == "train" else pytest.warns(UserWarning, match="the mean states no classes"):
         average(3)
+    if head == "keep":
+        model.head.requires_grad_(True)
+        ek.save_adapter(model, files[4], head=False, multilabel=True)  # which was trained beside another head
+        with pytest.warns(UserWarning, match="the mean states no "):
+            ek.average_adapters(model, files[::4], tmp_path / "mean")
+        assert "head.weight" not in json.loads(ek.read_adapter(tmp_path / "mean").frozen)
 
 
 def test_what_has_no_mean_is_named(tmp_path):

@@ -363,6 +363,9 @@ def test_the_same_weights_in_other_hands_are_the_same(path):
         ek.load_adapter(model, path, strict=True)
     ek.save_adapter(shake(ek.inject(bare().bfloat16(), PLAIN)), path)
     ek.load_adapter(bare(), path, strict=True)
+    nn.init.constant_((model := bare()).norm.bias, torch.nan)
+    ek.save_adapter(ek.inject(copy.deepcopy(model), PLAIN), path)
+    ek.load_adapter(model, path, strict=True)
 
 
 def test_a_frozen_head_is_a_frozen_weight(path):
@@ -376,6 +379,9 @@ def test_a_frozen_head_is_a_frozen_weight(path):
     refuses(ValueError, says, bank.add, "b", kept, strict=True)
     with pytest.warns(UserWarning, match=says):
         ek.load_adapter(narrow, path, head="keep")
+    with pytest.warns(UserWarning, match=says):
+        (elsewhere := AdapterBank(copy.deepcopy(other))).add("a", path)
+    assert elsewhere.labels("a") is None and not elsewhere.multilabel("a")
     bank.add("a", path, strict=True)
     bank.save("a", path)
     ek.save_adapter(ek.load_adapter(bare(), path, head="keep", strict=True), path)
@@ -383,7 +389,9 @@ def test_a_frozen_head_is_a_frozen_weight(path):
     with pytest.warns(UserWarning, match=says):
         ek.load_adapter(kept, path, name="b", head="keep")
     found = [own for m in (loaded, replaced, narrow, kept) for own in m.efft.values()]
-    assert [(own.classes, own.multilabel) for own in found] == [(tuple("abcdefghij"), True), *[(None, False)] * 4]
+    stated = [(own.classes, own.multilabel, own.beside_head) for own in found]
+    # the last but one was never in a file
+    assert stated == [(tuple("abcdefghij"), True, True), *[(None, False, at == 2) for at in range(4)]]
     ek.save_adapter(loaded, path, multilabel=False)
     assert not ek.read_adapter(path).multilabel
 
@@ -393,7 +401,7 @@ PREPARATION = ek.Preparation((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "biline
 
 def test_a_file_states_its_preparation_and_classes(path):
     model = ek.inject(bare(), PLAIN, head=3)
-    ek.save_adapter(model, path, preparation=PREPARATION, classes=["cat", "dog", "fish"])
+    ek.save_adapter(model, path, preparation=PREPARATION, classes=["cat", "dog", "fish"], multilabel=True)
     file = ek.read_adapter(path)
     assert (file.format, file.preparation, file.classes) == (3, PREPARATION, ("cat", "dog", "fish"))
     loaded = ek.load_adapter(bare(), path, strict=True)
@@ -401,8 +409,8 @@ def test_a_file_states_its_preparation_and_classes(path):
     assert (ek.read_adapter(path).preparation, ek.read_adapter(path).classes) == (file.preparation, file.classes)
     ek.save_adapter(loaded, path.with_name("headless"), head=False)
     assert ek.read_adapter(path.with_name("headless")).classes is None
-    kept = ek.load_adapter(bare(), path, head="keep")
-    assert kept.efft["default"].preparation == PREPARATION and kept.efft["default"].classes is None
+    kept = ek.load_adapter(bare(), path, head="keep").efft["default"]
+    assert (kept.preparation, kept.classes, kept.multilabel) == (PREPARATION, None, False)
     wide = bare(img_size=64)
     wide.load_state_dict({key: t for key, t in bare().state_dict().items() if key != "pos_embed"}, strict=False)
     with pytest.raises(ValueError, match="images of 32 x 32 pixels, but this VisionTransformer takes 64 x 64"):

@@ -44,6 +44,7 @@ def test_a_plan_is_data_and_touches_nothing():
 def test_targets_and_blocks(config, targets, names):
     found = paths(vit(depth=3), config(rank=4, targets=targets, blocks=(0, 2)))
     assert sorted(found) == sorted(f"blocks.{block}.{name}" for block in (0, 2) for name in names)
+    assert ek.inject(vit(), ek.LoRAConfig(rank=2, targets=("q",)))(images()).shape == (2, 10)  # a part of qkv alone
 
 
 def test_swin_has_a_pair_of_groups_per_stage_with_doubling_ranks():
@@ -298,6 +299,9 @@ def test_unmerge_refuses_linears_that_were_replaced():
     assert not hasattr(model, "efft")
     model.blocks[0].mlp.fc1 = nn.Linear(192, 10)
     refuses(ValueError, r"merge left there, got Linear\(in_features=192, out_features=10", ek.unmerge, model)
+    model, other = (ek.inject(vit(), SMALL) for _ in range(2))
+    model.blocks[0].mlp.fc1 = other.blocks[0].mlp.fc1
+    refuses(ValueError, "mlp.fc1 must be the Linear that inject adapted, but a AdaptedLinear is", ek.merge, model)
 
 
 def test_weights_made_under_inference_mode_are_not_merged_outside_it():

@@ -469,6 +469,7 @@ def test_adapters_of_equal_shapes_share_one_graph():
 
 def test_a_shared_head_that_was_trained_is_told(tmp_path):
     model = ek.inject(vit(), PLAIN)
+    nn.init.ones_(model.head.weight)  # within disable_adapter there is the head of before
     ek.add_adapter(model, PLAIN, "second")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -480,6 +481,8 @@ def test_a_shared_head_that_was_trained_is_told(tmp_path):
         ek.delete_adapter(ek.set_adapter(model, "second"), "default")
         nn.init.zeros_(model.head.weight)
         ek.set_adapter(ek.add_adapter(model, PLAIN, "default"), "second")  # not the "default" that was deleted
+        nn.init.ones_(model.head.bias)
+        ek.save_adapter(model, tmp_path / "second")  # the active one
     said = "head, which all adapters of a model share, changed since 'default' was active"
     model.head.weight.data[:2] = torch.tensor([[1.0], [-1.0]])  # of the same sum
     with pytest.warns(UserWarning, match=said):
@@ -490,3 +493,8 @@ def test_a_shared_head_that_was_trained_is_told(tmp_path):
     optimizer.step()
     with pytest.warns(UserWarning, match=said):
         ek.set_adapter(model, "default")
+    with ek.disable_adapter(ek.add_adapter(model, PLAIN, "third")):
+        ek.set_adapter(model, "second")
+    nn.init.ones_(model.head.weight)
+    with pytest.warns(UserWarning, match="changed since 'third' was active"):
+        ek.set_adapter(model, "third")

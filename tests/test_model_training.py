@@ -91,8 +91,9 @@ def test_dropout_keeps_the_mean_and_masks_factors():
 
 
 def test_one_draw_per_attention_call_and_one_per_ffn_linear():
-    model = adapted(DROPPED).train()
-    model.efft.begin(model)
+    model = adapted(DROPPED)
+    model(images())  # which knows no masks
+    model.train().efft.begin(model)
     pairs = model.efft._pass.pairs
     down = lambda path: pairs[path].down
     assert torch.equal(down("blocks.0.attn.qkv"), down("blocks.0.attn.proj"))

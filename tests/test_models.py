@@ -101,16 +101,22 @@ def test_train_names_modules_that_are_trained_saved_and_loaded(tmp_path):
     other.load_state_dict(weights)
     ek.load_adapter(other, tmp_path / "a.safetensors", head="keep")
     assert torch.equal(other.decode.weight, model.decode.weight) and trained(other) == {"decode.weight", "decode.bias"}
+    differs = ek.inject(Own(), PLAIN, head="keep", train=("decode",))
+    file = tmp_path / "a.safetensors"
+    refuses(ValueError, "holds decode that differs from", ek.load_adapter, differs, file, name="b", head="keep")
     ek.delete_adapter(other, "default")
     del other.decode
-    refuses(ValueError, "holds modules that this Own lacks", ek.load_adapter, other, tmp_path / "a.safetensors")
+    refuses(ValueError, "holds modules that this Own lacks", ek.load_adapter, other, file)
+    path = "backbone.blocks.0.attn.qkv"
     for train, error, says in [
         ("decode", TypeError, "train must be a sequence of paths"),
         (("decoder",), ValueError, "train must name modules of this Own, such as 'backbone', .* got 'decoder'"),
         (("backbone.head",), ValueError, "backbone.head has none"),
         (("backbone",), ValueError, "blocks.0.attn.qkv is in 'backbone'"),
+        ((f"{path}.parametrizations",), ValueError, f"{path} is in '{path}.para"),
     ]:
-        refuses(error, says, ek.inject, Own(), PLAIN, train=train)
+        nn.utils.parametrizations.weight_norm((own := Own()).get_submodule(path))
+        refuses(error, says, ek.inject, own, PLAIN, train=train)
 
 
 SWITCHED = {
