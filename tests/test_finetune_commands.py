@@ -122,7 +122,7 @@ def test_predict_any_number_of_images(run, tmp_path, capsys, caplog, monkeypatch
     rows = list(csv.DictReader(out.open()))
     assert [Path(row["image"]).name for row in rows] == [f"{i}, x.png" for i in range(5)]
     assert {row["label"] for row in rows} <= {"a", "<b> & c"} and all(0.5 <= float(row["probability"]) for row in rows)
-    assert cli.main(["predict", str(run), rows[0]["image"]]) == cli.DONE
+    assert cli.main(["predict", str(run), *[rows[0]["image"]] * 2]) == cli.DONE
     file, label, p = capsys.readouterr().out.rstrip("\n").split("\t")
     assert (file, label) == (rows[0]["image"], rows[0]["label"])
     assert abs(float(p) - float(rows[0]["probability"])) < 2e-4
@@ -301,9 +301,12 @@ def test_several_labels_per_image(tmp_path, capsys, monkeypatch):
         lines.append(f"images/{i}.png,{'|'.join(labels)},{'train' if i < 16 else 'test'}\n")
     (tmp_path / "list.csv").write_text("image,labels,split\n" + "".join(lines))
     settings = tiny(tmp_path / "list.csv", tmp_path / "out", epochs=2, class_weights="balanced", label_smoothing=0.1)
+    settings.interpolation = "nearest"
     result = train(settings, progress=False)
     assert set(result.metrics["test"]) == {"mean_ap", "f1", "exact", "loss"}
-    assert set(result.history[0]["train"]) == {"exact", "loss"} and read_adapter(result.adapter).multilabel
+    assert set(result.history[0]["train"]) == {"exact", "loss"}
+    file = read_adapter(result.adapter)
+    assert file.multilabel and file.preparation.interpolation == "nearest"
     assert "F1 per class" in html(tmp_path / "out/report.html")
     rows = predictions.from_csv(tmp_path / "out/predictions.csv", True)
     assert [row.label for row in rows] == [tuple(sets[i % 4]) for i in range(16, 24)]
@@ -368,10 +371,10 @@ def test_no_trackers_are_no_warning():
 
 def test_class_weights_are_of_all_training_images():
     part = type("Part", (), {"labels": [0, 0, 0, 1]})
-    data = type("Data", (), {"train": part, "classes": ("a", "b", "c"), "multilabel": False})
-    assert prepared.weigh_classes(data).tolist() == pytest.approx([4 / 6, 2.0, 1.0])
-    part.labels, data.multilabel = [(0,), (0, 1), (0,), ()], True
-    assert prepared.weigh_classes(data).tolist() == pytest.approx([1 / 3, 3.0, 1.0])
+    data = type("Data", (), {"train": part, "classes": (*"abcd",), "multilabel": False})
+    assert prepared.weigh_classes(data).tolist() == pytest.approx([4 / 6, 2.0, 1.0, 1.0])
+    part.labels, data.multilabel = [(0, 2), (0, 1, 2), (0, 2), (2,)], True  # the third is in all
+    assert prepared.weigh_classes(data).tolist() == pytest.approx([1 / 3, 3.0, 1.0, 1.0])
 
 
 def test_a_loss_is_the_mean_over_images_however_they_are_batched():
@@ -384,6 +387,9 @@ def test_a_loss_is_the_mean_over_images_however_they_are_batched():
     run.data.multilabel = True
     want = torch.nn.functional.binary_cross_entropy_with_logits(y, several * 0.8 + 0.1)
     torch.testing.assert_close(evaluation.loss_of(run, y, several), want)
+    one, two = torch.tensor([[1.0, 1.0, 2.0]]).log(), torch.tensor([[-9.0, 9.0]])
+    for y, labels, error in (one, torch.tensor([0]), 0.75), (two, torch.ones(1, 2), 1.0):
+        assert evaluation._predictions([0], y, labels)[0].error == pytest.approx(error, abs=1e-3)
 
 
 def test_averages_of_weights_follow_more_closely_at_first():
@@ -393,7 +399,9 @@ def test_averages_of_weights_follow_more_closely_at_first():
     progress.start_averages()
     torch.nn.init.ones_(p.weight)
     progress.update_averages(0.999)
-    assert progress.averages[0].item() == pytest.approx(0.9)
+    with progress.averaged():
+        assert p.weight.item() == progress.averages[0].item() == pytest.approx(0.9)
+    assert p.weight.item() == 1  # training goes on from there
 
 
 @pytest.mark.filterwarnings("error")

@@ -161,6 +161,14 @@ def test_prompts_by_hand():
         torch.testing.assert_close(found, model.forward_head(model.norm(tokens)), rtol=1e-5, atol=1e-6)
 
 
+def test_an_adaptformer_by_hand():
+    mlp, x = prepared("adaptformer").blocks[0].mlp, torch.randn(2, 5, 192)
+    torch.nn.init.normal_((beside := mlp.fc2.adaptformer).up.weight)
+    got = mlp(x)
+    mlp.fc2._forward_hooks.clear()
+    torch.testing.assert_close(got, mlp(x) + 0.1 * beside.up(F.relu(beside.down(x))))
+
+
 ON_SWIN = "adapter", "adaptformer", "ssf", "bitfit", "efft1", "efft2", "lora", "fact-tt"
 
 

@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
-from efft_kernels import read_adapter, storage
+from efft_kernels import read_adapter, save_adapter, storage
 from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared
 from efft_kernels.finetune.finished import merged, restore
 from efft_kernels.finetune.labelling import label
@@ -46,7 +46,9 @@ pytestmark = pytest.mark.usefixtures("undrawn_module")  # tests/test_finetune_co
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return folder(tmp_path_factory.mktemp("photos"), ("train", "val", "test"), ("a", "b", "c"), n=8)
+    root = folder(tmp_path_factory.mktemp("photos"), ("train", "val", "test"), ("a", "b", "c"), n=8)
+    shutil.copy(root / "test/a/0.png", root / "test/a/odd.png")  # two processes cannot share 25 images evenly
+    return root
 
 
 def tiny(data, out, **changes) -> Settings:
@@ -311,9 +313,9 @@ def test_sigterm_saves_and_says_so(photos, whole, tmp_path, capsys):
 @pytest.mark.slow
 def test_sigterm_in_the_same_process(photos, whole, tmp_path, monkeypatch):
     at_call(loop, "one_step", 4, lambda *_: os.kill(os.getpid(), signal.SIGTERM), put=monkeypatch.setattr)
-    before = signal.getsignal(signal.SIGTERM)
+    before = [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))]
     refuses(Interrupted, "stopped after step 4 of 18", train, tiny(photos, tmp_path), progress=False)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))] == before
     train(tiny(photos, tmp_path), progress=False)
     assert end(tmp_path) == whole
 
@@ -537,7 +539,9 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
     settings = tiny(photos, tmp_path / "out", epochs=2)
     first = train(settings, progress=False)
     assert train(replace(settings, save_every=7), progress=False).metrics == first.metrics  # read, not trained again
-    refuses(ValueError, r"differs in lr \(0.003 there, 0.1 now\)", train, replace(settings, lr=0.1), progress=False)
+    other = replace(settings, lr=0.1, weight_decay=0.0, drop_path=0.0, label_smoothing=0.1, augment="none")
+    said = r"differs in lr \(0.003 there, 0.1 now\), weight_decay .*, drop_path .*, label_smoothing .*, augment "
+    refuses(ValueError, said, train, other, progress=False)
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
     refuses(ValueError, "differs in the images", train, replace(settings, data=str(other)), progress=False)
     for wrong in ({"data": str(tmp_path / "none")}, {"checkpoint": "none.pth"}):
@@ -611,6 +615,7 @@ def test_the_recipe_reaches_what_it_is_for(photos, tmp_path, monkeypatch):
 
     def step(run, progress, *rest):
         rates.append(progress.optimizer.param_groups[0]["lr"])
+        assert progress.sums[2] == 8 * (progress.step % 3)  # images of this epoch
         original(run, progress, *rest)
 
     monkeypatch.setattr(loop, "one_step", step)
@@ -671,7 +676,11 @@ def test_weights_that_have_moved(photos, tmp_path):
     out = train(settings, progress=False).out
     (tmp_path / "a.pth").rename(tmp_path / "b.pth")
     refuses(FileNotFoundError, "no checkpoint .*a.pth; if it has moved, set checkpoint to its new", restore, out)
-    restore(out, str(tmp_path / "b.pth"))
+    model, _ = restore(out, str(tmp_path / "b.pth"))
+    save_adapter(model, tmp_path / "c", head=True, classes=["c", "b", "a"])
+    shutil.copytree(out, tmp_path / "other")
+    (tmp_path / "c").rename(tmp_path / "other/adapter.safetensors")
+    refuses(ValueError, "but it states another classes", restore, tmp_path / "other", str(tmp_path / "b.pth"))
     says = "checkpoint must be the weights that the run in .* started from"
     refuses(ValueError, says, restore, out, str(tmp_path / "c.pth"))
     assert train(replace(settings, checkpoint=str(tmp_path / "b.pth")), progress=False).out == out

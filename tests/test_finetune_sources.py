@@ -164,8 +164,12 @@ def test_csv_with_a_class_per_image(tmp_path):
 def test_csv_with_splits_and_semicolons(tmp_path):
     splits = "train train train val test test".split()
     lines = "".join(f"{tmp_path}/images/{i}.png;{i % 2};{split}\n" for i, split in enumerate(splits))
-    found = open_data(csv_file(tmp_path, "\ufeffFile;Class;Split\n" + lines), 16)
+    found = open_data(path := csv_file(tmp_path, "\ufeffFile;Class;Split\n" + lines), 16)
     assert [len(part) for part in found.parts().values()] == [3, 1, 2] and found.classes == ("0", "1")
+    text = path.read_text()
+    for old, new in ("0;test", "0;val"), ("2.png;0", "2.png;1"), (";1;", ";9;"):  # the same images in the same order
+        path.write_text(text.replace(old, new))
+        assert open_data(path, 16).fingerprint() != found.fingerprint()
 
 
 def test_csv_with_several_labels(tmp_path, caplog):

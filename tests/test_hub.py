@@ -133,10 +133,11 @@ def test_a_run_goes_to_the_hub_and_comes_back(hub, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
     assert str(tmp_path).encode() not in (hub / "me/run/adapter.safetensors").read_bytes()
     record = json.loads((tmp_path / "out/metrics.json").read_text())
-    record["settings"]["model"] = f"hf:{photos}"
+    record["settings"] |= {"model": f"hf:{photos}", "checkpoint": str(photos)}
     (tmp_path / "out/metrics.json").write_text(json.dumps(record))
     export(tmp_path / "out", "hub", "me/folder")
-    assert '"model": "hf:photos"' in (hub / "me/folder/metrics.json").read_text()
+    settings = json.loads((hub / "me/folder/metrics.json").read_text())["settings"]
+    assert (settings["model"], settings["checkpoint"]) == ("hf:photos", "photos")
 
 
 def test_names_that_lead_nowhere(hub, monkeypatch):
