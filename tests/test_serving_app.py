@@ -264,6 +264,9 @@ def test_the_least_recently_used_is_evicted(folder):
     assert folder.bank.names == ["a", "b"] and folder.loads == 2
     touch(folder, "a", "c")
     assert folder.bank.names == ["a", "c"] and folder.evictions == 1 and folder.bytes == folder.bank.most == 200
+    folder.budget = 100  # one exactly
+    touch(folder, "b")
+    assert folder.bank.names == ["b"]
 
 
 def test_held_adapters_are_not_evicted(folder):
@@ -301,6 +304,8 @@ def test_replaced_deleted_and_invalid_files(folder):
     refuses(ValueError, "no adapter", touch, folder, "c")
     (folder.path / "d.safetensors").write_bytes(b"d" * 251)
     refuses(ValueError, "larger than the budget of 250", touch, folder, "d")
+    (folder.path / "d.safetensors").write_bytes(b"d" * 50)
+    touch(folder, "d")
     folder.file("folder").mkdir()
     folder.file("link").symlink_to("nowhere")
     assert folder.names() == ["b", "c", "d"]
@@ -479,6 +484,9 @@ def test_adapters_that_cannot_be_served_are_refused(served, own, caplog):
     _, files, want = served
     classifier = Classifier(own)
     image = classifier.prepare(Upload(files[0], None, 5))
+    late = classifier.prepare(Upload(files[0], "adapter-0", 5))
+    os.utime(classifier.folder.file("adapter-0"), (1, 1))
+    assert classifier.classify([late])[0].status == 503  # its file was replaced meanwhile
     Path(own.adapters, "broken.safetensors").write_bytes(b"not an adapter")
     torch.manual_seed(7)
     foreign = ek.inject(timm().create_model(own.model), ek.EFFTConfig(rank=4))  # of other weights

@@ -290,9 +290,6 @@ def test_dropout_while_training():
     x = images(6)
     with bank.use(BATCH):
         assert not torch.equal(bank.model(x), bank.model(x))
-    bank.model.eval()
-    with bank.use(BATCH):
-        assert torch.equal(bank.model(x), bank.model(x))
     fact, models = filled(ek.FacTConfig(rank=4, activation_dropout=0.3), classes=(3, 3, 3))
     fact.model.train()
     with fact.use(BATCH):
@@ -301,10 +298,15 @@ def test_dropout_while_training():
     torch.testing.assert_close(y[[1, 5]], models[None](x)[[1, 5]], rtol=1e-4, atol=1e-5)  # samples without an adapter
     y[[0, 2, 3, 4], :3].sum().backward()
     assert all(p.grad.any() for name in "abc" for p in fact.parameters(name))
+    for each in (bank, fact):
+        each.model.eval()
+        with each.use(BATCH):
+            assert torch.equal(each.model(x), each.model(x))
     bank.add("d", trained(ek.EFFTConfig(rank=4, factor_dropout=0.0), seed=9))
     for name, dropout in (("e", 0.0), ("f", 0.3)):
         bank.add(name, trained(ek.LoRAConfig(rank=4, rank_dropout=dropout)))
-    for ids, option in (("ad", "factor_dropout"), ("ef", "rank_dropout")):
+        bank.add(name.upper(), trained(ek.FacTConfig(rank=4, activation_dropout=dropout)))
+    for ids, option in (("ad", "factor_dropout"), ("ef", "rank_dropout"), ("EF", "activation_dropout")):
         bank.model.eval()  # where they may differ
         with bank.use([*ids]), torch.no_grad():
             bank.model(x[:2])
@@ -502,8 +504,11 @@ def test_an_error_within_a_use_ends_it():
     x = images(1)
 
     handle = bank.model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), bank.use(["a"]):
-        bank.model(x)
+    bank.model.train()
+    with pytest.raises(ZeroDivisionError), bank.use(["a", None]):
+        bank.model(images(2))
+    assert bank.model.blocks[1].training  # although the search for the samples has failed
+    bank.model.eval()
     handle.remove()
     with torch.no_grad():
         assert torch.equal(bank.model(x), models[None](x))
@@ -562,12 +567,22 @@ def test_samples_along_the_second_dimension(method):
     bank, models = filled(METHODS[method], make)
     with bank.use([*"ababa"]), torch.no_grad(), pytest.warns(UserWarning, match=r"gets \[5, 5, 192\], and nothing"):
         bank.model(images(5).int())  # a later forward shows more
-    for ids in (["a", None, "c", "a", "b"], ["a", "b"], ["b"] * 5):  # five: as many as tokens
+    for ids in (["a", None, "c", "a", "b"], ["a", "b"], ["b"] * 5, [*"aabbb"]):  # five: as many as tokens
         x = images(len(ids))
         with bank.use(ids), torch.no_grad():
             bank.model(x / 0)  # the search for the samples must not take these NaN for its own
             y = bank.model(x)
         torch.testing.assert_close(y, one_by_one(models, ids, x), rtol=1e-4, atol=1e-5)
+    bank, x = AdapterBank(bare(make)), images(2)
+    for config in (ek.LoRAConfig(rank=2), METHODS[method]):  # the first adapts no MLP, so that its search sees none
+        bank.add(name := type(config).__name__, model := trained(config, make))
+        with bank.use([name, None]), torch.no_grad():
+            y = bank.model(x)
+        want = one_by_one({name: model, None: bare(make)}, [name, None], x)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    del bank._batch_dims["blocks.1.mlp.fc1"]  # as of a Linear that the search did not reach
+    with bank.use([name, None]), pytest.raises(ValueError, match="before a forward of the model has shown"):
+        bank.model.blocks[1].mlp.fc1(torch.randn(2, 5, 192))
 
 
 class Calls:
@@ -613,6 +628,11 @@ def test_a_linear_whose_input_does_not_keep_the_samples_together_is_named():
             bank.model.blocks[0].attn.qkv(torch.randn(5, 4, 192))
         refuses(ValueError, r"head gets x \[3, 192\], whose first or second", bank.model.head, torch.randn(3, 192))
         refuses(ValueError, r"blocks.0.mlp.fc1 gets x \[192\]", bank.model.blocks[0].mlp.fc1, torch.randn(192))
+    mlp = bank.model.blocks[0].mlp  # its fc1 is called twice, with five samples and five tokens in both orders
+    mlp.register_forward_pre_hook(lambda _, args: (mlp.fc1(args[0].transpose(0, 1)), None)[1])
+    with bank.use([*"abcab"]), pytest.raises(ValueError, match=r"blocks.0.mlp.fc1 gets x \[5, 5, 192\], whose first"):
+        bank._tried = 0
+        bank.model(images(5))
     flat = lambda y, x: y.unflatten(0, (x.shape[1], -1)).transpose(0, 1)
     bank, _ = filled(make=reordered(lambda x: x.transpose(0, 1).flatten(0, 1), flat))
     bank.model.train().blocks[1].norm1 = norm = nn.BatchNorm1d(5)
@@ -664,7 +684,7 @@ def test_models_that_cannot_have_a_bank():
     refuses(ValueError, "already has an attribute 'efft', a AdapterBank", ek.inject, AdapterBank(bare()).model, PLAIN)
 
 
-def test_a_head_that_differs_beyond_its_classifier():
+def test_a_head_that_differs_beyond_its_classifier(tmp_path):
     make = lambda: nn.Sequential(nn.LayerNorm(192), nn.Linear(192, 3))
     model = bare()
     model.head = make()
@@ -672,6 +692,8 @@ def test_a_head_that_differs_beyond_its_classifier():
     ek.inject(other, PLAIN)
     bank = AdapterBank(model)
     bank.add("a", other)
+    bank.save("a", tmp_path / "a")
+    assert ek.read_adapter(tmp_path / "a").head.keys() == {f"head.{key}" for key in other.head.state_dict()}
     with torch.no_grad():
         other.head[0].weight.add_(1)
     refuses(ValueError, "must differ .* in its last Linear alone.* head.0.weight differs too", bank.add, "b", other)
