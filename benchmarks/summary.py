@@ -184,7 +184,7 @@ _SUMS_NOTE = "EFFT's time over that of each alternative, of sums over all Linear
 
 def _sums(part: str, zen3: list[str]) -> Table:
     rows, others = [], [name for name in VARIANTS if name != "efft"]
-    zen5 = [f"zen5/vit_b_{name}" for name in ("float32", "batch16_float32", "bfloat16", "batch16_bfloat16")]
+    zen5 = ["zen5/vit_b_float32", "zen5/vit_b_bfloat16"]
     records = [*zen5, *zen3, "emerald_rapids/vit_b"]
     for where, _, size, dtype, ms in _linears(records, [part]):
         rows.append([f"{where}, {dtype}, {size}", digits(ms["efft"]), *_over(ms, others)])
