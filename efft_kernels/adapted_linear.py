@@ -140,11 +140,11 @@ def made_again(make: Callable[..., type], *given: type) -> Callable:
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super(make(*given), self).__reduce_ex__(protocol)
-        return _bare, (make, *given), *state
+        return _made, (make, *given), *state
 
     return __reduce_ex__
 
 
-def _bare(make: Callable[..., type], *given: type) -> nn.Module:
+def _made(make: Callable[..., type], *given: type) -> nn.Module:
     cls = make(*given)
     return cls.__new__(cls)

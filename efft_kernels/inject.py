@@ -230,7 +230,9 @@ def _put_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
     like, own = next(now.parameters(), None), next(module.parameters(), None)
     if like is not None and own is not None and (like.device, like.dtype) != (own.device, own.dtype):
         module.to(like.device, like.dtype)
-    put_at(model, path, module.train(now.training))
+    if module.training != now.training:  # else its parts keep modes of their own
+        module.train(now.training)
+    put_at(model, path, module)
 
 
 def attach(model: nn.Module, owner: Adapters) -> None:

@@ -196,8 +196,8 @@ class Group(nn.Module):
         Autocast has no effect, so that a merge is not rounded to its dtype. A ValueError refuses sharded factors.
         """
         refuse_sharded(self, "an update")
-        still = copy.copy(self)  # other threads may train with this one meanwhile
-        still.training = False
+        still = object.__new__(type(self))  # other threads may train with this one meanwhile
+        vars(still).update(vars(self), training=False)
         with without_autocast(next(self.parameters()).device):
             return still.low_rank_pairs(backend, path)
 

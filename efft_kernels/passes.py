@@ -23,7 +23,8 @@ class _Pass:
     def __init__(self, pairs: dict[str, Pair], recorded: bool, active: str | None):
         self.pairs, self.recorded, self.active = pairs, recorded, active
         self.unrecorded: set[str] = set()
-        self.recomputed: set[str] = set()  # of those, the ones that a backward ran again
+        self.reached = False  # whether a backward has run one of those again, or gave a pair a gradient
+        self.switches = 0  # of the active adapter, before a backward came here
 
 
 class _Watched(dict):
@@ -73,6 +74,7 @@ class Passes:
 
     backend: str | None
     active: str | None  # None: nothing is added anywhere
+    switches = 0  # of the active adapter, so far
     watched: set  # modes of which a forward was watched, and sets of Linears about which a warning was given
 
     def groups(self) -> list[nn.Module]:
@@ -142,7 +144,7 @@ class Passes:
                         "factor dropout cannot be reproduced under reentrant checkpointing: use use_reentrant=False, "
                         "or factor_dropout=0 and rank_dropout=0"
                     )
-                now.recomputed.add(path)
+                now.reached = True
                 return self._own_pair(path, linear)
         return now.pairs.get(path)
 
@@ -168,8 +170,13 @@ class Passes:
         again = None if tracing else self._replay[1]
         # also a forward that adds nothing may be recomputed
         self._enter(None if tracing else _Pass({}, False, self.active))
-        if again is not None and again.active != self.active:
-            raise RuntimeError(f"{_OTHER}which a checkpoint of the whole model cannot recompute: checkpoint its blocks")
+        # a program that switches adapters within the backward knows what it does
+        other = again is not None and again.active != self.active and again.switches == self.switches
+        if other and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{_OTHER}and a forward of the whole model within a backward is taken for its recomputation: "
+                "checkpoint the blocks instead"
+            )
         if groups := self.groups():
             if not tracing and "_is_replica" in vars(model):
                 raise RuntimeError(
@@ -209,6 +216,9 @@ class Passes:
             return
         if isinstance(done.pairs, _Watched) and output is not None:
             self._check_called(model, done.pairs)
+        if done.unrecorded and len(done.unrecorded) == len(done.pairs):
+            for t in (t for pair in done.pairs.values() for t in pair[:2] if t.requires_grad):
+                t.register_hook(partial(_reach, done))
         for t in _tensors(output):
             if t.grad_fn is not None:  # not a parameter or an input, which keeps its hooks
                 t.register_hook(partial(self._restore, done))
@@ -236,17 +246,18 @@ class Passes:
         task, replayed = self._replay
         if replayed is None:
             at_end_of_backward(self._end_of_backward)
+        done.switches = self.switches
         _replays[task, id(self)] = done
 
     def _end_of_backward(self) -> None:
         done = _replays.pop((graph_task(), id(self)), None)
-        left = sorted(done.unrecorded - done.recomputed) if done is not None else ()
-        if left and "unrecorded" not in self.watched:
+        if done is None or done.reached or not done.unrecorded or len(done.unrecorded) < len(done.pairs):
+            return
+        if "unrecorded" not in self.watched:
             self.watched.add("unrecorded")
             warnings.warn(
-                f"the factors of {left[0]} and {len(left) - 1} more Linears got no gradient: they ran without a graph, "
-                "and this backward did not run them again; reentrant checkpointing needs an input that requires grad, "
-                "use_reentrant=False does not",
+                "the factors got no gradient: all adapted Linears ran without a graph, and this backward did not run "
+                "them again; reentrant checkpointing needs an input that requires grad, use_reentrant=False does not",
                 stacklevel=2,
             )
 
@@ -312,6 +323,7 @@ class Adapters(Passes, nn.ModuleDict):
     @active.setter
     def active(self, name: str | None) -> None:
         # the groups, too: torch.compile would make a graph for each name that it reads, but not for equal groups
+        self.switches += 1
         self._active, self._groups = name, [] if name is None else list(self[name].values())
 
 
@@ -323,6 +335,10 @@ def _take_late_gradients(p: nn.Parameter) -> tuple:
         parameter().requires_grad_(True)  # autograd drops the gradient of a leaf that does not require it
 
     return p.register_hook(thaw), p.register_post_accumulate_grad_hook(lambda p: p.requires_grad_(False))
+
+
+def _reach(done: _Pass, grad: Tensor) -> None:
+    done.reached = True
 
 
 def _mode(model: nn.Module) -> tuple[bool, bool]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .hub import local_file
-from .storage import read_regular, write_bytes
+from .storage import read_regular, write
 
 _DIGEST = "digest"  # metadata: SHA-256 of everything else in the file
 
@@ -33,16 +33,13 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
     # clones, because tensors may share memory, which safetensors refuses
     copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     data = save(copies, {**metadata, _DIGEST: _digest(copies, metadata)})
-    write_bytes(Path(path), _in_order(data))
-
-
-def _in_order(data: bytes) -> bytes:
-    """The file with its metadata sorted, so that equal contents are equal files: safetensors has a random order."""
     header, end = _header(data)
+    # equal contents are equal files: safetensors has a random order
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors are aligned
-    return struct.pack("<Q", len(text)) + text + data[end:]
+    start, rest = struct.pack("<Q", len(text)) + text, memoryview(data)[end:]
+    write(Path(path), lambda file: (file.write(start), file.write(rest)))
 
 
 def _header(data: bytes) -> tuple[dict, int]:

@@ -132,6 +132,12 @@ def test_what_cannot_be_saved_leaves_the_old_file(spoil, says, path):
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
+def test_a_parametrized_factor_merges():
+    model, x = shake(ek.inject(vit(), PLAIN)), images()
+    weight_norm(model.efft["default"]["attn"], "u")
+    torch.testing.assert_close(model(x), ek.merge(model)(x), rtol=1e-4, atol=1e-5)
+
+
 def test_several_adapters_switch_and_go():
     model, x = bare(), images()
     plain, weights = model(x), {key: value.clone() for key, value in model.state_dict().items()}

@@ -421,6 +421,11 @@ def test_disable_adapter_gives_the_model_before_inject_with_its_head(head, train
         if not twice:
             model = copy.deepcopy(model)
     model.train()
+    (part := [*model.head.modules()][-1]).eval()  # a mode of its own
+    with ek.disable_adapter(model):
+        pass
+    assert not part.training
+    part.train()
     with ek.disable_adapter(model):
         assert model.head.training and not any(p.requires_grad for p in model.head.parameters())
         model.eval().double()  # what is done to the model within is done to what comes back, too

@@ -258,11 +258,19 @@ def test_checkpointing_with_several_uses_and_a_failing_backward(reentrant):
     for g, w in zip(run(), want):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
     x.grad, y = None, bank.model(x)  # outside of every use, and so recomputed
+
+    def mixed():  # a use within the backward
+        with bank.use(["a", "b"]):
+            return bank.model(x)
+
     with bank.use(["a", "b"]):
+        want, seen = bank.model(x), []
+        x.register_hook(lambda grad: seen.append(mixed()))
         y.square().sum().backward()
     inner.forward, got = forward, x.grad
+    torch.testing.assert_close(seen[0], want)
     torch.testing.assert_close(got, torch.autograd.grad(bank.model(x).square().sum(), x)[0])
-    assert not bank._replays and all(p.grad is None for p in parameters)
+    assert not bank._replays and not bank._plain.outer and all(p.grad is None for p in parameters)
     inner.forward = lambda t: torch.utils.checkpoint.checkpoint(forward, t, use_reentrant=reentrant)
 
     handle = parameters[0].register_hook(lambda grad: 1 / 0)

@@ -52,7 +52,8 @@ class CapturedStep:
                 self.compute(self.images, self.labels)
         torch.cuda.current_stream().wait_stream(stream)
         for t, value in zip(self.buffers, before):
-            t.copy_(value)
+            if not torch.equal(t, value):  # a constant may be expanded, and cannot be written
+                t.copy_(value)
         for p in self.trained:
             p.grad = None  # so that the capture writes gradients rather than adding to those of the warm-up
         graph = torch.cuda.CUDAGraph()

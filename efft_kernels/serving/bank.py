@@ -180,11 +180,7 @@ class AdapterBank:
             del self._adapters[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The trained factors of an adapter and its head, for an optimizer. They stay the same objects.
-
-        Raises:
-            ValueError: there is no adapter of this name.
-        """
+        """The trained factors of an adapter and its head, always the same objects; errors as :meth:`classes`."""
         return self._find(name).parameters()
 
     def classes(self, name: str | None) -> int | None:
@@ -276,6 +272,7 @@ class AdapterBank:
         for key, p in named_parameters(self.model):
             p.requires_grad_(self._requires_grad_before.get(key, p.requires_grad))
         del self.model.efft
+        vars(self).pop("_plain", None)  # which holds the bank
         self._changed, self._hooks = [], ()
 
     def _adopt(self, linear: nn.Linear, path: str, kind: type) -> None:
@@ -290,19 +287,20 @@ class AdapterBank:
         linears = len(self._changed)
         if not use.mixed or self._tried == linears:
             return
-        if not markable((args, kwargs), len(use.index)):
-            self._batch_dims = self._batch_dims or None  # a later forward may have inputs that show more
-            return
         with _trial:  # it changes the mode of the model
-            if self._tried != linears:
-                with _entered(trial := Trial(self, len(use.index))):
-                    self._batch_dims = trial.run(args, kwargs)
-                self._tried = linears
+            if self._tried == linears or not markable((args, kwargs), len(use.index)):
+                self._batch_dims = self._batch_dims or None  # a later forward may have inputs that show more
+                return
+            with _entered(trial := Trial(self, len(use.index))):
+                self._batch_dims = trial.run(args, kwargs)
+            self._tried = linears
 
     def _current_use(self) -> "_Use | Trial | None":
         """The use that a layer running now belongs to: of the forward that backward recomputes, or the innermost."""
-        if self._replays and (use := self._replays.get(graph_task())):
-            return use
+        replayed = self._replays.get(graph_task()) if self._replays else None
+        # a use that was entered within the backward of a forward outside of every use is not part of that
+        if replayed and (replayed is not self._plain or self._plain.outer.get(graph_task()) == _uses.get()):
+            return replayed
         return next((use for use in reversed(_uses.get()) if use.bank is self), None)
 
     def _start(self, ids: Sequence[str | None]) -> "_Use":
@@ -369,6 +367,7 @@ class _Use(Passes):
         # samples of one adapter that follow each other are one run of rows, with one product
         self.run = math.gcd(*(len(list(run)) for _, run in itertools.groupby(index)))
         self._ids: dict[torch.device, Tensor] = {}
+        self.outer: dict[int, tuple] = {}  # backward -> the uses that were entered when it came here
         self.watched = bank.watched
         self._reset()
         for option in ("factor_dropout", "activation_dropout", "rank_dropout"):
@@ -395,10 +394,11 @@ class _Use(Passes):
 
     def _restore(self, done, grad: Tensor) -> None:
         super()._restore(done, grad)
-        self.bank._replays[self._replay[0]] = self
+        self.bank._replays[self._replay[0]], self.outer[self._replay[0]] = self, _uses.get()
 
     def _end_of_backward(self) -> None:
         self.bank._replays.pop(self._replay[0], None)
+        self.outer.pop(self._replay[0], None)
         super()._end_of_backward()
 
     def ids(self, device: torch.device) -> Tensor:
