@@ -154,8 +154,8 @@ def csv_file(root, text):
 
 def test_csv_with_a_class_per_image(tmp_path):
     words = "dog,\u2028wet", "cat\n"
-    lines = "".join(f'images/{i}.png,"{words[i % 2]}"\n' for i in range(6))
-    found = open_data(csv_file(tmp_path, "image,label\n" + lines), 16)
+    lines = "".join(f'images/{i}.png,x,"{words[i % 2]}",y\n' for i in range(6))
+    found = open_data(csv_file(tmp_path, "image,file_name,label,tags\n" + lines), 16)
     assert found.classes == ("cat", "dog,\u2028wet") and not found.multilabel
     assert (len(found.train), len(found.test)) == (4, 2)
     assert "list.csv, line 2)" in names(open_data(tmp_path / "list.csv", 16, test_fraction=0.0).train)[0]
@@ -208,7 +208,7 @@ def test_csv_with_several_labels(tmp_path, caplog):
         ('image,label\nimages/0.png,"a\n', ["is not CSV"]),
         ("image,label,label\nimages/0.png,a,b\n", ["one column of each name, got 'label' more than once"]),
         ("image,label\nlink.png,a\nimages/../images/0.png,b\n", ["line 3) cannot be of class b"]),
-        ("image,path,label\nimages/0.png,x,a\n", ["at most one column called image, path", "got image and path"]),
+        ("file,path,label\nimages/0.png,x,a\n", ["at most one column called image, path", "got file and path"]),
         ("image,label,labels\nimages/0.png,a,a|b\n", ["at most one column called label", "got label and labels"]),
         ("image,label,Label\nimages/0.png,a,b\n", ["got label and Label"]),
         ("image,label\nimages,a\n", ["images (", "line 2) is a folder"]),

@@ -137,12 +137,10 @@ def read_csv(path: Path, test_fraction: float) -> Source:
     for n, row in lines:
         if len(row) != len(columns):
             raise DataError(f"{path}, line {n}, must have the {len(columns)} columns of the header, got {len(row)}")
-    image, label, part = (_column(path, columns, names) for names in (_IMAGE, _LABEL + _LABELS, _PART))
+    image, label, part = (_column(path, columns, *names) for names in ((_IMAGE,), (_LABEL, _LABELS), (_PART,)))
     label, labels = (label, None) if label is None or columns[label].lower() in _LABEL else (None, label)
     rest = [i for i in range(len(columns)) if i not in (image, part) and columns[i].lower() not in _NUMBERS]
-    flags = (
-        label is None and labels is None and bool(rest) and all(row[i] in ("0", "1") for _, row in lines for i in rest)
-    )
+    flags = label is labels is None and bool(rest) and all(row[i] in ("0", "1") for _, row in lines for i in rest)
     if image is None or (label is None and labels is None and not flags):
         raise DataError(
             f"{path} must have a header with one of {', '.join(_IMAGE)}, and with one of {', '.join(_LABEL)} (one "
@@ -196,12 +194,13 @@ def _csv_source(path: Path, found: list, classes: tuple[str, ...] | None, multil
     return Source(train, read.get("val"), test, classes, multilabel=multilabel)
 
 
-def _column(path: Path, columns: list[str], names: tuple[str, ...]) -> int | None:
-    """The number of the column that has one of these names."""
-    found = [i for i, name in enumerate(columns) if name.lower() in names]
+def _column(path: Path, columns: list[str], *names: tuple[str, ...]) -> int | None:
+    """The number of the column that has one of these names; the first name of a tuple goes before the others."""
+    at = lambda among: [i for i, name in enumerate(columns) if name.lower() in among]
+    found = at([first for first, *_ in names]) or at(sum(names, ()))
     if len(found) > 1:
         got = " and ".join(columns[i] for i in found)
-        raise DataError(f"{path} must have at most one column called {', '.join(names)}, got {got}")
+        raise DataError(f"{path} must have at most one column called {', '.join(sum(names, ()))}, got {got}")
     return found[0] if found else None
 
 
