@@ -117,14 +117,20 @@ def _underscored(arg: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
+def _encoded(error: UnicodeEncodeError) -> tuple[bytes | str, int]:
+    """Of a character that an encoding lacks the byte that it stands for in the name of a file, or an escape."""
+    error.end, code = error.start + 1, ord(error.object[error.start])
+    return bytes([code - 0xDC00]) if 0xDC80 <= code < 0xDD00 else codecs.backslashreplace_errors(error)[0], error.end
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Handler()])
     for name in ("httpx", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.suppress(AttributeError, TypeError):  # of a stream that a caller put in its place
-        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"  # names of files may be what is not
-        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+        codecs.register_error("efft-finetune", _encoded)
+        sys.stdout.reconfigure(errors="efft-finetune")
     finished = bool(argv) and argv[0] in commands.NAMES
     try:
         return commands.run(argv) if finished else _train(settings(argv))
@@ -159,11 +165,8 @@ def _explained(error: Exception) -> int:
     from .checkpoints import StorageError
     from .loop import Interrupted, PeerLost
 
-    kinds = {
-        (Interrupted, PeerLost): INTERRUPTED,
-        StorageError: STORAGE,
-        (ValueError, TypeError, OSError, ImportError): WRONG,
-    }
+    wrong = ValueError, TypeError, OSError, ImportError
+    kinds = {(Interrupted, PeerLost): INTERRUPTED, StorageError: STORAGE, wrong: WRONG}
     for kind, code in kinds.items():
         if isinstance(error, kind):
             text = error.strerror if isinstance(error, StorageError) and error.strerror else str(error)
