@@ -99,6 +99,7 @@ def test_report_again_also_without_the_images(run, tmp_path, capsys, monkeypatch
         assert cli.main(["report", str(run), "--out", str(tmp_path / "a.html")]) == cli.DONE
         said = f"the report has no pictures: {run.parent / 'photos'} has others than the run"
         assert said in capsys.readouterr().err and "data:image/jpeg" not in html(tmp_path / "a.html")
+        assert cli.main([*flags[:3], str(run.parent / "photos"), *flags[4:]]) == cli.WRONG
     finally:
         shutil.rmtree(run.parent / "photos", ignore_errors=True)
         moved.rename(run.parent / "photos")
@@ -188,7 +189,7 @@ def test_a_command_writes_over_nothing_that_it_reads(run, tmp_path, capsys, monk
     record["settings"] |= {"checkpoint": "w.safetensors", "data": "list.csv"}
     Path("out/metrics.json").write_text(json.dumps(record))
     Path("hf").mkdir()
-    for name in "w.safetensors", "w.pt", "list.csv", "named.csv", "0.png", "00.png", "hf/adapter_model.safetensors":
+    for name in "w.safetensors", "list.csv", "named.csv", "0.png", "00.png", "hf/adapter_model.safetensors":
         Path(name).touch()
     Path("link.html").symlink_to("out/metrics.json")
     before, read = {path: path.read_bytes() for path in Path().rglob("*.*")}, "must not lead to a file that is read and"
@@ -197,7 +198,7 @@ def test_a_command_writes_over_nothing_that_it_reads(run, tmp_path, capsys, monk
         "predict out 0.png --out list.csv": read,
         "predict out 0.png named.csv --out named.csv": read,
         "predict out 0.png --out out/predictions.csv": read,
-        "export out --to weights --out w.pt": "out must end in .safetensors, got w.pt",
+        "export out --to weights --out new.pt": "out must end in .safetensors, got new.pt",
         "export out --to weights --out w.safetensors": read,
         "export out --to weights --out out/adapter.safetensors": read,
         "export out --to lora --out hf --checkpoint hf": read,
@@ -217,7 +218,7 @@ def test_what_becomes_of_standard_output(tmp_path, capsys, monkeypatch):
             return cli.main(["compare", "out"])
 
     monkeypatch.setitem(cli.commands._COMMANDS, "compare", lambda given: cli.commands.say("caf\udce9 \u20ac") or 0)
-    for encoding, said in (("utf-8", b"caf\xe9 \xe2\x82\xac\n"), ("ascii", b"caf\\udce9 \\u20ac\n")):
+    for encoding, said in (("utf-8", b"caf\xe9 \xe2\x82\xac\n"), ("ascii", b"caf\xe9 \\u20ac\n")):
         assert main(tmp_path / "a", encoding) == cli.DONE and (tmp_path / "a").read_bytes() == said
     reader, writer = os.pipe()
     os.close(reader)
@@ -238,24 +239,28 @@ def test_a_run_is_a_folder(run, capsys):
     assert prepared.find_device("cpu:0") == prepared.find_device(torch.device("cpu")) == "cpu"
 
 
-def test_compare(run, tmp_path, capsys):
+def test_compare(run, tmp_path, capsys, monkeypatch):
     def other(record):
         record["settings"]["lr"], record["identity"]["contents"] = 2e-3, "another digest"
         record["result"]["metrics"]["test"]["auc"] = 1.0  # of a later version
         record.pop("run")  # as an earlier version leaves it
 
-    names, out = ("_one", r"a$\q$"), tmp_path / "c.html"
-    runs = [changed(run, tmp_path / name, how) for name, how in zip(names, (lambda record: None, other))]
+    names, out = ("_one", r"a$\q$"), tmp_path / "c.htm"
+    later = lambda record: record["settings"].update(new=1)
+    runs = [changed(run, tmp_path / name, how) for name, how in zip(names, (later, other))]
+    monkeypatch.setattr(cli.commands, "say", lambda *words: print(*words) or html(out))  # the page is there before
     assert cli.main(["compare", *runs, "--out", str(out)]) == cli.DONE
     head, one, two = capsys.readouterr().out.splitlines()[:3]
     contents = json.loads((run / "metrics.json").read_text())["identity"]["contents"]
-    assert re.match("run +lr +contents of images +top-1 accuracy ", head)
-    assert one.split()[:3] == ["_one", "0.003", contents[:8]] and two.split()[:3] == [names[1], "0.002", "another"]
+    assert re.match("run +lr +new +contents of images +top-1 accuracy ", head)
+    assert one.split()[:4] == ["_one", "0.003", "1", contents[:8]] and two.split()[:3] == [names[1], "0.002", "another"]
     text = html(out)
     figures = re.findall('data:image/svg.xml;base64,([^"]*)', text)
     assert len(figures) == 2 and "contents of images" in text
     assert all(name in base64.b64decode(figure).decode() for figure in figures for name in names)
-    assert cli.main(["report", runs[1]]) == cli.DONE
+    for _ in range(2):  # also over its own page beside the images
+        assert cli.main(["report", str(run), "--out", str(run.parent / "photos/a.html")]) == cli.DONE
+        assert cli.main(["report", runs[1]]) == cli.DONE
     (tmp_path / names[1] / "predictions.csv").unlink()
     assert cli.main(["report", runs[1]]) == cli.DONE and "predictions.csv is missing" in html(runs[1] + "/report.html")
     methods = [{"settings": {"method": name}, "identity": {"weights": name}} for name in ("efft2", "full")]
@@ -271,12 +276,11 @@ ANY = "report predict compare"
     [
         (lambda r: r["settings"].pop("method"), "it lacks settings.method", ANY),
         (lambda r: r["settings"].pop("scale"), "it lacks settings.scale", ANY),
-        (lambda r: r["settings"].update(new=1), "this version has no setting 'new'", ANY),
+        (lambda r: r["settings"].update(new=1), "this version has no setting 'new'", "report predict"),
         (lambda r: r["settings"].update(lr="x"), "lr must be a finite number", ANY),
         (lambda r: r["result"].update(metrics={}), "none of test, val and train", ANY),
         (lambda r: r["run"].update(seconds="x"), "run.seconds must not be 'x'", ANY),
         (lambda r: r["history"][0].pop("lr"), "it lacks history.0.lr", ANY),
-        (lambda r: r["classes"].pop(), "predictions that a run leaves: 'a' of ", "report"),
         (lambda r: r["classes"].pop(), "states another classes", "predict"),
         (lambda r: r.pop("identity"), "it lacks identity", "predict"),
     ],

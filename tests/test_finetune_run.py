@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from test_finetune_data import folder, lists
 
 from efft_kernels import read_adapter, save_adapter, storage
-from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, prepared
+from efft_kernels.finetune import checkpoints, cli, evaluation, finished, loop, outputs, prepared
 from efft_kernels.finetune.finished import merged, restore
 from efft_kernels.finetune.labelling import label
 from efft_kernels.finetune.loop import Interrupted, train
@@ -499,7 +499,7 @@ def test_yaml_is_the_same_as_flags(tmp_path):
         (["--init", "foo"], "init must be 'xavier', 'released' or null, got foo"),
         (["--targets", "attn"], "targets must be a list such as '[a,b]' or null, got attn"),
         (["evaluate", "RUN"], "the commands are report, predict, export, compare"),
-        (["--batch_size", "100"], "batch_size must be at most the 24 training images, got 100"),
+        ("--batch_size 100 --warmup_lr 2 --warmup_epochs 0".split(), "at most the 24 training images"),
         (["--accumulate", "3"], "batch_size must be a multiple of accumulate=3, got 8"),
         (["--cuda_graph", "true", "--accumulate", "2"], "accumulate must be 1 with cuda_graph=True, got 2"),
         (["--cuda_graph", "true"], "cuda_graph must be False unless one process trains on a CUDA GPU"),
@@ -535,11 +535,11 @@ def test_wrong_settings_end_with_2_and_a_sentence(flags, words, photos, tmp_path
     assert not (out / "logs").exists() and not checkpoints.states(out) if late else not out.exists()
 
 
-def test_another_run_is_not_overwritten(photos, tmp_path):
+def test_another_run_is_not_overwritten(photos, tmp_path, monkeypatch):
     settings = tiny(photos, tmp_path / "out", epochs=2)
     first = train(settings, progress=False)
     assert train(replace(settings, save_every=7), progress=False).metrics == first.metrics  # read, not trained again
-    other = replace(settings, lr=0.1, weight_decay=0.0, drop_path=0.0, label_smoothing=0.1, augment="none")
+    other = replace(settings, lr=0.1, weight_decay=0.0, drop_path=0.0, label_smoothing=0.1, augment="none", min_lr=1)
     said = r"differs in lr \(0.003 there, 0.1 now\), weight_decay .*, drop_path .*, label_smoothing .*, augment "
     refuses(ValueError, said, train, other, progress=False)
     other = folder(tmp_path / "other", ("train", "val", "test"), ("a", "b", "c"), n=9)
@@ -556,6 +556,10 @@ def test_another_run_is_not_overwritten(photos, tmp_path):
         says, wrong = f"{name} must not lead to a file that is read and written, but .*/{own}", {name: first.out / own}
         refuses(ValueError, says, train, replace(settings, **wrong), progress=False)
     over = replace(settings, resume=False)
+    at_call(Path, "unlink", 2, lambda *_, **__: 1 / 0, put=monkeypatch.setattr)  # a removal that is killed
+    refuses(ZeroDivisionError, "zero", loop._remove_run, first.out)
+    monkeypatch.undo()
+    assert (first.out / "adapter.safetensors").exists() and not (first.out / "metrics.json").exists()
     refuses(ZeroDivisionError, "zero", train, over, progress=False, after_epoch=lambda entry: 1 / 0)
     assert {path.suffix for path in first.out.iterdir()} == {"", ".pt"}  # no result of the former run beside new states
     again = train(replace(over, lr=0.1), progress=False)
@@ -710,6 +714,10 @@ def test_out_is_a_folder_of_a_run_or_none(photos, tmp_path):
         for resume in (True, False):
             refuses(ValueError, says, train, tiny(photos, tmp_path / out, resume=resume), progress=False)
         assert (tmp_path / name).read_text() == "{}"
+    (tmp_path / name).write_text('{"settings": {}, "result": {}}')  # of another version
+    says = "of no run that this version can read: .*; remove these files, or set resume=false"
+    refuses(ValueError, says, outputs.check_folder, tmp_path / "b")
+    outputs.check_folder(tmp_path / "b", resume=False)
 
 
 def test_help_names_what_there_is(capsys):

@@ -56,7 +56,7 @@ def _report(given: argparse.Namespace) -> int:
 
     path = Path(given.out) if given.out else beside(given.run, page.NAME)
     record = read_record(given.run)
-    check_file(path, ".html", read_by(given.run, given.data))
+    check_file(path, ".html", read_by(given.run, data=given.data))
     rows = Path(given.run) / predictions.NAME
     rows = predictions.from_csv(rows, record.get("multilabel", False), record["classes"]) if rows.is_file() else []
     html = page.build(record, rows, _pictures(record, given.data))
@@ -84,6 +84,8 @@ def _pictures(record: dict, data: str | None):
         return lambda row: None
     contents = record.get("identity", {}).get("contents")  # an earlier version did not record them
     if contents and contents != opened.contents():
+        if data:
+            raise ValueError(f"data must be the images of the run, but {data} has others")
         print(f"efft-finetune: the report has no pictures: {data or s.data} has others than the run", file=sys.stderr)
         return lambda row: None
     if not data:
@@ -172,22 +174,17 @@ def _compare(given: argparse.Namespace) -> int:
     parents = {Path(path).parent for path in names}
     # the shortest names that tell the runs apart
     short = len({Path(path).name for path in names}) == len(names) and len(parents) == 1
-    records = {Path(path).name if short else run: read_record(run) for path, run in names.items()}
+    records = {Path(path).name if short else run: read_record(run, later=True) for path, run in names.items()}
     header, rows = page.compare(records)
+    html = page.build_comparison(records)
+    with checkpoints.storing(path.parent, str(path)):  # first, because who reads the table may end
+        write_bytes(path, html.encode())
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    html = page.build_comparison(records)
-    with checkpoints.storing(path.parent, str(path)):
-        write_bytes(path, html.encode())
     say(f"\nplots: {path}")
     return 0
 
 
 _COMMANDS = {"report": _report, "predict": _predict, "export": _export, "compare": _compare}
-_ARGUMENTS = {
-    "report": _report_arguments,
-    "predict": _predict_arguments,
-    "export": _export_arguments,
-    "compare": _compare_arguments,
-}
+_ARGUMENTS = dict(zip(NAMES, (_report_arguments, _predict_arguments, _export_arguments, _compare_arguments)))

@@ -88,12 +88,13 @@ def beside(run: str | Path, name: str) -> Path:
     return Path(run) / name
 
 
-def read_record(out: str | Path, *, identified: bool = False) -> dict:
+def read_record(out: str | Path, *, identified: bool = False, later: bool = False) -> dict:
     """The contents of metrics.json of a finished run, in a folder or on the hub.
 
     Args:
         out: as for :func:`restore`.
         identified: whether it must have the digests of the images and weights, by which a run is known again.
+        later: whether it may have settings of a later version.
 
     Raises:
         FileNotFoundError: there is no finished run. ValueError: a file of another version.
@@ -112,9 +113,9 @@ def read_record(out: str | Path, *, identified: bool = False) -> dict:
         there, known = set(record["settings"]), {field.name for field in fields(Settings)}
         if lost := (known & set(record.get("identity", ()))) - there:  # it would count as its default
             raise ValueError(f"it lacks settings.{min(lost)}")
-        if unknown := there - known:
+        if (unknown := there - known) and not later:
             raise ValueError(f"this version has no setting {min(unknown)!r}")
-        Settings(**record["settings"])
+        Settings(**{name: record["settings"][name] for name in there & known})
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not what a run of this version leaves: {error}") from error
     return record

@@ -67,11 +67,12 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
     """
     settings.check()
     methods.check(settings.method, settings.options)
-    for name in ("min_lr", "warmup_lr"):  # the defaults fit any lr; a record of an earlier version may have others
+    out = Path(settings.out)
+    old = settings.resume and (checkpoints.states(out) or (out / "metrics.json").exists())
+    for name in () if old else ("min_lr", *["warmup_lr"] * bool(settings.warmup)):  # the defaults fit any lr
         if settings.lr < (rate := getattr(settings, name)) != Settings.__dataclass_fields__[name].default:
             raise ValueError(f"{name} must be at most lr={settings.lr:g}, got {rate:g}")
-    out = Path(settings.out)
-    check_folder(out, data=settings.data, checkpoint=settings.checkpoint)
+    check_folder(out, settings.resume, data=settings.data, checkpoint=settings.checkpoint)
     if settings.data not in SOURCES:
         check_out(settings.data, out)
     accelerator = make_accelerator(settings)
@@ -105,11 +106,11 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
 
 def _remove_run(out: Path) -> None:
     """Remove the results and the checkpoints of the run in a folder, and its curves, which would mix with new ones."""
-    if not (checkpoints.states(out) or (out / "metrics.json").exists()):
+    if not (checkpoints.states(out) or any((out / name).exists() for name in FILES)):
         return  # the logs may be another program's
-    # last goes what tells that the rest is a run's: a removal that is killed can be repeated
+    # if it is killed, the rest is of no finished run, and a removal can be repeated
     with checkpoints.storing(out, "the former run"):
-        for path in (*(out / "logs").glob("events.out.tfevents.*"), *(out / name for name in FILES)):
+        for path in (out / "metrics.json", *(out / "logs").glob("events.out.tfevents.*"), *map(out.joinpath, FILES)):
             path.unlink(missing_ok=True)
         checkpoints.clear(out)
 
@@ -219,12 +220,8 @@ def fit(
     """
     s, accelerator, images = run.settings, run.accelerator, run.data.train
     batches = Batches(s, len(images), accelerator.process_index, accelerator.num_processes, progress.step)
-    loader = torch.utils.data.DataLoader(
-        images,
-        batch_sampler=batches,
-        pin_memory=accelerator.device.type == "cuda",
-        **reading(0 if images.kept is not None else s.workers),
-    )
+    how = {"pin_memory": accelerator.device.type == "cuda", **reading(0 if images.kept is not None else s.workers)}
+    loader = torch.utils.data.DataLoader(images, batch_sampler=batches, **how)
     gradients = functools.partial(_gradients, run, progress)
     if s.cuda_graph:
         gradients = CapturedStep(gradients, methods.trainable_parameters(progress.model), progress.model.buffers())

@@ -1,5 +1,6 @@
 """Where a command may write: over no file that it reads, and over none that others left in the folder of a run."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from itertools import product
@@ -14,12 +15,12 @@ FILES = ("adapter.safetensors", "curves.png", "predictions.csv", "report.html", 
 
 
 def check_file(path: Path, suffix: str, read: Iterable[str | Path]) -> None:
-    """Raise ValueError if no file can be at ``path``, it does not end in ``suffix``, or it is one of ``read``."""
+    """Raise ValueError if no file can be at ``path``, it has another kind of name, or it is one of ``read``."""
     try:
         place = target(path)
     except OSError as error:
         raise ValueError(f"out must be a file that can be written, got {path}: {error.strerror}") from error
-    if place.suffix.lower() != suffix:  # without quotes --out *.png names an image
+    if place.suffix.lower() != suffix and (place.exists() or suffix == ".safetensors"):  # --out *.png without quotes
         raise ValueError(f"out must end in {suffix}, got {place if path.is_symlink() else path}")
     check_unread((path,), read)
 
@@ -31,17 +32,17 @@ def check_unread(written: Iterable[Path], read: Iterable[str | Path], name: str 
             raise ValueError(f"{name} must not lead to a file that is read and written, but {path} is {file}")
 
 
-def read_by(run: str, *more: str | None) -> Iterator[Path]:
-    """What a command reads of a finished run, the weights and the list of images of that run, and ``more``."""
-    settings = read_record(run)["settings"]
+def read_by(run: str, checkpoint: str | None = None, data: str | None = None) -> Iterator[Path]:
+    """What a command reads of a finished run, and the weights and the list of images, also where they moved to."""
+    settings = read_record(run, later=True)["settings"]
     yield from (Path(run, name) for name in FILES if name not in ("curves.png", "report.html"))
-    for place in (*more, settings.get("checkpoint"), settings.get("data"), settings.get("model", "").partition(":")[2]):
-        if place:
-            yield Path(place)
-            yield from Path(place).glob("*")  # of the folder of a model
+    yield from (Path(place) for place in (data, settings["data"]) if place)
+    for place in filter(None, (checkpoint, settings["checkpoint"], settings["model"].partition(":")[2])):
+        yield Path(place)
+        yield from Path(place).glob("*")  # of the folder of a model
 
 
-def check_folder(out: Path, **read: str | None) -> None:
+def check_folder(out: Path, resume: bool = True, **read: str | None) -> None:
     """Raise ValueError if a run would write over what it reads, named by setting, or over a file that no run left.
 
     All processes of the run find the same: none of them writes such a file before all have joined.
@@ -49,12 +50,23 @@ def check_folder(out: Path, **read: str | None) -> None:
     there, states = [name for name in FILES if os.path.lexists(out / name)], checkpoints.states(out)
     for name, file in read.items():
         check_unread([*(out / name for name in there), *states], [file] if file else [], name)
-    if "metrics.json" in there or (there and not states):
+    if "metrics.json" in there or (there and not states and not (out / ".lock").exists()):  # a run's
         try:
             read_record(out)
         except (OSError, ValueError) as error:
-            what = f"{out} holds {', '.join(there)} of no run: {error}"
+            if (other := _is_record(out / "metrics.json")) and not resume:
+                return
+            what = f"{out} holds {', '.join(there)} of no run{' that this version can read' * other}: {error}"
+            what += "; remove these files, or set resume=false" * other
             raise ValueError(f"out must be an empty folder or that of a run, but {what}") from error
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is the record of a run of any version."""
+    try:
+        return {"settings", "result"} <= set(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def make_folder(out: Path) -> None:

@@ -42,15 +42,9 @@ def rows_of(name: str, part: Pictures, predictions: list[Prediction], classes: t
     def named(label: Label) -> tuple[str, ...]:
         return tuple(classes[c] for c in (label if isinstance(label, tuple) else (label,)))
 
+    file, labels = part.images.file_name, part.labels
     return [
-        Row(
-            name,
-            part.images.file_name(p.image),
-            named(part.labels[p.image]),
-            named(p.classes),
-            p.probabilities,
-            p.error,
-        )
+        Row(name, file(p.image), named(labels[p.image]), named(p.classes), p.probabilities, p.error)
         for p in predictions
     ]
 
