@@ -94,24 +94,12 @@ def finish(run: Prepared, progress: Progress, logs: Trackers) -> Result:
             with bar(run.show, len(part), f"measuring on {name}", "img") as shown:
                 metrics[name] = evaluate(run, progress.model, part, shown, found)
             rows += predictions.rows_of(name, part, found, data.classes)
-        result = {
-            "metrics": metrics,
-            "parameters": run.parameters,
-            "head_parameters": run.head_parameters,
-            "images_per_second": progress.seen / progress.seconds if progress.seconds else 0.0,
-            "epoch": epoch,
-            "adapter": outputs.FILES[0],
-        }
-        record = {
-            "result": result,
-            "classes": list(data.classes),
-            "multilabel": data.multilabel,
-            "history": progress.history,
-            "settings": asdict(s),
-            "identity": run.identity,
-            "run": _circumstances(run, progress),
-            "versions": _versions(),
-        }
+        speed = progress.seen / progress.seconds if progress.seconds else 0.0
+        sizes = {"parameters": run.parameters, "head_parameters": run.head_parameters}
+        result = {"metrics": metrics, **sizes, "images_per_second": speed, "epoch": epoch, "adapter": outputs.FILES[0]}
+        record = {"result": result, "classes": list(data.classes), "multilabel": data.multilabel}
+        record |= {"history": progress.history, "settings": asdict(s), "identity": run.identity}
+        record |= {"run": _circumstances(run, progress), "versions": _versions()}
         record = json.loads(json.dumps(record))  # as "report" will read it
         weights = checkpoints.get_weights(progress.model)
         on_main(run, lambda: _write(run, progress, record, rows, weights))
