@@ -22,8 +22,8 @@ _NUMBER, _METRICS, _IDENTITY = int | float, {"*": int | float}, {"data": str, "c
 _RECORD = {
     "classes": [str],
     "result": {
-        "metrics": {"*": _METRICS},
-        **{"parameters": int, "head_parameters": int, "images_per_second": _NUMBER, "epoch": int, "adapter": str},
+        "metrics": {"*": _METRICS}, "parameters": int, "head_parameters": int, "images_per_second": _NUMBER,
+        "epoch": int, "adapter": str,
     },
     "settings": {"data": str, "out": str, "model": str, "method": str, "checkpoint": str | None},
     "history": [{"epoch": int, "lr": _NUMBER, "train?": _METRICS, "val?": _METRICS}],
@@ -31,10 +31,10 @@ _RECORD = {
     "multilabel?": bool,
     "identity?": _IDENTITY,
     "run?": {
-        **{"seconds?": _NUMBER, "peak_memory?": int | None, "parameters_of_model?": int, "images?": {"*": int}},
-        **{"options?": dict, **dict.fromkeys(("command?", "device?", "method?", "date?"), str)},
+        "seconds?": _NUMBER, "peak_memory?": int | None, "parameters_of_model?": int, "images?": {"*": int},
+        "options?": dict, "command?": str, "device?": str, "method?": str, "date?": str,
     },
-}
+}  # fmt: skip
 
 
 def restore(out: str | Path, checkpoint: str | None = None) -> tuple[nn.Module, dict]:

@@ -69,7 +69,8 @@ def train(settings: Settings, *, progress: bool = True, after_epoch: Callable[[d
     methods.check(settings.method, settings.options)
     out = Path(settings.out)
     old = settings.resume and (checkpoints.states(out) or (out / "metrics.json").exists())
-    for name in () if old else ("min_lr", *["warmup_lr"] * bool(settings.warmup)):  # the defaults fit any lr
+    rates = ("min_lr", "warmup_lr") if settings.warmup else ("min_lr",)
+    for name in () if old else rates:  # the defaults fit any lr
         if settings.lr < (rate := getattr(settings, name)) != Settings.__dataclass_fields__[name].default:
             raise ValueError(f"{name} must be at most lr={settings.lr:g}, got {rate:g}")
     check_folder(out, settings.resume, data=settings.data, checkpoint=settings.checkpoint)
